@@ -1,0 +1,3 @@
+"""spmdeploy: semantic image editing from training to the edge."""
+
+__version__ = "0.1.0"

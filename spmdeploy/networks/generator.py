@@ -1,0 +1,100 @@
+"""The three stages, coarse to fine (paper, section 3.1)."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from spmdeploy.networks.conditioning import LayoutPyramid
+from spmdeploy.networks.stage import STAGE_PLANS, Stage
+
+SIZE_MULTIPLE = 128
+"""Height and width of the pictures must be multiples of this: the coarsest stage halves a quarter of them five times."""
+
+
+@dataclass(frozen=True)
+class GeneratorConfig:
+    """Everything that fixes the shapes of the generator's weights."""
+
+    classes: int
+    """Label channels, void included where the model knows it as a class."""
+    width: int = 32
+    """Channels of the first layer of each stage (the paper's ngf)."""
+    hidden: int = 64
+    """Channels inside the modulation."""
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a positive integer, not {value!r}")
+        if self.classes > 255:
+            raise ValueError(f"classes must be at most 255 (label maps are 8-bit), not {self.classes}")
+
+
+PRESETS = {
+    "paper": {"width": 32, "hidden": 64},
+    "small": {"width": 16, "hidden": 32},
+}
+
+
+class StagePictures(NamedTuple):
+    """What a forward pass returns: pictures are float (N, 3, h, w) RGB in [-1, 1]."""
+
+    raw: tuple[Tensor, ...]
+    """Each stage's own output, at H/4, H/2 and H, not composited."""
+    edited: Tensor
+    """The last stage's output under the mask, the given picture elsewhere, at H."""
+
+
+class Generator(nn.Module):
+    """The SPM progressive generator.
+
+    Its convolutions are plain: the spectral normalisation that training puts on the decoders is folded into the weights
+    when they are saved or loaded (see `weights.py`), which gives the same numbers.
+    """
+
+    def __init__(self, config: GeneratorConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.stages = nn.ModuleList(Stage(plan, config.width, config.hidden, config.classes) for plan in STAGE_PLANS)
+
+    def forward(self, image: Tensor, layout: LayoutPyramid) -> StagePictures:
+        """image: float (N, 3, H, W) RGB in [-1, 1], H and W multiples of 128; what it holds under the mask is not used."""
+        raw: list[Tensor] = []
+        for index in range(len(self.stages)):
+            picture = self.stage_input(index, image, layout, raw[-1] if raw else None)
+            raw.append(self.stages[index](picture, layout))
+        return StagePictures(tuple(raw), composite(raw[-1], image, layout.mask))
+
+    def stage_input(self, index: int, image: Tensor, layout: LayoutPyramid, coarser: Tensor | None) -> Tensor:
+        """The picture that stage `index` starts from: known pixels, and under the mask the coarser stage's guess.
+
+        image: float (N, 3, H, W). coarser: float, half this stage's size, or None for the first stage, where the mask
+        is blacked out at full size before shrinking.
+        """
+        height, width = stage_size(index, image.shape[-2:])
+        if coarser is None:
+            return _shrink(image * (1 - layout.mask), height, width)
+        guess = F.interpolate(coarser, scale_factor=2, mode="bilinear", align_corners=False)
+        return composite(guess, _shrink(image, height, width), layout.mask_at(height, width))
+
+
+def stage_size(index: int, full_size: tuple[int, int] | torch.Size) -> tuple[int, int]:
+    """Height and width that stage `index` works at when the picture is of `full_size`."""
+    halvings = len(STAGE_PLANS) - 1 - index
+    return full_size[0] >> halvings, full_size[1] >> halvings
+
+
+def composite(generated: Tensor, image: Tensor, mask: Tensor) -> Tensor:
+    """`generated` where the mask is 1, `image` where it is 0."""
+    return mask * generated + (1 - mask) * image
+
+
+def _shrink(image: Tensor, height: int, width: int) -> Tensor:
+    if image.shape[-2:] == (height, width):
+        return image
+    return F.interpolate(image, size=(height, width), mode="bilinear", align_corners=False)

@@ -1,0 +1,56 @@
+"""Style-preserved modulation: the layer that the whole generator is made of (paper, section 3.2)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+NORM_EPS = 1e-5
+
+
+def instance_norm(x: Tensor) -> Tensor:
+    """Zero mean and unit variance per instance and channel, without affine parameters, computed in float32.
+
+    In half precision the sums of a 256×256 channel overflow long before the normalised values do; the statistics
+    therefore always run in float32, in training, in export and in every engine.
+    """
+    if x.shape[-2] * x.shape[-1] == 1:  # the variance of one pixel is zero
+        return torch.zeros_like(x)
+    return F.instance_norm(x.float(), eps=NORM_EPS).to(x.dtype)
+
+
+class StylePreservedModulation(nn.Module):
+    """One layer: convolve, normalise, modulate by the context's style corrected for the layout.
+
+    The first modulation (`context_*`) reads the un-normalised features, where the style of the known pixels lives; the
+    second (`layout_*`) reads labels, edges and mask and corrects both of its parameters.
+
+    in_channels, channels: feature channels in and out. layout_channels: see `LayoutPyramid`. hidden: width of the two
+    shared layers. stride: of the two convolutions that read features.
+    """
+
+    def __init__(self, in_channels: int, channels: int, layout_channels: int, hidden: int, stride: int = 1) -> None:
+        super().__init__()
+        self.features = _conv3x3(in_channels, channels, stride)
+        self.context_shared = _conv3x3(in_channels, hidden, stride)
+        self.context_gamma = _conv3x3(hidden, channels)
+        self.context_beta = _conv3x3(hidden, channels)
+        self.layout_shared = _conv3x3(layout_channels, hidden)
+        self.layout_gamma_scale = _conv3x3(hidden, channels)
+        self.layout_gamma_shift = _conv3x3(hidden, channels)
+        self.layout_beta_scale = _conv3x3(hidden, channels)
+        self.layout_beta_shift = _conv3x3(hidden, channels)
+
+    def forward(self, x: Tensor, layout: Tensor) -> Tensor:
+        """x: (N, in_channels, stride*h, stride*w); layout: (N, layout_channels, h, w). Returns (N, channels, h, w)."""
+        normalised = instance_norm(self.features(x))
+        context = F.relu(self.context_shared(x))
+        layout = F.relu(self.layout_shared(layout))
+        gamma = self.context_gamma(context) * (1 + self.layout_gamma_scale(layout)) + self.layout_gamma_shift(layout)
+        beta = self.context_beta(context) * (1 + self.layout_beta_scale(layout)) + self.layout_beta_shift(layout)
+        return F.leaky_relu(normalised * (1 + gamma) + beta, 0.2)
+
+
+def _conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, out_channels, kernel_size=3, stride=stride, padding=1)
