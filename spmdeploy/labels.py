@@ -1,0 +1,302 @@
+"""Class tables (which id means what, in which colour) and the checks and conversions of label maps that need one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, TypeAlias, TypeGuard
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import InputError
+
+Colour: TypeAlias = tuple[int, int, int]
+
+# Label maps are 8-bit, so no table can tell more classes apart.
+MOST_CLASSES = 256
+# Where the built-in tables lie: NAME.json, the same form as a table given by path.
+BUILT_IN = Path(__file__).with_name("class_tables")
+VOID_COLOUR: Colour = (0, 0, 0)
+# What `colourise` paints where an id has no class. White is no class's colour in the built-in tables.
+UNKNOWN_COLOUR: Colour = (255, 255, 255)
+
+
+@dataclass(frozen=True)
+class LabelClass:
+    """One class: its id in label maps, its name, and the RGB colour it is shown in (0..255 each)."""
+
+    id: int
+    name: str
+    color: Colour
+
+
+@dataclass(frozen=True)
+class ClassTable:
+    """The classes of a model or data set: ids 0..K-1 in order, each once.
+
+    `void_id` is the label value that stands for "no class": one of the classes, a value outside them (often 255), or
+    None. A label outside 0..K-1 gives the network an all-zero condition.
+    """
+
+    name: str
+    classes: tuple[LabelClass, ...]
+    void_id: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.classes)
+
+    def find(self, wanted: str) -> LabelClass:
+        """The class of that name or id ("car", "Traffic_Light", "26"); InputError with close matches if there is none.
+
+        Upper and lower case, blanks, hyphens and underscores make no difference; a name wins over an id.
+        """
+        by_name = {_plain(label.name): label for label in self.classes}
+        if (label := by_name.get(_plain(wanted))) is not None:
+            return label
+        if wanted.strip().isdecimal() and int(wanted) < len(self):
+            return self.classes[int(wanted)]
+        near = [by_name[plain].name for plain in _near(_plain(wanted), by_name)]
+        raise InputError(
+            f"{self.name} has no class {wanted!r}; its ids run from 0 to {len(self) - 1}",
+            f"did you mean {' or '.join(map(repr, near))}?" if near else "give the name or the id of a class",
+        )
+
+    @classmethod
+    def from_json(cls, content: object, source: str) -> ClassTable:
+        """A table from parsed JSON; `source` names where it came from in errors.
+
+        Two forms are read: {"name", "void_id", "classes": [{"id", "name", "color"}]} and the one of data folders,
+        {"dataset", "void_id", "labels": [...]}. Other entries are ignored. InputError says what is wrong.
+        """
+        if not isinstance(content, dict):
+            raise InputError(f"{source} is not a class table: it holds no JSON object", _TABLE_HINT)
+        name = content.get("name", content.get("dataset"))
+        if not isinstance(name, str) or not name:
+            raise InputError(f"{source} is not a class table: its name is {name!r}", _TABLE_HINT)
+        rows = content.get("classes", content.get("labels"))
+        if not isinstance(rows, list) or not 1 <= len(rows) <= MOST_CLASSES:
+            raise InputError(f"{source} lists no classes, or more than {MOST_CLASSES}", _TABLE_HINT)
+        void_id = content.get("void_id")
+        if void_id is not None and not _is_byte(void_id):
+            raise InputError(f"{source} has the void id {void_id!r}; it must be null or 0 to 255", _TABLE_HINT)
+        return cls(name, _ordered([_label_class(row, source) for row in rows], source), void_id)
+
+    def to_json(self) -> dict[str, Any]:
+        """The table as what `from_json` reads (plain dicts, lists, strings and numbers)."""
+        rows = [asdict(label) | {"color": list(label.color)} for label in self.classes]
+        return {"name": self.name, "void_id": self.void_id, "classes": rows}
+
+
+_TABLE_HINT = 'a class table is {"name": ..., "void_id": null, "classes": [{"id": 0, "name": ..., "color": [r, g, b]}]}'
+
+
+def class_table(name_or_path: str | Path) -> ClassTable:
+    """The built-in table of that name ("cityscapes", "ade20k"), or the one in that JSON file.
+
+    InputError when there is neither, or the file is no class table.
+    """
+    if str(name_or_path) in built_in_tables():
+        return _table_in(BUILT_IN / f"{name_or_path}.json")
+    if Path(name_or_path).suffix.lower() != ".json" and not Path(name_or_path).exists():
+        raise InputError(f"there is no class table called {str(name_or_path)!r}", _names_hint())
+    return _table_in(Path(name_or_path))
+
+
+def built_in_tables() -> tuple[str, ...]:
+    """The names that `class_table` knows without a file."""
+    return tuple(sorted(path.stem for path in BUILT_IN.glob("*.json")))
+
+
+def count_labels(labels: NDArray[np.integer[Any]]) -> dict[int, int]:
+    """How many pixels each id has, by ascending id. labels: integers of any shape."""
+    if labels.dtype != np.uint8:
+        ids, counts = np.unique(labels, return_counts=True)
+        return {int(i): int(n) for i, n in zip(ids, counts, strict=True)}
+    flat = labels.ravel()
+    totals = np.zeros(256, np.int64)
+    # In pieces: bincount makes 8 bytes of every label, which for a whole 100-megapixel map would be 800 MB.
+    for start in range(0, flat.size, 1 << 20):
+        totals += np.bincount(flat[start : start + (1 << 20)], minlength=256)
+    return {int(i): int(totals[i]) for i in np.flatnonzero(totals)}
+
+
+def check_labels(
+    labels: NDArray[np.integer[Any]], table: ClassTable, source: str, where: NDArray[np.bool_] | None = None
+) -> None:
+    """InputError, listing ids and pixel counts, when a label is neither a class of the table nor its void id.
+
+    labels: integers (H, W); where: bool (H, W), only these pixels count (all of them when None); source: what the
+    error calls the map.
+    """
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise InputError(f"{source} holds {labels.dtype} values; class ids are whole numbers")
+    counts = count_labels(labels if where is None else labels[where])
+    unknown = {i: n for i, n in counts.items() if not 0 <= i < len(table) and i != table.void_id}
+    if unknown:
+        listed = _some(f"{i} ({_pixels(n)})" for i, n in unknown.items())
+        last = table.classes[-1]
+        place = "" if where is None else ", under the mask"
+        raise InputError(
+            f"{source} holds ids that {table.name} does not have{place}: {listed}",
+            f"ids run from 0 ({table.classes[0].name}) to {last.id} ({last.name}); "
+            "`spmdeploy labels convert` shifts ids or turns class colours into ids",
+        )
+
+
+def colourise(labels: NDArray[np.uint8], table: ClassTable) -> NDArray[np.uint8]:
+    """The map as a picture: uint8 (H, W) ids to uint8 (H, W, 3) RGB.
+
+    A void id that is no class is black, any other id that is no class white.
+    """
+    colours = np.full((MOST_CLASSES, 3), UNKNOWN_COLOUR, np.uint8)
+    if table.void_id is not None:
+        colours[table.void_id] = VOID_COLOUR
+    colours[: len(table)] = [label.color for label in table.classes]
+    return colours[labels]
+
+
+def labels_from_colours(rgb: NDArray[np.uint8], table: ClassTable, source: str) -> NDArray[np.uint8]:
+    """The ids of a map drawn in class colours: uint8 (H, W, 3) RGB to uint8 (H, W).
+
+    A colour that several classes share (`shared_colours`) becomes the first of them. Black becomes the void id where
+    no class is black. InputError lists the colours that belong to no class, with pixel counts.
+    """
+    ids = _ids_by_colour(table)[_packed(rgb)]
+    missing = ids < 0
+    if missing.any():
+        colours, counts = np.unique(rgb[missing], axis=0, return_counts=True)
+        common = np.argsort(-counts, kind="stable")
+        listed = _some(f"({', '.join(map(str, colours[k]))}) ({_pixels(int(counts[k]))})" for k in common)
+        raise InputError(
+            f"{source} holds {len(colours)} colours that no class of {table.name} has: {listed}",
+            "name the table that the map was drawn with, and export the map without smoothing or JPEG compression",
+        )
+    return ids.astype(np.uint8)
+
+
+def shared_colours(table: ClassTable) -> dict[Colour, tuple[LabelClass, ...]]:
+    """The colours that more than one class has, so that a coloured map cannot tell these classes apart.
+
+    Cityscapes shows five void classes in black and pole groups like poles; ADE20K skyscrapers like roads.
+    """
+    owners: dict[Colour, tuple[LabelClass, ...]] = {}
+    for label in table.classes:
+        owners[label.color] = (*owners.get(label.color, ()), label)
+    return {colour: labels for colour, labels in owners.items() if len(labels) > 1}
+
+
+def offset_labels(
+    labels: NDArray[np.integer[Any]], offset: int, source: str, void_id: int | None = None
+) -> NDArray[np.uint8]:
+    """Every id plus `offset`, as uint8 of the same shape; `void_id` stays what it is.
+
+    InputError lists the ids that would leave 0..255, with pixel counts.
+    """
+    outside = {i: n for i, n in count_labels(labels).items() if i != void_id and not 0 <= i + offset < MOST_CLASSES}
+    if outside:
+        listed = _some(f"{i} ({_pixels(n)})" for i, n in outside.items())
+        raise InputError(
+            f"{source} cannot be shifted by {offset:+d}: these ids would leave 0..255: {listed}",
+            "say which id is void (it is not shifted), or choose another offset",
+        )
+    # int64 first: the sum of an 8-bit id and the offset must not wrap before it is known to be the void id.
+    shifted = labels.astype(np.int64) + offset
+    return np.where(labels == void_id, labels, shifted).astype(np.uint8)
+
+
+def _table_in(path: Path) -> ClassTable:
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError as exc:
+        raise InputError(f"there is no file {path}", _names_hint()) from exc
+    except OSError as exc:
+        raise InputError(f"{path} cannot be read: {exc.strerror}") from exc
+    except (ValueError, RecursionError) as exc:
+        raise InputError(f"{path} is not JSON: {exc}", _TABLE_HINT) from exc
+    return ClassTable.from_json(content, str(path))
+
+
+def _names_hint() -> str:
+    return f"use {', '.join(built_in_tables())} or a path to a .json"
+
+
+def _label_class(row: object, source: str) -> LabelClass:
+    if not isinstance(row, dict):
+        raise InputError(f"{source} lists a class that is {row!r}, not an object", _TABLE_HINT)
+    number, name, colour = row.get("id"), row.get("name"), row.get("color")
+    if not _is_byte(number):
+        raise InputError(f"{source} has a class with the id {number!r}; ids are 0 to 255", _TABLE_HINT)
+    if not isinstance(name, str) or not name.strip():
+        raise InputError(f"{source} has no name for class {number}", _TABLE_HINT)
+    if not isinstance(colour, list) or len(colour) != 3 or not all(map(_is_byte, colour)):
+        raise InputError(f"{source} gives class {number} ({name}) the colour {colour!r}, not [r, g, b]", _TABLE_HINT)
+    return LabelClass(number, name, (colour[0], colour[1], colour[2]))
+
+
+def _ordered(classes: list[LabelClass], source: str) -> tuple[LabelClass, ...]:
+    """The classes by id, once it is sure that ids are 0..K-1 and no two names could be confused."""
+    ids = sorted(label.id for label in classes)
+    if ids != list(range(len(classes))):
+        wrong = sorted({i for i in ids if ids.count(i) > 1 or i >= len(classes)})
+        raise InputError(
+            f"{source} lists {len(classes)} classes, so their ids must be 0 to {len(classes) - 1}, each once; "
+            f"twice or too large: {_some(map(str, wrong))}",
+            "fill gaps with classes of their own; a value outside the classes can be the void_id",
+        )
+    seen: dict[str, LabelClass] = {}
+    for label in classes:
+        other = seen.setdefault(_plain(label.name), label)
+        if other is not label:
+            raise InputError(f"{source} calls both class {other.id} and class {label.id} {label.name!r}")
+    return tuple(sorted(classes, key=lambda label: label.id))
+
+
+def _ids_by_colour(table: ClassTable) -> NDArray[np.int16]:
+    """int16 (2**24,): the id of every packed colour, -1 where no class has it."""
+    ids = np.full(1 << 24, -1, np.int16)
+    if table.void_id is not None:
+        ids[_packed(np.array(VOID_COLOUR, np.uint8))] = table.void_id
+    for label in reversed(table.classes):  # so that the first of several owners stays
+        ids[_packed(np.array(label.color, np.uint8))] = label.id
+    return ids
+
+
+def _packed(rgb: NDArray[np.uint8]) -> NDArray[np.int32]:
+    """uint8 (..., 3) to one int32 0xRRGGBB each."""
+    packed = rgb[..., 0].astype(np.int32)
+    packed <<= 8
+    packed |= rgb[..., 1]
+    packed <<= 8
+    packed |= rgb[..., 2]
+    return packed
+
+
+def _is_byte(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 255
+
+
+def _plain(name: str) -> str:
+    """A name as it is compared."""
+    return " ".join(name.casefold().replace("_", " ").replace("-", " ").split())
+
+
+def _near(wanted: str, names: Iterable[str]) -> list[str]:
+    """Up to three names that look like the wanted one or contain it."""
+    names = list(names)
+    containing = [name for name in names if wanted and wanted in name]
+    return list(dict.fromkeys(get_close_matches(wanted, names, n=3) + containing))[:3]
+
+
+def _some(words: Iterable[str], most: int = 8) -> str:
+    """The first few, and how many more there are."""
+    words = list(words)
+    more = f" and {len(words) - most} more" if len(words) > most else ""
+    return ", ".join(words[:most]) + more
+
+
+def _pixels(count: int) -> str:
+    return "1 pixel" if count == 1 else f"{count} pixels"
