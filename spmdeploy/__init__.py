@@ -1,3 +1,58 @@
-"""spmdeploy: semantic image editing from training to the edge."""
+"""spmdeploy: semantic image editing from training to the edge.
 
+    import spmdeploy
+    editor = spmdeploy.open_editor("street.spm")
+    result = editor.edit(image, labels, mask)    # uint8 HxWx3 RGB, int HxW, bool HxW
+    result.image, result.report
+
+Importing this package imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spmdeploy.errors import SpmDeployError
+
+if TYPE_CHECKING:
+    from spmdeploy.editor import Editor
+
+__all__ = ["Editor", "SpmDeployError", "__version__", "default_model", "open_editor"]
 __version__ = "0.1.0"
+
+
+def default_model() -> Path:
+    """The bundle inside the package: `street`, for photos of streets (see its card.md for data and licence)."""
+    return Path(__file__).parent / "models" / "street.spm"
+
+
+def open_editor(
+    model: str | Path | None = None, backend: str = "auto", device: str = "auto", precision: str = "auto"
+) -> Editor:
+    """An `Editor` on a bundle, ready to edit; use it as a context manager or call its `close`.
+
+    model: a bundle (folder or zip); None for the default model. backend: auto, onnxruntime or torch. device: auto, cpu
+    or cuda:N. precision: auto, fp32 or fp16. What is asked for by name is done or refused, never replaced; what `auto`
+    chose and why is in `editor.choices`.
+
+    Raises BundleError (not a sound bundle), UnavailableError (this machine cannot), UsageError (no such option).
+    """
+    from spmdeploy.bundle import open_bundle
+    from spmdeploy.editor import Editor
+
+    bundle = open_bundle(default_model() if model is None else model)
+    if backend == "torch":
+        from spmdeploy.networks.session import open_torch_session as open_session
+    else:
+        from spmdeploy.runtime.session import open_session
+    opened = open_session(bundle, backend, device, precision)
+    return Editor(opened.session, bundle.manifest.classes, opened.choices)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Editor":
+        from spmdeploy.editor import Editor
+
+        return Editor
+    raise AttributeError(f"module 'spmdeploy' has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""The exception tree: every error says what is wrong, usually what to do, and which exit code it ends a command with."""
+"""The exception tree: every error says what is wrong, usually what to do, and which exit code a command ends with."""
 
 from __future__ import annotations
 

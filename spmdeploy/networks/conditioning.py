@@ -27,8 +27,8 @@ class LayoutPyramid:
     mask: float (N, 1, H, W), 1 = edit, 0 = keep.
 
     `at(h, w)` is float (N, classes + 2, h, w): one-hot labels and edges, both times the mask, then the mask itself;
-    resized with torch's `nearest`, which for the integer ratios of the U-Nets keeps every r-th pixel. Built from the ids
-    at the wanted size, so that the full-size one-hot volume never exists unless a layer asks for it.
+    resized with torch's `nearest`, which for the integer ratios of the U-Nets keeps every r-th pixel. Built from the
+    ids at the wanted size, so that the full-size one-hot volume never exists unless a layer asks for it.
     """
 
     def __init__(self, labels: Tensor, instances: Tensor, mask: Tensor, classes: int) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -13,7 +12,7 @@ from spmdeploy.networks.conditioning import LayoutPyramid
 from spmdeploy.networks.stage import STAGE_PLANS, Stage
 
 SIZE_MULTIPLE = 128
-"""Height and width of the pictures must be multiples of this: the coarsest stage halves a quarter of them five times."""
+"""Height and width of the pictures are multiples of this: the coarsest stage halves a quarter of them five times."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class Generator(nn.Module):
         self.stages = nn.ModuleList(Stage(plan, config.width, config.hidden, config.classes) for plan in STAGE_PLANS)
 
     def forward(self, image: Tensor, layout: LayoutPyramid) -> StagePictures:
-        """image: float (N, 3, H, W) RGB in [-1, 1], H and W multiples of 128; what it holds under the mask is not used."""
+        """image: float (N, 3, H, W) RGB in [-1, 1], H and W multiples of 128."""
         raw: list[Tensor] = []
         for index in range(len(self.stages)):
             picture = self.stage_input(index, image, layout, raw[-1] if raw else None)
@@ -76,17 +75,16 @@ class Generator(nn.Module):
         image: float (N, 3, H, W). coarser: float, half this stage's size, or None for the first stage, where the mask
         is blacked out at full size before shrinking.
         """
-        height, width = stage_size(index, image.shape[-2:])
+        scale = stage_scale(index)
         if coarser is None:
-            return _shrink(image * (1 - layout.mask), height, width)
-        guess = F.interpolate(coarser, scale_factor=2, mode="bilinear", align_corners=False)
-        return composite(guess, _shrink(image, height, width), layout.mask_at(height, width))
+            return _resize(image * (1 - layout.mask), scale)
+        known = _resize(image, scale)
+        return composite(_resize(coarser, 2), known, layout.mask_at(*known.shape[-2:]))
 
 
-def stage_size(index: int, full_size: tuple[int, int] | torch.Size) -> tuple[int, int]:
-    """Height and width that stage `index` works at when the picture is of `full_size`."""
-    halvings = len(STAGE_PLANS) - 1 - index
-    return full_size[0] >> halvings, full_size[1] >> halvings
+def stage_scale(index: int) -> float:
+    """Size of the pictures of stage `index`, relative to the whole."""
+    return 0.5 ** (len(STAGE_PLANS) - 1 - index)
 
 
 def composite(generated: Tensor, image: Tensor, mask: Tensor) -> Tensor:
@@ -94,7 +92,7 @@ def composite(generated: Tensor, image: Tensor, mask: Tensor) -> Tensor:
     return mask * generated + (1 - mask) * image
 
 
-def _shrink(image: Tensor, height: int, width: int) -> Tensor:
-    if image.shape[-2:] == (height, width):
-        return image
-    return F.interpolate(image, size=(height, width), mode="bilinear", align_corners=False)
+def _resize(picture: Tensor, scale: float) -> Tensor:
+    if scale == 1:
+        return picture
+    return F.interpolate(picture, scale_factor=scale, mode="bilinear", align_corners=False)

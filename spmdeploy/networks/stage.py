@@ -44,12 +44,12 @@ class Stage(nn.Module):
 
         in_channels = 3
         for index, multiple in enumerate(plan.encoder):
-            stride = 1 if index in (0, len(plan.encoder) - 1) else 2
+            stride = _encoder_stride(index, len(plan.encoder))
             encoder.append(StylePreservedModulation(in_channels, multiple * width, layout_channels, hidden, stride))
             in_channels = multiple * width
 
         for index, multiple in enumerate(plan.decoder):
-            skip = self._skip_index(len(plan.decoder), index)
+            skip = _skip_index(index, len(plan.decoder))
             skip_channels = 0 if skip is None else plan.encoder[skip] * width
             decoder.append(
                 StylePreservedModulation(in_channels + skip_channels, multiple * width, layout_channels, hidden)
@@ -67,21 +67,26 @@ class Stage(nn.Module):
         """
         skips = []
         x = picture
-        for layer in self.encoder:
-            stride = layer.features.stride[0]
+        for index, layer in enumerate(self.encoder):
+            stride = _encoder_stride(index, len(self.encoder))
             x = layer(x, layout.at(x.shape[-2] // stride, x.shape[-1] // stride))
             skips.append(x)
 
         for index, layer in enumerate(self.decoder):
             x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
-            skip = self._skip_index(len(self.decoder), index)
+            skip = _skip_index(index, len(self.decoder))
             if skip is not None:
                 x = torch.cat((x, skips[skip]), dim=1)
             x = layer(x, layout.at(*x.shape[-2:]))
 
         return torch.tanh(self.to_rgb(F.pad(x, (1, 1, 1, 1), mode="replicate")))
 
-    @staticmethod
-    def _skip_index(decoder_layers: int, index: int) -> int | None:
-        """Position in the encoder of the skip that decoder layer `index` reads; None for the last one."""
-        return None if index == decoder_layers - 1 else decoder_layers - 1 - index
+
+def _encoder_stride(index: int, layers: int) -> int:
+    """The first and the last layer of the encoder keep the resolution, the others halve it."""
+    return 1 if index in (0, layers - 1) else 2
+
+
+def _skip_index(index: int, layers: int) -> int | None:
+    """Position in the encoder of the skip that decoder layer `index` of `layers` reads; None for the last one."""
+    return None if index == layers - 1 else layers - 1 - index

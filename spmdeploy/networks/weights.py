@@ -120,7 +120,9 @@ def _reference_tensors(content: Any, path: Path) -> dict[str, Tensor]:
     if isinstance(content, Mapping) and "netG" in content:
         content = content["netG"]
     if not isinstance(content, Mapping) or not content:
-        raise InputError(f"{path}: holds no state dict", "expected a dict with netG, or the state dict of the generator")
+        raise InputError(
+            f"{path}: holds no state dict", "expected a dict with netG, or the state dict of the generator"
+        )
     tensors = {}
     for key, value in content.items():
         if not isinstance(value, Tensor):
@@ -145,7 +147,7 @@ def _read_off_config(stored: Mapping[str, Tensor], path: Path) -> GeneratorConfi
 
 
 def _renamed(stored: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """The stored tensors under our names, spectral normalisation folded. Raises InputError for missing or surplus keys."""
+    """The stored tensors under our names, spectral normalisation folded. Raises InputError for wrong keys."""
     left = dict(stored)
 
     def take(key: str) -> Tensor:
@@ -177,7 +179,9 @@ def _renamed(stored: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
         state[f"stages.{stage}.to_rgb.weight"] = take(f"G{stage + 1}.dec1.conv.weight")
     if left:
         more = f" and {len(left) - 1} more" if len(left) > 1 else ""
-        raise InputError(f"{path}: surplus key {next(iter(left))}{more}", "this is not the generator of an SPM checkpoint")
+        raise InputError(
+            f"{path}: surplus key {next(iter(left))}{more}", "this is not the generator of an SPM checkpoint"
+        )
     return state
 
 

@@ -1,0 +1,3 @@
+from spmdeploy.cli import entry
+
+entry()

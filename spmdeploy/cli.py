@@ -1,0 +1,517 @@
+"""The command line: parse, call, print. Results go to stdout, talk and progress to stderr.
+
+Everything but typer and the exceptions is imported inside the commands: `spmdeploy COMMAND --help` must stay instant.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+import spmdeploy
+from spmdeploy.errors import (
+    BatchItemsFailed,
+    OutOfMemory,
+    SpmDeployError,
+    UnavailableError,
+    UsageError,
+    VerificationError,
+)
+
+if TYPE_CHECKING:
+    from spmdeploy.editor import Editor
+
+app = typer.Typer(
+    name="spmdeploy",
+    help="Semantic image editing: a photo, a label map and a mask go in, what is under the mask comes back repainted.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+labels_app = typer.Typer(help="Check, show and convert label maps.", rich_markup_mode=None)
+app.add_typer(labels_app, name="labels")
+
+
+class Backend(StrEnum):
+    auto = "auto"
+    onnxruntime = "onnxruntime"
+    torch = "torch"
+
+
+class PrecisionChoice(StrEnum):
+    auto = "auto"
+    fp32 = "fp32"
+    fp16 = "fp16"
+
+
+class GraphPrecision(StrEnum):
+    fp32 = "fp32"
+    fp16 = "fp16"
+
+
+class TilingChoice(StrEnum):
+    auto = "auto"
+    off = "off"
+    crop = "crop"
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout, also on failure.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
+Model = Annotated[
+    Path | None, typer.Option("--model", help="Bundle (.spm folder or zip); without it the built-in one.")
+]
+BackendOption = Annotated[Backend, typer.Option("--backend", help="A backend asked for by name is never replaced.")]
+Device = Annotated[str, typer.Option("--device", metavar="auto|cpu|cuda:N", help="Where to run.")]
+PrecisionOption = Annotated[PrecisionChoice, typer.Option("--precision", help="Which of the bundle's graphs to run.")]
+Tiling = Annotated[
+    TilingChoice, typer.Option("--tiling", help="off: whole photo at once; crop: windows around the mask.")
+]
+Classes = Annotated[str, typer.Option("--classes", help="cityscapes, ade20k, street, or a JSON file of your own.")]
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
+) -> None:
+    if version:
+        print(spmdeploy.__version__)
+    elif context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@app.command()
+def edit(
+    image: Annotated[Path, typer.Argument(help="The photo: 8-bit PNG, JPEG, WebP or BMP.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The edited photo; .png keeps known pixels exactly.")],
+    labels: Annotated[Path | None, typer.Option("--labels", help="Label map: what the picture shall show.")] = None,
+    fill: Annotated[str | None, typer.Option("--fill", help="One class for the whole mask, by name or id.")] = None,
+    mask: Annotated[Path | None, typer.Option("--mask", help="White is edited, black is kept.")] = None,
+    edited_from: Annotated[
+        Path | None, typer.Option("--edited-from", help="The labels before the change: the mask is what differs.")
+    ] = None,
+    instances: Annotated[Path | None, typer.Option("--instances", help="Instance map, for the outlines.")] = None,
+    grow: Annotated[
+        int | None,
+        typer.Option("--grow", help="Grow the mask by so many pixels. Default: 8 with --edited-from, else 0."),
+    ] = None,
+    sheet: Annotated[
+        Path | None, typer.Option("--sheet", help="Also write before / labels / mask / after side by side.")
+    ] = None,
+    model: Model = None,
+    backend: BackendOption = Backend.auto,
+    device: Device = "auto",
+    precision: PrecisionOption = PrecisionChoice.auto,
+    tiling: Tiling = TilingChoice.auto,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Edit one photo."""
+    from spmdeploy.edit_files import EditFiles, edit_files
+
+    started = time.perf_counter()
+    files = EditFiles(image, output, labels, fill, mask, edited_from, instances, grow, sheet, overwrite)
+    with _editor(model, backend, device, precision) as editor:
+        opened = time.perf_counter()
+        with _bar("editing") as show:
+            result = edit_files(editor, files, tiling.value, show)
+        choices = editor.choices
+    ended = time.perf_counter()
+    for note in result.notes:
+        _say(f"note: {note}")
+    seconds = {"open": round(opened - started, 4), "edit": round(ended - opened, 4)}
+    payload = {**result.to_json(), "choices": list(choices), "seconds": seconds}
+    windows = len(result.report.windows)
+    summary = f"{output}: {result.report.edited_pixels} pixels in {windows} window{'s' * (windows != 1)}"
+    lines = [f"{summary}, {result.report.provider}, {result.report.precision}, {ended - started:.2f} s"]
+    _print("edit", payload, lines + ([f"{sheet}: before, labels, mask, after"] if sheet else []), as_json)
+
+
+@app.command()
+def batch(
+    manifest: Annotated[
+        Path, typer.Argument(help="CSV or JSONL: image, labels or fill, mask or edited_from, output, ...")
+    ],
+    output_dir: Annotated[Path, typer.Option("--output-dir", help="Results and status.jsonl go here.")],
+    model: Model = None,
+    backend: BackendOption = Backend.auto,
+    device: Device = "auto",
+    precision: PrecisionOption = PrecisionChoice.auto,
+    tiling: Tiling = TilingChoice.auto,
+    jobs: Annotated[int, typer.Option("--jobs", min=1, help="Edits under way at once.")] = 1,
+    resume: Annotated[bool, typer.Option("--resume", help="Skip what is done already.")] = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Edit many photos, with a status for each."""
+    from spmdeploy.batch import STATUS_FILE, ItemStatus, read_manifest, run_batch
+
+    output_dir.mkdir(parents=True, exist_ok=True)
+    items = read_manifest(manifest, output_dir, overwrite)
+    with _editor(model, backend, device, precision) as editor, _bar("editing") as show:
+        done = 0
+
+        def progress(status: ItemStatus) -> None:
+            nonlocal done
+            done += 1
+            show(done, len(items))
+            if status.error:
+                _say(f"row {status.row}: {status.error}")
+
+        statuses = run_batch(
+            editor, items, output_dir, tiling=tiling.value, jobs=jobs, resume=resume, progress=progress
+        )
+    counts = {name: sum(status.status == name for status in statuses) for name in ("done", "skipped", "failed")}
+    payload = {"counts": counts, "items": [status.to_json() for status in statuses]}
+    line = ", ".join(f"{count} {name}" for name, count in counts.items())
+    failure = BatchItemsFailed(f"{counts['failed']} of {len(statuses)} items failed", f"see {output_dir / STATUS_FILE}")
+    _print("batch", payload, [f"{output_dir}: {line}"], as_json, failure if counts["failed"] else None)
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="Weights: .safetensors of ours, or a .pth checkpoint with netG.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The bundle, NAME.spm.")],
+    classes: Classes,
+    precision: Annotated[
+        list[GraphPrecision] | None, typer.Option("--precision", help="Repeat for several; default: fp32 and fp16.")
+    ] = None,
+    half_weights: Annotated[
+        bool, typer.Option("--half-weights", help="Store the FP32 graph's weights as FP16: half the file.")
+    ] = False,
+    licence: Annotated[
+        str | None, typer.Option("--licence", help="Terms of the weights, for manifest and card.")
+    ] = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Turn weights into a bundle, every graph checked against PyTorch."""
+    with _needs("export"):
+        from spmdeploy.export.pipeline import UNSTATED_LICENCE, ExportOptions, export_bundle
+    from spmdeploy.labels import class_table
+
+    options = ExportOptions(
+        table=class_table(classes),
+        precisions=[choice.value for choice in precision or GraphPrecision],
+        half_weights=half_weights,
+        licence=licence or UNSTATED_LICENCE,
+        overwrite=overwrite,
+    )
+    result = export_bundle(checkpoint, output, options, lambda step: _say(f"{step} ..."))
+    graphs = [{**graph.record.to_json(), "seconds": round(graph.seconds, 2)} for graph in result.graphs]
+    rows = [
+        (
+            f"{graph['graph']} {graph['precision']}",
+            f"{graph['bytes'] / 1e6:.1f} MB",
+            f"{graph['parity']['max_grey']:g}",
+            f"{graph['parity']['mean_grey']:.3f}",
+            _decibel(graph["parity"]["psnr_db"]),
+            f"{graph['seconds']:.1f} s",
+        )
+        for graph in graphs
+    ]
+    heading = ("graph", "size", "largest drift", "mean drift", "PSNR in mask", "time")
+    lines = [f"{output}: {result.bundle.manifest.generator.parameters / 1e6:.1f} M parameters, {result.seconds:.1f} s"]
+    payload = {"output": str(output), "seconds": round(result.seconds, 2), "graphs": graphs}
+    _print("export", payload, lines + _table(heading, rows), as_json)
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A bundle or a checkpoint.")],
+    as_json: Json = False,
+) -> None:
+    """Show what is in a bundle or a checkpoint, read off the files themselves."""
+    from spmdeploy.inspection import inspect_path
+
+    facts = inspect_path(path)
+    _print("inspect", facts, _bundle_lines(facts) if facts["kind"] == "bundle" else _plain_lines(facts), as_json)
+
+
+@app.command()
+def verify(
+    bundle: Annotated[Path | None, typer.Argument(help="A bundle; without it the built-in one.")] = None,
+    backend: BackendOption = Backend.auto,
+    device: Device = "auto",
+    precision: PrecisionOption = PrecisionChoice.auto,
+    as_json: Json = False,
+) -> None:
+    """Check a bundle's hashes and repeat its golden edits on this machine."""
+    from spmdeploy.bundle import open_bundle
+    from spmdeploy.runtime.golden import verify as repeat_golden_edits
+
+    opened = open_bundle(bundle or spmdeploy.default_model())
+    opened.check_all()
+    with _editor(opened.path, backend, device, precision) as editor:
+        session = editor.session
+        results = repeat_golden_edits(session, opened)
+        ran = {key: getattr(session, key) for key in ("backend", "device", "precision", "provider")}
+    rows = [
+        (
+            result.name,
+            "ok" if result.passed else "FAILED",
+            f"{result.drift.max_grey}",
+            f"{result.drift.mean_grey:.3f}",
+            _decibel(result.drift.to_json()["psnr_db"]),
+        )
+        for result in results
+    ]
+    lines = [f"{opened.path}: all hashes match; golden edits on {ran['provider']}, {ran['precision']}"]
+    lines += _table(("golden edit", "", "largest drift", "mean drift", "PSNR in mask"), rows)
+    payload = {"bundle": str(opened.path), **ran, "golden": [result.to_json() for result in results]}
+    faults = [f"{result.name}: {fault}" for result in results for fault in result.faults]
+    failure = VerificationError("; ".join(faults), "do not use this backend with this bundle") if faults else None
+    _print("verify", payload, lines, as_json, failure)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Show what this machine can run, and if not, why not and what to do."""
+    from spmdeploy import doctor as examination
+
+    findings, machine = examination.examine(), examination.machine()
+    rows = [(finding.name, "usable" if finding.usable else "not usable", finding.reason) for finding in findings]
+    lines = [", ".join(f"{name} {value}" for name, value in machine.items())]
+    lines += _table(("", "", ""), rows)[1:]
+    lines += [f"{finding.name}: {finding.remedy}" for finding in findings if finding.remedy]
+    payload = {"machine": machine, "findings": [finding.to_json() for finding in findings]}
+    _print("doctor", payload, lines, as_json)
+
+
+@labels_app.command("check")
+def labels_check(
+    path: Annotated[Path, typer.Argument(help="A label map.")],
+    classes: Classes = "street",
+    as_json: Json = False,
+) -> None:
+    """Which classes a label map holds, and whether the table knows them."""
+    from spmdeploy.images import read_labels
+    from spmdeploy.labels import check_labels, class_table, count_labels
+
+    table, ids = class_table(classes), read_labels(path)
+    counts = count_labels(ids)
+    check_labels(ids, table, str(path))
+    names = {label: table.classes[label].name if label < len(table) else "void" for label in counts}
+    rows = [(str(i), names[i], str(n), f"{n / ids.size:.1%}") for i, n in counts.items()]
+    found = [{"id": i, "name": names[i], "pixels": n} for i, n in counts.items()]
+    payload = {"path": str(path), "table": table.name, "height": ids.shape[0], "width": ids.shape[1], "labels": found}
+    _print("labels-check", payload, _table(("id", "class", "pixels", "share"), rows), as_json)
+
+
+@labels_app.command("show")
+def labels_show(
+    path: Annotated[Path, typer.Argument(help="A label map.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The coloured picture.")],
+    classes: Classes = "street",
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Write a coloured picture of a label map."""
+    from spmdeploy.images import read_labels, write_picture
+    from spmdeploy.labels import class_table, colourise
+
+    write_picture(output, colourise(read_labels(path), class_table(classes)), overwrite)
+    _print("labels-show", {"output": str(output)}, [str(output)], as_json)
+
+
+@labels_app.command("convert")
+def labels_convert(
+    path: Annotated[Path, typer.Argument(help="A coloured label map; with --offset a map of ids.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The map of ids, as a grey PNG.")],
+    classes: Classes = "street",
+    offset: Annotated[
+        int | None, typer.Option("--offset", help="Add this to every id instead of reading colours.")
+    ] = None,
+    void: Annotated[int | None, typer.Option("--void", help="With --offset: an id that stays as it is.")] = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Turn class colours into ids, or shift ids."""
+    from spmdeploy import images, labels
+
+    table = labels.class_table(classes)
+    if offset is None:
+        if void is not None:
+            raise UsageError("--void needs --offset", "colours are looked up, not shifted")
+        ids = labels.labels_from_colours(images.read_photo(path).pixels, table, str(path))
+    else:
+        ids = labels.offset_labels(images.read_labels(path), offset, str(path), void)
+    images.write_picture(output, ids, overwrite)
+    payload = {"output": str(output), "labels": {str(i): n for i, n in labels.count_labels(ids).items()}}
+    _print("labels-convert", payload, [f"{output}: {len(payload['labels'])} classes"], as_json)
+
+
+# ------------------------------------------------------------------------------------------------- talk and results
+
+
+def _editor(model: Path | None, backend: Backend, device: str, precision: PrecisionChoice) -> Editor:
+    with _needs("export"):
+        editor = spmdeploy.open_editor(model, backend.value, device, precision.value)
+    for choice in editor.choices:
+        _say(choice)
+    return editor
+
+
+@contextmanager
+def _needs(extra: str) -> Iterator[None]:
+    """Turns a missing package into an error with the command that installs it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise UnavailableError(f"this needs the package {error.name}", f'pip install "spmdeploy[{extra}]"') from error
+
+
+@contextmanager
+def _bar(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on stderr, when that is a terminal and there is more than one step."""
+    bar: Any = None
+
+    def show(done: int, total: int) -> None:
+        nonlocal bar
+        if total < 2 or not sys.stderr.isatty():
+            return
+        if bar is None:
+            bar = typer.progressbar(length=total, label=title, file=sys.stderr)
+            bar.__enter__()
+        bar.update(done - bar.pos)
+
+    try:
+        yield show
+    finally:
+        if bar is not None:
+            bar.__exit__(None, None, None)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _print(
+    command: str, payload: dict[str, Any], lines: Sequence[str], as_json: bool, failure: SpmDeployError | None = None
+) -> None:
+    """The result on stdout, in words or as JSON. A failure belongs into the same JSON object and ends the command."""
+    if as_json:
+        error = {} if failure is None else _error_fields(failure)
+        print(json.dumps({"schema": f"spmdeploy.{command}/1", **payload, **error}, ensure_ascii=False))
+    else:
+        print("\n".join(lines))
+        if failure is not None:
+            _report(failure)
+    if failure is not None:
+        raise typer.Exit(failure.exit_code)
+
+
+def _table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[column]) for row in (heading, *rows)) for column in range(len(heading))]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in (heading, *rows)
+    ]
+
+
+def _decibel(psnr: float | None) -> str:
+    return "identical" if psnr is None else f"{psnr:.1f} dB"
+
+
+def _plain_lines(facts: dict[str, Any]) -> list[str]:
+    return [": ".join((name, f"{value:,}" if isinstance(value, int) else str(value))) for name, value in facts.items()]
+
+
+def _bundle_lines(facts: dict[str, Any]) -> list[str]:
+    generator, source, classes = facts["generator"], facts["source"], facts["classes"]
+    names = ", ".join(f"{entry['id']} {entry['name']}" for entry in classes["classes"][:12])
+    more = f", ... {len(classes['classes'])} in all" if len(classes["classes"]) > 12 else ""
+    rows = []
+    for graph in facts["graphs"]:
+        counted = graph["counted"] or graph
+        fp32 = ", ".join(f"{count} {name}" for name, count in sorted(counted["fp32_operations"].items()))
+        rows.append(
+            (
+                f"{graph['graph']} {graph['precision']}",
+                f"{graph['bytes'] / 1e6:.1f} MB",
+                f"{counted['fp16_share']:.0%}",
+                _decibel(graph["parity"]["psnr_db"]),
+                fp32 if graph["precision"] == "fp16" else "all",
+            )
+        )
+    counted_by = (
+        "counted in the graphs" if facts["graphs"] and facts["graphs"][0]["counted"] else "as recorded at export"
+    )
+    return [
+        f"{facts['path']}: bundle {facts['name']}, {facts['bytes'] / 1e6:.1f} MB, all hashes match",
+        f"generator   {generator['parameters'] / 1e6:.1f} M parameters, {generator['gflop']:.1f} GFLOP an edit",
+        f"classes     {classes['name']}: {names}{more}",
+        f"source      {source['file']} ({source['format']}, {facts['channel_order']}), {facts['created']}",
+        f"licence     {facts['licence']}",
+        f"precision   {counted_by}",
+        *_table(("graph", "size", "FP16 operations", "PSNR in mask", "FP32 operations"), rows),
+        *(f"surplus file, never read: {name}" for name in facts["surplus"]),
+    ]
+
+
+def _error_fields(error: SpmDeployError) -> dict[str, Any]:
+    return {"error": error.problem, "hint": error.hint, "exit_code": error.exit_code}
+
+
+def _report(error: SpmDeployError) -> None:
+    _say(f"error: {error.problem}")
+    if error.hint:
+        _say(f"hint: {error.hint}")
+
+
+# ------------------------------------------------------------------------------------------------------ entry point
+
+_INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code; the only place where errors become words."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    as_json = "--json" in arguments
+    try:
+        exit_code = app(arguments, prog_name="spmdeploy", standalone_mode=False) or 0
+        if exit_code == _INTERRUPTED:
+            return _fail(SpmDeployError("interrupted"), as_json, _INTERRUPTED)
+        return int(exit_code)
+    except typer.TyperException as error:
+        context = getattr(error, "ctx", None)
+        hint = f"see {context.command_path} --help" if context else None
+        return _fail(UsageError(error.format_message(), hint), as_json)
+    except SpmDeployError as error:
+        return _fail(error, as_json)
+    except MemoryError:
+        return _fail(OutOfMemory("out of memory", "use a smaller photo or close other programs"), as_json)
+    except Exception as error:
+        unexpected = SpmDeployError(
+            f"{type(error).__name__}: {error}", "this is a defect; SPMDEPLOY_DEBUG=1 shows where"
+        )
+        return _fail(unexpected, as_json)
+
+
+def _fail(error: SpmDeployError, as_json: bool, exit_code: int | None = None) -> int:
+    exit_code = error.exit_code if exit_code is None else exit_code
+    if os.environ.get("SPMDEPLOY_DEBUG") == "1":
+        traceback.print_exc()
+    if as_json:
+        print(json.dumps({"schema": "spmdeploy.error/1", **_error_fields(error), "exit_code": exit_code}))
+    else:
+        _report(error)
+    return exit_code
+
+
+def entry() -> None:
+    """The console script."""
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    entry()

@@ -1,0 +1,164 @@
+"""One edit from files to a file: what the commands `edit` and `batch` both do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spmdeploy import images
+from spmdeploy.editor import Editor, EditReport, InputNames
+from spmdeploy.editor import Tiling as Tiling
+from spmdeploy.errors import InputError, UsageError
+from spmdeploy.labels import ClassTable
+
+GROWTH_OF_CHANGES = 8
+"""Pixels by which a mask made from changed labels is grown unless told otherwise: label maps cut objects tightly, and
+what is left of an object's outline or shadow would show."""
+
+
+@dataclass(frozen=True)
+class EditFiles:
+    """What to edit. One of `labels` and `fill`, and one of `mask` and `edited_from`, says what becomes of it."""
+
+    image: Path
+    output: Path
+    labels: Path | None = None
+    fill: str | None = None
+    """One class, by name or id, for everything under the mask."""
+    mask: Path | None = None
+    edited_from: Path | None = None
+    """The label map before it was edited: the mask is what differs."""
+    instances: Path | None = None
+    grow: int | None = None
+    """Pixels to grow the mask by; None: `GROWTH_OF_CHANGES` with edited_from, else 0."""
+    sheet: Path | None = None
+    """Where to put a picture of before, labels, mask and after side by side."""
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.labels is None) == (self.fill is None):
+            raise UsageError("give either labels or fill", "--labels FILE for a label map, --fill CLASS for one class")
+        if (self.mask is None) == (self.edited_from is None):
+            raise UsageError(
+                "give either mask or edited_from",
+                "--mask FILE, or --edited-from FILE with the labels before the change",
+            )
+        if self.edited_from is not None and self.labels is None:
+            raise UsageError("edited_from needs labels to compare with", "add --labels FILE, or use --mask")
+        if self.grow is not None and not 0 <= self.grow <= 1024:
+            raise UsageError(f"grow is {self.grow}, which is not within 0 and 1024 pixels")
+
+
+@dataclass(frozen=True)
+class EditInputs:
+    """The files of an edit, read and checked against each other."""
+
+    photo: images.Photo
+    labels: NDArray[np.uint8]
+    mask: NDArray[np.bool_]
+    instances: NDArray[np.int32] | None
+
+
+@dataclass(frozen=True)
+class FileEdit:
+    """A finished edit."""
+
+    output: Path
+    sheet: Path | None
+    size: tuple[int, int]
+    """Width and height."""
+    report: EditReport
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "output": str(self.output),
+            "sheet": None if self.sheet is None else str(self.sheet),
+            "width": self.size[0],
+            "height": self.size[1],
+            "report": self.report.to_json(),
+            "notes": list(self.notes),
+        }
+
+
+def edit_files(
+    editor: Editor, files: EditFiles, tiling: Tiling = "auto", progress: Callable[[int, int], None] | None = None
+) -> FileEdit:
+    """Reads, edits and writes. Raises InputError naming the file that is at fault; nothing is then written."""
+    for path in filter(None, (files.output, files.sheet)):
+        images.check_output(path, files.overwrite)
+    inputs = read_inputs(files, editor.classes)
+    names = InputNames(
+        image=str(files.image),
+        labels=str(files.labels or f"fill {files.fill}"),
+        mask=str(files.mask or files.edited_from),
+        instances=str(files.instances),
+    )
+    photo = inputs.photo
+    result = editor.edit(
+        photo.pixels, inputs.labels, inputs.mask, inputs.instances, tiling=tiling, progress=progress, names=names
+    )
+    lost = images.write_photo(files.output, replace(photo, pixels=result.image), overwrite=files.overwrite)
+    if files.sheet is not None:
+        from spmdeploy.sheets import edit_sheet
+
+        sheet = edit_sheet(photo.pixels, inputs.labels, inputs.mask, result.image, editor.classes)
+        images.write_picture(files.sheet, sheet, overwrite=files.overwrite)
+    size = (photo.pixels.shape[1], photo.pixels.shape[0])
+    return FileEdit(files.output, files.sheet, size, result.report, (*photo.notes, *lost, *result.report.notes))
+
+
+def read_inputs(files: EditFiles, classes: ClassTable) -> EditInputs:
+    """The arrays of an edit. Raises InputError."""
+    photo = images.read_photo(files.image)
+    shape = photo.pixels.shape[:2]
+    if files.labels is not None:
+        labels = images.read_labels(files.labels)
+        _check_size(labels, files.labels, shape, files.image)
+    else:
+        labels = np.full(shape, classes.find(str(files.fill)).id, np.uint8)
+    mask = _read_mask(files, labels)
+    _check_size(mask, files.mask or files.edited_from, shape, files.image)
+    instances = None if files.instances is None else images.read_instances(files.instances)
+    return EditInputs(photo, labels, mask, instances)
+
+
+def grow_mask(mask: NDArray[np.bool_], pixels: int) -> NDArray[np.bool_]:
+    """`mask` and every pixel at most `pixels` rows and columns away from it. mask: bool (H, W)."""
+    for axis in (0, 1):
+        length = mask.shape[axis]
+        sums = np.cumsum(mask, axis=axis, dtype=np.int32)
+        sums = np.concatenate([np.zeros_like(sums.take([0], axis)), sums], axis=axis)
+        first = np.clip(np.arange(length) - pixels, 0, length)
+        end = np.clip(np.arange(length) + pixels + 1, 0, length)
+        mask = sums.take(end, axis) > sums.take(first, axis)
+    return mask
+
+
+def _read_mask(files: EditFiles, labels: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    grow = files.grow
+    if files.mask is not None:
+        mask = images.read_mask(files.mask)
+        images.check_mask(mask, str(files.mask))
+    else:
+        assert files.edited_from is not None
+        before = images.read_labels(files.edited_from)
+        _check_size(before, files.edited_from, labels.shape, files.labels)
+        mask = before != labels
+        if not mask.any():
+            raise InputError(f"{files.labels} equals {files.edited_from}: nothing to edit", "change some labels first")
+        grow = GROWTH_OF_CHANGES if grow is None else grow
+    return grow_mask(mask, grow) if grow else mask
+
+
+def _check_size(array: NDArray[Any], path: Path | None, shape: tuple[int, ...], reference: Path | None) -> None:
+    if array.shape != shape:
+        raise InputError(
+            f"{path} is {array.shape[1]}×{array.shape[0]} but {reference} is {shape[1]}×{shape[0]}; they must match",
+            "resize label maps and masks with nearest-neighbour; photos are turned upright by their EXIF orientation",
+        )

@@ -1,0 +1,1 @@
+"""Weights to bundle: deploy graph, ONNX, FP16, parity, pipeline."""

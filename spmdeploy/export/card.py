@@ -1,0 +1,41 @@
+"""card.md: what a person should know before using a bundle."""
+
+from __future__ import annotations
+
+from spmdeploy.bundle import GraphRecord, Manifest
+
+
+def bundle_card(manifest: Manifest) -> str:
+    """The card as Markdown, from the manifest alone."""
+    generator = manifest.generator
+    sections = [
+        f"# {manifest.name}",
+        "An SPM semantic image editor: give it a photo, a label map and a mask, and it repaints what is under the mask "
+        f"so that it shows what the labels say. {generator.parameters / 1e6:.1f} M parameters, {generator.gflop:.1f} "
+        f"GFLOP for one {manifest.native_size}×{manifest.native_size} edit.",
+        f"**Licence of the weights:** {manifest.licence}",
+        f"**Made from** `{manifest.source.file}` (SHA-256 `{manifest.source.sha256[:16]}…`) on {manifest.created} with "
+        + ", ".join(f"{tool} {version}" for tool, version in manifest.tools.items())
+        + ".",
+        "## Graphs",
+        "Drift is the worst over the golden edits, against PyTorch in FP32, under the mask, in grey levels of 255.",
+        "| graph | file | MB | FP16 share | largest drift | mean drift | PSNR |\n|---|---|---|---|---|---|---|\n"
+        + "\n".join(_graph_row(record) for record in manifest.graphs),
+        "## Classes",
+        ", ".join(f"{entry.id} {entry.name}" for entry in manifest.classes.classes)
+        + ("." if manifest.classes.void_id is None else f"; {manifest.classes.void_id} means no class."),
+        "## Golden edits",
+        "\n".join(f"- `{edit.folder}`: {edit.note}" for edit in manifest.golden),
+    ]
+    if manifest.training:
+        facts = "\n".join(f"- {name}: {value}" for name, value in manifest.training.items())
+        sections += ["## Training", facts]
+    return "\n\n".join(sections) + "\n"
+
+
+def _graph_row(record: GraphRecord) -> str:
+    psnr = "∞" if record.parity["psnr_db"] is None else f"{record.parity['psnr_db']:.1f} dB"
+    return (
+        f"| {record.graph} {record.precision} | `{record.file}` | {record.bytes / 1e6:.1f} | {record.fp16_share:.0%} "
+        f"| {record.parity['max_grey']:g} | {record.parity['mean_grey']:.3f} | {psnr} |"
+    )

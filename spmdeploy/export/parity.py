@@ -1,0 +1,38 @@
+"""How far a written graph may be from torch in FP32, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from spmdeploy.bundle import ParityLimits, Precision
+from spmdeploy.runtime.golden import GoldenPictures, GoldenResult, repeat_golden
+from spmdeploy.runtime.ort import OnnxRuntimeSession
+
+# FP32 backends add in another order. That flips roundings (1 level); and a few pixels sit where an instance norm divides
+# by nearly nothing, which amplifies the last bits: up to 0.3 levels before rounding on random weights. Hence 2.
+#
+# With FP16 weights or arithmetic, what matters is that nobody can see it: 40 dB in the mask is a root mean square
+# difference of 2.5 levels, below what an eye finds side by side. Single pixels may jump further (14 levels were seen
+# with random weights); 48 is still not a black or a white dot, which is what an overflow gives.
+FP32_LIMITS = ParityLimits(max_grey=2, mean_grey=0.05, min_psnr_db=55)
+HALF_LIMITS = ParityLimits(max_grey=48, mean_grey=1.0, min_psnr_db=40)
+
+
+def check_graph(
+    path: Path, precision: Precision, golden: Mapping[str, GoldenPictures], limits: ParityLimits
+) -> list[GoldenResult]:
+    """Runs a graph that lies on disk in ONNX Runtime on the CPU, on every golden edit."""
+    session = OnnxRuntimeSession(path, precision)
+    return [repeat_golden(session, pictures, name, limits) for name, pictures in golden.items()]
+
+
+def worst(results: list[GoldenResult]) -> dict[str, float | None]:
+    """The largest differences and the lowest PSNR among the edits, as they go into the manifest."""
+    drifts = [result.drift for result in results]
+    psnr = min(drift.psnr_db for drift in drifts)
+    return {
+        "max_grey": max(drift.max_grey for drift in drifts),
+        "mean_grey": round(max(drift.mean_grey for drift in drifts), 4),
+        "psnr_db": None if psnr == float("inf") else round(psnr, 2),
+    }

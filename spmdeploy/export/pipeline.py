@@ -1,0 +1,204 @@
+"""A checkpoint becomes a bundle: read, reference edits, FP32 graph, FP16 graph, each checked before it may ship."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+
+import spmdeploy
+from spmdeploy import images
+from spmdeploy.bundle import (
+    Bundle,
+    BundleWriter,
+    GeneratorFacts,
+    GoldenEdit,
+    GraphRecord,
+    Manifest,
+    ParityLimits,
+    Precision,
+    SourceFacts,
+)
+from spmdeploy.errors import InputError, VerificationError
+from spmdeploy.export.card import bundle_card
+from spmdeploy.export.golden import golden_edits
+from spmdeploy.export.graph_facts import graph_facts
+from spmdeploy.export.parity import FP32_LIMITS, HALF_LIMITS, check_graph, worst
+from spmdeploy.export.to_fp16 import store_weights_as_halves, to_fp16
+from spmdeploy.export.to_onnx import export_edit
+from spmdeploy.labels import ClassTable
+from spmdeploy.networks.deploy_graph import NATIVE_SIZE
+from spmdeploy.networks.session import TorchSession
+from spmdeploy.networks.weights import Checkpoint, load_checkpoint
+from spmdeploy.runtime.golden import GoldenPictures
+from spmdeploy.samples import ATTRIBUTION
+
+UNSTATED_LICENCE = "not stated by whoever exported this bundle"
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What to make of a checkpoint."""
+
+    table: ClassTable
+    precisions: Sequence[Precision] = ("fp32", "fp16")
+    half_weights: bool = False
+    """Store the FP32 graph's weights rounded to FP16: half the file, FP32 arithmetic, the drift of rounded weights."""
+    licence: str = UNSTATED_LICENCE
+    training: Mapping[str, object] | None = None
+    """How the weights came about, for the manifest and the card."""
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class ExportedGraph:
+    """One graph that passed, and how long it took from weights to checked file."""
+
+    record: GraphRecord
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Export:
+    """The outcome of `export_bundle`."""
+
+    bundle: Bundle
+    graphs: tuple[ExportedGraph, ...]
+    seconds: float
+
+
+def export_bundle(
+    checkpoint: Path, output: Path, options: ExportOptions, progress: Callable[[str], None] = lambda step: None
+) -> Export:
+    """Writes the bundle `output` from the weights in `checkpoint`. progress is told each step as it begins.
+
+    Raises InputError for weights or classes that do not fit, VerificationError when a graph drifts further from torch
+    than its limits; the graph is then kept beside `output` as `*.rejected` and nothing else is written.
+    """
+    started = time.perf_counter()
+    with BundleWriter(output, options.overwrite) as writer:
+        progress(f"reading {checkpoint.name}")
+        weights = load_checkpoint(checkpoint)
+        _check_classes(weights, options.table, checkpoint)
+        progress("making the golden edits with torch")
+        golden = golden_edits(TorchSession(weights.generator), options.table)
+
+        graphs, limits = [], {}
+        progress("tracing the edit graph")
+        exported = time.perf_counter()
+        fp32 = export_edit(weights.generator)
+        for precision in sorted(set(options.precisions), reverse=True):
+            progress(f"writing and checking the {precision} graph")
+            model, limits[precision] = _typed(fp32, precision, options.half_weights)
+            record = _write_graph(writer, model, precision, golden, limits[precision])
+            graphs.append(ExportedGraph(record, time.perf_counter() - exported))
+            exported = time.perf_counter()
+
+        progress("writing the bundle")
+        _write_golden(writer, golden)
+        manifest = Manifest(
+            name=_bundle_name(output),
+            created=date.today(),
+            tools=_tool_versions(),
+            classes=options.table,
+            channel_order=weights.colour_order,
+            native_size=NATIVE_SIZE,
+            generator=_generator_facts(weights, fp32),
+            graphs=tuple(graph.record for graph in graphs),
+            golden=tuple(GoldenEdit(name, f"golden/{name}", ATTRIBUTION) for name in golden),
+            limits=limits,
+            source=SourceFacts(checkpoint.name, hashlib.sha256(checkpoint.read_bytes()).hexdigest(), weights.format),
+            licence=options.licence,
+            training=options.training,
+        )
+        writer.add_bytes("card.md", bundle_card(manifest).encode())
+        bundle = writer.finish(manifest)
+    return Export(bundle, tuple(graphs), time.perf_counter() - started)
+
+
+def _check_classes(weights: Checkpoint, table: ClassTable, path: Path) -> None:
+    classes = weights.generator.config.classes
+    if classes != len(table):
+        raise InputError(
+            f"{path}: the generator knows {classes} classes, but the class table {table.name} lists {len(table)}",
+            "give the table it was trained with: --classes cityscapes (34), ade20k (151) or a JSON file of your own",
+        )
+
+
+def _typed(fp32: onnx.ModelProto, precision: Precision, half_weights: bool) -> tuple[onnx.ModelProto, ParityLimits]:
+    if precision == "fp16":
+        return to_fp16(fp32), HALF_LIMITS
+    return (store_weights_as_halves(fp32), HALF_LIMITS) if half_weights else (fp32, FP32_LIMITS)
+
+
+def _write_graph(
+    writer: BundleWriter,
+    model: onnx.ModelProto,
+    precision: Precision,
+    golden: Mapping[str, GoldenPictures],
+    limits: ParityLimits,
+) -> GraphRecord:
+    name = f"graphs/edit.{precision}.onnx"
+    path = writer.path(name)
+    onnx.save(model, path)
+    results = check_graph(path, precision, golden, limits)
+    faults = [f"{result.name}: {fault}" for result in results for fault in result.faults]
+    if faults:
+        kept = writer.keep_rejected(name)
+        raise VerificationError(
+            f"the {precision} graph does not give the pictures that torch gives: {'; '.join(faults)}",
+            f"it was kept as {kept}; if the weights are sound, this is a defect worth reporting",
+        )
+    size, digest = writer.measure(name)
+    facts = graph_facts(model)
+    return GraphRecord(
+        graph="edit",
+        precision=precision,
+        file=name,
+        bytes=size,
+        sha256=digest,
+        opset=facts.opset,
+        weights_dtype=facts.weights_dtype,
+        fp16_share=round(facts.fp16_share, 4),
+        fp32_operations=facts.fp32_operations,
+        parity=worst(results),
+    )
+
+
+def _write_golden(writer: BundleWriter, golden: Mapping[str, GoldenPictures]) -> None:
+    for name, pictures in golden.items():
+        for picture, array in (
+            ("image", pictures.image[0]),
+            ("labels", pictures.labels[0]),
+            ("mask", (pictures.mask[0] * 255).astype(np.uint8)),
+            ("expected", pictures.expected[0]),
+        ):
+            images.write_picture(writer.path(f"golden/{name}/{picture}.png"), array)
+
+
+def _generator_facts(weights: Checkpoint, fp32: onnx.ModelProto) -> GeneratorFacts:
+    config = weights.generator.config
+    parameters = sum(parameter.numel() for parameter in weights.generator.parameters())
+    gflop = round(graph_facts(fp32).gflop, 2)
+    return GeneratorFacts(config.classes, config.width, config.hidden, parameters, gflop)
+
+
+def _bundle_name(output: Path) -> str:
+    return output.name.removesuffix(".zip").removesuffix(".spm")
+
+
+def _tool_versions() -> dict[str, str]:
+    return {
+        "spmdeploy": spmdeploy.__version__,
+        "torch": str(torch.__version__),
+        "onnx": onnx.__version__,
+        "onnxruntime": onnxruntime.__version__,
+    }

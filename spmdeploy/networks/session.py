@@ -1,0 +1,83 @@
+"""PyTorch as a backend: slow, and the reference that the others are judged by."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from onnx import numpy_helper
+
+from spmdeploy.bundle import Bundle, Precision
+from spmdeploy.errors import BundleError, UnavailableError, UsageError
+from spmdeploy.networks.deploy_graph import NATIVE_SIZE, EditGraph
+from spmdeploy.networks.generator import Generator, GeneratorConfig
+from spmdeploy.runtime.session import Opened
+
+
+class TorchSession:
+    """The deploy graph in eager PyTorch, in FP32."""
+
+    backend = "torch"
+    precision: Precision = "fp32"
+    size = NATIVE_SIZE
+
+    def __init__(self, generator: Generator, device: str = "cpu") -> None:
+        """device: cpu or cuda:N. The generator is moved there."""
+        if device != "cpu" and not torch.cuda.is_available():
+            raise UnavailableError(f"{device} was asked for, but this PyTorch sees no CUDA device", "use --device cpu")
+        self.device = device
+        self.provider = f"torch {torch.__version__}"
+        self._graph = EditGraph(generator).to(device).eval()
+
+    def run(
+        self,
+        image: NDArray[np.uint8],
+        labels: NDArray[np.uint8],
+        instances: NDArray[np.int32],
+        mask: NDArray[np.uint8],
+    ) -> NDArray[np.uint8]:
+        inputs = [torch.from_numpy(np.ascontiguousarray(array)) for array in (image, labels, instances, mask)]
+        with torch.inference_mode():
+            edited = self._graph(*(tensor.to(self.device) for tensor in inputs))
+        result: NDArray[np.uint8] = edited.cpu().numpy()
+        return result
+
+    def close(self) -> None:
+        """Nothing to do: the weights go with the object."""
+
+
+def open_torch_session(bundle: Bundle, backend: str = "torch", device: str = "auto", precision: str = "auto") -> Opened:
+    """The bundle's own weights, read back from its FP32 graph, in eager PyTorch.
+
+    device: auto, cpu or cuda:N. precision: auto or fp32. Raises UnavailableError, UsageError, BundleError.
+    """
+    assert backend == "torch", backend
+    if precision not in ("auto", "fp32"):
+        raise UsageError(f"the torch backend computes in fp32, not {precision!r}", "leave --precision out")
+    choices = []
+    if device == "auto":
+        device = "cuda:0" if torch.cuda.is_available() else "cpu"
+        choices.append(f"device {device}: torch.cuda.is_available() is {torch.cuda.is_available()}")
+    facts = bundle.manifest.generator
+    graph = bundle.read(bundle.graph("edit", "fp32").file)
+    generator = generator_from_graph(graph, GeneratorConfig(facts.classes, facts.width, facts.hidden))
+    return Opened(TorchSession(generator, device), tuple(choices))
+
+
+def generator_from_graph(content: bytes, config: GeneratorConfig) -> Generator:
+    """The generator whose weights an exported FP32 `edit` graph holds, in FP32.
+
+    Raises BundleError naming a weight that is missing or misshapen.
+    """
+    stored = {tensor.name: tensor for tensor in onnx.load_from_string(content).graph.initializer}
+    with torch.device("meta"):
+        generator = Generator(config)
+    state = {}
+    for name, expected in generator.state_dict().items():
+        tensor = stored.get(name) or stored.get(f"{name}.half")
+        if tensor is None or tuple(tensor.dims) != tuple(expected.shape):
+            raise BundleError(f"the graph holds no weight {name} of shape {tuple(expected.shape)}", "export it again")
+        state[name] = torch.from_numpy(numpy_helper.to_array(tensor).astype(np.float32))
+    generator.load_state_dict(state, assign=True)
+    return generator.eval().requires_grad_(False)

@@ -1,0 +1,122 @@
+"""ONNX Runtime, on the CPU or on a CUDA device, proved to be where it says it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spmdeploy.bundle import Precision
+from spmdeploy.errors import BundleError, OutOfMemory, UnavailableError
+from spmdeploy.runtime.cuda import visible_gpus
+
+_INPUTS = {"image": "tensor(uint8)", "labels": "tensor(uint8)", "instances": "tensor(int32)", "mask": "tensor(uint8)"}
+
+
+class OnnxRuntimeSession:
+    """The `edit` graph in ONNX Runtime. `run` may be called from several threads at once."""
+
+    backend = "onnxruntime"
+
+    def __init__(self, graph: Path | bytes, precision: Precision, device: str = "cpu", threads: int = 0) -> None:
+        """graph: the ONNX file or its bytes. device: cpu or cuda:N. threads: 0 = one per core (CPU only)."""
+        library = import_onnxruntime()
+        self.device = device
+        self.precision = precision
+        options = library.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        providers = _providers(library, device)
+        if device != "cpu":
+            # Without this ONNX Runtime moves to the CPU whatever a GPU cannot do, or everything, and says nothing.
+            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        try:
+            source = str(graph) if isinstance(graph, Path) else graph
+            self._session: Any = library.InferenceSession(source, options, providers=providers)
+        except Exception as error:
+            raise _translated(error, device) from error
+        self.provider = f"{self._proved_provider(providers)} (onnxruntime {library.__version__})"
+        self.size = self._checked_size()
+
+    def run(
+        self,
+        image: NDArray[np.uint8],
+        labels: NDArray[np.uint8],
+        instances: NDArray[np.int32],
+        mask: NDArray[np.uint8],
+    ) -> NDArray[np.uint8]:
+        feed = {"image": image, "labels": labels, "instances": instances, "mask": mask}
+        try:
+            edited: NDArray[np.uint8] = self._session.run(["edited"], feed)[0]
+        except Exception as error:
+            raise _translated(error, self.device) from error
+        return edited
+
+    def close(self) -> None:
+        self._session = None
+
+    def _proved_provider(self, asked: list[Any]) -> str:
+        """The provider that the session really has, which must be the first one asked for."""
+        wanted = asked[0][0] if isinstance(asked[0], tuple) else asked[0]
+        have: str = self._session.get_providers()[0]
+        if have != wanted:
+            raise UnavailableError(
+                f"asked for {wanted} on {self.device}, but ONNX Runtime would run on {have}",
+                "see `spmdeploy doctor`, or ask for --device cpu",
+            )
+        return have
+
+    def _checked_size(self) -> int:
+        inputs = {value.name: value for value in self._session.get_inputs()}
+        types = {name: value.type for name, value in inputs.items()}
+        if types != _INPUTS:
+            raise BundleError(f"the graph takes {types}, expected {_INPUTS}", "export the bundle again")
+        size: int = inputs["mask"].shape[1]
+        return size
+
+
+def import_onnxruntime() -> Any:
+    """The onnxruntime module, or UnavailableError with the command that installs it."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise UnavailableError(
+            f"ONNX Runtime cannot be imported: {error}",
+            'install it: pip install "spmdeploy[cpu]", or "spmdeploy[gpu]" for an NVIDIA GPU (never both)',
+        ) from error
+    return onnxruntime
+
+
+def best_device() -> tuple[str, str]:
+    """The device that `auto` means, and why."""
+    if "CUDAExecutionProvider" not in import_onnxruntime().get_available_providers():
+        return "cpu", "this ONNX Runtime is built without CUDA"
+    try:
+        gpus = visible_gpus()
+    except OSError as error:
+        return "cpu", str(error)
+    return ("cuda:0", "the first GPU that the driver shows") if gpus else ("cpu", "the driver shows no GPU")
+
+
+def _providers(library: Any, device: str) -> list[Any]:
+    if device == "cpu":
+        return ["CPUExecutionProvider"]
+    available = library.get_available_providers()
+    if "CUDAExecutionProvider" not in available:
+        raise UnavailableError(
+            f"{device} was asked for, but this ONNX Runtime has only {', '.join(available)}",
+            'pip uninstall onnxruntime, then pip install "spmdeploy[gpu]"; or ask for --device cpu',
+        )
+    return [("CUDAExecutionProvider", {"device_id": int(device.removeprefix("cuda:"))})]
+
+
+def _translated(error: Exception, device: str) -> Exception:
+    """ONNX Runtime's exceptions as ours; they share no base class, only the words differ."""
+    text = " ".join(str(error).split())[:400]
+    if isinstance(error, MemoryError) or "allocate memory" in text or "out of memory" in text.lower():
+        return OutOfMemory(f"ONNX Runtime ran out of memory on {device}: {text}", "use a smaller --batch-size")
+    if device != "cpu":
+        return UnavailableError(f"ONNX Runtime cannot use {device}: {text}", "see `spmdeploy doctor`")
+    return BundleError(f"ONNX Runtime refused the graph: {text}", "export the bundle again")

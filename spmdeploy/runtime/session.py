@@ -1,0 +1,98 @@
+"""One protocol for every backend, and the choice between them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spmdeploy.bundle import Bundle, GraphRecord, Precision
+from spmdeploy.errors import UsageError
+
+BACKENDS = ("onnxruntime", "torch")
+
+
+class Session(Protocol):
+    """A graph that is loaded and ready on one device. Every attribute says what is, never what was asked for."""
+
+    backend: str
+    """onnxruntime, tensorrt, tensorrt-rtx or torch."""
+    device: str
+    """cpu or cuda:N."""
+    precision: Precision
+    """Of the arithmetic in the graph."""
+    provider: str
+    """Who computes, as the library itself names it, with its version."""
+    size: int
+    """Height and width of the pictures that the graph takes."""
+
+    def run(
+        self,
+        image: NDArray[np.uint8],
+        labels: NDArray[np.uint8],
+        instances: NDArray[np.int32],
+        mask: NDArray[np.uint8],
+    ) -> NDArray[np.uint8]:
+        """A batch of edits. image (B, size, size, 3) RGB; labels, instances, mask (B, size, size), mask 0 = keep.
+
+        Returns (B, size, size, 3) RGB, equal to `image` bit for bit wherever the mask is 0.
+        """
+
+    def close(self) -> None:
+        """Frees the device's memory. Safe to call twice."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A session, and why it is this one: a line for each choice that the caller left open."""
+
+    session: Session
+    choices: tuple[str, ...]
+
+
+def open_session(bundle: Bundle, backend: str = "auto", device: str = "auto", precision: str = "auto") -> Opened:
+    """Loads the `edit` graph of a bundle. What is asked for by name is done or refused, never replaced.
+
+    backend: auto or onnxruntime. device: auto, cpu or cuda:N. precision: auto, fp32 or fp16.
+    Raises UnavailableError when this machine cannot, BundleError when the bundle does not hold it.
+    """
+    from spmdeploy.runtime import ort
+
+    choices = []
+    if backend == "auto":
+        choices.append("backend onnxruntime: the only one that runs the graphs of this bundle as they are")
+    elif backend != "onnxruntime":
+        raise UsageError(f"unknown backend {backend!r}", f"choose from auto, {', '.join(BACKENDS)}")
+    if device == "auto":
+        device, reason = ort.best_device()
+        choices.append(f"device {device}: {reason}")
+    _check_device(device)
+    record, why = _choose_graph(bundle, precision, device)
+    if why:
+        choices.append(f"precision {record.precision}: {why}")
+    # A path spares the copy in memory that bytes cost, but only a folder has one.
+    graph = bundle.path_of(record.file) if bundle.is_folder else bundle.read(record.file)
+    return Opened(ort.OnnxRuntimeSession(graph, record.precision, device), tuple(choices))
+
+
+def _choose_graph(bundle: Bundle, precision: str, device: str) -> tuple[GraphRecord, str | None]:
+    """The record of the graph to load, and why when the choice was ours."""
+    if precision != "auto":
+        if precision not in ("fp32", "fp16"):
+            raise UsageError(f"unknown precision {precision!r}", "choose from auto, fp32, fp16")
+        return bundle.graph("edit", precision), None
+    there = {record.precision: record for record in bundle.manifest.graphs if record.graph == "edit"}
+    preferred: Precision = "fp32" if device == "cpu" else "fp16"
+    why = "CPUs compute in FP32" if device == "cpu" else "faster on a GPU, within the bundle's limits of FP32"
+    if preferred in there:
+        return there[preferred], why
+    other: Precision = "fp16" if preferred == "fp32" else "fp32"
+    return bundle.graph("edit", other), f"the bundle holds no {preferred} graph"
+
+
+def _check_device(device: str) -> None:
+    if device != "cpu" and not re.fullmatch(r"cuda:\d{1,2}", device):
+        raise UsageError(f"unknown device {device!r}", "choose from auto, cpu, cuda:0, cuda:1, ...")
