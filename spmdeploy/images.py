@@ -2,7 +2,8 @@
 
 Photos are uint8 (H, W, 3) RGB, label maps uint8 (H, W), instance maps int32 (H, W), masks bool (H, W) with True = edit.
 What a file holds and we cannot use as it is becomes an InputError that names the file; what we change about a photo
-(turning it upright, grey to RGB) or cannot keep is said in a note.
+(turning it upright, grey to RGB) or cannot keep is said in a note. Every reader takes the file's bytes as `content`
+where they are in memory already (a bundle's, whose hash was checked); the path then only names them in errors.
 """
 
 from __future__ import annotations
@@ -263,7 +264,7 @@ def _check_extent(image: ImageFile, path: Path) -> None:
     width, height = image.size
     if width * height > MOST_MEGAPIXELS * 1_000_000:
         raise InputError(
-            f"{path} is {width}x{height}, {width * height / 1e6:.0f} megapixels; at most {MOST_MEGAPIXELS} are read",
+            f"{path} is {width}×{height}, {width * height / 1e6:.0f} megapixels; at most {MOST_MEGAPIXELS} are read",
             "crop or shrink it first",
         )
     if getattr(image, "is_animated", False):
