@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
+from spmdeploy import images
 from spmdeploy.edit_files import EditFiles, Tiling, edit_files
 from spmdeploy.editor import Editor
 from spmdeploy.errors import InputError, OutOfMemory, SpmDeployError, UsageError
@@ -26,21 +30,68 @@ class BatchItem:
     row: int
     """Counted from 1, the heading of a CSV file aside."""
     files: EditFiles | None
-    fault: str | None
+    fault: SpmDeployError | None
     """Why the row is no edit; then `files` is None."""
 
 
 @dataclass(frozen=True)
 class ItemStatus:
-    """What became of one row."""
+    """What became of one row; only the status file ever says "started"."""
 
     row: int
     output: str | None
-    status: Literal["done", "failed", "skipped"]
+    """Relative to the output folder, so that the folder may move; None when the row names no usable one."""
+    status: Literal["started", "done", "failed", "skipped"]
     error: str | None = None
+    hint: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        return {"row": self.row, "output": self.output, "status": self.status, "error": self.error}
+        return dict(vars(self))
+
+
+class StatusFile:
+    """`status.jsonl`: a line per event, on disk as soon as it happens. `add` may be called from several threads.
+
+    It survives a killed run: a line cut off in the middle is passed over and never grown together with the next.
+    """
+
+    def __init__(self, output_dir: Path) -> None:
+        """Creates the folder. Raises InputError when the file in it cannot be read and written."""
+        self.path = output_dir / STATUS_FILE
+        try:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            written = self.path.read_bytes() if self.path.exists() else b""
+            self._stream = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed by __exit__)
+        except OSError as error:
+            raise InputError(f"{error.filename} cannot be written: {error.strerror}", "name another folder") from error
+        if written and not written.endswith(b"\n"):
+            self._stream.write("\n")
+        self.earlier = _last_statuses(written)
+        """The last status of each output in the runs before this one."""
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> StatusFile:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stream.close()
+
+    def add(self, status: ItemStatus) -> None:
+        # ASCII: a file name that is not valid Unicode would otherwise have no form here.
+        with self._lock:
+            self._stream.write(json.dumps(status.to_json()) + "\n")
+            self._stream.flush()
+
+
+def _last_statuses(written: bytes) -> dict[str, str]:
+    last: dict[str, str] = {}
+    for line in written.split(b"\n"):
+        try:
+            record = json.loads(line)
+            last[record["output"]] = record["status"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            continue
+    return last
 
 
 def read_manifest(path: Path, output_dir: Path, overwrite: bool = False) -> list[BatchItem]:
@@ -56,9 +107,9 @@ def read_manifest(path: Path, output_dir: Path, overwrite: bool = False) -> list
             files = _edit_of_row(row, path.parent, output_dir, overwrite)
             items.append(BatchItem(number, files, None))
         except SpmDeployError as error:
-            items.append(BatchItem(number, None, error.problem))
+            items.append(BatchItem(number, None, error))
     if not items:
-        raise InputError(f"{path} holds no rows", f"columns are {', '.join(COLUMNS)}")
+        raise InputError(f"{path} holds no rows", _COLUMNS_HINT)
     _check_outputs_differ(items, path)
     return items
 
@@ -73,41 +124,66 @@ def run_batch(
     resume: bool = False,
     progress: Callable[[ItemStatus], None] = lambda status: None,
 ) -> list[ItemStatus]:
-    """Edits every item and appends its status to `status.jsonl` in the output folder as soon as it is known.
+    """Edits every item and appends what becomes of it to `status.jsonl` in the output folder as soon as it is known.
 
     resume: rows whose output is there and was recorded as done are skipped. jobs: edits under way at once; the session
-    is shared. A failed row does not stop the others, running out of memory does.
+    is shared. A failed row does not stop the others, running out of memory does. Returns the statuses by row.
     """
     if jobs < 1:
         raise UsageError(f"jobs is {jobs}; at least one is needed")
-    finished = _finished_outputs(output_dir / STATUS_FILE) if resume else set()
     statuses = []
-    with open(output_dir / STATUS_FILE, "a", encoding="utf-8") as log:
-        for status in _in_order_of_completion(editor, items, finished, tiling, jobs):
-            log.write(json.dumps(status.to_json(), ensure_ascii=False) + "\n")
-            log.flush()
+    with StatusFile(output_dir) as log:
+        earlier = log.earlier if resume else {}
+
+        def work(item: BatchItem) -> ItemStatus:
+            # Recorded here and not where the results are gathered: after Ctrl-C nobody gathers, but edits still end.
+            status = _edit_item(editor, item, output_dir, tiling, earlier, log)
+            log.add(status)
+            return status
+
+        for status in _in_order_of_completion(work, items, jobs):
             progress(status)
             statuses.append(status)
     return sorted(statuses, key=lambda status: status.row)
 
 
-def _in_order_of_completion(
-    editor: Editor, items: list[BatchItem], finished: set[str], tiling: Tiling, jobs: int
-) -> Iterator[ItemStatus]:
-    def work(item: BatchItem) -> ItemStatus:
-        if item.files is None:
-            return ItemStatus(item.row, None, "failed", item.fault)
-        output = str(item.files.output)
-        if output in finished and item.files.output.exists():
-            return ItemStatus(item.row, output, "skipped")
-        try:
-            edit_files(editor, item.files, tiling)
-        except OutOfMemory:
-            raise
-        except SpmDeployError as error:
-            return ItemStatus(item.row, output, "failed", error.problem)
-        return ItemStatus(item.row, output, "done")
+def _edit_item(
+    editor: Editor, item: BatchItem, output_dir: Path, tiling: Tiling, earlier: dict[str, str], log: StatusFile
+) -> ItemStatus:
+    if item.files is None:
+        assert item.fault is not None
+        return ItemStatus(item.row, None, "failed", item.fault.problem, item.fault.hint)
+    files, output = item.files, item.files.output.relative_to(output_dir).as_posix()
+    before = earlier.get(output)
+    if before in ("done", "skipped") and files.output.exists():
+        return ItemStatus(item.row, output, "skipped")
+    if before == "started":
+        # A killed run may have written it (whole, as always) without living to say so: it is ours to replace.
+        files = replace(files, overwrite=True)
+    try:
+        _make_room(files)
+        log.add(ItemStatus(item.row, output, "started"))
+        edit_files(editor, files, tiling)
+    except (OutOfMemory, MemoryError):
+        raise
+    except SpmDeployError as error:
+        return ItemStatus(item.row, output, "failed", error.problem, error.hint)
+    except Exception as error:  # a defect; but a night's work does not stop for it, and --resume would meet it again
+        return ItemStatus(item.row, output, "failed", f"unexpected {type(error).__name__}: {error}")
+    return ItemStatus(item.row, output, "done")
 
+
+def _make_room(files: EditFiles) -> None:
+    try:
+        files.output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"the folder of {files.output} cannot be made: {error.strerror}") from error
+    images.check_output(files.output, files.overwrite)
+
+
+def _in_order_of_completion(
+    work: Callable[[BatchItem], ItemStatus], items: list[BatchItem], jobs: int
+) -> Iterator[ItemStatus]:
     with ThreadPoolExecutor(jobs) as pool:
         waiting = iter(items)
         running: set[Future[ItemStatus]] = {pool.submit(work, item) for item in islice(waiting, jobs)}
@@ -135,9 +211,9 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _csv_rows(text: str, path: Path) -> Iterator[dict[str, Any]]:
-    reader = csv.DictReader(text.splitlines(), strict=True)
-    _check_columns(reader.fieldnames or (), path)
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
+        _check_columns(list(reader.fieldnames or ()), path)
         for row in reader:
             if None in row:
                 raise InputError(f"{path} line {reader.line_num}: more cells than the heading has")
@@ -147,37 +223,42 @@ def _csv_rows(text: str, path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _jsonl_rows(text: str, path: Path) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):  # splitlines would cut strings at U+2028
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{path} line {number} is not JSON: {error}") from error
         if not isinstance(row, dict):
             raise InputError(f"{path} line {number} is not an object: {line[:60]}")
-        _check_columns(row, path)
+        _check_columns(list(row), path)
         yield {name: value for name, value in row.items() if value is not None}
 
 
-def _check_columns(names: Any, path: Path) -> None:
-    unknown = [name for name in names if name not in COLUMNS]
-    if unknown:
-        raise InputError(f"{path} has an unknown column {unknown[0]!r}", f"columns are {', '.join(COLUMNS)}")
+def _check_columns(names: list[str], path: Path) -> None:
+    for name, times in Counter(names).items():
+        if name not in COLUMNS:
+            raise InputError(f"{path} has an unknown column {name!r}", _COLUMNS_HINT)
+        if times > 1:
+            raise InputError(f"{path} has the column {name!r} {times} times", _COLUMNS_HINT)
+
+
+_COLUMNS_HINT = f"columns are {', '.join(COLUMNS)}; in a CSV file commas are between them"
 
 
 def _edit_of_row(row: dict[str, Any], folder: Path, output_dir: Path, overwrite: bool) -> EditFiles:
     if "image" not in row:
-        raise InputError("no image is given")
+        raise InputError("no image is given", _COLUMNS_HINT)
 
     def path(name: str) -> Path | None:
         return folder / str(row[name]) if name in row else None
 
     image = folder / str(row["image"])
-    output = output_dir / str(row.get("output", f"{image.stem}.png"))
-    if not output.resolve().is_relative_to(output_dir.resolve()):
-        raise InputError(f"output {row['output']!r} leads out of the output folder", "give a path inside it")
-    output.parent.mkdir(parents=True, exist_ok=True)
+    name = str(row.get("output", f"{image.stem}.png"))
+    output = output_dir / name
+    if Path(name).is_absolute() or not _is_below(output, output_dir):
+        raise InputError(f"output {name!r} leads out of the output folder", "give a path relative to that folder")
     return EditFiles(
         image=image,
         output=output,
@@ -189,6 +270,14 @@ def _edit_of_row(row: dict[str, Any], folder: Path, output_dir: Path, overwrite:
         grow=_whole_number(row["grow"]) if "grow" in row else None,
         overwrite=overwrite,
     )
+
+
+def _is_below(path: Path, folder: Path) -> bool:
+    """Whether `path` is inside `folder`, links and `..` resolved."""
+    try:
+        return path.resolve() != folder.resolve() and path.resolve().is_relative_to(folder.resolve())
+    except (OSError, ValueError, RuntimeError):  # a zero byte in the name, a circle of links
+        return False
 
 
 def _whole_number(value: object) -> int:
@@ -210,16 +299,3 @@ def _check_outputs_differ(items: list[BatchItem], path: Path) -> None:
                 "give them different names in the output column",
             )
         rows[output] = item.row
-
-
-def _finished_outputs(log: Path) -> set[str]:
-    """Outputs whose last recorded status is done or skipped. A half-written line of a killed run is passed over."""
-    last: dict[str, str] = {}
-    if log.exists():
-        for line in log.read_text(encoding="utf-8").splitlines():
-            try:
-                record = json.loads(line)
-                last[record["output"]] = record["status"]
-            except (ValueError, KeyError, TypeError):
-                continue
-    return {output for output, status in last.items() if status in ("done", "skipped")}

@@ -11,8 +11,9 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import StrEnum
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -126,8 +127,7 @@ def edit(
             result = edit_files(editor, files, tiling.value, show)
         choices = editor.choices
     ended = time.perf_counter()
-    for note in result.notes:
-        _say(f"note: {note}")
+    _notes(result.notes)
     seconds = {"open": round(opened - started, 4), "edit": round(ended - opened, 4)}
     payload = {**result.to_json(), "choices": list(choices), "seconds": seconds}
     windows = len(result.report.windows)
@@ -155,7 +155,6 @@ def batch(
     """Edit many photos, with a status for each."""
     from spmdeploy.batch import STATUS_FILE, ItemStatus, read_manifest, run_batch
 
-    output_dir.mkdir(parents=True, exist_ok=True)
     items = read_manifest(manifest, output_dir, overwrite)
     with _editor(model, backend, device, precision) as editor, _bar("editing") as show:
         done = 0
@@ -165,7 +164,7 @@ def batch(
             done += 1
             show(done, len(items))
             if status.error:
-                _say(f"row {status.row}: {status.error}")
+                _say(f"row {status.row}: {status.error}" + (f" ({status.hint})" if status.hint else ""))
 
         statuses = run_batch(
             editor, items, output_dir, tiling=tiling.value, jobs=jobs, resume=resume, progress=progress
@@ -194,7 +193,10 @@ def export(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Turn weights into a bundle, every graph checked against PyTorch."""
+    """Turn weights into a bundle.
+
+    Every graph is run and compared with PyTorch before it may ship.
+    """
     with _needs("export"):
         from spmdeploy.export.pipeline import UNSTATED_LICENCE, ExportOptions, export_bundle
     from spmdeploy.labels import class_table
@@ -230,7 +232,10 @@ def inspect(
     path: Annotated[Path, typer.Argument(help="A bundle or a checkpoint.")],
     as_json: Json = False,
 ) -> None:
-    """Show what is in a bundle or a checkpoint, read off the files themselves."""
+    """Show what is in a bundle or a checkpoint.
+
+    Read off the files themselves, after their hashes have been checked.
+    """
     from spmdeploy.inspection import inspect_path
 
     facts = inspect_path(path)
@@ -245,7 +250,10 @@ def verify(
     precision: PrecisionOption = PrecisionChoice.auto,
     as_json: Json = False,
 ) -> None:
-    """Check a bundle's hashes and repeat its golden edits on this machine."""
+    """Repeat a bundle's golden edits here.
+
+    All hashes are checked first. Drift is the distance from PyTorch in FP32 under the mask, in grey levels of 255.
+    """
     from spmdeploy.bundle import open_bundle
     from spmdeploy.runtime.golden import verify as repeat_golden_edits
 
@@ -275,7 +283,10 @@ def verify(
 
 @app.command()
 def doctor(as_json: Json = False) -> None:
-    """Show what this machine can run, and if not, why not and what to do."""
+    """Show what this machine can run.
+
+    And for what it cannot: why not, and what to do.
+    """
     from spmdeploy import doctor as examination
 
     findings, machine = examination.examine(), examination.machine()
@@ -293,7 +304,10 @@ def labels_check(
     classes: Classes = "street",
     as_json: Json = False,
 ) -> None:
-    """Which classes a label map holds, and whether the table knows them."""
+    """Show which classes a label map holds.
+
+    Ids that the table does not know are an error.
+    """
     from spmdeploy.images import read_labels
     from spmdeploy.labels import check_labels, class_table, count_labels
 
@@ -316,11 +330,14 @@ def labels_show(
     as_json: Json = False,
 ) -> None:
     """Write a coloured picture of a label map."""
-    from spmdeploy.images import read_labels, write_picture
-    from spmdeploy.labels import class_table, colourise
+    from spmdeploy import images, labels
 
-    write_picture(output, colourise(read_labels(path), class_table(classes)), overwrite)
-    _print("labels-show", {"output": str(output)}, [str(output)], as_json)
+    table, ids = labels.class_table(classes), images.read_labels(path)
+    images.write_picture(output, labels.colourise(ids, table), overwrite)
+    unknown = [i for i in labels.count_labels(ids) if i >= len(table) and i != table.void_id]
+    notes = [f"{table.name} has no class {', '.join(map(str, unknown))}: painted white"] if unknown else []
+    _notes(notes)
+    _print("labels-show", {"output": str(output), "notes": notes}, [str(output)], as_json)
 
 
 @labels_app.command("convert")
@@ -346,8 +363,19 @@ def labels_convert(
     else:
         ids = labels.offset_labels(images.read_labels(path), offset, str(path), void)
     images.write_picture(output, ids, overwrite)
-    payload = {"output": str(output), "labels": {str(i): n for i, n in labels.count_labels(ids).items()}}
-    _print("labels-convert", payload, [f"{output}: {len(payload['labels'])} classes"], as_json)
+    counts = labels.count_labels(ids)
+    notes = (
+        []
+        if offset is not None
+        else [
+            f"{' and '.join(entry.name for entry in owners)} share the colour {colour}: taken for {owners[0].name}"
+            for colour, owners in labels.shared_colours(table).items()
+            if owners[0].id in counts
+        ]
+    )
+    _notes(notes)
+    payload = {"output": str(output), "labels": {str(i): n for i, n in counts.items()}, "notes": notes}
+    _print("labels-convert", payload, [f"{output}: {len(counts)} classes"], as_json)
 
 
 # ------------------------------------------------------------------------------------------------- talk and results
@@ -395,19 +423,29 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr)
 
 
+def _notes(notes: Sequence[str]) -> None:
+    for note in notes:
+        _say(f"note: {note}")
+
+
 def _print(
     command: str, payload: dict[str, Any], lines: Sequence[str], as_json: bool, failure: SpmDeployError | None = None
 ) -> None:
     """The result on stdout, in words or as JSON. A failure belongs into the same JSON object and ends the command."""
     if as_json:
-        error = {} if failure is None else _error_fields(failure)
-        print(json.dumps({"schema": f"spmdeploy.{command}/1", **payload, **error}, ensure_ascii=False))
+        error = {} if failure is None else _error_fields(failure, failure.exit_code)
+        _print_json({"schema": f"spmdeploy.{command}/1", **payload, **error})
     else:
         print("\n".join(lines))
         if failure is not None:
             _report(failure)
     if failure is not None:
         raise typer.Exit(failure.exit_code)
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    # ASCII: file names that are not valid Unicode, and terminals that are not UTF-8, would stop it otherwise.
+    print(json.dumps(value, ensure_ascii=True))
 
 
 def _table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -458,8 +496,8 @@ def _bundle_lines(facts: dict[str, Any]) -> list[str]:
     ]
 
 
-def _error_fields(error: SpmDeployError) -> dict[str, Any]:
-    return {"error": error.problem, "hint": error.hint, "exit_code": error.exit_code}
+def _error_fields(error: SpmDeployError, exit_code: int) -> dict[str, Any]:
+    return {"error": error.problem, "hint": error.hint, "exit_code": exit_code}
 
 
 def _report(error: SpmDeployError) -> None:
@@ -478,18 +516,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     as_json = "--json" in arguments
     try:
-        exit_code = app(arguments, prog_name="spmdeploy", standalone_mode=False) or 0
-        if exit_code == _INTERRUPTED:
+        exit_code = int(app(arguments, prog_name="spmdeploy", standalone_mode=False) or 0)
+        if exit_code == _INTERRUPTED:  # typer's own answer to Ctrl-C
             return _fail(SpmDeployError("interrupted"), as_json, _INTERRUPTED)
-        return int(exit_code)
+        sys.stdout.flush()
+        return exit_code
+    except KeyboardInterrupt:
+        return _fail(SpmDeployError("interrupted"), as_json, _INTERRUPTED)
     except typer.TyperException as error:
         context = getattr(error, "ctx", None)
         hint = f"see {context.command_path} --help" if context else None
-        return _fail(UsageError(error.format_message(), hint), as_json)
+        return _fail(UsageError(error.format_message().replace("Value error, ", ""), hint), as_json)
     except SpmDeployError as error:
         return _fail(error, as_json)
     except MemoryError:
         return _fail(OutOfMemory("out of memory", "use a smaller photo or close other programs"), as_json)
+    except BrokenPipeError:
+        return 1  # as in `spmdeploy inspect X | head -1`: nobody is left to tell
     except Exception as error:
         unexpected = SpmDeployError(
             f"{type(error).__name__}: {error}", "this is a defect; SPMDEPLOY_DEBUG=1 shows where"
@@ -499,10 +542,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _fail(error: SpmDeployError, as_json: bool, exit_code: int | None = None) -> int:
     exit_code = error.exit_code if exit_code is None else exit_code
-    if os.environ.get("SPMDEPLOY_DEBUG") == "1":
+    if os.environ.get("SPMDEPLOY_DEBUG") == "1" and sys.exc_info()[0] is not None:
         traceback.print_exc()
     if as_json:
-        print(json.dumps({"schema": "spmdeploy.error/1", **_error_fields(error), "exit_code": exit_code}))
+        with suppress(OSError):  # a full disk behind stdout, say: the exit code still tells
+            _print_json({"schema": "spmdeploy.error/1", **_error_fields(error, exit_code)})
     else:
         _report(error)
     return exit_code
@@ -510,7 +554,16 @@ def _fail(error: SpmDeployError, as_json: bool, exit_code: int | None = None) ->
 
 def entry() -> None:
     """The console script."""
-    sys.exit(main())
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # file names hold anything, terminals do not
+    exit_code = main()
+    try:
+        sys.stdout.flush()
+    except OSError:
+        # The interpreter's own flush at the end would fail again, with an exit code of its own.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(exit_code)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -52,6 +53,28 @@ class EditFiles:
             raise UsageError("edited_from needs labels to compare with", "add --labels FILE, or use --mask")
         if self.grow is not None and not 0 <= self.grow <= 1024:
             raise UsageError(f"grow is {self.grow}, which is not within 0 and 1024 pixels")
+        self._check_names()
+
+    def _check_names(self) -> None:
+        """An output may take the place of the photo, if overwriting is allowed, but of nothing else it is made from."""
+        sources = (self.labels, self.mask, self.edited_from, self.instances)
+        for written, others in ((self.output, sources), (self.sheet, (*sources, self.image, self.output))):
+            same = written and next((other for other in others if other and _same_file(written, other)), None)
+            if same:
+                raise UsageError(f"{written} would be written over {same}, which is needed too", "choose another name")
+
+    @property
+    def mask_name(self) -> str:
+        """What messages call the mask."""
+        name = str(self.mask) if self.mask else f"the difference of {self.labels} and {self.edited_from}"
+        return f"{name}, grown by {self.growth}," if self.growth else name
+
+    @property
+    def growth(self) -> int:
+        """Pixels to grow the mask by."""
+        if self.grow is not None:
+            return self.grow
+        return 0 if self.edited_from is None else GROWTH_OF_CHANGES
 
 
 @dataclass(frozen=True)
@@ -96,7 +119,7 @@ def edit_files(
     names = InputNames(
         image=str(files.image),
         labels=str(files.labels or f"fill {files.fill}"),
-        mask=str(files.mask or files.edited_from),
+        mask=files.mask_name,
         instances=str(files.instances),
     )
     photo = inputs.photo
@@ -140,8 +163,11 @@ def grow_mask(mask: NDArray[np.bool_], pixels: int) -> NDArray[np.bool_]:
     return mask
 
 
+def _same_file(first: Path, second: Path) -> bool:
+    return os.path.realpath(first) == os.path.realpath(second)
+
+
 def _read_mask(files: EditFiles, labels: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    grow = files.grow
     if files.mask is not None:
         mask = images.read_mask(files.mask)
         images.check_mask(mask, str(files.mask))
@@ -152,8 +178,7 @@ def _read_mask(files: EditFiles, labels: NDArray[np.uint8]) -> NDArray[np.bool_]
         mask = before != labels
         if not mask.any():
             raise InputError(f"{files.labels} equals {files.edited_from}: nothing to edit", "change some labels first")
-        grow = GROWTH_OF_CHANGES if grow is None else grow
-    return grow_mask(mask, grow) if grow else mask
+    return grow_mask(mask, files.growth) if files.growth else mask
 
 
 def _check_size(array: NDArray[Any], path: Path | None, shape: tuple[int, ...], reference: Path | None) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from spmdeploy.bundle import Bundle, open_bundle
-from spmdeploy.errors import InputError, UnavailableError
+from spmdeploy.errors import BundleError, InputError, UnavailableError
 
 CHECKPOINT_SUFFIXES = (".pth", ".pt", ".ckpt", ".safetensors")
 
@@ -40,7 +40,11 @@ def _counted(bundle: Bundle, file: str) -> dict[str, Any] | None:
         from spmdeploy.export.graph_facts import graph_facts
     except ImportError:
         return None
-    facts = graph_facts(onnx.load_from_string(bundle.read(file)))
+    content = bundle.read(file)
+    try:
+        facts = graph_facts(onnx.load_from_string(content))
+    except Exception as error:  # onnx and protobuf raise anything on bytes that are no graph
+        raise BundleError(f"{bundle.path / file}: not a graph of ours: {error!r}", "export the bundle again") from error
     return {
         "nodes": facts.nodes,
         "gflop": round(facts.gflop, 2),

@@ -12,7 +12,7 @@ from spmdeploy.bundle import Bundle, Precision
 from spmdeploy.errors import BundleError, UnavailableError, UsageError
 from spmdeploy.networks.deploy_graph import NATIVE_SIZE, EditGraph
 from spmdeploy.networks.generator import Generator, GeneratorConfig
-from spmdeploy.runtime.session import Opened
+from spmdeploy.runtime.session import Opened, check_device
 
 
 class TorchSession:
@@ -24,8 +24,8 @@ class TorchSession:
 
     def __init__(self, generator: Generator, device: str = "cpu") -> None:
         """device: cpu or cuda:N. The generator is moved there."""
-        if device != "cpu" and not torch.cuda.is_available():
-            raise UnavailableError(f"{device} was asked for, but this PyTorch sees no CUDA device", "use --device cpu")
+        if device != "cpu" and int(device.removeprefix("cuda:")) >= (count := torch.cuda.device_count()):
+            raise UnavailableError(f"{device} was asked for, but PyTorch sees {count} CUDA devices", "use --device cpu")
         self.device = device
         self.provider = f"torch {torch.__version__}"
         self._graph = EditGraph(generator).to(device).eval()
@@ -59,6 +59,7 @@ def open_torch_session(bundle: Bundle, backend: str = "torch", device: str = "au
     if device == "auto":
         device = "cuda:0" if torch.cuda.is_available() else "cpu"
         choices.append(f"device {device}: torch.cuda.is_available() is {torch.cuda.is_available()}")
+    check_device(device)
     facts = bundle.manifest.generator
     graph = bundle.read(bundle.graph("edit", "fp32").file)
     generator = generator_from_graph(graph, GeneratorConfig(facts.classes, facts.width, facts.hidden))

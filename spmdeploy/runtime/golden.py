@@ -12,9 +12,12 @@ from numpy.typing import NDArray
 
 from spmdeploy import images
 from spmdeploy.bundle import GOLDEN_INSTANCES, Bundle, GoldenEdit, ParityLimits
+from spmdeploy.errors import BundleError, InputError
 from spmdeploy.runtime.session import Session
 
 Picture = TypeVar("Picture")
+
+EXPORT_AGAIN = "export the bundle again"
 
 
 @dataclass(frozen=True)
@@ -83,22 +86,32 @@ class GoldenResult:
 
 
 def read_golden(bundle: Bundle, edit: GoldenEdit) -> GoldenPictures:
-    """The pictures of one golden edit. Raises BundleError when one is missing or altered."""
+    """The pictures of one golden edit. Raises BundleError when one is missing, altered or no picture of the edit."""
 
     def picture(read: Callable[[str, bytes], Picture], name: str) -> Picture:
         file = f"{edit.folder}/{name}"
-        return read(str(bundle.path / file), bundle.read(file))
+        try:
+            return read(str(bundle.path / file), bundle.read(file))
+        except InputError as error:
+            raise BundleError(error.problem, EXPORT_AGAIN) from error
 
     labels = picture(images.read_labels, "labels.png")
     has_instances = f"{edit.folder}/{GOLDEN_INSTANCES}" in bundle.files()
     instances = picture(images.read_instances, GOLDEN_INSTANCES) if has_instances else labels.astype(np.int32)
-    return GoldenPictures(
+    pictures = GoldenPictures(
         image=picture(images.read_photo, "image.png").pixels[None],
         labels=labels[None],
         instances=instances[None],
         mask=picture(images.read_mask, "mask.png").astype(np.uint8)[None],
         expected=picture(images.read_photo, "expected.png").pixels[None],
     )
+    size = bundle.manifest.native_size
+    shapes = {name: array.shape[1:3] for name, array in vars(pictures).items()}
+    wrong = next((name for name, shape in shapes.items() if shape != (size, size)), None)
+    if wrong or not pictures.mask.any():
+        fault = f"its {wrong} is {shapes[wrong]}, not {size}×{size}" if wrong else "its mask is empty"
+        raise BundleError(f"{bundle.path / edit.folder}: not a golden edit: {fault}", EXPORT_AGAIN)
+    return pictures
 
 
 def measure_drift(picture: NDArray[np.uint8], reference: NDArray[np.uint8], mask: NDArray[np.uint8]) -> Drift:
@@ -121,6 +134,11 @@ def repeat_golden(session: Session, golden: GoldenPictures, name: str, limits: P
 
 
 def verify(session: Session, bundle: Bundle) -> list[GoldenResult]:
-    """Repeats every golden edit of the bundle within the limits that it states for the session's precision."""
+    """Repeats every golden edit of the bundle within the limits that it states for the session's precision.
+
+    Raises BundleError when there is none: nothing would be proved.
+    """
+    if not bundle.manifest.golden:
+        raise BundleError(f"{bundle.path}: holds no golden edits, so nothing can be verified", EXPORT_AGAIN)
     limits = bundle.manifest.limits[session.precision]
     return [repeat_golden(session, read_golden(bundle, edit), edit.name, limits) for edit in bundle.manifest.golden]

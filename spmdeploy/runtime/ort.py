@@ -69,11 +69,16 @@ class OnnxRuntimeSession:
         return have
 
     def _checked_size(self) -> int:
-        inputs = {value.name: value for value in self._session.get_inputs()}
-        types = {name: value.type for name, value in inputs.items()}
-        if types != _INPUTS:
-            raise BundleError(f"the graph takes {types}, expected {_INPUTS}", "export the bundle again")
-        size: int = inputs["mask"].shape[1]
+        """Height and width of the pictures that the graph takes. Raises BundleError when it is no `edit` graph."""
+        inputs = {value.name: (value.type, value.shape[1:]) for value in self._session.get_inputs()}
+        outputs = {value.name: value.type for value in self._session.get_outputs()}
+        size = inputs["mask"][1][0] if inputs.get("mask", ("", []))[1] else 0
+        square = [size, size]
+        expected = {name: (kind, [*square, 3] if name == "image" else square) for name, kind in _INPUTS.items()}
+        if not isinstance(size, int) or inputs != expected or outputs.get("edited") != "tensor(uint8)":
+            raise BundleError(
+                f"the graph is no edit graph: it takes {inputs} and gives {outputs}", "export the bundle again"
+            )
         return size
 
 
@@ -116,7 +121,7 @@ def _translated(error: Exception, device: str) -> Exception:
     """ONNX Runtime's exceptions as ours; they share no base class, only the words differ."""
     text = " ".join(str(error).split())[:400]
     if isinstance(error, MemoryError) or "allocate memory" in text or "out of memory" in text.lower():
-        return OutOfMemory(f"ONNX Runtime ran out of memory on {device}: {text}", "use a smaller --batch-size")
+        return OutOfMemory(f"ONNX Runtime ran out of memory on {device}: {text}", "close other programs")
     if device != "cpu":
         return UnavailableError(f"ONNX Runtime cannot use {device}: {text}", "see `spmdeploy doctor`")
     return BundleError(f"ONNX Runtime refused the graph: {text}", "export the bundle again")

@@ -69,7 +69,7 @@ def open_session(bundle: Bundle, backend: str = "auto", device: str = "auto", pr
     if device == "auto":
         device, reason = ort.best_device()
         choices.append(f"device {device}: {reason}")
-    _check_device(device)
+    check_device(device)
     record, why = _choose_graph(bundle, precision, device)
     if why:
         choices.append(f"precision {record.precision}: {why}")
@@ -93,6 +93,7 @@ def _choose_graph(bundle: Bundle, precision: str, device: str) -> tuple[GraphRec
     return bundle.graph("edit", other), f"the bundle holds no {preferred} graph"
 
 
-def _check_device(device: str) -> None:
+def check_device(device: str) -> None:
+    """Raises UsageError unless `device` is cpu or cuda:N."""
     if device != "cpu" and not re.fullmatch(r"cuda:\d{1,2}", device):
         raise UsageError(f"unknown device {device!r}", "choose from auto, cpu, cuda:0, cuda:1, ...")

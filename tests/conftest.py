@@ -1,0 +1,61 @@
+"""What several test files need: the tree beside the repository, and one small real bundle."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+SHARED = Path(__file__).resolve().parents[1] / "../shared"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder `shared` beside the repository: recorded outputs of the original network, data sets, design pages."""
+    if not SHARED.is_dir():
+        pytest.skip(f"{SHARED} is absent: what is recorded there cannot be compared")
+    return SHARED.resolve()
+
+
+@pytest.fixture(scope="session")
+def street_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real bundle, FP32 and FP16: the smallest sensible generator with the `street` classes and random weights.
+
+    The checkpoint that it was exported from lies beside it, `tiny.safetensors`. Exported once per run, by whichever
+    process asks first: tests must not write into it.
+    """
+    return exported_once(_run_folder(tmp_path_factory) / "street_bundle")
+
+
+def _run_folder(factory: pytest.TempPathFactory) -> Path:
+    """The temporary folder of the run, the same for all processes of pytest-xdist."""
+    own = factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+def exported_once(folder: Path) -> Path:
+    """`folder`/tiny.spm, exported now unless another process has done it or does it right now."""
+    fcntl = pytest.importorskip("fcntl", reason="the lock between test processes needs POSIX")
+    folder.mkdir(exist_ok=True)
+    bundle = folder / "tiny.spm"
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not bundle.exists():
+            _export(folder / "tiny.safetensors", bundle)
+    return bundle
+
+
+def _export(checkpoint: Path, bundle: Path) -> None:
+    import torch
+
+    from spmdeploy.export.pipeline import ExportOptions, export_bundle
+    from spmdeploy.labels import class_table
+    from spmdeploy.networks.generator import Generator, GeneratorConfig
+    from spmdeploy.networks.weights import save_generator
+
+    table = class_table("street")
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        save_generator(Generator(GeneratorConfig(len(table), width=2, hidden=8)), checkpoint)
+    export_bundle(checkpoint, bundle, ExportOptions(table, licence="random weights, free for all"))
