@@ -9,7 +9,7 @@ from spmdeploy.bundle import ParityLimits, Precision
 from spmdeploy.runtime.golden import GoldenPictures, GoldenResult, repeat_golden
 from spmdeploy.runtime.ort import OnnxRuntimeSession
 
-# FP32 backends add in another order. That flips roundings (1 level); and a few pixels sit where an instance norm divides
+# FP32 backends add in another order. That flips roundings (1 level); a few pixels sit where an instance norm divides
 # by nearly nothing, which amplifies the last bits: up to 0.3 levels before rounding on random weights. Hence 2.
 #
 # With FP16 weights or arithmetic, what matters is that nobody can see it: 40 dB in the mask is a root mean square

@@ -1,0 +1,261 @@
+"""Every graph that ships gives the pictures that torch gives, states its types, and builds as an engine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto
+
+from spmdeploy.bundle import open_bundle
+from spmdeploy.errors import InputError, VerificationError
+from spmdeploy.export import parity, pipeline
+from spmdeploy.export.graph_facts import graph_facts
+from spmdeploy.export.pipeline import ExportOptions, export_bundle
+from spmdeploy.export.to_fp16 import FP32_OPERATORS, store_weights_as_halves, to_fp16
+from spmdeploy.export.to_onnx import MAX_IR_VERSION, export_edit
+from spmdeploy.labels import class_table
+from spmdeploy.networks.complexity import edit_gflop
+from spmdeploy.networks.generator import Generator, GeneratorConfig
+from spmdeploy.networks.session import TorchSession, generator_from_graph
+from spmdeploy.networks.weights import save_generator
+from spmdeploy.runtime.golden import Drift, measure_drift
+from spmdeploy.runtime.ort import OnnxRuntimeSession
+
+CONFIG = GeneratorConfig(classes=12, width=2, hidden=8)
+
+
+@pytest.fixture(scope="module")
+def generator() -> Generator:
+    torch.manual_seed(3)
+    return Generator(CONFIG).eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def fp32(generator: Generator) -> onnx.ModelProto:
+    return export_edit(generator)
+
+
+@pytest.fixture(scope="module")
+def fp16(fp32: onnx.ModelProto) -> onnx.ModelProto:
+    return to_fp16(fp32)
+
+
+def _edits(batch: int) -> list[np.ndarray]:
+    rng = np.random.default_rng(batch)
+    image = rng.integers(0, 256, (batch, 256, 256, 3), dtype=np.uint8)
+    labels = np.repeat(rng.integers(0, 14, (batch, 8, 8), dtype=np.uint8), 32, 1).repeat(32, 2)  # 12 and 13: no class
+    instances = labels.astype(np.int32) * 1000 + rng.integers(0, 2, (batch, 256, 1), dtype=np.int32)
+    mask = np.zeros((batch, 256, 256), np.uint8)
+    mask[:, 60:200, 100:] = 7
+    return [image, labels, instances, mask]
+
+
+# ------------------------------------------------------------------------------------------------------ the contract
+
+
+def test_inputs_and_outputs_are_the_contract(fp32: onnx.ModelProto, fp16: onnx.ModelProto) -> None:
+    for model in (fp32, fp16, store_weights_as_halves(fp32)):
+        ports = {
+            value.name: (
+                value.type.tensor_type.elem_type,
+                [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim],
+            )
+            for value in (*model.graph.input, *model.graph.output)
+        }
+        maps = ["batch", 256, 256]
+        assert ports == {
+            "image": (TensorProto.UINT8, [*maps, 3]),
+            "labels": (TensorProto.UINT8, maps),
+            "instances": (TensorProto.INT32, maps),
+            "mask": (TensorProto.UINT8, maps),
+            "edited": (TensorProto.UINT8, [*maps, 3]),
+        }
+        assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 18)]
+        assert model.ir_version <= MAX_IR_VERSION
+
+
+def test_every_value_has_a_type_and_a_shape_whose_only_unknown_is_the_batch(fp16: onnx.ModelProto) -> None:
+    shaped = {value.name: value for value in (*fp16.graph.value_info, *fp16.graph.output)}
+    for node in fp16.graph.node:
+        for output in node.output:
+            tensor = shaped[output].type.tensor_type
+            assert tensor.elem_type != TensorProto.UNDEFINED
+            assert all(dim.dim_param == "batch" or dim.HasField("dim_value") for dim in tensor.shape.dim), output
+
+
+def test_names_tell_the_layer_and_nothing_of_the_machine_that_exported(fp32: onnx.ModelProto) -> None:
+    names = [node.name for node in fp32.graph.node]
+    assert len(set(names)) == len(names)
+    assert "stages.2.encoder.8.layout_gamma_shift/Conv" in names
+    layers = {node.name.rpartition("/")[0] for node in fp32.graph.node}
+    assert all(layer == "edit" or layer.startswith(("generator", "stages.")) for layer in layers)
+    assert str(Path(__file__).parents[1]).encode() not in fp32.SerializeToString()
+
+
+def test_weights_keep_their_names_and_come_back_bit_for_bit(generator: Generator, fp32: onnx.ModelProto) -> None:
+    again = generator_from_graph(fp32.SerializeToString(), CONFIG)
+    for name, tensor in generator.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
+
+
+def test_the_graph_does_the_work_that_torch_counts(fp32: onnx.ModelProto, fp16: onnx.ModelProto) -> None:
+    for model in (fp32, fp16, store_weights_as_halves(fp32)):
+        assert graph_facts(model).gflop == pytest.approx(edit_gflop(CONFIG), rel=1e-6)
+
+
+# -------------------------------------------------------------------------------------------------------- precision
+
+
+def test_fp16_is_written_into_the_types(fp16: onnx.ModelProto) -> None:
+    facts = graph_facts(fp16)
+    assert facts.fp16_share > 0.9
+    assert facts.weights_dtype == "float16"
+    assert facts.fp32_operations["InstanceNormalization"] == 42
+    assert "Conv" not in facts.fp32_operations
+    assert "LeakyRelu" not in facts.fp32_operations
+    types = {value.name: value.type.tensor_type.elem_type for value in fp16.graph.value_info}
+    for node in fp16.graph.node:
+        if node.op_type in FP32_OPERATORS:
+            assert types[node.input[0]] == types[node.output[0]] == TensorProto.FLOAT
+        if node.op_type == "Conv":
+            assert types[node.output[0]] == TensorProto.FLOAT16
+
+
+def test_half_stored_weights_compute_in_fp32_from_half_the_bytes(fp32: onnx.ModelProto) -> None:
+    model = store_weights_as_halves(fp32)
+    facts = graph_facts(model)
+    assert (facts.weights_dtype, facts.fp16_operations) == ("float16", 0)
+    assert model.ByteSize() < 0.75 * fp32.ByteSize()
+
+
+# ----------------------------------------------------------------------------------------------------------- parity
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_all_graphs_give_the_pictures_that_torch_gives(
+    generator: Generator, fp32: onnx.ModelProto, fp16: onnx.ModelProto, batch: int
+) -> None:
+    edits = _edits(batch)
+    expected = TorchSession(generator).run(*edits)
+    image, mask = edits[0], edits[3]
+    for model, precision, limits in (
+        (fp32, "fp32", parity.FP32_LIMITS),
+        (fp16, "fp16", parity.HALF_LIMITS),
+        (store_weights_as_halves(fp32), "fp32", parity.HALF_LIMITS),
+    ):
+        edited = OnnxRuntimeSession(model.SerializeToString(), precision).run(*edits)
+        assert not measure_drift(edited, expected, mask).faults(limits)
+        assert np.array_equal(edited[mask == 0], image[mask == 0])
+
+
+def test_labels_instances_and_mask_all_matter(fp32: onnx.ModelProto) -> None:
+    session = OnnxRuntimeSession(fp32.SerializeToString(), "fp32")
+    edits = _edits(1)
+    edited = session.run(*edits)
+    for index in (1, 2):
+        changed = list(edits)
+        changed[index] = np.roll(edits[index], 37, axis=2)
+        assert (session.run(*changed) != edited).any(), index
+    changed = list(edits)
+    changed[3] = np.roll(edits[3], 37, axis=1)
+    assert (session.run(*changed) != edited).any()
+
+
+def test_drift_is_measured_under_the_mask_only() -> None:
+    reference = np.full((1, 4, 4, 3), 100, np.uint8)
+    picture, mask = reference.copy(), np.zeros((1, 4, 4), np.uint8)
+    mask[0, 0, :2] = 1
+    picture[0, 0, 0, 0], picture[0, 3, 3] = 94, 0
+    drift = measure_drift(picture, reference, mask)
+    assert drift == Drift(6, 1.0, pytest.approx(10 * np.log10(255**2 / 6)))
+    assert measure_drift(reference, reference, mask).to_json()["psnr_db"] is None
+
+
+# --------------------------------------------------------------------------------------------------------- pipeline
+
+
+def test_a_graph_over_its_limits_stops_the_export_and_is_kept_aside(
+    generator: Generator, fp32: onnx.ModelProto, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = onnx.ModelProto()
+    broken.CopyFrom(fp32)
+    victim = next(tensor for tensor in broken.graph.initializer if tensor.name == "stages.2.to_rgb.weight")
+    victim.raw_data = bytes(len(victim.raw_data))
+    monkeypatch.setattr(pipeline, "export_edit", lambda generator: broken)
+    save_generator(generator, tmp_path / "g.safetensors")
+    options = ExportOptions(class_table("street"), precisions=("fp32",))
+    with pytest.raises(VerificationError, match=r"fp32 graph.*car_away.*PSNR") as caught:
+        export_bundle(tmp_path / "g.safetensors", tmp_path / "b.spm", options)
+    kept = tmp_path / "b.spm.edit.fp32.onnx.rejected"
+    assert kept.exists()
+    assert str(kept) in str(caught.value.hint)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [kept.name, "g.json", "g.safetensors"]
+
+
+def test_a_class_table_of_another_length_is_refused(generator: Generator, tmp_path: Path) -> None:
+    save_generator(generator, tmp_path / "g.safetensors")
+    with pytest.raises(InputError, match="12 classes, but the class table cityscapes lists 34"):
+        export_bundle(tmp_path / "g.safetensors", tmp_path / "b.spm", ExportOptions(class_table("cityscapes")))
+    assert not (tmp_path / "b.spm").exists()
+
+
+def test_the_manifest_says_what_was_written(street_bundle: Path) -> None:
+    bundle = open_bundle(street_bundle)
+    assert bundle.check_all() == ()
+    manifest = bundle.manifest
+    assert [(graph.graph, graph.precision) for graph in manifest.graphs] == [("edit", "fp32"), ("edit", "fp16")]
+    assert [edit.name for edit in manifest.golden] == ["car_away", "tree_planted", "crossing_cleared"]
+    assert (manifest.channel_order, manifest.native_size, manifest.source.format) == ("RGB", 256, "spmdeploy")
+    for record in manifest.graphs:
+        facts = graph_facts(onnx.load_from_string(bundle.read(record.file)))
+        assert record.fp32_operations == facts.fp32_operations
+        assert record.bytes == len(bundle.read(record.file))
+    card = bundle.read("card.md").decode()
+    assert "0 sky, 1 building" in card
+    assert manifest.licence in card
+    assert json.loads(bundle.read("manifest.json"))["schema"] == "spmdeploy.bundle/1"
+
+
+def test_exporting_a_checkpoint_of_the_authors_format(shared: Path, tmp_path: Path) -> None:
+    checkpoint = shared / "golden/cityscapes/checkpoint.pth"
+    options = ExportOptions(class_table("cityscapes"), precisions=("fp32",), half_weights=True, licence="test only")
+    steps: list[str] = []
+    result = export_bundle(checkpoint, tmp_path / "city.spm", options, steps.append)
+    manifest = result.bundle.manifest
+    assert (manifest.channel_order, manifest.source.format, manifest.licence) == ("BGR", "reference", "test only")
+    assert manifest.graphs[0].weights_dtype == "float16"
+    assert len(steps) == 5
+    assert [path.name for path in tmp_path.iterdir()] == ["city.spm"]
+
+
+# ---------------------------------------------------------------------------------------------------------- engines
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_graphs_build_as_tensorrt_rtx_engines_without_a_gpu(
+    fp32: onnx.ModelProto, fp16: onnx.ModelProto, precision: str
+) -> None:
+    trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: engines cannot be built here")
+    model = {"fp32": fp32, "fp16": fp16}[precision]
+    logger = trt.Logger(trt.Logger.ERROR)
+    builder = trt.Builder(logger)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    parsed = parser.parse(model.SerializeToString())
+    assert parsed, [parser.get_error(index).desc() for index in range(parser.num_errors)]
+    config, profile = builder.create_builder_config(), builder.create_optimization_profile()
+    for index in range(network.num_inputs):
+        value = network.get_input(index)
+        rest = tuple(value.shape)[1:]
+        profile.set_shape(value.name, (1, *rest), (1, *rest), (8, *rest))
+    config.add_optimization_profile(profile)
+    config.num_compute_capabilities = 1
+    config.set_compute_capability(trt.ComputeCapability.SM86, 0)
+    engine = builder.build_serialized_network(network, config)
+    assert engine is not None
+    assert engine.nbytes > 1_000_000
