@@ -580,8 +580,10 @@ def _area_average(pixels: Pixels, height: int, width: int) -> Pixels:
     running = np.zeros((pixels.shape[1] + 1, 3), np.int64)
     # Row by row, because the 64-bit sums of a whole 12-megapixel photo would take 300 MB.
     for y, (top, bottom, top_surplus, bottom_surplus) in enumerate(zip(*_covered(len(pixels), height), strict=True)):
-        row = pixels[top : bottom + 1].sum(axis=0, dtype=np.int64) * height
-        row -= top_surplus * pixels[top] + bottom_surplus * pixels[bottom]
+        # 32 bits hold the sum of 16 million rows, and take half the time of 64.
+        row = pixels[top : bottom + 1].sum(axis=0, dtype=np.uint32).astype(np.int64) * height
+        # Widened by hand: numpy 1 multiplies a small integer and an array of bytes in bytes.
+        row -= top_surplus * pixels[top].astype(np.int64) + bottom_surplus * pixels[bottom].astype(np.int64)
         np.cumsum(row, axis=0, out=running[1:])
         sums = (running[right + 1] - running[left]) * width
         sums -= left_surplus[:, None] * row[left] + right_surplus[:, None] * row[right]
@@ -607,6 +609,4 @@ def _any_under(mask: Mask, size: int) -> Mask:
         centre = (2 * np.arange(size) + 1) * length  # in units of 1 / (2 * size) pixel
         first = np.maximum((centre - 3 * size) // (2 * size), 0)
         last = np.minimum((centre + 5 * size) // (2 * size), length) - 1
-    counts = np.zeros((length + 1, mask.shape[1]), np.int32)
-    np.cumsum(mask, axis=0, out=counts[1:])
-    return np.asarray(counts[last + 1] > counts[first])
+    return np.stack([mask[top : bottom + 1].any(axis=0) for top, bottom in zip(first, last, strict=True)])
