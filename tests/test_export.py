@@ -16,33 +16,30 @@ from spmdeploy.errors import InputError, VerificationError
 from spmdeploy.export import parity, pipeline
 from spmdeploy.export.graph_facts import graph_facts
 from spmdeploy.export.pipeline import ExportOptions, export_bundle
-from spmdeploy.export.to_fp16 import FP32_OPERATORS, store_weights_as_halves, to_fp16
-from spmdeploy.export.to_onnx import MAX_IR_VERSION, export_edit
+from spmdeploy.export.to_fp16 import FP32_OPERATORS, store_weights_as_halves
+from spmdeploy.export.to_onnx import MAX_IR_VERSION
 from spmdeploy.labels import class_table
 from spmdeploy.networks.complexity import edit_gflop
-from spmdeploy.networks.generator import Generator, GeneratorConfig
+from spmdeploy.networks.generator import Generator
 from spmdeploy.networks.session import TorchSession, generator_from_graph
-from spmdeploy.networks.weights import save_generator
+from spmdeploy.networks.weights import load_checkpoint, save_generator
 from spmdeploy.runtime.golden import Drift, measure_drift
 from spmdeploy.runtime.ort import OnnxRuntimeSession
 
-CONFIG = GeneratorConfig(classes=12, width=2, hidden=8)
+
+@pytest.fixture(scope="module")
+def generator(street_bundle: Path) -> Generator:
+    return load_checkpoint(street_bundle.with_name("tiny.safetensors")).generator
 
 
 @pytest.fixture(scope="module")
-def generator() -> Generator:
-    torch.manual_seed(3)
-    return Generator(CONFIG).eval().requires_grad_(False)
+def fp32(street_bundle: Path) -> onnx.ModelProto:
+    return onnx.load(street_bundle / "graphs/edit.fp32.onnx")
 
 
 @pytest.fixture(scope="module")
-def fp32(generator: Generator) -> onnx.ModelProto:
-    return export_edit(generator)
-
-
-@pytest.fixture(scope="module")
-def fp16(fp32: onnx.ModelProto) -> onnx.ModelProto:
-    return to_fp16(fp32)
+def fp16(street_bundle: Path) -> onnx.ModelProto:
+    return onnx.load(street_bundle / "graphs/edit.fp16.onnx")
 
 
 def _edits(batch: int) -> list[np.ndarray]:
@@ -98,14 +95,16 @@ def test_names_tell_the_layer_and_nothing_of_the_machine_that_exported(fp32: onn
 
 
 def test_weights_keep_their_names_and_come_back_bit_for_bit(generator: Generator, fp32: onnx.ModelProto) -> None:
-    again = generator_from_graph(fp32.SerializeToString(), CONFIG)
+    again = generator_from_graph(fp32.SerializeToString(), generator.config)
     for name, tensor in generator.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name]), name
 
 
-def test_the_graph_does_the_work_that_torch_counts(fp32: onnx.ModelProto, fp16: onnx.ModelProto) -> None:
+def test_the_graph_does_the_work_that_torch_counts(
+    generator: Generator, fp32: onnx.ModelProto, fp16: onnx.ModelProto
+) -> None:
     for model in (fp32, fp16, store_weights_as_halves(fp32)):
-        assert graph_facts(model).gflop == pytest.approx(edit_gflop(CONFIG), rel=1e-6)
+        assert graph_facts(model).gflop == pytest.approx(edit_gflop(generator.config), rel=1e-6)
 
 
 # -------------------------------------------------------------------------------------------------------- precision
