@@ -2,9 +2,9 @@
 
     python bench/cpu.py --output bench/results/cpu.json
 
-One 256×256 edit of the `paper` preset, alternating between the two in one run; `spmdeploy edit` from process start to file
-on disk with the `small` preset; the largest resident set of a process that edits with the `paper` bundle. Weights are
-random: they do not change the time. The bundles are exported once, into --bundles.
+One 256×256 edit of the `paper` preset, alternating between the two in one run; `spmdeploy edit` from process start to
+file on disk with the `small` preset; the largest resident set of a process that edits with the `paper` bundle. Weights
+are random: they do not change the time. The bundles are exported once, into --bundles.
 """
 
 from __future__ import annotations

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture
-def reader(tmp_path: Path, street_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def reader(tmp_path: Path, street_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the files that the README speaks of."""
     sample = SAMPLE_EDITS[0]
     for source, name in ((sample.photo, "photo.jpg"), (sample.labels, "labels.png"), (sample.mask, "mask.png")):
@@ -30,7 +29,7 @@ def reader(tmp_path: Path, street_bundle: Path, monkeypatch: pytest.MonkeyPatch)
     for suffix in (".safetensors", ".json"):
         shutil.copy(street_bundle.with_name("tiny").with_suffix(suffix), tmp_path / f"generator{suffix}")
     monkeypatch.chdir(tmp_path)
-    yield tmp_path
+    return tmp_path
 
 
 def test_commands(reader: Path, capsys: pytest.CaptureFixture[str]) -> None:
