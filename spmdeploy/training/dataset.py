@@ -1,0 +1,273 @@
+"""Training samples from folders ROOT/{train,test}/{images,labels,inst_map|inst_map_cc} with labels.json beside."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+
+from spmdeploy import images
+from spmdeploy.errors import InputError
+from spmdeploy.labels import class_table
+from spmdeploy.training.config import DataConfig, HoleKind
+from spmdeploy.training.holes import Mask, connected_components, random_hole
+
+INSTANCE_FOLDERS = ("inst_map", "inst_map_cc")
+"""Annotated instances, or ones derived from connected components; the first that exists is read."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One annotated photo, whole."""
+
+    image: npt.NDArray[np.uint8]
+    """(H, W, 3) RGB."""
+    labels: npt.NDArray[np.uint8]
+    """(H, W)."""
+    instances: npt.NDArray[np.int32]
+    """(H, W)."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A square cut from a picture, with its hole."""
+
+    image: npt.NDArray[np.uint8]
+    """(S, S, 3) RGB."""
+    labels: npt.NDArray[np.uint8]
+    """(S, S)."""
+    instances: npt.NDArray[np.int32]
+    """(S, S)."""
+    mask: Mask
+    """(S, S), True = edit."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples as tensors."""
+
+    image: Tensor
+    """float (N, 3, S, S) RGB in [-1, 1]."""
+    labels: Tensor
+    """uint8 (N, S, S)."""
+    instances: Tensor
+    """int32 (N, S, S)."""
+    mask: Tensor
+    """float (N, 1, S, S), 1 = edit."""
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(self.image.to(device), self.labels.to(device), self.instances.to(device), self.mask.to(device))
+
+
+class PictureFolder:
+    """The pictures of one split, read on demand and kept in memory.
+
+    root: the data folder. split: train or test. renumber: this folder's class id -> the model's, or None to keep ids.
+    """
+
+    def __init__(
+        self, root: Path, split: str, thing_ids: tuple[int, ...], renumber: Mapping[int, int] | None = None
+    ) -> None:
+        self._folder = root / split
+        self._thing_ids = thing_ids
+        self._renumbered = None if renumber is None else _lookup(renumber)
+        self._images = _files_by_stem(self._folder / "images")
+        self._labels = _files_by_stem(self._folder / "labels")
+        self._instances = _instance_files(self._folder)
+        missing = sorted(self._images.keys() - self._labels.keys())
+        if missing:
+            raise InputError(f"{self._folder}: {len(missing)} images have no label map, the first is {missing[0]}")
+        self.names = tuple(sorted(self._images))
+        self._read: dict[str, Picture] = {}
+
+    def __getitem__(self, name: str) -> Picture:
+        picture = self._read.get(name)
+        if picture is None:
+            picture = self._read[name] = self._load(name)
+        return picture
+
+    def _load(self, name: str) -> Picture:
+        image = images.read_photo(self._images[name]).pixels
+        labels = images.read_labels(self._labels[name])
+        _check_size(self._labels[name], labels, image)
+        if self._renumbered is not None:
+            labels = self._renumbered[labels]
+        if name in self._instances and self._renumbered is None:
+            instances = images.read_instances(self._instances[name])
+            _check_size(self._instances[name], instances, image)
+        else:
+            instances = connected_components(labels, self._thing_ids)
+        return Picture(image, labels, instances)
+
+
+class TrainingSamples:
+    """The endless sequence of training samples, each a pure function of (seed, position)."""
+
+    def __init__(self, config: DataConfig, seed: int) -> None:
+        self._config = config
+        self._seed = seed
+        root = Path(config.root)
+        self.classes = class_table(root / "labels.json")
+        self._thing_ids = read_thing_ids(root)
+        main = PictureFolder(root, "train", self._thing_ids)
+        kept, self.validation_names = split_validation(main.names, config.validation, config.validation_blocks)
+        self._main = [(main, name) for name in kept]
+        self._extra = [self._open_extra(index) for index in range(len(config.extra))]
+        self._per_epoch = [
+            min(len(pictures), round(len(self._main) * extra.share / (1 - self._extra_share())))
+            for extra, pictures in zip(config.extra, self._extra, strict=True)
+        ]
+        self.epoch_length = len(self._main) + sum(self._per_epoch)
+        self._order: tuple[int, list[tuple[PictureFolder, str]]] | None = None
+        self._validation = [main[name] for name in self.validation_names]
+
+    def at(self, position: int) -> Sample:
+        """Sample number `position` of the run, counted from 0."""
+        epoch, index = divmod(position, self.epoch_length)
+        folder, name = self._epoch(epoch)[index]
+        return self._draw(folder[name], np.random.default_rng((self._seed, 1, epoch, index)))
+
+    def batch(self, positions: range) -> Batch:
+        return collate([self.at(position) for position in positions])
+
+    def validation_samples(self) -> list[Sample]:
+        """One sample for each held-out picture: a fixed crop, the kinds of holes in turn."""
+        samples = []
+        for index, picture in enumerate(self._validation):
+            rng = np.random.default_rng((self._seed, 2, index))
+            kind = self._config.holes[index % len(self._config.holes)]
+            cut = random_crop(picture, self._config.crop, 1.0, False, rng)
+            samples.append(_with_hole(cut, kind, rng))
+        return samples
+
+    def _draw(self, picture: Picture, rng: np.random.Generator) -> Sample:
+        scale = float(rng.uniform(self._config.smallest_scale, 1))
+        cut = random_crop(picture, self._config.crop, scale, bool(rng.integers(2)), rng)
+        kind = self._config.holes[int(rng.integers(len(self._config.holes)))]
+        return _with_hole(cut, kind, rng)
+
+    def _epoch(self, epoch: int) -> list[tuple[PictureFolder, str]]:
+        if self._order is None or self._order[0] != epoch:
+            rng = np.random.default_rng((self._seed, 0, epoch))
+            pictures = list(self._main)
+            for count, extra in zip(self._per_epoch, self._extra, strict=True):
+                pictures += [extra[index] for index in rng.choice(len(extra), count, replace=False)]
+            self._order = epoch, [pictures[index] for index in rng.permutation(len(pictures))]
+        return self._order[1]
+
+    def _extra_share(self) -> float:
+        share = sum(extra.share for extra in self._config.extra)
+        if not 0 <= share < 1:
+            raise InputError(f"the shares of the extra data folders add up to {share}, expected less than 1")
+        return share
+
+    def _open_extra(self, index: int) -> list[tuple[PictureFolder, str]]:
+        extra = self._config.extra[index]
+        root = Path(extra.root)
+        renumber = {}
+        for label in class_table(root / "labels.json").classes:
+            target = extra.rename.get(label.name, label.name)
+            matches = [known.id for known in self.classes.classes if known.name == target]
+            if not matches:
+                raise InputError(
+                    f"{root}/labels.json: class {label.name!r} has no counterpart named {target!r}",
+                    "name one for it in the extra folder's `rename`",
+                )
+            renumber[label.id] = matches[0]
+        folder = PictureFolder(root, "train", self._thing_ids, renumber)
+        return [(folder, name) for name in folder.names]
+
+
+def split_validation(names: tuple[str, ...], count: int, blocks: int) -> tuple[list[str], list[str]]:
+    """(training names, validation names): `blocks` runs of neighbours held out, spread evenly over the sorted names.
+
+    The pictures next to a run are in neither list: consecutive frames of a film show nearly the same thing.
+    """
+    if not count:
+        return list(names), []
+    length = -(-count // blocks)
+    held: set[int] = set()
+    for block in range(blocks):
+        start = round((block + 0.5) * len(names) / blocks - length / 2)
+        held.update(range(max(0, start), min(len(names), start + length)))
+    chosen = sorted(held)[:count]
+    near = {index + step for index in chosen for step in (-1, 0, 1)}
+    training = [name for index, name in enumerate(names) if index not in near]
+    if not training:
+        raise InputError(f"{len(names)} pictures are too few to hold {count} out", "lower data.validation")
+    return training, [names[index] for index in chosen]
+
+
+def random_crop(picture: Picture, side: int, scale: float, flip: bool, rng: np.random.Generator) -> Picture:
+    """A random square of side/scale pixels, at most the picture's shorter side, brought to `side` pixels."""
+    height, width = picture.labels.shape
+    source = min(round(side / scale), height, width)
+    top, left = int(rng.integers(0, height - source + 1)), int(rng.integers(0, width - source + 1))
+    rows, columns = slice(top, top + source), slice(left, left + source)
+    image, labels, instances = picture.image[rows, columns], picture.labels[rows, columns], picture.instances
+    instances = instances[rows, columns]
+    if source != side:
+        nearest = ((np.arange(side) + 0.5) * source / side).astype(np.intp)
+        image = np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.BILINEAR))
+        labels, instances = labels[np.ix_(nearest, nearest)], instances[np.ix_(nearest, nearest)]
+    if flip:
+        image, labels, instances = image[:, ::-1], labels[:, ::-1], instances[:, ::-1]
+    return Picture(image, labels, instances)
+
+
+def _with_hole(cut: Picture, kind: HoleKind, rng: np.random.Generator) -> Sample:
+    return Sample(cut.image, cut.labels, cut.instances, random_hole(kind, cut.labels, cut.instances, rng))
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    image = torch.from_numpy(np.stack([sample.image for sample in samples])).permute(0, 3, 1, 2).contiguous()
+    return Batch(
+        image=image.float() / 127.5 - 1,
+        labels=torch.from_numpy(np.stack([sample.labels for sample in samples])),
+        instances=torch.from_numpy(np.stack([sample.instances for sample in samples])),
+        mask=torch.from_numpy(np.stack([sample.mask for sample in samples])).float()[:, None],
+    )
+
+
+def read_thing_ids(root: Path) -> tuple[int, ...]:
+    """`thing_ids` of ROOT/labels.json: the classes whose pieces are countable things; none when it does not say."""
+    path = root / "labels.json"
+    try:
+        return tuple(int(value) for value in json.loads(path.read_text(encoding="utf-8")).get("thing_ids", ()))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: no usable list of thing_ids: {error}") from error
+
+
+def _check_size(path: Path, values: npt.NDArray[np.generic], image: npt.NDArray[np.uint8]) -> None:
+    if values.shape != image.shape[:2]:
+        raise InputError(
+            f"{path} is {values.shape[1]}×{values.shape[0]}, its image is {image.shape[1]}×{image.shape[0]}",
+            "find all such files with: spmdeploy dataset check",
+        )
+
+
+def _lookup(renumber: Mapping[int, int]) -> npt.NDArray[np.uint8]:
+    table = np.full(256, 255, np.uint8)
+    for old, new in renumber.items():
+        table[old] = new
+    return table
+
+
+def _files_by_stem(folder: Path) -> dict[str, Path]:
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder", "expected ROOT/{train,test}/{images,labels}")
+    return {path.stem: path for path in folder.iterdir() if path.suffix.lower() in {".png", ".jpg", ".jpeg"}}
+
+
+def _instance_files(folder: Path) -> dict[str, Path]:
+    for name in INSTANCE_FOLDERS:
+        if (folder / name).is_dir():
+            return _files_by_stem(folder / name)
+    return {}

