@@ -190,8 +190,9 @@ def _tiny() -> Generator:
 
 def test_own_format_round_trip(tmp_path: Path) -> None:
     generator = _tiny()
-    save_generator(generator, tmp_path / "g.safetensors")
+    save_generator(generator, tmp_path / "g.safetensors", training={"images": 7})
     loaded = load_checkpoint(tmp_path / "g.safetensors")
+    assert loaded.training == {"images": 7}
     assert (loaded.format, loaded.colour_order, loaded.generator.config) == ("spmdeploy", "RGB", generator.config)
     for key, tensor in generator.state_dict().items():
         assert torch.equal(tensor, loaded.generator.state_dict()[key])
@@ -282,6 +283,7 @@ def test_own_format_is_refused_without_or_with_a_wrong_configuration(tmp_path: P
         (config | {"schema": "spmdeploy.generator/2"}, "schema"),
         (config | {"width": 2}, "has shape"),
         (config | {"width": "1"}, "width must be a positive integer"),
+        (config | {"training": 3}, "training is 3"),
         ([], "no usable generator configuration"),
     ):
         path.with_suffix(".json").write_text(json.dumps(wrong))

@@ -1,7 +1,7 @@
 """Weights from disk: our own files, and checkpoints in the format the authors released.
 
-Our own format is `NAME.safetensors` with the `GeneratorConfig` in `NAME.json` beside it. It holds the plain weights of
-`Generator`: spectral normalisation folded, RGB order. Checkpoints of the authors' format are pickles and are read with
+Our own format is `NAME.safetensors` with the `GeneratorConfig` in `NAME.json` beside it, and there, if it is known, how
+the weights were trained. It holds the plain weights of `Generator`: spectral normalisation folded, RGB order. Checkpoints of the authors' format are pickles and are read with
 torch's restricted unpickler only; whatever that refuses is refused here.
 """
 
@@ -49,6 +49,8 @@ class Checkpoint:
     format: Literal["spmdeploy", "reference"]
     colour_order: Literal["RGB", "BGR"]
     """The order that the stored weights were trained in; the loaded generator is RGB in any case."""
+    training: dict[str, object] | None = None
+    """How the weights came about, as whoever saved them recorded it."""
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -60,30 +62,33 @@ def load_checkpoint(path: Path) -> Checkpoint:
     return _load_reference(path)
 
 
-def save_generator(generator: Generator, path: Path) -> None:
-    """Writes `path` (.safetensors) and its configuration (.json) beside it."""
+def save_generator(generator: Generator, path: Path, training: dict[str, object] | None = None) -> None:
+    """Writes `path` (.safetensors) and its configuration (.json) beside it. training: JSON values, for the record."""
     assert path.suffix == ".safetensors", path
     save_file({name: tensor.detach().float().contiguous() for name, tensor in generator.state_dict().items()}, path)
-    config = {"schema": CONFIG_SCHEMA, **asdict(generator.config)}
+    config = {"schema": CONFIG_SCHEMA, **asdict(generator.config), "training": training}
     path.with_suffix(".json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
 def _load_own(path: Path) -> Checkpoint:
-    config = _read_config(path.with_suffix(".json"))
+    config, training = _read_config(path.with_suffix(".json"))
     try:
         state = load_file(path)
     except (safetensors.SafetensorError, OSError) as error:
         raise InputError(f"{path}: not a readable safetensors file: {error}", "copy the file again") from error
-    return Checkpoint(_build(config, state, path), "spmdeploy", "RGB")
+    return Checkpoint(_build(config, state, path), "spmdeploy", "RGB", training)
 
 
-def _read_config(path: Path) -> GeneratorConfig:
+def _read_config(path: Path) -> tuple[GeneratorConfig, dict[str, object] | None]:
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
         schema = fields.pop("schema")
         if schema != CONFIG_SCHEMA:
             raise ValueError(f"schema is {schema!r}, expected {CONFIG_SCHEMA!r}")
-        return GeneratorConfig(**fields)
+        training = fields.pop("training", None)
+        if not isinstance(training, dict | None):
+            raise ValueError(f"training is {training!r}, expected an object")
+        return GeneratorConfig(**fields), training
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(
             f"{path}: no usable generator configuration: {error}", "keep the .json beside its .safetensors file"
