@@ -23,6 +23,9 @@ INSTANCE_FOLDERS = ("inst_map", "inst_map_cc")
 """Annotated instances, or ones derived from connected components; the first that exists is read."""
 
 
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
+
+
 @dataclass(frozen=True)
 class Picture:
     """One annotated photo, whole."""
@@ -249,7 +252,7 @@ def _check_size(path: Path, values: npt.NDArray[np.generic], image: npt.NDArray[
     if values.shape != image.shape[:2]:
         raise InputError(
             f"{path} is {values.shape[1]}×{values.shape[0]}, its image is {image.shape[1]}×{image.shape[0]}",
-            "find all such files with: spmdeploy dataset check",
+            "find all such files with `spmdeploy dataset check`",
         )
 
 
@@ -263,7 +266,7 @@ def _lookup(renumber: Mapping[int, int]) -> npt.NDArray[np.uint8]:
 def _files_by_stem(folder: Path) -> dict[str, Path]:
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder", "expected ROOT/{train,test}/{images,labels}")
-    return {path.stem: path for path in folder.iterdir() if path.suffix.lower() in {".png", ".jpg", ".jpeg"}}
+    return {path.stem: path for path in folder.iterdir() if path.suffix.lower() in PICTURE_SUFFIXES}
 
 
 def _instance_files(folder: Path) -> dict[str, Path]:

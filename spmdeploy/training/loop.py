@@ -134,7 +134,7 @@ class Trainer:
                 if time.monotonic() - saved > self.config.checkpoint_seconds:
                     self.save()
                     saved = time.monotonic()
-            if self.leads:
+            if self.leads and not self._passed(self.config.validate_images):
                 self.validate(report)
             more = self._next_phase()
             if self.leads:
