@@ -119,6 +119,11 @@ class Lpips(nn.Module):
                 total += (distance * weight).sum(dim=(1, 2, 3)) / weight.sum(dim=(1, 2, 3)).clamp_min(1e-8)
         return total
 
+    @torch.no_grad()
+    def pooled(self, picture: Tensor) -> Tensor:
+        """Features of a whole picture: the last layer's mean over its places. float (N, 3, h, w) to (N, 256)."""
+        return self._features(picture)[-1].mean(dim=(2, 3))
+
     def _features(self, picture: Tensor) -> list[Tensor]:
         x = (picture - self.shift) / self.scale
         found = []

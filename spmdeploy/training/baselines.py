@@ -1,0 +1,74 @@
+"""What an edit must be better than: two ways to fill a hole without a model. Both have a session's `run`."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable
+from types import ModuleType
+
+import numpy as np
+import numpy.typing as npt
+
+from spmdeploy.errors import UnavailableError
+
+Pixels = npt.NDArray[np.uint8]
+
+TELEA_RADIUS = 3
+"""Neighbourhood in pixels that each inpainted point is made of; OpenCV's own examples use it."""
+
+
+class Telea:
+    """OpenCV's inpainting after Telea (2004), which knows nothing of labels."""
+
+    def __init__(self) -> None:
+        self._cv2 = _import_cv2()
+
+    def run(self, image: Pixels, labels: Pixels, instances: npt.NDArray[np.int32], mask: Pixels) -> Pixels:
+        """image: uint8 (B, H, W, 3) RGB. mask: uint8 (B, H, W), 0 = keep. Returns the shape of `image`."""
+        filled = [
+            self._cv2.inpaint(np.ascontiguousarray(photo), hole, TELEA_RADIUS, self._cv2.INPAINT_TELEA)
+            for photo, hole in zip(image, np.where(mask > 0, np.uint8(255), np.uint8(0)), strict=True)
+        ]
+        return np.where(mask[..., None] > 0, np.stack(filled), image)
+
+
+class ClassMeanColour:
+    """Each class in one colour: its mean over the known pixels of the picture, else over the training pictures."""
+
+    def __init__(self, colours: npt.NDArray[np.float64]) -> None:
+        """colours: (K, 3), mean colour of each class over the training pictures."""
+        self._colours = colours
+
+    def run(self, image: Pixels, labels: Pixels, instances: npt.NDArray[np.int32], mask: Pixels) -> Pixels:
+        """image: uint8 (B, H, W, 3) RGB. labels, mask: uint8 (B, H, W), 0 = keep. Returns the shape of `image`."""
+        return np.stack([self._fill(*parts) for parts in zip(image, labels, mask > 0, strict=True)])
+
+    def _fill(self, image: Pixels, labels: Pixels, mask: npt.NDArray[np.bool_]) -> Pixels:
+        colours = self._colours.copy()
+        for class_id in np.unique(labels[mask]):
+            known = (labels == class_id) & ~mask
+            if known.any() and class_id < len(colours):
+                colours[class_id] = image[known].mean(axis=0)
+        painted = np.rint(colours[np.minimum(labels, len(colours) - 1)]).astype(np.uint8)
+        return np.where(mask[..., None], painted, image)
+
+
+def mean_colours(pictures: Iterable[tuple[Pixels, Pixels]], classes: int) -> npt.NDArray[np.float64]:
+    """(K, 3) mean colour of each class over pairs of image (H, W, 3) and labels (H, W); grey where there is none."""
+    sums, counts = np.zeros((classes, 3)), np.zeros(classes)
+    for image, labels in pictures:
+        inside = labels < classes
+        ids = labels[inside]
+        counts += np.bincount(ids, minlength=classes)
+        for channel in range(3):
+            sums[:, channel] += np.bincount(ids, weights=image[inside][:, channel], minlength=classes)
+    return np.where(counts[:, None] > 0, sums / np.maximum(counts, 1)[:, None], 127.5)
+
+
+def _import_cv2() -> ModuleType:
+    try:
+        return importlib.import_module("cv2")
+    except ImportError as error:
+        raise UnavailableError(
+            "the Telea baseline needs OpenCV, which is not installed", "pip install opencv-python-headless"
+        ) from error

