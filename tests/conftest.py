@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,8 +24,8 @@ def shared() -> Path:
 def street_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A real bundle, FP32 and FP16: the smallest sensible generator with the `street` classes and random weights.
 
-    The checkpoint that it was exported from lies beside it, `tiny.safetensors`. Exported once per run, by whichever
-    process asks first: tests must not write into it.
+    Beside it lie the checkpoint, `tiny.safetensors`, and what the command printed, `export.stdout`. Exported once per
+    run, by whichever process asks first: tests must not write into it.
     """
     return exported_once(_run_folder(tmp_path_factory) / "street_bundle")
 
@@ -49,13 +51,15 @@ def exported_once(folder: Path) -> Path:
 def _export(checkpoint: Path, bundle: Path) -> None:
     import torch
 
-    from spmdeploy.export.pipeline import ExportOptions, export_bundle
     from spmdeploy.labels import class_table
     from spmdeploy.networks.generator import Generator, GeneratorConfig
     from spmdeploy.networks.weights import save_generator
 
-    table = class_table("street")
     with torch.random.fork_rng():
         torch.manual_seed(2)
-        save_generator(Generator(GeneratorConfig(len(table), width=2, hidden=8)), checkpoint)
-    export_bundle(checkpoint, bundle, ExportOptions(table, licence="random weights, free for all"))
+        save_generator(Generator(GeneratorConfig(len(class_table("street")), width=2, hidden=8)), checkpoint)
+    words = ["export", checkpoint, "--output", bundle, "--classes", "street", "--licence", "random weights", "--json"]
+    command = [sys.executable, "-m", "spmdeploy", *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    bundle.with_name("export.stdout").write_text(done.stdout)

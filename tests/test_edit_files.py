@@ -1,0 +1,178 @@
+"""One edit from files to a file, apart from what the command line adds."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from PIL import Image
+
+from spmdeploy.edit_files import GROWTH_OF_CHANGES, EditFiles, edit_files, grow_mask
+from spmdeploy.editor import Editor
+from spmdeploy.errors import InputError, UsageError
+from spmdeploy.labels import class_table
+from spmdeploy.sheets import CELL_SIDE, edit_sheet, sheet
+
+
+class Grey:
+    """A session that paints everything under the mask in one grey, or fails."""
+
+    backend, device, precision, provider, size = "onnxruntime", "cpu", "fp32", "grey", 256
+
+    def __init__(self, failure: Exception | None = None) -> None:
+        self.failure = failure
+
+    def run(self, image: NDArray[np.uint8], *others: NDArray[Any]) -> NDArray[np.uint8]:
+        if self.failure:
+            raise self.failure
+        return np.where(others[-1][..., None] != 0, np.uint8(77), image)
+
+    def close(self) -> None:
+        pass
+
+
+def editor(failure: Exception | None = None) -> Editor:
+    return Editor(Grey(failure), class_table("street"))  # type: ignore[arg-type]
+
+
+def save(path: Path, pixels: NDArray[Any], **options: Any) -> Path:
+    Image.fromarray(pixels).save(path, **options)
+    return path
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> EditFiles:
+    photo = np.random.default_rng(5).integers(0, 256, (20, 30, 3), np.uint8)
+    mask = np.zeros((20, 30), np.uint8)
+    mask[5:10, 5:15] = 255
+    return EditFiles(
+        image=save(tmp_path / "photo.png", photo),
+        output=tmp_path / "edited.png",
+        labels=save(tmp_path / "labels.png", np.full((20, 30), 3, np.uint8)),
+        mask=save(tmp_path / "mask.png", mask),
+    )
+
+
+def changed(files: EditFiles, **changes: Any) -> EditFiles:
+    return dataclasses.replace(files, **changes)
+
+
+# ------------------------------------------------------------------------------------------------- growing the mask
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(1, 12),
+    st.integers(1, 12),
+    st.integers(0, 15),
+    st.lists(st.tuples(st.integers(0, 11), st.integers(0, 11))),
+)
+def test_growing_reaches_so_many_rows_and_columns(
+    height: int, width: int, pixels: int, marked: list[tuple[int, int]]
+) -> None:
+    mask = np.zeros((height, width), bool)
+    for row, column in marked:
+        mask[row % height, column % width] = True
+    expected = [
+        [mask[max(y - pixels, 0) : y + pixels + 1, max(x - pixels, 0) : x + pixels + 1].any() for x in range(width)]
+        for y in range(height)
+    ]
+    assert np.array_equal(grow_mask(mask, pixels), expected)
+
+
+def test_how_much_a_mask_grows(files: EditFiles) -> None:
+    from_changes = {"mask": None, "edited_from": files.image}
+    assert files.growth == 0 and changed(files, grow=3).growth == 3
+    assert changed(files, **from_changes).growth == GROWTH_OF_CHANGES
+    assert changed(files, grow=0, **from_changes).growth == 0
+
+
+# -------------------------------------------------------------------------------------------- what contradicts itself
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"labels": None}, "either labels or fill"),
+        ({"fill": "road"}, "either labels or fill"),
+        ({"mask": None}, "either mask or edited_from"),
+        ({"edited_from": Path("l.png")}, "either mask or edited_from"),
+        ({"mask": None, "edited_from": Path("l.png"), "labels": None, "fill": "road"}, "edited_from needs labels"),
+        ({"grow": -1}, "grow is -1"),
+        ({"grow": 1025}, "grow is 1025"),
+    ],
+)
+def test_options_that_contradict_each_other(changes: dict[str, Any], words: str, files: EditFiles) -> None:
+    with pytest.raises(UsageError, match=words):
+        changed(files, **changes)
+
+
+def test_outputs_never_replace_what_is_read(files: EditFiles, tmp_path: Path) -> None:
+    link = tmp_path / "link.png"
+    link.symlink_to(files.mask)  # type: ignore[arg-type]
+    for changes in ({"output": link}, {"output": files.labels}, {"sheet": files.image}, {"sheet": files.output}):
+        with pytest.raises(UsageError, match="would be written over"):
+            changed(files, **changes)
+    assert changed(files, output=files.image).output == files.image
+
+
+# ------------------------------------------------------------------------------------------------ reading and writing
+
+
+def test_orientation_profile_and_labels_of_a_turned_photo(files: EditFiles, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored lying on its side
+    exif[0x010F] = "a maker"
+    stored = np.rot90(np.asarray(Image.open(files.image).convert("RGB"))).copy()
+    turned = save(tmp_path / "turned.png", stored, exif=exif)
+    done = edit_files(editor(), changed(files, image=turned))
+    assert done.size == (30, 20)
+    assert any("turned upright" in note for note in done.notes)
+    with Image.open(files.output) as written, Image.open(files.image) as original:
+        assert np.array_equal(np.asarray(written)[0], np.asarray(original)[0])
+        assert written.getexif()[0x0112] == 1 and written.getexif()[0x010F] == "a maker"
+
+
+@pytest.mark.parametrize("failure", [InputError("no"), MemoryError(), KeyboardInterrupt()], ids=repr)
+def test_a_failed_edit_writes_nothing(failure: Exception, files: EditFiles, tmp_path: Path) -> None:
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(type(failure)):
+        edit_files(editor(failure), changed(files, sheet=tmp_path / "sheet.png"))
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_the_sheet_is_checked_before_the_work(files: EditFiles, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="sheet"):
+        edit_files(editor(), changed(files, sheet=tmp_path / "absent" / "sheet.png"))
+    assert not files.output.exists()
+
+
+def test_labels_of_another_size_than_those_before(files: EditFiles, tmp_path: Path) -> None:
+    before = save(tmp_path / "before.png", np.zeros((20, 31), np.uint8))
+    with pytest.raises(InputError, match=r"before.png is 31×20 but .*labels.png is 30×20"):
+        edit_files(editor(), changed(files, mask=None, edited_from=before))
+
+
+# ------------------------------------------------------------------------------------------------------------ sheets
+
+
+def test_sheets_of_large_photos_are_shrunk() -> None:
+    photo = np.zeros((300, 4 * CELL_SIDE, 3), np.uint8)
+    mask = np.zeros(photo.shape[:2], bool)
+    mask[100:200, 100:900] = True
+    drawn = edit_sheet(photo, np.full(mask.shape, 8, np.uint8), mask, photo, class_table("street"))
+    assert drawn.shape[1] == 4 * (CELL_SIDE + 10) + 10 and drawn.shape[0] < 75 + 100
+    car = np.array(class_table("street").find("car").color)
+    assert (drawn == car).all(axis=2).sum() > 24 * 190  # under the mask, and in the legend
+
+
+def test_legends_break_into_lines() -> None:
+    cell = {"x": np.zeros((10, 100, 3), np.uint8)}
+    names = [(f"class {i}", (i, i, i)) for i in range(9)]
+    assert sheet([cell], names).shape[0] > sheet([cell], names[:1]).shape[0] > sheet([cell]).shape[0]
