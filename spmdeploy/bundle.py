@@ -15,556 +15,38 @@ bytes handed out. The hashes find damage and mix-ups: whoever can rewrite SHA256
 
 from __future__ import annotations
 
-import glob
 import hashlib
-import json
 import os
 import re
 import secrets
 import shutil
 import stat
-import struct
-import sys
 import zipfile
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import MISSING, dataclass, field, fields
-from datetime import date
-from functools import cache
-from itertools import islice
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from types import UnionType
-from typing import (
-    Annotated,
-    Any,
-    BinaryIO,
-    Literal,
-    NamedTuple,
-    NoReturn,
-    Protocol,
-    Self,
-    Union,
-    get_args,
-    get_origin,
-    get_type_hints,
+from typing import BinaryIO
+
+from spmdeploy.bundle_files import (
+    ASIDE,
+    BUILDING,
+    COPY_AGAIN,
+    ENGINES,
+    GOLDEN_PICTURES,
+    MANIFEST,
+    MAX_FILE_BYTES,
+    SUMS,
+    FileStore,
+    FolderStore,
+    damaged,
+    find_store,
+    is_inside,
 )
+from spmdeploy.errors import BundleError, InputError
+from spmdeploy.manifest import GraphRecord, Manifest, check_version
 
-from spmdeploy.errors import BundleError, InputError, SpmDeployError
-from spmdeploy.labels import ClassTable
-
-SCHEMA_FAMILY, SCHEMA_VERSION = "spmdeploy.bundle/", 1
-SCHEMA = f"{SCHEMA_FAMILY}{SCHEMA_VERSION}"
-MANIFEST, SUMS, ENGINES = "manifest.json", "SHA256SUMS", "engines/"
-GOLDEN_PICTURES = ("image.png", "labels.png", "mask.png", "expected.png")
-GOLDEN_INSTANCES = "instances.png"  # optional: without it the labels stand in
-
-MAX_ENTRIES = 4096  # a bundle has dozens; more is somebody's home folder, or an attack
-MAX_NAME_LENGTH = 240  # characters: unpacks below any folder on every file system
 MAX_TEXT_BYTES = 4 << 20  # manifest.json and SHA256SUMS, read before anything is trusted
-MAX_FILE_BYTES = (2 << 30) - 1  # an ONNX file cannot be larger: the limit of protobuf
-
-Precision = Literal["fp32", "fp16"]
-
-COPY_AGAIN = "copy the bundle again from where it came from, or export it again"
-EXPORT_FIRST = "turn weights into a bundle: spmdeploy export CHECKPOINT --output NAME.spm --classes cityscapes"
-WHOLE_BUNDLE = "this is one part of a bundle; give the .spm folder that it came from"
-PACK_AGAIN = "make the zip inside the bundle's folder: zip -0 -X -r ../NAME.spm.zip ."
-
-
-# --------------------------------------------------------------------------------------------------- faults and names
-
-
-def _damaged(subject: str | Path, problem: object) -> BundleError:
-    return BundleError(f"{subject}: {problem}", COPY_AGAIN)
-
-
-def is_inside(name: str) -> bool:
-    """Whether `name` is a plain relative path with / between its parts, safe to join to a folder on any system."""
-    parts = name.split("/")
-    # ":" covers drive letters and NTFS streams; isprintable covers NUL, newlines, lone surrogates, direction overrides.
-    plain = name.isprintable() and "\\" not in name and ":" not in name
-    return plain and len(name) <= MAX_NAME_LENGTH and not {"", ".", ".."} & set(parts)
-
-
-def _is_digest(text: str) -> bool:
-    return re.fullmatch(r"[0-9a-f]{64}", text) is not None
-
-
-def _is_name_part(text: str) -> bool:
-    return is_inside(text) and "/" not in text
-
-
-# ------------------------------------------------------------------------------------------------------- manifest
-
-InsideName = Annotated[str, (is_inside, "a relative path inside the bundle")]
-NamePart = Annotated[str, (_is_name_part, "a plain name without /")]
-Digest = Annotated[str, (_is_digest, "a SHA-256 in 64 lower-case hexadecimal digits")]
-
-
-@dataclass(frozen=True)
-class Record:
-    """Base of the manifest's frozen dataclasses: the annotations of the fields are what is accepted from JSON.
-
-    Fields with a default may be missing; further fields are passed over, so that a later 1.x may add some.
-    """
-
-    @classmethod
-    def from_json(cls, value: object, source: str) -> Self:
-        """Raises BundleError naming `source`, the field and its value."""
-        try:
-            record: Self = _decode_record(cls, value, "")
-        except _WrongField as exc:
-            raise _damaged(source, exc) from exc
-        return record
-
-    def to_json(self) -> dict[str, Any]:
-        return {item.name: _encode(getattr(self, item.name)) for item in fields(self)}
-
-
-@dataclass(frozen=True)
-class GeneratorFacts(Record):
-    """The size of the network that the graphs were made from."""
-
-    classes: int
-    width: int
-    hidden: int
-    parameters: int
-    gflop: float
-    """Operations of one 256x256 edit, in units of 1e9."""
-
-
-@dataclass(frozen=True)
-class GraphRecord(Record):
-    """One ONNX file and what was measured on it when it was written."""
-
-    graph: str
-    """What it computes: "edit"."""
-    precision: Precision
-    file: InsideName
-    bytes: int
-    sha256: Digest
-    opset: int
-    weights_dtype: Literal["float32", "float16"]
-    """How the weights are stored; an FP32 graph may keep halves and cast them."""
-    fp16_share: float
-    """Share of the operations that compute in FP16, 0..1."""
-    fp32_operations: Mapping[str, int]
-    """Operations that compute in FP32, by ONNX operator."""
-    parity: Mapping[str, float | None]
-    """Figures of the comparison with torch in FP32. None: infinite (the PSNR of equal pictures)."""
-
-
-@dataclass(frozen=True)
-class GoldenEdit(Record):
-    """An edit with the picture that torch in FP32 makes of it."""
-
-    name: NamePart
-    folder: InsideName
-    note: str
-    """Where the photo is from and under which licence."""
-
-
-@dataclass(frozen=True)
-class ParityLimits(Record):
-    """What any backend must keep to, inside the mask, against the expected picture of a golden edit."""
-
-    max_grey: float
-    mean_grey: float
-    min_psnr_db: float
-
-
-@dataclass(frozen=True)
-class SourceFacts(Record):
-    """The checkpoint that the bundle was exported from."""
-
-    file: str
-    sha256: Digest
-    format: str
-
-
-@dataclass(frozen=True)
-class Manifest(Record):
-    """manifest.json."""
-
-    name: NamePart
-    created: date
-    tools: Mapping[str, str]
-    """Versions of what made it: spmdeploy, torch, onnx, ..."""
-    classes: ClassTable
-    channel_order: Literal["RGB", "BGR"]
-    """The order that the source weights were trained in. The graphs take and give RGB in any case."""
-    native_size: int
-    """Height and width of the pictures that the graphs take."""
-    generator: GeneratorFacts
-    graphs: tuple[GraphRecord, ...]
-    golden: tuple[GoldenEdit, ...]
-    limits: Mapping[Precision, ParityLimits]
-    source: SourceFacts
-    licence: str
-    """Terms of the weights, in words."""
-    training: Mapping[str, object] | None = None
-    """What is known of the training run, as it was recorded."""
-
-    @classmethod
-    def from_json(cls, value: object, source: str) -> Self:
-        """Raises BundleError naming `source` and the field; for a schema that is not ours or newer, saying that."""
-        _check_schema(value, source)
-        manifest = super().from_json(value, source)
-        if fault := manifest._contradiction():
-            raise _damaged(source, fault)
-        return manifest
-
-    def to_json(self) -> dict[str, Any]:
-        return {"schema": SCHEMA, **super().to_json()}
-
-    def _contradiction(self) -> str | None:
-        if len(self.classes) != self.generator.classes:
-            return f"generator.classes is {self.generator.classes}, but classes lists {len(self.classes)}"
-        for words, keys in (
-            ("graph", [f"{record.graph} {record.precision}" for record in self.graphs]),
-            ("golden edit", [edit.name for edit in self.golden]),
-        ):
-            if repeated := _repeated(keys):
-                return f"the {words} {repeated} is there twice"
-        unlimited = {record.precision for record in self.graphs} - self.limits.keys()
-        return f"limits has none for {min(unlimited)}, the precision of a graph" if unlimited else None
-
-
-def _repeated(names: list[str]) -> str | None:
-    return next((name for name, count in Counter(names).items() if count > 1), None)
-
-
-def _check_schema(value: object, source: str) -> None:
-    schema = value.get("schema") if isinstance(value, dict) else None
-    number = re.fullmatch(re.escape(SCHEMA_FAMILY) + r"([1-9][0-9]{0,5})", schema) if isinstance(schema, str) else None
-    if number is None:
-        raise BundleError(f"{source}: not a bundle's: its schema is {schema!r}, not {SCHEMA}", EXPORT_FIRST)
-    if int(number[1]) > SCHEMA_VERSION:
-        raise BundleError(f"{source}: {schema} is newer than {SCHEMA}, which this version reads", "upgrade spmdeploy")
-
-
-# ------------------------------------------------------------------------------------- JSON to dataclass and back
-
-
-class _WrongField(ValueError):
-    """A field that is missing or of the wrong type; becomes a BundleError where the file's name is known."""
-
-
-@cache
-def _field_types(kind: Any) -> dict[str, Any]:
-    hints = get_type_hints(kind, include_extras=True)
-    return {item.name: hints[item.name] for item in fields(kind)}
-
-
-def _decode(kind: Any, value: object, where: str) -> Any:
-    """`value` from JSON as the annotation `kind` wants it; `where` is the field's path. Raises _WrongField."""
-    return DECODERS.get(get_origin(kind) or kind, _decode_record)(kind, value, where)
-
-
-def _decode_record(kind: Any, value: object, where: str) -> Any:
-    given = _expect(dict, value, where or "the manifest", "an object")
-    optional = {item.name for item in fields(kind) if item.default is not MISSING}
-    missing = [name for name in _field_types(kind) if name not in given and name not in optional]
-    if missing:
-        raise _WrongField(f"{_within(where, missing[0])} is missing")
-    wanted = {name: wanted for name, wanted in _field_types(kind).items() if name in given}
-    return kind(**{name: _decode(wanted[name], given[name], _within(where, name)) for name in wanted})
-
-
-def _within(where: str, name: object) -> str:
-    return f"{where}.{name}" if where else str(name)
-
-
-def _expect(kind: type, value: object, where: str, words: str) -> Any:
-    # The exact type: bool is an int to Python, but true is no number in a manifest.
-    return value if type(value) is kind else _refuse(where, value, words)
-
-
-def _refuse(where: str, value: object, words: str) -> NoReturn:
-    shown = repr(value)
-    raise _WrongField(f"{where} is {shown if len(shown) <= 60 else shown[:57] + '...'}, not {words}")
-
-
-def _decode_text(kind: Any, value: object, where: str) -> Any:
-    return _expect(str, value, where, "text")
-
-
-def _decode_count(kind: Any, value: object, where: str) -> Any:
-    words = "a whole number from 0"
-    count = _expect(int, value, where, words)
-    return count if count >= 0 else _refuse(where, value, words)
-
-
-def _decode_number(kind: Any, value: object, where: str) -> Any:
-    limit = sys.float_info.max  # comparing refuses NaN and infinities, and whole numbers too large for a float
-    words = "a finite number"
-    number = value if type(value) is int else _expect(float, value, where, words)
-    return float(number) if -limit <= number <= limit else _refuse(where, value, words)
-
-
-def _decode_date(kind: Any, value: object, where: str) -> Any:
-    words = "a date YYYY-MM-DD"
-    text = _expect(str, value, where, words)
-    with suppress(ValueError):
-        day = date.fromisoformat(text)
-        if day.isoformat() == text:  # from Python 3.11 on it reads week dates and more
-            return day
-    _refuse(where, value, words)
-
-
-def _decode_choice(kind: Any, value: object, where: str) -> Any:
-    return value if value in get_args(kind) else _refuse(where, value, " or ".join(get_args(kind)))
-
-
-def _decode_checked(kind: Any, value: object, where: str) -> Any:
-    accepts, words = kind.__metadata__[0]
-    text = _decode(kind.__origin__, value, where)
-    return text if accepts(text) else _refuse(where, value, words)
-
-
-def _decode_optional(kind: Any, value: object, where: str) -> Any:
-    return None if value is None else _decode(get_args(kind)[0], value, where)
-
-
-def _decode_list(kind: Any, value: object, where: str) -> Any:
-    items = _expect(list, value, where, "a list")
-    return tuple(_decode(get_args(kind)[0], item, f"{where}[{i}]") for i, item in enumerate(items))
-
-
-def _decode_mapping(kind: Any, value: object, where: str) -> Any:
-    key_kind, item_kind = get_args(kind)
-    entries = _expect(dict, value, where, "an object").items()
-    named = f"a key of {where}"
-    return {_decode(key_kind, key, named): _decode(item_kind, item, _within(where, key)) for key, item in entries}
-
-
-def _decode_classes(kind: Any, value: object, where: str) -> Any:
-    try:
-        return ClassTable.from_json(_expect(dict, value, where, "an object"), where)
-    except SpmDeployError as exc:
-        raise _WrongField(exc.problem) from exc
-
-
-def _decode_anything(kind: Any, value: object, where: str) -> Any:
-    return value
-
-
-DECODERS: Mapping[Any, Callable[[Any, object, str], Any]] = {
-    str: _decode_text,
-    int: _decode_count,
-    float: _decode_number,
-    date: _decode_date,
-    object: _decode_anything,
-    Literal: _decode_choice,
-    Annotated: _decode_checked,
-    UnionType: _decode_optional,
-    Union: _decode_optional,
-    tuple: _decode_list,
-    Mapping: _decode_mapping,
-    ClassTable: _decode_classes,
-}
-
-
-def _encode(value: Any) -> Any:
-    if isinstance(value, Record | ClassTable):
-        return value.to_json()
-    if isinstance(value, date):
-        return value.isoformat()
-    if isinstance(value, tuple):
-        return [_encode(item) for item in value]
-    return {key: _encode(item) for key, item in value.items()} if isinstance(value, Mapping) else value
-
-
-def _parse_json(data: bytes) -> object:
-    """Strict JSON: no NaN, no key twice. Raises ValueError."""
-    try:
-        return json.loads(data, object_pairs_hook=_unrepeated, parse_constant=_refuse_constant)
-    except RecursionError as exc:
-        raise ValueError("nested too deeply") from exc
-
-
-def _unrepeated(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    if twice := _repeated([key for key, _ in pairs]):
-        raise ValueError(f"the key {twice!r} is there twice")
-    return dict(pairs)
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
-
-
-# ------------------------------------------------------------------------------------------ the files: folder, zip
-
-
-class _Store(Protocol):
-    """Where a bundle's bytes lie. `sizes` has every file by its name, in bytes; nothing in it is trusted."""
-
-    shown: Path
-    """The path to name in messages."""
-    sizes: dict[str, int]
-
-    def open(self, name: str) -> AbstractContextManager[BinaryIO]:
-        """A stream that stands at the first byte of a file in `sizes`; it may go on behind the last one."""
-
-
-class _Folder:
-    def __init__(self, root: Path, shown: Path | None = None) -> None:
-        self.root, self.shown = root, shown or root
-        self.sizes = dict(self._listing())
-
-    @contextmanager
-    def open(self, name: str) -> Iterator[BinaryIO]:
-        with open(self.root / name, "rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
-            if size != self.sizes[name]:
-                raise _damaged(self.shown / name, f"{size} bytes, but {self.sizes[name]} when the bundle was opened")
-            yield stream
-
-    def _listing(self) -> Iterator[tuple[str, int]]:
-        pending, seen = [self.root], 0
-        while pending:
-            with os.scandir(pending.pop()) as entries:
-                found = list(islice(entries, MAX_ENTRIES + 1 - seen))
-            seen += len(found)
-            if seen > MAX_ENTRIES:
-                raise BundleError(f"{self.shown}: more than {MAX_ENTRIES} files", "give the .spm folder alone")
-            for entry in found:
-                if entry.is_dir(follow_symlinks=False):
-                    pending.append(Path(entry.path))
-                else:
-                    yield self._name(entry), entry.stat().st_size
-
-    def _name(self, entry: os.DirEntry[str]) -> str:
-        name = Path(entry.path).relative_to(self.root).as_posix()
-        target = Path(os.path.realpath(entry.path))  # Path.resolve raises RuntimeError for a link to itself
-        if Path(os.path.realpath(self.root)) not in target.parents:
-            raise BundleError(f"{self.shown / name}: a link to {target}, outside the bundle", COPY_AGAIN)
-        if not target.is_file():
-            raise BundleError(f"{self.shown / name}: no regular file", "take it out of the bundle")
-        return name
-
-
-class _Zip:
-    """An uncompressed zip: each file is one stretch of the archive, found once and read without zipfile after that.
-
-    The central directory and the local headers must tell the same story, and no two entries may share a byte: programs
-    that trust one or the other would see different files, and overlaps are how zip bombs are made.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.shown = path
-        with open(path, "rb") as archive:
-            directory_start = _directory_start(archive, path)
-            entries = _read_directory(archive, path)
-            spans = sorted(_span(archive, entry, path) for entry in entries)
-        _check_spans(spans, directory_start, path)
-        self._starts = {span.name: span.data for span in spans if not span.name.endswith("/")}
-        self.sizes = {span.name: span.end - span.data for span in spans if span.name in self._starts}
-
-    @contextmanager
-    def open(self, name: str) -> Iterator[BinaryIO]:
-        with open(self.shown, "rb") as stream:
-            stream.seek(self._starts[name])
-            yield stream
-
-
-class _Span(NamedTuple):
-    """Offsets in the archive: `header` to `data` is the local header, `data` to `end` the content."""
-
-    header: int
-    data: int
-    end: int
-    name: str
-
-
-def _zip_fault(path: Path, problem: str, entry: str | None = None) -> BundleError:
-    return BundleError(f"{path}: {problem}" if entry is None else f"{path}: entry {entry!r} {problem}", PACK_AGAIN)
-
-
-def _directory_start(archive: BinaryIO, path: Path) -> int:
-    """Where the central directory starts. Read before zipfile loads all of it: a hostile one can fill the memory."""
-    size = archive.seek(0, os.SEEK_END)
-    archive.seek(max(0, size - 42))
-    locator, _, record = archive.read(42).rpartition(b"PK\5\6")
-    if len(record) != 18:
-        raise _damaged(path, "truncated, or something follows the zip: it does not end with its directory")
-    length, start, comment = (int(number) for number in struct.unpack("<2LH", record[8:]))
-    if locator[:4] == b"PK\6\7" or comment or start + length != size - 22:
-        raise _zip_fault(path, "more than 4 GiB, or something precedes the zip in the file")
-    if length > MAX_ENTRIES * (MAX_NAME_LENGTH + 128):
-        raise _zip_fault(path, f"more than {MAX_ENTRIES} entries")
-    return start
-
-
-def _read_directory(archive: BinaryIO, path: Path) -> list[zipfile.ZipInfo]:
-    try:
-        with zipfile.ZipFile(archive) as opened:
-            entries = opened.infolist()
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as exc:
-        raise _zip_fault(path, f"the directory of the zip cannot be read: {exc}") from exc
-    names = [entry.orig_filename for entry in entries]
-    if MANIFEST not in names:
-        raise _no_manifest(path, names)
-    if len(names) > MAX_ENTRIES:
-        raise _zip_fault(path, f"more than {MAX_ENTRIES} entries")
-    if twice := _repeated(names):
-        raise _zip_fault(path, "is there twice", twice)
-    return entries
-
-
-def _check_entry(entry: zipfile.ZipInfo, path: Path) -> None:
-    """What the central directory says of an entry. orig_filename: zipfile itself cuts names at a NUL."""
-    name, kind = entry.orig_filename, stat.S_IFMT(entry.external_attr >> 16)
-    faults = (
-        (not is_inside(name.removesuffix("/")), "has a name that leads outside or is not plain"),
-        (entry.flag_bits & 0x2041, "is encrypted"),
-        (kind not in (0, stat.S_IFREG, stat.S_IFDIR), "is a link or a device, not a file"),
-        (entry.compress_type != zipfile.ZIP_STORED, "is compressed; a bundle's zip is not"),
-        (entry.compress_size != entry.file_size, f"has {entry.compress_size} bytes for {entry.file_size} uncompressed"),
-        (entry.file_size > MAX_FILE_BYTES, f"claims {entry.file_size} bytes, more than {MAX_FILE_BYTES}"),
-        (name.endswith("/") and entry.file_size, "is a folder with content"),
-    )
-    for wrong, words in faults:
-        if wrong:
-            raise _zip_fault(path, words, name)
-
-
-def _span(archive: BinaryIO, entry: zipfile.ZipInfo, path: Path) -> _Span:
-    """Where an entry lies, after its local header has been compared with the central directory."""
-    _check_entry(entry, path)
-    archive.seek(entry.header_offset)
-    header = archive.read(30)
-    if len(header) < 30 or header[:4] != b"PK\3\4":
-        raise _zip_fault(path, "has no header where the directory says", entry.orig_filename)
-    flags, method, crc, packed, size, name_length, extra_length = struct.unpack("<6x2H4x3L2H", header)
-    name = archive.read(name_length).decode("utf-8" if flags & 0x800 else "cp437", "replace")
-    told = (entry.flag_bits, entry.compress_type, entry.CRC, entry.compress_size, entry.file_size, entry.orig_filename)
-    if (flags, method, crc, packed, size, name) != told:
-        raise _zip_fault(path, "has a header that differs from the directory", entry.orig_filename)
-    data = entry.header_offset + 30 + name_length + extra_length
-    return _Span(entry.header_offset, data, data + size, name)
-
-
-def _check_spans(spans: list[_Span], directory_start: int, path: Path) -> None:
-    following = [span.header for span in spans[1:]] + [directory_start]
-    for span, limit in zip(spans, following, strict=True):
-        if span.end > limit:
-            raise _zip_fault(path, "runs into the entry behind it or the directory", span.name)
-
-
-# ---------------------------------------------------------------------------------------------------------- opening
-
-WHAT_IT_IS = {
-    ".onnx": ("one graph", WHOLE_BUNDLE),
-    ".engine": ("one engine", WHOLE_BUNDLE),
-    ".plan": ("one engine", WHOLE_BUNDLE),
-    ".trt": ("one engine", WHOLE_BUNDLE),
-    ".json": ("a JSON file", WHOLE_BUNDLE),
-    ".safetensors": ("a checkpoint", EXPORT_FIRST),
-    ".pth": ("a checkpoint", EXPORT_FIRST),
-    ".pt": ("a checkpoint", EXPORT_FIRST),
-}
 
 
 @dataclass(frozen=True)
@@ -573,13 +55,13 @@ class Bundle:
 
     path: Path
     manifest: Manifest
-    _store: _Store = field(repr=False)
+    _store: FileStore = field(repr=False)
     _digests: Mapping[str, str] = field(repr=False)
 
     @property
     def is_folder(self) -> bool:
         """Whether the files have paths (`path_of`); those in a zip have none."""
-        return isinstance(self._store, _Folder)
+        return isinstance(self._store, FolderStore)
 
     def files(self) -> dict[str, int]:
         """The files that SHA256SUMS covers and their sizes in bytes, sorted by name."""
@@ -621,7 +103,7 @@ class Bundle:
 
         Between the hash and the use somebody may replace the file: prefer `read`.
         """
-        if not isinstance(self._store, _Folder):
+        if not isinstance(self._store, FolderStore):
             raise BundleError(f"{self.path}: {name} lies inside a zip and has no path", "unpack the zip into a folder")
         self._check(name)
         return self._store.root / name
@@ -653,65 +135,29 @@ def open_bundle(path: str | Path) -> Bundle:
     """
     path = Path(path)
     with _bundle_errors(path):
-        return _open_store(_find_store(path))
+        return _open_store(find_store(path))
 
 
-def _open_store(store: _Store) -> Bundle:
+def _open_store(store: FileStore) -> Bundle:
     shown = store.shown / MANIFEST
-    written = _read_text(store, MANIFEST)
-    # The version comes first: a later one may keep its hashes differently.
-    with suppress(ValueError):
-        _check_schema(_parse_json(written), str(shown))
+    content = _read_text(store, MANIFEST)
+    check_version(content, str(shown))  # first: a later version may keep its hashes differently
     digests = _parse_sums(_read_text(store, SUMS), store.shown / SUMS)
     if MANIFEST not in digests:
-        raise _damaged(store.shown / SUMS, f"does not list {MANIFEST}")
-    _compare(shown, hashlib.sha256(written).hexdigest(), digests[MANIFEST])
-    try:
-        manifest = Manifest.from_json(_parse_json(written), str(shown))
-    except ValueError as exc:
-        raise _damaged(shown, f"not valid JSON: {exc}") from exc
+        raise damaged(store.shown / SUMS, f"does not list {MANIFEST}")
+    _compare(shown, hashlib.sha256(content).hexdigest(), digests[MANIFEST])
+    manifest = Manifest.from_bytes(content, str(shown))
     _check_presence(store, digests)
     _check_graphs(store, digests, manifest)
     _check_golden(store, digests, manifest)
     return Bundle(store.shown, manifest, store, digests)
 
 
-def _find_store(path: Path) -> _Store:
-    if path.is_dir():
-        if not os.path.lexists(path / MANIFEST):
-            raise _no_manifest(path, os.listdir(path))
-        return _Folder(path)
-    if not path.is_file():
-        raise BundleError(f"{path}: no such bundle", _interrupted_overwrite(path))
-    if path.suffix.lower() in WHAT_IT_IS:
-        what, hint = WHAT_IT_IS[path.suffix.lower()]
-        raise BundleError(f"{path}: {what}, not a bundle", hint)
-    with open(path, "rb") as stream:
-        start = stream.read(4)
-    if start in (b"PK\3\4", b"PK\5\6"):
-        return _Zip(path)
-    raise BundleError(f"{path}: not a bundle: neither a folder nor a zip (starts with {start!r})", EXPORT_FIRST)
-
-
-def _interrupted_overwrite(path: Path) -> str:
-    aside = next(path.parent.glob(f".{glob.escape(path.name)}.*{ASIDE}"), None)
-    return EXPORT_FIRST if aside is None else f"an interrupted overwrite left the old one at {aside}: move it back"
-
-
-def _no_manifest(path: Path, names: list[str]) -> BundleError:
-    if SUMS in names:
-        return _damaged(path / MANIFEST, "missing")
-    if any(name.endswith(f"/{MANIFEST}") for name in names):
-        return BundleError(f"{path}: not a bundle: the {MANIFEST} lies one folder too deep", PACK_AGAIN)
-    what = "without a manifest.json" if names else "empty"
-    return BundleError(f"{path}: not a bundle: it is {what}", EXPORT_FIRST)
-
-
-def _read_text(store: _Store, name: str) -> bytes:
+def _read_text(store: FileStore, name: str) -> bytes:
     if name not in store.sizes:
-        raise _damaged(store.shown / name, "missing")
+        raise damaged(store.shown / name, "missing")
     if store.sizes[name] > MAX_TEXT_BYTES:
-        raise _damaged(store.shown / name, f"{store.sizes[name]} bytes, more than {MAX_TEXT_BYTES}")
+        raise damaged(store.shown / name, f"{store.sizes[name]} bytes, more than {MAX_TEXT_BYTES}")
     with store.open(name) as stream:
         return stream.read(store.sizes[name])
 
@@ -722,42 +168,42 @@ def _parse_sums(written: bytes, shown: Path) -> dict[str, str]:
     for number, line in enumerate(written.decode("utf-8", "replace").removesuffix("\n").split("\n"), start=1):
         parsed = re.fullmatch(r"([0-9a-f]{64}) [ *](.+)", line)
         if parsed is None or not is_inside(parsed[2]) or parsed[2] in digests:
-            raise _damaged(shown, f"line {number} is {line[:100]!r}: no SHA-256, an unsafe name, or one twice")
+            raise damaged(shown, f"line {number} is {line[:100]!r}: no SHA-256, an unsafe name, or one twice")
         digests[parsed[2]] = parsed[1]
     return digests
 
 
-def _check_presence(store: _Store, digests: Mapping[str, str]) -> None:
+def _check_presence(store: FileStore, digests: Mapping[str, str]) -> None:
     for name in digests:
         if name not in store.sizes:
-            raise _damaged(store.shown / name, f"missing, though {SUMS} lists it")
+            raise damaged(store.shown / name, f"missing, though {SUMS} lists it")
         if store.sizes[name] > MAX_FILE_BYTES:
-            raise _damaged(store.shown / name, f"{store.sizes[name]} bytes, more than {MAX_FILE_BYTES}")
+            raise damaged(store.shown / name, f"{store.sizes[name]} bytes, more than {MAX_FILE_BYTES}")
 
 
-def _check_graphs(store: _Store, digests: Mapping[str, str], manifest: Manifest) -> None:
+def _check_graphs(store: FileStore, digests: Mapping[str, str], manifest: Manifest) -> None:
     for record in manifest.graphs:
         shown = store.shown / record.file
         if record.file not in digests:
-            raise _damaged(shown, f"named in {MANIFEST}, but {SUMS} does not list it")
+            raise damaged(shown, f"named in {MANIFEST}, but {SUMS} does not list it")
         size = store.sizes[record.file]
         if size != record.bytes:
             words = "truncated" if size < record.bytes else "tampered with or damaged"
-            raise _damaged(shown, f"{words}: {size} bytes, but {MANIFEST} says {record.bytes}")
+            raise damaged(shown, f"{words}: {size} bytes, but {MANIFEST} says {record.bytes}")
         _compare(shown, digests[record.file], record.sha256, MANIFEST)
 
 
-def _check_golden(store: _Store, digests: Mapping[str, str], manifest: Manifest) -> None:
+def _check_golden(store: FileStore, digests: Mapping[str, str], manifest: Manifest) -> None:
     for edit in manifest.golden:
         for picture in GOLDEN_PICTURES:
             if f"{edit.folder}/{picture}" not in digests:
-                raise _damaged(store.shown / edit.folder / picture, f"missing from the golden edit {edit.name}")
+                raise damaged(store.shown / edit.folder / picture, f"missing from the golden edit {edit.name}")
 
 
 def _compare(shown: Path, actual: str, expected: str, said_by: str = SUMS) -> None:
     if actual != expected:
         words = f"SHA-256 is {actual[:12]}…, but {said_by} says {expected[:12]}…"
-        raise _damaged(shown, f"tampered with or damaged: {words}")
+        raise damaged(shown, f"tampered with or damaged: {words}")
 
 
 def _digest(stream: BinaryIO, size: int) -> str:
@@ -780,12 +226,10 @@ def _bundle_errors(subject: Path) -> Iterator[None]:
     try:
         yield
     except OSError as exc:
-        raise _damaged(exc.filename or subject, f"cannot be read: {exc.strerror or exc}") from exc
+        raise damaged(exc.filename or subject, f"cannot be read: {exc.strerror or exc}") from exc
 
 
 # ---------------------------------------------------------------------------------------------------------- writing
-
-BUILDING, ASIDE = ".building", ".previous"
 
 
 class BundleWriter:
@@ -850,9 +294,10 @@ class BundleWriter:
     def finish(self, manifest: Manifest) -> Bundle:
         """Writes manifest and SHA256SUMS, opens the result as a reader would, and puts it at the target."""
         with _write_errors(self.target):
-            (self._folder / MANIFEST).write_bytes(_manifest_bytes(manifest, self.target))
+            Manifest.from_json(manifest.to_json(), str(self.target / MANIFEST))  # what is written can be read
+            (self._folder / MANIFEST).write_bytes(manifest.to_bytes())
             self._write_sums()
-            _open_store(_Folder(self._folder, shown=self.target))
+            _open_store(FolderStore(self._folder, shown=self.target))
             _put_in_place(self._folder, self.target, self.overwrite)
         return open_bundle(self.target)
 
@@ -864,7 +309,7 @@ class BundleWriter:
 
     def _write_sums(self) -> None:
         digests = {}
-        for name in _Folder(self._folder, shown=self.target).sizes:
+        for name in FolderStore(self._folder, shown=self.target).sizes:
             if not name.startswith(ENGINES):
                 digests[name] = _measure(self._folder / name)[1]
                 _flush_to_disk(self._folder / name)
@@ -907,12 +352,6 @@ def _zip_entry(name: str) -> zipfile.ZipInfo:
     entry.create_system = 3  # Unix, wherever it is packed
     entry.external_attr = (stat.S_IFREG | 0o644) << 16
     return entry
-
-
-def _manifest_bytes(manifest: Manifest, target: Path) -> bytes:
-    """manifest.json, proved to be readable by the code that will read it."""
-    Manifest.from_json(manifest.to_json(), str(target / MANIFEST))
-    return (json.dumps(manifest.to_json(), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def _sums_bytes(digests: Mapping[str, str]) -> bytes:

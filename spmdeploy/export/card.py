@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from spmdeploy.bundle import GraphRecord, Manifest
+from spmdeploy.manifest import GraphRecord, Manifest
 
 
 def bundle_card(manifest: Manifest) -> str:

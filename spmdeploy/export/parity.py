@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from spmdeploy.bundle import ParityLimits, Precision
+from spmdeploy.manifest import ParityLimits, Precision
 from spmdeploy.runtime.golden import GoldenPictures, GoldenResult, repeat_golden
 from spmdeploy.runtime.ort import OnnxRuntimeSession
 

@@ -16,17 +16,7 @@ import torch
 
 import spmdeploy
 from spmdeploy import images
-from spmdeploy.bundle import (
-    Bundle,
-    BundleWriter,
-    GeneratorFacts,
-    GoldenEdit,
-    GraphRecord,
-    Manifest,
-    ParityLimits,
-    Precision,
-    SourceFacts,
-)
+from spmdeploy.bundle import Bundle, BundleWriter
 from spmdeploy.errors import InputError, VerificationError
 from spmdeploy.export.card import bundle_card
 from spmdeploy.export.golden import golden_edits
@@ -35,6 +25,15 @@ from spmdeploy.export.parity import FP32_LIMITS, HALF_LIMITS, check_graph, worst
 from spmdeploy.export.to_fp16 import store_weights_as_halves, to_fp16
 from spmdeploy.export.to_onnx import export_edit
 from spmdeploy.labels import ClassTable
+from spmdeploy.manifest import (
+    GeneratorFacts,
+    GoldenEdit,
+    GraphRecord,
+    Manifest,
+    ParityLimits,
+    Precision,
+    SourceFacts,
+)
 from spmdeploy.networks.deploy_graph import NATIVE_SIZE
 from spmdeploy.networks.session import TorchSession
 from spmdeploy.networks.weights import Checkpoint, load_checkpoint
@@ -53,8 +52,6 @@ class ExportOptions:
     half_weights: bool = False
     """Store the FP32 graph's weights rounded to FP16: half the file, FP32 arithmetic, the drift of rounded weights."""
     licence: str = UNSTATED_LICENCE
-    training: Mapping[str, object] | None = None
-    """How the weights came about, for the manifest and the card."""
     overwrite: bool = False
 
 
@@ -117,7 +114,7 @@ def export_bundle(
             limits=limits,
             source=SourceFacts(checkpoint.name, hashlib.sha256(checkpoint.read_bytes()).hexdigest(), weights.format),
             licence=options.licence,
-            training=options.training,
+            training=weights.training,
         )
         writer.add_bytes("card.md", bundle_card(manifest).encode())
         bundle = writer.finish(manifest)

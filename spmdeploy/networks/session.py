@@ -8,8 +8,9 @@ import torch
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from spmdeploy.bundle import Bundle, Precision
+from spmdeploy.bundle import Bundle
 from spmdeploy.errors import BundleError, UnavailableError, UsageError
+from spmdeploy.manifest import Precision
 from spmdeploy.networks.deploy_graph import NATIVE_SIZE, EditGraph
 from spmdeploy.networks.generator import Generator, GeneratorConfig
 from spmdeploy.runtime.session import Opened, check_device

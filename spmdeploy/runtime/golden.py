@@ -11,8 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spmdeploy import images
-from spmdeploy.bundle import GOLDEN_INSTANCES, Bundle, GoldenEdit, ParityLimits
+from spmdeploy.bundle import Bundle
+from spmdeploy.bundle_files import GOLDEN_INSTANCES
 from spmdeploy.errors import BundleError, InputError
+from spmdeploy.manifest import GoldenEdit, ParityLimits
 from spmdeploy.runtime.session import Session
 
 Picture = TypeVar("Picture")

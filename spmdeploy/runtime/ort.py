@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from spmdeploy.bundle import Precision
 from spmdeploy.errors import BundleError, OutOfMemory, UnavailableError
+from spmdeploy.manifest import Precision
 from spmdeploy.runtime.cuda import visible_gpus
 
 _INPUTS = {"image": "tensor(uint8)", "labels": "tensor(uint8)", "instances": "tensor(int32)", "mask": "tensor(uint8)"}

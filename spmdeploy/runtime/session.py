@@ -9,8 +9,9 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from spmdeploy.bundle import Bundle, GraphRecord, Precision
+from spmdeploy.bundle import Bundle
 from spmdeploy.errors import UsageError
+from spmdeploy.manifest import GraphRecord, Precision
 
 BACKENDS = ("onnxruntime", "torch")
 

@@ -1,0 +1,161 @@
+"""manifest.json: what is written is read, and a wrong field is refused by its path and value."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spmdeploy.bundle_files import MANIFEST, SUMS
+from spmdeploy.errors import BundleError
+from spmdeploy.manifest import Manifest
+
+from .conftest import (
+    GRAPHS,
+    graph_record,
+    list_sums,
+    manifest_of,
+    refusal,
+    rewrite_manifest,
+)
+
+
+def test_manifest_survives_json() -> None:
+    manifest = manifest_of((graph_record("fp32", 5, "a" * 64),))
+    text = json.dumps(manifest.to_json(), allow_nan=False)
+    assert Manifest.from_json(json.loads(text), "m") == manifest
+    assert json.loads(text)["schema"] == "spmdeploy.bundle/1"
+    assert json.loads(text)["created"] == "2026-11-22"
+
+
+def test_further_fields_are_passed_over_and_training_may_be_missing() -> None:
+    content = manifest_of(()).to_json()
+    del content["training"]
+    content["mood"] = content["generator"]["mood"] = "good"
+    manifest = Manifest.from_json(content, "m")
+    assert manifest.training is None
+    assert manifest.to_json().keys() == content.keys() - {"mood"} | {"training"}
+
+
+def _set(path: str, value: object) -> Callable[[dict[str, Any]], None]:
+    def change(content: Any) -> None:
+        *above, last = [int(part) if part.isdigit() else part for part in path.split("/")]
+        for part in above:
+            content = content[part]
+        if value is ...:
+            del content[last]
+        else:
+            content[last] = value
+
+    return change
+
+
+WRONG_FIELDS = [
+    ("licence", ..., "licence is missing"),
+    ("graphs/0/opset", ..., r"graphs\[0\]\.opset is missing"),
+    ("licence", 5, "licence is 5, not text"),
+    ("name", "a/b", "name is 'a/b', not a plain name"),
+    ("native_size", True, "native_size is True, not a whole number"),
+    ("native_size", 256.0, r"native_size is 256\.0, not a whole number"),
+    ("graphs/0/bytes", -1, r"graphs\[0\]\.bytes is -1, not a whole number from 0"),
+    ("graphs/0/precision", "int8", r"graphs\[0\]\.precision is 'int8', not fp32 or fp16"),
+    ("graphs/0/precision", ["fp32"], r"graphs\[0\]\.precision is \['fp32'\], not fp32 or fp16"),
+    ("graphs/0/sha256", "A" * 64, r"graphs\[0\]\.sha256 is '"),
+    ("graphs/0/file", "../../etc/passwd", r"graphs\[0\]\.file is '\.\./\.\./etc/passwd', not a relative path inside"),
+    ("graphs/0/file", "/etc/passwd", r"graphs\[0\]\.file is"),
+    ("graphs/0/fp16_share", "half", r"graphs\[0\]\.fp16_share is 'half', not a finite number"),
+    ("graphs/0/parity/max_grey", math.inf, r"parity\.max_grey is inf, not a finite number"),
+    ("graphs/0/parity/max_grey", math.nan, r"parity\.max_grey is nan, not a finite number"),
+    ("graphs/0/parity/max_grey", 10**400, r"parity\.max_grey is 1000.*\.\.\., not a finite number"),
+    ("graphs/0/fp32_operations", [], r"fp32_operations is \[\], not an object"),
+    ("graphs", {}, r"graphs is \{\}, not a list"),
+    ("graphs/0", "edit.onnx", r"graphs\[0\] is 'edit\.onnx', not an object"),
+    ("golden/0/folder", "golden/..", r"golden\[0\]\.folder is"),
+    ("generator/gflop", None, r"generator\.gflop is None, not a finite number"),
+    ("generator/classes", 3, "generator.classes is 3, but classes lists 2"),
+    ("limits/fp8", {}, "a key of limits is 'fp8', not fp32 or fp16"),
+    ("limits/fp16/mean_grey", ..., r"limits\.fp16\.mean_grey is missing"),
+    ("limits/fp16", ..., "limits has none for fp16"),
+    ("created", "yesterday", "created is 'yesterday', not a date"),
+    ("created", "2026-W47-7", "created is '2026-W47-7', not a date"),
+    ("channel_order", "rgb", "channel_order is 'rgb', not RGB or BGR"),
+    ("training", 3, "training is 3, not an object"),
+    ("classes", None, "classes is None, not an object"),
+    ("classes/classes/0/color", "red", "classes.*red"),
+    ("source/sha256", "", r"source\.sha256 is ''"),
+]
+
+
+@pytest.mark.parametrize(("field", "value", "words"), WRONG_FIELDS)
+def test_a_wrong_field_is_named_with_its_value(field: str, value: object, words: str) -> None:
+    content = manifest_of(tuple(graph_record(key, 5, "a" * 64) for key in GRAPHS)).to_json()
+    _set(field, value)(content)
+    with pytest.raises(BundleError, match=words) as caught:
+        Manifest.from_json(content, "street.spm/manifest.json")
+    assert caught.value.problem.startswith("street.spm/manifest.json: ")
+
+
+def _paths(content: Any, above: str = "") -> Iterator[str]:
+    for key, item in content.items() if isinstance(content, dict) else enumerate(content):
+        yield f"{above}{key}"
+        if isinstance(item, dict | list):
+            yield from _paths(item, f"{above}{key}/")
+
+
+FULL = manifest_of(tuple(graph_record(key, 5, "a" * 64) for key in GRAPHS)).to_json()
+
+
+@pytest.mark.parametrize("field", [path for path in _paths(FULL) if not path.startswith(("classes/", "training/"))])
+def test_no_field_takes_whatever_comes(field: str) -> None:
+    content = copy.deepcopy(FULL)
+    _set(field, [[]])(content)
+    with pytest.raises(BundleError, match=re.escape("[]")):
+        Manifest.from_json(content, "m")
+
+
+@pytest.mark.parametrize(
+    ("graphs", "golden", "words"),
+    [(2, 1, "the graph edit fp32 is there twice"), (1, 2, "the golden edit tree is there twice")],
+)
+def test_nothing_may_be_there_twice(graphs: int, golden: int, words: str) -> None:
+    manifest = manifest_of((graph_record("fp32", 5, "a" * 64),) * graphs)
+    manifest = dataclasses.replace(manifest, golden=manifest.golden * golden)
+    with pytest.raises(BundleError, match=words):
+        Manifest.from_json(manifest.to_json(), "m")
+
+
+def test_a_newer_schema_is_said_to_be_newer_even_with_other_hashes(street: Path) -> None:
+    (street / MANIFEST).write_text('{"schema": "spmdeploy.bundle/2", "all": "different"}')
+    (street / SUMS).unlink()
+    assert "spmdeploy.bundle/2 is newer than spmdeploy.bundle/1, which this version reads" in refusal(street)
+    assert "upgrade" in refusal(street)
+
+
+@pytest.mark.parametrize("schema", [None, 1, "spmdeploy.bundle/", "spmdeploy.bundle/0", "spmdeploy.generator/1"])
+def test_another_schema_is_no_bundle(street: Path, schema: object) -> None:
+    rewrite_manifest(street, lambda content: content.update(schema=schema))
+    assert f"its schema is {schema!r}" in refusal(street)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"schema": "spmdeploy.bundle/1", "name": ', "not valid JSON"),
+        ('{"schema": "spmdeploy.bundle/1", "schema": "spmdeploy.bundle/1"}', "the key 'schema' is there twice"),
+        ('{"schema": "spmdeploy.bundle/1", "gflop": NaN}', "NaN is not JSON"),
+        ("[" * 100_000, "nested too deeply"),
+        ("\udcff", "not valid JSON"),
+        ("[]", "its schema is None"),
+    ],
+)
+def test_json_that_is_no_manifest(street: Path, text: str, words: str) -> None:
+    (street / MANIFEST).write_bytes(text.encode("utf-8", "surrogateescape"))
+    list_sums(street)
+    assert words in refusal(street)
