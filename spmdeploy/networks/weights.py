@@ -1,7 +1,8 @@
 """Weights from disk: our own files, and checkpoints in the format the authors released.
 
 Our own format is `NAME.safetensors` with the `GeneratorConfig` in `NAME.json` beside it, and there, if it is known, how
-the weights were trained. It holds the plain weights of `Generator`: spectral normalisation folded, RGB order. Checkpoints of the authors' format are pickles and are read with
+the weights were trained. It holds the plain weights of `Generator`: spectral normalisation folded, RGB order.
+Checkpoints of the authors' format are pickles and are read with
 torch's restricted unpickler only; whatever that refuses is refused here.
 """
 
