@@ -17,7 +17,7 @@ from spmdeploy import images
 from spmdeploy.errors import InputError
 from spmdeploy.labels import class_table
 from spmdeploy.training.config import DataConfig, HoleKind
-from spmdeploy.training.holes import Mask, connected_components, random_hole
+from spmdeploy.training.holes import THING_ID, Mask, connected_components, random_hole
 
 INSTANCE_FOLDERS = ("inst_map", "inst_map_cc")
 """Annotated instances, or ones derived from connected components; the first that exists is read."""
@@ -72,14 +72,13 @@ class Batch:
 class PictureFolder:
     """The pictures of one split, read on demand and kept in memory.
 
-    root: the data folder. split: train or test. renumber: this folder's class id -> the model's, or None to keep ids.
+    root: the data folder. split: train or test. rules: how to read instances.
+    renumber: this folder's class id -> the model's, or None to keep ids.
     """
 
-    def __init__(
-        self, root: Path, split: str, thing_ids: tuple[int, ...], renumber: Mapping[int, int] | None = None
-    ) -> None:
+    def __init__(self, root: Path, split: str, rules: InstanceRules, renumber: Mapping[int, int] | None = None) -> None:
         self._folder = root / split
-        self._thing_ids = thing_ids
+        self._rules = rules
         self._renumbered = None if renumber is None else _lookup(renumber)
         self._images = _files_by_stem(self._folder / "images")
         self._labels = _files_by_stem(self._folder / "labels")
@@ -105,8 +104,10 @@ class PictureFolder:
         if name in self._instances and self._renumbered is None:
             instances = images.read_instances(self._instances[name])
             _check_size(self._instances[name], instances, image)
+            if self._rules.numbered:
+                instances = np.where(instances > 0, labels * np.int32(THING_ID) + instances, labels).astype(np.int32)
         else:
-            instances = connected_components(labels, self._thing_ids)
+            instances = connected_components(labels, self._rules.thing_ids)
         return Picture(image, labels, instances)
 
 
@@ -118,8 +119,8 @@ class TrainingSamples:
         self._seed = seed
         root = Path(config.root)
         self.classes = class_table(root / "labels.json")
-        self._thing_ids = read_thing_ids(root)
-        main = PictureFolder(root, "train", self._thing_ids)
+        self._rules = read_instance_rules(root)
+        main = PictureFolder(root, "train", self._rules)
         kept, self.validation_names = split_validation(main.names, config.validation, config.validation_blocks)
         self._main = [(main, name) for name in kept]
         self._extra = [self._open_extra(index) for index in range(len(config.extra))]
@@ -184,7 +185,7 @@ class TrainingSamples:
                     "name one for it in the extra folder's `rename`",
                 )
             renumber[label.id] = matches[0]
-        folder = PictureFolder(root, "train", self._thing_ids, renumber)
+        folder = PictureFolder(root, "train", self._rules, renumber)
         return [(folder, name) for name in folder.names]
 
 
@@ -239,13 +240,28 @@ def collate(samples: Sequence[Sample]) -> Batch:
     )
 
 
-def read_thing_ids(root: Path) -> tuple[int, ...]:
-    """`thing_ids` of ROOT/labels.json: the classes whose pieces are countable things; none when it does not say."""
+@dataclass(frozen=True)
+class InstanceRules:
+    """What labels.json says about instances."""
+
+    thing_ids: tuple[int, ...] = ()
+    """Classes whose pieces are countable things, for pictures without an instance map."""
+    numbered: bool = False
+    """Maps hold 0 = none, 1, 2, 3 ... whatever the class (ADE20K), not class * 1000 + number (Cityscapes)."""
+
+
+def read_instance_rules(root: Path) -> InstanceRules:
+    """`thing_ids` and `instances` ("numbered") of ROOT/labels.json, both optional. Raises InputError."""
     path = root / "labels.json"
     try:
-        return tuple(int(value) for value in json.loads(path.read_text(encoding="utf-8")).get("thing_ids", ()))
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        things = tuple(int(value) for value in fields.get("thing_ids", ()))
+        style = fields.get("instances")
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: no usable list of thing_ids: {error}") from error
+    if style not in (None, "numbered"):
+        raise InputError(f'{path}: instances is {style!r}, expected "numbered" or nothing')
+    return InstanceRules(things, style == "numbered")
 
 
 def _check_size(path: Path, values: npt.NDArray[np.generic], image: npt.NDArray[np.uint8]) -> None:

@@ -15,7 +15,7 @@ import torch
 from spmdeploy.labels import class_table
 from spmdeploy.sheets import sheet
 from spmdeploy.training.config import HOLE_KINDS, HoleKind
-from spmdeploy.training.dataset import PictureFolder, Sample, collate, random_crop, read_thing_ids
+from spmdeploy.training.dataset import PictureFolder, Sample, collate, random_crop, read_instance_rules
 from spmdeploy.training.holes import random_hole
 from spmdeploy.training.perceptual import Lpips
 from spmdeploy.training.samples import layout, with_hole
@@ -106,7 +106,7 @@ def evaluation_samples(
 
     The square does not depend on the kind. limit: only so many pictures, evenly spread.
     """
-    folder = PictureFolder(root, split, read_thing_ids(root))
+    folder = PictureFolder(root, split, read_instance_rules(root))
     names = folder.names
     if limit is not None and limit < len(names):
         names = tuple(names[index * len(names) // limit] for index in range(limit))
