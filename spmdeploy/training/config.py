@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from spmdeploy.errors import InputError
+from spmdeploy.networks.generator import PRESETS
 
 SCHEMA = "spmdeploy.training/1"
 
@@ -160,6 +161,17 @@ def staged_schedule(images: tuple[int, int, int], joint_images: int = 0) -> tupl
     if not joint_images:
         return phases
     return (*phases, Phase((0, 1, 2), joint_images, 4, 5e-5, 2e-4, perceptual_blocks=3, perceptual_crop=128))
+
+
+def preset_config(name: str, data: DataConfig, schedule: tuple[Phase, ...]) -> TrainConfig:
+    """The generator preset of that name with the discriminators that go with it; everything else as in the paper.
+
+    Raises InputError naming the presets there are.
+    """
+    _require(name in PRESETS, "preset", name, f"one of {', '.join(PRESETS)}")
+    sizes = PRESETS[name]
+    # The paper's discriminators are twice as wide as its generator.
+    return TrainConfig(data, schedule, sizes["width"], sizes["hidden"], discriminator_width=2 * sizes["width"])
 
 
 def to_json(config: TrainConfig) -> dict[str, Any]:

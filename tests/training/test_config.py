@@ -14,6 +14,7 @@ from spmdeploy.training.config import (
     TrainConfig,
     from_json,
     joint_schedule,
+    preset_config,
     staged_schedule,
     to_json,
 )
@@ -22,6 +23,15 @@ from spmdeploy.training.config import (
 def config() -> TrainConfig:
     extra = (ExtraData("more", 0.25, {"door": "building"}),)
     return TrainConfig(data=DataConfig("root", extra=extra), schedule=staged_schedule((8, 8, 8), joint_images=8))
+
+
+def test_presets() -> None:
+    small = preset_config("small", DataConfig("root"), joint_schedule(1))
+    assert (small.width, small.hidden, small.discriminator_width) == (16, 32, 32)
+    paper = preset_config("paper", DataConfig("root"), joint_schedule(1))
+    assert paper == TrainConfig(data=DataConfig("root"), schedule=joint_schedule(1))
+    with pytest.raises(InputError, match="preset is 'large', expected one of paper, small"):
+        preset_config("large", DataConfig("root"), joint_schedule(1))
 
 
 def test_survives_json() -> None:
