@@ -54,13 +54,13 @@ def environment() -> dict[str, str]:
 
 
 def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path, tiny: TrainConfig) -> None:
-    """SIGKILL in the middle of every phase in turn; the losses are those of a run that was never interrupted."""
+    """SIGKILL twice, in different phases; the losses are those of a run that was never interrupted."""
     config = dataclasses.replace(tiny, checkpoint_seconds=0)  # after every step
     train(config, tmp_path / "whole", False, silently)
     wanted = losses(tmp_path / "whole")
     assert len(wanted) == 6
 
-    for mode, last in (("start", 2), ("resume", 6), ("resume", 10)):
+    for mode, last in (("start", 2), ("resume", 10)):
         command = [sys.executable, *arguments(tmp_path, config, tmp_path / "killed", mode)]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment())
         assert process.stdout is not None
@@ -135,12 +135,12 @@ def test_divergence_stops_with_the_last_good_checkpoint(tmp_path: Path, tiny: Tr
     assert all(value.isfinite().all() for value in resumed.generator.parameters())
 
 
-def test_it_learns_to_paint_four_pictures(tmp_path: Path, tiny: TrainConfig) -> None:
-    """`make train-smoke` in a reduced form: the error on the toy streets falls to less than half."""
-    phase = Phase((0,), images=600, batch=4, generator_rate=2e-3, discriminator_rate=1e-3)
+def test_a_tiny_model_learns_its_pictures(tmp_path: Path, tiny: TrainConfig) -> None:
+    """`make train-smoke` in a reduced form: the error on six toy streets falls to less than half in 50 steps."""
+    phase = Phase((0,), images=200, batch=4, generator_rate=5e-3, discriminator_rate=1e-3)
     config = dataclasses.replace(
         tiny, schedule=(phase,), width=4, hidden=8, loss=LossConfig(perceptual=0, adversarial=0.05, l1_inside=5)
     )
     trainer = Trainer(config, RunDirectory(tmp_path), torch.device("cpu"))
-    found = [trainer.step()["l1"] for _ in range(150)]
+    found = [trainer.step()["l1"] for _ in range(50)]
     assert sum(found[-10:]) < 0.5 * sum(found[:10])
