@@ -71,11 +71,20 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is th
 Model = Annotated[
     Path | None, typer.Option("--model", help="Bundle (.spm folder or zip); without it the built-in one.")
 ]
-BackendOption = Annotated[Backend, typer.Option("--backend", help="A backend asked for by name is never replaced.")]
+BackendOption = Annotated[
+    Backend,
+    typer.Option(
+        "--backend", metavar="auto|onnxruntime|torch", help="Who computes; asked for by name, never replaced."
+    ),
+]
 Device = Annotated[str, typer.Option("--device", metavar="auto|cpu|cuda:N", help="Where to run.")]
-PrecisionOption = Annotated[PrecisionChoice, typer.Option("--precision", help="Which of the bundle's graphs to run.")]
+PrecisionOption = Annotated[
+    PrecisionChoice,
+    typer.Option("--precision", metavar="auto|fp32|fp16", help="Which of the bundle's graphs to run."),
+]
 Tiling = Annotated[
-    TilingChoice, typer.Option("--tiling", help="off: whole photo at once; crop: windows around the mask.")
+    TilingChoice,
+    typer.Option("--tiling", metavar="auto|off|crop", help="off: whole photo at once; crop: windows around the mask."),
 ]
 Classes = Annotated[str, typer.Option("--classes", help="cityscapes, ade20k, street, or a JSON file of your own.")]
 
@@ -116,7 +125,11 @@ def edit(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Edit one photo."""
+    """Edit one photo.
+
+    What it shall show comes from --labels or --fill, where it may change from --mask or --edited-from. All other pixels
+    stay as they are.
+    """
     from spmdeploy.edit_files import EditFiles, edit_files
 
     started = time.perf_counter()
@@ -138,9 +151,7 @@ def edit(
 
 @app.command()
 def batch(
-    manifest: Annotated[
-        Path, typer.Argument(help="CSV or JSONL: image, labels or fill, mask or edited_from, output, ...")
-    ],
+    manifest: Annotated[Path, typer.Argument(help="The edits, .csv or .jsonl.")],
     output_dir: Annotated[Path, typer.Option("--output-dir", help="Results and status.jsonl go here.")],
     model: Model = None,
     backend: BackendOption = Backend.auto,
@@ -152,7 +163,12 @@ def batch(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Edit many photos, with a status for each."""
+    """Edit many photos, with a status for each.
+
+    The manifest is a CSV file with a heading, or JSONL with an object a line: image, labels or fill, mask or
+    edited_from, and if you like output, instances and grow. Its paths are relative to it; outputs are relative to the
+    output folder, and without one the result is named like the image, as PNG.
+    """
     from spmdeploy.batch import STATUS_FILE, ItemStatus, read_manifest, run_batch
 
     items = read_manifest(manifest, output_dir, overwrite)
@@ -182,7 +198,8 @@ def export(
     output: Annotated[Path, typer.Option("--output", "-o", help="The bundle, NAME.spm.")],
     classes: Classes,
     precision: Annotated[
-        list[GraphPrecision] | None, typer.Option("--precision", help="Repeat for several; default: fp32 and fp16.")
+        list[GraphPrecision] | None,
+        typer.Option("--precision", metavar="fp32|fp16", help="Repeat for several; default: both."),
     ] = None,
     half_weights: Annotated[
         bool, typer.Option("--half-weights", help="Store the FP32 graph's weights as FP16: half the file.")
@@ -239,7 +256,8 @@ def inspect(
     from spmdeploy.inspection import inspect_path
 
     facts = inspect_path(path)
-    _print("inspect", facts, _bundle_lines(facts) if facts["kind"] == "bundle" else _plain_lines(facts), as_json)
+    lines = _bundle_lines(facts) if facts["kind"] == "bundle" else _checkpoint_lines(facts)
+    _print("inspect", facts, lines, as_json)
 
 
 @app.command()
@@ -460,8 +478,12 @@ def _decibel(psnr: float | None) -> str:
     return "identical" if psnr is None else f"{psnr:.1f} dB"
 
 
-def _plain_lines(facts: dict[str, Any]) -> list[str]:
-    return [": ".join((name, f"{value:,}" if isinstance(value, int) else str(value))) for name, value in facts.items()]
+def _checkpoint_lines(facts: dict[str, Any]) -> list[str]:
+    return [
+        f"{facts['path']}: checkpoint, {facts['format']} format, trained in {facts['channel_order']}",
+        f"generator   {facts['parameters'] / 1e6:.1f} M parameters, {facts['gflop']:.1f} GFLOP an edit",
+        f"shape       {facts['classes']} classes, width {facts['width']}, hidden {facts['hidden']}",
+    ]
 
 
 def _bundle_lines(facts: dict[str, Any]) -> list[str]:

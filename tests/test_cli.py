@@ -18,6 +18,7 @@ from PIL import Image
 
 import spmdeploy
 from spmdeploy import cli
+from spmdeploy.edit_files import GROWTH_OF_CHANGES
 from spmdeploy.labels import class_table, colourise
 from spmdeploy.samples import SAMPLE_EDITS
 
@@ -150,6 +151,10 @@ def test_help_imports_nothing_heavy(words: list[str]) -> None:
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name != "labels"])
 def test_every_command_has_json(name: str, run: Any) -> None:
     assert "--json" in run(*COMMANDS[name], "--help").out
+
+
+def test_the_help_knows_the_default_growth(run: Any) -> None:
+    assert f"Default: {GROWTH_OF_CHANGES} with --edited-from" in " ".join(run("edit", "--help").out.split())
 
 
 def test_without_a_command_comes_the_help(run: Any) -> None:
