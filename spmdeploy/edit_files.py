@@ -79,7 +79,7 @@ class EditFiles:
 
 @dataclass(frozen=True)
 class EditInputs:
-    """The files of an edit, read and checked against each other."""
+    """The files of an edit as arrays; whether they fit each other is for `Editor.edit` to check."""
 
     photo: images.Photo
     labels: NDArray[np.uint8]
@@ -142,11 +142,9 @@ def read_inputs(files: EditFiles, classes: ClassTable) -> EditInputs:
     shape = photo.pixels.shape[:2]
     if files.labels is not None:
         labels = images.read_labels(files.labels)
-        _check_size(labels, files.labels, shape, files.image)
     else:
         labels = np.full(shape, classes.find(str(files.fill)).id, np.uint8)
     mask = _read_mask(files, labels)
-    _check_size(mask, files.mask or files.edited_from, shape, files.image)
     instances = None if files.instances is None else images.read_instances(files.instances)
     return EditInputs(photo, labels, mask, instances)
 
@@ -163,27 +161,26 @@ def grow_mask(mask: NDArray[np.bool_], pixels: int) -> NDArray[np.bool_]:
     return mask
 
 
-def _same_file(first: Path, second: Path) -> bool:
-    return os.path.realpath(first) == os.path.realpath(second)
-
-
 def _read_mask(files: EditFiles, labels: NDArray[np.uint8]) -> NDArray[np.bool_]:
     if files.mask is not None:
         mask = images.read_mask(files.mask)
-        images.check_mask(mask, str(files.mask))
     else:
         assert files.edited_from is not None
         before = images.read_labels(files.edited_from)
-        _check_size(before, files.edited_from, labels.shape, files.labels)
+        if before.shape != labels.shape:
+            raise InputError(
+                f"{files.edited_from} is {_size(before)} but {files.labels} is {_size(labels)}; they must match",
+                "give the labels before and after the change of one and the same photo",
+            )
         mask = before != labels
         if not mask.any():
             raise InputError(f"{files.labels} equals {files.edited_from}: nothing to edit", "change some labels first")
     return grow_mask(mask, files.growth) if files.growth else mask
 
 
-def _check_size(array: NDArray[Any], path: Path | None, shape: tuple[int, ...], reference: Path | None) -> None:
-    if array.shape != shape:
-        raise InputError(
-            f"{path} is {array.shape[1]}×{array.shape[0]} but {reference} is {shape[1]}×{shape[0]}; they must match",
-            "resize label maps and masks with nearest-neighbour; photos are turned upright by their EXIF orientation",
-        )
+def _size(array: NDArray[np.uint8]) -> str:
+    return f"{array.shape[1]}×{array.shape[0]}"
+
+
+def _same_file(first: Path, second: Path) -> bool:
+    return os.path.realpath(first) == os.path.realpath(second)
