@@ -236,13 +236,23 @@ def test_what_is_not_foreseen(
         assert ("Traceback" in ran.err) == (debug == "1")
 
 
-def test_a_reader_that_goes_away_is_no_drama() -> None:
+def test_ctrl_c_before_the_command_has_begun(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*arguments: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "app", interrupted)
+    assert run("doctor") == Ran(130, "", "error: interrupted\n")
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])  # stdout fails when it is flushed, or when it is printed to
+def test_a_reader_that_goes_away_is_no_drama(unbuffered: str) -> None:
     reading, writing = os.pipe()
     os.close(reading)
     command = [sys.executable, "-m", "spmdeploy", "labels", "check", str(SAMPLE_EDITS[0].labels)]
-    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, env=environment, check=False)
     os.close(writing)
-    assert done.stderr == ""
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no file names that are not text")
@@ -250,12 +260,12 @@ def test_a_reader_that_goes_away_is_no_drama() -> None:
 def test_file_names_that_are_no_text(words: list[str], tmp_path: Path) -> None:
     odd = os.fsencode(tmp_path) + b"/caf\xe9\n.png"
     Path(os.fsdecode(odd)).write_bytes(SAMPLE_EDITS[0].labels.read_bytes())
-    shown = tmp_path / "\N{SNOWMAN}.png"
+    shown = tmp_path / "\N{GRINNING FACE}.png"
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
     ran = process("labels", "check", os.fsdecode(odd), *words, env=environment)
     assert ran.code == 0 and ran.err == "" and (not words or ran.json["labels"])
     ran = process("labels", "show", os.fsdecode(odd), "-o", shown, *words, env=environment)
-    assert ran.code == 0 and shown.exists()
+    assert ran.code == 0 and shown.exists() and (not words or ran.json["output"] == str(shown))
 
 
 # --------------------------------------------------------------------------------------------------- edit: what works

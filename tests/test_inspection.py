@@ -70,6 +70,15 @@ def test_surplus_files_are_shown(street_bundle: Path, tmp_path: Path, capsys: py
     assert "surplus file, never read: notes.txt" in capsys.readouterr().out
 
 
+def test_harm_is_found_in_files_that_nothing_else_reads(
+    street_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copied = Path(shutil.copytree(street_bundle, tmp_path / "b.spm"))
+    (copied / "card.md").write_text((copied / "card.md").read_text().replace("random weights", "MIT licence"))
+    code, told = inspect(copied, capsys)
+    assert code == told["exit_code"] == 6 and "b.spm/card.md" in told["error"]
+
+
 def test_a_bundle_without_torch_and_onnx(street_bundle: Path) -> None:
     driver = (
         "import sys\n"
