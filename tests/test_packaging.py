@@ -37,10 +37,9 @@ def run(*words: object, cwd: Path, **environment: str) -> str:
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built from a copy: setuptools leaves build/ behind, and what is in there would find its way into later wheels."""
-    source, built = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("built")
-    shutil.copytree(ROOT / "spmdeploy", source / "spmdeploy", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
+    source, built = tmp_path_factory.mktemp("copy") / "source", tmp_path_factory.mktemp("built")
+    no_source = shutil.ignore_patterns(".*", "build", "dist", "demo", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, source, ignore=no_source)
     run(sys.executable, "-m", "build", "--wheel", *_isolation(), "--outdir", built, source, cwd=source)
     (wheel,) = built.glob("*.whl")
     return wheel
