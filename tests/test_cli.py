@@ -502,6 +502,19 @@ def test_models_that_are_none(files: Edit, run: Any, tmp_path: Path) -> None:
         refused(run(*files.words(model=model, json=True)), files, 6, word)
 
 
+WITHOUT_TORCH = "import sys; sys.modules['torch'] = None\nimport spmdeploy.cli; spmdeploy.cli.entry()"
+
+
+def test_torch_that_is_not_installed(files: Edit, street_bundle: Path, tmp_path: Path) -> None:
+    ran = process(*files.words(backend="torch", json=True), driver=WITHOUT_TORCH)
+    refused(ran, files, 4, "torch", 'pip install "spmdeploy[export]"')
+    checkpoint, bundle = street_bundle.with_name("tiny.safetensors"), tmp_path / "b.spm"
+    ran = process("export", checkpoint, "-o", bundle, "--classes", "street", "--json", driver=WITHOUT_TORCH)
+    refused(ran, files, 4, "torch", 'pip install "spmdeploy[export]"')
+    assert not bundle.exists()
+    assert process(*files.words(), driver=WITHOUT_TORCH).code == 0  # an edit needs none
+
+
 # ------------------------------------------------------------------------------------------------------- interrupted
 
 INTERRUPTED_IN = {

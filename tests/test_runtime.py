@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -151,6 +152,22 @@ def test_onnxruntime_that_is_not_installed(street_bundle: Path, monkeypatch: pyt
 
 
 # ----------------------------------------------------------------------------------------------------- the real one
+
+
+def test_the_python_interface(street_bundle: Path) -> None:
+    with spmdeploy.open_editor(str(street_bundle), device="cpu", precision="fp32") as editor:
+        assert isinstance(editor, spmdeploy.Editor)
+        photo, labels, mask = SAMPLE_EDITS[1].read(editor.classes)
+        result = editor.edit(photo, labels, mask)
+    assert np.array_equal(result.image[~mask], photo[~mask]) and not np.array_equal(result.image, photo)
+    assert (result.report.backend, result.report.device, result.report.precision) == ("onnxruntime", "cpu", "fp32")
+    assert [choice.split(":")[0] for choice in editor.choices] == ["backend onnxruntime"]
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    code = "import sys, spmdeploy; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
+    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "spmdeploy" in modules and {"numpy", "PIL", "onnxruntime", "torch", "onnx", "typer"}.isdisjoint(modules)
 
 
 @pytest.mark.parametrize(
