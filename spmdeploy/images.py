@@ -481,6 +481,18 @@ def write_picture(path: FilePath, pixels: Pixels, overwrite: bool = False) -> No
     _write(Path(path), pixels, format, dict(_WRITE_OPTIONS[format]), overwrite)
 
 
+def write_instances(path: FilePath, instances: NDArray[np.integer[Any]], overwrite: bool = False) -> None:
+    """Write instance ids, integers (H, W) of 0..65535, as the 16-bit grey PNG that `read_instances` reads.
+
+    The file appears whole or not at all. InputError as for `write_photo`, and for ids that 16 bits do not hold.
+    """
+    if check_output(path, overwrite) != "PNG":
+        raise InputError(f"{path}: instance ids survive only in PNG", "name the output .png")
+    if instances.size and (instances.min() < 0 or instances.max() > 65535):
+        raise InputError(f"{path}: instance ids from {instances.min()} to {instances.max()}; 16 bits hold 0 to 65535")
+    _write(Path(path), instances.astype(np.uint16), "PNG", dict(_WRITE_OPTIONS["PNG"]), overwrite)
+
+
 def check_output(path: FilePath, overwrite: bool) -> str:
     """The format that a suffix asks for: "PNG", "JPEG" or "WebP". Ask before the work, not after it.
 
@@ -505,7 +517,9 @@ def _exists(path: Path) -> InputError:
     return InputError(f"{path} exists already", "choose another name, or allow it with --overwrite")
 
 
-def _write(path: Path, pixels: Pixels, format: str, options: dict[str, Any], overwrite: bool) -> None:
+def _write(
+    path: Path, pixels: NDArray[np.uint8 | np.uint16], format: str, options: dict[str, Any], overwrite: bool
+) -> None:
     longest = max(pixels.shape[:2])
     if longest > _LONGEST_SIDE.get(format, longest):
         raise InputError(

@@ -31,6 +31,7 @@ from spmdeploy.images import (
     resize_labels,
     resize_mask_covering,
     resize_photo,
+    write_instances,
     write_photo,
     write_picture,
 )
@@ -563,6 +564,21 @@ def test_outputs_that_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="at most 16383 pixels"):
         write_picture(tmp_path / "long.webp", np.zeros((1, 16384, 3), np.uint8))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dangling.png", "folder.png", "taken.png"]
+
+
+def test_instances_there_and_back(tmp_path: Path) -> None:
+    ids = np.array([[0, 7, 255, 256], [26001, 33999, 65534, 65535]], np.int32)
+    write_instances(tmp_path / "ids.png", ids)
+    assert (tmp_path / "ids.png").read_bytes()[24:26] == bytes([16, 0])  # bit depth, grey
+    np.testing.assert_array_equal(read_instances(tmp_path / "ids.png"), ids)
+    with pytest.raises(InputError, match="exists already"):
+        write_instances(tmp_path / "ids.png", ids)
+    for wrong in (-1, 65536):
+        with pytest.raises(InputError, match=f"{wrong}.*16 bits hold 0 to 65535"):
+            write_instances(tmp_path / "wrong.png", np.array([[wrong, 5]], np.int32))
+    with pytest.raises(InputError, match="survive only in PNG"):
+        write_instances(tmp_path / "ids.jpg", ids)
+    assert [path.name for path in tmp_path.iterdir()] == ["ids.png"]
 
 
 def test_overwriting_replaces_the_whole_file(tmp_path: Path) -> None:
