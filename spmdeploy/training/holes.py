@@ -115,8 +115,7 @@ assert tuple(_MAKERS) == HOLE_KINDS
 def connected_components(labels: npt.NDArray[np.uint8], thing_ids: Sequence[int]) -> npt.NDArray[np.int32]:
     """Instances for a picture without any: the 8-connected pieces of the thing classes, numbered class * 1000 + k.
 
-    labels: uint8 (H, W). Returns int32 (H, W), elsewhere the class id. Union by minimum over runs of rows: the loop is
-    over rows, the work inside it is vectorised.
+    labels: uint8 (H, W). Returns int32 (H, W), elsewhere the class id.
     """
     instances = labels.astype(np.int32)
     for thing in thing_ids:
