@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from spmdeploy.bundle import open_bundle
+from spmdeploy.images import write_picture
 from spmdeploy.labels import class_table
+from spmdeploy.networks.session import TorchSession
+from spmdeploy.networks.weights import load_checkpoint
+from spmdeploy.runtime.session import open_session
 from spmdeploy.sheets import sheet
 from spmdeploy.training.config import HOLE_KINDS, HoleKind
 from spmdeploy.training.dataset import PictureFolder, Sample, collate, random_crop, read_instance_rules
@@ -23,6 +29,7 @@ from spmdeploy.training.samples import layout, with_hole
 BATCH = 4
 RESAMPLES = 1000
 """Of the bootstrap; the interval's ends are then good to a few percent of its width."""
+CHECKPOINT_SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt")
 FEATURES = "AlexNet relu5, mean over the picture (256)"
 """What the Fréchet distance is measured in. It is not FID, whose features are another network's."""
 
@@ -99,6 +106,18 @@ class Evaluation:
         return "\n".join(lines)
 
 
+def open_model(path: Path) -> Edits:
+    """What a path holds, ready to be judged: a checkpoint, a run directory (its exported weights) or a bundle.
+
+    Raises InputError or BundleError naming the file.
+    """
+    if (path / "export" / "generator.safetensors").is_file():
+        path = path / "export" / "generator.safetensors"
+    if path.suffix in CHECKPOINT_SUFFIXES:
+        return TorchSession(load_checkpoint(path).generator)
+    return open_session(open_bundle(path)).session
+
+
 def evaluation_samples(
     root: Path, seed: int, kind: HoleKind, split: str = "test", crop: int = 256, limit: int | None = None
 ) -> list[Sample]:
@@ -142,6 +161,15 @@ def evaluate(
         order = np.argsort(scores[next(iter(models))])
         sheets[kind] = _contact_sheet(root, samples, edits, order)
     return Evaluation(str(root), split, seed, tuple(rows)), sheets
+
+
+def write_evaluation(evaluation: Evaluation, sheets: Mapping[HoleKind, Pixels], folder: Path) -> None:
+    """FOLDER/evaluation.json, evaluation.txt (the table) and a sheet KIND.png for every kind of hole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "evaluation.json").write_text(json.dumps(evaluation.to_json(), indent=1) + "\n", encoding="utf-8")
+    (folder / "evaluation.txt").write_text(evaluation.table() + "\n", encoding="utf-8")
+    for kind, page in sheets.items():
+        write_picture(folder / f"{kind}.png", page, overwrite=True)
 
 
 def run_all(model: Edits, samples: Sequence[Sample]) -> Pixels:

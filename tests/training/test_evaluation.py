@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from spmdeploy.errors import UnavailableError
+from spmdeploy.errors import SpmDeployError, UnavailableError
+from spmdeploy.networks.generator import Generator, GeneratorConfig
 from spmdeploy.training.baselines import ClassMeanColour, Telea, mean_colours
 from spmdeploy.training.evaluation import (
     bootstrap,
@@ -17,9 +19,12 @@ from spmdeploy.training.evaluation import (
     evaluation_samples,
     frechet_distance,
     l1_under,
+    open_model,
     psnr_under,
     run_all,
+    write_evaluation,
 )
+from spmdeploy.training.run_state import RunDirectory
 
 from .conftest import COLOURS
 
@@ -61,7 +66,7 @@ def test_seed_and_kind_choose_the_hole_and_only_the_seed_the_square(data_folder:
 
 
 @needs_lpips
-def test_models_side_by_side(data_folder: Path) -> None:
+def test_models_side_by_side(data_folder: Path, tmp_path: Path) -> None:
     evaluation, sheets = evaluate(
         {"copy": Copy(), "black": Black()}, data_folder, kinds=("strokes",), crop=128, limit=4
     )
@@ -74,7 +79,24 @@ def test_models_side_by_side(data_folder: Path) -> None:
     assert json.loads(json.dumps(evaluation.to_json()))["rows"][1]["lpips"]["mean"] == black.lpips.mean
     assert "AlexNet" in evaluation.to_json()["frechet_features"]
     assert len(evaluation.table().splitlines()) == 3
-    assert sheets["strokes"].ndim == 3
+    write_evaluation(evaluation, sheets, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["evaluation.json", "evaluation.txt", "strokes.png"]
+    assert json.loads((tmp_path / "evaluation.json").read_text())["rows"][0]["model"] == "copy"
+
+
+def test_weights_and_run_directories_are_opened(data_folder: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    weights = RunDirectory(tmp_path).export(Generator(GeneratorConfig(3, 2, 2)), "export")
+    sample = evaluation_samples(data_folder, 0, "strokes", crop=128)[0]
+    edits = [run_all(open_model(path), [sample])[0] for path in (weights, tmp_path)]
+    assert np.array_equal(edits[0], edits[1])
+    assert np.array_equal(edits[0][~sample.mask], sample.image[~sample.mask])
+    assert not np.array_equal(edits[0], sample.image)
+
+
+def test_a_path_to_nothing_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SpmDeployError, match="nothing"):
+        open_model(tmp_path / "nothing.safetensors")
 
 
 def test_errors_count_only_under_the_mask() -> None:
