@@ -482,25 +482,20 @@ def evaluate(
     split: Annotated[str, typer.Option("--split", help="Which pictures to judge on.")] = "test",
     seed: Annotated[int, typer.Option("--seed", help="Of the holes: the same for every model.")] = 0,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only so many pictures, evenly spread.")] = None,
-    sheets: Annotated[Path | None, typer.Option("--sheets", help="Folder for contact sheets, best to worst.")] = None,
-    overwrite: Overwrite = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for table, JSON and contact sheets, best to worst.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Judge models and two baselines on the same holes: LPIPS, L1, PSNR, edge step and Fréchet distance."""
     with _needs("train"):
-        from spmdeploy.training.evaluation import evaluate as judge
+        from spmdeploy.training import evaluation
         from spmdeploy.training.models import named_models
-    from spmdeploy.images import write_picture
 
-    verdict, pages = judge(named_models(models, data), data, seed, split, limit=limit)
-    written = []
-    if sheets is not None:
-        sheets.mkdir(parents=True, exist_ok=True)
-        for kind, page in pages.items():
-            written.append(sheets / f"{kind}.png")
-            write_picture(written[-1], page, overwrite)
-    payload = {**verdict.to_json(), "sheets": [str(path) for path in written]}
-    _print("evaluate", payload, [verdict.table(), *map(str, written)], as_json)
+    verdict, sheets = evaluation.evaluate(named_models(models, data), data, seed, split, limit=limit)
+    if output is not None:
+        evaluation.write_evaluation(verdict, sheets, output)
+    _print("evaluation", verdict.to_json(), [verdict.table()], as_json)
 
 
 @dataset_app.command("check")

@@ -13,12 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from spmdeploy.bundle import open_bundle
 from spmdeploy.images import write_picture
 from spmdeploy.labels import class_table
-from spmdeploy.networks.session import TorchSession
-from spmdeploy.networks.weights import load_checkpoint
-from spmdeploy.runtime.session import open_session
 from spmdeploy.sheets import sheet
 from spmdeploy.training.config import HOLE_KINDS, HoleKind
 from spmdeploy.training.dataset import PictureFolder, Sample, collate, random_crop, read_instance_rules
@@ -29,7 +25,6 @@ from spmdeploy.training.samples import layout, with_hole
 BATCH = 4
 RESAMPLES = 1000
 """Of the bootstrap; the interval's ends are then good to a few percent of its width."""
-CHECKPOINT_SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt")
 FEATURES = "AlexNet relu5, mean over the picture (256)"
 """What the Fréchet distance is measured in. It is not FID, whose features are another network's."""
 
@@ -104,18 +99,6 @@ class Evaluation:
                 f"{row.psnr.mean:>6.2f} {row.boundary.mean:>6.2f} {row.frechet:>8.3f}"
             )
         return "\n".join(lines)
-
-
-def open_model(path: Path) -> Edits:
-    """What a path holds, ready to be judged: a checkpoint, a run directory (its exported weights) or a bundle.
-
-    Raises InputError or BundleError naming the file.
-    """
-    if (path / "export" / "generator.safetensors").is_file():
-        path = path / "export" / "generator.safetensors"
-    if path.suffix in CHECKPOINT_SUFFIXES:
-        return TorchSession(load_checkpoint(path).generator)
-    return open_session(open_bundle(path)).session
 
 
 def evaluation_samples(

@@ -5,44 +5,51 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-import spmdeploy
+from spmdeploy.bundle import open_bundle
 from spmdeploy.errors import InputError
 from spmdeploy.labels import class_table
 from spmdeploy.networks.session import TorchSession
 from spmdeploy.networks.weights import load_checkpoint
+from spmdeploy.runtime.session import open_session
 from spmdeploy.training.baselines import ClassMeanColour, Telea, mean_colours
 from spmdeploy.training.dataset import PictureFolder, read_instance_rules
 from spmdeploy.training.evaluation import Edits
 
-CHECKPOINTS = (".safetensors", ".pth", ".pt")
+CHECKPOINT_SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt")
 
 
 def named_models(paths: Iterable[Path], data: Path) -> dict[str, Edits]:
-    """Bundles and checkpoints by their names, then the baselines `telea` and `class mean`.
+    """The models in `paths` by their names, then the baselines `telea` and `class mean`.
 
     data: the folder whose training pictures give the mean colours. Raises InputError when two models have one name or
-    a model knows another number of classes than the folder.
+    a model knows another number of classes than the folder, and what `open_model` raises.
     """
     folder = PictureFolder(data, "train", read_instance_rules(data))
     classes = len(class_table(data / "labels.json"))
     models: dict[str, Edits] = {}
     for path in paths:
-        name = path.stem
-        if name in models:
-            raise InputError(f"two models are called {name}: {path}", "give them different file names")
-        models[name] = _open(path, classes)
+        if path.stem in models:
+            raise InputError(f"two models are called {path.stem}: {path}", "give them different file names")
+        models[path.stem] = open_model(path, classes)
     pictures = ((folder[name].image, folder[name].labels) for name in folder.names)
     return models | {"telea": Telea(), "class mean": ClassMeanColour(mean_colours(pictures, classes))}
 
 
-def _open(path: Path, classes: int) -> Edits:
-    if path.suffix in CHECKPOINTS:
+def open_model(path: Path, classes: int) -> Edits:
+    """What a path holds, ready to be judged: a checkpoint, a run directory (its exported weights) or a bundle.
+
+    Raises InputError or BundleError naming the file, InputError when it does not know `classes` classes.
+    """
+    exported = path / "export" / "generator.safetensors"
+    if exported.is_file():
+        path = exported
+    session: Edits
+    if path.suffix in CHECKPOINT_SUFFIXES:
         generator = load_checkpoint(path).generator
-        known: int = generator.config.classes
-        session: Edits = TorchSession(generator)
+        known, session = generator.config.classes, TorchSession(generator)
     else:
-        editor = spmdeploy.open_editor(path)
-        known, session = len(editor.classes), editor.session
+        bundle = open_bundle(path)
+        known, session = len(bundle.manifest.classes), open_session(bundle).session
     if known != classes:
         raise InputError(f"{path} knows {known} classes, the data folder {classes}", "evaluate it on data of its own")
     return session

@@ -83,12 +83,12 @@ def test_evaluate_judges_models_and_baselines_on_the_same_holes(
     for name in ("one", "two"):
         save_generator(Generator(GeneratorConfig(3, 1, 2)), tmp_path / f"{name}.safetensors")
     models = (tmp_path / "one.safetensors", tmp_path / "two.safetensors")
-    code, result = _json(capsys, "evaluate", *models, "--data", data, "--sheets", tmp_path / "sheets")
+    code, result = _json(capsys, "evaluate", *models, "--data", data, "--output", tmp_path / "verdict")
     assert code == 0
     rows: list[dict[str, object]] = result["rows"]  # type: ignore[assignment]
     assert {row["model"] for row in rows} == {"one", "two", "telea", "class mean"}
     assert len(rows) == 4 * 5
-    assert len(list((tmp_path / "sheets").glob("*.png"))) == 5
+    assert len(list((tmp_path / "verdict").glob("*.png"))) == 5
     other = tmp_path / "other.safetensors"
     save_generator(Generator(GeneratorConfig(4, 1, 2)), other)
     code, failure = _json(capsys, "evaluate", other, "--data", data)

@@ -19,11 +19,11 @@ from spmdeploy.training.evaluation import (
     evaluation_samples,
     frechet_distance,
     l1_under,
-    open_model,
     psnr_under,
     run_all,
     write_evaluation,
 )
+from spmdeploy.training.models import open_model
 from spmdeploy.training.run_state import RunDirectory
 
 from .conftest import COLOURS
@@ -88,7 +88,7 @@ def test_weights_and_run_directories_are_opened(data_folder: Path, tmp_path: Pat
     torch.manual_seed(0)
     weights = RunDirectory(tmp_path).export(Generator(GeneratorConfig(3, 2, 2)), "export")
     sample = evaluation_samples(data_folder, 0, "strokes", crop=128)[0]
-    edits = [run_all(open_model(path), [sample])[0] for path in (weights, tmp_path)]
+    edits = [run_all(open_model(path, classes=3), [sample])[0] for path in (weights, tmp_path)]
     assert np.array_equal(edits[0], edits[1])
     assert np.array_equal(edits[0][~sample.mask], sample.image[~sample.mask])
     assert not np.array_equal(edits[0], sample.image)
@@ -96,7 +96,7 @@ def test_weights_and_run_directories_are_opened(data_folder: Path, tmp_path: Pat
 
 def test_a_path_to_nothing_is_named(tmp_path: Path) -> None:
     with pytest.raises(SpmDeployError, match="nothing"):
-        open_model(tmp_path / "nothing.safetensors")
+        open_model(tmp_path / "nothing.safetensors", classes=3)
 
 
 def test_errors_count_only_under_the_mask() -> None:
