@@ -111,6 +111,11 @@ class Trainer:
         return self.config.schedule[self.progress.phase]
 
     @property
+    def finest(self) -> int:
+        """The finest stage that has learnt so far."""
+        return max(phase.stages[-1] for phase in self.config.schedule[: self.progress.phase + 1])
+
+    @property
     def leads(self) -> bool:
         """Whether this process writes the run directory."""
         return processes.rank() == 0
@@ -321,7 +326,7 @@ class Trainer:
         layout = self._layout(batch)
         coarser: Tensor | None = None
         edited = []
-        for index in range(self.phase.stages[-1] + 1):
+        for index in range(self.finest + 1):
             with self._autocast():
                 coarser = self._run_stage(self.averaged, index, batch, layout, coarser)
             size = batch.image.shape[-2:]
