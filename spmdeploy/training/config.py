@@ -136,6 +136,8 @@ class TrainConfig:
     """Of initial weights, sample order, crops and holes."""
     checkpoint_seconds: float = 240
     """Wall time between checkpoints; never affects the numbers."""
+    tensorboard: bool = False
+    """Write the metrics for TensorBoard too (needs the package tensorboard)."""
     report_images: int = 200
     """Samples between lines of metrics."""
     validate_images: int = 3000

@@ -23,6 +23,7 @@ from spmdeploy.networks.conditioning import LayoutPyramid
 from spmdeploy.networks.generator import Generator, GeneratorConfig, composite, stage_scale
 from spmdeploy.networks.stage import STAGE_PLANS
 from spmdeploy.training import processes
+from spmdeploy.training.board import ScalarWriter, open_board, write_record
 from spmdeploy.training.config import Phase, TrainConfig
 from spmdeploy.training.dataset import Batch, TrainingSamples
 from spmdeploy.training.discriminator import Discriminator
@@ -90,6 +91,7 @@ class Trainer:
         self.run = run
         self.device = device
         self.progress = Progress()
+        self._board: ScalarWriter | None = None
         self._memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         torch.manual_seed(config.seed)
         self.samples = TrainingSamples(config.data, config.seed)
@@ -124,6 +126,8 @@ class Trainer:
 
     def train(self, report: Report) -> None:
         """Runs to the end of the schedule. `report` gets each record that goes to the metrics."""
+        if self.config.tensorboard and self.leads:
+            self._board = open_board(self.run.path, self.progress.images)
         saved = time.monotonic()
         while True:
             while self.progress.phase_images < self.phase.images:
@@ -161,6 +165,8 @@ class Trainer:
             **figures,
         }
         self.run.log(**record)
+        if self._board is not None:
+            write_record(self._board, record)
         report(record)
 
     # -- phases

@@ -3,6 +3,7 @@
 RUN/config.json          the configuration, as given
 RUN/metrics.jsonl        one JSON object per line: training and validation figures
 RUN/checkpoint.pt        everything needed to go on, replaced atomically
+RUN/tensorboard/         the same for TensorBoard, when asked for
 RUN/samples/*.png        sample sheets
 RUN/export/              averaged weights of the last checkpoint: generator.safetensors and .json
 RUN/best/                the same for the lowest validation figure
