@@ -227,6 +227,9 @@ def export(
     half_weights: Annotated[
         bool, typer.Option("--half-weights", help="Store the FP32 graph's weights as FP16: half the file.")
     ] = False,
+    cpu_only: Annotated[
+        bool, typer.Option("--cpu-only", help="Write the graph for CPUs alone: half the bundle.")
+    ] = False,
     licence: Annotated[
         str | None, typer.Option("--licence", help="Terms of the weights, for manifest and card.")
     ] = None,
@@ -245,6 +248,7 @@ def export(
         table=class_table(classes),
         precisions=[choice.value for choice in precision or GraphPrecision],
         half_weights=half_weights,
+        cpu_only=cpu_only,
         licence=licence or UNSTATED_LICENCE,
         overwrite=overwrite,
     )

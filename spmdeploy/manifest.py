@@ -41,12 +41,18 @@ class GeneratorFacts:
     """Operations of one 256x256 edit, in units of 1e9."""
 
 
+EDIT = "edit"
+"""The graph for every library: engines are built from it."""
+EDIT_ON_CPU = "edit_cpu"
+"""The same inputs and outputs for ONNX Runtime on the CPU: shapes depend on the mask, which spares work."""
+
+
 @dataclass(frozen=True)
 class GraphRecord:
     """One ONNX file and what was measured on it when it was written."""
 
     graph: str
-    """What it computes: "edit"."""
+    """What it computes and for whom: `EDIT` or `EDIT_ON_CPU`."""
     precision: Precision
     file: str
     """A name inside the bundle."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from onnx import TensorProto
 
 from spmdeploy.bundle import open_bundle
-from spmdeploy.errors import InputError, VerificationError
+from spmdeploy.errors import BundleError, InputError, UsageError, VerificationError
 from spmdeploy.export import parity, pipeline
 from spmdeploy.export.graph_facts import graph_facts
 from spmdeploy.export.pipeline import ExportOptions, export_bundle
@@ -21,10 +22,11 @@ from spmdeploy.export.to_onnx import MAX_IR_VERSION
 from spmdeploy.labels import class_table
 from spmdeploy.networks.complexity import edit_gflop
 from spmdeploy.networks.generator import Generator
-from spmdeploy.networks.session import TorchSession, generator_from_graph
+from spmdeploy.networks.session import TorchSession, generator_from_graph, open_torch_session
 from spmdeploy.networks.weights import load_checkpoint, save_generator
-from spmdeploy.runtime.golden import Drift, measure_drift
+from spmdeploy.runtime.golden import Drift, measure_drift, verify
 from spmdeploy.runtime.ort import OnnxRuntimeSession
+from spmdeploy.runtime.session import open_session
 
 
 @pytest.fixture(scope="module")
@@ -175,6 +177,74 @@ def test_drift_is_measured_under_the_mask_only() -> None:
     assert measure_drift(reference, reference, mask).to_json()["psnr_db"] is None
 
 
+# --------------------------------------------------------------------------------------------------- the CPU's graph
+
+
+@pytest.fixture(scope="module")
+def on_cpu(street_bundle: Path) -> onnx.ModelProto:
+    return onnx.load(street_bundle / "graphs/edit_cpu.fp32.onnx")
+
+
+def _box(top: int, bottom: int, left: int, right: int) -> np.ndarray:
+    mask = np.zeros((256, 256), np.uint8)
+    mask[top:bottom, left:right] = 1
+    return mask
+
+
+MASKS = {
+    "middle": _box(90, 150, 60, 200),
+    "one pixel": _box(131, 132, 77, 78),
+    "corner": _box(0, 40, 216, 256),
+    "other corner": _box(255, 256, 0, 1),
+    "a row": _box(101, 102, 0, 256),
+    "a side": _box(0, 256, 128, 256),
+    "all but one": 1 - _box(3, 4, 3, 4),
+    "two far apart": _box(5, 9, 5, 9) | _box(240, 250, 200, 256),
+    "nothing": np.zeros((256, 256), np.uint8),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_the_cpu_graph_gives_the_same_pictures(fp32: onnx.ModelProto, on_cpu: onnx.ModelProto, name: str) -> None:
+    edits = _edits(1)
+    edits[3] = MASKS[name][None]
+    plain, restricted = (OnnxRuntimeSession(m.SerializeToString(), "fp32").run(*edits) for m in (fp32, on_cpu))
+    difference = np.abs(plain.astype(int) - restricted)
+    assert difference.max() <= 1
+    assert difference.mean() < 1e-3
+
+
+def test_the_cpu_graph_takes_a_batch_of_different_masks(fp32: onnx.ModelProto, on_cpu: onnx.ModelProto) -> None:
+    edits = _edits(3)
+    edits[3] = np.stack([MASKS[name] for name in ("corner", "nothing", "middle")])
+    plain, restricted = (OnnxRuntimeSession(m.SerializeToString(), "fp32").run(*edits) for m in (fp32, on_cpu))
+    assert np.abs(plain.astype(int) - restricted).max() <= 1
+
+
+def test_the_cpu_graph_leaves_out_most_of_the_layout_branch(fp32: onnx.ModelProto, on_cpu: onnx.ModelProto) -> None:
+    # Convolutions whose size depends on the mask are not counted: what is left is done for every mask.
+    assert graph_facts(on_cpu).gflop < 0.6 * graph_facts(fp32).gflop
+    kept = {node.name for node in on_cpu.graph.node if node.op_type == "Conv"}
+    assert kept == {node.name for node in fp32.graph.node if node.op_type == "Conv"}
+
+
+def test_cpu_only_bundles_hold_one_graph_and_edit_with_torch_too(
+    generator: Generator, fp32: onnx.ModelProto, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "export_edit", lambda generator: fp32)
+    save_generator(generator, tmp_path / "g.safetensors")
+    options = ExportOptions(class_table("street"), cpu_only=True, half_weights=True)
+    bundle = export_bundle(tmp_path / "g.safetensors", tmp_path / "b.spm", options).bundle
+    assert [(graph.graph, graph.weights_dtype) for graph in bundle.manifest.graphs] == [("edit_cpu", "float16")]
+    for open_it in (open_session, open_torch_session):
+        session = open_it(bundle, device="cpu", backend="torch" if open_it is open_torch_session else "auto").session
+        assert all(result.passed for result in verify(session, bundle))
+    with pytest.raises(BundleError, match=r"no graph 'edit' in fp32.*edit_cpu fp32"):
+        open_session(bundle, device="cuda:0", precision="fp32")
+    with pytest.raises(UsageError, match="no graph is left"):
+        export_bundle(tmp_path / "g.safetensors", tmp_path / "c.spm", replace(options, precisions=("fp16",)))
+
+
 # --------------------------------------------------------------------------------------------------------- pipeline
 
 
@@ -188,7 +258,7 @@ def test_a_graph_over_its_limits_stops_the_export_and_is_kept_aside(
     monkeypatch.setattr(pipeline, "export_edit", lambda generator: broken)
     save_generator(generator, tmp_path / "g.safetensors")
     options = ExportOptions(class_table("street"), precisions=("fp32",))
-    with pytest.raises(VerificationError, match=r"fp32 graph.*car_away.*PSNR") as caught:
+    with pytest.raises(VerificationError, match=r"edit fp32 graph.*car_away.*PSNR") as caught:
         export_bundle(tmp_path / "g.safetensors", tmp_path / "b.spm", options)
     kept = tmp_path / "b.spm.edit.fp32.onnx.rejected"
     assert kept.exists()
@@ -207,7 +277,8 @@ def test_the_manifest_says_what_was_written(street_bundle: Path) -> None:
     bundle = open_bundle(street_bundle)
     assert bundle.check_all() == ()
     manifest = bundle.manifest
-    assert [(graph.graph, graph.precision) for graph in manifest.graphs] == [("edit", "fp32"), ("edit", "fp16")]
+    graphs = [(graph.graph, graph.precision) for graph in manifest.graphs]
+    assert graphs == [("edit", "fp32"), ("edit_cpu", "fp32"), ("edit", "fp16")]
     assert [edit.name for edit in manifest.golden] == ["car_away", "tree_planted", "crossing_cleared"]
     assert (manifest.channel_order, manifest.native_size, manifest.source.format) == ("RGB", 256, "spmdeploy")
     for record in manifest.graphs:
@@ -228,7 +299,7 @@ def test_exporting_a_checkpoint_of_the_authors_format(shared: Path, tmp_path: Pa
     manifest = result.bundle.manifest
     assert (manifest.channel_order, manifest.source.format, manifest.licence) == ("BGR", "reference", "test only")
     assert manifest.graphs[0].weights_dtype == "float16"
-    assert len(steps) == 5
+    assert len(steps) == 6
     assert [path.name for path in tmp_path.iterdir()] == ["city.spm"]
 
 

@@ -25,7 +25,8 @@ class GraphFacts:
     fp32_operations: dict[str, int]
     """By ONNX operator."""
     gflop: float
-    """Of the convolutions, per picture of the batch: 2 per multiply-add, in units of 1e9."""
+    """Of the convolutions, per picture of the batch: 2 per multiply-add, in units of 1e9. Those whose size depends on
+    the mask are not counted."""
 
     @property
     def fp16_share(self) -> float:

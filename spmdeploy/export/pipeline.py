@@ -17,15 +17,18 @@ import torch
 import spmdeploy
 from spmdeploy import images
 from spmdeploy.bundle import Bundle, BundleWriter
-from spmdeploy.errors import InputError, VerificationError
+from spmdeploy.errors import InputError, UsageError, VerificationError
 from spmdeploy.export.card import bundle_card
 from spmdeploy.export.golden import golden_edits
 from spmdeploy.export.graph_facts import graph_facts
 from spmdeploy.export.parity import FP32_LIMITS, HALF_LIMITS, check_graph, worst
+from spmdeploy.export.to_cpu import restrict_to_mask
 from spmdeploy.export.to_fp16 import store_weights_as_halves, to_fp16
 from spmdeploy.export.to_onnx import export_edit
 from spmdeploy.labels import ClassTable
 from spmdeploy.manifest import (
+    EDIT,
+    EDIT_ON_CPU,
     GeneratorFacts,
     GoldenEdit,
     GraphRecord,
@@ -51,6 +54,8 @@ class ExportOptions:
     precisions: Sequence[Precision] = ("fp32", "fp16")
     half_weights: bool = False
     """Store the FP32 graph's weights rounded to FP16: half the file, FP32 arithmetic, the drift of rounded weights."""
+    cpu_only: bool = False
+    """Write the graph for CPUs alone: half the bundle, of no use to a GPU."""
     licence: str = UNSTATED_LICENCE
     overwrite: bool = False
 
@@ -92,10 +97,10 @@ def export_bundle(
         progress("tracing the edit graph")
         exported = time.perf_counter()
         fp32 = export_edit(weights.generator)
-        for precision in sorted(set(options.precisions), reverse=True):
-            progress(f"writing and checking the {precision} graph")
-            model, limits[precision] = _typed(fp32, precision, options.half_weights)
-            record = _write_graph(writer, model, precision, golden, limits[precision])
+        for name, precision in _wanted_graphs(options):
+            progress(f"writing and checking the {name} {precision} graph")
+            model, limits[precision] = _variant(fp32, name, precision, options.half_weights)
+            record = _write_graph(writer, name, model, precision, golden, limits[precision])
             graphs.append(ExportedGraph(record, time.perf_counter() - exported))
             exported = time.perf_counter()
 
@@ -130,20 +135,37 @@ def _check_classes(weights: Checkpoint, table: ClassTable, path: Path) -> None:
         )
 
 
-def _typed(fp32: onnx.ModelProto, precision: Precision, half_weights: bool) -> tuple[onnx.ModelProto, ParityLimits]:
+def _wanted_graphs(options: ExportOptions) -> list[tuple[str, Precision]]:
+    """Names and precisions, the fastest to make first. CPUs compute in FP32 alone."""
+    graphs: list[tuple[str, Precision]] = []
+    if "fp32" in options.precisions:
+        graphs += [(EDIT_ON_CPU, "fp32")] if options.cpu_only else [(EDIT, "fp32"), (EDIT_ON_CPU, "fp32")]
+    if "fp16" in options.precisions and not options.cpu_only:
+        graphs.append((EDIT, "fp16"))
+    if not graphs:
+        raise UsageError("no graph is left to write", "CPUs compute in FP32: leave out the fp16 precision or cpu_only")
+    return graphs
+
+
+def _variant(
+    fp32: onnx.ModelProto, name: str, precision: Precision, half_weights: bool
+) -> tuple[onnx.ModelProto, ParityLimits]:
+    """The graph of that name and precision, and the limits that it must keep to."""
     if precision == "fp16":
         return to_fp16(fp32), HALF_LIMITS
-    return (store_weights_as_halves(fp32), HALF_LIMITS) if half_weights else (fp32, FP32_LIMITS)
+    model = restrict_to_mask(fp32) if name == EDIT_ON_CPU else fp32
+    return (store_weights_as_halves(model), HALF_LIMITS) if half_weights else (model, FP32_LIMITS)
 
 
 def _write_graph(
     writer: BundleWriter,
+    graph: str,
     model: onnx.ModelProto,
     precision: Precision,
     golden: Mapping[str, GoldenPictures],
     limits: ParityLimits,
 ) -> GraphRecord:
-    name = f"graphs/edit.{precision}.onnx"
+    name = f"graphs/{graph}.{precision}.onnx"
     path = writer.path(name)
     onnx.save(model, path)
     results = check_graph(path, precision, golden, limits)
@@ -151,13 +173,13 @@ def _write_graph(
     if faults:
         kept = writer.keep_rejected(name)
         raise VerificationError(
-            f"the {precision} graph does not give the pictures that torch gives: {'; '.join(faults)}",
+            f"the {graph} {precision} graph does not give the pictures that torch gives: {'; '.join(faults)}",
             f"it was kept as {kept}; if the weights are sound, this is a defect worth reporting",
         )
     size, digest = writer.measure(name)
     facts = graph_facts(model)
     return GraphRecord(
-        graph="edit",
+        graph=graph,
         precision=precision,
         file=name,
         bytes=size,

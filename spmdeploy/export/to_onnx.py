@@ -59,9 +59,9 @@ def with_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
     del model.graph.value_info[:]
     model = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
     for value in model.graph.value_info:
-        for dim in value.type.tensor_type.shape.dim:
-            if dim.dim_param:  # inference loses the name at each Resize, but only one dimension is dynamic
-                dim.dim_param = "batch"
+        dims = value.type.tensor_type.shape.dim
+        if len(dims) >= 3 and dims[0].dim_param:  # inference loses the name at each Resize
+            dims[0].dim_param = "batch"
     onnx.checker.check_model(model, full_check=True)
     return model
 

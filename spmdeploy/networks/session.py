@@ -10,7 +10,7 @@ from onnx import numpy_helper
 
 from spmdeploy.bundle import Bundle
 from spmdeploy.errors import BundleError, UnavailableError, UsageError
-from spmdeploy.manifest import Precision
+from spmdeploy.manifest import EDIT, Precision
 from spmdeploy.networks.deploy_graph import NATIVE_SIZE, EditGraph
 from spmdeploy.networks.generator import Generator, GeneratorConfig
 from spmdeploy.runtime.session import Opened, check_device
@@ -62,7 +62,9 @@ def open_torch_session(bundle: Bundle, backend: str = "torch", device: str = "au
         choices.append(f"device {device}: torch.cuda.is_available() is {torch.cuda.is_available()}")
     check_device(device)
     facts = bundle.manifest.generator
-    graph = bundle.read(bundle.graph("edit", "fp32").file)
+    # Both FP32 graphs hold the weights under the same names; a bundle may hold one of them only.
+    held = next((record for record in bundle.manifest.graphs if record.precision == "fp32"), None)
+    graph = bundle.read((held or bundle.graph(EDIT, "fp32")).file)
     generator = generator_from_graph(graph, GeneratorConfig(facts.classes, facts.width, facts.hidden))
     return Opened(TorchSession(generator, device), tuple(choices))
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from spmdeploy.bundle import Bundle
 from spmdeploy.errors import UsageError
-from spmdeploy.manifest import GraphRecord, Precision
+from spmdeploy.manifest import EDIT, EDIT_ON_CPU, GraphRecord, Precision
 
 BACKENDS = ("onnxruntime", "torch")
 
@@ -84,14 +84,26 @@ def _choose_graph(bundle: Bundle, precision: str, device: str) -> tuple[GraphRec
     if precision != "auto":
         if precision not in ("fp32", "fp16"):
             raise UsageError(f"unknown precision {precision!r}", "choose from auto, fp32, fp16")
-        return bundle.graph("edit", precision), None
-    there = {record.precision: record for record in bundle.manifest.graphs if record.graph == "edit"}
+        return _graph_for(bundle, precision, device), None
+    there = {record.precision for record in bundle.manifest.graphs if _suits(record, device)}
     preferred: Precision = "fp32" if device == "cpu" else "fp16"
     why = "CPUs compute in FP32" if device == "cpu" else "faster on a GPU, within the bundle's limits of FP32"
     if preferred in there:
-        return there[preferred], why
+        return _graph_for(bundle, preferred, device), why
     other: Precision = "fp16" if preferred == "fp32" else "fp32"
-    return bundle.graph("edit", other), f"the bundle holds no {preferred} graph"
+    return _graph_for(bundle, other, device), f"the bundle holds no {preferred} graph for {device}"
+
+
+def _suits(record: GraphRecord, device: str) -> bool:
+    return record.graph == EDIT or (record.graph == EDIT_ON_CPU and device == "cpu")
+
+
+def _graph_for(bundle: Bundle, precision: str, device: str) -> GraphRecord:
+    """The graph made for the device where there is one, else the one for all. Raises BundleError."""
+    for record in bundle.manifest.graphs:
+        if (record.graph, record.precision, device) == (EDIT_ON_CPU, precision, "cpu"):
+            return record
+    return bundle.graph(EDIT, precision)
 
 
 def check_device(device: str) -> None:
