@@ -1,0 +1,42 @@
+"""The model inside the package: whole, small enough to ship, and giving the pictures that it gave when it was made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+import spmdeploy
+from spmdeploy.bundle import open_bundle
+from spmdeploy.images import read_photo
+from spmdeploy.labels import class_table
+from spmdeploy.runtime.golden import verify
+from spmdeploy.samples import SAMPLE_EDITS
+
+EXPECTED = Path(__file__).parent / "expected"
+
+
+def test_it_is_whole_and_fits_the_package() -> None:
+    bundle = open_bundle(spmdeploy.default_model())
+    assert bundle.check_all() == ()
+    assert sum(bundle.files().values()) <= 45e6
+    assert bundle.manifest.classes == class_table("street")
+    assert "non-commercial" in bundle.manifest.licence
+    assert "non-commercial" in bundle.read("card.md").decode()
+
+
+def test_it_repeats_its_golden_edits() -> None:
+    with spmdeploy.open_editor() as editor:
+        results = verify(editor.session, open_bundle(spmdeploy.default_model()))
+    assert [result.name for result in results] == [sample.name for sample in SAMPLE_EDITS]
+    assert all(result.passed for result in results), [result.faults for result in results]
+
+
+def test_its_edit_of_the_sample_stays_what_it_is() -> None:
+    sample = SAMPLE_EDITS[0]
+    with spmdeploy.open_editor() as editor:
+        photo, labels, mask = sample.read(editor.classes)
+        edited = editor.edit(photo, labels, mask).image
+    expected = read_photo(EXPECTED / f"{sample.name}.png").pixels
+    assert np.abs(edited.astype(int) - expected).max() <= 2
+    assert (edited[~mask] == photo[~mask]).all()
