@@ -451,7 +451,9 @@ def train(
     device: Annotated[str, typer.Option("--device", metavar="cpu|cuda:N", help="Where to train.")] = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Train a generator; the run can be killed at any moment and resumed.
+    """Train a generator; survives being killed.
+
+    After a kill, at whatever moment, --resume goes on from the last checkpoint with the same numbers.
 
     The weights for `export` are RUN/best/generator.safetensors (lowest LPIPS on held-out pictures) and
     RUN/export/generator.safetensors (the last ones).
@@ -491,7 +493,10 @@ def evaluate(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Judge models and two baselines on the same holes: LPIPS, L1, PSNR, edge step and Fréchet distance."""
+    """Judge models and two baselines on the same holes.
+
+    Under the mask, for each kind of hole: LPIPS, L1, PSNR, the step across the mask's edge and a Fréchet distance.
+    """
     with _needs("train"):
         from spmdeploy.training import evaluation
         from spmdeploy.training.models import named_models
@@ -507,7 +512,10 @@ def dataset_check(
     data: Annotated[Path, typer.Argument(help="Folder with train/, test/ and labels.json.")],
     as_json: Json = False,
 ) -> None:
-    """Find what would hurt training: missing pairs, wrong sizes, unknown ids, colour maps, near-empty classes."""
+    """Find what would hurt training.
+
+    Missing pairs, wrong sizes, unknown ids, colour maps, near-empty classes.
+    """
     with _needs("train"):
         from spmdeploy.training.check import check_dataset
 
@@ -530,7 +538,10 @@ def dataset_prepare(
     jobs: Annotated[int | None, typer.Option("--jobs", min=1, help="Processes; default: one a core.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Build the training layout from an official download; run it again after an interruption."""
+    """Build the training layout from a download.
+
+    Run it again after an interruption: what is complete is kept.
+    """
     with _needs("train"):
         from spmdeploy.training.prepare import prepare
 

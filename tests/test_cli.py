@@ -33,6 +33,11 @@ COMMANDS = {
     "labels check": ["labels", "check"],
     "labels show": ["labels", "show"],
     "labels convert": ["labels", "convert"],
+    "train": ["train"],
+    "evaluate": ["evaluate"],
+    "dataset": ["dataset"],
+    "dataset check": ["dataset", "check"],
+    "dataset prepare": ["dataset", "prepare"],
 }
 HEAVY = {"torch", "onnx", "onnxscript", "onnxruntime", "tensorrt", "tensorrt_rtx", "safetensors", "numpy", "PIL"}
 
@@ -148,7 +153,7 @@ def test_help_imports_nothing_heavy(words: list[str]) -> None:
     assert "typer" in modules  # the list is one
 
 
-@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "labels"])
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in ("labels", "dataset")])
 def test_every_command_has_json(name: str, run: Any) -> None:
     assert "--json" in run(*COMMANDS[name], "--help").out
 
@@ -169,7 +174,7 @@ def test_version(run: Any) -> None:
 
 # ------------------------------------------------------------------------------------------- errors, whatever command
 
-NOTHING_GIVEN = [name for name in COMMANDS if name not in ("verify", "doctor", "labels")]
+NOTHING_GIVEN = [name for name in COMMANDS if name not in ("verify", "doctor", "labels", "dataset")]
 
 
 @pytest.mark.parametrize("name", NOTHING_GIVEN)
@@ -550,7 +555,7 @@ def test_ctrl_c_leaves_nothing_behind(place: str, files: Edit, tmp_path: Path) -
 def test_export_prints_one_object(street_bundle: Path) -> None:
     ran = Ran(0, (street_bundle.with_name("export.stdout")).read_text(), "")
     assert ran.json["schema"] == "spmdeploy.export/1"
-    assert [graph["precision"] for graph in ran.json["graphs"]] == ["fp32", "fp16"]
+    assert [graph["precision"] for graph in ran.json["graphs"]] == ["fp32", "fp32", "fp16"]
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage", None], ids=["empty", "garbage", "absent"])

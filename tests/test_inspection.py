@@ -42,7 +42,8 @@ def test_a_bundle_counted_in_its_graphs(street_bundle: Path, capsys: pytest.Capt
     for graph in facts["graphs"]:  # what export recorded is what is in the file
         for name in ("fp16_share", "fp32_operations", "weights_dtype"):
             assert graph["counted"][name] == graph[name]
-        assert graph["counted"]["gflop"] == facts["generator"]["gflop"]
+        if graph["graph"] == "edit":  # what the CPU's graph does depends on the mask
+            assert graph["counted"]["gflop"] == facts["generator"]["gflop"]
 
 
 def test_a_bundle_in_words(street_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -92,7 +93,7 @@ def test_a_bundle_without_torch_and_onnx(street_bundle: Path) -> None:
         return subprocess.run(command, capture_output=True, text=True, check=False)
 
     facts = json.loads(run(street_bundle, "--json").stdout)
-    assert [graph["counted"] for graph in facts["graphs"]] == [None, None]
+    assert [graph["counted"] for graph in facts["graphs"]] == [None, None, None]
     in_words = run(street_bundle)
     assert in_words.returncode == 0 and "as recorded at export" in in_words.stdout
     checkpoint = run(street_bundle.with_name("tiny.safetensors"))
