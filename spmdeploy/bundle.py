@@ -87,7 +87,7 @@ class Bundle:
         there = ", ".join(f"{record.graph} {record.precision}" for record in self.manifest.graphs) or "none at all"
         raise BundleError(
             f"{self.path}: no graph {graph!r} in {precision}; there is {there}",
-            f"ask for one that is there, or export again with --precision {precision}",
+            f"ask for one that is there, or export again with --precision {precision} and without --cpu-only",
         )
 
     def read(self, name: str) -> bytes:

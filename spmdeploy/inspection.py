@@ -7,8 +7,7 @@ from typing import Any
 
 from spmdeploy.bundle import Bundle, open_bundle
 from spmdeploy.errors import BundleError, InputError, UnavailableError
-
-CHECKPOINT_SUFFIXES = (".pth", ".pt", ".ckpt", ".safetensors")
+from spmdeploy.networks import CHECKPOINT_SUFFIXES
 
 
 def inspect_path(path: Path) -> dict[str, Any]:

@@ -144,6 +144,26 @@ def test_what_auto_means(
     assert chosen == device and why in reason
 
 
+def test_auto_goes_on_to_the_cpu_and_says_why(
+    street_bundle: Path, library: FakeOnnxRuntime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ort, "visible_gpus", lambda: 1)
+    bundle = open_bundle(street_bundle)
+    opened = open_session(bundle)  # the fake claims CUDA and runs on the CPU
+    assert (opened.session.device, opened.session.precision) == ("cpu", "fp32")
+    assert any("cuda:0 was tried first" in choice and "would run on CPU" in choice for choice in opened.choices)
+
+    library.runs_on = CUDA
+    assert open_session(bundle).session.device == "cuda:0"
+
+    library.runs_on = "CPUExecutionProvider"
+    graphs = tuple(record for record in bundle.manifest.graphs if record.graph == "edit_cpu")
+    only = dataclasses.replace(bundle, manifest=dataclasses.replace(bundle.manifest, graphs=graphs))
+    assert "device cpu: the bundle holds a graph for CPUs only" in open_session(only).choices
+    with pytest.raises(BundleError, match="no graph 'edit'"):
+        open_session(only, device="cuda:0")
+
+
 def test_onnxruntime_that_is_not_installed(street_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(UnavailableError) as error:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spmdeploy.bundle import Bundle
-from spmdeploy.errors import UsageError
+from spmdeploy.errors import UnavailableError, UsageError
 from spmdeploy.manifest import EDIT, EDIT_ON_CPU, GraphRecord, Precision
 
 BACKENDS = ("onnxruntime", "torch")
@@ -67,13 +67,27 @@ def open_session(bundle: Bundle, backend: str = "auto", device: str = "auto", pr
         choices.append("backend onnxruntime: the only one that runs the graphs of this bundle as they are")
     elif backend != "onnxruntime":
         raise UsageError(f"unknown backend {backend!r}", f"choose from auto, {', '.join(BACKENDS)}")
-    if device == "auto":
-        device, reason = ort.best_device()
-        choices.append(f"device {device}: {reason}")
-    check_device(device)
+    if device != "auto":
+        check_device(device)
+        return _open_on(bundle, device, precision, choices)
+    device, reason = ort.best_device()
+    if device != "cpu" and not any(_suits(record, device) for record in bundle.manifest.graphs):
+        device, reason = "cpu", "the bundle holds a graph for CPUs only"
+    if device != "cpu":
+        try:
+            return _open_on(bundle, device, precision, [*choices, f"device {device}: {reason}"])
+        except UnavailableError as error:
+            device, reason = "cpu", f"{device} was tried first; {error.problem}"
+    return _open_on(bundle, device, precision, [*choices, f"device {device}: {reason}"])
+
+
+def _open_on(bundle: Bundle, device: str, precision: str, choices: list[str]) -> Opened:
+    """The session on exactly this device."""
+    from spmdeploy.runtime import ort
+
     record, why = _choose_graph(bundle, precision, device)
     if why:
-        choices.append(f"precision {record.precision}: {why}")
+        choices = [*choices, f"precision {record.precision}: {why}"]
     # A path spares the copy in memory that bytes cost, but only a folder has one.
     graph = bundle.path_of(record.file) if bundle.is_folder else bundle.read(record.file)
     return Opened(ort.OnnxRuntimeSession(graph, record.precision, device), tuple(choices))

@@ -8,14 +8,13 @@ from pathlib import Path
 from spmdeploy.bundle import open_bundle
 from spmdeploy.errors import InputError
 from spmdeploy.labels import class_table
+from spmdeploy.networks import CHECKPOINT_SUFFIXES
 from spmdeploy.networks.session import TorchSession
 from spmdeploy.networks.weights import load_checkpoint
 from spmdeploy.runtime.session import open_session
 from spmdeploy.training.baselines import ClassMeanColour, Telea, mean_colours
 from spmdeploy.training.dataset import PictureFolder, read_instance_rules
 from spmdeploy.training.evaluation import Edits
-
-CHECKPOINT_SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt")
 
 
 def named_models(paths: Iterable[Path], data: Path) -> dict[str, Edits]:
@@ -44,7 +43,7 @@ def open_model(path: Path, classes: int) -> Edits:
     if exported.is_file():
         path = exported
     session: Edits
-    if path.suffix in CHECKPOINT_SUFFIXES:
+    if path.suffix.lower() in CHECKPOINT_SUFFIXES:
         generator = load_checkpoint(path).generator
         known, session = generator.config.classes, TorchSession(generator)
     else:
