@@ -44,6 +44,9 @@ class DataConfig:
     """Side of the square that the network sees; a multiple of 128."""
     smallest_scale: float = 1.0
     """Crops come from squares of crop/scale pixels, scale drawn from [smallest_scale, 1]; the paper has 1."""
+    relighting: float = 0.0
+    """Training photos are brightened, tinted and given another contrast by factors up to e to this power, so that
+    colours must be read off the known pixels instead of being remembered for each class; the paper has 0."""
     holes: tuple[HoleKind, ...] = HOLE_KINDS
     """The kinds of holes, one drawn for each sample."""
     validation: int = 32
@@ -54,6 +57,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         _require(self.crop > 0 and self.crop % 128 == 0, "data.crop", self.crop, "a multiple of 128")
         _require(0 < self.smallest_scale <= 1, "data.smallest_scale", self.smallest_scale, "in (0, 1]")
+        _require(0 <= self.relighting <= 1, "data.relighting", self.relighting, "in [0, 1]")
         _require(bool(self.holes), "data.holes", self.holes, "at least one kind")
         _require(self.validation >= 0, "data.validation", self.validation, "zero or more pictures")
         _require(self.validation_blocks >= 1, "data.validation_blocks", self.validation_blocks, "at least one block")

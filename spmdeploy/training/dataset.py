@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -158,6 +158,8 @@ class TrainingSamples:
     def _draw(self, picture: Picture, rng: np.random.Generator) -> Sample:
         scale = float(rng.uniform(self._config.smallest_scale, 1))
         cut = random_crop(picture, self._config.crop, scale, bool(rng.integers(2)), rng)
+        if self._config.relighting:
+            cut = replace(cut, image=relit(cut.image, self._config.relighting, rng))
         kind = self._config.holes[int(rng.integers(len(self._config.holes)))]
         return _with_hole(cut, kind, rng)
 
@@ -228,6 +230,17 @@ def random_crop(picture: Picture, side: int, scale: float, flip: bool, rng: np.r
     if flip:
         image, labels, instances = image[:, ::-1], labels[:, ::-1], instances[:, ::-1]
     return Picture(image, labels, instances)
+
+
+def relit(image: npt.NDArray[np.uint8], strength: float, rng: np.random.Generator) -> npt.NDArray[np.uint8]:
+    """The photo under another light: one gamma, one gain for all channels, and a tint of a third of their strength.
+
+    image: uint8 (H, W, 3) RGB. strength: the factors are e to the power of up to this, in either direction.
+    """
+    gamma = np.exp(rng.uniform(-strength, strength))
+    gains = np.exp(rng.uniform(-strength, strength) + rng.uniform(-strength / 3, strength / 3, 3))
+    curves = np.clip(255 * gains * (np.arange(256)[:, None] / 255) ** gamma, 0, 255).round().astype(np.uint8)
+    return np.stack([curves[image[..., channel], channel] for channel in range(3)], axis=-1)
 
 
 def _with_hole(cut: Picture, kind: HoleKind, rng: np.random.Generator) -> Sample:

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from spmdeploy.errors import InputError
 from spmdeploy.training.config import DataConfig, ExtraData
-from spmdeploy.training.dataset import Picture, Sample, TrainingSamples, collate, random_crop, split_validation
+from spmdeploy.training.dataset import Picture, Sample, TrainingSamples, collate, random_crop, relit, split_validation
 
 from .conftest import COLOURS, write_data_folder
 
@@ -60,6 +62,28 @@ def test_a_picture_smaller_than_the_crop_is_enlarged() -> None:
     cut = random_crop(picture, 128, 1.0, False, np.random.default_rng(0))
     assert cut.image.shape == (128, 128, 3)
     assert cut.labels.shape == cut.instances.shape == (128, 128)
+
+
+def test_relighting_changes_photos_alone_and_never_those_for_validation(data_folder: Path) -> None:
+    plain, relighted = (samples(data_folder, relighting=strength) for strength in (0.0, 0.3))
+    for position in range(6):
+        before, after = plain.at(position), relighted.at(position)
+        assert np.array_equal(before.labels, after.labels)
+        assert not np.array_equal(before.image, after.image)
+    held_out = [
+        TrainingSamples(DataConfig(str(data_folder), crop=128, validation=2, relighting=s), 0) for s in (0, 0.3)
+    ]
+    assert all(map(same, *(drawn.validation_samples() for drawn in held_out)))
+
+
+@given(st.floats(0.01, 1), st.integers(0, 2**32))
+def test_relighting_keeps_the_order_of_levels_and_its_bounds(strength: float, seed: int) -> None:
+    ramp = np.repeat(np.arange(256, dtype=np.uint8)[None, :, None], 3, axis=2)
+    changed = relit(ramp, strength, np.random.default_rng(seed))
+    assert changed.dtype == np.uint8 and changed.shape == ramp.shape
+    assert (np.diff(changed.astype(int), axis=1) >= 0).all()
+    brightest = 255 * np.exp(-strength * 4 / 3)  # the weakest gain and the strongest tint against it
+    assert (changed[0, 0] == 0).all() and (changed[0, -1] >= np.floor(brightest)).all()
 
 
 def test_validation_is_held_out_with_its_neighbours() -> None:
