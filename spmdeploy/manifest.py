@@ -1,25 +1,38 @@
-"""manifest.json of a bundle: its records, and their strict reading from JSON.
-
-A value of the wrong type or range is refused by its path in the file. Unknown fields are passed over, so that a later
-1.x may add some.
-"""
+"""manifest.json of a bundle: its records, and their strict reading from JSON."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import re
-import sys
-from collections import Counter
-from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date
-from typing import Any, Literal, NoReturn, TypeAlias, TypeVar
+from typing import Any, Literal
 
-from spmdeploy.bundle_files import EXPORT_FIRST, damaged, is_inside
+from spmdeploy.bundle_files import EXPORT_FIRST, damaged
 from spmdeploy.errors import BundleError, SpmDeployError
 from spmdeploy.labels import ClassTable
+from spmdeploy.strict_json import (
+    Fields,
+    Reader,
+    WrongField,
+    as_anything,
+    as_count,
+    as_date,
+    as_digest,
+    as_inside_name,
+    as_number,
+    as_object,
+    as_plain_name,
+    as_text,
+    list_of,
+    mapping_of,
+    one_of,
+    or_none,
+    parse,
+    repeated,
+    schema_version,
+)
 
 SCHEMA_FAMILY, SCHEMA_VERSION = "spmdeploy.bundle/", 1
 SCHEMA = f"{SCHEMA_FAMILY}{SCHEMA_VERSION}"
@@ -128,7 +141,7 @@ class Manifest:
     def from_bytes(cls, content: bytes, source: str) -> Manifest:
         """Raises BundleError as `from_json`, and for what is not strict JSON: NaN, a key that is there twice."""
         try:
-            value = _parse(content)
+            value = parse(content)
         except ValueError as exc:
             raise damaged(source, f"not valid JSON: {exc}") from exc
         return cls.from_json(value, source)
@@ -139,7 +152,7 @@ class Manifest:
         _check_schema(value, source)
         try:
             manifest = _manifest(value, "")
-        except _WrongField as exc:
+        except WrongField as exc:
             raise damaged(source, exc) from exc
         if fault := manifest._contradiction():
             raise damaged(source, fault)
@@ -166,14 +179,10 @@ class Manifest:
             ("graph", [f"{record.graph} {record.precision}" for record in self.graphs]),
             ("golden edit", [edit.name for edit in self.golden]),
         ):
-            if repeated := _repeated(keys):
-                return f"the {words} {repeated} is there twice"
+            if twice := repeated(keys):
+                return f"the {words} {twice} is there twice"
         unlimited = {record.precision for record in self.graphs} - self.limits.keys()
         return f"limits has none for {min(unlimited)}, the precision of a graph" if unlimited else None
-
-
-def _repeated(names: Iterable[str]) -> str | None:
-    return next((name for name, count in Counter(names).items() if count > 1), None)
 
 
 # --------------------------------------------------------------------------------------------------------- the schema
@@ -182,227 +191,95 @@ def _repeated(names: Iterable[str]) -> str | None:
 def check_version(content: bytes, source: str) -> None:
     """Raises BundleError if manifest.json is another program's or a later version's. Looks at nothing else."""
     with suppress(ValueError):
-        _check_schema(_parse(content), source)
+        _check_schema(parse(content), source)
 
 
 def _check_schema(value: object, source: str) -> None:
-    schema = value.get("schema") if isinstance(value, dict) else None
-    number = re.fullmatch(re.escape(SCHEMA_FAMILY) + r"([1-9][0-9]{0,5})", schema) if isinstance(schema, str) else None
+    number = schema_version(value, SCHEMA_FAMILY)
     if number is None:
+        schema = value.get("schema") if isinstance(value, dict) else None
         raise BundleError(f"{source}: not a bundle's: its schema is {schema!r}, not {SCHEMA}", EXPORT_FIRST)
-    if int(number[1]) > SCHEMA_VERSION:
-        raise BundleError(f"{source}: {schema} is newer than {SCHEMA}, which this version reads", "upgrade spmdeploy")
+    if number > SCHEMA_VERSION:
+        newer = f"{SCHEMA_FAMILY}{number}"
+        raise BundleError(f"{source}: {newer} is newer than {SCHEMA}, which this version reads", "upgrade spmdeploy")
 
 
 # ------------------------------------------------------------------------------------------------ record by record
 
 
 def _manifest(value: object, where: str) -> Manifest:
-    fields = _Fields(value, where)
+    fields = Fields(value, where)
     take = fields.take
     return Manifest(
-        name=take("name", _plain_name),
-        created=take("created", _date),
-        tools=take("tools", _mapping(_text, _text)),
+        name=take("name", as_plain_name),
+        created=take("created", as_date),
+        tools=take("tools", mapping_of(as_text, as_text)),
         classes=take("classes", _class_table),
-        channel_order=take("channel_order", _one_of("RGB", "BGR")),
-        native_size=take("native_size", _count),
+        channel_order=take("channel_order", one_of("RGB", "BGR")),
+        native_size=take("native_size", as_count),
         generator=take("generator", _generator_facts),
-        graphs=take("graphs", _list(_graph_record)),
-        golden=take("golden", _list(_golden_edit)),
-        limits=take("limits", _mapping(_precision, _parity_limits)),
+        graphs=take("graphs", list_of(_graph_record)),
+        golden=take("golden", list_of(_golden_edit)),
+        limits=take("limits", mapping_of(as_precision, _parity_limits)),
         source=take("source", _source_facts),
-        licence=take("licence", _text),
-        training=fields.take_optional("training", _mapping(_text, _anything)),
+        licence=take("licence", as_text),
+        training=fields.take_optional("training", mapping_of(as_text, as_anything)),
     )
 
 
 def _generator_facts(value: object, where: str) -> GeneratorFacts:
-    take = _Fields(value, where).take
+    take = Fields(value, where).take
     return GeneratorFacts(
-        classes=take("classes", _count),
-        width=take("width", _count),
-        hidden=take("hidden", _count),
-        parameters=take("parameters", _count),
-        gflop=take("gflop", _number),
+        classes=take("classes", as_count),
+        width=take("width", as_count),
+        hidden=take("hidden", as_count),
+        parameters=take("parameters", as_count),
+        gflop=take("gflop", as_number),
     )
 
 
 def _graph_record(value: object, where: str) -> GraphRecord:
-    take = _Fields(value, where).take
+    take = Fields(value, where).take
     return GraphRecord(
-        graph=take("graph", _text),
-        precision=take("precision", _precision),
-        file=take("file", _inside_name),
-        bytes=take("bytes", _count),
-        sha256=take("sha256", _digest),
-        opset=take("opset", _count),
-        weights_dtype=take("weights_dtype", _one_of("float32", "float16")),
-        fp16_share=take("fp16_share", _number),
-        fp32_operations=take("fp32_operations", _mapping(_text, _count)),
-        parity=take("parity", _mapping(_text, _number_or_none)),
+        graph=take("graph", as_text),
+        precision=take("precision", as_precision),
+        file=take("file", as_inside_name),
+        bytes=take("bytes", as_count),
+        sha256=take("sha256", as_digest),
+        opset=take("opset", as_count),
+        weights_dtype=take("weights_dtype", one_of("float32", "float16")),
+        fp16_share=take("fp16_share", as_number),
+        fp32_operations=take("fp32_operations", mapping_of(as_text, as_count)),
+        parity=take("parity", mapping_of(as_text, or_none(as_number))),
     )
 
 
 def _golden_edit(value: object, where: str) -> GoldenEdit:
-    take = _Fields(value, where).take
-    return GoldenEdit(name=take("name", _plain_name), folder=take("folder", _inside_name), note=take("note", _text))
+    take = Fields(value, where).take
+    return GoldenEdit(
+        name=take("name", as_plain_name), folder=take("folder", as_inside_name), note=take("note", as_text)
+    )
 
 
 def _parity_limits(value: object, where: str) -> ParityLimits:
-    take = _Fields(value, where).take
+    take = Fields(value, where).take
     return ParityLimits(
-        max_grey=take("max_grey", _number),
-        mean_grey=take("mean_grey", _number),
-        min_psnr_db=take("min_psnr_db", _number),
+        max_grey=take("max_grey", as_number),
+        mean_grey=take("mean_grey", as_number),
+        min_psnr_db=take("min_psnr_db", as_number),
     )
 
 
 def _source_facts(value: object, where: str) -> SourceFacts:
-    take = _Fields(value, where).take
-    return SourceFacts(file=take("file", _text), sha256=take("sha256", _digest), format=take("format", _text))
-
-
-# ------------------------------------------------------------------------------------------------------ value by value
-
-T = TypeVar("T")
-K = TypeVar("K")
-Reader: TypeAlias = Callable[[object, str], T]
-"""Makes a value from JSON into a T; the second argument is its path in the file. Raises _WrongField."""
-
-
-class _WrongField(Exception):
-    """A field that is missing or not what it should be; becomes a BundleError where the file's name is known."""
-
-
-class _Fields:
-    """The fields of a JSON object, to be taken one by one."""
-
-    def __init__(self, value: object, where: str) -> None:
-        self._given = _object(value, where or "the manifest")
-        self._prefix = f"{where}." if where else ""
-
-    def take(self, name: str, read: Reader[T]) -> T:
-        if name not in self._given:
-            raise _WrongField(f"{self._prefix}{name} is missing")
-        return read(self._given[name], self._prefix + name)
-
-    def take_optional(self, name: str, read: Reader[T]) -> T | None:
-        """None where the field is missing or null."""
-        return None if self._given.get(name) is None else self.take(name, read)
-
-
-def _refuse(value: object, where: str, expected: str) -> NoReturn:
-    shown = repr(value)
-    raise _WrongField(f"{where} is {shown if len(shown) <= 60 else shown[:57] + '...'}, not {expected}")
-
-
-def _object(value: object, where: str) -> dict[str, object]:
-    return value if isinstance(value, dict) else _refuse(value, where, "an object")
-
-
-def _text(value: object, where: str) -> str:
-    return value if isinstance(value, str) else _refuse(value, where, "text")
-
-
-def _inside_name(value: object, where: str) -> str:
-    name = _text(value, where)
-    return name if is_inside(name) else _refuse(value, where, "a relative path inside the bundle")
-
-
-def _plain_name(value: object, where: str) -> str:
-    name = _text(value, where)
-    return name if is_inside(name) and "/" not in name else _refuse(value, where, "a plain name without /")
-
-
-def _digest(value: object, where: str) -> str:
-    text = _text(value, where)
-    if not re.fullmatch(r"[0-9a-f]{64}", text):
-        _refuse(value, where, "a SHA-256 in 64 lower-case hexadecimal digits")
-    return text
-
-
-def _count(value: object, where: str) -> int:
-    # type() instead of isinstance, here and in _number: True is an int to Python.
-    return value if type(value) is int and value >= 0 else _refuse(value, where, "a whole number from 0")
-
-
-def _number(value: object, where: str) -> float:
-    limit = sys.float_info.max  # comparing refuses NaN and infinities, and whole numbers too large for a float
-    if (type(value) is int or type(value) is float) and -limit <= value <= limit:
-        return float(value)
-    _refuse(value, where, "a finite number")
-
-
-def _number_or_none(value: object, where: str) -> float | None:
-    return None if value is None else _number(value, where)
-
-
-def _date(value: object, where: str) -> date:
-    with suppress(ValueError):
-        day = date.fromisoformat(_text(value, where))
-        if day.isoformat() == value:  # fromisoformat reads week dates and more
-            return day
-    _refuse(value, where, "a date YYYY-MM-DD")
+    take = Fields(value, where).take
+    return SourceFacts(file=take("file", as_text), sha256=take("sha256", as_digest), format=take("format", as_text))
 
 
 def _class_table(value: object, where: str) -> ClassTable:
     try:
-        return ClassTable.from_json(_object(value, where), where)
+        return ClassTable.from_json(as_object(value, where), where)
     except SpmDeployError as exc:
-        raise _WrongField(exc.problem) from exc
+        raise WrongField(exc.problem) from exc
 
 
-def _anything(value: object, where: str) -> object:
-    return value
-
-
-def _one_of(*choices: T) -> Reader[T]:
-    def read(value: object, where: str) -> T:
-        for choice in choices:
-            if value == choice:
-                return choice
-        _refuse(value, where, " or ".join(map(str, choices)))
-
-    return read
-
-
-_precision: Reader[Precision] = _one_of("fp32", "fp16")
-
-
-def _list(read_item: Reader[T]) -> Reader[tuple[T, ...]]:
-    def read(value: object, where: str) -> tuple[T, ...]:
-        if not isinstance(value, list):
-            _refuse(value, where, "a list")
-        return tuple(read_item(item, f"{where}[{i}]") for i, item in enumerate(value))
-
-    return read
-
-
-def _mapping(read_key: Reader[K], read_item: Reader[T]) -> Reader[dict[K, T]]:
-    def read(value: object, where: str) -> dict[K, T]:
-        entries = _object(value, where).items()
-        return {read_key(key, f"a key of {where}"): read_item(item, f"{where}.{key}") for key, item in entries}
-
-    return read
-
-
-# ---------------------------------------------------------------------------------------------------------- strict JSON
-
-
-def _parse(content: bytes) -> object:
-    """Strict JSON: no NaN, no key twice. Raises ValueError."""
-    try:
-        return json.loads(content, object_pairs_hook=_unrepeated, parse_constant=_refuse_constant)
-    except RecursionError as exc:
-        raise ValueError("nested too deeply") from exc
-
-
-def _unrepeated(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    if twice := _repeated([key for key, _ in pairs]):
-        raise ValueError(f"the key {twice!r} is there twice")
-    return dict(pairs)
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
+as_precision: Reader[Precision] = one_of("fp32", "fp16")
