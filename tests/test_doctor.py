@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import json
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -147,6 +148,22 @@ class Driver:
         pointer._obj.value = self.count
         return self.counted
 
+    def cuDeviceGet(self, pointer: Any, index: int) -> int:  # noqa: N802
+        pointer._obj.value = index
+        return 0 if index < self.count else 101
+
+    def cuDeviceGetName(self, name: Any, size: int, device: Any) -> int:  # noqa: N802
+        name.value = f"GPU {device.value}".encode()[:size]
+        return 0
+
+    def cuDeviceGetAttribute(self, pointer: Any, attribute: int, device: Any) -> int:  # noqa: N802
+        pointer._obj.value = {75: 8, 76: 6}[attribute]
+        return 0
+
+    def cuDriverGetVersion(self, pointer: Any) -> int:  # noqa: N802
+        pointer._obj.value = 12080
+        return 0
+
 
 def test_the_driver_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     for driver, answer in ((Driver(count=3), 3), (Driver(), 0)):
@@ -156,6 +173,16 @@ def test_the_driver_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(cuda.ctypes, "CDLL", lambda name, driver=driver: driver)
         with pytest.raises(OSError, match=words):
             cuda.visible_gpus()
+
+
+def test_the_driver_describes_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(cuda.ctypes, "CDLL", lambda name: Driver(count=2))
+    monkeypatch.setattr(cuda, "_KERNEL_MODULE_VERSION", tmp_path / "version")
+    assert cuda.gpu_facts(1) == cuda.GpuFacts("GPU 1", "8.6", "12.8", None)
+    (tmp_path / "version").write_text("580.95.05\n")
+    assert cuda.gpu_facts().driver == "580.95.05"
+    with pytest.raises(OSError, match="cuDeviceGet with error 101"):
+        cuda.gpu_facts(2)
 
 
 def test_no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
