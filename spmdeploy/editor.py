@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from spmdeploy import tiling as geometry
 from spmdeploy.errors import InputError, UsageError
 from spmdeploy.images import check_mask, resize_mask_covering, resize_photo
 from spmdeploy.labels import ClassTable, check_labels
-from spmdeploy.tiling import Frame, Mask, Picture
+from spmdeploy.tiling.frames import Frame, frame_of, layout_positions, pad_by_reflection
+from spmdeploy.tiling.pieces import Mask, Picture
+from spmdeploy.tiling.stitching import extend_known, stitch
+from spmdeploy.tiling.windows import plan_windows, whole_photo
 
 if TYPE_CHECKING:
     from spmdeploy.runtime.session import Session
@@ -137,8 +139,7 @@ class Editor:
         image: uint8 (H, W, 3) RGB. labels: integer (H, W). mask: bool or integer (H, W), 0 = keep, anything else =
         edit. instances: integer (H, W) or None, then the labels stand in. tiling: "off" runs the whole photo at once
         and wants it to have the model's size, "crop" edits a context window around every piece of the mask, "auto"
-        takes "off" where it fits. feather: see `tiling.stitch`. progress(done, total) counts windows, from (0, total)
-        on.
+        takes "off" where it fits. feather: see `stitch`. progress(done, total) counts windows, from (0, total) on.
 
         Labels matter under the mask only, with one exception that is the network's own definition and was kept because
         it was trained that way: a masked pixel at the mask's rim counts as an object's edge if the instance (or label)
@@ -227,8 +228,8 @@ class Editor:
 
     def _frames(self, mode: Literal["off", "crop"], mask: Mask) -> list[Frame]:
         size = self.session.size
-        windows = [geometry.whole_photo(*mask.shape)] if mode == "off" else geometry.plan_windows(mask, size)
-        return [geometry.frame_of(window, size) for window in windows]
+        windows = [whole_photo(*mask.shape)] if mode == "off" else plan_windows(mask, size)
+        return [frame_of(window, size) for window in windows]
 
 
 # ---- checks ----
@@ -313,20 +314,20 @@ def _model_input(frame: Frame, picture: Picture, labels: Ids, mask: Mask, instan
     things = ids if instances is None else instances[window]
     if frame.shrinks:
         hole = resize_mask_covering(mask[window], frame.height, frame.width)
-        rows, columns = geometry.layout_positions(mask[window], hole)
+        rows, columns = layout_positions(mask[window], hole)
         ids, things = ids[rows, columns], things[rows, columns]
         photo = np.array(resize_photo(picture[window], frame.height, frame.width))
     else:
         photo = picture[window].copy()
     photo[hole] = HIDDEN_GREY
-    geometry.extend_known(photo, hole, CONTINUED)
+    extend_known(photo, hole, CONTINUED)
     class_ids = _byte_ids(ids)
     things = class_ids if instances is None else things
     return _ModelInput(
-        image=geometry.pad_by_reflection(photo, frame.size),
-        labels=geometry.pad_by_reflection(class_ids, frame.size),
-        instances=geometry.pad_by_reflection(things.astype(np.int32), frame.size),
-        mask=geometry.pad_by_reflection(hole.astype(np.uint8), frame.size),
+        image=pad_by_reflection(photo, frame.size),
+        labels=pad_by_reflection(class_ids, frame.size),
+        instances=pad_by_reflection(things.astype(np.int32), frame.size),
+        mask=pad_by_reflection(hole.astype(np.uint8), frame.size),
     )
 
 
@@ -346,7 +347,7 @@ def _put_back(frames: list[Frame], edited: Picture, picture: Picture, mask: Mask
         content = square[: frame.height, : frame.width]
         if frame.shrinks:
             content = resize_photo(content, frame.window.height, frame.window.width)
-        geometry.stitch(picture[frame.window.slices], content, mask[frame.window.slices], feather)
+        stitch(picture[frame.window.slices], content, mask[frame.window.slices], feather)
 
 
 # ---- what the report says ----

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from spmdeploy.editor import Editor, EditResult, InputNames
 from spmdeploy.errors import InputError, UsageError
 from spmdeploy.labels import ClassTable, LabelClass
-from spmdeploy.tiling import Window
+from spmdeploy.tiling.windows import Window
 
 quick = settings(max_examples=40, deadline=None)
 CLASSES = ClassTable("four", tuple(LabelClass(i, f"class {i}", (i, i, i)) for i in range(4)), 255)
@@ -383,7 +383,7 @@ BAD_INPUTS: dict[str, tuple[dict[str, Any], str]] = {
     "instances in colour": ({"instances": PHOTO}, r"instances has shape \(6, 8, 3\)"),
     "instances beyond 32 bits": ({"instances": IDS + np.int64(2**31)}, "from 2147483648 to 2147483648"),
     "a label that is no class": ({"labels": IDS + np.uint8(4)}, "4"),
-    "a negative label": ({"labels": IDS - np.int16(3)}, "-3"),
+    "a negative label": ({"labels": IDS.astype(np.int16) - 3}, "-3"),
 }
 
 

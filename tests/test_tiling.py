@@ -7,8 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spmdeploy import tiling
-from spmdeploy.tiling import Frame, Window, frame_of, mask_pieces, plan_windows
+from spmdeploy.tiling import frames, pieces, stitching
+from spmdeploy.tiling.frames import Frame, frame_of
+from spmdeploy.tiling.pieces import mask_pieces
+from spmdeploy.tiling.windows import Window, plan_windows
 
 quick = settings(max_examples=60, deadline=None)
 
@@ -58,7 +60,7 @@ def brute_pieces(mask: np.ndarray, reach: int) -> list[tuple[int, int, int, int]
 def test_pieces_lie_between_touching_pixels_and_pixels_a_block_apart(mask: np.ndarray, block: int) -> None:
     """No two touching pixels are torn apart, and nothing is joined that lies two blocks apart."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiling, "BLOCK", block)
+        patch.setattr(pieces, "BLOCK", block)
         boxes = {tuple(box) for box in mask_pieces(mask).tolist()}
     for top, left, bottom, right in brute_pieces(mask, 1):
         assert any(a <= top and b <= left and c >= bottom and d >= right for a, b, c, d in boxes)
@@ -70,7 +72,7 @@ def test_pieces_lie_between_touching_pixels_and_pixels_a_block_apart(mask: np.nd
 @given(small_masks())
 def test_with_blocks_of_one_pixel_the_pieces_are_the_connected_components(mask: np.ndarray) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiling, "BLOCK", 1)
+        patch.setattr(pieces, "BLOCK", 1)
         assert sorted(tuple(box) for box in mask_pieces(mask).tolist()) == brute_pieces(mask, 1)
 
 
@@ -102,12 +104,12 @@ def test_connected_groups_are_those_of_a_plain_search(count: int, links: list[tu
             group[a] = group[b] = min(group[a], group[b])
     numbers = {root: number for number, root in enumerate(sorted(set(group)))}
     first, second = np.array([a for a, _ in links], np.intp), np.array([b for _, b in links], np.intp)
-    assert tiling.connected_groups(count, first, second).tolist() == [numbers[root] for root in group]
+    assert pieces.connected_groups(count, first, second).tolist() == [numbers[root] for root in group]
 
 
 def test_connected_groups_of_a_long_shuffled_chain() -> None:
     order = np.random.default_rng(1).permutation(20_000)
-    assert not tiling.connected_groups(20_000, order[:-1], order[1:]).any()
+    assert not pieces.connected_groups(20_000, order[:-1], order[1:]).any()
 
 
 # ---- windows ----
@@ -231,7 +233,7 @@ def test_a_narrow_window_is_not_stretched() -> None:
 @given(st.integers(1, 40), st.integers(1, 40))
 def test_padding_mirrors_without_repeating_the_border(height: int, width: int) -> None:
     ids = np.arange(height * width, dtype=np.int32).reshape(height, width)
-    padded = tiling.pad_by_reflection(ids, 40)
+    padded = frames.pad_by_reflection(ids, 40)
     assert padded.shape == (40, 40) and padded.dtype == ids.dtype
 
     def mirrored(length: int) -> list[int]:
@@ -243,9 +245,9 @@ def test_padding_mirrors_without_repeating_the_border(height: int, width: int) -
 
 def test_padding_keeps_colour_channels() -> None:
     picture = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3)
-    padded = tiling.pad_by_reflection(picture, 4)
+    padded = frames.pad_by_reflection(picture, 4)
     assert padded.shape == (4, 4, 3)
-    np.testing.assert_array_equal(padded[:, :, 1], tiling.pad_by_reflection(picture[:, :, 1], 4))
+    np.testing.assert_array_equal(padded[:, :, 1], frames.pad_by_reflection(picture[:, :, 1], 4))
     np.testing.assert_array_equal(padded[2:, :3], picture[[0, 1]])
 
 
@@ -264,7 +266,7 @@ def covering(mask: np.ndarray, height: int, width: int) -> np.ndarray:
 def test_edited_frame_pixels_take_their_labels_from_under_the_mask(mask: np.ndarray, height: int, width: int) -> None:
     height, width = min(height, mask.shape[0]), min(width, mask.shape[1])
     frame_mask = covering(mask, height, width)
-    rows, columns = tiling.layout_positions(mask, frame_mask)
+    rows, columns = frames.layout_positions(mask, frame_mask)
     assert rows.shape == columns.shape == (height, width)
     np.testing.assert_array_equal(mask[rows, columns], frame_mask)
     y, x = np.mgrid[:height, :width]  # never from outside the frame pixel's own cell
@@ -273,7 +275,7 @@ def test_edited_frame_pixels_take_their_labels_from_under_the_mask(mask: np.ndar
 
 
 def test_known_frame_pixels_take_the_nearest_label() -> None:
-    rows, columns = tiling.layout_positions(np.zeros((9, 6), bool), np.zeros((3, 2), bool))
+    rows, columns = frames.layout_positions(np.zeros((9, 6), bool), np.zeros((3, 2), bool))
     assert rows.tolist() == [[1, 1], [4, 4], [7, 7]] and columns.tolist() == [[1, 4]] * 3
 
 
@@ -308,8 +310,8 @@ def test_stitching_never_writes_a_known_pixel_and_hides_the_hidden(case: Case, f
     picture, edited, mask = case
     stitched, hidden_changed = picture.copy(), picture.copy()
     hidden_changed[mask] ^= 0xFF
-    tiling.stitch(stitched, edited, mask, feather)
-    tiling.stitch(hidden_changed, edited, mask, feather)
+    stitching.stitch(stitched, edited, mask, feather)
+    stitching.stitch(hidden_changed, edited, mask, feather)
     np.testing.assert_array_equal(stitched[~mask], picture[~mask])
     np.testing.assert_array_equal(hidden_changed, stitched)
 
@@ -319,7 +321,7 @@ def test_stitching_never_writes_a_known_pixel_and_hides_the_hidden(case: Case, f
 def test_beyond_the_feather_lies_the_edit_itself(case: Case, feather: int) -> None:
     picture, edited, mask = case
     deep = mask & (distance_to_known(mask) > feather)
-    tiling.stitch(picture, edited, mask, feather)
+    stitching.stitch(picture, edited, mask, feather)
     np.testing.assert_array_equal(picture[deep], edited[deep])
 
 
@@ -329,7 +331,7 @@ def test_stitching_a_constant_into_itself_changes_nothing_but_the_hidden(case: C
     _, _, mask = case
     constant = np.full((*mask.shape, 3), 77, np.uint8)
     picture = np.where(mask[:, :, None], np.uint8(200), constant)
-    tiling.stitch(picture, constant, mask, feather)
+    stitching.stitch(picture, constant, mask, feather)
     assert (picture == 77).all()
 
 
@@ -337,7 +339,7 @@ def test_the_feather_goes_in_equal_steps_from_the_photo_to_the_edit() -> None:
     picture, edited = np.full((1, 9, 3), 40, np.uint8), np.full((1, 9, 3), 80, np.uint8)
     mask = np.ones((1, 9), bool)
     mask[0, 0] = False
-    tiling.stitch(picture, edited, mask, 3)
+    stitching.stitch(picture, edited, mask, 3)
     assert picture[0, :, 0].tolist() == [40, 50, 60, 70, 80, 80, 80, 80, 80]
 
 
@@ -347,7 +349,7 @@ def test_rings_are_the_pixels_at_each_distance(case: Case, depth: int) -> None:
     picture, _, mask = case
     distance = distance_to_known(mask)
     before = picture.copy()
-    rings = tiling.extend_known(picture, mask, depth)
+    rings = stitching.extend_known(picture, mask, depth)
     assert [ring.depth for ring in rings] == [step for step in range(1, depth + 1) if (distance == step).any()]
     for ring in rings:
         found = np.zeros(mask.shape, bool)
@@ -362,8 +364,8 @@ def test_the_first_ring_is_the_rounded_mean_of_known_neighbours(case: Case, chun
     picture, _, mask = case
     before = picture.copy()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiling, "_CHUNK", chunk)
-        rings = tiling.extend_known(picture, mask, 1)
+        patch.setattr(stitching, "_CHUNK", chunk)
+        rings = stitching.extend_known(picture, mask, 1)
     for ring in rings:
         for y, x in zip(ring.rows.tolist(), ring.columns.tolist(), strict=True):
             around = slice(max(y - 1, 0), y + 2), slice(max(x - 1, 0), x + 2)
@@ -375,6 +377,6 @@ def test_the_memory_order_of_the_arrays_does_not_matter() -> None:
     mask = np.random.default_rng(0).random((30, 40)) < 0.7
     picture, edited = np.random.default_rng(1).integers(0, 256, (2, 30, 40, 3), np.uint8)
     turned = np.asfortranarray(picture)
-    tiling.stitch(turned, np.asfortranarray(edited), np.asfortranarray(mask), 3)
-    tiling.stitch(picture, edited, mask, 3)
+    stitching.stitch(turned, np.asfortranarray(edited), np.asfortranarray(mask), 3)
+    stitching.stitch(picture, edited, mask, 3)
     np.testing.assert_array_equal(turned, picture)

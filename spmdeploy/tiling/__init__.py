@@ -1,0 +1,7 @@
+"""Where an edit of any size happens, by numpy alone: nothing here knows a model.
+
+pieces      what belongs together in the mask
+windows     policy: the context windows around the pieces
+frames      geometry: a window in the model's square input, and what the network is told there
+stitching   edited pixels back into the photo
+"""
