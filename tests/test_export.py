@@ -73,6 +73,7 @@ def test_inputs_and_outputs_are_the_contract(fp32: onnx.ModelProto, fp16: onnx.M
             "instances": (TensorProto.INT32, maps),
             "mask": (TensorProto.UINT8, maps),
             "edited": (TensorProto.UINT8, [*maps, 3]),
+            "unrounded": (TensorProto.FLOAT, [*maps, 3]),
         }
         assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 18)]
         assert model.ir_version <= MAX_IR_VERSION

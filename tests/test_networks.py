@@ -21,7 +21,7 @@ from spmdeploy.errors import InputError
 from spmdeploy.images import read_labels, read_mask, read_photo
 from spmdeploy.networks.complexity import edit_gflop
 from spmdeploy.networks.conditioning import LayoutPyramid, instance_edges
-from spmdeploy.networks.deploy_graph import EditGraph
+from spmdeploy.networks.deploy_graph import EditGraph, RefineGraph
 from spmdeploy.networks.generator import PRESETS, Generator, GeneratorConfig
 from spmdeploy.networks.weights import load_checkpoint, save_generator
 
@@ -162,16 +162,57 @@ def test_takes_any_multiple_of_128(size: tuple[int, int]) -> None:
 
 
 def test_deploy_graph_keeps_known_pixels_and_repaints_the_others() -> None:
+    image, labels, instances, mask = _deploy_inputs()
+    labels.fill_(200)  # belongs to no class: allowed, conditions nothing
+    with torch.inference_mode():
+        edited, unrounded = EditGraph(_tiny())(image, labels, instances, mask)
+    assert (edited.dtype, unrounded.dtype) == (torch.uint8, torch.float32)
+    assert torch.equal(edited[mask == 0], image[mask == 0])
+    assert torch.equal(unrounded[mask == 0], image[mask == 0].float())
+    assert (edited[mask != 0] != image[mask != 0]).float().mean() > 0.9
+    assert torch.equal(unrounded.round(), edited.float())
+    assert (unrounded != unrounded.round()).any()
+
+
+def _deploy_inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """image, labels, instances and mask of two edits."""
     rng = np.random.default_rng(0)
     image = torch.from_numpy(rng.integers(0, 256, (2, 256, 256, 3), dtype=np.uint8))
+    labels = torch.from_numpy(rng.integers(0, 3, (2, 8, 8), dtype=np.uint8).repeat(32, 1).repeat(32, 2))
     mask = torch.zeros(2, 256, 256, dtype=torch.uint8)
     mask[0, :40, 200:], mask[1, 100:140, 90:130] = 1, 255
-    labels = torch.full((2, 256, 256), 200, dtype=torch.uint8)  # belongs to no class: allowed, conditions nothing
+    return image, labels, labels.to(torch.int32), mask
+
+
+def test_refining_what_the_stage_before_the_last_gave_is_the_edit() -> None:
+    generator = _tiny()
+    inputs = _deploy_inputs()
+    coarse: list[Tensor] = []
+    generator.stages[1].register_forward_hook(lambda stage, given, raw: coarse.append(raw))
     with torch.inference_mode():
-        edited = EditGraph(_tiny())(image, labels, labels.to(torch.int32), mask)
-    assert edited.dtype == torch.uint8
+        edited, unrounded = EditGraph(generator)(*inputs)
+        levels = (coarse[0].permute(0, 2, 3, 1) + 1) * 127.5
+        refined, unrounded_refined = RefineGraph(generator)(*inputs, levels)
+    assert torch.equal(refined, edited)
+    assert torch.allclose(unrounded_refined, unrounded, rtol=0, atol=0.02)
+
+
+def test_refining_reads_known_pixels_of_the_image_and_hidden_ones_of_the_coarse_picture() -> None:
+    image, labels, instances, mask = _deploy_inputs()
+    coarse = torch.rand(2, 128, 128, 3) * 255
+    hidden = torch.nn.functional.max_pool2d((mask != 0).float(), 2)
+    near = torch.nn.functional.max_pool2d(hidden, 3, stride=1, padding=1) != 0
+    refine = RefineGraph(_tiny())
+    with torch.inference_mode():
+        edited, unrounded = refine(image, labels, instances, mask, coarse)
+        image[mask != 0] = 77
+        coarse[~near] = 1000
+        again, unrounded_again = refine(image, labels, instances, mask, coarse)
+        coarse[hidden != 0] += 40
+        other = refine(image, labels, instances, mask, coarse)[0]
+    assert torch.equal(edited, again) and torch.equal(unrounded, unrounded_again)
     assert torch.equal(edited[mask == 0], image[mask == 0])
-    assert (edited[mask != 0] != image[mask != 0]).float().mean() > 0.9
+    assert (other[mask != 0] != edited[mask != 0]).float().mean() > 0.3
 
 
 @pytest.mark.parametrize("config", [(0, 1, 1), (256, 1, 1), (3, -1, 1), (3, 1, 2.5)])

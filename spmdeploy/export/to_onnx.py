@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import onnx
 import torch
 
-from spmdeploy.networks.deploy_graph import EDIT_INPUTS, EDIT_OUTPUT, NATIVE_SIZE, EditGraph
+from spmdeploy.networks.deploy_graph import EDIT_INPUTS, NATIVE_SIZE, OUTPUTS, EditGraph
 from spmdeploy.networks.generator import Generator
 
 OPSET = 18
@@ -42,7 +42,7 @@ def export_edit(generator: Generator) -> onnx.ModelProto:
             dynamo=True,
             opset_version=OPSET,
             input_names=list(EDIT_INPUTS),
-            output_names=[EDIT_OUTPUT],
+            output_names=list(OUTPUTS),
             dynamic_shapes=[dynamic_batch] * len(EDIT_INPUTS),
             verbose=False,
         )

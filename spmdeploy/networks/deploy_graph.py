@@ -15,16 +15,21 @@ from spmdeploy.networks.generator import Generator
 NATIVE_SIZE = 256
 """Height and width of the exported graphs: the size that the paper trains and edits at."""
 
+COARSE_SIZE = NATIVE_SIZE // 2
+"""Height and width of the coarser picture that the `refine` graph carries up."""
+
 EDIT_INPUTS = ("image", "labels", "instances", "mask")
-EDIT_OUTPUT = "edited"
+REFINE_INPUTS = (*EDIT_INPUTS, "coarse")
+OUTPUTS = ("edited", "unrounded")
 
 
 class EditGraph(nn.Module):
     """One whole edit.
 
     image: uint8 (B, H, W, 3) RGB. labels: uint8 (B, H, W). instances: int32 (B, H, W), read for the edge channel only.
-    mask: uint8 (B, H, W), 0 = keep, else edit. Returns uint8 (B, H, W, 3) RGB, equal to `image` bit for bit wherever
-    the mask is 0.
+    mask: uint8 (B, H, W), 0 = keep, else edit. Returns the edit twice, both equal to `image` wherever the mask is 0:
+    edited: uint8 (B, H, W, 3) RGB, and unrounded: float32 (B, H, W, 3) RGB in 0..255, the same before it was rounded,
+    for whoever computes on.
 
     TensorRT takes uint8 inputs only into a cast, so every input is cast before anything else is done with it.
     """
@@ -33,10 +38,54 @@ class EditGraph(nn.Module):
         super().__init__()
         self.generator = generator
 
-    def forward(self, image: Tensor, labels: Tensor, instances: Tensor, mask: Tensor) -> Tensor:
-        pixels = image.to(torch.float32).permute(0, 3, 1, 2)
-        edit = mask.to(torch.int32).unsqueeze(1) != 0
-        layout = LayoutPyramid(labels.to(torch.int32), instances, edit.to(torch.float32), self.generator.config.classes)
-        generated = self.generator(pixels / 127.5 - 1, layout).raw[-1]
-        levels = torch.clamp(torch.round((generated + 1) * 127.5), 0, 255)
-        return torch.where(edit, levels, pixels).permute(0, 2, 3, 1).to(torch.uint8)
+    def forward(self, image: Tensor, labels: Tensor, instances: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        given = _Given(image, labels, instances, mask, self.generator.config.classes)
+        return given.edited_to(self.generator(given.picture, given.layout).raw[-1])
+
+
+class RefineGraph(nn.Module):
+    """The last stage alone: carries a result up to twice its size.
+
+    Inputs and outputs of `EditGraph`, and coarse: float32 (B, H/2, W/2, 3) RGB in 0..255, the result at half size. Of
+    `image` only what lies outside the mask is read, of `coarse` what lies under it and one pixel around. Fed with the
+    raw picture of the stage before the last, it gives what `EditGraph` gives.
+
+    coarse is float32 and not uint8, because a cascade of levels would otherwise round once a level, and where a tile is
+    flat the instance norms enlarge the steps; at half size it has the bytes of `image`.
+    """
+
+    def __init__(self, generator: Generator) -> None:
+        super().__init__()
+        assert len(generator.stages) > 1, "a single stage has nothing to refine"
+        self.generator = generator
+
+    def forward(
+        self, image: Tensor, labels: Tensor, instances: Tensor, mask: Tensor, coarse: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        given = _Given(image, labels, instances, mask, self.generator.config.classes)
+        last = len(self.generator.stages) - 1
+        start = self.generator.stage_input(last, given.picture, given.layout, _to_picture(coarse))
+        return given.edited_to(self.generator.stages[last](start, given.layout))
+
+
+class _Given:
+    """The inputs that both graphs share, as the generator wants them, and the way back."""
+
+    def __init__(self, image: Tensor, labels: Tensor, instances: Tensor, mask: Tensor, classes: int) -> None:
+        self._pixels = image.to(torch.float32)
+        self._edit = mask.to(torch.int32) != 0
+        self.picture = _to_picture(self._pixels)
+        self.layout = LayoutPyramid(
+            labels.to(torch.int32), instances, self._edit.unsqueeze(1).to(torch.float32), classes
+        )
+
+    def edited_to(self, generated: Tensor) -> tuple[Tensor, Tensor]:
+        """The outputs of the graph, from a picture of the generator: float (B, 3, H, W) in [-1, 1]."""
+        levels = torch.clamp((generated.permute(0, 2, 3, 1) + 1) * 127.5, 0, 255)
+        unrounded = torch.where(self._edit.unsqueeze(3), levels, self._pixels)
+        return torch.round(unrounded).to(torch.uint8), unrounded
+
+
+def _to_picture(levels: Tensor) -> Tensor:
+    """float (B, H, W, 3) in 0..255 to float (B, 3, H, W) in [-1, 1]."""
+    return levels.permute(0, 3, 1, 2) / 127.5 - 1

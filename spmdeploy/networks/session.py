@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx
 import torch
 from numpy.typing import NDArray
 from onnx import numpy_helper
+from torch import nn
 
 from spmdeploy.bundle import Bundle
 from spmdeploy.errors import BundleError, UnavailableError, UsageError
 from spmdeploy.manifest import EDIT, Precision
-from spmdeploy.networks.deploy_graph import NATIVE_SIZE, EditGraph
+from spmdeploy.networks.deploy_graph import NATIVE_SIZE, EditGraph, RefineGraph
 from spmdeploy.networks.generator import Generator, GeneratorConfig
 from spmdeploy.runtime.session import Opened, check_device
 
@@ -29,7 +32,9 @@ class TorchSession:
             raise UnavailableError(f"{device} was asked for, but PyTorch sees {count} CUDA devices", "use --device cpu")
         self.device = device
         self.provider = f"torch {torch.__version__}"
-        self._graph = EditGraph(generator).to(device).eval()
+        self.refines = len(generator.stages) > 1
+        self._edit = EditGraph(generator).to(device).eval()
+        self._refine = RefineGraph(generator).to(device).eval() if self.refines else None
 
     def run(
         self,
@@ -38,11 +43,36 @@ class TorchSession:
         instances: NDArray[np.int32],
         mask: NDArray[np.uint8],
     ) -> NDArray[np.uint8]:
-        inputs = [torch.from_numpy(np.ascontiguousarray(array)) for array in (image, labels, instances, mask)]
+        edited: NDArray[np.uint8] = self._outputs(self._edit, image, labels, instances, mask)[0]
+        return edited
+
+    def run_unrounded(
+        self,
+        image: NDArray[np.uint8],
+        labels: NDArray[np.uint8],
+        instances: NDArray[np.int32],
+        mask: NDArray[np.uint8],
+    ) -> NDArray[np.float32]:
+        unrounded: NDArray[np.float32] = self._outputs(self._edit, image, labels, instances, mask)[1]
+        return unrounded
+
+    def refine(
+        self,
+        image: NDArray[np.uint8],
+        labels: NDArray[np.uint8],
+        instances: NDArray[np.int32],
+        mask: NDArray[np.uint8],
+        coarse: NDArray[np.float32],
+    ) -> NDArray[np.float32]:
+        if self._refine is None:
+            raise BundleError("a generator of one stage has nothing to refine", "leave --tiling cascade out")
+        unrounded: NDArray[np.float32] = self._outputs(self._refine, image, labels, instances, mask, coarse)[1]
+        return unrounded
+
+    def _outputs(self, graph: nn.Module, *inputs: NDArray[Any]) -> list[NDArray[Any]]:
+        tensors = [torch.from_numpy(np.ascontiguousarray(array)).to(self.device) for array in inputs]
         with torch.inference_mode():
-            edited = self._graph(*(tensor.to(self.device) for tensor in inputs))
-        result: NDArray[np.uint8] = edited.cpu().numpy()
-        return result
+            return [output.cpu().numpy() for output in graph(*tensors)]
 
     def close(self) -> None:
         """Nothing to do: the weights go with the object."""

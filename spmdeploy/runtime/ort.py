@@ -19,6 +19,7 @@ class OnnxRuntimeSession:
     """The `edit` graph in ONNX Runtime. `run` may be called from several threads at once."""
 
     backend = "onnxruntime"
+    refines = False
 
     def __init__(self, graph: Path | bytes, precision: Precision, device: str = "cpu", threads: int = 0) -> None:
         """graph: the ONNX file or its bytes. device: cpu or cuda:N. threads: 0 = one per core (CPU only)."""
@@ -47,12 +48,36 @@ class OnnxRuntimeSession:
         instances: NDArray[np.int32],
         mask: NDArray[np.uint8],
     ) -> NDArray[np.uint8]:
-        feed = {"image": image, "labels": labels, "instances": instances, "mask": mask}
+        edited: NDArray[np.uint8] = self._run("edited", image=image, labels=labels, instances=instances, mask=mask)
+        return edited
+
+    def run_unrounded(
+        self,
+        image: NDArray[np.uint8],
+        labels: NDArray[np.uint8],
+        instances: NDArray[np.int32],
+        mask: NDArray[np.uint8],
+    ) -> NDArray[np.float32]:
+        unrounded: NDArray[np.float32] = self._run(
+            "unrounded", image=image, labels=labels, instances=instances, mask=mask
+        )
+        return unrounded
+
+    def refine(
+        self,
+        image: NDArray[np.uint8],
+        labels: NDArray[np.uint8],
+        instances: NDArray[np.int32],
+        mask: NDArray[np.uint8],
+        coarse: NDArray[np.float32],
+    ) -> NDArray[np.float32]:
+        raise BundleError("the bundle holds no refine graph", "export it again, or leave --tiling cascade out")
+
+    def _run(self, output: str, **inputs: NDArray[Any]) -> Any:
         try:
-            edited: NDArray[np.uint8] = self._session.run(["edited"], feed)[0]
+            return self._session.run([output], inputs)[0]
         except Exception as error:
             raise _translated(error, self.device) from error
-        return edited
 
     def close(self) -> None:
         self._session = None

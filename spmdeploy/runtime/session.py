@@ -29,6 +29,8 @@ class Session(Protocol):
     """Who computes, as the library itself names it, with its version."""
     size: int
     """Height and width of the pictures that the graph takes."""
+    refines: bool
+    """Whether `refine` can be called: the bundle holds a `refine` graph for this device in this precision."""
 
     def run(
         self,
@@ -40,6 +42,30 @@ class Session(Protocol):
         """A batch of edits. image (B, size, size, 3) RGB; labels, instances, mask (B, size, size), mask 0 = keep.
 
         Returns (B, size, size, 3) RGB, equal to `image` bit for bit wherever the mask is 0.
+        """
+
+    def run_unrounded(
+        self,
+        image: NDArray[np.uint8],
+        labels: NDArray[np.uint8],
+        instances: NDArray[np.int32],
+        mask: NDArray[np.uint8],
+    ) -> NDArray[np.float32]:
+        """`run` before its result is rounded: float32 (B, size, size, 3) RGB in 0..255, to be refined."""
+
+    def refine(
+        self,
+        image: NDArray[np.uint8],
+        labels: NDArray[np.uint8],
+        instances: NDArray[np.int32],
+        mask: NDArray[np.uint8],
+        coarse: NDArray[np.float32],
+    ) -> NDArray[np.float32]:
+        """Carries a result up to twice its size: `run_unrounded`, but its content comes from `coarse`.
+
+        coarse: float32 (B, size/2, size/2, 3) RGB in 0..255, the result at half size; read under the mask and one of
+        its pixels around it. `image` is read outside the mask only. The graph is loaded at the first call. Raises
+        BundleError where `refines` is false.
         """
 
     def close(self) -> None:
