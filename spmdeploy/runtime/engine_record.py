@@ -11,7 +11,7 @@ import hashlib
 import json
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import date
 from typing import Any, Literal
@@ -285,25 +285,35 @@ def differences(record: EngineRecord, host: EngineHost) -> tuple[str, ...]:
 
     TensorRT engines are bound to version, GPU model, operating system and architecture. TensorRT-RTX engines for
     targets are bound to version and compute capability; they are portable between Windows and Linux by its
-    documentation ("CPU-Only AOT and TensorRT-RTX Engines"), of which no more is promised here than was tried: nothing.
+    documentation ("CPU-Only AOT and TensorRT-RTX Engines"), which nobody has tried here.
     """
-    found = []
-    here = host.versions.get(record.runtime, "not installed")
+    return tuple(words for words, _ in _compared(record, host))
+
+
+def lasting_differences(record: EngineRecord, host: EngineHost) -> tuple[str, ...]:
+    """Those differences that nothing but another engine can mend.
+
+    A library that is not installed or a driver that is not loaded may come back, and an engine for targets was made for
+    other machines on purpose.
+    """
+    return tuple(words for words, lasting in _compared(record, host) if lasting)
+
+
+def _compared(record: EngineRecord, host: EngineHost) -> Iterator[tuple[str, bool]]:
+    """Differences in words, and whether each is lasting."""
+    here = host.versions.get(record.runtime)
     if record.version != here:
-        found.append(f"{record.runtime}: built with {record.version}, here {here}")
+        yield f"{record.runtime}: built with {record.version}, here {here or 'not installed'}", here is not None
     if record.gpu is None:
         if host.gpu is None or host.gpu.target not in record.targets:
-            found.append(f"GPU: built for {record.made_for}, here {host.gpu or 'none'}")
-        return tuple(found)
+            yield f"GPU: built for {record.made_for}, here {host.gpu or 'none'}", False
+        return
     if record.gpu != host.gpu:
-        found.append(f"GPU: built on {record.gpu}, here {host.gpu or 'none'}")
-    for name, built, here in (
-        ("operating system", record.builder.os, host.os),
-        ("architecture", record.builder.architecture, host.architecture),
-    ):
-        if built != here:
-            found.append(f"{name}: built on {built}, here {here}")
-    return tuple(found)
+        yield f"GPU: built on {record.gpu}, here {host.gpu or 'none'}", host.gpu is not None
+    if record.builder.os != host.os:
+        yield f"operating system: built on {record.builder.os}, here {host.os}", True
+    if record.builder.architecture != host.architecture:
+        yield f"architecture: built on {record.builder.architecture}, here {host.architecture}", True
 
 
 # ------------------------------------------------------------------------------------------------ record by record

@@ -1,0 +1,56 @@
+"""TensorRT 10, TensorRT 11 and TensorRT-RTX: one API in two modules, imported when an engine is at hand.
+
+Of TensorRT only what all of 10.3 (JetPack 6), 10.16 and 11.4 have may be used, of either no more than the other has,
+but for what is guarded where it is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from typing import Any
+
+from spmdeploy.errors import UnavailableError
+from spmdeploy.runtime.cuda import gpu_facts
+from spmdeploy.runtime.engine_record import ENGINE_RUNTIMES, EngineHost, EngineRuntime, Gpu
+
+_MODULES: dict[EngineRuntime, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+_REMEDIES: dict[EngineRuntime, str] = {
+    "tensorrt": 'pip install "spmdeploy[tensorrt]" where NVIDIA\'s package index can be reached; JetPack brings '
+    "TensorRT along: make the environment with --system-site-packages",
+    "tensorrt-rtx": 'pip install "spmdeploy[tensorrt-rtx]"',
+}
+
+
+def import_engine_library(runtime: EngineRuntime) -> Any:
+    """The module, or UnavailableError with what to do."""
+    try:
+        return importlib.import_module(_MODULES[runtime])
+    except (ImportError, OSError) as error:  # OSError: the package is there, a library that it loads is not
+        words = " ".join(str(error).split())
+        raise UnavailableError(f"{runtime} cannot be imported: {words}", _REMEDIES[runtime]) from error
+
+
+def is_installed(runtime: EngineRuntime) -> bool:
+    """Whether there is such a module, without importing it: it may still turn out to be broken."""
+    return importlib.util.find_spec(_MODULES[runtime]) is not None
+
+
+def this_host(device: int = 0) -> EngineHost:
+    """What decides on this machine, with its GPU of that number, whether an engine can run."""
+    versions = {}
+    for runtime in ENGINE_RUNTIMES:
+        try:
+            versions[runtime] = str(import_engine_library(runtime).__version__)
+        except UnavailableError:
+            continue
+    return EngineHost.with_gpu(gpu_here(device), versions)
+
+
+def gpu_here(device: int = 0) -> Gpu | None:
+    """The GPU of that number, None without a driver or GPU."""
+    try:
+        facts = gpu_facts(device)
+    except OSError:
+        return None
+    return Gpu(facts.name, facts.compute_capability)
