@@ -153,7 +153,7 @@ class Driver:
         return 0 if index < self.count else 101
 
     def cuDeviceGetName(self, name: Any, size: int, device: Any) -> int:  # noqa: N802
-        name.value = f"GPU {device.value}".encode()[:size]
+        name.value = f"GPU {device}".encode()[:size]
         return 0
 
     def cuDeviceGetAttribute(self, pointer: Any, attribute: int, device: Any) -> int:  # noqa: N802
