@@ -638,7 +638,8 @@ def _checkpoint_lines(facts: dict[str, Any]) -> list[str]:
     return [
         f"{facts['path']}: checkpoint, {facts['format']} format, trained in {facts['channel_order']}",
         f"generator   {facts['parameters'] / 1e6:.1f} M parameters, {facts['gflop']:.1f} GFLOP an edit",
-        f"shape       {facts['classes']} classes, width {facts['width']}, hidden {facts['hidden']}",
+        f"shape       {facts['classes']} classes, width {facts['width']}, hidden {facts['hidden']}, "
+        f"{facts['modulation']} modulation, stages {facts['stages']}",
     ]
 
 
@@ -664,7 +665,8 @@ def _bundle_lines(facts: dict[str, Any]) -> list[str]:
     )
     return [
         f"{facts['path']}: bundle {facts['name']}, {facts['bytes'] / 1e6:.1f} MB, all hashes match",
-        f"generator   {generator['parameters'] / 1e6:.1f} M parameters, {generator['gflop']:.1f} GFLOP an edit",
+        f"generator   {generator['parameters'] / 1e6:.1f} M parameters, {generator['gflop']:.1f} GFLOP an edit, "
+        f"{generator['modulation']} modulation, stages {generator['stages']}",
         f"classes     {classes['name']}: {names}{more}",
         f"source      {source['file']} ({source['format']}, {facts['channel_order']}), {facts['created']}",
         f"licence     {facts['licence']}",

@@ -70,6 +70,8 @@ def _checkpoint_facts(path: Path) -> dict[str, Any]:
         "classes": config.classes,
         "width": config.width,
         "hidden": config.hidden,
+        "modulation": config.modulation,
+        "stages": config.stages,
         "parameters": sum(parameter.numel() for parameter in checkpoint.generator.parameters()),
         "gflop": round(edit_gflop(config), 2),
     }

@@ -7,7 +7,7 @@ import json
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from spmdeploy.bundle_files import EXPORT_FIRST, damaged
 from spmdeploy.errors import BundleError, SpmDeployError
@@ -40,6 +40,12 @@ SCHEMA = f"{SCHEMA_FAMILY}{SCHEMA_VERSION}"
 Precision = Literal["fp32", "fp16"]
 WeightsDtype = Literal["float32", "float16"]
 ChannelOrder = Literal["RGB", "BGR"]
+Modulation = Literal["spm", "spade"]
+"""spm: the paper's. spade: its ablation, the block of Park et al. (CVPR 2019), in which the layout alone modulates."""
+MODULATIONS: tuple[Modulation, ...] = get_args(Modulation)
+StageCount = Literal[3, 1]
+"""3: the paper's. 1: its single-scale ablation, the full-size stage alone on the picture with its hole."""
+STAGE_COUNTS: tuple[StageCount, ...] = get_args(StageCount)
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,8 @@ class GeneratorFacts:
     parameters: int
     gflop: float
     """Operations of one 256x256 edit, in units of 1e9."""
+    modulation: Modulation = "spm"
+    stages: StageCount = 3
 
 
 EDIT = "edit"
@@ -228,13 +236,17 @@ def _manifest(value: object, where: str) -> Manifest:
 
 
 def _generator_facts(value: object, where: str) -> GeneratorFacts:
-    take = Fields(value, where).take
+    fields = Fields(value, where)
+    take = fields.take
     return GeneratorFacts(
         classes=take("classes", as_count),
         width=take("width", as_count),
         hidden=take("hidden", as_count),
         parameters=take("parameters", as_count),
         gflop=take("gflop", as_number),
+        # Bundles from before there was a choice do not name it.
+        modulation=fields.take_optional("modulation", one_of(*MODULATIONS)) or "spm",
+        stages=fields.take_optional("stages", one_of(*STAGE_COUNTS)) or 3,
     )
 
 

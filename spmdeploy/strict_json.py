@@ -141,7 +141,7 @@ def or_none(read: Reader[T]) -> Reader[T | None]:
 def one_of(*choices: T) -> Reader[T]:
     def read(value: object, where: str) -> T:
         for choice in choices:
-            if value == choice:
+            if type(value) is type(choice) and value == choice:  # True is 1 to Python
                 return choice
         refuse(value, where, " or ".join(map(str, choices)))
 

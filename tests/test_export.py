@@ -21,7 +21,7 @@ from spmdeploy.export.to_fp16 import FP32_OPERATORS, store_weights_as_halves
 from spmdeploy.export.to_onnx import MAX_IR_VERSION
 from spmdeploy.labels import class_table
 from spmdeploy.networks.complexity import edit_gflop
-from spmdeploy.networks.generator import Generator
+from spmdeploy.networks.generator import Generator, GeneratorConfig
 from spmdeploy.networks.session import TorchSession, generator_from_graph, open_torch_session
 from spmdeploy.networks.weights import load_checkpoint, save_generator
 from spmdeploy.runtime.golden import Drift, measure_drift, verify
@@ -265,6 +265,27 @@ def test_a_graph_over_its_limits_stops_the_export_and_is_kept_aside(
     assert kept.exists()
     assert str(kept) in str(caught.value.hint)
     assert sorted(path.name for path in tmp_path.iterdir()) == [kept.name, "g.json", "g.safetensors"]
+
+
+def test_an_ablation_becomes_a_bundle_and_comes_back(tmp_path: Path) -> None:
+    """Neither the context's modulation nor the coarser stages: every graph, and the weights read back by torch."""
+    torch.manual_seed(3)
+    ablation = Generator(GeneratorConfig(12, width=1, hidden=4, modulation="spade", stages=1)).eval()
+    save_generator(ablation, tmp_path / "g.safetensors")
+    options = ExportOptions(class_table("street"), precisions=("fp32",))
+    bundle = export_bundle(tmp_path / "g.safetensors", tmp_path / "b.spm", options).bundle
+    facts = bundle.manifest.generator
+    assert (facts.modulation, facts.stages) == ("spade", 1)
+    assert facts.gflop == pytest.approx(edit_gflop(ablation.config), abs=0.01)
+    assert "An ablation: the layout alone modulates" in bundle.read("card.md").decode()
+    plain, on_cpu = (onnx.load_from_string(bundle.read(f"graphs/{name}.fp32.onnx")) for name in ("edit", "edit_cpu"))
+    assert not any("context" in tensor.name or "stages.1." in tensor.name for tensor in plain.graph.initializer)
+    assert graph_facts(on_cpu).gflop < 0.6 * graph_facts(plain).gflop
+    edits = _edits(2)
+    expected = TorchSession(ablation).run(*edits)
+    assert np.array_equal(open_torch_session(bundle, device="cpu").session.run(*edits), expected)
+    session = open_session(bundle, device="cpu").session
+    assert not measure_drift(session.run(*edits), expected, edits[3]).faults(parity.FP32_LIMITS)
 
 
 def test_a_class_table_of_another_length_is_refused(generator: Generator, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import io
 import json
@@ -23,6 +24,7 @@ from spmdeploy.networks.complexity import edit_gflop
 from spmdeploy.networks.conditioning import LayoutPyramid, instance_edges
 from spmdeploy.networks.deploy_graph import EditGraph, RefineGraph
 from spmdeploy.networks.generator import PRESETS, Generator, GeneratorConfig
+from spmdeploy.networks.modulation import StylePreservedModulation, instance_norm
 from spmdeploy.networks.weights import load_checkpoint, save_generator
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -147,6 +149,50 @@ def test_size_and_work_of_the_presets(classes: int, preset: str, millions: float
     assert edit_gflop(config) == pytest.approx(gflop, abs=0.05)
 
 
+def test_work_of_the_ablations() -> None:
+    """A single scale saves the two smaller stages; spade saves the context branch and two of four layout heads."""
+    whole, single, spade = (
+        edit_gflop(GeneratorConfig(34, **PRESETS["paper"], **switches))  # type: ignore[arg-type]
+        for switches in ({}, {"stages": 1}, {"modulation": "spade"})
+    )
+    assert 0.7 < single / whole < 0.8  # the last stage is three quarters of the work
+    assert 0.3 < spade / whole < 0.7
+
+
+def test_spade_is_spm_without_a_context() -> None:
+    """An SPM layer whose context branch answers zero has only the layout's shifts left: the block of Park et al."""
+    torch.manual_seed(0)
+    full = StylePreservedModulation(3, 4, 5, 6, stride=2)
+    plain = StylePreservedModulation(3, 4, 5, 6, stride=2, modulation="spade")
+    x, layout = torch.randn(2, 3, 16, 16), torch.rand(2, 5, 8, 8)
+    plain.load_state_dict({name: full.state_dict()[name] for name in plain.state_dict()})
+    assert not torch.allclose(full(x, layout), plain(x, layout), atol=1e-3)
+    for head in (full.context_gamma, full.context_beta):
+        torch.nn.init.zeros_(head.weight)
+        torch.nn.init.zeros_(head.bias)  # type: ignore[arg-type]
+    assert torch.equal(full(x, layout), plain(x, layout))
+    normalised = instance_norm(plain.features(x))
+    shared = torch.relu(plain.layout_shared(layout))
+    literal = normalised * (1 + plain.layout_gamma_shift(shared)) + plain.layout_beta_shift(shared)
+    torch.testing.assert_close(plain(x, layout), torch.nn.functional.leaky_relu(literal, 0.2))
+
+
+def test_a_single_scale_is_the_full_size_stage_on_the_picture_with_its_hole() -> None:
+    generator = _tiny(stages=1)
+    image, labels = torch.rand(1, 3, 128, 128) * 2 - 1, torch.zeros(1, 128, 128, dtype=torch.int64)
+    mask = torch.zeros(1, 1, 128, 128)
+    mask[..., 40:90, 30:100] = 1
+    layout = LayoutPyramid(labels, labels, mask, 3)
+    with torch.inference_mode():
+        raw, edited = generator(image, layout)
+        (expected,) = (stage(image * (1 - mask), layout) for stage in generator.stages)
+        hidden = generator(image + mask, layout)  # what is under the mask has no influence
+    assert torch.equal(raw[0], expected)
+    assert torch.equal(edited, torch.where(mask == 1, expected, image))
+    assert torch.equal(hidden.raw[0], raw[0])
+    assert [len(stage.encoder) for stage in generator.stages] == [9]
+
+
 @pytest.mark.parametrize("size", [(128, 128), (128, 384), (256, 128)])
 def test_takes_any_multiple_of_128(size: tuple[int, int]) -> None:
     generator = _tiny()
@@ -215,7 +261,10 @@ def test_refining_reads_known_pixels_of_the_image_and_hidden_ones_of_the_coarse_
     assert (other[mask != 0] != edited[mask != 0]).float().mean() > 0.3
 
 
-@pytest.mark.parametrize("config", [(0, 1, 1), (256, 1, 1), (3, -1, 1), (3, 1, 2.5)])
+@pytest.mark.parametrize(
+    "config",
+    [(0, 1, 1), (256, 1, 1), (3, -1, 1), (3, 1, 2.5), (3, 1, 1, "adain"), (3, 1, 1, "spm", 2), (3, 1, 1, "spm", True)],
+)
 def test_impossible_configurations_are_refused(config: tuple[Any, ...]) -> None:
     with pytest.raises(ValueError, match="must be"):
         GeneratorConfig(*config)
@@ -224,19 +273,42 @@ def test_impossible_configurations_are_refused(config: tuple[Any, ...]) -> None:
 # ---------------------------------------------------------------------------------------------------------- weights
 
 
-def _tiny() -> Generator:
+def _tiny(**switches: Any) -> Generator:
     torch.manual_seed(1)
-    return Generator(GeneratorConfig(classes=3, width=1, hidden=2)).eval().requires_grad_(False)
+    return Generator(GeneratorConfig(classes=3, width=1, hidden=2, **switches)).eval().requires_grad_(False)
 
 
-def test_own_format_round_trip(tmp_path: Path) -> None:
-    generator = _tiny()
+@pytest.mark.parametrize("switches", [{}, {"modulation": "spade"}, {"stages": 1}, {"modulation": "spade", "stages": 1}])
+def test_own_format_round_trip(tmp_path: Path, switches: dict[str, Any]) -> None:
+    generator = _tiny(**switches)
     save_generator(generator, tmp_path / "g.safetensors", training={"images": 7})
     loaded = load_checkpoint(tmp_path / "g.safetensors")
     assert loaded.training == {"images": 7}
     assert (loaded.format, loaded.colour_order, loaded.generator.config) == ("spmdeploy", "RGB", generator.config)
     for key, tensor in generator.state_dict().items():
         assert torch.equal(tensor, loaded.generator.state_dict()[key])
+
+
+def test_files_from_before_the_ablations_still_load(tmp_path: Path) -> None:
+    path = tmp_path / "g.safetensors"
+    save_generator(_tiny(), path)
+    fields = json.loads(path.with_suffix(".json").read_text())
+    assert (fields.pop("modulation"), fields.pop("stages")) == ("spm", 3)
+    path.with_suffix(".json").write_text(json.dumps(fields))
+    assert load_checkpoint(path).generator.config == GeneratorConfig(3, 1, 2)
+
+
+def test_the_order_of_the_weights_is_that_of_old_checkpoints() -> None:
+    """An optimiser's state in a run's checkpoint goes by position: another order would mix it up without an error."""
+    parts = [name.rpartition(".")[0] for name, _ in _tiny().stages[0].encoder[0].named_parameters()]
+    assert parts[::2] == [
+        "features", "context_shared", "context_gamma", "context_beta", "layout_shared",
+        "layout_gamma_scale", "layout_gamma_shift", "layout_beta_scale", "layout_beta_shift",
+    ]  # fmt: skip
+    names = "\n".join(name for name, _ in _tiny().named_parameters())
+    assert (
+        hashlib.sha256(names.encode()).hexdigest() == "445a789bd4bd57ac3dd2854b9449d60249e19d3c63901d83df8814b1576ce0dd"
+    )
 
 
 @pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"netG": s, "epoch": 3, "netD_1": {}}])
@@ -323,6 +395,10 @@ def test_own_format_is_refused_without_or_with_a_wrong_configuration(tmp_path: P
     for wrong, words in (
         (config | {"schema": "spmdeploy.generator/2"}, "schema"),
         (config | {"width": 2}, "has shape"),
+        (config | {"modulation": "adain"}, "modulation must be spm or spade"),
+        (config | {"modulation": "spade"}, "surplus key"),
+        (config | {"stages": 2}, "stages must be 3 or 1"),
+        (config | {"stages": 1}, "surplus key|has shape"),
         (config | {"width": "1"}, "width must be a positive integer"),
         (config | {"training": 3}, "training is 3"),
         ([], "no usable generator configuration"),

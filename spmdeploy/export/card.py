@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from spmdeploy.manifest import GraphRecord, Manifest
+from spmdeploy.manifest import GeneratorFacts, GraphRecord, Manifest
 
 
 def bundle_card(manifest: Manifest) -> str:
@@ -12,7 +12,7 @@ def bundle_card(manifest: Manifest) -> str:
         f"# {manifest.name}",
         "An SPM semantic image editor: give it a photo, a label map and a mask, and it repaints what is under the mask "
         f"so that it shows what the labels say. {generator.parameters / 1e6:.1f} M parameters, {generator.gflop:.1f} "
-        f"GFLOP for one {manifest.native_size}×{manifest.native_size} edit.",
+        f"GFLOP for one {manifest.native_size}×{manifest.native_size} edit." + _ablations(generator),
         f"**Licence of the weights:** {manifest.licence}",
         f"**Made from** `{manifest.source.file}` (SHA-256 `{manifest.source.sha256[:16]}…`) on {manifest.created} with "
         + ", ".join(f"{tool} {version}" for tool, version in manifest.tools.items())
@@ -31,6 +31,16 @@ def bundle_card(manifest: Manifest) -> str:
         facts = "\n".join(f"- {name}: {value}" for name, value in manifest.training.items())
         sections += ["## Training", facts]
     return "\n\n".join(sections) + "\n"
+
+
+def _ablations(generator: GeneratorFacts) -> str:
+    """What of the paper's design was left out on purpose."""
+    left_out = []
+    if generator.modulation == "spade":
+        left_out.append("the layout alone modulates the features (SPADE)")
+    if generator.stages == 1:
+        left_out.append("there is one stage, at full size")
+    return f" An ablation: {' and '.join(left_out)}." if left_out else ""
 
 
 def _graph_row(record: GraphRecord) -> str:

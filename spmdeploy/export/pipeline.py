@@ -207,7 +207,9 @@ def _generator_facts(weights: Checkpoint, fp32: onnx.ModelProto) -> GeneratorFac
     config = weights.generator.config
     parameters = sum(parameter.numel() for parameter in weights.generator.parameters())
     gflop = round(graph_facts(fp32).gflop, 2)
-    return GeneratorFacts(config.classes, config.width, config.hidden, parameters, gflop)
+    return GeneratorFacts(
+        config.classes, config.width, config.hidden, parameters, gflop, config.modulation, config.stages
+    )
 
 
 def _bundle_name(output: Path) -> str:

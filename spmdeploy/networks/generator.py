@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from spmdeploy.manifest import MODULATIONS, STAGE_COUNTS, Modulation, StageCount
 from spmdeploy.networks.conditioning import LayoutPyramid
-from spmdeploy.networks.stage import STAGE_PLANS, Stage
+from spmdeploy.networks.stage import STAGE_PLANS, Stage, StagePlan
 
 SIZE_MULTIPLE = 128
-"""Height and width of the pictures are multiples of this: the coarsest stage halves a quarter of them five times."""
+"""Height and width of the pictures are multiples of this: the coarsest stage halves a quarter of them five times, the
+finest one the whole seven times."""
 
 
 @dataclass(frozen=True)
@@ -25,13 +27,31 @@ class GeneratorConfig:
     """Channels of the first layer of each stage (the paper's ngf)."""
     hidden: int = 64
     """Channels inside the modulation."""
+    modulation: Modulation = "spm"
+    """What modulates the normalised features."""
+    stages: StageCount = 3
+    """How many sizes the picture is generated at, one after the other."""
 
     def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            if not isinstance(value, int) or value < 1:
+        for name in ("classes", "width", "hidden", "stages"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
                 raise ValueError(f"{name} must be a positive integer, not {value!r}")
         if self.classes > 255:
             raise ValueError(f"classes must be at most 255 (label maps are 8-bit), not {self.classes}")
+        if self.modulation not in MODULATIONS:
+            raise ValueError(f"modulation must be {' or '.join(MODULATIONS)}, not {self.modulation!r}")
+        if self.stages not in STAGE_COUNTS:
+            raise ValueError(f"stages must be {' or '.join(map(str, STAGE_COUNTS))}, not {self.stages}")
+
+    @property
+    def plans(self) -> tuple[StagePlan, ...]:
+        """The stages, coarse to fine; the last one works at full size in any case."""
+        return STAGE_PLANS[-self.stages :]
+
+    def halvings(self, index: int) -> int:
+        """How often the pictures of stage `index` are half the whole: 0 for the finest."""
+        return self.stages - 1 - index
 
 
 PRESETS = {
@@ -44,7 +64,7 @@ class StagePictures(NamedTuple):
     """What a forward pass returns: pictures are float (N, 3, h, w) RGB in [-1, 1]."""
 
     raw: tuple[Tensor, ...]
-    """Each stage's own output, at H/4, H/2 and H, not composited."""
+    """Each stage's own output, at H/4, H/2 and H (a single one: at H), not composited."""
     edited: Tensor
     """The last stage's output under the mask, the given picture elsewhere, at H."""
 
@@ -59,7 +79,9 @@ class Generator(nn.Module):
     def __init__(self, config: GeneratorConfig) -> None:
         super().__init__()
         self.config = config
-        self.stages = nn.ModuleList(Stage(plan, config.width, config.hidden, config.classes) for plan in STAGE_PLANS)
+        self.stages = nn.ModuleList(
+            Stage(plan, config.width, config.hidden, config.classes, config.modulation) for plan in config.plans
+        )
 
     def forward(self, image: Tensor, layout: LayoutPyramid) -> StagePictures:
         """image: float (N, 3, H, W) RGB in [-1, 1], H and W multiples of 128."""
@@ -75,16 +97,11 @@ class Generator(nn.Module):
         image: float (N, 3, H, W). coarser: float, half this stage's size, or None for the first stage, where the mask
         is blacked out at full size before shrinking.
         """
-        scale = stage_scale(index)
+        scale = 0.5 ** self.config.halvings(index)
         if coarser is None:
             return _resize(image * (1 - layout.mask), scale)
         known = _resize(image, scale)
         return composite(_resize(coarser, 2), known, layout.mask_at(*known.shape[-2:]))
-
-
-def stage_scale(index: int) -> float:
-    """Size of the pictures of stage `index`, relative to the whole."""
-    return 0.5 ** (len(STAGE_PLANS) - 1 - index)
 
 
 def composite(generated: Tensor, image: Tensor, mask: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from spmdeploy.manifest import Modulation
+
 NORM_EPS = 1e-5
 
 
@@ -27,31 +29,47 @@ class StylePreservedModulation(nn.Module):
     """One layer: convolve, normalise, modulate by the context's style corrected for the layout.
 
     The first modulation (`context_*`) reads the un-normalised features, where the style of the known pixels lives; the
-    second (`layout_*`) reads labels, edges and mask and corrects both of its parameters.
+    second (`layout_*`) reads labels, edges and mask and corrects both of its parameters. With `spade` there is nothing
+    to correct: the shifts alone are gamma and beta.
 
     in_channels, channels: feature channels in and out. layout_channels: see `LayoutPyramid`. hidden: width of the two
     shared layers. stride: of the two convolutions that read features.
     """
 
-    def __init__(self, in_channels: int, channels: int, layout_channels: int, hidden: int, stride: int = 1) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        layout_channels: int,
+        hidden: int,
+        stride: int = 1,
+        modulation: Modulation = "spm",
+    ) -> None:
         super().__init__()
+        self.by_context = modulation == "spm"
+        # The order is that of the optimiser's state in a run's checkpoint: it must not change.
         self.features = _conv3x3(in_channels, channels, stride)
-        self.context_shared = _conv3x3(in_channels, hidden, stride)
-        self.context_gamma = _conv3x3(hidden, channels)
-        self.context_beta = _conv3x3(hidden, channels)
+        if self.by_context:
+            self.context_shared = _conv3x3(in_channels, hidden, stride)
+            self.context_gamma = _conv3x3(hidden, channels)
+            self.context_beta = _conv3x3(hidden, channels)
         self.layout_shared = _conv3x3(layout_channels, hidden)
-        self.layout_gamma_scale = _conv3x3(hidden, channels)
+        if self.by_context:
+            self.layout_gamma_scale = _conv3x3(hidden, channels)
         self.layout_gamma_shift = _conv3x3(hidden, channels)
-        self.layout_beta_scale = _conv3x3(hidden, channels)
+        if self.by_context:
+            self.layout_beta_scale = _conv3x3(hidden, channels)
         self.layout_beta_shift = _conv3x3(hidden, channels)
 
     def forward(self, x: Tensor, layout: Tensor) -> Tensor:
         """x: (N, in_channels, stride*h, stride*w); layout: (N, layout_channels, h, w). Returns (N, channels, h, w)."""
         normalised = instance_norm(self.features(x))
-        context = F.relu(self.context_shared(x))
         layout = F.relu(self.layout_shared(layout))
-        gamma = self.context_gamma(context) * (1 + self.layout_gamma_scale(layout)) + self.layout_gamma_shift(layout)
-        beta = self.context_beta(context) * (1 + self.layout_beta_scale(layout)) + self.layout_beta_shift(layout)
+        gamma, beta = self.layout_gamma_shift(layout), self.layout_beta_shift(layout)
+        if self.by_context:
+            context = F.relu(self.context_shared(x))
+            gamma = self.context_gamma(context) * (1 + self.layout_gamma_scale(layout)) + gamma
+            beta = self.context_beta(context) * (1 + self.layout_beta_scale(layout)) + beta
         return F.leaky_relu(normalised * (1 + gamma) + beta, 0.2)
 
 

@@ -95,7 +95,8 @@ def open_torch_session(bundle: Bundle, backend: str = "torch", device: str = "au
     # Both FP32 graphs hold the weights under the same names; a bundle may hold one of them only.
     held = next((record for record in bundle.manifest.graphs if record.precision == "fp32"), None)
     graph = bundle.read((held or bundle.graph(EDIT, "fp32")).file)
-    generator = generator_from_graph(graph, GeneratorConfig(facts.classes, facts.width, facts.hidden))
+    config = GeneratorConfig(facts.classes, facts.width, facts.hidden, facts.modulation, facts.stages)
+    generator = generator_from_graph(graph, config)
     return Opened(TorchSession(generator, device), tuple(choices))
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from spmdeploy.manifest import Modulation
 from spmdeploy.networks.conditioning import LayoutPyramid
 from spmdeploy.networks.modulation import StylePreservedModulation
 
@@ -37,23 +39,21 @@ STAGE_PLANS = (
 class Stage(nn.Module):
     """A U-Net from a composited picture at one size to a generated picture of the same size."""
 
-    def __init__(self, plan: StagePlan, width: int, hidden: int, classes: int) -> None:
+    def __init__(self, plan: StagePlan, width: int, hidden: int, classes: int, modulation: Modulation = "spm") -> None:
         super().__init__()
-        layout_channels = classes + 2
+        layer = partial(StylePreservedModulation, layout_channels=classes + 2, hidden=hidden, modulation=modulation)
         encoder, decoder = [], []
 
         in_channels = 3
         for index, multiple in enumerate(plan.encoder):
             stride = _encoder_stride(index, len(plan.encoder))
-            encoder.append(StylePreservedModulation(in_channels, multiple * width, layout_channels, hidden, stride))
+            encoder.append(layer(in_channels, multiple * width, stride=stride))
             in_channels = multiple * width
 
         for index, multiple in enumerate(plan.decoder):
             skip = _skip_index(index, len(plan.decoder))
             skip_channels = 0 if skip is None else plan.encoder[skip] * width
-            decoder.append(
-                StylePreservedModulation(in_channels + skip_channels, multiple * width, layout_channels, hidden)
-            )
+            decoder.append(layer(in_channels + skip_channels, multiple * width))
             in_channels = multiple * width
 
         self.encoder = nn.ModuleList(encoder)

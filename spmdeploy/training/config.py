@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from spmdeploy.errors import InputError
+from spmdeploy.manifest import Modulation, StageCount
 from spmdeploy.networks.generator import PRESETS
 
 SCHEMA = "spmdeploy.training/1"
@@ -127,6 +128,10 @@ class TrainConfig:
     """Of the generator, see `GeneratorConfig`."""
     hidden: int = 64
     """Of the generator, see `GeneratorConfig`."""
+    modulation: Modulation = "spm"
+    """Of the generator, see `GeneratorConfig`; spade is an ablation."""
+    stages: StageCount = 3
+    """Of the generator, see `GeneratorConfig`; 1 is an ablation."""
     discriminator_width: int = 64
     """Channels of a discriminator's first layer (the paper's ndf)."""
     loss: LossConfig = field(default_factory=LossConfig)
@@ -149,11 +154,14 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _require(bool(self.schedule), "schedule", self.schedule, "at least one phase")
+        for phase in self.schedule:
+            there = phase.stages[0] >= 0 and phase.stages[-1] < self.stages
+            _require(there, "schedule.stages", phase.stages, f"stages from 0 to {self.stages - 1}")
 
 
-def joint_schedule(images: int, batch: int = 1) -> tuple[Phase, ...]:
-    """The paper's: all stages at once, constant rates."""
-    return (Phase(stages=(0, 1, 2), images=images, batch=batch),)
+def joint_schedule(images: int, stages: int = 3) -> tuple[Phase, ...]:
+    """The paper's: all stages at once, one sample a step, constant rates."""
+    return (Phase(stages=tuple(range(stages)), images=images, batch=1),)
 
 
 def staged_schedule(images: tuple[int, int, int], joint_images: int = 0) -> tuple[Phase, ...]:
@@ -249,7 +257,8 @@ def _read(kind: Any, value: Any, name: str) -> Any:
         _require(isinstance(value, list | tuple), name, value, "a list")
         return tuple(_read(arguments[0], item, f"{name}[{index}]") for index, item in enumerate(value))
     if origin is Literal:
-        _require(value in arguments, name, value, f"one of {', '.join(arguments)}")
+        known = any(type(value) is type(choice) and value == choice for choice in arguments)  # True is 1 to Python
+        _require(known, name, value, f"one of {', '.join(map(str, arguments))}")
         return value
     if origin is types.UnionType:
         return None if value is None else _read(arguments[0], value, name)

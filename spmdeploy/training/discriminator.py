@@ -1,4 +1,4 @@
-"""The discriminator of a stage: one class, three depths."""
+"""The discriminator of a stage: one class, a depth for each size."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ from spmdeploy.networks.conditioning import LayoutPyramid
 
 WIDTHS = (1, 2, 4, 4, 4)
 """Widths of all layers but the last, in multiples of the discriminator's width."""
-SHALLOWEST = 4
-"""Layers of the coarsest stage's discriminator; each finer stage has one more, so that every output is 4 × 4."""
+DEEPEST = 6
+"""Layers of the full-size stage's discriminator; each coarser stage has one less, so that every output is 4 × 4."""
 
 
 class Discriminator(nn.Module):
     """Judges a composited picture with its labels under the mask.
 
     Spectrally normalised 5 × 5 convolutions without bias, stride 2, replicate padding 2, leaky_relu 0.2 after each one,
-    the last included. classes: label channels, without the edge channel. stage: 0 = coarsest.
+    the last included. classes: label channels, without the edge channel. halvings: how often the stage's pictures are
+    half the whole, 0 for the finest.
     """
 
-    def __init__(self, classes: int, stage: int, width: int) -> None:
+    def __init__(self, classes: int, halvings: int, width: int) -> None:
         super().__init__()
-        channels = [classes + 3, *(multiple * width for multiple in WIDTHS[: SHALLOWEST + stage - 1]), 3]
+        channels = [classes + 3, *(multiple * width for multiple in WIDTHS[: DEEPEST - halvings - 1]), 3]
         self.layers = nn.ModuleList(
             spectral_norm(nn.Conv2d(before, after, 5, stride=2, padding=2, padding_mode="replicate", bias=False))
             for before, after in pairwise(channels)

@@ -11,7 +11,6 @@ from torch.nn.utils.parametrizations import spectral_norm
 from torch.nn.utils.parametrize import is_parametrized
 
 from spmdeploy.networks.generator import Generator, GeneratorConfig
-from spmdeploy.networks.stage import STAGE_PLANS
 
 _DECODER_FEATURES = re.compile(r"stages\.\d+\.decoder\.\d+\.features")
 
@@ -55,7 +54,7 @@ def inherit_stage(generator: Generator, averaged: Generator, stage: int) -> list
     Encoder layers correspond from the outside in. So do decoder layers, which are listed from the inside out: the finer
     stage has its additional layer at the bottom of the U.
     """
-    deeper = len(STAGE_PLANS[stage].decoder) - len(STAGE_PLANS[stage - 1].decoder)
+    deeper = len(generator.config.plans[stage].decoder) - len(generator.config.plans[stage - 1].decoder)
     copied = []
     for name, value in averaged.stages[stage - 1].named_parameters():
         part, _, rest = name.partition(".")

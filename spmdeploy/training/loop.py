@@ -20,8 +20,7 @@ from torch.nn import functional as F
 from spmdeploy.errors import SpmDeployError
 from spmdeploy.images import write_picture
 from spmdeploy.networks.conditioning import LayoutPyramid
-from spmdeploy.networks.generator import Generator, GeneratorConfig, composite, stage_scale
-from spmdeploy.networks.stage import STAGE_PLANS
+from spmdeploy.networks.generator import Generator, GeneratorConfig, composite
 from spmdeploy.training import processes
 from spmdeploy.training.board import ScalarWriter, open_board, write_record
 from spmdeploy.training.config import Phase, TrainConfig
@@ -95,17 +94,20 @@ class Trainer:
         self._memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         torch.manual_seed(config.seed)
         self.samples = TrainingSamples(config.data, config.seed)
-        generator = GeneratorConfig(len(self.samples.classes), config.width, config.hidden)
+        generator = GeneratorConfig(
+            len(self.samples.classes), config.width, config.hidden, config.modulation, config.stages
+        )
         self.generator = self._placed(training_generator(generator))
         self.averaged = self._placed(Generator(generator).eval().requires_grad_(False))
         self.discriminators = nn.ModuleList(
-            Discriminator(generator.classes, stage, config.discriminator_width) for stage in range(len(STAGE_PLANS))
+            Discriminator(generator.classes, generator.halvings(stage), config.discriminator_width)
+            for stage in range(config.stages)
         )
         initialise(self.discriminators)
         self._placed(self.discriminators)
         self.perceptual = self._placed(build_perceptual_loss(config.loss)) if config.loss.perceptual else None
         self.lpips = self._placed(Lpips()) if config.data.validation else None
-        average_into(self.averaged, self.generator, range(len(STAGE_PLANS)), decay=0.0)
+        average_into(self.averaged, self.generator, range(config.stages), decay=0.0)
         self._begin_phase()
 
     @property
@@ -235,7 +237,7 @@ class Trainer:
             with self._autocast(), torch.set_grad_enabled(learns):
                 coarser = self._run_stage(self.generator if learns else self.averaged, index, batch, layout, coarser)
             if learns:
-                target = shrink_to_stage(batch.image, index)
+                target = shrink(batch.image, self.generator.config.halvings(index))
                 mask = layout.mask_at(*target.shape[-2:])
                 outputs[index] = StageOutput(coarser, target, mask, composite(coarser.float(), target, mask))
         return outputs
@@ -397,10 +399,11 @@ def take_step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
     optimizer.step()
 
 
-def shrink_to_stage(image: Tensor, stage: int) -> Tensor:
+def shrink(image: Tensor, halvings: int) -> Tensor:
     """The truth for a stage: float (N, 3, H, W) to the stage's size, by the generator's own bilinear rule."""
-    scale = stage_scale(stage)
-    return image if scale == 1 else F.interpolate(image, scale_factor=scale, mode="bilinear", align_corners=False)
+    if not halvings:
+        return image
+    return F.interpolate(image, scale_factor=0.5**halvings, mode="bilinear", align_corners=False)
 
 
 def train(config: TrainConfig, output: Path, resume: bool, report: Report, device: str = "cpu") -> None:

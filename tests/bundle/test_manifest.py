@@ -44,6 +44,15 @@ def test_further_fields_are_passed_over_and_training_may_be_missing() -> None:
     assert manifest.to_json().keys() == content.keys() - {"mood"} | {"training"}
 
 
+def test_the_ablations_are_recorded_and_old_bundles_have_none() -> None:
+    ablation = dataclasses.replace(manifest_of(()).generator, modulation="spade", stages=1)
+    content = manifest_of((), generator=ablation).to_json()
+    assert Manifest.from_json(json.loads(json.dumps(content)), "m").generator == ablation
+    del content["generator"]["modulation"], content["generator"]["stages"]
+    generator = Manifest.from_json(content, "m").generator
+    assert (generator.modulation, generator.stages) == ("spm", 3)
+
+
 def _set(path: str, value: object) -> Callable[[dict[str, Any]], None]:
     def change(content: Any) -> None:
         *above, last = [int(part) if part.isdigit() else part for part in path.split("/")]
@@ -66,6 +75,9 @@ WRONG_FIELDS = [
     ("native_size", 256.0, r"native_size is 256\.0, not a whole number"),
     ("graphs/0/bytes", -1, r"graphs\[0\]\.bytes is -1, not a whole number from 0"),
     ("graphs/0/precision", "int8", r"graphs\[0\]\.precision is 'int8', not fp32 or fp16"),
+    ("generator/modulation", "adain", r"generator\.modulation is 'adain', not spm or spade"),
+    ("generator/stages", 2, r"generator\.stages is 2, not 3 or 1"),
+    ("generator/stages", True, r"generator\.stages is True, not 3 or 1"),
     ("graphs/0/precision", ["fp32"], r"graphs\[0\]\.precision is \['fp32'\], not fp32 or fp16"),
     ("graphs/0/sha256", "A" * 64, r"graphs\[0\]\.sha256 is '"),
     ("graphs/0/file", "../../etc/passwd", r"graphs\[0\]\.file is '\.\./\.\./etc/passwd', not a relative path inside"),

@@ -13,16 +13,16 @@ def layout(classes: int) -> LayoutPyramid:
     return LayoutPyramid(labels, labels.int(), torch.ones(1, 1, 256, 256), classes)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
-def test_every_stage_gives_four_by_four(stage: int) -> None:
-    side = 64 << stage
-    score = Discriminator(5, stage, 2)(torch.zeros(1, 3, side, side), layout(5))
+@pytest.mark.parametrize("halvings", [0, 1, 2])
+def test_every_size_gives_four_by_four(halvings: int) -> None:
+    side = 256 >> halvings
+    score = Discriminator(5, halvings, 2)(torch.zeros(1, 3, side, side), layout(5))
     assert score.shape == (1, 3, 4, 4)
 
 
 def test_the_labels_under_the_mask_matter() -> None:
     torch.manual_seed(0)
-    discriminator = Discriminator(5, 0, 4).eval()
+    discriminator = Discriminator(5, 2, 4).eval()
     picture = torch.zeros(1, 3, 64, 64)
     labels = torch.ones(1, 256, 256, dtype=torch.uint8)
     keep, edit = torch.zeros(1, 1, 256, 256), torch.ones(1, 1, 256, 256)
@@ -36,7 +36,7 @@ def test_the_labels_under_the_mask_matter() -> None:
 
 
 def test_reference_keys_and_widths() -> None:
-    state = reference_state(Discriminator(34, 2, 64))
+    state = reference_state(Discriminator(34, 0, 64))
     assert {key.split(".", 2)[2] for key in state} == {"conv.weight_orig", "conv.weight_u", "conv.weight_v"}
     shapes = [tuple(state[f"dis_model.{index}.conv.weight_orig"].shape) for index in range(6)]
     assert shapes == [
@@ -46,7 +46,7 @@ def test_reference_keys_and_widths() -> None:
 
 def test_reference_state_gives_the_same_scores_under_the_older_normalisation() -> None:
     torch.manual_seed(0)
-    ours = Discriminator(5, 0, 2).eval()
+    ours = Discriminator(5, 2, 2).eval()
     layers = nn.Sequential()
     for index, layer in enumerate(ours.layers):
         convolution = nn.Conv2d(layer.in_channels, layer.out_channels, 5, 2, 2, padding_mode="replicate", bias=False)

@@ -77,7 +77,7 @@ def test_inheriting_leaves_the_copy_free_to_learn() -> None:
 
 def test_a_discriminator_inherits_its_outer_layers() -> None:
     torch.manual_seed(0)
-    coarser, finer = Discriminator(3, 0, 2), Discriminator(3, 1, 2)
+    coarser, finer = Discriminator(3, 2, 2), Discriminator(3, 1, 2)
     own_last = finer.state_dict()["layers.4.parametrizations.weight.original"].clone()
     inherit_discriminator(finer, coarser)
     state = finer.state_dict()
