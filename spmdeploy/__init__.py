@@ -28,26 +28,35 @@ def default_model() -> Path:
 
 
 def open_editor(
-    model: str | Path | None = None, backend: str = "auto", device: str = "auto", precision: str = "auto"
+    model: str | Path | None = None,
+    backend: str = "auto",
+    device: str = "auto",
+    precision: str = "auto",
+    require_signature: str | Path | None = None,
 ) -> Editor:
     """An `Editor` on a bundle, ready to edit; use it as a context manager or call its `close`.
 
     model: a bundle (folder or zip); None for the default model. backend: auto, onnxruntime or torch. device: auto, cpu
     or cuda:N. precision: auto, fp32 or fp16. What is asked for by name is done or refused, never replaced; what `auto`
-    chose and why is in `editor.choices`.
+    chose and why is in `editor.choices`. require_signature: a minisign public key, as a file or its line; without a
+    signature made with it the bundle is refused before anything in it is looked at.
 
-    Raises BundleError (not a sound bundle), UnavailableError (this machine cannot), UsageError (no such option).
+    Raises BundleError (not a sound bundle, not signed as required), UnavailableError (this machine cannot), UsageError
+    (no such option).
     """
     from spmdeploy.bundle import open_bundle
     from spmdeploy.editor import Editor
+    from spmdeploy.signature import read_public_key
 
-    bundle = open_bundle(default_model() if model is None else model)
+    key = None if require_signature is None else read_public_key(require_signature)
+    bundle = open_bundle(default_model() if model is None else model, key)
     if backend == "torch":
         from spmdeploy.networks.session import open_torch_session as open_session
     else:
         from spmdeploy.runtime.session import open_session
     opened = open_session(bundle, backend, device, precision)
-    return Editor(opened.session, bundle.manifest.classes, opened.choices)
+    signer = (f"signature by the key {bundle.signature.key}: {bundle.signature.comment}",) if bundle.signature else ()
+    return Editor(opened.session, bundle.manifest.classes, (*signer, *opened.choices))
 
 
 def __getattr__(name: str) -> Any:

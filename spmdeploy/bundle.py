@@ -6,11 +6,13 @@ A bundle is a folder, or an uncompressed zip of one:
     graphs/*.onnx      the product
     golden/NAME/       an edit to repeat: image, labels, mask, expected and perhaps instances, all PNG
     card.md            for people
-    engines/           caches that a device builds for itself, with records of their own
-    SHA256SUMS         `sha256sum -c SHA256SUMS` covers every file but itself and engines/
+    engines/           caches that a device builds for itself, with records of their own, and engines that were shipped
+    SHA256SUMS         `sha256sum -c SHA256SUMS` covers every file but itself, its signature and the caches
+    SHA256SUMS.minisig perhaps: a signature over SHA256SUMS, and so over all that is shipped
 
 Opening checks structure, names and sizes; content is hashed when it is read, and the bytes that were hashed are the
-bytes handed out. The hashes find damage and mix-ups: whoever can rewrite SHA256SUMS can rewrite the rest with it.
+bytes handed out. The hashes find damage and mix-ups: whoever can rewrite SHA256SUMS can rewrite the rest with it. Only
+the signature finds that, where it is asked for.
 """
 
 from __future__ import annotations
@@ -20,8 +22,6 @@ import os
 import re
 import secrets
 import shutil
-import stat
-import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -36,6 +36,7 @@ from spmdeploy.bundle_files import (
     GOLDEN_PICTURES,
     MANIFEST,
     MAX_FILE_BYTES,
+    SIGNATURE,
     SUMS,
     FileStore,
     FolderStore,
@@ -45,6 +46,7 @@ from spmdeploy.bundle_files import (
 )
 from spmdeploy.errors import BundleError, InputError
 from spmdeploy.manifest import GraphRecord, Manifest, check_version
+from spmdeploy.signature import PublicKey, Signature, check_signature
 
 MAX_TEXT_BYTES = 4 << 20  # manifest.json and SHA256SUMS, read before anything is trusted
 
@@ -55,6 +57,10 @@ class Bundle:
 
     path: Path
     manifest: Manifest
+    sums: bytes = field(repr=False)
+    """SHA256SUMS as it is: what a signature covers."""
+    signature: Signature | None
+    """The signature that was asked for when opening; None: none was asked for, there may still be one."""
     _store: FileStore = field(repr=False)
     _digests: Mapping[str, str] = field(repr=False)
 
@@ -75,8 +81,8 @@ class Bundle:
 
     @property
     def surplus(self) -> tuple[str, ...]:
-        """Files that SHA256SUMS does not cover, engines/ apart. Nothing reads them."""
-        known = {SUMS, *self._digests}
+        """Files that SHA256SUMS does not cover, its signature and engines/ apart. Nothing reads them."""
+        known = {SUMS, SIGNATURE, *self._digests}
         return tuple(sorted(name for name in self._store.sizes if name not in known and not name.startswith(ENGINES)))
 
     def graph(self, graph: str, precision: str) -> GraphRecord:
@@ -97,6 +103,11 @@ class Bundle:
             content = stream.read(self._store.sizes[name])
         _compare(self.path / name, hashlib.sha256(content).hexdigest(), expected)
         return content
+
+    def read_signature(self) -> bytes | None:
+        """The signature file in the bundle, checked or not."""
+        with _bundle_errors(self.path / SIGNATURE):
+            return _read_text(self._store, SIGNATURE) if SIGNATURE in self._store.sizes else None
 
     def path_of(self, name: str) -> Path:
         """The path of a file, hashed just now, for libraries that cannot take bytes. Only of a bundle that is a folder.
@@ -127,22 +138,26 @@ class Bundle:
         _compare(self.path / name, actual, expected)
 
 
-def open_bundle(path: str | Path) -> Bundle:
+def open_bundle(path: str | Path, signed_with: PublicKey | None = None) -> Bundle:
     """Opens a folder or an uncompressed zip and checks everything that is cheap to check.
 
     That is: names, links, zip headers, the manifest and its hash, and that every file it needs is there in the size it
-    should have. Graphs and pictures are hashed when they are read. Raises BundleError.
+    should have. Graphs and pictures are hashed when they are read. With `signed_with` the signature over all hashes
+    comes first: without a fitting one nothing else is looked at. Raises BundleError.
     """
     path = Path(path)
     with _bundle_errors(path):
-        return _open_store(find_store(path))
+        return _open_store(find_store(path), signed_with)
 
 
-def _open_store(store: FileStore) -> Bundle:
+def _open_store(store: FileStore, signed_with: PublicKey | None = None) -> Bundle:
     shown = store.shown / MANIFEST
     content = _read_text(store, MANIFEST)
-    check_version(content, str(shown))  # first: a later version may keep its hashes differently
-    digests = _parse_sums(_read_text(store, SUMS), store.shown / SUMS)
+    if signed_with is None:  # else the signature comes before everything
+        check_version(content, str(shown))  # first: a later version may keep its hashes differently
+    sums = _read_text(store, SUMS)
+    signature = None if signed_with is None else _check_signature(store, sums, signed_with)
+    digests = _parse_sums(sums, store.shown / SUMS)
     if MANIFEST not in digests:
         raise damaged(store.shown / SUMS, f"does not list {MANIFEST}")
     _compare(shown, hashlib.sha256(content).hexdigest(), digests[MANIFEST])
@@ -150,7 +165,16 @@ def _open_store(store: FileStore) -> Bundle:
     _check_presence(store, digests)
     _check_graphs(store, digests, manifest)
     _check_golden(store, digests, manifest)
-    return Bundle(store.shown, manifest, store, digests)
+    return Bundle(store.shown, manifest, sums, signature, store, digests)
+
+
+def _check_signature(store: FileStore, sums: bytes, key: PublicKey) -> Signature:
+    if SIGNATURE not in store.sizes:
+        raise BundleError(
+            f"{store.shown}: not signed, but a signature by the key {key.name} is required",
+            "get the signed bundle, or sign it: spmdeploy bundle pack BUNDLE OUT.spm --sign KEY",
+        )
+    return check_signature(sums, _read_text(store, SIGNATURE), key, store.shown / SIGNATURE)
 
 
 def _read_text(store: FileStore, name: str) -> bytes:
@@ -313,48 +337,31 @@ class BundleWriter:
             if not name.startswith(ENGINES):
                 digests[name] = _measure(self._folder / name)[1]
                 _flush_to_disk(self._folder / name)
-        (self._folder / SUMS).write_bytes(_sums_bytes(digests))
+        (self._folder / SUMS).write_bytes(sums_of(digests))
         _flush_to_disk(self._folder / SUMS)
 
 
-def pack(bundle: Bundle, zip_path: str | Path, overwrite: bool = False) -> Path:
-    """Writes a bundle as one uncompressed zip, hashing every file on the way: the same bytes for the same bundle.
+@contextmanager
+def replacing(target: str | Path, overwrite: bool = False) -> Iterator[Path]:
+    """A hidden path beside `target` to write a bundle to, a folder or a file, which is renamed to it at the end.
 
-    engines/ stays behind, SHA256SUMS does not cover it. Raises BundleError, or InputError where nothing can be written.
+    An exception in the block leaves nothing behind. What is at the target already is treated as by `BundleWriter`.
     """
-    target = _real_target(zip_path)
+    target = _real_target(target)
     building = _hidden_beside(target)
     _check_vacant(target, overwrite)
     try:
         with _write_errors(target):
-            _write_zip(bundle, building)
-            _flush_to_disk(building)
+            yield building
+            for written in (building, *building.rglob("*")):
+                _flush_to_disk(written)
             _put_in_place(building, target, overwrite)
     finally:
-        building.unlink(missing_ok=True)
-    return target
+        _remove(building)
 
 
-def _write_zip(bundle: Bundle, path: Path) -> None:
-    digests = {name: bundle.digest(name) for name in bundle.files()}
-    try:
-        # Without zip64, which `open_bundle` refuses: the two halves of such a header may contradict each other.
-        with zipfile.ZipFile(path, "x", zipfile.ZIP_STORED, allowZip64=False) as archive:
-            archive.writestr(_zip_entry(SUMS), _sums_bytes(digests))
-            for name in digests:
-                archive.writestr(_zip_entry(name), bundle.read(name))
-    except zipfile.LargeZipFile as exc:
-        raise BundleError(f"{bundle.path}: too large for one zip: more than 2 GiB", "copy the folder instead") from exc
-
-
-def _zip_entry(name: str) -> zipfile.ZipInfo:
-    entry = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
-    entry.create_system = 3  # Unix, wherever it is packed
-    entry.external_attr = (stat.S_IFREG | 0o644) << 16
-    return entry
-
-
-def _sums_bytes(digests: Mapping[str, str]) -> bytes:
+def sums_of(digests: Mapping[str, str]) -> bytes:
+    """SHA256SUMS for these digests by name."""
     return "".join(f"{digests[name]}  {name}\n" for name in sorted(digests)).encode()
 
 

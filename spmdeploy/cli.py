@@ -31,7 +31,9 @@ from spmdeploy.errors import (
 )
 
 if TYPE_CHECKING:
+    from spmdeploy.bundle import Bundle
     from spmdeploy.editor import Editor
+    from spmdeploy.signature import PublicKey, SecretKey
 
 app = typer.Typer(
     name="spmdeploy",
@@ -44,6 +46,12 @@ labels_app = typer.Typer(help="Check, show and convert label maps.", rich_markup
 app.add_typer(labels_app, name="labels")
 dataset_app = typer.Typer(help="Prepare and check training data.", rich_markup_mode=None)
 app.add_typer(dataset_app, name="dataset")
+bundle_app = typer.Typer(help="Pack, sign, unpack and slim bundles for devices.", rich_markup_mode=None)
+app.add_typer(bundle_app, name="bundle")
+
+
+PASSWORD = "SPMDEPLOY_KEY_PASSWORD"
+"""The environment variable with the password of a secret key, for where nobody can type one."""
 
 
 class Backend(StrEnum):
@@ -109,6 +117,18 @@ Tiling = Annotated[
     TilingChoice,
     typer.Option("--tiling", metavar="auto|off|crop", help="off: whole photo at once; crop: windows around the mask."),
 ]
+RequireSignature = Annotated[
+    str | None,
+    typer.Option(
+        "--require-signature",
+        metavar="PUB",
+        help="Use the bundle only if it is signed with this minisign key: a .pub file, or the line in it.",
+    ),
+]
+SigningKey = Annotated[
+    Path | None,
+    typer.Option("--sign", metavar="KEY", help=f"Sign with this secret key; its password may be in ${PASSWORD}."),
+]
 Classes = Annotated[str, typer.Option("--classes", help="cityscapes, ade20k, street, or a JSON file of your own.")]
 
 
@@ -145,6 +165,7 @@ def edit(
     device: Device = "auto",
     precision: PrecisionOption = PrecisionChoice.auto,
     tiling: Tiling = TilingChoice.auto,
+    require_signature: RequireSignature = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -157,7 +178,7 @@ def edit(
 
     started = time.perf_counter()
     files = EditFiles(image, output, labels, fill, mask, edited_from, instances, grow, sheet, overwrite)
-    with _editor(model, backend, device, precision) as editor:
+    with _editor(model, backend, device, precision, require_signature) as editor:
         opened = time.perf_counter()
         with _bar("editing") as show:
             result = edit_files(editor, files, tiling.value, show)
@@ -181,6 +202,7 @@ def batch(
     device: Device = "auto",
     precision: PrecisionOption = PrecisionChoice.auto,
     tiling: Tiling = TilingChoice.auto,
+    require_signature: RequireSignature = None,
     jobs: Annotated[int, typer.Option("--jobs", min=1, help="Edits under way at once.")] = 1,
     resume: Annotated[bool, typer.Option("--resume", help="Skip what is done already.")] = False,
     overwrite: Overwrite = False,
@@ -195,7 +217,7 @@ def batch(
     from spmdeploy.batch import STATUS_FILE, ItemStatus, read_manifest, run_batch
 
     items = read_manifest(manifest, output_dir, overwrite)
-    with _editor(model, backend, device, precision) as editor, _bar("editing") as show:
+    with _editor(model, backend, device, precision, require_signature) as editor, _bar("editing") as show:
         done = 0
 
         def progress(status: ItemStatus) -> None:
@@ -293,6 +315,7 @@ def verify(
     backend: BackendOption = Backend.auto,
     device: Device = "auto",
     precision: PrecisionOption = PrecisionChoice.auto,
+    require_signature: RequireSignature = None,
     as_json: Json = False,
 ) -> None:
     """Repeat a bundle's golden edits here.
@@ -302,9 +325,9 @@ def verify(
     from spmdeploy.bundle import open_bundle
     from spmdeploy.runtime.golden import verify as repeat_golden_edits
 
-    opened = open_bundle(bundle or spmdeploy.default_model())
+    opened = open_bundle(bundle or spmdeploy.default_model(), _public_key(require_signature))
     opened.check_all()
-    with _editor(opened.path, backend, device, precision) as editor:
+    with _editor(opened.path, backend, device, precision, require_signature) as editor:
         session = editor.session
         results = repeat_golden_edits(session, opened)
         ran = {key: getattr(session, key) for key in ("backend", "device", "precision", "provider")}
@@ -324,6 +347,107 @@ def verify(
     faults = [f"{result.name}: {fault}" for result in results for fault in result.faults]
     failure = VerificationError("; ".join(faults), "do not use this backend with this bundle") if faults else None
     _print("verify", payload, lines, as_json, failure)
+
+
+@bundle_app.command("pack")
+def bundle_pack(
+    bundle: Annotated[Path, typer.Argument(help="A bundle, folder or file.")],
+    output: Annotated[Path, typer.Argument(help="The one file to write, NAME.spm.")],
+    sign: SigningKey = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Pack a bundle into one file.
+
+    Every file is hashed on the way; the same bundle gives the same bytes. Engines that this machine built for itself
+    stay behind: `slim --engine` takes chosen ones along.
+    """
+    from spmdeploy.bundle import open_bundle
+    from spmdeploy.packing import pack
+
+    opened, key = open_bundle(bundle), _secret_key(sign)
+    _notes([f"{name} stays behind: no hash covers it" for name in opened.surplus])
+    with _bar("packing") as show:
+        packed = open_bundle(pack(opened, output, overwrite, key, show))
+    payload = _packed_facts(packed)
+    _print("bundle-pack", payload, [f"{output}: {_packed_words(payload)}"], as_json)
+
+
+@bundle_app.command("unpack")
+def bundle_unpack(
+    file: Annotated[Path, typer.Argument(help="What `pack` or `slim` wrote.")],
+    folder: Annotated[Path, typer.Argument(help="The folder to make, NAME.spm.")],
+    require_signature: RequireSignature = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Unpack a bundle into a folder.
+
+    Everything is checked before anything is written; nothing is re-made, so a signature still fits afterwards.
+    """
+    from spmdeploy.bundle import open_bundle
+    from spmdeploy.packing import unpack
+
+    opened = open_bundle(file, _public_key(require_signature))
+    _notes([f"{name} stays behind: no hash covers it" for name in opened.surplus])
+    with _bar("unpacking") as show:
+        unpacked = unpack(opened, folder, overwrite, show)
+    signature = None if opened.signature is None else vars(opened.signature)
+    size = sum(unpacked.files().values())
+    payload = {"output": str(folder), "files": len(unpacked.files()), "bytes": size, "signature": signature}
+    _print("bundle-unpack", payload, [f"{folder}: {len(unpacked.files())} files, {size / 1e6:.1f} MB"], as_json)
+
+
+@bundle_app.command("slim")
+def bundle_slim(
+    bundle: Annotated[Path, typer.Argument(help="A bundle, folder or file.")],
+    output: Annotated[Path, typer.Argument(help="The one file to write, NAME.spm.")],
+    keep: Annotated[
+        list[str],
+        typer.Option("--keep", metavar="fp16|fp32|GRAPH|GRAPH.fp16|...", help="Graphs to keep; repeat for several."),
+    ],
+    sign: SigningKey = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Pack only what one kind of device needs.
+
+    The graphs to keep, and all that is no graph. Files that stay keep their hashes; what the manifest and the card say
+    of the others goes.
+    """
+    from spmdeploy.bundle import open_bundle
+    from spmdeploy.packing import slim
+
+    opened, key = open_bundle(bundle), _secret_key(sign)
+    with _bar("packing") as show:
+        slimmed = slim(opened, output, keep, overwrite, key, show)
+    before, after = opened.files(), slimmed.files()
+    rows = [(name, f"{size / 1e6:.1f} MB", "kept" if name in after else "dropped") for name, size in before.items()]
+    payload = {**_packed_facts(slimmed), "bytes_before": sum(before.values()), "dropped": sorted(before - after.keys())}
+    lines = [f"{output}: {_packed_words(payload)}; {payload['bytes_before'] / 1e6:.1f} MB before"]
+    _print("bundle-slim", payload, lines + _table(("", "", ""), rows)[1:], as_json)
+
+
+@bundle_app.command("keygen")
+def bundle_keygen(
+    name: Annotated[Path, typer.Argument(help="Writes NAME.key and NAME.pub.")],
+    no_password: Annotated[
+        bool, typer.Option("--no-password", help="Leave the secret key unencrypted, as for a CI job's own store.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Make a pair of keys for signing bundles.
+
+    In minisign's format: its tools can use them, and --sign takes keys that minisign made. Keep NAME.key to yourself;
+    NAME.pub goes onto every device.
+    """
+    from spmdeploy.signature import new_key, write_key_pair
+
+    key = new_key()
+    secret, public = write_key_pair(name, key, None if no_password else _password(name, new=True))
+    payload = {"secret_key": str(secret), "public_key": str(public), "key": key.public.name}
+    lines = [f"{secret}: secret, {'not encrypted' if no_password else 'encrypted'}", f"{public}: {key.public.line}"]
+    _print("bundle-keygen", payload, lines, as_json)
 
 
 @app.command()
@@ -555,12 +679,58 @@ def dataset_prepare(
 # ------------------------------------------------------------------------------------------------- talk and results
 
 
-def _editor(model: Path | None, backend: Backend, device: str, precision: PrecisionChoice) -> Editor:
+def _editor(
+    model: Path | None, backend: Backend, device: str, precision: PrecisionChoice, require_signature: str | None
+) -> Editor:
     with _needs("export"):
-        editor = spmdeploy.open_editor(model, backend.value, device, precision.value)
+        editor = spmdeploy.open_editor(model, backend.value, device, precision.value, require_signature)
     for choice in editor.choices:
         _say(choice)
     return editor
+
+
+def _public_key(given: str | None) -> PublicKey | None:
+    from spmdeploy.signature import read_public_key
+
+    return None if given is None else read_public_key(given)
+
+
+def _secret_key(path: Path | None) -> SecretKey | None:
+    from spmdeploy.signature import read_secret_key
+
+    return None if path is None else read_secret_key(path, lambda: _password(path))
+
+
+def _password(key: Path, new: bool = False) -> str:
+    """The password of a secret key, from the environment or typed. Raises UsageError where neither can be had."""
+    password = os.environ.get(PASSWORD)
+    if password is None and sys.stdin.isatty():
+        asked: str = typer.prompt(f"password of {key}", hide_input=True, confirmation_prompt=new, err=True)
+        return asked
+    if not password:
+        hint = f"put it into ${PASSWORD}" + (", or pass --no-password" if new else "")
+        raise UsageError(f"the key {key} needs a password, and nobody is there to type one", hint)
+    return password
+
+
+def _packed_facts(packed: Bundle) -> dict[str, Any]:
+    """What a packed bundle is; the hash is that of the whole file."""
+    import hashlib
+
+    with open(packed.path, "rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return {
+        "output": str(packed.path),
+        "files": len(packed.files()),
+        "bytes": packed.path.stat().st_size,
+        "sha256": digest,
+        "signed": packed.read_signature() is not None,
+    }
+
+
+def _packed_words(facts: dict[str, Any]) -> str:
+    signed = "signed" if facts["signed"] else "not signed"
+    return f"{facts['files']} files, {facts['bytes'] / 1e6:.1f} MB, {signed}, SHA-256 {facts['sha256']}"
 
 
 @contextmanager
@@ -670,6 +840,7 @@ def _bundle_lines(facts: dict[str, Any]) -> list[str]:
         f"classes     {classes['name']}: {names}{more}",
         f"source      {source['file']} ({source['format']}, {facts['channel_order']}), {facts['created']}",
         f"licence     {facts['licence']}",
+        f"signature   {'there; --require-signature PUB checks it' if facts['signed'] else 'none'}",
         f"precision   {counted_by}",
         *_table(("graph", "size", "FP16 operations", "PSNR in mask", "FP32 operations"), rows),
         *(f"surplus file, never read: {name}" for name in facts["surplus"]),

@@ -113,7 +113,7 @@ class EditResult(NamedTuple):
 class Editor:
     """Edits photos of any size with one session; use it as a context manager or call `close`.
 
-    choices: why it is this session, a line for each choice that was left open.
+    choices: why it is this session, a line for each choice that was left open; first the signature, if one was checked.
     """
 
     def __init__(self, session: Session, classes: ClassTable, choices: tuple[str, ...] = ()) -> None:

@@ -28,7 +28,8 @@ def _bundle_facts(bundle: Bundle) -> dict[str, Any]:
     sizes = bundle.files()
     for graph in manifest["graphs"]:
         graph["counted"] = _counted(bundle, graph["file"])
-    return {"kind": "bundle", "path": str(bundle.path), "bytes": sum(sizes.values()), "surplus": surplus, **manifest}
+    facts = {"kind": "bundle", "path": str(bundle.path), "bytes": sum(sizes.values()), "surplus": surplus}
+    return {**facts, "signed": bundle.read_signature() is not None, **manifest}
 
 
 def _counted(bundle: Bundle, file: str) -> dict[str, Any] | None:

@@ -29,6 +29,11 @@ COMMANDS = {
     "inspect": ["inspect"],
     "verify": ["verify"],
     "doctor": ["doctor"],
+    "bundle": ["bundle"],
+    "bundle pack": ["bundle", "pack"],
+    "bundle unpack": ["bundle", "unpack"],
+    "bundle slim": ["bundle", "slim"],
+    "bundle keygen": ["bundle", "keygen"],
     "labels": ["labels"],
     "labels check": ["labels", "check"],
     "labels show": ["labels", "show"],
@@ -39,7 +44,19 @@ COMMANDS = {
     "dataset check": ["dataset", "check"],
     "dataset prepare": ["dataset", "prepare"],
 }
-HEAVY = {"torch", "onnx", "onnxscript", "onnxruntime", "tensorrt", "tensorrt_rtx", "safetensors", "numpy", "PIL"}
+GROUPS = ("bundle", "labels", "dataset")
+HEAVY = {
+    "cryptography",
+    "torch",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "tensorrt",
+    "tensorrt_rtx",
+    "safetensors",
+    "numpy",
+    "PIL",
+}
 
 
 class Ran(NamedTuple):
@@ -153,7 +170,7 @@ def test_help_imports_nothing_heavy(words: list[str]) -> None:
     assert "typer" in modules  # the list is one
 
 
-@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in ("labels", "dataset")])
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in GROUPS])
 def test_every_command_has_json(name: str, run: Any) -> None:
     assert "--json" in run(*COMMANDS[name], "--help").out
 
@@ -174,7 +191,7 @@ def test_version(run: Any) -> None:
 
 # ------------------------------------------------------------------------------------------- errors, whatever command
 
-NOTHING_GIVEN = [name for name in COMMANDS if name not in ("verify", "doctor", "labels", "dataset")]
+NOTHING_GIVEN = [name for name in COMMANDS if name not in ("verify", "doctor", *GROUPS)]
 
 
 @pytest.mark.parametrize("name", NOTHING_GIVEN)

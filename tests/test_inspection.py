@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from spmdeploy import cli
-from spmdeploy.bundle import open_bundle, pack
+from spmdeploy.bundle import open_bundle
+from spmdeploy.packing import pack
 
 
 def inspect(path: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, Any]]:

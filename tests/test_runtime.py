@@ -23,9 +23,10 @@ from PIL import Image
 
 import spmdeploy
 from spmdeploy import cli
-from spmdeploy.bundle import open_bundle, pack
+from spmdeploy.bundle import open_bundle
 from spmdeploy.errors import BundleError, OutOfMemory, UnavailableError, UsageError
 from spmdeploy.manifest import ParityLimits
+from spmdeploy.packing import pack
 from spmdeploy.runtime import ort
 from spmdeploy.runtime.golden import measure_drift, read_golden, repeat_golden, verify
 from spmdeploy.runtime.session import open_session

@@ -19,10 +19,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spmdeploy.bundle import BundleWriter, open_bundle, pack
+from spmdeploy.bundle import BundleWriter, open_bundle
 from spmdeploy.bundle_files import GOLDEN_PICTURES, MANIFEST, SUMS, is_inside
 from spmdeploy.errors import BundleError, InputError, VerificationError
 from spmdeploy.manifest import GoldenEdit, Manifest
+from spmdeploy.packing import pack
 
 from .conftest import (
     GRAPHS,

@@ -18,9 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spmdeploy import bundle_files
-from spmdeploy.bundle import open_bundle, pack
+from spmdeploy.bundle import open_bundle
 from spmdeploy.bundle_files import MANIFEST, is_inside
 from spmdeploy.errors import BundleError
+from spmdeploy.packing import pack
 
 from .conftest import (
     GRAPHS,

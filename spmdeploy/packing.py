@@ -1,0 +1,187 @@
+"""A bundle on its way to a device: packed into one file, unpacked again, and slimmed to what the device needs."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import stat
+import unicodedata
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path, PurePosixPath
+
+from spmdeploy.bundle import Bundle, open_bundle, replacing, sums_of
+from spmdeploy.bundle_files import MANIFEST, PACK_AGAIN, SIGNATURE, SUMS, WHAT_IT_IS
+from spmdeploy.errors import BundleError, InputError, UsageError
+from spmdeploy.manifest import EDIT, EDIT_ON_CPU, GraphRecord, Manifest
+from spmdeploy.signature import SecretKey, sign
+
+Progress = Callable[[int, int], None]
+"""Told how many files are done, and how many there are."""
+CARD = "card.md"
+
+
+def _silent(done: int, total: int) -> None:
+    pass
+
+
+# ----------------------------------------------------------------------------------------------------- pack and unpack
+
+
+def pack(
+    bundle: Bundle,
+    target: str | Path,
+    overwrite: bool = False,
+    key: SecretKey | None = None,
+    progress: Progress = _silent,
+) -> Path:
+    """Writes a bundle as one uncompressed zip, hashing every file on the way: the same bytes for the same bundle.
+
+    key: signs it; without one a signature that is in it already goes along. What SHA256SUMS does not cover stays
+    behind: the engines that this machine built for itself. Raises BundleError, or InputError where nothing can be
+    written.
+    """
+    signature = bundle.read_signature() if key is None else _sign(bundle.sums, bundle.manifest, key)
+    contents = {name: partial(bundle.read, name) for name in bundle.files()}
+    return _write_zip(target, overwrite, bundle.sums, signature, contents, progress)
+
+
+def unpack(bundle: Bundle, folder: str | Path, overwrite: bool = False, progress: Progress = _silent) -> Bundle:
+    """Writes what SHA256SUMS covers, and its signature, into a new folder, after all of it has been checked.
+
+    Nothing is re-made: hashes and signature stay what they were. Surplus files stay behind. Raises BundleError before
+    anything is written, or InputError where nothing can be.
+    """
+    if bundle.is_folder:
+        raise InputError(f"{bundle.path}: a folder already", "unpack takes the one file that pack writes")
+    _check_names_differ(bundle.files(), bundle.path)
+    bundle.check_all()
+    signature = bundle.read_signature()
+    with replacing(folder, overwrite) as building:
+        _write_new(building / SUMS, bundle.sums)
+        if signature is not None:
+            _write_new(building / SIGNATURE, signature)
+        for number, name in enumerate(bundle.files(), start=1):
+            _write_new(building / name, bundle.read(name))
+            progress(number, len(bundle.files()))
+    return open_bundle(folder)
+
+
+def _check_names_differ(names: Iterable[str], shown: Path) -> None:
+    """Names that are one and the same to a file system that knows no case would overwrite each other."""
+    folded = Counter(unicodedata.normalize("NFC", name).casefold() for name in names)
+    twice = next((name for name, count in folded.items() if count > 1), None)
+    within = next((name for name in folded for above in PurePosixPath(name).parents if str(above) in folded), None)
+    if twice or within:
+        fault = f"two entries are {twice!r} where case is ignored" if twice else f"{within!r} lies inside a file"
+        raise BundleError(f"{shown}: {fault}", PACK_AGAIN)
+
+
+def _write_new(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "xb") as stream:
+        stream.write(content)
+
+
+def _sign(sums: bytes, manifest: Manifest, key: SecretKey) -> bytes:
+    return sign(sums, key, f"spmdeploy bundle {manifest.name} of {manifest.created}")
+
+
+# ------------------------------------------------------------------------------------------------------------- slim
+
+
+def slim(
+    bundle: Bundle,
+    target: str | Path,
+    keep: Sequence[str],
+    overwrite: bool = False,
+    key: SecretKey | None = None,
+    progress: Progress = _silent,
+) -> Bundle:
+    """Packs only the graphs named in `keep`; the rest of the bundle, golden edits first of all, goes along.
+
+    keep: precisions (fp16), graphs (edit_cpu) or both at once (edit.fp32). Files that stay keep their hashes; manifest
+    and card no longer name the graphs that went. key: signs the result; an older signature no longer fits.
+    Raises UsageError where nothing would be left to edit with.
+    """
+    kept = _kept_graphs(bundle, keep)
+    files = {record.file for record in kept}
+    dropped = {record.file for record in bundle.manifest.graphs} - files
+    limits = {record.precision: bundle.manifest.limits[record.precision] for record in kept}
+    manifest = dataclasses.replace(bundle.manifest, graphs=kept, limits=limits)
+    rewritten = {MANIFEST: manifest.to_bytes()}
+    if CARD in bundle.files():
+        rewritten[CARD] = _card_without(bundle.read(CARD), dropped)
+    names = [name for name in bundle.files() if name not in dropped]
+    digests = {name: bundle.digest(name) for name in names}
+    digests |= {name: hashlib.sha256(content).hexdigest() for name, content in rewritten.items()}
+    sums = sums_of(digests)
+    contents = {name: partial(rewritten.__getitem__ if name in rewritten else bundle.read, name) for name in names}
+    signature = None if key is None else _sign(sums, manifest, key)
+    return open_bundle(_write_zip(target, overwrite, sums, signature, contents, progress))
+
+
+def _kept_graphs(bundle: Bundle, keep: Sequence[str]) -> tuple[GraphRecord, ...]:
+    graphs = bundle.manifest.graphs
+    there = ", ".join(f"{record.graph}.{record.precision}" for record in graphs)
+    for word in keep:
+        if not any(word in _names(record) for record in graphs):
+            raise UsageError(f"{bundle.path}: holds no graph {word}; there is {there}", "keep fp16, say, or edit_cpu")
+    kept = tuple(record for record in graphs if not _names(record).isdisjoint(keep))
+    if not any(record.graph in (EDIT, EDIT_ON_CPU) for record in kept):
+        left = ", ".join(keep) or "nothing"
+        raise UsageError(f"{left} leaves no device anything to edit with; there is {there}", "keep an edit graph too")
+    return kept
+
+
+def _names(record: GraphRecord) -> set[str]:
+    return {record.precision, record.graph, f"{record.graph}.{record.precision}"}
+
+
+def _card_without(card: bytes, dropped: Iterable[str]) -> bytes:
+    """The card less the rows of its tables that are about dropped files."""
+    lines = card.decode("utf-8", "surrogateescape").splitlines(keepends=True)
+    marks = [f"`{name}`" for name in dropped]
+    kept = [line for line in lines if not (line.startswith("|") and any(mark in line for mark in marks))]
+    return "".join(kept).encode("utf-8", "surrogateescape")
+
+
+# -------------------------------------------------------------------------------------------------------------- the zip
+
+
+def _write_zip(
+    target: str | Path,
+    overwrite: bool,
+    sums: bytes,
+    signature: bytes | None,
+    contents: Mapping[str, Callable[[], bytes]],
+    progress: Progress,
+) -> Path:
+    """SHA256SUMS and its signature first, so that whoever reads on from the start may judge the rest as it comes."""
+    target = Path(target)
+    if target.suffix.lower() in WHAT_IT_IS:
+        raise InputError(f"{target}: {target.suffix} is no suffix of a bundle", "call it NAME.spm")
+    with replacing(target, overwrite) as building:
+        try:
+            # Without zip64, which `open_bundle` refuses: the two halves of such a header may contradict each other.
+            with zipfile.ZipFile(building, "x", zipfile.ZIP_STORED, allowZip64=False) as archive:
+                archive.writestr(_entry(SUMS), sums)
+                if signature is not None:
+                    archive.writestr(_entry(SIGNATURE), signature)
+                for number, (name, read) in enumerate(contents.items(), start=1):
+                    archive.writestr(_entry(name), read())
+                    progress(number, len(contents))
+        except zipfile.LargeZipFile as error:
+            raise BundleError(
+                f"{target}: more than 2 GiB, too large for one zip", "slim it or copy the folder"
+            ) from error
+    return target
+
+
+def _entry(name: str) -> zipfile.ZipInfo:
+    entry = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
+    entry.create_system = 3  # Unix, wherever it is packed
+    entry.external_attr = (stat.S_IFREG | 0o644) << 16
+    return entry
