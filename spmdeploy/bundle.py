@@ -22,7 +22,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -341,21 +341,34 @@ class BundleWriter:
         _flush_to_disk(self._folder / SUMS)
 
 
-@contextmanager
-def replacing(target: str | Path, overwrite: bool = False) -> Iterator[Path]:
-    """A hidden path beside `target` to write a bundle to, a folder or a file, which is renamed to it at the end.
+def check_replaceable(target: Path) -> None:
+    """Raises InputError unless an intact bundle with nothing else in it is at `target`."""
+    try:
+        surplus = open_bundle(target).surplus
+    except BundleError as exc:
+        raise InputError(f"{target}: not replaced, no intact bundle: {exc.problem}", "remove it yourself") from exc
+    if surplus:
+        raise InputError(f"{target}: not replaced, {surplus[0]} is no part of the bundle in it", "move that file away")
 
-    An exception in the block leaves nothing behind. What is at the target already is treated as by `BundleWriter`.
+
+@contextmanager
+def replacing(
+    target: str | Path, overwrite: bool = False, check: Callable[[Path], None] = check_replaceable
+) -> Iterator[Path]:
+    """A hidden path beside `target` to write a folder or a file to, which is renamed to it at the end.
+
+    An exception in the block leaves nothing behind. What is at the target already is refused; with `overwrite` it is
+    replaced if `check` raises nothing. Raises InputError where nothing can be written.
     """
     target = _real_target(target)
     building = _hidden_beside(target)
-    _check_vacant(target, overwrite)
+    _check_vacant(target, overwrite, check)
     try:
         with _write_errors(target):
             yield building
             for written in (building, *building.rglob("*")):
                 _flush_to_disk(written)
-            _put_in_place(building, target, overwrite)
+            _put_in_place(building, target, overwrite, check)
     finally:
         _remove(building)
 
@@ -374,23 +387,20 @@ def _hidden_beside(target: Path) -> Path:
     return target.with_name(f".{target.name}.{secrets.token_hex(4)}{BUILDING}")
 
 
-def _check_vacant(target: Path, overwrite: bool) -> None:
-    """Raises InputError unless `target` is free or, with `overwrite`, an intact bundle with nothing else in it."""
+def _check_vacant(target: Path, overwrite: bool, check: Callable[[Path], None] = check_replaceable) -> None:
+    """Raises InputError unless `target` is free or, with `overwrite`, what `check` has nothing against."""
     if not os.path.lexists(target):
         return
     if not overwrite:
         raise InputError(f"{target}: exists already", "choose another name, or pass --overwrite to replace it")
-    try:
-        surplus = open_bundle(target).surplus
-    except BundleError as exc:
-        raise InputError(f"{target}: not replaced, no intact bundle: {exc.problem}", "remove it yourself") from exc
-    if surplus:
-        raise InputError(f"{target}: not replaced, {surplus[0]} is no part of the bundle in it", "move that file away")
+    check(target)
 
 
-def _put_in_place(built: Path, target: Path, overwrite: bool) -> None:
+def _put_in_place(
+    built: Path, target: Path, overwrite: bool, check: Callable[[Path], None] = check_replaceable
+) -> None:
     """Renames `built` to `target`. The old one is moved aside before and deleted after: one is always whole."""
-    _check_vacant(target, overwrite)  # again: somebody else may have written it while this one was built
+    _check_vacant(target, overwrite, check)  # again: somebody else may have written it while this one was built
     aside = built.with_suffix(ASIDE)
     replaces = os.path.lexists(target)
     if replaces:

@@ -77,6 +77,11 @@ class TilingChoice(StrEnum):
     crop = "crop"
 
 
+class TritonDevice(StrEnum):
+    gpu = "gpu"
+    cpu = "cpu"
+
+
 class Preset(StrEnum):
     paper = "paper"
     small = "small"
@@ -347,6 +352,39 @@ def verify(
     faults = [f"{result.name}: {fault}" for result in results for fault in result.faults]
     failure = VerificationError("; ".join(faults), "do not use this backend with this bundle") if faults else None
     _print("verify", payload, lines, as_json, failure)
+
+
+@app.command("export-triton")
+def export_triton(
+    bundle: Annotated[Path, typer.Argument(help="A bundle, folder or file.")],
+    repository: Annotated[Path, typer.Argument(help="The model repository; other models in it are left alone.")],
+    name: Annotated[str | None, typer.Option("--name", help="Of the model; default: the bundle's.")] = None,
+    precision: PrecisionOption = PrecisionChoice.auto,
+    device: Annotated[
+        TritonDevice, typer.Option("--device", metavar="gpu|cpu", help="What the server runs it on.")
+    ] = TritonDevice.gpu,
+    max_batch: Annotated[
+        int, typer.Option("--max-batch", min=1, help="Edits that the server may put into one batch.")
+    ] = 8,
+    instances: Annotated[int, typer.Option("--instances", min=1, help="Copies of the model on each device.")] = 1,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Write a model repository for the Triton Inference Server.
+
+    Dynamic batching, instances, and a golden edit that every instance computes before it serves. The server takes and
+    gives what the graph does: bytes in, bytes out.
+    """
+    with _needs("export"):
+        from spmdeploy.bundle import open_bundle
+        from spmdeploy.export.to_triton import TritonOptions
+        from spmdeploy.export.to_triton import export_triton as write_model
+
+    options = TritonOptions(name, precision.value, device.value, max_batch, instances, overwrite)
+    model = write_model(open_bundle(bundle), repository, options)
+    lines = [f"{model.folder}: {model.source} for Triton's {model.backend} backend"]
+    rows = [(name, f"{size / 1e6:.1f} MB") for name, size in model.files.items()]
+    _print("export-triton", model.to_json(), lines + _table(("", ""), rows)[1:], as_json)
 
 
 @bundle_app.command("pack")

@@ -29,6 +29,7 @@ COMMANDS = {
     "inspect": ["inspect"],
     "verify": ["verify"],
     "doctor": ["doctor"],
+    "export-triton": ["export-triton"],
     "bundle": ["bundle"],
     "bundle pack": ["bundle", "pack"],
     "bundle unpack": ["bundle", "unpack"],

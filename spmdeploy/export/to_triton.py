@@ -1,0 +1,240 @@
+"""The `edit` graph of a bundle as a model repository of the Triton Inference Server.
+
+    REPOSITORY/NAME/config.pbtxt    the model's configuration (model_config.proto, message ModelConfig)
+    REPOSITORY/NAME/1/model.onnx    the graph, and the files that it keeps weights in, under the names it asks for
+    REPOSITORY/NAME/warmup/         a golden edit, which every instance computes before it serves anybody
+
+Clients send and get what the graph takes and gives: bytes in, bytes out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx.helper import tensor_dtype_to_np_dtype
+
+from spmdeploy.bundle import Bundle, replacing
+from spmdeploy.errors import BundleError, InputError, UsageError
+from spmdeploy.manifest import EDIT, EDIT_ON_CPU, GraphRecord
+from spmdeploy.runtime.engine_record import BATCH, Port
+from spmdeploy.runtime.golden import EXPORT_AGAIN, read_golden
+
+TritonDevice = Literal["gpu", "cpu"]
+CONFIG, VERSION, WARMUP = "config.pbtxt", "1", "warmup"
+HEADING = "# Written by spmdeploy export-triton"
+MAX_BATCH = 64
+"""What the graphs are exported for."""
+QUEUE_DELAY = 1000
+"""Microseconds that a request waits for others to share its batch: little beside any edit."""
+
+_TYPES = {"uint8": "TYPE_UINT8", "int32": "TYPE_INT32", "float16": "TYPE_FP16", "float32": "TYPE_FP32"}
+
+
+@dataclass(frozen=True)
+class TritonOptions:
+    """How to serve it."""
+
+    name: str | None = None
+    """Of the model, and of its folder; None: the bundle's."""
+    precision: str = "auto"
+    device: TritonDevice = "gpu"
+    max_batch: int = 8
+    instances: int = 1
+    """Copies of the model on each device, for requests at the same time."""
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class TritonModel:
+    """A model that is in place."""
+
+    folder: Path
+    name: str
+    backend: str
+    """Triton's."""
+    source: str
+    """What is served: a file of the bundle."""
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    files: dict[str, int]
+    """Sizes in bytes, by name inside the folder."""
+
+    def to_json(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "folder": str(self.folder)}
+
+
+@dataclass(frozen=True)
+class _Served:
+    """The files of the version folder, and what the configuration says of them."""
+
+    backend: str
+    file: str
+    source: str
+    sha256: str
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    contents: Mapping[str, bytes]
+
+
+def export_triton(bundle: Bundle, repository: Path, options: TritonOptions) -> TritonModel:
+    """Writes a model into a repository, which is made where there is none; other models in it are left alone.
+
+    Raises UsageError, BundleError for a graph that Triton could not batch, InputError where nothing can be written.
+    """
+    name = bundle.manifest.name if options.name is None else options.name
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+        raise UsageError(f"{name!r} is no name for a model", "give one of letters, digits, _ . and - with --name")
+    if not 1 <= options.max_batch <= MAX_BATCH or options.instances < 1:
+        raise UsageError(
+            f"batches up to {options.max_batch} on {options.instances} instances cannot be",
+            f"batches go from 1 to {MAX_BATCH}, and there must be an instance",
+        )
+    served = _served_graph(bundle, _chosen_graph(bundle, options))
+    sample = _warmup_sample(bundle, served.inputs, served.source)
+    folder = repository / name
+    _make_repository(repository)
+    with replacing(folder, options.overwrite, _check_written_by_us) as building:
+        for file, content in served.contents.items():
+            _write_new(building / VERSION / file, content)
+        for file, array in sample.items():
+            _write_new(building / WARMUP / file, array.tobytes())
+        _write_new(building / CONFIG, _config(name, bundle, served, options).encode())
+    files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    inputs, outputs = served.inputs, served.outputs
+    return TritonModel(folder, name, served.backend, served.source, inputs, outputs, dict(sorted(files.items())))
+
+
+# ------------------------------------------------------------------------------------------------- what is to be served
+
+
+def _chosen_graph(bundle: Bundle, options: TritonOptions) -> GraphRecord:
+    """The graph for CPUs on CPUs, where there is one; FP16 on GPUs, FP32 on CPUs unless something else is asked for."""
+    precision = options.precision
+    if precision == "auto":
+        precision = "fp32" if options.device == "cpu" else "fp16"
+    for record in bundle.manifest.graphs:
+        if (record.graph, record.precision, options.device) == (EDIT_ON_CPU, precision, "cpu"):
+            return record
+    return bundle.graph(EDIT, precision)
+
+
+def _served_graph(bundle: Bundle, record: GraphRecord) -> _Served:
+    content = bundle.read(record.file)
+    shown = bundle.path / record.file
+    try:
+        graph = onnx.load_from_string(content).graph
+        inputs, outputs = (tuple(map(_port, values)) for values in (graph.input, graph.output))
+    except Exception as error:  # onnx and protobuf raise anything on bytes that are no graph
+        raise BundleError(f"{shown}: not a graph of ours: {error!r}", EXPORT_AGAIN) from error
+    for port in (*inputs, *outputs):
+        if port.shape[:1] != (BATCH,) or BATCH in port.shape[1:] or port.dtype not in _TYPES:
+            raise BundleError(f"{shown}: Triton cannot batch its {port.name} {port.dtype}{port.shape}", EXPORT_AGAIN)
+    folder = PurePosixPath(record.file).parent
+    weights = {name: bundle.read(str(folder / name)) for name in _external_files(graph)}
+    contents = {"model.onnx": content, **weights}
+    return _Served("onnxruntime", "model.onnx", record.file, record.sha256, inputs, outputs, contents)
+
+
+def _port(value: onnx.ValueInfoProto) -> Port:
+    kind = value.type.tensor_type
+    shape = tuple(BATCH if dim.dim_param else dim.dim_value for dim in kind.shape.dim)
+    return Port(value.name, str(tensor_dtype_to_np_dtype(kind.elem_type)), shape)
+
+
+def _external_files(graph: onnx.GraphProto) -> list[str]:
+    """The files that the graph keeps weights in, by the names it has for them: relative to its own folder."""
+    entries = (entry for tensor in graph.initializer for entry in tensor.external_data)
+    return sorted({entry.value for entry in entries if entry.key == "location"})
+
+
+def _warmup_sample(bundle: Bundle, inputs: Sequence[Port], shown: str) -> dict[str, NDArray[Any]]:
+    """One golden edit, by the names of the inputs: each (1, ...)."""
+    if not bundle.manifest.golden:
+        raise BundleError(f"{bundle.path}: holds no golden edit to warm a server up with", EXPORT_AGAIN)
+    golden = vars(read_golden(bundle, bundle.manifest.golden[0]))
+    for port in inputs:
+        there = golden.get(port.name)
+        if there is None or Port(port.name, str(there.dtype), (BATCH, *there.shape[1:])) != port:
+            raise BundleError(
+                f"{bundle.path}: {shown} takes {port.name} {port.dtype}{port.shape}, as no edit graph does",
+                EXPORT_AGAIN,
+            )
+    return {port.name: np.ascontiguousarray(golden[port.name]) for port in inputs}
+
+
+# ---------------------------------------------------------------------------------------------------- the configuration
+
+
+def _config(name: str, bundle: Bundle, served: _Served, options: TritonOptions) -> str:
+    """config.pbtxt. Dimensions go without the batch, which max_batch_size stands for."""
+    kind = "KIND_CPU" if options.device == "cpu" else "KIND_GPU"
+    warm_batches = sorted({1, options.max_batch})
+    lines = [
+        f"{HEADING}: {served.source} of the bundle {bundle.manifest.name},",
+        f"# SHA-256 {served.sha256}",
+        f'name: "{name}"',
+        f'backend: "{served.backend}"',
+        f'default_model_filename: "{served.file}"',
+        f"max_batch_size: {options.max_batch}",
+        *_ports("input", served.inputs),
+        *_ports("output", served.outputs),
+        f"instance_group [ {{ kind: {kind} count: {options.instances} }} ]",
+        f"dynamic_batching {{ max_queue_delay_microseconds: {QUEUE_DELAY} }}",
+        *(line for batch in warm_batches for line in _warmup(batch, served.inputs)),
+    ]
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _ports(field: str, ports: Sequence[Port]) -> Iterator[str]:
+    for port in ports:
+        yield f'{field} {{ name: "{port.name}" {_type_and_dims(port)} }}'
+
+
+def _warmup(batch: int, inputs: Sequence[Port]) -> Iterator[str]:
+    """The sample is one edit; Triton repeats it to fill the batch."""
+    yield "model_warmup {"
+    yield f'  name: "batch {batch}" batch_size: {batch}'
+    for port in inputs:
+        yield f'  inputs {{ key: "{port.name}" value {{ {_type_and_dims(port)} input_data_file: "{port.name}" }} }}'
+    yield "}"
+
+
+def _type_and_dims(port: Port) -> str:
+    return f"data_type: {_TYPES[port.dtype]} dims: {list(port.shape[1:])}"
+
+
+# ------------------------------------------------------------------------------------------------------ the repository
+
+
+def _make_repository(repository: Path) -> None:
+    try:
+        repository.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{repository}: cannot be made: {error.strerror}", "name another folder") from error
+
+
+def _check_written_by_us(folder: Path) -> None:
+    """Raises InputError unless the folder is a model that was written here, with nothing else in it."""
+    try:
+        heading, names = (folder / CONFIG).read_bytes()[: len(HEADING)], set(os.listdir(folder))
+    except OSError:
+        heading, names = b"", set()
+    strange = sorted(names - {CONFIG, VERSION, WARMUP})
+    if heading != HEADING.encode() or strange:
+        words = f"{folder}: not replaced, {strange[0] if strange else 'it'} was not written by export-triton"
+        raise InputError(words, "remove it yourself, or give another --name")
+
+
+def _write_new(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "xb") as stream:
+        stream.write(content)
