@@ -75,6 +75,7 @@ class TilingChoice(StrEnum):
     auto = "auto"
     off = "off"
     crop = "crop"
+    cascade = "cascade"
 
 
 class TritonDevice(StrEnum):
@@ -120,7 +121,11 @@ PrecisionOption = Annotated[
 ]
 Tiling = Annotated[
     TilingChoice,
-    typer.Option("--tiling", metavar="auto|off|crop", help="off: whole photo at once; crop: windows around the mask."),
+    typer.Option(
+        "--tiling",
+        metavar="auto|off|crop|cascade",
+        help="off: whole photo at once; crop: windows around the mask, shrunk; cascade: in tiles at their own size.",
+    ),
 ]
 RequireSignature = Annotated[
     str | None,

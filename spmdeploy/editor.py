@@ -1,50 +1,42 @@
 """One edit from arrays to arrays: check the inputs, plan the windows, run them in batches, stitch the results.
 
 Two promises hold for every session, because they are kept here and not left to the network: pixels outside the mask
-come back bit for bit, and pixels under the mask never reach the session (see `_model_input`), so nothing of what was
+come back bit for bit, and pixels under the mask never reach the session (see `model_inputs`), so nothing of what was
 hidden shows in the result.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from spmdeploy.errors import InputError, UsageError
-from spmdeploy.images import check_mask, resize_mask_covering, resize_photo
+from spmdeploy.cascade import LevelReport, base_of, carry_up
+from spmdeploy.errors import BundleError, InputError, UsageError
+from spmdeploy.images import check_mask, resize_photo
 from spmdeploy.labels import ClassTable, check_labels
-from spmdeploy.tiling.frames import Frame, frame_of, layout_positions, pad_by_reflection
+from spmdeploy.model_inputs import Ids, ModelInput, Scene, model_input, stacked
+from spmdeploy.tally import Progress, Tally
+from spmdeploy.tiling.frames import Frame, frame_of
+from spmdeploy.tiling.levels import Level, plan_levels
 from spmdeploy.tiling.pieces import Mask, Picture
-from spmdeploy.tiling.stitching import extend_known, stitch
+from spmdeploy.tiling.stitching import stitch
 from spmdeploy.tiling.windows import plan_windows, whole_photo
 
 if TYPE_CHECKING:
     from spmdeploy.runtime.session import Session
 
-Ids = NDArray[np.integer[Any]]
-Progress = Callable[[int, int], None]
-Tiling = Literal["auto", "off", "crop"]
+Tiling = Literal["auto", "off", "crop", "cascade"]
 
 # Photo pixels under the mask over which the photo's surroundings pass over into the edit.
 FEATHER = 3
-# Windows per call of the session: enough to fill a small GPU, few enough for a CPU's memory.
+# Windows or tiles per call of the session: enough to fill a small GPU, few enough for a CPU's memory.
 BATCH_SIZE = 4
-# A window is said to lose detail when it is shrunk by more than this.
-DETAIL_LOST_BELOW = 1 / 1.5
-# What the session gets in place of hidden pixels: the known ones continued for a few pixels, then the grey that stands
-# for "nothing here" in the network (0 in its [-1, 1]). The network halves its picture before it blanks the hole, so
-# that it sees one pixel deep into the mask; the rest of the continuation is a safety margin for other networks.
-HIDDEN_GREY = 128
-CONTINUED = 4
-# Stands for ids outside the mask that do not fit into a byte; under it `check_labels` lets none through.
-_UNKNOWN = 255
+# A window whose longer side is more than this many times the model's loses detail when it is shrunk to it.
+CROP_LIMIT = 1.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,26 +50,62 @@ class InputNames:
 
 
 @dataclass(frozen=True, slots=True)
+class EditedWindow:
+    """frame: how the window lay in the model's input. levels: those it was carried up through, measured: what each did;
+    none where it was edited at once."""
+
+    frame: Frame
+    levels: tuple[Level, ...] = ()
+    measured: tuple[LevelReport, ...] = ()
+
+    @property
+    def scale(self) -> float:
+        """Pixels that the network made along a pixel of the photo, at most 1."""
+        return 1.0 if self.levels else self.frame.scale
+
+    @property
+    def tiles(self) -> int:
+        return sum(len(level.tiles) for level in self.levels)
+
+    def to_json(self) -> dict[str, Any]:
+        window = self.frame.window
+        return {
+            "top": window.top,
+            "left": window.left,
+            "height": window.height,
+            "width": window.width,
+            "scale": round(self.scale, 4),
+            "tiling": "cascade" if self.levels else "crop",
+            "levels": [report.to_json() for report in self.measured],
+        }
+
+
+@dataclass(frozen=True, slots=True)
 class EditReport:
     """How an edit was made.
 
-    tiling is the mode that ran ("auto" is resolved, tiling_reason says why); windows hold their place in the photo and
-    their scale in the model; milliseconds has an entry per phase: validate, plan, prepare, run (the session alone),
-    stitch.
+    tiling is the mode that ran ("auto" is resolved, tiling_reason says why; "cascade" where at least one window was
+    carried up); batches counts calls of the session; milliseconds has an entry per phase: validate, plan, prepare, run
+    (the session alone), stitch.
     """
 
     backend: str
     device: str
     precision: str
     provider: str
-    tiling: Literal["off", "crop"]
+    tiling: Literal["off", "crop", "cascade"]
     tiling_reason: str
-    windows: tuple[Frame, ...]
+    windows: tuple[EditedWindow, ...]
     batches: int
     feather: int
     edited_pixels: int
     milliseconds: dict[str, float]
     notes: tuple[str, ...]
+
+    @property
+    def tiles(self) -> int:
+        """Over all levels of all windows."""
+        return sum(window.tiles for window in self.windows)
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain JSON values."""
@@ -88,19 +116,14 @@ class EditReport:
             "provider": self.provider,
             "tiling": self.tiling,
             "tiling_reason": self.tiling_reason,
-            "windows": [_window_json(frame) for frame in self.windows],
+            "windows": [window.to_json() for window in self.windows],
+            "tiles": self.tiles,
             "batches": self.batches,
             "feather": self.feather,
             "edited_pixels": self.edited_pixels,
             "milliseconds": {phase: round(spent, 3) for phase, spent in self.milliseconds.items()},
             "notes": list(self.notes),
         }
-
-
-def _window_json(frame: Frame) -> dict[str, Any]:
-    window = frame.window
-    place = {"top": window.top, "left": window.left, "height": window.height, "width": window.width}
-    return {**place, "scale": round(frame.scale, 4)}
 
 
 class EditResult(NamedTuple):
@@ -138,50 +161,50 @@ class Editor:
 
         image: uint8 (H, W, 3) RGB. labels: integer (H, W). mask: bool or integer (H, W), 0 = keep, anything else =
         edit. instances: integer (H, W) or None, then the labels stand in. tiling: "off" runs the whole photo at once
-        and wants it to have the model's size, "crop" edits a context window around every piece of the mask, "auto"
-        takes "off" where it fits. feather: see `stitch`. progress(done, total) counts windows, from (0, total) on.
+        and wants it to have the model's size; "crop" edits a context window around every piece of the mask at the
+        model's size, "cascade" carries windows larger than that up to their own; "auto" takes "off" where it fits,
+        else "cascade" for windows beyond CROP_LIMIT if the session refines. feather: see `stitch`. progress(done,
+        total) counts windows and tiles, from (0, total) on.
 
         Labels matter under the mask only, with one exception that is the network's own definition and was kept because
         it was trained that way: a masked pixel at the mask's rim counts as an object's edge if the instance (or label)
         of the known pixel next to it differs. Ids there are compared, never interpreted, and need not be valid.
 
-        Raises InputError (arrays that do not fit each other, the model or the mode), UsageError (options).
+        Raises InputError (arrays that do not fit each other, the model or the mode), UsageError (options), BundleError
+        ("cascade" where the session does not refine).
         """
         names = names or InputNames()
-        clock = _Stopwatch()
-        with clock.phase("validate"):
+        tally = Tally(progress)
+        with tally.phase("validate"):
             _check_options(tiling, feather, batch_size)
             edit_mask = self._checked(image, labels, mask, instances, names)
-        with clock.phase("plan"):
-            mode, reason = self._choose(tiling, image, names)
-            frames = self._frames(mode, edit_mask)
-        result = image.copy()
-        batches = [frames[start : start + batch_size] for start in range(0, len(frames), batch_size)]
-        _tell(progress, 0, len(frames))
-        for number, batch in enumerate(batches):
-            with clock.phase("prepare"):
-                inputs = _stacked([_model_input(frame, result, labels, edit_mask, instances) for frame in batch])
-            with clock.phase("run"):
-                edited = self.session.run(*inputs)
-            with clock.phase("stitch"):
-                _put_back(batch, edited, result, edit_mask, feather)
-            _tell(progress, number * batch_size + len(batch), len(frames))
+        with tally.phase("plan"):
+            plan = self._plan(tiling, image, edit_mask, names)
+        scene = Scene(image.copy(), labels, edit_mask, instances)
+        tally.begin(sum(1 + window.tiles for window in plan.windows))
+        at_once = [window.frame for window in plan.windows if not window.levels]
+        for start in range(0, len(at_once), batch_size):
+            self._edit_at_once(at_once[start : start + batch_size], scene, feather, tally)
+        done = [
+            self._edit_in_levels(window, scene, feather, batch_size, tally) if window.levels else window
+            for window in plan.windows
+        ]
         session = self.session
         report = EditReport(
             backend=session.backend,
             device=session.device,
             precision=session.precision,
             provider=session.provider,
-            tiling=mode,
-            tiling_reason=reason,
-            windows=tuple(frames),
-            batches=len(batches),
+            tiling=plan.tiling,
+            tiling_reason=plan.reason,
+            windows=tuple(done),
+            batches=tally.batches,
             feather=feather,
             edited_pixels=int(np.count_nonzero(edit_mask)),
-            milliseconds=clock.milliseconds,
-            notes=_notes(frames),
+            milliseconds=tally.milliseconds,
+            notes=_notes(done),
         )
-        return EditResult(result, report)
+        return EditResult(scene.picture, report)
 
     def close(self) -> None:
         self.session.close()
@@ -212,24 +235,74 @@ class Editor:
         check_labels(labels, self.classes, names.labels, where=edit_mask)
         return edit_mask
 
-    def _choose(self, tiling: Tiling, image: Picture, names: InputNames) -> tuple[Literal["off", "crop"], str]:
+    def _plan(self, tiling: Tiling, image: Picture, mask: Mask, names: InputNames) -> _Plan:
         size = self.session.size
         fits = image.shape[:2] == (size, size)
         if tiling == "off" and not fits:
             problem = (
                 f"{names.image} is {_size(image)}, but without tiling it must have the model's size, {size}×{size}"
             )
-            raise InputError(problem, "use tiling auto or crop")
+            raise InputError(problem, "use tiling auto, crop or cascade")
+        if tiling == "cascade" and not self.session.refines:
+            raise BundleError(
+                "this model cannot cascade: it has no refine graph",
+                "use tiling auto or crop, or export the model again with a refine graph",
+            )
+        if fits and tiling in ("auto", "off"):
+            reason = "asked for" if tiling == "off" else f"the photo has the model's size, {size}×{size}"
+            return _Plan("off", reason, [EditedWindow(frame_of(whole_photo(size, size), size))])
+        limit = size if tiling == "cascade" else CROP_LIMIT * size
+        found = plan_windows(mask, size)
+        large = [max(window.height, window.width) > limit for window in found]
+        cascades = tiling != "crop" and self.session.refines
+        windows = [
+            EditedWindow(frame_of(window, size), plan_levels(window, mask, size) if cascades and is_large else ())
+            for window, is_large in zip(found, large, strict=True)
+        ]
         if tiling != "auto":
-            return tiling, "asked for"
-        if fits:
-            return "off", f"the photo has the model's size, {size}×{size}"
-        return "crop", f"the photo is {_size(image)}, not the model's {size}×{size}"
+            return _Plan("crop" if tiling == "crop" else "cascade", "asked for", windows)
+        if not any(large):
+            return _Plan("crop", f"no window is larger than {limit:g} pixels", windows)
+        reason = f"{sum(large)} of {len(large)} windows larger than {limit:g} pixels"
+        if cascades:
+            return _Plan("cascade", reason, windows)
+        return _Plan("crop", f"{reason}, but the model has no refine graph", windows)
 
-    def _frames(self, mode: Literal["off", "crop"], mask: Mask) -> list[Frame]:
-        size = self.session.size
-        windows = [whole_photo(*mask.shape)] if mode == "off" else plan_windows(mask, size)
-        return [frame_of(window, size) for window in windows]
+    def _edit_at_once(self, frames: list[Frame], scene: Scene, feather: int, tally: Tally) -> None:
+        """A batch of windows at the model's size, stitched into the scene's picture."""
+        with tally.phase("prepare"):
+            inputs = stacked([_frame_input(frame, scene) for frame in frames])
+        with tally.phase("run"):
+            edited = self.session.run(*inputs)
+        with tally.phase("stitch"):
+            _put_back(frames, edited, scene, feather)
+        tally.batches += 1
+        tally.advance(len(frames))
+
+    def _edit_in_levels(
+        self, planned: EditedWindow, scene: Scene, feather: int, batch_size: int, tally: Tally
+    ) -> EditedWindow:
+        """One window, coarse at first, then carried up to its own size and stitched into the scene's picture."""
+        frame, levels = planned.frame, planned.levels
+        with tally.phase("prepare"):
+            inputs = stacked([_frame_input(frame, scene)])
+        with tally.phase("run"):
+            edited = self.session.run_unrounded(*inputs)[0]
+        tally.batches += 1
+        tally.advance(1)
+        part = scene.cut(frame.window)
+        canvas, measured = carry_up(self.session, levels, base_of(frame, edited, levels[0]), part, batch_size, tally)
+        with tally.phase("stitch"):
+            region = levels[-1].region.slices
+            content = np.rint(canvas, out=canvas).astype(np.uint8)
+            stitch(part.picture[region], content, part.mask[region], feather)
+        return replace(planned, measured=measured)
+
+
+class _Plan(NamedTuple):
+    tiling: Literal["off", "crop", "cascade"]
+    reason: str
+    windows: list[EditedWindow]
 
 
 # ---- checks ----
@@ -298,83 +371,29 @@ def _size(array: NDArray[Any]) -> str:
 # ---- from the photo to the model and back ----
 
 
-class _ModelInput(NamedTuple):
-    """What the deploy graph takes, for one window (size, size[, 3]) or a batch of them (B, size, size[, 3])."""
-
-    image: NDArray[np.uint8]
-    labels: NDArray[np.uint8]
-    instances: NDArray[np.int32]
-    mask: NDArray[np.uint8]
+def _frame_input(frame: Frame, scene: Scene) -> ModelInput:
+    return model_input(scene.cut(frame.window), frame.height, frame.width, frame.size)
 
 
-def _model_input(frame: Frame, picture: Picture, labels: Ids, mask: Mask, instances: Ids | None) -> _ModelInput:
-    """One window in the model's frame, without the pixels that the mask hides."""
-    window = frame.window.slices
-    hole, ids = mask[window], labels[window]
-    things = ids if instances is None else instances[window]
-    if frame.shrinks:
-        hole = resize_mask_covering(mask[window], frame.height, frame.width)
-        rows, columns = layout_positions(mask[window], hole)
-        ids, things = ids[rows, columns], things[rows, columns]
-        photo = np.array(resize_photo(picture[window], frame.height, frame.width))
-    else:
-        photo = picture[window].copy()
-    photo[hole] = HIDDEN_GREY
-    extend_known(photo, hole, CONTINUED)
-    class_ids = _byte_ids(ids)
-    things = class_ids if instances is None else things
-    return _ModelInput(
-        image=pad_by_reflection(photo, frame.size),
-        labels=pad_by_reflection(class_ids, frame.size),
-        instances=pad_by_reflection(things.astype(np.int32), frame.size),
-        mask=pad_by_reflection(hole.astype(np.uint8), frame.size),
-    )
-
-
-def _stacked(inputs: list[_ModelInput]) -> _ModelInput:
-    return _ModelInput(*(np.stack(parts) for parts in zip(*inputs, strict=True)))
-
-
-def _byte_ids(ids: Ids) -> NDArray[np.uint8]:
-    return np.where((ids >= 0) & (ids <= _UNKNOWN), ids, _UNKNOWN).astype(np.uint8)
-
-
-def _put_back(frames: list[Frame], edited: Picture, picture: Picture, mask: Mask, feather: int) -> None:
-    """Stitch a batch of results, uint8 (B, size, size, 3), into the picture, in place."""
+def _put_back(frames: list[Frame], edited: Picture, scene: Scene, feather: int) -> None:
+    """Stitch a batch of results, uint8 (B, size, size, 3), into the scene's picture, in place."""
     expected = (len(frames), frames[0].size, frames[0].size, 3)
     assert edited.shape == expected and edited.dtype == np.uint8, (edited.shape, edited.dtype, expected)
     for frame, square in zip(frames, edited, strict=True):
         content = square[: frame.height, : frame.width]
         if frame.shrinks:
             content = resize_photo(content, frame.window.height, frame.window.width)
-        stitch(picture[frame.window.slices], content, mask[frame.window.slices], feather)
+        part = scene.cut(frame.window)
+        stitch(part.picture, content, part.mask, feather)
 
 
 # ---- what the report says ----
 
 
-def _notes(frames: list[Frame]) -> tuple[str, ...]:
+def _notes(windows: list[EditedWindow]) -> tuple[str, ...]:
     return tuple(
-        f"window {number} of {len(frames)} is {frame.window.width}×{frame.window.height} pixels and is edited at "
-        f"{frame.width}×{frame.height}: detail is lost"
-        for number, frame in enumerate(frames, start=1)
-        if frame.scale < DETAIL_LOST_BELOW
+        f"window {number} of {len(windows)} is {entry.frame.window.width}×{entry.frame.window.height} pixels and is "
+        f"edited at {entry.frame.width}×{entry.frame.height}: detail is lost"
+        for number, entry in enumerate(windows, start=1)
+        if entry.scale < 1 / CROP_LIMIT
     )
-
-
-def _tell(progress: Progress | None, done: int, total: int) -> None:
-    if progress is not None:
-        progress(done, total)
-
-
-class _Stopwatch:
-    """Milliseconds by phase, added up over the windows."""
-
-    def __init__(self) -> None:
-        self.milliseconds = dict.fromkeys(("validate", "plan", "prepare", "run", "stitch"), 0.0)
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.milliseconds[name] += (time.perf_counter() - start) * 1000

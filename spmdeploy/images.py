@@ -9,6 +9,7 @@ where they are in memory already (a bundle's, whose hash was checked); the path 
 from __future__ import annotations
 
 import io
+import math
 import os
 import secrets
 import struct
@@ -63,6 +64,7 @@ _WRITE_OPTIONS: dict[str, dict[str, Any]] = {
 }
 _SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WebP"}
 _LONGEST_SIDE = {"JPEG": 65500, "WebP": 16383}
+_BICUBIC = Image.Resampling.BICUBIC
 
 
 # --------------------------------------------------------------------------------------------------------- reading
@@ -565,7 +567,25 @@ def resize_photo(pixels: Pixels, height: int, width: int) -> Pixels:
     coarse = _area_average(pixels, min(height, pixels.shape[0]), min(width, pixels.shape[1]))
     if coarse.shape[:2] == (height, width):
         return coarse
-    return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
+    return np.asarray(Image.fromarray(coarse).resize((width, height), _BICUBIC))
+
+
+def resize_canvas(
+    canvas: NDArray[np.float32], height: int, width: int, rows: float, columns: float
+) -> NDArray[np.float32]:
+    """float32 (H, W, 3) in 0..255 to float32 (height, width, 3), bicubic, of the upper left rows by columns.
+
+    These may be fractions and reach beyond the canvas, whose last pixels are then repeated. Nothing is rounded.
+    """
+    more = [(0, max(math.ceil(need) - have, 0)) for need, have in zip((rows, columns), canvas.shape, strict=False)]
+    padded = np.pad(canvas, [*more, (0, 0)], mode="edge")
+    box = (0, 0, columns, rows)
+    channels = [
+        np.asarray(Image.fromarray(np.ascontiguousarray(padded[..., channel])).resize((width, height), _BICUBIC, box))
+        for channel in range(3)
+    ]
+    resized: NDArray[np.float32] = np.clip(np.stack(channels, axis=2), 0, 255)
+    return resized
 
 
 def resize_labels(ids: NDArray[Integer], height: int, width: int) -> NDArray[Integer]:

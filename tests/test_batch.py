@@ -26,6 +26,7 @@ class Painter:
     """A session that paints each class in a grey of its own; `before` is called first in every run."""
 
     backend, device, precision, provider, size = "onnxruntime", "cpu", "fp32", "paint", 256
+    refines = False
 
     def __init__(self, before: Callable[[int], None] = lambda run: None) -> None:
         self.before, self.runs = before, 0

@@ -24,6 +24,7 @@ class Grey:
     """A session that paints everything under the mask in one grey, or fails."""
 
     backend, device, precision, provider, size = "onnxruntime", "cpu", "fp32", "grey", 256
+    refines = False
 
     def __init__(self, failure: Exception | None = None) -> None:
         self.failure = failure

@@ -26,20 +26,32 @@ class FakeSession:
     backend, device, provider = "fake", "cpu", "none"
     precision: Literal["fp32", "fp16"] = "fp32"
 
-    def __init__(self, paint: Callable[..., np.ndarray], size: int = 256) -> None:
+    def __init__(self, paint: Callable[..., np.ndarray], size: int = 256, refines: bool = False) -> None:
         self.paint = paint
         self.size = size
+        self.refines = refines
         self.calls: list[tuple[np.ndarray, ...]] = []
         self.closed = False
 
-    def run(self, image: np.ndarray, labels: np.ndarray, instances: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    def run(self, *inputs: np.ndarray) -> np.ndarray:
+        return self.run_unrounded(*inputs).astype(np.uint8)
+
+    def run_unrounded(
+        self, image: np.ndarray, labels: np.ndarray, instances: np.ndarray, mask: np.ndarray, *coarse: np.ndarray
+    ) -> np.ndarray:
         square = (len(image), self.size, self.size)
         assert image.shape == (*square, 3) and labels.shape == instances.shape == mask.shape == square
         assert [str(array.dtype) for array in (image, labels, instances, mask)] == ["uint8", "uint8", "int32", "uint8"]
         assert mask.max() <= 1
-        self.calls.append((image, labels, instances, mask))
+        self.calls.append((image, labels, instances, mask, *coarse))
         painted = self.paint(image, labels, instances, mask)
-        return np.where(mask[..., None] != 0, painted, image).astype(np.uint8)
+        return np.where(mask[..., None] != 0, painted, image).astype(np.float32)
+
+    def refine(self, *inputs: np.ndarray) -> np.ndarray:
+        assert self.refines
+        *_, coarse = inputs
+        assert coarse.shape == (len(inputs[0]), self.size // 2, self.size // 2, 3) and coarse.dtype == np.float32
+        return self.run_unrounded(*inputs)
 
     def close(self) -> None:
         self.closed = True
@@ -73,9 +85,15 @@ def layout(image: np.ndarray, labels: np.ndarray, *_: np.ndarray) -> np.ndarray:
 
 
 def edit(
-    image: Any, labels: Any, mask: Any, paint: Callable[..., np.ndarray] = identity, size: int = 256, **more: Any
+    image: Any,
+    labels: Any,
+    mask: Any,
+    paint: Callable[..., np.ndarray] = identity,
+    size: int = 256,
+    refines: bool = False,
+    **more: Any,
 ) -> EditResult:
-    return Editor(FakeSession(paint, size), CLASSES).edit(image, labels, mask, **more)
+    return Editor(FakeSession(paint, size, refines), CLASSES).edit(image, labels, mask, **more)
 
 
 def noise(height: int, width: int, *, seed: int = 0) -> np.ndarray:
@@ -107,24 +125,24 @@ def partial_masks(draw: st.DrawFn, longest: int = 700) -> np.ndarray:
 # ---- the two promises ----
 
 
-def check_promises(mask: np.ndarray, size: int, feather: int) -> None:
+def check_promises(mask: np.ndarray, size: int, feather: int, refines: bool = False) -> None:
     """Known pixels come back; neither hidden pixels nor labels beyond the mask's rim reach the result."""
     image, labels = noise(*mask.shape), labels_for(mask)
     untouched = image.copy()
-    result = edit(image, labels, mask, everything_mixed, size, feather=feather).image
+    result = edit(image, labels, mask, everything_mixed, size, refines, feather=feather).image
     np.testing.assert_array_equal(image, untouched)
     assert result.dtype == np.uint8 and result.shape == image.shape
     np.testing.assert_array_equal(result[~mask], image[~mask])
 
     hidden_changed = np.where(mask[:, :, None], noise(*mask.shape, seed=1), image)
-    again = edit(hidden_changed, labels, mask, everything_mixed, size, feather=feather).image
+    again = edit(hidden_changed, labels, mask, everything_mixed, size, refines, feather=feather).image
     np.testing.assert_array_equal(again, result)
 
 
 @quick
-@given(partial_masks(), st.integers(0, 4))
-def test_known_pixels_are_exact_and_hidden_pixels_never_matter(mask: np.ndarray, feather: int) -> None:
-    check_promises(mask, 256, feather)
+@given(partial_masks(), st.integers(0, 4), st.booleans())
+def test_known_pixels_are_exact_and_hidden_pixels_never_matter(mask: np.ndarray, feather: int, refines: bool) -> None:
+    check_promises(mask, 256, feather, refines)
 
 
 @quick
@@ -132,6 +150,12 @@ def test_known_pixels_are_exact_and_hidden_pixels_never_matter(mask: np.ndarray,
 def test_the_promises_hold_for_strongly_shrunken_windows(mask: np.ndarray, size: int) -> None:
     """A small model makes small photos as hard as large ones."""
     check_promises(mask, size, 3)
+
+
+@settings(max_examples=15, deadline=None)
+@given(partial_masks(500), st.sampled_from([128, 160]))
+def test_the_promises_hold_through_several_levels(mask: np.ndarray, size: int) -> None:
+    check_promises(mask, size, 3, refines=True)
 
 
 BORDERS = np.s_[:5, 1400:1500], np.s_[-5:, 1400:1500], np.s_[2000:2100, :5], np.s_[2000:2100, -5:]
@@ -301,12 +325,15 @@ def test_progress_counts_windows() -> None:
 
 
 def test_auto_runs_the_whole_photo_only_at_the_models_size() -> None:
-    for shape, mode in (((256, 256), "off"), ((256, 257), "crop"), ((100, 100), "crop")):
+    for shape, mode, reason in (
+        ((256, 256), "off", "the photo has the model's size, 256×256"),
+        ((256, 257), "crop", "no window is larger than 384 pixels"),
+        ((100, 100), "crop", "no window is larger than 384 pixels"),
+    ):
         mask = np.zeros(shape, bool)
         mask[0, 0] = True
         report = edit(noise(*shape), labels_for(mask), mask).report
-        assert report.tiling == mode
-        assert "256×256" in report.tiling_reason
+        assert (report.tiling, report.tiling_reason) == (mode, reason)
 
 
 def test_off_refuses_any_other_size_and_names_both() -> None:
@@ -331,11 +358,12 @@ def test_the_report_says_what_ran_and_is_plain_json() -> None:
     mask[500, 100] = True
     mask[200:800, 1000:1600] = True
     report = edit(noise(1000, 2000), labels_for(mask), mask).report
-    assert [frame.window for frame in report.windows] == [Window(50, 850, 900, 900), Window(373, 0, 256, 256)]
+    assert [entry.frame.window for entry in report.windows] == [Window(50, 850, 900, 900), Window(373, 0, 256, 256)]
     assert report.notes == ("window 1 of 2 is 900×900 pixels and is edited at 256×256: detail is lost",)
     assert report.edited_pixels == 360_001
     told = json.loads(json.dumps(report.to_json()))
-    assert told["windows"][0] == {"top": 50, "left": 850, "height": 900, "width": 900, "scale": 0.2844}
+    place = {"top": 50, "left": 850, "height": 900, "width": 900}
+    assert told["windows"][0] == {**place, "scale": 0.2844, "tiling": "crop", "levels": []}
     assert (told["backend"], told["device"], told["precision"], told["provider"]) == ("fake", "cpu", "fp32", "none")
     assert set(told["milliseconds"]) == {"validate", "plan", "prepare", "run", "stitch"}
     assert all(spent > 0 for spent in told["milliseconds"].values())
@@ -346,7 +374,7 @@ def test_a_window_a_little_larger_than_the_model_is_no_reason_for_a_note() -> No
     mask = np.zeros((1000, 1000), bool)
     mask[400:650, 400:650] = True
     report = edit(noise(1000, 1000), labels_for(mask), mask).report
-    assert report.windows[0].window.height == 375 and report.notes == ()
+    assert report.windows[0].frame.window.height == 375 and report.notes == ()
 
 
 def test_the_session_is_closed_with_the_editor() -> None:
@@ -426,7 +454,7 @@ def test_unknown_labels_are_counted_under_the_mask_only() -> None:
     assert "9" not in caught.value.problem
 
 
-@pytest.mark.parametrize("option", [{"tiling": "cascade"}, {"feather": -1}, {"batch_size": 0}])
+@pytest.mark.parametrize("option", [{"tiling": "mosaic"}, {"feather": -1}, {"batch_size": 0}])
 def test_impossible_options_are_refused(option: dict[str, Any]) -> None:
     (value,) = option.values()
     with pytest.raises(UsageError, match=str(value)):

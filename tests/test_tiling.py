@@ -233,21 +233,21 @@ def test_a_narrow_window_is_not_stretched() -> None:
 @given(st.integers(1, 40), st.integers(1, 40))
 def test_padding_mirrors_without_repeating_the_border(height: int, width: int) -> None:
     ids = np.arange(height * width, dtype=np.int32).reshape(height, width)
-    padded = frames.pad_by_reflection(ids, 40)
-    assert padded.shape == (40, 40) and padded.dtype == ids.dtype
+    padded = frames.pad_by_reflection(ids, 40, 50)
+    assert padded.shape == (40, 50) and padded.dtype == ids.dtype
 
-    def mirrored(length: int) -> list[int]:
+    def mirrored(length: int, to: int) -> list[int]:
         there_and_back = [*range(length), *range(length - 2, 0, -1)]
-        return [there_and_back[at % len(there_and_back)] for at in range(40)]
+        return [there_and_back[at % len(there_and_back)] for at in range(to)]
 
-    np.testing.assert_array_equal(padded, ids[np.ix_(mirrored(height), mirrored(width))])
+    np.testing.assert_array_equal(padded, ids[np.ix_(mirrored(height, 40), mirrored(width, 50))])
 
 
 def test_padding_keeps_colour_channels() -> None:
     picture = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3)
-    padded = frames.pad_by_reflection(picture, 4)
+    padded = frames.pad_by_reflection(picture, 4, 4)
     assert padded.shape == (4, 4, 3)
-    np.testing.assert_array_equal(padded[:, :, 1], frames.pad_by_reflection(picture[:, :, 1], 4))
+    np.testing.assert_array_equal(padded[:, :, 1], frames.pad_by_reflection(picture[:, :, 1], 4, 4))
     np.testing.assert_array_equal(padded[2:, :3], picture[[0, 1]])
 
 

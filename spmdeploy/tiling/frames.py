@@ -45,16 +45,15 @@ def _shrunk(side: int, size: int, longer: int) -> int:
     return max(1, (2 * side * size + longer) // (2 * longer))
 
 
-def pad_by_reflection(array: NDArray[T], size: int) -> NDArray[T]:
-    """An (h, w, ...) array with h, w <= size, continued below and to the right by mirroring to (size, size, ...).
+def pad_by_reflection(array: NDArray[T], height: int, width: int) -> NDArray[T]:
+    """An (h, w, ...) array, no larger than that, continued below and to the right by mirroring to (height, width, ...).
 
     The outermost pixel is not repeated, so a label map gets no edges that it did not have; a side of one pixel is
     repeated.
     """
-    height, width = array.shape[:2]
-    if (height, width) == (size, size):
+    if array.shape[:2] == (height, width):
         return array
-    margins = [(0, size - height), (0, size - width)] + [(0, 0)] * (array.ndim - 2)
+    margins = [(0, height - array.shape[0]), (0, width - array.shape[1])] + [(0, 0)] * (array.ndim - 2)
     return np.pad(array, margins, mode="reflect")
 
 

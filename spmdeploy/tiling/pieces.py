@@ -24,7 +24,7 @@ def mask_pieces(mask: Mask) -> Boxes:
     Pieces are 8-connected groups of blocks on a grid that starts at the mask's own bounding box, so that moving the
     mask moves the pieces. Pieces in touching blocks count as one (see BLOCK).
     """
-    bounds = _bounding_box(mask)
+    bounds = bounding_box(mask)
     if bounds is None:
         return np.empty((0, 4), np.int64)
     top, left, bottom, right = bounds
@@ -35,7 +35,7 @@ def mask_pieces(mask: Mask) -> Boxes:
     return whole
 
 
-def _bounding_box(mask: Mask) -> tuple[int, int, int, int] | None:
+def bounding_box(mask: Mask) -> tuple[int, int, int, int] | None:
     rows = np.flatnonzero(mask.any(axis=1))
     if rows.size == 0:
         return None
