@@ -33,6 +33,9 @@ from spmdeploy.errors import (
 if TYPE_CHECKING:
     from spmdeploy.bundle import Bundle
     from spmdeploy.editor import Editor
+    from spmdeploy.export.pipeline import ExportOptions
+    from spmdeploy.export.to_engine import EngineOptions, EnginePlan
+    from spmdeploy.manifest import Precision
     from spmdeploy.signature import PublicKey, SecretKey
 
 app = typer.Typer(
@@ -81,6 +84,23 @@ class TilingChoice(StrEnum):
 class TritonDevice(StrEnum):
     gpu = "gpu"
     cpu = "cpu"
+
+
+class EngineLibrary(StrEnum):
+    auto = "auto"
+    tensorrt = "tensorrt"
+    tensorrt_rtx = "tensorrt-rtx"
+
+
+class EngineGraph(StrEnum):
+    edit = "edit"
+    refine = "refine"
+    all = "all"
+
+
+class EnginePlaceChoice(StrEnum):
+    bundle = "bundle"
+    cache = "cache"
 
 
 class Preset(StrEnum):
@@ -138,6 +158,12 @@ RequireSignature = Annotated[
 SigningKey = Annotated[
     Path | None,
     typer.Option("--sign", metavar="KEY", help=f"Sign with this secret key; its password may be in ${PASSWORD}."),
+]
+Targets = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--target", metavar="smNN", help="TensorRT-RTX: build for this GPU generation without having one. Repeatable."
+    ),
 ]
 Classes = Annotated[str, typer.Option("--classes", help="cityscapes, ade20k, street, or a JSON file of your own.")]
 
@@ -265,6 +291,8 @@ def export(
     licence: Annotated[
         str | None, typer.Option("--licence", help="Terms of the weights, for manifest and card.")
     ] = None,
+    engine: Annotated[bool, typer.Option("--engine", help="Build engines too, as `build` does.")] = False,
+    target: Targets = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -284,6 +312,7 @@ def export(
         licence=licence or UNSTATED_LICENCE,
         overwrite=overwrite,
     )
+    engine_options, engine_plan = _engines_of_export(options, engine, target or [])
     result = export_bundle(checkpoint, output, options, lambda step: _say(f"{step} ..."))
     graphs = [{**graph.record.to_json(), "seconds": round(graph.seconds, 2)} for graph in result.graphs]
     rows = [
@@ -299,24 +328,95 @@ def export(
     ]
     heading = ("graph", "size", "largest drift", "mean drift", "PSNR in mask", "time")
     lines = [f"{output}: {result.bundle.manifest.generator.parameters / 1e6:.1f} M parameters, {result.seconds:.1f} s"]
+    lines += _table(heading, rows)
     payload = {"output": str(output), "seconds": round(result.seconds, 2), "graphs": graphs}
-    _print("export", payload, lines + _table(heading, rows), as_json)
+    if engine_options is not None:
+        payload["engines"], engine_words = _build_engines(result.bundle, engine_options, engine_plan)
+        lines += engine_words
+    _print("export", payload, lines, as_json)
 
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A bundle or a checkpoint.")],
+    path: Annotated[Path, typer.Argument(help="A bundle, an engine or a checkpoint.")],
     as_json: Json = False,
 ) -> None:
-    """Show what is in a bundle or a checkpoint.
+    """Show what is in a bundle, an engine or a checkpoint.
 
-    Read off the files themselves, after their hashes have been checked.
+    Read off the files themselves, after their hashes have been checked. No engine is loaded.
     """
     from spmdeploy.inspection import inspect_path
 
     facts = inspect_path(path)
-    lines = _bundle_lines(facts) if facts["kind"] == "bundle" else _checkpoint_lines(facts)
-    _print("inspect", facts, lines, as_json)
+    in_words = {"bundle": _bundle_lines, "engine": _engine_lines, "checkpoint": _checkpoint_lines}
+    _print("inspect", facts, in_words[facts["kind"]](facts), as_json)
+
+
+@app.command()
+def build(
+    bundle: Annotated[Path | None, typer.Argument(help="A bundle; without it the built-in one.")] = None,
+    runtime: Annotated[
+        EngineLibrary,
+        typer.Option("--runtime", metavar="auto|tensorrt|tensorrt-rtx", help="The library that builds and later runs."),
+    ] = EngineLibrary.auto,
+    precision: Annotated[
+        GraphPrecision, typer.Option("--precision", metavar="fp32|fp16", help="Which of the bundle's graphs.")
+    ] = GraphPrecision.fp16,
+    graph: Annotated[
+        EngineGraph, typer.Option("--graph", metavar="edit|refine|all", help="Which of them, by what it computes.")
+    ] = EngineGraph.all,
+    max_batch: Annotated[int, typer.Option("--max-batch", help="Edits at once, at most.")] = 8,
+    opt_batch: Annotated[int, typer.Option("--opt-batch", help="Edits at once to optimise for.")] = 1,
+    target: Targets = None,
+    timing_cache: Annotated[
+        Path | None,
+        typer.Option("--timing-cache", help="TensorRT: folder of measurements that make later builds short."),
+    ] = None,
+    workspace: Annotated[
+        int | None, typer.Option("--workspace", min=1, help="MiB that one layer may use for itself. Default: all.")
+    ] = None,
+    into: Annotated[
+        EnginePlaceChoice | None,
+        typer.Option("--into", metavar="bundle|cache", help="Default: the bundle if it can be written to."),
+    ] = None,
+    clean: Annotated[
+        bool, typer.Option("--clean", help="Build nothing: remove engines that no longer fit, saying why.")
+    ] = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Build engines from a bundle's graphs.
+
+    On the machine that will run them, or with TensorRT-RTX ahead of time for listed targets. What is there already is
+    kept. Precision is read back: FP16 that came out as FP32 is an error.
+    """
+    from spmdeploy.bundle import open_bundle
+    from spmdeploy.runtime.engine_store import clean_engines
+
+    opened = open_bundle(bundle or spmdeploy.default_model())
+    if clean:
+        removed = [engine.to_json() for engine in clean_engines(opened)]
+        lines = [
+            f"removed {engine['path']}: {'; '.join(engine['faults'] + engine['differences'])}" for engine in removed
+        ]
+        _print("build", {"bundle": str(opened.path), "removed": removed}, lines or ["nothing to remove"], as_json)
+        return
+    from spmdeploy.export.to_engine import EngineOptions
+
+    options = EngineOptions(
+        runtime=runtime.value,
+        precision=precision.value,
+        graph=graph.value,
+        max_batch=max_batch,
+        opt_batch=opt_batch,
+        targets=tuple(target or ()),
+        timing_cache=timing_cache,
+        workspace_mb=workspace,
+        place=None if into is None else into.value,
+        overwrite=overwrite,
+    )
+    engines, lines = _build_engines(opened, options)
+    _print("build", {"bundle": str(opened.path), "engines": engines}, lines, as_json)
 
 
 @app.command()
@@ -722,6 +822,50 @@ def dataset_prepare(
 # ------------------------------------------------------------------------------------------------- talk and results
 
 
+def _engines_of_export(
+    export: ExportOptions, wanted: bool, targets: Sequence[str]
+) -> tuple[EngineOptions | None, EnginePlan | None]:
+    """What to build after an export, checked before it: an export takes minutes."""
+    if not wanted:
+        if targets:
+            raise UsageError("--target is for engines", "add --engine")
+        return None, None
+    if export.cpu_only:
+        raise UsageError("no engine can be built from the graph for CPUs", "leave out --cpu-only or --engine")
+    from spmdeploy.export.to_engine import EngineOptions, plan_engines
+
+    precision: Precision = "fp16" if "fp16" in export.precisions else "fp32"
+    options = EngineOptions(precision=precision, targets=tuple(targets))
+    return options, plan_engines(options)
+
+
+def _build_engines(
+    bundle: Bundle, options: EngineOptions, plan: EnginePlan | None = None
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Builds and talks meanwhile; the engines as JSON and in words."""
+    from spmdeploy.export.to_engine import build_engines
+
+    def tell(words: str, seconds: float) -> None:
+        _say(f"[{seconds // 60:.0f}:{seconds % 60:02.0f}] {words}" if seconds else words)
+
+    results = build_engines(bundle, options, plan, tell)
+    _notes(
+        [f"{result.path.with_name('build.log')}: {result.warnings} warnings" for result in results if result.warnings]
+    )
+    engines = [{"path": str(result.path), "built": result.built, **result.record.to_json()} for result in results]
+    lines = []
+    for result in results:
+        record = result.record
+        how = f"built in {record.build_seconds:.1f} s" if result.built else "there already"
+        lines.append(
+            f"{result.path}: {record.engine.bytes / 1e6:.1f} MB for {record.made_for}, batches {record.batch}, "
+            f"{record.computes_in}, {how}"
+        )
+        if record.computes_in.unread:
+            lines.append(f"  not read back from the engine itself: {record.computes_in.unread}")
+    return engines, lines
+
+
 def _editor(
     model: Path | None, backend: Backend, device: str, precision: PrecisionChoice, require_signature: str | None
 ) -> Editor:
@@ -887,6 +1031,30 @@ def _bundle_lines(facts: dict[str, Any]) -> list[str]:
         f"precision   {counted_by}",
         *_table(("graph", "size", "FP16 operations", "PSNR in mask", "FP32 operations"), rows),
         *(f"surplus file, never read: {name}" for name in facts["surplus"]),
+        *(line for engine in facts["engines"] for line in _engine_lines(engine)),
+    ]
+
+
+def _engine_lines(engine: dict[str, Any]) -> list[str]:
+    verdict = "fits this machine" if engine["fit"] else "; ".join(engine["faults"] + engine["differences"])
+    record = engine["record"]
+    if record is None:
+        return [f"engine      {engine['path']}", f"            never loaded: {verdict}"]
+    made_for = f"{record['gpu']['name']}" if record["gpu"] else ", ".join(record["targets"])
+    batch, reading, verified = record["batch"], record["computes_in"], record["verification"]
+    share = reading["network_fp16_share"] if reading["fp16_share"] is None else reading["fp16_share"]
+    read = "read off the typed network" if reading["fp16_share"] is None else "read back from the engine"
+    proof = (
+        f"golden edits {'passed' if verified['passed'] else 'FAILED'} on {verified['on']}"
+        if verified
+        else "not yet verified"
+    )
+    return [
+        f"engine      {engine['path']}",
+        f"            {record['graph']} {record['precision']}, {record['runtime']} {record['version']} for {made_for}, "
+        f"{record['engine']['bytes'] / 1e6:.1f} MB, batches {batch['min']} to {batch['max']}",
+        f"            {share:.0%} FP16, {read}; {proof}",
+        f"            {'' if engine['fit'] else 'does not fit: '}{verdict}",
     ]
 
 

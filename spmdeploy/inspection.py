@@ -1,4 +1,4 @@
-"""What is in a bundle or a checkpoint, read off the files themselves."""
+"""What is in a bundle, an engine or a checkpoint, read off the files themselves."""
 
 from __future__ import annotations
 
@@ -8,17 +8,21 @@ from typing import Any
 from spmdeploy.bundle import Bundle, open_bundle
 from spmdeploy.errors import BundleError, InputError, UnavailableError
 from spmdeploy.networks import CHECKPOINT_SUFFIXES
+from spmdeploy.runtime.engine_record import BUILD_AGAIN, ENGINE_SUFFIX
+from spmdeploy.runtime.engine_store import find_engines, judge_engine
 
 
 def inspect_path(path: Path) -> dict[str, Any]:
-    """Facts about a bundle (folder or zip) or a checkpoint (.pth, .safetensors), as JSON values.
+    """Facts about a bundle (folder or zip), an engine (.engine) or a checkpoint (.pth, .safetensors), as JSON values.
 
     Raises BundleError or InputError for what is neither or unsound, UnavailableError when torch is needed and missing.
     """
     if not path.exists():
-        raise InputError(f"there is no {path}", "give a bundle or a checkpoint")
+        raise InputError(f"there is no {path}", "give a bundle, an engine or a checkpoint")
     if path.is_file() and path.suffix.lower() in CHECKPOINT_SUFFIXES:
         return _checkpoint_facts(path)
+    if path.is_file() and path.suffix.lower() == ENGINE_SUFFIX:
+        return _engine_facts(path)
     return _bundle_facts(open_bundle(path))
 
 
@@ -28,8 +32,16 @@ def _bundle_facts(bundle: Bundle) -> dict[str, Any]:
     sizes = bundle.files()
     for graph in manifest["graphs"]:
         graph["counted"] = _counted(bundle, graph["file"])
+    engines = [engine.to_json() for engine in find_engines(bundle)]
     facts = {"kind": "bundle", "path": str(bundle.path), "bytes": sum(sizes.values()), "surplus": surplus}
-    return {**facts, "signed": bundle.read_signature() is not None, **manifest}
+    return {**facts, "signed": bundle.read_signature() is not None, "engines": engines, **manifest}
+
+
+def _engine_facts(path: Path) -> dict[str, Any]:
+    engine = judge_engine(path)
+    if engine.faults:
+        raise BundleError(f"{path}: {'; '.join(engine.faults)}", BUILD_AGAIN)
+    return {"kind": "engine", **engine.to_json()}
 
 
 def _counted(bundle: Bundle, file: str) -> dict[str, Any] | None:

@@ -27,6 +27,7 @@ COMMANDS = {
     "batch": ["batch"],
     "export": ["export"],
     "inspect": ["inspect"],
+    "build": ["build"],
     "verify": ["verify"],
     "doctor": ["doctor"],
     "export-triton": ["export-triton"],

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from spmdeploy.errors import UnavailableError
@@ -54,3 +56,40 @@ def gpu_here(device: int = 0) -> Gpu | None:
     except OSError:
         return None
     return Gpu(facts.name, facts.compute_capability)
+
+
+# --------------------------------------------------------------------------------------- what the libraries have to say
+
+Listener = Callable[[str, str], None]
+"""Is told severity (INTERNAL_ERROR, ERROR, WARNING, INFO or VERBOSE) and text of a message, on any thread."""
+
+_loggers: dict[str, tuple[Any, list[Listener]]] = {}
+
+
+def library_logger(library: Any) -> Any:
+    """The one logger of the library: it keeps the first that it is given for as long as the process lives."""
+    return _logger_and_listeners(library)[0]
+
+
+@contextmanager
+def listening(library: Any, listener: Listener) -> Iterator[None]:
+    """Tells `listener` what the library says meanwhile."""
+    listeners = _logger_and_listeners(library)[1]
+    listeners.append(listener)
+    try:
+        yield
+    finally:
+        listeners.remove(listener)
+
+
+def _logger_and_listeners(library: Any) -> tuple[Any, list[Listener]]:
+    if library.__name__ not in _loggers:
+        listeners: list[Listener] = []
+
+        class Logger(library.ILogger):  # type: ignore[misc]
+            def log(self, severity: Any, text: str) -> None:
+                for listener in tuple(listeners):
+                    listener(severity.name, text)
+
+        _loggers[library.__name__] = (Logger(), listeners)
+    return _loggers[library.__name__]

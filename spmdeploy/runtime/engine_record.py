@@ -228,15 +228,15 @@ class EngineRecord:
     @property
     def key(self) -> str:
         """The name of the engine's folder: readable parts, then a digest of everything that tells engines apart."""
-        made_for = _plain(self.gpu.name) if self.gpu else "-".join(self.targets)
-        words = (self.graph, self.precision, f"b{self.batch.max}", self.runtime, self.version, made_for)
+        made_for = (self.gpu.name,) if self.gpu else self.targets
+        words = (self.graph, self.precision, f"b{self.batch.max}", self.runtime, self.version, *made_for)
         identity = (
             *(self.runtime, self.version, self.graph, self.precision, dataclasses.asdict(self.batch)),
             *(self.gpu and dataclasses.asdict(self.gpu), self.targets, self.builder.os, self.builder.architecture),
             *(self.onnx.sha256, self.weights and self.weights.sha256),
         )
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-        return f"{'-'.join(map(_plain, words))[:100]}-{digest[:12]}"
+        return f"{plain_words(*words)[:100]}-{digest[:12]}"
 
     def _contradiction(self) -> str | None:
         if (self.gpu is None) == (not self.targets):
@@ -250,8 +250,9 @@ class EngineRecord:
         return None
 
 
-def _plain(text: str) -> str:
-    return re.sub(r"[^a-z0-9.]+", "_", text.lower()).strip("_.")
+def plain_words(*words: str) -> str:
+    """Words as a name for a file, whatever is in them."""
+    return "-".join(re.sub(r"[^a-z0-9.]+", "_", word.lower()).strip("_.") for word in words)
 
 
 # ------------------------------------------------------------------------------------------------ against a machine

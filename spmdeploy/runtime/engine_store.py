@@ -14,8 +14,8 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePosixPath
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 from spmdeploy.bundle import Bundle
 from spmdeploy.bundle_files import ASIDE, BUILDING, ENGINES, FileStore, FolderStore, find_store
@@ -60,6 +60,11 @@ class FoundEngine:
     @property
     def fit(self) -> bool:
         return not self.faults and not self.differences
+
+    def to_json(self) -> dict[str, Any]:
+        record = None if self.record is None else self.record.to_json()
+        verdict = {"fit": self.fit, "faults": list(self.faults), "differences": list(self.differences)}
+        return {"path": str(self.path), "place": self.place, **verdict, "record": record}
 
     @property
     def reasons(self) -> tuple[str, ...]:
@@ -151,8 +156,27 @@ def _folders(store: FileStore, prefix: str) -> Iterator[tuple[str, list[str]]]:
     yield from sorted(folders.items())
 
 
+def judge_engine(path: Path, host: EngineHost | None = None) -> FoundEngine:
+    """One engine by its path, wherever it lies; whether it is stale only its bundle could tell. Raises InputError."""
+    if not path.is_file():
+        raise InputError(f"there is no {path}", "give an engine with its engine.json beside it")
+    try:
+        store = FolderStore(path.parent)
+    except OSError as exc:
+        raise InputError(f"{path.parent}: cannot be read: {exc}", "may you read that folder?") from exc
+    names = [name for name in store.sizes if name == RECORD_FILE or name.endswith(ENGINE_SUFFIX)]
+    judged = _judge_folder(None, store, "", names, host or this_host(), True, "bundle")
+    return next(engine for engine in judged if engine.path == path)
+
+
 def _judge_folder(
-    bundle: Bundle, store: FileStore, folder: str, names: list[str], host: EngineHost, hashing: bool, place: Place
+    bundle: Bundle | None,
+    store: FileStore,
+    folder: str,
+    names: list[str],
+    host: EngineHost,
+    hashing: bool,
+    place: Place,
 ) -> Iterator[FoundEngine]:
     """The engine that the folder's record speaks of, then engine files that it does not speak of."""
     shown = store.shown / folder
@@ -189,9 +213,20 @@ def _read_record(store: FileStore, folder: str) -> tuple[EngineRecord | None, st
         return None, f"{RECORD_FILE} cannot be read: {exc.strerror or exc}"
 
 
-def _faults(bundle: Bundle, store: FileStore, folder: str, record: EngineRecord, hashing: bool) -> Iterator[str]:
-    if PurePosixPath(folder).name != record.key:
+def _faults(bundle: Bundle | None, store: FileStore, folder: str, record: EngineRecord, hashing: bool) -> Iterator[str]:
+    if (store.shown / folder).absolute().name != record.key:
         yield f"{RECORD_FILE} belongs to the folder {record.key}: moved or altered"
+    if bundle is not None:
+        yield from _stale(bundle, record)
+    name = folder + record.engine.file
+    if name in store.sizes:
+        size = store.sizes[name]
+        digest = _digest(store, name) if hashing and size == record.engine.bytes else record.engine.sha256
+        if fault := _content_fault(record, size, digest):
+            yield fault
+
+
+def _stale(bundle: Bundle, record: EngineRecord) -> Iterator[str]:
     there = bundle.files()
     for source in (record.onnx, record.weights):
         if source is None:
@@ -201,12 +236,6 @@ def _faults(bundle: Bundle, store: FileStore, folder: str, record: EngineRecord,
             yield f"stale: built from {source.file}, which the bundle does not hold"
         elif now != source.sha256:
             yield f"stale: built from another {source.file}: SHA-256 {source.sha256[:12]}…, here {now[:12]}…"
-    name = folder + record.engine.file
-    if name in store.sizes:
-        size = store.sizes[name]
-        digest = _digest(store, name) if hashing and size == record.engine.bytes else record.engine.sha256
-        if fault := _content_fault(record, size, digest):
-            yield fault
 
 
 def _content_fault(record: EngineRecord, size: int, digest: str) -> str | None:

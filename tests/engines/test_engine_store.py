@@ -15,8 +15,9 @@ import pytest
 from bundle.conftest import GRAPHS, write_street
 
 from spmdeploy import default_model
-from spmdeploy.bundle import Bundle, open_bundle, pack
+from spmdeploy.bundle import Bundle, open_bundle
 from spmdeploy.errors import BundleError, InputError, UnavailableError, UsageError
+from spmdeploy.packing import pack
 from spmdeploy.runtime import engine_store
 from spmdeploy.runtime.engine_record import EngineFile, EngineRecord, SourceFile
 from spmdeploy.runtime.engine_store import (
