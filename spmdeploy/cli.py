@@ -354,7 +354,7 @@ def inspect(
 
 @app.command()
 def build(
-    bundle: Annotated[Path | None, typer.Argument(help="A bundle; without it the built-in one.")] = None,
+    bundle: Annotated[Path, typer.Argument(help="The bundle whose graphs to build.")],
     runtime: Annotated[
         EngineLibrary,
         typer.Option("--runtime", metavar="auto|tensorrt|tensorrt-rtx", help="The library that builds and later runs."),
@@ -393,7 +393,7 @@ def build(
     from spmdeploy.bundle import open_bundle
     from spmdeploy.runtime.engine_store import clean_engines
 
-    opened = open_bundle(bundle or spmdeploy.default_model())
+    opened = open_bundle(bundle)
     if clean:
         removed = [engine.to_json() for engine in clean_engines(opened)]
         lines = [

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from bundle.conftest import write_street
 
-from spmdeploy import cli
+from spmdeploy import cli, default_model
 from spmdeploy.errors import UnavailableError, UsageError
 from spmdeploy.export import to_engine
 from spmdeploy.export.to_engine import EngineOptions, plan_engines
@@ -195,7 +195,7 @@ def test_a_damaged_engine_is_inspected_with_exit_6(
 
 
 def test_the_built_in_model_says_what_to_do(machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:
-    code, told, _ = run(capsys, "build", "--target", "sm86")
+    code, told, _ = run(capsys, "build", default_model(), "--target", "sm86")
     assert code == 6 and "only the graph for CPUs" in told["error"] and "without --cpu-only" in told["hint"]
 
 
