@@ -549,24 +549,41 @@ def bundle_slim(
         list[str],
         typer.Option("--keep", metavar="fp16|fp32|GRAPH|GRAPH.fp16|...", help="Graphs to keep; repeat for several."),
     ],
+    engine: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--engine",
+            metavar="KEY",
+            help="Engines to take along, by their keys or parts of them, such as sm86; repeat for several.",
+        ),
+    ] = None,
     sign: SigningKey = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Pack only what one kind of device needs.
 
-    The graphs to keep, and all that is no graph. Files that stay keep their hashes; what the manifest and the card say
-    of the others goes.
+    The graphs to keep, chosen engines, and all that is neither. Files that stay keep their hashes; what the manifest
+    and the card say of the others goes. An engine that is taken along is part of the bundle from then on: hashed, and
+    signed with it.
     """
     from spmdeploy.bundle import open_bundle
     from spmdeploy.packing import slim
 
     opened, key = open_bundle(bundle), _secret_key(sign)
     with _bar("packing") as show:
-        slimmed = slim(opened, output, keep, overwrite, key, show)
+        slimmed = slim(opened, output, keep, engine or (), overwrite, key, show)
     before, after = opened.files(), slimmed.files()
-    rows = [(name, f"{size / 1e6:.1f} MB", "kept" if name in after else "dropped") for name, size in before.items()]
-    payload = {**_packed_facts(slimmed), "bytes_before": sum(before.values()), "dropped": sorted(before - after.keys())}
+    rows = [
+        (name, f"{size / 1e6:.1f} MB", "dropped" if name not in after else "kept" if name in before else "added")
+        for name, size in sorted((before | after).items())
+    ]
+    payload = {
+        **_packed_facts(slimmed),
+        "bytes_before": sum(before.values()),
+        "dropped": sorted(before.keys() - after.keys()),
+        "added": sorted(after.keys() - before.keys()),
+    }
     lines = [f"{output}: {_packed_words(payload)}; {payload['bytes_before'] / 1e6:.1f} MB before"]
     _print("bundle-slim", payload, lines + _table(("", "", ""), rows)[1:], as_json)
 

@@ -13,9 +13,10 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 
 from spmdeploy.bundle import Bundle, open_bundle, replacing, sums_of
-from spmdeploy.bundle_files import MANIFEST, PACK_AGAIN, SIGNATURE, SUMS, WHAT_IT_IS
+from spmdeploy.bundle_files import ENGINES, MANIFEST, PACK_AGAIN, SIGNATURE, SUMS, WHAT_IT_IS
 from spmdeploy.errors import BundleError, InputError, UsageError
 from spmdeploy.manifest import EDIT, EDIT_ON_CPU, GraphRecord, Manifest
+from spmdeploy.runtime.engine_store import named_engines
 from spmdeploy.signature import SecretKey, sign
 
 Progress = Callable[[int, int], None]
@@ -96,31 +97,46 @@ def slim(
     bundle: Bundle,
     target: str | Path,
     keep: Sequence[str],
+    engines: Sequence[str] = (),
     overwrite: bool = False,
     key: SecretKey | None = None,
     progress: Progress = _silent,
 ) -> Bundle:
-    """Packs only the graphs named in `keep`; the rest of the bundle, golden edits first of all, goes along.
+    """Packs only the graphs that `keep` names and the engines that `engines` names; all that is neither goes along.
 
-    keep: precisions (fp16), graphs (edit_cpu) or both at once (edit.fp32). Files that stay keep their hashes; manifest
-    and card no longer name the graphs that went. key: signs the result; an older signature no longer fits.
-    Raises UsageError where nothing would be left to edit with.
+    keep: precisions (fp16), graphs (edit_cpu) or both at once (edit.fp32). engines: keys or parts of them (sm86), from
+    the bundle or the cache; SHA256SUMS lists them from then on. Files that stay keep their hashes; manifest and card no
+    longer name the graphs that went. key: signs the result; an older signature no longer fits.
+    Raises UsageError where nothing would be left to edit with, or for an engine of a graph that goes.
     """
     kept = _kept_graphs(bundle, keep)
-    files = {record.file for record in kept}
-    dropped = {record.file for record in bundle.manifest.graphs} - files
+    dropped = {record.file for record in bundle.manifest.graphs} - {record.file for record in kept}
     limits = {record.precision: bundle.manifest.limits[record.precision] for record in kept}
     manifest = dataclasses.replace(bundle.manifest, graphs=kept, limits=limits)
-    rewritten = {MANIFEST: manifest.to_bytes()}
+    made = {MANIFEST: manifest.to_bytes()}
     if CARD in bundle.files():
-        rewritten[CARD] = _card_without(bundle.read(CARD), dropped)
-    names = [name for name in bundle.files() if name not in dropped]
-    digests = {name: bundle.digest(name) for name in names}
-    digests |= {name: hashlib.sha256(content).hexdigest() for name, content in rewritten.items()}
+        made[CARD] = _card_without(bundle.read(CARD), dropped)
+    made |= _engine_files(bundle, engines, dropped)
+    stay = [name for name in bundle.files() if name not in dropped and not name.startswith(ENGINES)]
+    digests = {name: bundle.digest(name) for name in stay}
+    digests |= {name: hashlib.sha256(content).hexdigest() for name, content in made.items()}
     sums = sums_of(digests)
-    contents = {name: partial(rewritten.__getitem__ if name in rewritten else bundle.read, name) for name in names}
+    contents = {name: partial(made.__getitem__ if name in made else bundle.read, name) for name in sorted(digests)}
     signature = None if key is None else _sign(sums, manifest, key)
     return open_bundle(_write_zip(target, overwrite, sums, signature, contents, progress))
+
+
+def _engine_files(bundle: Bundle, words: Sequence[str], dropped: Iterable[str]) -> dict[str, bytes]:
+    """Engines and their records by their names in the bundle."""
+    files: dict[str, bytes] = {}
+    for engine in named_engines(bundle, words):
+        content = engine.files()
+        assert engine.record is not None
+        if engine.record.onnx.file in dropped:
+            words_for_it = f"the engine {engine.record.key} was built from {engine.record.onnx.file}, which goes"
+            raise UsageError(f"{bundle.path}: {words_for_it}", "keep that graph too, or leave the engine out")
+        files |= {f"{ENGINES}{engine.record.key}/{name}": data for name, data in content.items()}
+    return files
 
 
 def _kept_graphs(bundle: Bundle, keep: Sequence[str]) -> tuple[GraphRecord, ...]:

@@ -114,7 +114,9 @@ def test_slim_leaves_what_the_device_needs(run: Any, street_bundle: Path, tmp_pa
     ran = run("bundle", "slim", street_bundle, "device.spm", "--keep", "edit_cpu", "--json")
     assert ran.code == 0
     assert ran.json["dropped"] == ["graphs/edit.fp16.onnx", "graphs/edit.fp32.onnx"]
-    assert ran.json["bytes"] < ran.json["bytes_before"]
+    assert ran.json["bytes"] < ran.json["bytes_before"] and ran.json["added"] == []
+    ran = run("bundle", "slim", street_bundle, "none.spm", "--keep", "fp16", "--engine", "sm86", "--json")
+    assert ran.code == 2 and "no engine is 'sm86'" in ran.json["error"]
     assert run("verify", "device.spm").code == 0
     assert run(*edit("device.spm")).code == 0 and (tmp_path / "edited.png").exists()
     assert run("verify", "device.spm", "--precision", "fp16").code == 6

@@ -3,6 +3,8 @@
 Either holds a folder for each engine, named by the key of its record, with the engine, engine.json and the log of the
 build. ONNX is the product and engines can always be built again: what does not fit is never loaded, and `clean` says
 why before it removes anything.
+
+A bundle may be shipped with engines: SHA256SUMS lists them then, and nothing here changes, adds to or removes them.
 """
 
 from __future__ import annotations
@@ -11,14 +13,14 @@ import hashlib
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from spmdeploy.bundle import Bundle
-from spmdeploy.bundle_files import ASIDE, BUILDING, ENGINES, FileStore, FolderStore, find_store
+from spmdeploy.bundle_files import ASIDE, BUILDING, ENGINES, SUMS, FileStore, FolderStore, find_store
 from spmdeploy.errors import BundleError, InputError, UnavailableError, UsageError
 from spmdeploy.runtime.engine_library import this_host
 from spmdeploy.runtime.engine_record import (
@@ -30,6 +32,7 @@ from spmdeploy.runtime.engine_record import (
     Verification,
     differences,
     lasting_differences,
+    operating_system,
 )
 
 LOG_FILE = "build.log"
@@ -54,6 +57,8 @@ class FoundEngine:
     """Why it cannot run on the machine that it was judged for."""
     lasting: tuple[str, ...]
     """Of these, those that nothing but another engine can mend."""
+    shipped: bool
+    """Whether SHA256SUMS lists it: then it is part of the bundle, and no cache."""
     _store: FileStore = field(repr=False)
     _folder: str = field(repr=False)
 
@@ -63,7 +68,12 @@ class FoundEngine:
 
     def to_json(self) -> dict[str, Any]:
         record = None if self.record is None else self.record.to_json()
-        verdict = {"fit": self.fit, "faults": list(self.faults), "differences": list(self.differences)}
+        verdict = {
+            "shipped": self.shipped,
+            "fit": self.fit,
+            "faults": list(self.faults),
+            "differences": list(self.differences),
+        }
         return {"path": str(self.path), "place": self.place, **verdict, "record": record}
 
     @property
@@ -76,7 +86,15 @@ class FoundEngine:
 
         Raises BundleError with every reason against it.
         """
-        record = self.require_fit()
+        return self._content(self.require_fit())
+
+    def files(self) -> dict[str, bytes]:
+        """The record and the engine by name, for whatever machine they are. Raises BundleError for its faults."""
+        if self.record is None or self.faults:
+            raise _unfit(self.path, self.faults)
+        return {RECORD_FILE: self.record.to_bytes(), self.record.engine.file: self._content(self.record)}
+
+    def _content(self, record: EngineRecord) -> bytes:
         name = self._folder + record.engine.file
         try:
             with self._store.open(name) as stream:
@@ -97,6 +115,8 @@ class FoundEngine:
         """Notes in engine.json how the golden edits went. Raises InputError where that cannot be written."""
         record = replace(self.require_fit(), verification=verification)
         path = self.path.with_name(RECORD_FILE)
+        if self.shipped:
+            raise InputError(f"{path}: cannot be written: it was shipped with the bundle", "what is shipped stays")
         beside = path.with_name(f".{RECORD_FILE}.{secrets.token_hex(4)}")
         try:
             beside.write_bytes(record.to_bytes())
@@ -129,6 +149,25 @@ def find_engines(bundle: Bundle, host: EngineHost | None = None, hashing: bool =
             judged = _judge_folder(bundle, store, folder, names, host, hashing, place)
             found += [engine for engine in judged if place == "bundle" or _concerns(bundle, engine.record)]
     return sorted(found, key=lambda engine: engine.path)
+
+
+def named_engines(bundle: Bundle, words: Sequence[str]) -> list[FoundEngine]:
+    """The engines that `words` name, for whatever machines they are, each key once, sorted by key.
+
+    A word is a whole key or a part between its dashes: sm86, edit, fp16, tensorrt_rtx, b8. Raises UsageError for a word
+    that names none, listing those that there are.
+    """
+    found = find_engines(bundle, EngineHost({}, None, *operating_system()), hashing=False)
+    found.sort(key=lambda engine: (not engine.faults, engine.place == "bundle"))  # of equal keys the last one counts
+    by_key = {engine.record.key: engine for engine in found if engine.record}
+    named: dict[str, FoundEngine] = {}
+    for word in words:
+        keys = [key for key in by_key if word == key or word in key.split("-")]
+        if not keys:
+            there = ", ".join(sorted(by_key)) or "none at all"
+            raise UsageError(f"{bundle.path}: no engine is {word!r}; there is {there}", "build it: spmdeploy build")
+        named |= {key: by_key[key] for key in keys}
+    return [named[key] for key in sorted(named)]
 
 
 def _stores(bundle: Bundle) -> list[tuple[FileStore, str, Place]]:
@@ -181,22 +220,26 @@ def _judge_folder(
     """The engine that the folder's record speaks of, then engine files that it does not speak of."""
     shown = store.shown / folder
     engines = sorted(name for name in names if name.endswith(ENGINE_SUFFIX))
+    covered = () if bundle is None or place == "cache" else bundle.files()
+    shipped = any(folder + name in covered for name in names)
     record, fault = _read_record(store, folder) if RECORD_FILE in names else (None, f"no {RECORD_FILE} beside it")
     if record is None:
         for name in engines or [RECORD_FILE]:
-            yield FoundEngine(shown / name, place, None, (str(fault),), (), (), store, folder)
+            yield FoundEngine(shown / name, place, None, (str(fault),), (), (), shipped, store, folder)
         return
     faults = tuple(_faults(bundle, store, folder, record, hashing))
+    if bundle is not None and place == "bundle":
+        faults += tuple(_uncovered(bundle, store, folder, record))
     if others := [name for name in engines if name != record.engine.file]:
         if record.engine.file not in engines:
             faults = (f"{record.engine.file} is missing; was it renamed to {', '.join(others)}?", *faults)
     elif not engines:
         faults = (f"{record.engine.file} is missing", *faults)
     against, lasting = differences(record, host), lasting_differences(record, host)
-    yield FoundEngine(shown / record.engine.file, place, record, faults, against, lasting, store, folder)
+    yield FoundEngine(shown / record.engine.file, place, record, faults, against, lasting, shipped, store, folder)
     for name in others:
         unlisted = f"{RECORD_FILE} beside it speaks of {record.engine.file}, not of it"
-        yield FoundEngine(shown / name, place, None, (unlisted,), (), (), store, folder)
+        yield FoundEngine(shown / name, place, None, (unlisted,), (), (), shipped, store, folder)
 
 
 def _read_record(store: FileStore, folder: str) -> tuple[EngineRecord | None, str | None]:
@@ -224,6 +267,20 @@ def _faults(bundle: Bundle | None, store: FileStore, folder: str, record: Engine
         digest = _digest(store, name) if hashing and size == record.engine.bytes else record.engine.sha256
         if fault := _content_fault(record, size, digest):
             yield fault
+
+
+def _uncovered(bundle: Bundle, store: FileStore, folder: str, record: EngineRecord) -> Iterator[str]:
+    """What SHA256SUMS has against an engine in the bundle. What it does not list is a cache, unless it is signed."""
+    covered = bundle.files()
+    digests = {folder + RECORD_FILE: _digest(store, folder + RECORD_FILE)}
+    digests[folder + record.engine.file] = record.engine.sha256
+    if covered.keys().isdisjoint(digests):
+        if bundle.signature is not None:
+            yield f"the signature that is required does not cover it: {SUMS} does not list it"
+        return
+    for name, digest in digests.items():
+        if name not in covered or bundle.digest(name) != digest:
+            yield f"tampered with or damaged: {SUMS} lists another {name.removeprefix(folder)}"
 
 
 def _stale(bundle: Bundle, record: EngineRecord) -> Iterator[str]:
@@ -314,6 +371,10 @@ def _obstacle(bundle: Bundle) -> str | None:
         return "the bundle is a zip"
     if PACKAGE in Path(os.path.realpath(bundle.path)).parents:
         return "the bundle is part of the installed package"
+    if bundle.read_signature() is not None:
+        return "the bundle is signed, and the signature would not cover them"
+    if any(name.startswith(ENGINES) for name in bundle.files()):
+        return "the bundle was shipped with engines, which stay what they are"
     folder = bundle.path / ENGINES
     return None if os.access(folder if folder.is_dir() else bundle.path, os.W_OK) else "the bundle cannot be written to"
 
@@ -383,12 +444,12 @@ def _write_errors(target: Path) -> Iterator[None]:
 def clean_engines(bundle: Bundle, host: EngineHost | None = None) -> list[FoundEngine]:
     """Removes engines that nobody should load and those that will never run here again; returns what they were.
 
-    That an engine is for targets, or that library or driver are missing at the moment, is no reason. A zip keeps what
-    is in it. Raises InputError where something cannot be removed.
+    That an engine is for targets, or that library or driver are missing at the moment, is no reason. What was shipped
+    with the bundle stays, and a zip keeps what is in it. Raises InputError where something cannot be removed.
     """
     removed = []
     for engine in find_engines(bundle, host):
-        if not engine.faults and not engine.lasting:
+        if engine.shipped or not (engine.faults or engine.lasting):
             continue
         if engine.place == "bundle" and not bundle.is_folder:
             continue
