@@ -62,7 +62,7 @@ def engine_file(folder: Path, record: EngineRecord, content: bytes | None = None
     folder.mkdir(parents=True, exist_ok=True)
     (folder / name).write_bytes(content)
     record = replace(record, engine=EngineFile(name, len(content), hashlib.sha256(content).hexdigest()))
-    return FoundEngine(folder / name, "bundle", record, (), (), (), FolderStore(folder), "")
+    return FoundEngine(folder / name, "bundle", record, (), (), (), False, FolderStore(folder), "")
 
 
 def inputs_for(batch: int, seed: int = 0, coarse: bool = False) -> dict[str, np.ndarray]:
