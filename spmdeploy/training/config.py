@@ -6,9 +6,10 @@ import dataclasses
 import json
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from spmdeploy.errors import InputError
 from spmdeploy.manifest import Modulation, StageCount
@@ -16,9 +17,17 @@ from spmdeploy.networks.generator import PRESETS
 
 SCHEMA = "spmdeploy.training/1"
 
+Options = Mapping[str, Any]
+"""Fields of a part of the configuration; None: not asked for."""
+UNCHANGED: Options = {}
+Part = TypeVar("Part", "DataConfig", "LossConfig", "Phase")
+
 PerceptualNetwork = Literal["vgg19", "vgg16"]
 HoleKind = Literal["strokes", "extension", "outpainting", "class", "instance"]
 HOLE_KINDS: tuple[HoleKind, ...] = typing.get_args(HoleKind)
+
+LARGEST_SCALE = 8
+"""A crop enlarged further is a few pixels wide."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +53,9 @@ class DataConfig:
     crop: int = 256
     """Side of the square that the network sees; a multiple of 128."""
     smallest_scale: float = 1.0
-    """Crops come from squares of crop/scale pixels, scale drawn from [smallest_scale, 1]; the paper has 1."""
+    """Crops come from squares of crop/scale pixels, scale drawn from here to `largest_scale`; the paper has 1."""
+    largest_scale: float = 1.0
+    """Above 1 the network also sees pictures enlarged, as its last stage does where it refines large ones."""
     relighting: float = 0.0
     """Training photos are brightened, tinted and given another contrast by factors up to e to this power, so that
     colours must be read off the known pixels instead of being remembered for each class; the paper has 0."""
@@ -57,7 +68,13 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _require(self.crop > 0 and self.crop % 128 == 0, "data.crop", self.crop, "a multiple of 128")
-        _require(0 < self.smallest_scale <= 1, "data.smallest_scale", self.smallest_scale, "in (0, 1]")
+        _require(self.smallest_scale > 0, "data.smallest_scale", self.smallest_scale, "more than 0")
+        _require(
+            self.smallest_scale <= self.largest_scale <= LARGEST_SCALE,
+            "data.largest_scale",
+            self.largest_scale,
+            f"from the smallest, {self.smallest_scale}, to {LARGEST_SCALE}",
+        )
         _require(0 <= self.relighting <= 1, "data.relighting", self.relighting, "in [0, 1]")
         _require(bool(self.holes), "data.holes", self.holes, "at least one kind")
         _require(self.validation >= 0, "data.validation", self.validation, "zero or more pictures")
@@ -114,6 +131,7 @@ class Phase:
         )
         _require(self.images >= 1, "schedule.images", self.images, "at least one")
         _require(self.batch >= 1, "schedule.batch", self.batch, "at least one")
+        _require(0 <= self.decay_from <= 1, "schedule.decay_from", self.decay_from, "0 to 1")
         _require(1 <= self.perceptual_blocks <= 5, "schedule.perceptual_blocks", self.perceptual_blocks, "1 to 5")
 
 
@@ -141,6 +159,8 @@ class TrainConfig:
     """Autocast to bfloat16."""
     channels_last: bool = False
     """Memory order of the convolutions."""
+    compile: bool = False
+    """Run the networks that learn through torch.compile: slow to start, faster on a GPU."""
     seed: int = 0
     """Of initial weights, sample order, crops and holes."""
     checkpoint_seconds: float = 240
@@ -153,6 +173,7 @@ class TrainConfig:
     """Samples between validations, each with a sample sheet."""
 
     def __post_init__(self) -> None:
+        _require(self.ema_half_life >= 0, "ema_half_life", self.ema_half_life, "zero or more samples")
         _require(bool(self.schedule), "schedule", self.schedule, "at least one phase")
         for phase in self.schedule:
             there = phase.stages[0] >= 0 and phase.stages[-1] < self.stages
@@ -179,17 +200,6 @@ def staged_schedule(images: tuple[int, int, int], joint_images: int = 0) -> tupl
     return (*phases, Phase((0, 1, 2), joint_images, 4, 5e-5, 2e-4, perceptual_blocks=3, perceptual_crop=128))
 
 
-def preset_config(name: str, data: DataConfig, schedule: tuple[Phase, ...]) -> TrainConfig:
-    """The generator preset of that name with the discriminators that go with it; everything else as in the paper.
-
-    Raises InputError naming the presets there are.
-    """
-    _require(name in PRESETS, "preset", name, f"one of {', '.join(PRESETS)}")
-    sizes = PRESETS[name]
-    # The paper's discriminators are twice as wide as its generator.
-    return TrainConfig(data, schedule, sizes["width"], sizes["hidden"], discriminator_width=2 * sizes["width"])
-
-
 PAPER_EPOCHS = 500
 """How often the paper's recipe goes through its training pictures."""
 STAGED_SHARES = (0.45, 0.25, 0.3)
@@ -198,27 +208,51 @@ STAGED_SHARES = (0.45, 0.25, 0.3)
 
 def configured(
     data: Path,
-    preset: str,
-    schedule: Literal["joint", "staged"],
-    images: int | None,
-    perceptual: PerceptualNetwork,
-    perceptual_weights: Path | None,
-    bf16: bool,
-    channels_last: bool,
+    preset: str = "paper",
+    schedule: Literal["joint", "staged"] = "joint",
+    images: int | None = None,
+    stages: StageCount = 3,
+    *,
+    of_run: Options = UNCHANGED,
+    of_data: Options = UNCHANGED,
+    of_loss: Options = UNCHANGED,
+    of_phases: Options = UNCHANGED,
 ) -> TrainConfig:
-    """The configuration that the command line's options describe; images: samples in all, None for the paper's."""
+    """The configuration that the command line's options describe.
+
+    images: samples in all, None for the paper's. of_run, of_data, of_loss, of_phases: fields of TrainConfig,
+    DataConfig, LossConfig and every Phase that differ from the recipe; None leaves its value. Raises InputError.
+    """
     if images is None:
         images = PAPER_EPOCHS * sum(1 for _ in (data / "train/images").glob("*.*"))
         _require(images > 0, "data", str(data), "a folder with pictures in train/images")
     if schedule == "staged":
+        _require(stages == 3, "stages", stages, "3 for a staged schedule: a single stage is trained by the joint one")
         first, second, third = (max(1, round(images * share)) for share in STAGED_SHARES)
         phases = staged_schedule((first, second, third))
     else:
-        phases = joint_schedule(images)
-    config = preset_config(preset, DataConfig(str(data)), phases)
-    weights = None if perceptual_weights is None else str(perceptual_weights)
-    loss = dataclasses.replace(config.loss, perceptual_network=perceptual, perceptual_weights=weights)
-    return dataclasses.replace(config, loss=loss, bf16=bf16, channels_last=channels_last)
+        phases = joint_schedule(images, stages)
+    phases = tuple(_changed(phase, of_phases) for phase in phases)
+    _require(preset in PRESETS, "preset", preset, f"one of {', '.join(PRESETS)}")
+    sizes = PRESETS[preset]
+    return TrainConfig(
+        data=_changed(DataConfig(str(data)), of_data),
+        schedule=phases,
+        width=sizes["width"],
+        hidden=sizes["hidden"],
+        stages=stages,
+        discriminator_width=2 * sizes["width"],  # the paper's are twice as wide as its generator
+        loss=_changed(LossConfig(), of_loss),
+        **_given(of_run),
+    )
+
+
+def _changed(part: Part, options: Options) -> Part:
+    return dataclasses.replace(part, **_given(options))
+
+
+def _given(options: Options) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def read_config(path: Path) -> TrainConfig:

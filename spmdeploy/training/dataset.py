@@ -156,7 +156,7 @@ class TrainingSamples:
         return samples
 
     def _draw(self, picture: Picture, rng: np.random.Generator) -> Sample:
-        scale = float(rng.uniform(self._config.smallest_scale, 1))
+        scale = float(rng.uniform(self._config.smallest_scale, self._config.largest_scale))
         cut = random_crop(picture, self._config.crop, scale, bool(rng.integers(2)), rng)
         if self._config.relighting:
             cut = replace(cut, image=relit(cut.image, self._config.relighting, rng))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spmdeploy.errors import SpmDeployError
+from spmdeploy.errors import OutOfMemory, SpmDeployError, UnavailableError, UsageError
 from spmdeploy.images import write_picture
 from spmdeploy.networks.conditioning import LayoutPyramid
 from spmdeploy.networks.generator import Generator, GeneratorConfig, composite
@@ -91,6 +91,10 @@ class Trainer:
         self.device = device
         self.progress = Progress()
         self._board: ScalarWriter | None = None
+        self._compiled: dict[nn.Module, Callable[..., Tensor]] = {}
+        if config.compile and config.channels_last and device.type == "cpu":
+            # torch 2.13: the backward of replicate padding answers in another memory order than the compiler was told.
+            raise UsageError("compile and channels_last exclude each other on a CPU", "leave one of them out")
         self._memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         torch.manual_seed(config.seed)
         self.samples = TrainingSamples(config.data, config.seed)
@@ -235,26 +239,21 @@ class Trainer:
         for index in range(self.phase.stages[-1] + 1):
             learns = index in self.phase.stages
             with self._autocast(), torch.set_grad_enabled(learns):
-                coarser = self._run_stage(self.generator if learns else self.averaged, index, batch, layout, coarser)
+                generator = self.generator if learns else self.averaged
+                picture = generator.stage_input(index, batch.image, layout, coarser)
+                coarser = self._call(generator.stages[index], self._ordered(picture), layout)
             if learns:
                 target = shrink(batch.image, self.generator.config.halvings(index))
                 mask = layout.mask_at(*target.shape[-2:])
                 outputs[index] = StageOutput(coarser, target, mask, composite(coarser.float(), target, mask))
         return outputs
 
-    def _run_stage(
-        self, generator: Generator, index: int, batch: Batch, layout: LayoutPyramid, coarser: Tensor | None
-    ) -> Tensor:
-        picture = generator.stage_input(index, batch.image, layout, coarser)
-        raw: Tensor = generator.stages[index](self._ordered(picture), layout)
-        return raw
-
     def _discriminator_loss(self, outputs: dict[int, StageOutput], layout: LayoutPyramid) -> Tensor:
         losses = []
         for index, output in outputs.items():
             with self._autocast():
-                real = self.discriminators[index](self._ordered(output.target), layout)
-                fake = self.discriminators[index](self._ordered(output.edited.detach()), layout)
+                real = self._call(self.discriminators[index], self._ordered(output.target), layout)
+                fake = self._call(self.discriminators[index], self._ordered(output.edited.detach()), layout)
             losses.append(hinge_discriminator(real, fake))
         return torch.stack(losses).sum()
 
@@ -268,7 +267,7 @@ class Trainer:
             parts["l1"].append(weights.l1 * masked_l1(output.raw, output.target, output.mask, weights.l1_inside))
             if weights.adversarial:
                 with self._autocast():
-                    score = self.discriminators[index](self._ordered(output.edited), layout)
+                    score = self._call(self.discriminators[index], self._ordered(output.edited), layout)
                 parts["adversarial"].append(weights.adversarial * hinge_generator(score))
             if self.perceptual is not None:
                 found, wanted = crop_around_mask(
@@ -336,7 +335,8 @@ class Trainer:
         edited = []
         for index in range(self.finest + 1):
             with self._autocast():
-                coarser = self._run_stage(self.averaged, index, batch, layout, coarser)
+                picture = self.averaged.stage_input(index, batch.image, layout, coarser)
+                coarser = self.averaged.stages[index](self._ordered(picture), layout)
             size = batch.image.shape[-2:]
             full = F.interpolate(coarser.float(), size=size, mode="bilinear", align_corners=False)
             edited.append(composite(full, batch.image, batch.mask))
@@ -376,6 +376,26 @@ class Trainer:
 
     # -- devices and memory
 
+    def _call(self, network: nn.Module, picture: Tensor, layout: LayoutPyramid) -> Tensor:
+        """The network's answer; with `compile` through torch.compile, which compiles what runs when it first runs."""
+        if not self.config.compile:
+            answer: Tensor = network(picture, layout)
+            return answer
+        if network not in self._compiled:
+            # Static shapes: code for any batch size would round otherwise than what a resumed run compiles for its own.
+            # On a CPU the compiler must leave memory orders alone, see above.
+            untouched: dict[str, str | int | bool | Callable[..., Any]] = {"layout_optimization": False}
+            options = untouched if self.device.type == "cpu" else None
+            self._compiled[network] = torch.compile(network, dynamic=False, options=options)
+        try:
+            return self._compiled[network](picture, layout)
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UnavailableError(
+                f"torch.compile does not work here: {reason}",
+                "it needs a C++ compiler, on a GPU also Triton; or leave compile out",
+            ) from error
+
     def _placed(self, network: Network) -> Network:
         network.to(self.device)
         network.to(memory_format=self._memory_format)  # type: ignore[call-overload]  # missing from torch's stubs
@@ -407,13 +427,20 @@ def shrink(image: Tensor, halvings: int) -> Tensor:
 
 
 def train(config: TrainConfig, output: Path, resume: bool, report: Report, device: str = "cpu") -> None:
-    """Trains in the run directory `output`; with `resume`, on from its last checkpoint. Works under torchrun too."""
-    processes.join()
+    """Trains in the run directory `output`; with `resume`, on from its last checkpoint. Works under torchrun too.
+
+    device: cpu, cuda or cuda:N. Raises SpmDeployError.
+    """
+    place = processes.own_device(device)
+    processes.join(place)
     run = RunDirectory(output)
-    if not resume and processes.rank() == 0:
-        run.start(config)
-    trainer = Trainer(config, run, torch.device(device))
-    if resume:
-        trainer.resume()
-    trainer.train(report)
+    try:
+        trainer = Trainer(config, run, place)
+        if resume:
+            trainer.resume()
+        elif trainer.leads:
+            run.start(config)
+        trainer.train(report)
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory(f"{place} has too little memory", "take a smaller batch, a smaller crop or bf16") from error
     processes.leave()

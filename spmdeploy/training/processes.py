@@ -6,19 +6,42 @@ since every process takes the same optimiser step.
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from spmdeploy.errors import InputError
+from spmdeploy.errors import InputError, UnavailableError, UsageError
 
 
-def join() -> None:
+def own_device(wanted: str) -> torch.device:
+    """Where this process computes. wanted: cpu, cuda (under torchrun each process takes a GPU of its own) or cuda:N.
+
+    Raises UsageError or UnavailableError.
+    """
+    if wanted == "cpu":
+        return torch.device("cpu")
+    given = re.fullmatch(r"cuda(?::(\d{1,2}))?", wanted)
+    if given is None:
+        raise UsageError(f"unknown device {wanted!r}", "choose from cpu, cuda, cuda:0, cuda:1, ...")
+    neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if given[1] and neighbours > 1:
+        raise UsageError(f"{neighbours} processes cannot share {wanted}", "--device cuda gives each its own GPU")
+    index = int(given[1] or os.environ.get("LOCAL_RANK", "0"))
+    if index >= (there := torch.cuda.device_count()):
+        raise UnavailableError(f"cuda:{index} was asked for, but PyTorch sees {there} CUDA devices", "use --device cpu")
+    return torch.device("cuda", index)
+
+
+def join(device: torch.device) -> None:
     """Joins the processes that torchrun started; does nothing in a process started alone."""
     if dist.is_available() and dist.is_torchelastic_launched() and not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
 
 def leave() -> None:
@@ -31,7 +54,8 @@ def count() -> int:
 
 
 def rank() -> int:
-    return dist.get_rank() if count() > 1 else 0
+    """This process's number, also before it has joined the others and after it has left them."""
+    return int(os.environ["RANK"]) if dist.is_available() and dist.is_torchelastic_launched() else 0
 
 
 def own_part(positions: range) -> range:

@@ -12,7 +12,8 @@ import torch
 from spmdeploy import cli
 from spmdeploy.networks.generator import Generator, GeneratorConfig
 from spmdeploy.networks.weights import load_checkpoint, save_generator
-from spmdeploy.training.config import TrainConfig, to_json
+from spmdeploy.training import loop
+from spmdeploy.training.config import DataConfig, LossConfig, Phase, TrainConfig, to_json
 
 from .conftest import write_data_folder
 
@@ -37,6 +38,32 @@ def test_train_then_resume_a_finished_run(
     assert (code, failure["hint"]) == (2, "continue it with --resume, or choose another folder")
 
 
+def test_the_options_of_train_are_the_runs_configuration(data_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[TrainConfig] = []
+    monkeypatch.setattr(loop, "train", lambda config, *rest: given.append(config))
+    words = (
+        "--images 9 --batch 3 --crop 128 --scale-jitter 0.5 2 --validation 2 --perceptual-network vgg16 "
+        "--decay-from 0.6 --ema-half-life 50 --seed 4 --modulation spade --stages 1 "
+        "--bf16 --channels-last --compile --tensorboard"
+    )
+    assert cli.main(["train", "--data", str(data_folder), "--output", "run", *words.split()]) == 0
+    assert given == [
+        TrainConfig(
+            data=DataConfig(str(data_folder), crop=128, smallest_scale=0.5, largest_scale=2.0, validation=2),
+            schedule=(Phase((0,), images=9, batch=3, decay_from=0.6),),
+            modulation="spade",
+            stages=1,
+            loss=LossConfig(perceptual_network="vgg16"),
+            ema_half_life=50,
+            bf16=True,
+            channels_last=True,
+            compile=True,
+            seed=4,
+            tensorboard=True,
+        )
+    ]
+
+
 @pytest.mark.parametrize(
     ("options", "exit_code", "words"),
     [
@@ -44,6 +71,13 @@ def test_train_then_resume_a_finished_run(
         (["--resume"], 7, "no run to resume"),
         (["--config", "missing.json"], 7, "missing.json: not a training configuration"),
         (["--data", "nowhere"], 7, "data"),
+        (["--resume", "--batch", "4"], 2, "--batch has no effect with --resume"),
+        (["--resume", "--preset", "paper"], 2, "--preset has no effect with --resume"),
+        (["--config", "c.json", "--data", "d"], 2, "--data has no effect with --config"),
+        (["--data", "d", "--images", "9", "--scale-jitter", "2", "0.5"], 7, "data.largest_scale is 0.5"),
+        (["--data", "d", "--images", "9", "--stages", "1", "--schedule", "staged"], 7, "stages is 1"),
+        (["--data", "d", "--images", "9", "--device", "tpu"], 2, "unknown device 'tpu'"),
+        (["--data", "d", "--images", "9", "--device", "cuda:7"], 4, "cuda:7 was asked for"),
     ],
 )
 def test_train_says_what_is_missing(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,11 +11,12 @@ from spmdeploy.errors import InputError
 from spmdeploy.training.config import (
     DataConfig,
     ExtraData,
+    LossConfig,
     Phase,
     TrainConfig,
+    configured,
     from_json,
     joint_schedule,
-    preset_config,
     staged_schedule,
     to_json,
 )
@@ -26,12 +28,53 @@ def config() -> TrainConfig:
 
 
 def test_presets() -> None:
-    small = preset_config("small", DataConfig("root"), joint_schedule(1))
+    small = configured(Path("root"), "small", images=3)
     assert (small.width, small.hidden, small.discriminator_width) == (16, 32, 32)
-    paper = preset_config("paper", DataConfig("root"), joint_schedule(1))
-    assert paper == TrainConfig(data=DataConfig("root"), schedule=joint_schedule(1))
+    assert configured(Path("root"), images=3) == TrainConfig(data=DataConfig("root"), schedule=joint_schedule(3))
     with pytest.raises(InputError, match="preset is 'large', expected one of paper, small"):
-        preset_config("large", DataConfig("root"), joint_schedule(1))
+        configured(Path("root"), "large", images=3)
+
+
+def test_options_reach_their_part_and_the_rest_stays_as_in_the_recipe() -> None:
+    found = configured(
+        Path("root"),
+        images=40,
+        of_run={"ema_half_life": 7, "compile": True, "seed": None},
+        of_data={"largest_scale": 2.0, "crop": None},
+        of_loss={"perceptual_network": "vgg16"},
+        of_phases={"batch": 4, "decay_from": 0.5},
+    )
+    recipe = configured(Path("root"), images=40)
+    assert found == dataclasses.replace(
+        recipe,
+        ema_half_life=7,
+        compile=True,
+        data=DataConfig("root", largest_scale=2.0),
+        loss=LossConfig(perceptual_network="vgg16"),
+        schedule=(Phase((0, 1, 2), 40, 4, decay_from=0.5),),
+    )
+    staged = configured(Path("root"), schedule="staged", images=40, of_phases={"batch": 3})
+    assert [phase.batch for phase in staged.schedule] == [3, 3, 3]
+    assert [phase.generator_rate for phase in staged.schedule] == [4e-4, 3e-4, 2e-4]
+
+
+def test_a_single_stage_is_trained_by_a_joint_schedule() -> None:
+    single = configured(Path("root"), images=3, stages=1)
+    assert [phase.stages for phase in single.schedule] == [(0,)]
+    with pytest.raises(InputError, match="stages is 1, expected 3 for a staged schedule"):
+        configured(Path("root"), schedule="staged", images=3, stages=1)
+    with pytest.raises(InputError, match=r"schedule.stages is \(0, 1, 2\), expected stages from 0 to 0"):
+        dataclasses.replace(single, schedule=joint_schedule(3))
+
+
+def test_configurations_from_before_the_ablations_are_read() -> None:
+    """The run directories of earlier versions have none of these fields, and mean what was then the only way."""
+    fields = json.loads(json.dumps(to_json(config())))
+    for name in ("modulation", "stages", "compile", "tensorboard"):
+        del fields[name]
+    for name in ("largest_scale", "relighting"):
+        del fields["data"][name]
+    assert from_json(fields, "config.json") == config()
 
 
 def test_survives_json() -> None:
@@ -53,6 +96,12 @@ def test_the_default_is_the_papers_recipe() -> None:
     [
         (("width",), "wide", "width is 'wide'"),
         (("data", "crop"), 200, "data.crop is 200"),
+        (("data", "largest_scale"), 0.5, "data.largest_scale is 0.5"),
+        (("modulation",), "adain", "modulation is 'adain', expected one of spm, spade"),
+        (("stages",), 2, "stages is 2, expected one of 3, 1"),
+        (("stages",), True, "stages is True"),
+        (("stages",), 1, r"schedule.stages is \(1,\)"),
+        (("schedule", 2, "decay_from"), 1.5, "decay_from is 1.5"),
         (("data", "root"), None, "data.root is None"),
         (("loss", "perceptual_network"), "resnet", "perceptual_network is 'resnet'"),
         (("schedule", 0, "stages"), [0, 2], r"stages is \(0, 2\)"),

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from spmdeploy.errors import InputError
+from spmdeploy.training import dataset
 from spmdeploy.training.config import DataConfig, ExtraData
 from spmdeploy.training.dataset import Picture, Sample, TrainingSamples, collate, random_crop, relit, split_validation
 
@@ -50,6 +52,21 @@ def test_image_and_labels_stay_together(data_folder: Path, smallest_scale: float
         agree = (np.abs(sample.image.astype(int) - np.array(COLOURS)[sample.labels]).max(axis=2) < 3).mean()
         assert agree == 1 if smallest_scale == 1 else agree > 0.9  # shrinking blends along the borders of classes
         assert set(np.unique(sample.instances)) <= {0, 1, 2000}
+
+
+def test_scales_are_drawn_from_their_range(data_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Below 1 a crop covers more of the picture than it has pixels, above 1 less: the picture is enlarged."""
+    sides: list[float] = []
+
+    def recorded(picture: Picture, side: int, scale: float, *rest: Any) -> Picture:
+        sides.append(side / scale)
+        return random_crop(picture, side, scale, *rest)
+
+    monkeypatch.setattr(dataset, "random_crop", recorded)
+    drawn = samples(data_folder, smallest_scale=0.95, largest_scale=4.0)
+    pictures = [drawn.at(position).image for position in range(30)]
+    assert 128 / 4 <= min(sides) < 50 and 120 < max(sides) <= 128 / 0.95
+    assert all(picture.shape == (128, 128, 3) for picture in pictures)
 
 
 def test_flips_and_crops_vary(data_folder: Path) -> None:

@@ -3,18 +3,24 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
-from spmdeploy.errors import SpmDeployError
+from spmdeploy.errors import SpmDeployError, UsageError
+from spmdeploy.manifest import Modulation, StageCount
+from spmdeploy.networks.generator import GeneratorConfig
 from spmdeploy.networks.weights import load_checkpoint
-from spmdeploy.training.config import LossConfig, Phase, TrainConfig, to_json
+from spmdeploy.training.config import LossConfig, Phase, TrainConfig, joint_schedule, to_json
+from spmdeploy.training.learners import training_generator
 from spmdeploy.training.loop import Trainer, train
 from spmdeploy.training.run_state import RunDirectory
 
@@ -36,6 +42,11 @@ def losses(run: Path) -> list[tuple[float, ...]]:
     lines = [line for line in RunDirectory(run).metrics() if line["kind"] == "train"]
     assert [line["images"] for line in lines] == sorted({line["images"] for line in lines})
     return [tuple(line[name] for name in LOSSES) for line in lines]
+
+
+def stepped(trainer: Trainer) -> tuple[float, ...]:
+    figures = trainer.step()
+    return tuple(figures[name] for name in LOSSES)
 
 
 def silently(record: dict[str, Any]) -> None:
@@ -116,6 +127,110 @@ def test_rates_fall_at_the_end_of_a_phase(tmp_path: Path, tiny: TrainConfig) -> 
         rates.append(trainer._generator_optimizer.param_groups[0]["lr"])
     assert rates[0] == rates[1] == rates[2] == 1e-3
     assert rates[3] == pytest.approx(1e-3 * (1 - 0.95 / 2))
+
+
+@pytest.mark.parametrize(("modulation", "stages"), [("spade", 3), ("spm", 1), ("spade", 1)])
+def test_ablations_train_resume_and_export(
+    tmp_path: Path, tiny: TrainConfig, modulation: Modulation, stages: StageCount
+) -> None:
+    config = dataclasses.replace(tiny, modulation=modulation, stages=stages, schedule=joint_schedule(2, stages))
+    half = dataclasses.replace(config, schedule=joint_schedule(1, stages))
+    train(config, tmp_path / "whole", False, silently)
+    train(half, tmp_path / "halves", False, silently)
+    (tmp_path / "halves" / "config.json").write_text(json.dumps(to_json(config)))
+    train(config, tmp_path / "halves", True, silently)
+    assert losses(tmp_path / "halves") == losses(tmp_path / "whole")
+    exported = load_checkpoint(tmp_path / "whole" / "export" / "generator.safetensors").generator
+    assert exported.config == GeneratorConfig(3, 2, 2, modulation, stages)
+
+    trainer = Trainer(config, RunDirectory(tmp_path / "whole"), torch.device("cpu"))
+    batch = trainer.samples.batch(range(2))
+    assert len(trainer.discriminators) == len(trainer.edited_by_stage(batch)) == stages
+
+
+def test_a_run_from_before_the_ablations_resumes(tmp_path: Path, tiny: TrainConfig) -> None:
+    """Its config.json has no such fields, its checkpoint has these entries and no others."""
+    config = dataclasses.replace(tiny, schedule=(Phase((0, 1, 2), images=4, batch=2),))
+    train(config, tmp_path / "whole", False, silently)
+    old = RunDirectory(tmp_path / "old")
+    old.start(config)
+    trainer = Trainer(config, old, torch.device("cpu"))
+    trainer.step()
+    trainer.save()
+    state = torch.load(old.checkpoint, weights_only=True)
+    assert state.keys() == {
+        "schema", "progress", "generator", "averaged", "discriminators",
+        "generator_optimizer", "discriminator_optimizer", "random",
+    }  # fmt: skip
+    assert state["progress"].keys() == {"phase", "phase_images", "images", "steps", "phase_seconds", "best"}
+    fields = json.loads((tmp_path / "old" / "config.json").read_text())
+    for name in ("modulation", "stages", "compile"):
+        del fields[name]
+    for name in ("largest_scale", "relighting"):
+        del fields["data"][name]
+    (tmp_path / "old" / "config.json").write_text(json.dumps(fields))
+    train(old.config(), tmp_path / "old", True, silently)
+    assert losses(tmp_path / "old") == losses(tmp_path / "whole")[1:]
+
+
+class _Compiled:
+    """In place of torch.compile: what was compiled how, and how often each was called."""
+
+    def __init__(self) -> None:
+        self.calls: dict[int, int] = {}
+        self.options: list[dict[str, Any]] = []
+        self.kept: list[nn.Module] = []  # an id is a name only as long as its owner lives
+
+    def __call__(self, network: nn.Module, **options: Any) -> Callable[..., torch.Tensor]:
+        self.options.append(options)
+        self.kept.append(network)
+
+        def call(*inputs: Any) -> torch.Tensor:
+            self.calls[id(network)] = self.calls.get(id(network), 0) + 1
+            result: torch.Tensor = network(*inputs)
+            return result
+
+        return call
+
+
+def test_only_what_runs_is_compiled(tmp_path: Path, tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(tiny, tmp_path / "plain", False, silently)
+    compiled = _Compiled()
+    monkeypatch.setattr(torch, "compile", compiled)
+    config = dataclasses.replace(tiny, compile=True, schedule=tiny.schedule[:2])
+    trainer = Trainer(config, RunDirectory(tmp_path / "run"), torch.device("cpu"))
+    found = [stepped(trainer) for _ in range(2)]
+    first, second = trainer.generator.stages[0], trainer.generator.stages[1]
+    assert compiled.calls == {id(first): 2, id(trainer.discriminators[0]): 6}
+    trainer._next_phase()
+    found += [stepped(trainer) for _ in range(2)]
+    assert compiled.calls[id(second)] == compiled.calls[id(trainer.averaged.stages[0])] == 2
+    assert len(compiled.options) == 5 and all(options["dynamic"] is False for options in compiled.options)
+    assert found == losses(tmp_path / "plain")[:4]
+    assert set(trainer.generator.state_dict()) == set(training_generator(trainer.generator.config).state_dict())
+
+
+def test_compiling_for_a_cpu_excludes_channels_last(tmp_path: Path, tiny: TrainConfig) -> None:
+    config = dataclasses.replace(tiny, compile=True, channels_last=True)
+    with pytest.raises(UsageError, match="compile and channels_last exclude each other"):
+        train(config, tmp_path / "run", False, silently)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_compiled_run_resumes_bit_for_bit(tmp_path: Path, tiny: TrainConfig) -> None:
+    if not shutil.which(os.environ.get("CXX", "g++")):
+        pytest.skip("torch.compile needs a C++ compiler")
+    config = dataclasses.replace(tiny, compile=True, schedule=(Phase((0,), images=6, batch=2),))
+    train(dataclasses.replace(config, compile=False), tmp_path / "plain", False, silently)
+    train(config, tmp_path / "whole", False, silently)
+    half = dataclasses.replace(config, schedule=(Phase((0,), images=2, batch=2),))
+    train(half, tmp_path / "halves", False, silently)
+    (tmp_path / "halves" / "config.json").write_text(json.dumps(to_json(config)))
+    train(config, tmp_path / "halves", True, silently)
+    assert losses(tmp_path / "halves") == losses(tmp_path / "whole")
+    for plain, compiled in zip(losses(tmp_path / "plain"), losses(tmp_path / "whole"), strict=True):
+        assert compiled == pytest.approx(plain, rel=1e-3, abs=1e-4)
 
 
 def test_divergence_stops_with_the_last_good_checkpoint(tmp_path: Path, tiny: TrainConfig) -> None:
