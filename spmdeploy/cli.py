@@ -389,6 +389,7 @@ def build(
         EnginePlaceChoice | None,
         typer.Option("--into", metavar="bundle|cache", help="Default: the bundle if it can be written to."),
     ] = None,
+    require_signature: RequireSignature = None,
     clean: Annotated[
         bool, typer.Option("--clean", help="Build nothing: remove engines that no longer fit, saying why.")
     ] = False,
@@ -403,7 +404,7 @@ def build(
     from spmdeploy.bundle import open_bundle
     from spmdeploy.runtime.engine_store import clean_engines
 
-    opened = open_bundle(bundle)
+    opened = open_bundle(bundle, _public_key(require_signature))
     if clean:
         removed = [engine.to_json() for engine in clean_engines(opened)]
         lines = [
@@ -478,9 +479,14 @@ def export_triton(
     device: Annotated[
         TritonDevice, typer.Option("--device", metavar="gpu|cpu", help="What the server runs it on.")
     ] = TritonDevice.gpu,
+    engine: Annotated[
+        str | None,
+        typer.Option("--engine", metavar="KEY", help="Serve this TensorRT engine, not the graph."),
+    ] = None,
     max_batch: Annotated[
-        int, typer.Option("--max-batch", min=1, help="Edits that the server may put into one batch.")
-    ] = 8,
+        int | None,
+        typer.Option("--max-batch", min=1, help="Edits in one batch. Default: 8, or what the engine takes."),
+    ] = None,
     instances: Annotated[int, typer.Option("--instances", min=1, help="Copies of the model on each device.")] = 1,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -495,9 +501,9 @@ def export_triton(
         from spmdeploy.export.to_triton import TritonOptions
         from spmdeploy.export.to_triton import export_triton as write_model
 
-    options = TritonOptions(name, precision.value, device.value, max_batch, instances, overwrite)
+    options = TritonOptions(name, precision.value, device.value, engine, max_batch, instances, overwrite)
     model = write_model(open_bundle(bundle), repository, options)
-    lines = [f"{model.folder}: {model.source} for Triton's {model.backend} backend"]
+    lines = [f"{model.folder}: {model.source}, batches up to {model.max_batch}; the server needs {model.needs}"]
     rows = [(name, f"{size / 1e6:.1f} MB") for name, size in model.files.items()]
     _print("export-triton", model.to_json(), lines + _table(("", ""), rows)[1:], as_json)
 

@@ -5,6 +5,7 @@ No server runs here. The configuration is read into Triton's own message, and wh
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.util
 import json
@@ -14,10 +15,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from engines.records import SAMPLE, for_targets
 
 from spmdeploy import cli
 from spmdeploy.bundle import open_bundle
+from spmdeploy.manifest import EDIT
+from spmdeploy.runtime.engine_record import BatchRange, EngineFile, EngineRecord, SourceFile
+from spmdeploy.runtime.engine_store import EngineWriter, choose_place
 from spmdeploy.runtime.golden import measure_drift, read_golden
+from spmdeploy.runtime.trt import graph_ports as graph_ports_of
 
 onnx = pytest.importorskip("onnx")
 
@@ -169,3 +175,61 @@ def test_a_precision_that_the_bundle_does_not_hold(
     code, told = export(bundle=slim)
     assert code == 6 and "no graph 'edit' in fp16" in told["error"] and not (tmp_path / "models").exists()
     assert export("--device", "cpu", bundle=slim)[0] == 0
+
+
+# -------------------------------------------------------------------------------------------------------------- engines
+
+CONTENT = b"not really an engine"
+
+
+def add_engine(bundle: Path, record: EngineRecord, **changes: Any) -> EngineRecord:
+    """Puts an engine of the bundle's FP16 graph into the cache."""
+    opened = open_bundle(bundle)
+    ports = graph_ports_of(EDIT, 256)
+    outputs = ("edited", "unrounded")
+    record = dataclasses.replace(
+        record,
+        bundle="tiny",
+        onnx=SourceFile("graphs/edit.fp16.onnx", opened.graph("edit", "fp16").sha256),
+        engine=EngineFile("edit.fp16.engine", len(CONTENT), hashlib.sha256(CONTENT).hexdigest()),
+        inputs=tuple(port for port in ports.values() if port.name not in outputs),
+        outputs=tuple(ports[name] for name in outputs),
+        **changes,
+    )
+    with EngineWriter(choose_place(opened, "cache"), "edit.fp16") as writer:
+        writer.finish(record, CONTENT)
+    return record
+
+
+def test_an_engine_is_served_as_it_is(messages: Any, export: Any, street_bundle: Path, tmp_path: Path) -> None:
+    record = add_engine(street_bundle, SAMPLE, batch=BatchRange(1, 1, 4))
+    code, told = export("--engine", "tensorrt")
+    assert code == 0 and told["needs"] == "TensorRT 10.16.1 and NVIDIA GeForce RTX 3060 (sm86)"
+    assert told["source"] == f"engines/{record.key}/edit.fp16.engine"
+    model = tmp_path / "models/tiny"
+    config = read_config(messages, model)
+    assert (config.backend, config.default_model_filename, config.max_batch_size) == ("tensorrt", "model.plan", 4)
+    assert (model / "1/model.plan").read_bytes() == CONTENT and len(list((model / "1").iterdir())) == 1
+    for ports, written in ((record.inputs, config.input), (record.outputs, config.output)):
+        assert config_ports(messages, named(written)) == {
+            port.name: (np.dtype(port.dtype), list(port.shape[1:])) for port in ports
+        }
+    assert sorted(warmup.batch_size for warmup in config.model_warmup) == [1, 4]
+    for words in (["--max-batch", "5"], ["--device", "cpu"], ["--precision", "fp32"]):
+        assert export("--engine", record.key, "--name", "other", *words)[0] == 2, words
+    assert [path.name for path in (tmp_path / "models").iterdir()] == ["tiny"]
+
+
+def test_engines_that_triton_cannot_load(export: Any, street_bundle: Path, tmp_path: Path) -> None:
+    add_engine(street_bundle, for_targets("sm89"))
+    code, told = export("--engine", "sm89")
+    assert code == 2 and "is an engine for tensorrt-rtx" in told["error"]
+    assert export("--engine", "sm90")[0] == 2
+    add_engine(street_bundle, SAMPLE, batch=BatchRange(1, 1, 2))
+    code, told = export("--engine", "fp16")
+    assert code == 2 and "does not name one engine" in told["error"] and not (tmp_path / "models").exists()
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPMDEPLOY_CACHE", str(tmp_path / "cache"))

@@ -1,7 +1,8 @@
-"""The `edit` graph of a bundle as a model repository of the Triton Inference Server.
+"""The `edit` graph of a bundle, or a TensorRT engine of it, as a model repository of the Triton Inference Server.
 
     REPOSITORY/NAME/config.pbtxt    the model's configuration (model_config.proto, message ModelConfig)
     REPOSITORY/NAME/1/model.onnx    the graph, and the files that it keeps weights in, under the names it asks for
+    REPOSITORY/NAME/1/model.plan    or the engine
     REPOSITORY/NAME/warmup/         a golden edit, which every instance computes before it serves anybody
 
 Clients send and get what the graph takes and gives: bytes in, bytes out.
@@ -18,14 +19,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import numpy as np
-import onnx
 from numpy.typing import NDArray
-from onnx.helper import tensor_dtype_to_np_dtype
 
 from spmdeploy.bundle import Bundle, replacing
 from spmdeploy.errors import BundleError, InputError, UsageError
 from spmdeploy.manifest import EDIT, EDIT_ON_CPU, GraphRecord
 from spmdeploy.runtime.engine_record import BATCH, Port
+from spmdeploy.runtime.engine_store import named_engines
 from spmdeploy.runtime.golden import EXPORT_AGAIN, read_golden
 
 TritonDevice = Literal["gpu", "cpu"]
@@ -47,7 +47,10 @@ class TritonOptions:
     """Of the model, and of its folder; None: the bundle's."""
     precision: str = "auto"
     device: TritonDevice = "gpu"
-    max_batch: int = 8
+    engine: str | None = None
+    """The key of a TensorRT engine, or a part of it that names one alone; None: the graph."""
+    max_batch: int | None = None
+    """None: what the engine takes, or 8."""
     instances: int = 1
     """Copies of the model on each device, for requests at the same time."""
     overwrite: bool = False
@@ -63,6 +66,9 @@ class TritonModel:
     """Triton's."""
     source: str
     """What is served: a file of the bundle."""
+    needs: str
+    """What the server must have, in words."""
+    max_batch: int
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
     files: dict[str, int]
@@ -80,6 +86,8 @@ class _Served:
     file: str
     source: str
     sha256: str
+    needs: str
+    max_batch: int
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
     contents: Mapping[str, bytes]
@@ -93,12 +101,10 @@ def export_triton(bundle: Bundle, repository: Path, options: TritonOptions) -> T
     name = bundle.manifest.name if options.name is None else options.name
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
         raise UsageError(f"{name!r} is no name for a model", "give one of letters, digits, _ . and - with --name")
-    if not 1 <= options.max_batch <= MAX_BATCH or options.instances < 1:
-        raise UsageError(
-            f"batches up to {options.max_batch} on {options.instances} instances cannot be",
-            f"batches go from 1 to {MAX_BATCH}, and there must be an instance",
-        )
-    served = _served_graph(bundle, _chosen_graph(bundle, options))
+    if options.engine is None:
+        served = _served_graph(bundle, _chosen_graph(bundle, options), options)
+    else:
+        served = _served_engine(bundle, options.engine, options)
     sample = _warmup_sample(bundle, served.inputs, served.source)
     folder = repository / name
     _make_repository(repository)
@@ -109,8 +115,17 @@ def export_triton(bundle: Bundle, repository: Path, options: TritonOptions) -> T
             _write_new(building / WARMUP / file, array.tobytes())
         _write_new(building / CONFIG, _config(name, bundle, served, options).encode())
     files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
-    inputs, outputs = served.inputs, served.outputs
-    return TritonModel(folder, name, served.backend, served.source, inputs, outputs, dict(sorted(files.items())))
+    return TritonModel(
+        folder=folder,
+        name=name,
+        backend=served.backend,
+        source=served.source,
+        needs=served.needs,
+        max_batch=served.max_batch,
+        inputs=served.inputs,
+        outputs=served.outputs,
+        files=dict(sorted(files.items())),
+    )
 
 
 # ------------------------------------------------------------------------------------------------- what is to be served
@@ -127,33 +142,76 @@ def _chosen_graph(bundle: Bundle, options: TritonOptions) -> GraphRecord:
     return bundle.graph(EDIT, precision)
 
 
-def _served_graph(bundle: Bundle, record: GraphRecord) -> _Served:
+def _served_graph(bundle: Bundle, record: GraphRecord, options: TritonOptions) -> _Served:
+    max_batch = _batch(options, 8, MAX_BATCH, f"the graphs take 1 to {MAX_BATCH}")
     content = bundle.read(record.file)
     shown = bundle.path / record.file
-    try:
-        graph = onnx.load_from_string(content).graph
-        inputs, outputs = (tuple(map(_port, values)) for values in (graph.input, graph.output))
-    except Exception as error:  # onnx and protobuf raise anything on bytes that are no graph
-        raise BundleError(f"{shown}: not a graph of ours: {error!r}", EXPORT_AGAIN) from error
+    inputs, outputs, files = _read_graph(content, shown)
     for port in (*inputs, *outputs):
         if port.shape[:1] != (BATCH,) or BATCH in port.shape[1:] or port.dtype not in _TYPES:
             raise BundleError(f"{shown}: Triton cannot batch its {port.name} {port.dtype}{port.shape}", EXPORT_AGAIN)
     folder = PurePosixPath(record.file).parent
-    weights = {name: bundle.read(str(folder / name)) for name in _external_files(graph)}
+    weights = {name: bundle.read(str(folder / name)) for name in files}
     contents = {"model.onnx": content, **weights}
-    return _Served("onnxruntime", "model.onnx", record.file, record.sha256, inputs, outputs, contents)
+    needs = "the onnxruntime backend" + ("" if options.device == "cpu" else " and a GPU")
+    return _Served("onnxruntime", "model.onnx", record.file, record.sha256, needs, max_batch, inputs, outputs, contents)
 
 
-def _port(value: onnx.ValueInfoProto) -> Port:
-    kind = value.type.tensor_type
-    shape = tuple(BATCH if dim.dim_param else dim.dim_value for dim in kind.shape.dim)
-    return Port(value.name, str(tensor_dtype_to_np_dtype(kind.elem_type)), shape)
+def _served_engine(bundle: Bundle, word: str, options: TritonOptions) -> _Served:
+    found = [engine for engine in named_engines(bundle, [word]) if engine.record and engine.record.graph == EDIT]
+    if len(found) != 1:
+        keys = ", ".join(engine.record.key for engine in found if engine.record) or "none"
+        raise UsageError(f"{word!r} does not name one engine of the edit graph, but {keys}", "give the whole key")
+    (engine,) = found
+    record = engine.record
+    assert record is not None
+    if record.runtime != "tensorrt":
+        raise UsageError(
+            f"{record.key} is an engine for {record.runtime}, and Triton loads those of TensorRT alone",
+            "build one there: spmdeploy build BUNDLE --runtime tensorrt; or leave --engine out and serve the graph",
+        )
+    if options.device == "cpu" or options.precision not in ("auto", record.precision):
+        asked = "a CPU" if options.device == "cpu" else options.precision
+        raise UsageError(f"{record.key} is a {record.precision} engine for a GPU, and {asked} was asked for", None)
+    max_batch = _batch(options, record.batch.max, record.batch.max, f"the engine takes {record.batch}")
+    return _Served(
+        backend="tensorrt",
+        file="model.plan",
+        source=f"engines/{record.key}/{record.engine.file}",
+        sha256=record.engine.sha256,
+        needs=f"TensorRT {record.version} and {record.made_for}",
+        max_batch=max_batch,
+        inputs=record.inputs,
+        outputs=record.outputs,
+        contents={"model.plan": engine.files()[record.engine.file]},
+    )
 
 
-def _external_files(graph: onnx.GraphProto) -> list[str]:
-    """The files that the graph keeps weights in, by the names it has for them: relative to its own folder."""
+def _batch(options: TritonOptions, default: int, most: int, limits: str) -> int:
+    max_batch = default if options.max_batch is None else options.max_batch
+    if not 1 <= max_batch <= most or options.instances < 1:
+        words = f"batches up to {max_batch} on {options.instances} instances cannot be"
+        raise UsageError(words, f"{limits}, and there must be an instance")
+    return max_batch
+
+
+def _read_graph(content: bytes, shown: Path) -> tuple[tuple[Port, ...], tuple[Port, ...], list[str]]:
+    """Inputs, outputs, and the files that it keeps weights in, by the names it has for them: relative to its folder."""
+    import onnx
+    from onnx.helper import tensor_dtype_to_np_dtype
+
+    def port(value: onnx.ValueInfoProto) -> Port:
+        kind = value.type.tensor_type
+        shape = tuple(BATCH if dim.dim_param else dim.dim_value for dim in kind.shape.dim)
+        return Port(value.name, str(tensor_dtype_to_np_dtype(kind.elem_type)), shape)
+
+    try:
+        graph = onnx.load_from_string(content).graph
+        inputs, outputs = tuple(map(port, graph.input)), tuple(map(port, graph.output))
+    except Exception as error:  # onnx and protobuf raise anything on bytes that are no graph
+        raise BundleError(f"{shown}: not a graph of ours: {error!r}", EXPORT_AGAIN) from error
     entries = (entry for tensor in graph.initializer for entry in tensor.external_data)
-    return sorted({entry.value for entry in entries if entry.key == "location"})
+    return inputs, outputs, sorted({entry.value for entry in entries if entry.key == "location"})
 
 
 def _warmup_sample(bundle: Bundle, inputs: Sequence[Port], shown: str) -> dict[str, NDArray[Any]]:
@@ -177,14 +235,14 @@ def _warmup_sample(bundle: Bundle, inputs: Sequence[Port], shown: str) -> dict[s
 def _config(name: str, bundle: Bundle, served: _Served, options: TritonOptions) -> str:
     """config.pbtxt. Dimensions go without the batch, which max_batch_size stands for."""
     kind = "KIND_CPU" if options.device == "cpu" else "KIND_GPU"
-    warm_batches = sorted({1, options.max_batch})
+    warm_batches = sorted({1, served.max_batch})
     lines = [
         f"{HEADING}: {served.source} of the bundle {bundle.manifest.name},",
-        f"# SHA-256 {served.sha256}",
+        f"# SHA-256 {served.sha256}; the server needs {served.needs}",
         f'name: "{name}"',
         f'backend: "{served.backend}"',
         f'default_model_filename: "{served.file}"',
-        f"max_batch_size: {options.max_batch}",
+        f"max_batch_size: {served.max_batch}",
         *_ports("input", served.inputs),
         *_ports("output", served.outputs),
         f"instance_group [ {{ kind: {kind} count: {options.instances} }} ]",
