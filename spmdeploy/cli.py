@@ -206,6 +206,9 @@ def edit(
     sheet: Annotated[
         Path | None, typer.Option("--sheet", help="Also write before / labels / mask / after side by side.")
     ] = None,
+    explain: Annotated[
+        Path | None, typer.Option("--explain", help="Also write a picture of the windows and tiles over the photo.")
+    ] = None,
     model: Model = None,
     backend: BackendOption = Backend.auto,
     device: Device = "auto",
@@ -223,7 +226,7 @@ def edit(
     from spmdeploy.edit_files import EditFiles, edit_files
 
     started = time.perf_counter()
-    files = EditFiles(image, output, labels, fill, mask, edited_from, instances, grow, sheet, overwrite)
+    files = EditFiles(image, output, labels, fill, mask, edited_from, instances, grow, sheet, explain, overwrite)
     with _editor(model, backend, device, precision, require_signature) as editor:
         opened = time.perf_counter()
         with _bar("editing") as show:
@@ -235,8 +238,12 @@ def edit(
     payload = {**result.to_json(), "choices": list(choices), "seconds": seconds}
     windows = len(result.report.windows)
     summary = f"{output}: {result.report.edited_pixels} pixels in {windows} window{'s' * (windows != 1)}"
+    if tiles := result.report.tiles:
+        summary += f", {tiles} tile{'s' * (tiles != 1)}"
     lines = [f"{summary}, {result.report.provider}, {result.report.precision}, {ended - started:.2f} s"]
-    _print("edit", payload, lines + ([f"{sheet}: before, labels, mask, after"] if sheet else []), as_json)
+    lines += [f"{sheet}: before, labels, mask, after"] if sheet else []
+    lines += [f"{explain}: windows and tiles"] if explain else []
+    _print("edit", payload, lines, as_json)
 
 
 @app.command()

@@ -39,6 +39,8 @@ class EditFiles:
     """Pixels to grow the mask by; None: `GROWTH_OF_CHANGES` with edited_from, else 0."""
     sheet: Path | None = None
     """Where to put a picture of before, labels, mask and after side by side."""
+    explain: Path | None = None
+    """Where to put a picture of the windows and tiles over the photo."""
     overwrite: bool = False
 
     def __post_init__(self) -> None:
@@ -58,7 +60,12 @@ class EditFiles:
     def _check_names(self) -> None:
         """An output may take the place of the photo, if overwriting is allowed, but of nothing else it is made from."""
         sources = (self.labels, self.mask, self.edited_from, self.instances)
-        for written, others in ((self.output, sources), (self.sheet, (*sources, self.image, self.output))):
+        written_too = (*sources, self.image, self.output)
+        for written, others in (
+            (self.output, sources),
+            (self.sheet, written_too),
+            (self.explain, (*written_too, self.sheet)),
+        ):
             same = written and next((other for other in others if other and _same_file(written, other)), None)
             if same:
                 raise UsageError(f"{written} would be written over {same}, which is needed too", "choose another name")
@@ -93,6 +100,7 @@ class FileEdit:
 
     output: Path
     sheet: Path | None
+    explain: Path | None
     size: tuple[int, int]
     """Width and height."""
     report: EditReport
@@ -102,6 +110,7 @@ class FileEdit:
         return {
             "output": str(self.output),
             "sheet": None if self.sheet is None else str(self.sheet),
+            "explain": None if self.explain is None else str(self.explain),
             "width": self.size[0],
             "height": self.size[1],
             "report": self.report.to_json(),
@@ -113,7 +122,7 @@ def edit_files(
     editor: Editor, files: EditFiles, tiling: Tiling = "auto", progress: Callable[[int, int], None] | None = None
 ) -> FileEdit:
     """Reads, edits and writes. Raises InputError naming the file that is at fault; nothing is then written."""
-    for path in filter(None, (files.output, files.sheet)):
+    for path in filter(None, (files.output, files.sheet, files.explain)):
         images.check_output(path, files.overwrite)
     inputs = read_inputs(files, editor.classes)
     names = InputNames(
@@ -132,8 +141,14 @@ def edit_files(
 
         sheet = edit_sheet(photo.pixels, inputs.labels, inputs.mask, result.image, editor.classes)
         images.write_picture(files.sheet, sheet, overwrite=files.overwrite)
+    if files.explain is not None:
+        from spmdeploy.explain import explain_sheet
+
+        explained = explain_sheet(photo.pixels, inputs.mask, result.report.windows)
+        images.write_picture(files.explain, explained, overwrite=files.overwrite)
     size = (photo.pixels.shape[1], photo.pixels.shape[0])
-    return FileEdit(files.output, files.sheet, size, result.report, (*photo.notes, *lost, *result.report.notes))
+    notes = (*photo.notes, *lost, *result.report.notes)
+    return FileEdit(files.output, files.sheet, files.explain, size, result.report, notes)
 
 
 def read_inputs(files: EditFiles, classes: ClassTable) -> EditInputs:

@@ -13,7 +13,7 @@ CELL_SIDE = 640
 """Longer side that a cell of a sheet is shrunk to when it is larger."""
 _GAP, _CAPTION, _FONT_SIZE = 10, 28, 16
 _PAPER, _INK = (255, 255, 255), (40, 40, 40)
-_MASK_TINT = np.array((255, 40, 70), np.float32)
+MASK_TINT = (255, 40, 70)
 _OUTLINE = (255, 255, 255)
 
 Rgb = NDArray[np.uint8]
@@ -27,22 +27,24 @@ def edit_sheet(photo: Rgb, labels: NDArray[np.uint8], mask: NDArray[np.bool_], e
     stand for.
     """
     used = [classes.classes[i] for i in count_labels(labels[mask]) if i < len(classes)]
-    before, after = np.asarray(_fitted(photo)), np.asarray(_fitted(edited))
+    before, after = fitted(photo), fitted(edited)
     labels, mask = resize_labels(labels, *before.shape[:2]), resize_labels(mask, *before.shape[:2])
     layout = np.where(mask[..., None], colourise(labels, classes), _faded(before))
-    tinted = before.copy()
-    tinted[mask] = (0.5 * before[mask] + 0.5 * _MASK_TINT).astype(np.uint8)
-    layout[_outline(mask)] = tinted[_outline(mask)] = _OUTLINE
+    layout[_outline(mask)] = _OUTLINE
+    tinted = with_mask(before, mask)
     cells = {"before": before, "labels under the mask": layout, "mask": tinted, "after": after}
     return sheet([cells], [(entry.name, entry.color) for entry in used])
 
 
-def sheet(rows: list[dict[str, Rgb]], legend: list[tuple[str, Colour]] | None = None) -> Rgb:
+def sheet(
+    rows: list[dict[str, Rgb]], legend: list[tuple[str, Colour]] | None = None, cell_side: int = CELL_SIDE
+) -> Rgb:
     """A grid of captioned pictures, one dict of caption: uint8 (H, W, 3) per row. Returns uint8 (H, W, 3) RGB.
 
-    legend: names and the RGB colours that stand for them, written below the pictures.
+    legend: names and the RGB colours that stand for them, written below the pictures. cell_side: pictures with a longer
+    side are shrunk to it.
     """
-    drawn = [[(caption, _fitted(picture)) for caption, picture in row.items()] for row in rows]
+    drawn = [[(caption, _fitted(picture, cell_side)) for caption, picture in row.items()] for row in rows]
     width = max(sum(picture.width + _GAP for _, picture in row) for row in drawn) + _GAP
     heights = [max(picture.height for _, picture in row) + _CAPTION + _GAP for row in drawn]
     key = _legend(legend or [], width)
@@ -58,6 +60,19 @@ def sheet(rows: list[dict[str, Rgb]], legend: list[tuple[str, Colour]] | None = 
         top += height
     page.paste(key, (0, top))
     return np.asarray(page)
+
+
+def with_mask(photo: Rgb, mask: NDArray[np.bool_]) -> Rgb:
+    """The photo with the mask tinted and outlined. photo: uint8 (H, W, 3). mask: bool (H, W)."""
+    tinted = photo.copy()
+    tinted[mask] = (0.5 * photo[mask] + 0.5 * np.array(MASK_TINT, np.float32)).astype(np.uint8)
+    tinted[_outline(mask)] = _OUTLINE
+    return tinted
+
+
+def fitted(picture: Rgb, side: int = CELL_SIDE) -> Rgb:
+    """The picture, shrunk where its longer side is more than that. uint8 (H, W, 3)."""
+    return np.asarray(_fitted(picture, side))
 
 
 def _legend(entries: list[tuple[str, Colour]], width: int) -> Image.Image:
@@ -91,7 +106,7 @@ def _outline(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
     return outline
 
 
-def _fitted(picture: Rgb) -> Image.Image:
+def _fitted(picture: Rgb, side: int) -> Image.Image:
     image = Image.fromarray(picture)
-    image.thumbnail((CELL_SIDE, CELL_SIDE), Image.Resampling.BOX)
+    image.thumbnail((side, side), Image.Resampling.BOX)
     return image

@@ -14,10 +14,15 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from spmdeploy.edit_files import GROWTH_OF_CHANGES, EditFiles, edit_files, grow_mask
-from spmdeploy.editor import Editor
+from spmdeploy.editor import EditedWindow, Editor
 from spmdeploy.errors import InputError, UsageError
+from spmdeploy.explain import explain_sheet
+from spmdeploy.images import read_photo
 from spmdeploy.labels import class_table
 from spmdeploy.sheets import CELL_SIDE, edit_sheet, sheet
+from spmdeploy.tiling.frames import frame_of
+from spmdeploy.tiling.levels import plan_levels
+from spmdeploy.tiling.windows import plan_windows
 
 
 class Grey:
@@ -117,7 +122,15 @@ def test_options_that_contradict_each_other(changes: dict[str, Any], words: str,
 def test_outputs_never_replace_what_is_read(files: EditFiles, tmp_path: Path) -> None:
     link = tmp_path / "link.png"
     link.symlink_to(files.mask)  # type: ignore[arg-type]
-    for changes in ({"output": link}, {"output": files.labels}, {"sheet": files.image}, {"sheet": files.output}):
+    for changes in (
+        {"output": link},
+        {"output": files.labels},
+        {"sheet": files.image},
+        {"sheet": files.output},
+        {"explain": files.mask},
+        {"explain": files.output},
+        {"explain": tmp_path / "sheet.png", "sheet": tmp_path / "sheet.png"},
+    ):
         with pytest.raises(UsageError, match="would be written over"):
             changed(files, **changes)
     assert changed(files, output=files.image).output == files.image
@@ -144,14 +157,22 @@ def test_orientation_profile_and_labels_of_a_turned_photo(files: EditFiles, tmp_
 def test_a_failed_edit_writes_nothing(failure: Exception, files: EditFiles, tmp_path: Path) -> None:
     before = sorted(tmp_path.iterdir())
     with pytest.raises(type(failure)):
-        edit_files(editor(failure), changed(files, sheet=tmp_path / "sheet.png"))
+        edit_files(editor(failure), changed(files, sheet=tmp_path / "sheet.png", explain=tmp_path / "tiles.png"))
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_the_sheet_is_checked_before_the_work(files: EditFiles, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="sheet"):
-        edit_files(editor(), changed(files, sheet=tmp_path / "absent" / "sheet.png"))
+@pytest.mark.parametrize("kind", ["sheet", "explain"])
+def test_further_pictures_are_checked_before_the_work(kind: str, files: EditFiles, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="absent"):
+        edit_files(editor(), changed(files, **{kind: tmp_path / "absent" / "picture.png"}))
     assert not files.output.exists()
+
+
+def test_further_pictures_are_written_beside_the_edit(files: EditFiles, tmp_path: Path) -> None:
+    done = edit_files(editor(), changed(files, sheet=tmp_path / "sheet.png", explain=tmp_path / "tiles.png"))
+    assert done.to_json()["sheet"] == str(tmp_path / "sheet.png")
+    assert done.to_json()["explain"] == str(tmp_path / "tiles.png")
+    assert read_photo(tmp_path / "sheet.png").pixels.shape != read_photo(tmp_path / "tiles.png").pixels.shape
 
 
 def test_labels_of_another_size_than_those_before(files: EditFiles, tmp_path: Path) -> None:
@@ -171,6 +192,29 @@ def test_sheets_of_large_photos_are_shrunk() -> None:
     assert drawn.shape[1] == 4 * (CELL_SIDE + 10) + 10 and drawn.shape[0] < 75 + 100
     car = np.array(class_table("street").find("car").color)
     assert (drawn == car).all(axis=2).sum() > 24 * 190  # under the mask, and in the legend
+
+
+def test_the_explanation_shows_windows_and_the_tiles_of_every_size() -> None:
+    mask = np.zeros((900, 1300), bool)
+    mask[200:700, 300:800] = mask[100, 1200] = True
+    windows = [
+        EditedWindow(frame_of(window), plan_levels(window, mask) if window.width > 256 else ())
+        for window in plan_windows(mask)
+    ]
+    photo = np.zeros((900, 1300, 3), np.uint8)
+    picture = explain_sheet(photo, mask, windows)
+    at_once, carried_up, tile = (255, 190, 0), (255, 255, 255), (0, 200, 255)
+    assert [len(window.levels) for window in windows] == [0, 2]
+    for colour in (at_once, carried_up, tile):
+        assert (picture == colour).all(axis=2).any(), colour
+    alone = explain_sheet(photo, mask, windows[:1])
+    assert alone.shape[0] < picture.shape[0] and alone.shape[1] < picture.shape[1]
+
+
+def test_explaining_a_photo_of_a_pixel_or_two() -> None:
+    mask = np.array([[True, False]])
+    windows = [EditedWindow(frame_of(window)) for window in plan_windows(mask)]
+    assert explain_sheet(np.zeros((1, 2, 3), np.uint8), mask, windows).ndim == 3
 
 
 def test_legends_break_into_lines() -> None:
