@@ -36,10 +36,10 @@ def open_editor(
 ) -> Editor:
     """An `Editor` on a bundle, ready to edit; use it as a context manager or call its `close`.
 
-    model: a bundle (folder or zip); None for the default model. backend: auto, onnxruntime or torch. device: auto, cpu
-    or cuda:N. precision: auto, fp32 or fp16. What is asked for by name is done or refused, never replaced; what `auto`
-    chose and why is in `editor.choices`. require_signature: a minisign public key, as a file or its line; without a
-    signature made with it the bundle is refused before anything in it is looked at.
+    model: a bundle (folder or zip); None for the default model. backend: auto, onnxruntime, tensorrt, tensorrt-rtx or
+    torch. device: auto, cpu or cuda:N. precision: auto, fp32 or fp16. What is asked for by name is done or refused,
+    never replaced; what `auto` chose and why is in `editor.choices`. require_signature: a minisign public key, as a
+    file or its line; without a signature made with it the bundle is refused before anything in it is looked at.
 
     Raises BundleError (not a sound bundle, not signed as required), UnavailableError (this machine cannot), UsageError
     (no such option).

@@ -60,6 +60,8 @@ PASSWORD = "SPMDEPLOY_KEY_PASSWORD"
 class Backend(StrEnum):
     auto = "auto"
     onnxruntime = "onnxruntime"
+    tensorrt = "tensorrt"
+    tensorrt_rtx = "tensorrt-rtx"
     torch = "torch"
 
 
@@ -141,7 +143,9 @@ Model = Annotated[
 BackendOption = Annotated[
     Backend,
     typer.Option(
-        "--backend", metavar="auto|onnxruntime|torch", help="Who computes; asked for by name, never replaced."
+        "--backend",
+        metavar="auto|onnxruntime|tensorrt|tensorrt-rtx|torch",
+        help="Who computes; asked for by name, never replaced. auto: an engine that fits, else ONNX Runtime.",
     ),
 ]
 Device = Annotated[str, typer.Option("--device", metavar="auto|cpu|cuda:N", help="Where to run.")]

@@ -202,7 +202,7 @@ class Editor:
             feather=feather,
             edited_pixels=int(np.count_nonzero(edit_mask)),
             milliseconds=tally.milliseconds,
-            notes=_notes(done),
+            notes=(*_notes(done), *session.notes),
         )
         return EditResult(scene.picture, report)
 

@@ -27,6 +27,7 @@ class Painter:
 
     backend, device, precision, provider, size = "onnxruntime", "cpu", "fp32", "paint", 256
     refines = False
+    notes = ()
 
     def __init__(self, before: Callable[[int], None] = lambda run: None) -> None:
         self.before, self.runs = before, 0

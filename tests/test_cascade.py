@@ -28,7 +28,7 @@ CLASSES = ClassTable("four", tuple(LabelClass(i, f"class {i}", (i, i, i)) for i 
 class Session:
     """Paints each masked pixel in the colour of its instance; without colours, what `coarse` shows of it, enlarged."""
 
-    backend, device, provider = "fake", "cpu", "none"
+    backend, device, provider, notes = "fake", "cpu", "none", ()
     precision: Literal["fp32", "fp16"] = "fp32"
 
     def __init__(self, size: int, colours: np.ndarray | None = None, refines: bool = True) -> None:

@@ -30,6 +30,7 @@ class Grey:
 
     backend, device, precision, provider, size = "onnxruntime", "cpu", "fp32", "grey", 256
     refines = False
+    notes = ()
 
     def __init__(self, failure: Exception | None = None) -> None:
         self.failure = failure

@@ -23,7 +23,7 @@ CLASSES = ClassTable("four", tuple(LabelClass(i, f"class {i}", (i, i, i)) for i 
 class FakeSession:
     """Checks the graph contract of what it is given and remembers it; paints under the mask what `paint` says."""
 
-    backend, device, provider = "fake", "cpu", "none"
+    backend, device, provider, notes = "fake", "cpu", "none", ()
     precision: Literal["fp32", "fp16"] = "fp32"
 
     def __init__(self, paint: Callable[..., np.ndarray], size: int = 256, refines: bool = False) -> None:

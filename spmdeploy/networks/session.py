@@ -23,6 +23,7 @@ class TorchSession:
     """The deploy graph in eager PyTorch, in FP32."""
 
     backend = "torch"
+    notes: tuple[str, ...] = ()
     precision: Precision = "fp32"
     size = NATIVE_SIZE
 

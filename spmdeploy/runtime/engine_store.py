@@ -124,7 +124,8 @@ class FoundEngine:
         except OSError as exc:
             raise InputError(f"{path}: cannot be written: {exc}", "may you write there, and is there room?") from exc
         finally:
-            beside.unlink(missing_ok=True)
+            with suppress(OSError):  # inside a zip there is no such folder
+                beside.unlink(missing_ok=True)
         return replace(self, record=record)
 
 

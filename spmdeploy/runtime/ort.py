@@ -20,6 +20,7 @@ class OnnxRuntimeSession:
 
     backend = "onnxruntime"
     refines = False
+    notes: tuple[str, ...] = ()
 
     def __init__(self, graph: Path | bytes, precision: Precision, device: str = "cpu", threads: int = 0) -> None:
         """graph: the ONNX file or its bytes. device: cpu or cuda:N. threads: 0 = one per core (CPU only)."""

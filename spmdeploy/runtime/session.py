@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +13,7 @@ from spmdeploy.bundle import Bundle
 from spmdeploy.errors import UnavailableError, UsageError
 from spmdeploy.manifest import EDIT, EDIT_ON_CPU, GraphRecord, Precision
 
-BACKENDS = ("onnxruntime", "torch")
+BACKENDS = ("onnxruntime", "tensorrt", "tensorrt-rtx", "torch")
 
 
 class Session(Protocol):
@@ -31,6 +31,10 @@ class Session(Protocol):
     """Height and width of the pictures that the graph takes."""
     refines: bool
     """Whether `refine` can be called: the bundle holds a `refine` graph for this device in this precision."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What did not go as it should, in words, though the results are right. May grow with use."""
 
     def run(
         self,
@@ -83,18 +87,56 @@ class Opened:
 def open_session(bundle: Bundle, backend: str = "auto", device: str = "auto", precision: str = "auto") -> Opened:
     """Loads the `edit` graph of a bundle. What is asked for by name is done or refused, never replaced.
 
-    backend: auto or onnxruntime. device: auto, cpu or cuda:N. precision: auto, fp32 or fp16.
-    Raises UnavailableError when this machine cannot, BundleError when the bundle does not hold it.
+    backend: auto (an engine that fits, else ONNX Runtime), onnxruntime, tensorrt or tensorrt-rtx. device: auto (the GPU
+    where one can be used, else the CPU), cpu or cuda:N. precision: auto, fp32 or fp16.
+    Raises UnavailableError when this machine cannot, BundleError when the bundle does not hold it, VerificationError
+    when an engine that was asked for gives wrong pictures.
     """
-    from spmdeploy.runtime import ort
-
-    choices = []
-    if backend == "auto":
-        choices.append("backend onnxruntime: the only one that runs the graphs of this bundle as they are")
-    elif backend != "onnxruntime":
-        raise UsageError(f"unknown backend {backend!r}", f"choose from auto, {', '.join(BACKENDS)}")
+    if precision not in ("auto", "fp32", "fp16"):
+        raise UsageError(f"unknown precision {precision!r}", "choose from auto, fp32, fp16")
     if device != "auto":
         check_device(device)
+    if backend in ("tensorrt", "tensorrt-rtx"):
+        return _open_engine(bundle, backend, device, precision)
+    if backend == "onnxruntime":
+        return _open_onnxruntime(bundle, device, precision, [])
+    if backend != "auto":
+        raise UsageError(f"unknown backend {backend!r}", f"choose from auto, {', '.join(BACKENDS)}")
+    if device == "cpu":
+        return _open_onnxruntime(bundle, device, precision, ["backend onnxruntime: engines do not run on the CPU"])
+    from spmdeploy.runtime.engine_session import open_fitting_engine
+
+    opened, reason = open_fitting_engine(bundle, _ordinal(device), precision)
+    if opened is None:
+        return _open_onnxruntime(bundle, device, precision, [f"backend onnxruntime: {reason}"])
+    return _with_device(opened, device)
+
+
+def _open_engine(bundle: Bundle, backend: str, device: str, precision: str) -> Opened:
+    """The session on an engine of this library, and on nothing else."""
+    from spmdeploy.runtime.engine_session import open_named_engine
+
+    if device == "cpu":
+        raise UsageError(f"{backend} runs on NVIDIA GPUs, not on the CPU", "leave --device out, or say cuda:0")
+    runtime: Literal["tensorrt", "tensorrt-rtx"] = "tensorrt" if backend == "tensorrt" else "tensorrt-rtx"
+    return _with_device(open_named_engine(bundle, runtime, _ordinal(device), precision), device)
+
+
+def _ordinal(device: str) -> int:
+    return 0 if device == "auto" else int(device.removeprefix("cuda:"))
+
+
+def _with_device(opened: Opened, device: str) -> Opened:
+    backend, *others = opened.choices
+    first = [f"device {opened.session.device}: the first GPU that the driver shows"] if device == "auto" else []
+    return Opened(opened.session, (backend, *first, *others))
+
+
+def _open_onnxruntime(bundle: Bundle, device: str, precision: str, choices: list[str]) -> Opened:
+    """The session in ONNX Runtime; what `auto` leaves open goes to a GPU that works, else to the CPU."""
+    from spmdeploy.runtime import ort
+
+    if device != "auto":
         return _open_on(bundle, device, precision, choices)
     device, reason = ort.best_device()
     if device != "cpu" and not any(_suits(record, device) for record in bundle.manifest.graphs):
@@ -122,8 +164,6 @@ def _open_on(bundle: Bundle, device: str, precision: str, choices: list[str]) ->
 def _choose_graph(bundle: Bundle, precision: str, device: str) -> tuple[GraphRecord, str | None]:
     """The record of the graph to load, and why when the choice was ours."""
     if precision != "auto":
-        if precision not in ("fp32", "fp16"):
-            raise UsageError(f"unknown precision {precision!r}", "choose from auto, fp32, fp16")
         return _graph_for(bundle, precision, device), None
     there = {record.precision for record in bundle.manifest.graphs if _suits(record, device)}
     preferred: Precision = "fp32" if device == "cpu" else "fp16"

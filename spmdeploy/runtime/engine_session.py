@@ -1,0 +1,180 @@
+"""Which engine runs a bundle here, and the proof, before its results are trusted, that it gives the right pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import replace
+from datetime import date
+from pathlib import Path
+
+from spmdeploy.bundle import Bundle
+from spmdeploy.errors import BundleError, InputError, SpmDeployError, UnavailableError, VerificationError
+from spmdeploy.manifest import EDIT
+from spmdeploy.runtime.cuda import gpu_facts
+from spmdeploy.runtime.engine_library import import_engine_library, this_host
+from spmdeploy.runtime.engine_record import BUILD_AGAIN, EngineHost, EngineRecord, EngineRuntime, Gpu, Verification
+from spmdeploy.runtime.engine_store import FoundEngine, cache_folder, find_engines
+from spmdeploy.runtime.golden import GoldenResult, verify
+from spmdeploy.runtime.session import Opened
+from spmdeploy.runtime.trt import REFINE, TensorRtSession
+
+BUILD_FIRST = "build one on this machine: spmdeploy build BUNDLE"
+
+
+def open_named_engine(bundle: Bundle, runtime: EngineRuntime, ordinal: int, precision: str) -> Opened:
+    """The engine of this library that fits. precision: auto, fp32 or fp16.
+
+    Raises UnavailableError without library or GPU, BundleError naming everything that speaks against each engine,
+    OutOfMemory, VerificationError when the golden edits come out differently.
+    """
+    version = str(import_engine_library(runtime).__version__)
+    try:
+        facts = gpu_facts(ordinal)
+    except OSError as error:
+        raise UnavailableError(f"{runtime} needs an NVIDIA GPU: {error}", "see `spmdeploy doctor`") from error
+    host = EngineHost.with_gpu(Gpu(facts.name, facts.compute_capability), {runtime: version})
+    there = [engine for engine in find_engines(bundle, host, hashing=False) if _speaks_of(engine, runtime)]
+    fit = _fitting(there, precision)
+    if not fit:
+        raise BundleError(f"{bundle.path}: {_reasons(there, precision)}", BUILD_AGAIN if there else BUILD_FIRST)
+    return _open(bundle, fit[0], there, ordinal, precision)
+
+
+def open_fitting_engine(bundle: Bundle, ordinal: int, precision: str) -> tuple[Opened | None, str]:
+    """A session on the best engine that fits and works, or why there is none: any failure is a reason."""
+    there = find_engines(bundle, None if ordinal == 0 else this_host(ordinal), hashing=False)
+    fit = _fitting(there, precision)
+    if not fit:
+        return None, _reasons(there, precision)
+    failures = []
+    for engine in fit:
+        try:
+            opened = _open(bundle, engine, there, ordinal, precision)
+        except SpmDeployError as error:
+            failures.append(error.problem)
+            continue
+        tried = "".join(f"; tried first: {problem}" for problem in failures)
+        return replace(opened, choices=(f"{opened.choices[0]}{tried}", *opened.choices[1:])), ""
+    return None, f"no engine for this bundle works here: {'; '.join(failures)}"
+
+
+def _open(bundle: Bundle, engine: FoundEngine, there: list[FoundEngine], ordinal: int, precision: str) -> Opened:
+    record = engine.require_fit()
+    refine = next((other for other in _fitting(there, record.precision, REFINE) if _same_library(other, engine)), None)
+    library = import_engine_library(record.runtime)
+    session = TensorRtSession(library, engine, refine, bundle.manifest.native_size, ordinal)
+    try:
+        proof = _proof(bundle, session, engine, ordinal)
+    except BaseException:
+        session.close()
+        raise
+    choices = [f"backend {record.runtime}: {engine.path} was built for {record.made_for}; {proof}"]
+    if precision == "auto":
+        why = "faster on a GPU, within the bundle's limits of FP32" if record.precision == "fp16" else "no other fits"
+        choices.append(f"precision {record.precision}: {why}")
+    return Opened(session, tuple(choices))
+
+
+# ---------------------------------------------------------------------------------------------------------- choosing
+
+
+def _fitting(engines: Iterable[FoundEngine], precision: str, graph: str = EDIT) -> list[FoundEngine]:
+    """Those that fit, the best first: FP16, TensorRT (which measured on this GPU) before RTX, larger batches, newer."""
+
+    def rank(engine: FoundEngine) -> tuple[bool, bool, int, date]:
+        record = engine.require_fit()
+        return record.precision == "fp16", record.runtime == "tensorrt", record.batch.max, record.created
+
+    found = [engine for engine in engines if engine.fit and _is_of(engine, precision, graph)]
+    return sorted(found, key=rank, reverse=True)
+
+
+def _is_of(engine: FoundEngine, precision: str, graph: str) -> bool:
+    record = engine.record
+    return record is not None and record.graph == graph and precision in ("auto", record.precision)
+
+
+def _speaks_of(engine: FoundEngine, runtime: EngineRuntime) -> bool:
+    return engine.record is None or engine.record.runtime == runtime
+
+
+def _same_library(one: FoundEngine, other: FoundEngine) -> bool:
+    return one.require_fit().runtime == other.require_fit().runtime
+
+
+def _reasons(engines: list[FoundEngine], precision: str) -> str:
+    """Everything that speaks against each engine of the edit graph, and against files that nobody can tell about."""
+    considered = [engine for engine in engines if engine.record is None or _is_of(engine, "auto", EDIT)]
+    words = []
+    for engine in considered:
+        reasons = engine.reasons
+        if engine.fit:
+            reasons = (f"it computes in {engine.require_fit().precision}, not {precision}",)
+        words.append(f"{engine.path.parent.name}/{engine.path.name}: {', '.join(reasons)}")
+    return f"no engine fits this machine: {'; '.join(words)}" if words else "no engine was built for this bundle"
+
+
+# ----------------------------------------------------------------------------------------------------------- proving
+
+
+def _proof(bundle: Bundle, session: TensorRtSession, engine: FoundEngine, ordinal: int) -> str:
+    """Why its pictures are to be trusted: the golden edits came out right with this GPU and driver, now or before."""
+    record = engine.require_fit()
+    facts = gpu_facts(ordinal)
+    here = f"{facts.name}, driver {facts.driver or 'unknown'}"
+    for known in (record, _kept(record)):
+        proof = known and known.verification
+        if proof and proof.passed and proof.gpu == here:
+            return f"its golden edits came out right here on {proof.on}"
+    results = verify(session, bundle)
+    verification = _verification(results, here)
+    lost = _keep(engine, verification)
+    faults = [f"{result.name}: {fault}" for result in results for fault in result.faults]
+    if faults:
+        raise VerificationError(
+            f"{engine.path} does not give the pictures that it should: {'; '.join(faults)}",
+            "build it again with --overwrite; if it stays so, use another backend and report it",
+        )
+    return "its golden edits came out right just now" + (f", which cannot be noted: {lost}" if lost else "")
+
+
+def _verification(results: list[GoldenResult], gpu: str) -> Verification:
+    drifts = [result.drift for result in results]
+    worst = min(drifts, key=lambda drift: drift.psnr_db).to_json()["psnr_db"]
+    return Verification(
+        passed=all(result.passed for result in results),
+        on=date.today(),
+        gpu=gpu,
+        max_grey=max(drift.max_grey for drift in drifts),
+        mean_grey=max(drift.mean_grey for drift in drifts),
+        psnr_db=worst,
+    )
+
+
+def _keep(engine: FoundEngine, verification: Verification) -> str | None:
+    """Notes it in the engine's record, or in the cache where the bundle cannot be written to; or says why not."""
+    with suppress(InputError):
+        engine.with_verification(verification)
+        return None
+    record = replace(engine.require_fit(), verification=verification)
+    try:
+        path = _kept_path(record)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path.write_bytes(record.to_bytes())
+    except (OSError, UnavailableError) as error:
+        return str(error)
+    return None
+
+
+def _kept(record: EngineRecord) -> EngineRecord | None:
+    """The record as it was noted in the cache, if it is of this very engine."""
+    with suppress(OSError, SpmDeployError):
+        kept = EngineRecord.from_bytes(_kept_path(record).read_bytes(), "the cache")
+        if replace(kept, verification=None) == replace(record, verification=None):
+            return kept
+    return None
+
+
+def _kept_path(record: EngineRecord) -> Path:
+    return cache_folder().parent / "verified" / f"{record.key}.json"
