@@ -42,6 +42,8 @@ class EditFiles:
     explain: Path | None = None
     """Where to put a picture of the windows and tiles over the photo."""
     overwrite: bool = False
+    match_colours: bool = False
+    """See `Editor.edit`."""
 
     def __post_init__(self) -> None:
         if (self.labels is None) == (self.fill is None):
@@ -53,6 +55,11 @@ class EditFiles:
             )
         if self.edited_from is not None and self.labels is None:
             raise UsageError("edited_from needs labels to compare with", "add --labels FILE, or use --mask")
+        if self.match_colours and self.labels is None:
+            raise UsageError(
+                "match_colours needs the labels of the photo's known pixels too",
+                "give --labels FILE instead of --fill, or leave --match-colours out",
+            )
         if self.grow is not None and not 0 <= self.grow <= 1024:
             raise UsageError(f"grow is {self.grow}, which is not within 0 and 1024 pixels")
         self._check_names()
@@ -133,7 +140,14 @@ def edit_files(
     )
     photo = inputs.photo
     result = editor.edit(
-        photo.pixels, inputs.labels, inputs.mask, inputs.instances, tiling=tiling, progress=progress, names=names
+        photo.pixels,
+        inputs.labels,
+        inputs.mask,
+        inputs.instances,
+        tiling=tiling,
+        match_colours=files.match_colours,
+        progress=progress,
+        names=names,
     )
     lost = images.write_photo(files.output, replace(photo, pixels=result.image), overwrite=files.overwrite)
     if files.sheet is not None:

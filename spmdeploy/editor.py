@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spmdeploy.cascade import LevelReport, base_of, carry_up
+from spmdeploy.colour_match import match_colours as shift_colours
 from spmdeploy.errors import BundleError, InputError, UsageError
 from spmdeploy.images import check_mask, resize_photo
 from spmdeploy.labels import ClassTable, check_labels
@@ -98,6 +99,7 @@ class EditReport:
     windows: tuple[EditedWindow, ...]
     batches: int
     feather: int
+    match_colours: bool
     edited_pixels: int
     milliseconds: dict[str, float]
     notes: tuple[str, ...]
@@ -120,6 +122,7 @@ class EditReport:
             "tiles": self.tiles,
             "batches": self.batches,
             "feather": self.feather,
+            "match_colours": self.match_colours,
             "edited_pixels": self.edited_pixels,
             "milliseconds": {phase: round(spent, 3) for phase, spent in self.milliseconds.items()},
             "notes": list(self.notes),
@@ -153,6 +156,7 @@ class Editor:
         *,
         tiling: Tiling = "auto",
         feather: int = FEATHER,
+        match_colours: bool = False,
         batch_size: int = BATCH_SIZE,
         progress: Progress | None = None,
         names: InputNames | None = None,
@@ -163,12 +167,14 @@ class Editor:
         edit. instances: integer (H, W) or None, then the labels stand in. tiling: "off" runs the whole photo at once
         and wants it to have the model's size; "crop" edits a context window around every piece of the mask at the
         model's size, "cascade" carries windows larger than that up to their own; "auto" takes "off" where it fits,
-        else "cascade" for windows beyond CROP_LIMIT if the session refines. feather: see `stitch`. progress(done,
-        total) counts windows and tiles, from (0, total) on.
+        else "cascade" for windows beyond CROP_LIMIT if the session refines. feather: see `stitch`. match_colours: shift
+        what was painted to the colours of the same classes beside it (see `colour_match`), for which the labels must be
+        true of the known pixels too. progress(done, total) counts windows and tiles, from (0, total) on.
 
-        Labels matter under the mask only, with one exception that is the network's own definition and was kept because
-        it was trained that way: a masked pixel at the mask's rim counts as an object's edge if the instance (or label)
-        of the known pixel next to it differs. Ids there are compared, never interpreted, and need not be valid.
+        Otherwise labels matter under the mask only, with one exception that is the network's own definition and was
+        kept because it was trained that way: a masked pixel at the mask's rim counts as an object's edge if the
+        instance (or label) of the known pixel next to it differs. Ids there are compared, never interpreted, and need
+        not be valid.
 
         Raises InputError (arrays that do not fit each other, the model or the mode), UsageError (options), BundleError
         ("cascade" where the session does not refine).
@@ -189,6 +195,11 @@ class Editor:
             self._edit_in_levels(window, scene, feather, batch_size, tally) if window.levels else window
             for window in plan.windows
         ]
+        if match_colours:
+            with tally.phase("stitch"):
+                for window in done:
+                    around = scene.cut(window.frame.window)
+                    shift_colours(around.picture, around.labels, around.mask)
         session = self.session
         report = EditReport(
             backend=session.backend,
@@ -200,6 +211,7 @@ class Editor:
             windows=tuple(done),
             batches=tally.batches,
             feather=feather,
+            match_colours=match_colours,
             edited_pixels=int(np.count_nonzero(edit_mask)),
             milliseconds=tally.milliseconds,
             notes=(*_notes(done), *session.notes),

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spmdeploy.colour_match import BAND, match_colours
+
+SIDES = st.integers(40, 90)
+
+
+def two_classes(height: int, width: int) -> np.ndarray:
+    """Class 1 above class 2."""
+    labels = np.full((height, width), 2, np.uint8)
+    labels[: height // 2] = 1
+    return labels
+
+
+def hole(height: int, width: int) -> np.ndarray:
+    mask = np.zeros((height, width), np.bool_)
+    mask[8:-8, 8 : width // 2] = True
+    return mask
+
+
+@settings(max_examples=25, deadline=None)
+@given(SIDES, SIDES, st.tuples(*[st.integers(-40, 40)] * 3))
+def test_a_cast_on_an_even_surface_is_taken_out(height: int, width: int, cast: tuple[int, int, int]) -> None:
+    labels, mask = two_classes(height, width), hole(height, width)
+    photo = np.where(labels[..., None] == 1, np.uint8([200, 180, 160]), np.uint8([60, 70, 80])).astype(np.uint8)
+    edited = photo.copy()
+    edited[mask] = edited[mask] + np.array(cast)
+    match_colours(edited, labels, mask)
+    assert np.abs(edited.astype(int) - photo).max() <= 1
+
+
+def test_each_class_is_judged_by_its_own_surroundings() -> None:
+    labels, mask = two_classes(80, 80), hole(80, 80)
+    edited = np.full((80, 80, 3), 100, np.uint8)
+    edited[mask & (labels == 1)] = 120
+    match_colours(edited, labels, mask)
+    assert (edited == 100).all()
+
+
+def test_known_pixels_and_classes_without_a_border_stay_as_they_are() -> None:
+    rng = np.random.default_rng(0)
+    labels, mask = two_classes(80, 80), hole(80, 80)
+    labels[30:50, 15:30] = 3  # under the mask alone
+    edited = rng.integers(0, 256, (80, 80, 3), dtype=np.uint8)
+    before = edited.copy()
+    match_colours(edited, labels, mask)
+    same = (edited == before).all(axis=2)
+    assert same[~mask].all() and same[labels == 3].all()
+    assert not same[mask].all()
+
+
+def test_another_object_of_the_class_is_not_copied() -> None:
+    labels, mask = np.ones((80, 80), np.uint8), hole(80, 80)
+    edited = np.where(mask[..., None], np.uint8(0), np.uint8(250)).astype(np.uint8)
+    edited = np.repeat(edited[..., :1], 3, axis=2)
+    match_colours(edited, labels, mask)
+    assert edited[mask].max() == 48  # the largest shift
+
+
+def test_detail_under_the_mask_is_kept() -> None:
+    rng = np.random.default_rng(1)
+    labels, mask = np.ones((96, 96), np.uint8), hole(96, 96)
+    texture = rng.normal(0, 12, (96, 96, 1)).repeat(3, axis=2)
+    edited = np.clip(128 + texture - 30 * mask[..., None], 0, 255).astype(np.uint8)
+    before = edited.astype(float)
+    match_colours(edited, labels, mask)
+    inner = np.s_[8 + BAND : -8 - BAND, 8 + BAND : 40]
+    change = edited[inner] - before[inner]
+    assert change.mean() == pytest.approx(30, abs=4)
+    assert change.std() < 4  # against 12 of the texture
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(520, 700), st.integers(100, 700))
+def test_large_pictures_are_measured_on_cells(height: int, width: int) -> None:
+    labels, mask = two_classes(height, width), hole(height, width)
+    edited = np.full((height, width, 3), 100, np.uint8)
+    edited[mask] = 90
+    match_colours(edited, labels, mask)
+    assert np.abs(edited.astype(int) - 100).max() <= 1
