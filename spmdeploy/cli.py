@@ -649,18 +649,29 @@ def bundle_keygen(
 
 
 @app.command()
-def doctor(as_json: Json = False) -> None:
+def doctor(
+    bundle: Annotated[
+        Path | None, typer.Argument(help="Whose engines to look for; without it the built-in one.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """Show what this machine can run.
 
     And for what it cannot: why not, and what to do.
     """
     from spmdeploy import doctor as examination
+    from spmdeploy.bundle import open_bundle
 
-    findings, machine = examination.examine(), examination.machine()
+    opened = open_bundle(bundle or spmdeploy.default_model())
+    findings, machine = examination.examine(opened), examination.machine()
     rows = [(finding.name, "usable" if finding.usable else "not usable", finding.reason) for finding in findings]
     lines = [", ".join(f"{name} {value}" for name, value in machine.items())]
     lines += _table(("", "", ""), rows)[1:]
-    lines += [f"{finding.name}: {finding.remedy}" for finding in findings if finding.remedy]
+    remedies: dict[str, str] = {}  # each is said once
+    for finding in findings:
+        if finding.remedy:
+            remedies.setdefault(finding.remedy, finding.name)
+    lines += [f"{name}: {remedy}" for remedy, name in remedies.items()]
     payload = {"machine": machine, "findings": [finding.to_json() for finding in findings]}
     _print("doctor", payload, lines, as_json)
 

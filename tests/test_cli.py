@@ -244,7 +244,7 @@ def test_usage_errors(words: list[str], run: Any, tmp_path: Path, monkeypatch: p
 def test_what_is_not_foreseen(
     raised: Any, debug: str, json_words: list[str], run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail() -> None:
+    def fail(bundle: object) -> None:
         raise raised
 
     monkeypatch.setattr("spmdeploy.doctor.examine", fail)

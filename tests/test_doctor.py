@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 import builtins
+import importlib
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from bundle.conftest import write_street
+from engines.records import SAMPLE
 
-from spmdeploy import cli, doctor
+from spmdeploy import cli, default_model, doctor
+from spmdeploy.bundle import Bundle, open_bundle
 from spmdeploy.runtime import cuda
+from spmdeploy.runtime.engine_store import FoundEngine
 
 
 class Machine:
     """What is installed and plugged in, for the doctor to find; change it, then `examine`."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.patch = monkeypatch
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, bundle: Bundle) -> None:
+        self.patch, self.bundle = monkeypatch, bundle
         self.gpus(OSError("no NVIDIA driver (libcuda.so.1: no such file)"))
         self.onnxruntime(["CPUExecutionProvider"], {"onnxruntime"})
+        self.binding(ImportError("neither PyCUDA (No module named 'pycuda') nor cuda-python (No module named 'cuda')"))
+        for runtime in ("tensorrt", "tensorrt-rtx"):
+            self.engine_library(runtime, ImportError(f"No module named '{runtime}'"))
+        self.engines([])
 
     def gpus(self, answer: int | OSError) -> None:
         def visible_gpus() -> int:
@@ -32,10 +42,45 @@ class Machine:
         self.patch.setattr(doctor, "visible_gpus", visible_gpus)
 
     def onnxruntime(self, providers: list[str] | None, packages: set[str]) -> None:
-        library = SimpleNamespace(__version__="9.9", __spec__="here", get_available_providers=lambda: providers)
+        library = SimpleNamespace(
+            __version__="9.9", __spec__="here", __file__="/nowhere", get_available_providers=lambda: providers
+        )
         # None in sys.modules makes an import fail, as if the package were not there.
         self.patch.setitem(sys.modules, "onnxruntime", None if providers is None else library)
         self.patch.setattr(doctor, "_installed", lambda: packages)
+
+    def binding(self, answer: str | Exception) -> None:
+        def open_binding() -> Any:
+            if isinstance(answer, Exception):
+                raise answer
+            return SimpleNamespace(name=answer)
+
+        self.patch.setattr(doctor, "open_binding", open_binding)
+
+    def engine_library(self, runtime: str, found: ModuleType | Exception, *packages: str) -> None:
+        """A module that can be imported or cannot, and the packages that say that they are installed."""
+        name = runtime.replace("-", "_")
+        real_import, real_found = importlib.import_module, importlib.metadata.distributions
+
+        def import_module(wanted: str, package: str | None = None) -> Any:
+            if wanted != name:
+                return real_import(wanted, package)
+            if isinstance(found, Exception):
+                raise found
+            return found
+
+        def distributions(**query: str) -> Any:
+            asked = query.get("name", "")
+            if asked.startswith(runtime) and (asked.startswith("tensorrt-rtx") == (runtime == "tensorrt-rtx")):
+                return [SimpleNamespace(version="10.16.1")] if asked in packages else []
+            return real_found(**query)
+
+        self.patch.setattr("spmdeploy.runtime.engine_library.importlib.import_module", import_module)
+        self.patch.setattr(doctor.importlib.metadata, "distributions", distributions)
+        self.patch.setattr(doctor.importlib.metadata, "version", lambda package: "10.16.1")
+
+    def engines(self, found: list[FoundEngine]) -> None:
+        self.patch.setattr("spmdeploy.runtime.engine_session.find_engines", lambda bundle, hashing: found)
 
     def without(self, *packages: str) -> None:
         real = doctor.importlib.util.find_spec
@@ -44,12 +89,12 @@ class Machine:
         )
 
     def examine(self) -> dict[str, doctor.Finding]:
-        return {finding.name: finding for finding in doctor.examine()}
+        return {finding.name: finding for finding in doctor.examine(self.bundle)}
 
 
 @pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
-    return Machine(monkeypatch)
+def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Machine:
+    return Machine(monkeypatch, write_street(tmp_path / "street.spm"))
 
 
 CUDA = ["CUDAExecutionProvider", "CPUExecutionProvider"]
@@ -118,7 +163,7 @@ def test_examining_imports_nothing_heavy(machine: Machine, monkeypatch: pytest.M
 
     monkeypatch.setattr(builtins, "__import__", remember)
     machine.examine()
-    assert {"torch", "onnx", "tensorrt"}.isdisjoint(imported) and "onnxruntime" in imported
+    assert {"torch", "onnx"}.isdisjoint(imported) and "onnxruntime" in imported
 
 
 def test_the_command(machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:
@@ -132,6 +177,132 @@ def test_the_command(machine: Machine, capsys: pytest.CaptureFixture[str]) -> No
     assert told["schema"] == "spmdeploy.doctor/1" and set(told) == {"schema", "machine", "findings"}
     assert {"system", "machine", "python", "cores"} <= set(told["machine"])
     assert set(told["findings"][0]) == {"name", "usable", "reason", "remedy"}
+
+
+def test_the_table_of_backends(machine: Machine) -> None:
+    assert list(machine.examine()) == [
+        "NVIDIA GPU",
+        "CUDA for Python",
+        "tensorrt",
+        "tensorrt-rtx",
+        "engines of street",
+        "onnxruntime on cuda",
+        "onnxruntime on cpu",
+        "torch",
+        "export",
+    ]
+    for finding in machine.examine().values():
+        assert finding.usable or (finding.reason and finding.remedy), finding
+
+
+# ------------------------------------------------------------------------------------------------------------- engines
+
+
+def library(version: str = "10.16.1") -> ModuleType:
+    module = ModuleType("tensorrt")
+    module.__version__, module.Runtime = version, object  # type: ignore[attr-defined]
+    return module
+
+
+def test_a_machine_for_engines(machine: Machine) -> None:
+    machine.gpus(1)
+    machine.binding("PyCUDA 2025.1.2")
+    machine.engine_library("tensorrt", library(), "tensorrt")
+    found = machine.examine()
+    assert found["CUDA for Python"].reason == "PyCUDA 2025.1.2"
+    assert found["tensorrt"].usable and found["tensorrt"].reason == "tensorrt 10.16.1 with PyCUDA 2025.1.2"
+
+
+def test_a_library_that_is_not_installed(machine: Machine) -> None:
+    found = machine.examine()
+    for runtime in ("tensorrt", "tensorrt-rtx"):
+        assert found[runtime].reason == f"{runtime} is not installed"
+        assert f'pip install "spmdeploy[{runtime}]"' in str(found[runtime].remedy)
+
+
+@pytest.mark.parametrize("module", [ImportError("cannot import name 'tensorrt_libs'"), ModuleType("tensorrt")], ids=str)
+def test_a_stub_without_its_libraries(module: Any, machine: Machine) -> None:
+    machine.engine_library("tensorrt", module, "tensorrt")
+    finding = machine.examine()["tensorrt"]
+    assert not finding.usable and "stub" in str(finding.remedy)
+    assert "installed without its libraries" in finding.reason or "is empty" in finding.reason
+
+
+def test_a_library_of_cuda_that_is_missing(machine: Machine) -> None:
+    error = OSError("libcudart.so.12: cannot open shared object file: No such file or directory")
+    machine.engine_library("tensorrt", error, "tensorrt-cu12")
+    finding = machine.examine()["tensorrt"]
+    assert finding.reason == "tensorrt-cu12 10.16.1 is installed, but the library libcudart.so.12 is missing"
+    assert "libcudart.so.12" in str(finding.remedy)
+
+
+def test_an_engine_library_without_a_gpu_or_a_binding(machine: Machine) -> None:
+    for runtime in ("tensorrt", "tensorrt-rtx"):
+        machine.engine_library(runtime, library("9.9"), runtime)
+    machine.binding("cuda-python 13.5.0")
+    found = machine.examine()
+    assert found["tensorrt"].reason == "tensorrt 9.9, but no usable NVIDIA GPU"
+    assert found["tensorrt-rtx"].reason.endswith("no usable NVIDIA GPU; it can build engines for other machines")
+    assert found["tensorrt"].remedy == found["NVIDIA GPU"].remedy
+    machine.gpus(1)
+    machine.binding(ImportError("neither PyCUDA nor cuda-python"))
+    found = machine.examine()
+    assert found["tensorrt"].reason == "tensorrt 9.9, but no usable CUDA for Python"
+    assert "pip install cuda-python" in str(found["tensorrt"].remedy)
+
+
+def test_a_driver_that_the_binding_cannot_use(machine: Machine) -> None:
+    machine.gpus(1)
+    machine.binding(OSError("the NVIDIA driver answered cuInit with error 803"))
+    finding = machine.examine()["CUDA for Python"]
+    assert not finding.usable and "error 803" in finding.reason and finding.remedy
+
+
+def found_engine(**changes: Any) -> FoundEngine:
+    path = Path("engines/edit-fp16-b8/edit.fp16.engine")
+    engine = FoundEngine(path, "bundle", SAMPLE, (), (), (), False, None, "")  # type: ignore[arg-type]
+    return replace(engine, **changes)
+
+
+def test_engines_of_a_bundle(machine: Machine) -> None:
+    finding = machine.examine()["engines of street"]
+    assert not finding.usable and finding.reason == "no engine was built for this bundle"
+    assert "spmdeploy build" in str(finding.remedy)
+    reasons = ("GPU: built on NVIDIA A10 (sm86), here none", "tensorrt: built with 10.3, here not installed")
+    machine.engines([found_engine(differences=reasons), found_engine(faults=("truncated: 3 bytes",), record=None)])
+    finding = machine.examine()["engines of street"]
+    assert not finding.usable and all(reason in finding.reason for reason in (*reasons, "truncated: 3 bytes"))
+    machine.engines([found_engine(differences=reasons), found_engine()])
+    finding = machine.examine()["engines of street"]
+    assert finding.usable and finding.reason == "edit-fp16-b8, built for NVIDIA GeForce RTX 3060 (sm86)"
+
+
+def test_a_bundle_for_cpus_alone(machine: Machine) -> None:
+    machine.bundle = open_bundle(default_model())
+    finding = machine.examine()["engines of street"]
+    assert not finding.usable and "for CPUs only" in finding.reason and "without --cpu-only" in str(finding.remedy)
+
+
+def test_onnxruntime_that_lacks_a_library_of_cuda(machine: Machine, tmp_path: Path) -> None:
+    machine.onnxruntime(CUDA, {"onnxruntime-gpu"})
+    machine.gpus(1)
+    (tmp_path / "capi").mkdir()
+    (tmp_path / "capi/libonnxruntime_providers_cuda.so").write_bytes(b"")
+    loaded = sys.modules["onnxruntime"]
+    loaded.__file__ = str(tmp_path / "__init__.py")
+    loaded.preload_dlls = lambda: print("Failed to load libcublas.so.13")  # type: ignore[attr-defined]
+
+    def load(words: str) -> None:
+        def fail(name: str) -> None:
+            raise OSError(words)
+
+        machine.patch.setattr("spmdeploy.runtime.ort.ctypes.CDLL", fail)
+
+    load("libcudnn.so.9: cannot open shared object file: No such file or directory")
+    finding = machine.examine()["onnxruntime on cuda"]
+    assert not finding.usable and "libcudnn.so.9" in finding.reason and "cudnn" in str(finding.remedy)
+    load("undefined symbol: Provider_GetHost")  # which ONNX Runtime itself will bring
+    assert machine.examine()["onnxruntime on cuda"].usable
 
 
 # --------------------------------------------------------------------------------------------------- asking the driver

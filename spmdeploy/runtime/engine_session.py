@@ -59,6 +59,16 @@ def open_fitting_engine(bundle: Bundle, ordinal: int, precision: str) -> tuple[O
     return None, f"no engine for this bundle works here: {'; '.join(failures)}"
 
 
+def fitting_engine(bundle: Bundle) -> tuple[FoundEngine | None, str]:
+    """The engine that would be tried first on the first GPU, and what it is; or None, and why none fits."""
+    there = find_engines(bundle, hashing=False)
+    fit = _fitting(there, "auto")
+    if not fit:
+        return None, _reasons(there, "auto")
+    record = fit[0].require_fit()
+    return fit[0], f"{fit[0].path.parent.name}, built for {record.made_for}"
+
+
 def _open(bundle: Bundle, engine: FoundEngine, there: list[FoundEngine], ordinal: int, precision: str) -> Opened:
     record = engine.require_fit()
     refine = next((other for other in _fitting(there, record.precision, REFINE) if _same_library(other, engine)), None)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import io
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,7 @@ class OnnxRuntimeSession:
         options.log_severity_level = 3
         providers = _providers(library, device)
         if device != "cpu":
+            _preload_cuda(library)
             # Without this ONNX Runtime moves to the CPU whatever a GPU cannot do, or everything, and says nothing.
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         try:
@@ -118,6 +122,26 @@ def import_onnxruntime() -> Any:
             'install it: pip install "spmdeploy[cpu]", or "spmdeploy[gpu]" for an NVIDIA GPU (never both)',
         ) from error
     return onnxruntime
+
+
+def missing_cuda_library(library: Any) -> str | None:
+    """What the loader says when a library that the CUDA provider needs is not there; None when all are."""
+    _preload_cuda(library)
+    provider = Path(str(library.__file__)).parent / "capi" / "libonnxruntime_providers_cuda.so"
+    if not provider.exists():
+        return None
+    try:
+        ctypes.CDLL(str(provider))
+    except OSError as error:
+        return str(error) if "cannot open shared object" in str(error) else None  # what else fails here may work there
+    return None
+
+
+def _preload_cuda(library: Any) -> None:
+    """Loads CUDA and cuDNN from their pip packages, where there are any; without this only a system's are found."""
+    if hasattr(library, "preload_dlls"):  # from onnxruntime 1.21 on
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find
+            library.preload_dlls()
 
 
 def best_device() -> tuple[str, str]:
