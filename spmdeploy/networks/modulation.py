@@ -64,12 +64,13 @@ class StylePreservedModulation(nn.Module):
     def forward(self, x: Tensor, layout: Tensor) -> Tensor:
         """x: (N, in_channels, stride*h, stride*w); layout: (N, layout_channels, h, w). Returns (N, channels, h, w)."""
         normalised = instance_norm(self.features(x))
+        style = F.relu(self.context_shared(x)) if self.by_context else None
         layout = F.relu(self.layout_shared(layout))
-        gamma, beta = self.layout_gamma_shift(layout), self.layout_beta_shift(layout)
-        if self.by_context:
-            context = F.relu(self.context_shared(x))
-            gamma = self.context_gamma(context) * (1 + self.layout_gamma_scale(layout)) + gamma
-            beta = self.context_beta(context) * (1 + self.layout_beta_scale(layout)) + beta
+        if style is None:
+            gamma, beta = self.layout_gamma_shift(layout), self.layout_beta_shift(layout)
+        else:
+            gamma = self.context_gamma(style) * (1 + self.layout_gamma_scale(layout)) + self.layout_gamma_shift(layout)
+            beta = self.context_beta(style) * (1 + self.layout_beta_scale(layout)) + self.layout_beta_shift(layout)
         return F.leaky_relu(normalised * (1 + gamma) + beta, 0.2)
 
 

@@ -218,6 +218,7 @@ def test_compiling_for_a_cpu_excludes_channels_last(tmp_path: Path, tiny: TrainC
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch 2.13's compiler uses what torch deprecates
 def test_a_compiled_run_resumes_bit_for_bit(tmp_path: Path, tiny: TrainConfig) -> None:
     if not shutil.which(os.environ.get("CXX", "g++")):
         pytest.skip("torch.compile needs a C++ compiler")
