@@ -892,17 +892,54 @@ def evaluate(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder for table, JSON and contact sheets, best to worst.")
     ] = None,
+    fid_weights: Annotated[
+        Path | None,
+        typer.Option("--fid-weights", help="pytorch-fid's pt_inception-2015-12-05-6726825d.pth: report FID."),
+    ] = None,
+    segmenter: Annotated[
+        Path | None, typer.Option("--segmenter", help="A segmentation network, .onnx: report label adherence.")
+    ] = None,
+    segmenter_classes: Annotated[
+        Path | None, typer.Option("--segmenter-classes", help="JSON: its class numbers to names in labels.json.")
+    ] = None,
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Judge models and two baselines on the same holes.
 
-    Under the mask, for each kind of hole: LPIPS, L1, PSNR, the step across the mask's edge and a Fréchet distance.
+    Under the mask, for each kind of hole: LPIPS, L1, PSNR, the step across the mask's edge and a Fréchet distance. That
+    is FID only in the features of FID's own network, whose file --fid-weights names.
+
+    Label adherence: how often a segmentation network finds under the mask what the labels say, as accuracy and mean
+    IoU, with the photos themselves as the ceiling. The network takes float32 [N, 3, H, W], RGB, 0..1 normalised as for
+    ImageNet, and gives scores [N, C, h, w]; its JSON is {"classes": {"0": "road", ...}}, with "mean" and "std" where
+    they differ.
     """
     with _needs("train"):
+        from spmdeploy.labels import class_table
         from spmdeploy.training import evaluation
+        from spmdeploy.training.adherence import Segmenter
+        from spmdeploy.training.inception import FidInception
         from spmdeploy.training.models import named_models
 
-    verdict, sheets = evaluation.evaluate(named_models(models, data), data, seed, split, limit=limit)
+    if (segmenter is None) != (segmenter_classes is None):
+        raise UsageError("--segmenter and --segmenter-classes belong together", "give both or none")
+    if output is not None:
+        evaluation.check_output(output, overwrite)
+    table = class_table(data / "labels.json")
+    judge = Segmenter(segmenter, segmenter_classes, table) if segmenter and segmenter_classes else None
+    inception = FidInception.from_file(fid_weights) if fid_weights else None
+    with _bar("judging") as show:
+        verdict, sheets = evaluation.evaluate(
+            named_models(models, data),
+            data,
+            seed,
+            split,
+            limit=limit,
+            inception=inception,
+            segmenter=judge,
+            progress=show,
+        )
     if output is not None:
         evaluation.write_evaluation(verdict, sheets, output)
     _print("evaluation", verdict.to_json(), [verdict.table()], as_json)

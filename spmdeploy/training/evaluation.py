@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,12 +13,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from spmdeploy.errors import InputError
 from spmdeploy.images import write_picture
 from spmdeploy.labels import class_table
 from spmdeploy.sheets import sheet
+from spmdeploy.training.adherence import Counts, Segmenter, accuracy, confusion, mean_iou
 from spmdeploy.training.config import HOLE_KINDS, HoleKind
 from spmdeploy.training.dataset import PictureFolder, Sample, collate, random_crop, read_instance_rules
 from spmdeploy.training.holes import random_hole
+from spmdeploy.training.inception import FidInception
 from spmdeploy.training.perceptual import Lpips
 from spmdeploy.training.samples import layout, with_hole
 
@@ -27,6 +30,10 @@ RESAMPLES = 1000
 """Of the bootstrap; the interval's ends are then good to a few percent of its width."""
 FEATURES = "AlexNet relu5, mean over the picture (256)"
 """What the Fréchet distance is measured in. It is not FID, whose features are another network's."""
+FID_FEATURES = "FID's Inception v3, pool3 (2048), as in pytorch-fid"
+"""What it is measured in when the user gives that network's weights; then, and only then, it is called FID."""
+CEILING = "photo"
+"""The name under which label adherence lists the photos themselves: no edit can be expected to do better."""
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -67,6 +74,30 @@ class Row:
 
 
 @dataclass(frozen=True)
+class AdherenceRow:
+    """How often one model's edits, or the photos, show what the labels under the mask say."""
+
+    model: str
+    hole: HoleKind
+    pixels: int
+    """How many were judged."""
+    accuracy: Figure | None
+    """Share of these pixels that show their label; higher is better. None: nothing to judge."""
+    mean_iou: Figure | None
+    """Intersection over union, mean over the labels; higher is better."""
+
+
+@dataclass(frozen=True)
+class Adherence:
+    """What a segmentation network finds in the edits."""
+
+    network: str
+    """Its file's name."""
+    sha256: str
+    rows: tuple[AdherenceRow, ...]
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """All rows, and what they were measured on."""
 
@@ -74,30 +105,37 @@ class Evaluation:
     split: str
     seed: int
     rows: tuple[Row, ...]
+    fid: bool = False
+    """Whether the Fréchet distance is FID."""
+    adherence: Adherence | None = None
 
     def to_json(self) -> dict[str, Any]:
-        rows = [
-            {name: vars(value) if isinstance(value, Figure) else value for name, value in vars(row).items()}
-            for row in self.rows
-        ]
+        adherence = self.adherence and {**vars(self.adherence), "rows": [_fields(row) for row in self.adherence.rows]}
         return {
             "schema": "spmdeploy.evaluation/1",
             "data": self.data,
             "split": self.split,
             "seed": self.seed,
-            "frechet_features": FEATURES,
-            "rows": rows,
+            "frechet_features": FID_FEATURES if self.fid else FEATURES,
+            "rows": [_fields(row) for row in self.rows],
+            "adherence": adherence,
         }
 
     def table(self) -> str:
-        """One line per model and kind of hole, for a terminal."""
-        lines = [f"{'hole':<12} {'model':<18} {'n':>4} {'LPIPS':>22} {'L1':>7} {'PSNR':>6} {'edge':>6} {'Fréchet':>8}"]
-        for row in sorted(self.rows, key=lambda row: HOLE_KINDS.index(row.hole)):
-            lpips = f"{row.lpips.mean:.3f} [{row.lpips.low:.3f}, {row.lpips.high:.3f}]"
-            lines.append(
-                f"{row.hole:<12} {row.model:<18} {row.samples:>4} {lpips:>22} {row.l1.mean:>7.2f} "
-                f"{row.psnr.mean:>6.2f} {row.boundary.mean:>6.2f} {row.frechet:>8.3f}"
-            )
+        """One line per model and kind of hole, for a terminal; below, label adherence likewise."""
+        frechet = "FID" if self.fid else "Fréchet"
+        lines = [f"{'hole':<12} {'model':<18} {'n':>4} {'LPIPS':>22} {'L1':>7} {'PSNR':>6} {'edge':>6} {frechet:>8}"]
+        lines += [
+            f"{row.hole:<12} {row.model:<18} {row.samples:>4} {_interval(row.lpips):>22} {row.l1.mean:>7.2f} "
+            f"{row.psnr.mean:>6.2f} {row.boundary.mean:>6.2f} {row.frechet:>8.3f}"
+            for row in sorted(self.rows, key=lambda row: HOLE_KINDS.index(row.hole))
+        ]
+        if self.adherence is not None:
+            lines += ["", f"label adherence by {self.adherence.network}"]
+            lines += [f"{'hole':<12} {'model':<18} {'pixels':>9} {'accuracy':>22} {'mean IoU':>22}"]
+            for found in sorted(self.adherence.rows, key=lambda row: HOLE_KINDS.index(row.hole)):
+                figures = " ".join(f"{_interval(figure):>22}" for figure in (found.accuracy, found.mean_iou))
+                lines.append(f"{found.hole:<12} {found.model:<18} {found.pixels:>9} {figures}")
         return "\n".join(lines)
 
 
@@ -129,25 +167,48 @@ def evaluate(
     kinds: Sequence[HoleKind] = HOLE_KINDS,
     crop: int = 256,
     limit: int | None = None,
+    inception: FidInception | None = None,
+    segmenter: Segmenter | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Evaluation, dict[HoleKind, Pixels]]:
-    """All models on the same holes. Also returns a contact sheet per kind, sorted by the first model's LPIPS."""
+    """All models on the same holes. Also returns a contact sheet per kind, sorted by the first model's LPIPS.
+
+    inception: makes the Fréchet distance FID. segmenter: for label adherence. progress: told how many of how many edits
+    have been judged.
+    """
     lpips = Lpips()
-    rows, sheets = [], {}
-    for kind in kinds:
+    rows: list[Row] = []
+    adherence: list[AdherenceRow] = []
+    sheets = {}
+    for done, kind in enumerate(kinds):
         samples = evaluation_samples(root, seed, kind, split, crop, limit)
-        edits = {name: run_all(model, samples) for name, model in models.items()}
-        scores = {name: _lpips(lpips, samples, found) for name, found in edits.items()}
-        photos = _features(lpips, np.stack([sample.image for sample in samples]))
-        for name, found in edits.items():
-            distance = frechet_distance(_features(lpips, found), photos)
+        photos = np.stack([sample.image for sample in samples])
+        features = _features(inception or lpips, photos)
+        edits: dict[str, Pixels] = {}
+        scores: dict[str, npt.NDArray[np.float64]] = {}
+        for index, (name, model) in enumerate(models.items()):
+            progress((done * len(models) + index) * len(samples), len(kinds) * len(models) * len(samples))
+            found = edits[name] = run_all(model, samples)
+            scores[name] = _lpips(lpips, samples, found)
+            distance = frechet_distance(_features(inception or lpips, found), features)
             rows.append(_row(name, kind, samples, found, scores[name], distance, seed))
+        if segmenter is not None:
+            for name, found in (edits | {CEILING: photos}).items():
+                adherence.append(_adherence_row(name, kind, samples, found, segmenter, seed))
         order = np.argsort(scores[next(iter(models))])
         sheets[kind] = _contact_sheet(root, samples, edits, order)
-    return Evaluation(str(root), split, seed, tuple(rows)), sheets
+    judged = None if segmenter is None else Adherence(segmenter.name, segmenter.sha256, tuple(adherence))
+    return Evaluation(str(root), split, seed, tuple(rows), inception is not None, judged), sheets
+
+
+def check_output(folder: Path, overwrite: bool) -> None:
+    """Raises InputError when there is an evaluation in the folder already and it may not be replaced."""
+    if not overwrite and (folder / "evaluation.json").exists():
+        raise InputError(f"{folder} holds an evaluation already", "choose another folder, or allow it with --overwrite")
 
 
 def write_evaluation(evaluation: Evaluation, sheets: Mapping[HoleKind, Pixels], folder: Path) -> None:
-    """FOLDER/evaluation.json, evaluation.txt (the table) and a sheet KIND.png for every kind of hole."""
+    """FOLDER/evaluation.json, evaluation.txt (the table) and a sheet KIND.png for every kind of hole; replaces them."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "evaluation.json").write_text(json.dumps(evaluation.to_json(), indent=1) + "\n", encoding="utf-8")
     (folder / "evaluation.txt").write_text(evaluation.table() + "\n", encoding="utf-8")
@@ -202,12 +263,19 @@ def _steps_across(mask: npt.NDArray[np.bool_], picture: Pixels) -> npt.NDArray[n
 def frechet_distance(first: npt.NDArray[np.float64], second: npt.NDArray[np.float64]) -> float:
     """Between the normal distributions fitted to two sets of features, (N, D) each (Dowson and Landau 1982)."""
     mean = first.mean(axis=0) - second.mean(axis=0)
-    a, b = np.cov(first, rowvar=False), np.cov(second, rowvar=False)
-    # tr sqrt(AB) = sum of the roots of the eigenvalues of sqrt(A) B sqrt(A), which is symmetric.
-    values, vectors = np.linalg.eigh(a)
-    root = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
-    shared = np.sqrt(np.clip(np.linalg.eigvalsh(root @ b @ root), 0, None)).sum()
-    return float(mean @ mean + np.trace(a) + np.trace(b) - 2 * shared)
+    a, b = _root_of_covariance(first), _root_of_covariance(second)
+    # With A = aᵀa and B = bᵀb, the eigenvalues of AB are the squared singular values of abᵀ: tr sqrt(AB) is their sum.
+    shared = np.linalg.svd(a @ b.T, compute_uv=False).sum()
+    return float(mean @ mean + np.square(a).sum() + np.square(b).sum() - 2 * shared)
+
+
+def _root_of_covariance(features: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Some r with rᵀr = the covariance of the features (N, D), of as few rows as it takes."""
+    root: npt.NDArray[np.float64] = (features - features.mean(axis=0)) / np.sqrt(max(1, len(features) - 1))
+    if len(root) <= root.shape[1]:
+        return root
+    triangle: npt.NDArray[np.float64] = np.asarray(np.linalg.qr(root, mode="r"))
+    return triangle
 
 
 def bootstrap(values: npt.NDArray[np.float64], seed: int) -> Figure:
@@ -215,6 +283,18 @@ def bootstrap(values: npt.NDArray[np.float64], seed: int) -> Figure:
     picks = np.random.default_rng(seed).integers(0, len(values), (RESAMPLES, len(values)))
     low, high = np.quantile(values[picks].mean(axis=1), (0.025, 0.975))
     return Figure(float(values.mean()), float(low), float(high))
+
+
+def bootstrap_counts(counts: Counts, measure: Callable[[npt.NDArray[Any]], float], seed: int) -> Figure | None:
+    """The same for a figure of counts that are added up first. counts: (N, ...). None when there is none to measure."""
+    value = measure(counts.sum(axis=0))
+    if np.isnan(value):
+        return None
+    rng = np.random.default_rng(seed)
+    picks = rng.multinomial(len(counts), np.full(len(counts), 1 / len(counts)), RESAMPLES)
+    drawn = [measure(np.tensordot(pick, counts, axes=1)) for pick in picks]
+    low, high = np.nanquantile(drawn, (0.025, 0.975))
+    return Figure(value, float(low), float(high))
 
 
 def _row(
@@ -242,6 +322,32 @@ def _row(
     )
 
 
+def _adherence_row(
+    name: str, kind: HoleKind, samples: Sequence[Sample], pictures: Pixels, segmenter: Segmenter, seed: int
+) -> AdherenceRow:
+    counts = np.stack(
+        [
+            confusion(sample.labels, segmenter.find(picture), sample.mask, segmenter.judged)
+            for sample, picture in zip(samples, pictures, strict=True)
+        ]
+    )
+    return AdherenceRow(
+        model=name,
+        hole=kind,
+        pixels=int(counts.sum()),
+        accuracy=bootstrap_counts(counts, accuracy, seed),
+        mean_iou=bootstrap_counts(counts, mean_iou, seed),
+    )
+
+
+def _fields(row: Row | AdherenceRow) -> dict[str, Any]:
+    return {name: vars(value) if isinstance(value, Figure) else value for name, value in vars(row).items()}
+
+
+def _interval(figure: Figure | None) -> str:
+    return "nothing to judge" if figure is None else f"{figure.mean:.3f} [{figure.low:.3f}, {figure.high:.3f}]"
+
+
 def _lpips(lpips: Lpips, samples: Sequence[Sample], edits: Pixels) -> npt.NDArray[np.float64]:
     scores = []
     for start in range(0, len(samples), BATCH):
@@ -250,8 +356,8 @@ def _lpips(lpips: Lpips, samples: Sequence[Sample], edits: Pixels) -> npt.NDArra
     return torch.cat(scores).double().numpy()
 
 
-def _features(lpips: Lpips, pictures: Pixels) -> npt.NDArray[np.float64]:
-    parts = [lpips.pooled(_as_input(pictures[start : start + BATCH])) for start in range(0, len(pictures), BATCH)]
+def _features(network: Lpips | FidInception, pictures: Pixels) -> npt.NDArray[np.float64]:
+    parts = [network.pooled(_as_input(pictures[start : start + BATCH])) for start in range(0, len(pictures), BATCH)]
     return torch.cat(parts).double().numpy()
 
 

