@@ -95,19 +95,19 @@ def _last_statuses(written: bytes) -> dict[str, str]:
 
 
 def read_manifest(
-    path: Path, output_dir: Path, overwrite: bool = False, match_colours: bool = False
+    path: Path, output_dir: Path, overwrite: bool = False, match_surroundings: bool = False
 ) -> list[BatchItem]:
     """The rows of a CSV file with a heading, or of a JSONL file with an object per line (by suffix).
 
     Columns: image and output, labels or fill, mask or edited_from; instances and grow may be given. Without output the
-    result takes the image's stem, as PNG. match_colours: for every edit. Raises InputError when the file as a whole
-    cannot be read, has an unknown column, or two rows would write the same file.
+    result takes the image's stem, as PNG. match_surroundings: for every edit. Raises InputError when the file as
+    a whole cannot be read, has an unknown column, or two rows would write the same file.
     """
     items = []
     for number, row in enumerate(_rows(path), start=1):
         try:
             files = _edit_of_row(row, path.parent, output_dir, overwrite)
-            items.append(BatchItem(number, replace(files, match_colours=match_colours), None))
+            items.append(BatchItem(number, replace(files, match_surroundings=match_surroundings), None))
         except SpmDeployError as error:
             items.append(BatchItem(number, None, error))
     if not items:

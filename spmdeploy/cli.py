@@ -161,11 +161,11 @@ Tiling = Annotated[
         help="off: whole photo at once; crop: windows around the mask, shrunk; cascade: in tiles at their own size.",
     ),
 ]
-MatchColours = Annotated[
+MatchSurroundings = Annotated[
     bool,
     typer.Option(
-        "--match-colours",
-        help="Shift what was painted to the colours of the same classes beside it; needs labels of the whole photo.",
+        "--match-surroundings",
+        help="Bring what was painted to the colours and grain of the same classes beside it; needs --labels.",
     ),
 ]
 RequireSignature = Annotated[
@@ -225,7 +225,7 @@ def edit(
     device: Device = "auto",
     precision: PrecisionOption = PrecisionChoice.auto,
     tiling: Tiling = TilingChoice.auto,
-    match_colours: MatchColours = False,
+    match_surroundings: MatchSurroundings = False,
     require_signature: RequireSignature = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -239,7 +239,7 @@ def edit(
 
     started = time.perf_counter()
     files = EditFiles(
-        image, output, labels, fill, mask, edited_from, instances, grow, sheet, explain, overwrite, match_colours
+        image, output, labels, fill, mask, edited_from, instances, grow, sheet, explain, overwrite, match_surroundings
     )
     with _editor(model, backend, device, precision, require_signature) as editor:
         opened = time.perf_counter()
@@ -269,7 +269,7 @@ def batch(
     device: Device = "auto",
     precision: PrecisionOption = PrecisionChoice.auto,
     tiling: Tiling = TilingChoice.auto,
-    match_colours: MatchColours = False,
+    match_surroundings: MatchSurroundings = False,
     require_signature: RequireSignature = None,
     jobs: Annotated[int, typer.Option("--jobs", min=1, help="Edits under way at once.")] = 1,
     resume: Annotated[bool, typer.Option("--resume", help="Skip what is done already.")] = False,
@@ -284,7 +284,7 @@ def batch(
     """
     from spmdeploy.batch import STATUS_FILE, ItemStatus, read_manifest, run_batch
 
-    items = read_manifest(manifest, output_dir, overwrite, match_colours)
+    items = read_manifest(manifest, output_dir, overwrite, match_surroundings)
     with _editor(model, backend, device, precision, require_signature) as editor, _bar("editing") as show:
         done = 0
 

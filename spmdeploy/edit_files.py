@@ -42,7 +42,7 @@ class EditFiles:
     explain: Path | None = None
     """Where to put a picture of the windows and tiles over the photo."""
     overwrite: bool = False
-    match_colours: bool = False
+    match_surroundings: bool = False
     """See `Editor.edit`."""
 
     def __post_init__(self) -> None:
@@ -55,10 +55,10 @@ class EditFiles:
             )
         if self.edited_from is not None and self.labels is None:
             raise UsageError("edited_from needs labels to compare with", "add --labels FILE, or use --mask")
-        if self.match_colours and self.labels is None:
+        if self.match_surroundings and self.labels is None:
             raise UsageError(
-                "match_colours needs the labels of the photo's known pixels too",
-                "give --labels FILE instead of --fill, or leave --match-colours out",
+                "match_surroundings needs the labels of the photo's known pixels too",
+                "give --labels FILE instead of --fill, or leave --match-surroundings out",
             )
         if self.grow is not None and not 0 <= self.grow <= 1024:
             raise UsageError(f"grow is {self.grow}, which is not within 0 and 1024 pixels")
@@ -145,7 +145,7 @@ def edit_files(
         inputs.mask,
         inputs.instances,
         tiling=tiling,
-        match_colours=files.match_colours,
+        match_surroundings=files.match_surroundings,
         progress=progress,
         names=names,
     )

@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spmdeploy.cascade import LevelReport, base_of, carry_up
-from spmdeploy.colour_match import match_colours as shift_colours
 from spmdeploy.errors import BundleError, InputError, UsageError
 from spmdeploy.images import check_mask, resize_photo
 from spmdeploy.labels import ClassTable, check_labels
+from spmdeploy.matching import match_surroundings as match_part
 from spmdeploy.model_inputs import Ids, ModelInput, Scene, model_input, stacked
 from spmdeploy.tally import Progress, Tally
 from spmdeploy.tiling.frames import Frame, frame_of
@@ -99,7 +99,7 @@ class EditReport:
     windows: tuple[EditedWindow, ...]
     batches: int
     feather: int
-    match_colours: bool
+    match_surroundings: bool
     edited_pixels: int
     milliseconds: dict[str, float]
     notes: tuple[str, ...]
@@ -122,7 +122,7 @@ class EditReport:
             "tiles": self.tiles,
             "batches": self.batches,
             "feather": self.feather,
-            "match_colours": self.match_colours,
+            "match_surroundings": self.match_surroundings,
             "edited_pixels": self.edited_pixels,
             "milliseconds": {phase: round(spent, 3) for phase, spent in self.milliseconds.items()},
             "notes": list(self.notes),
@@ -156,7 +156,7 @@ class Editor:
         *,
         tiling: Tiling = "auto",
         feather: int = FEATHER,
-        match_colours: bool = False,
+        match_surroundings: bool = False,
         batch_size: int = BATCH_SIZE,
         progress: Progress | None = None,
         names: InputNames | None = None,
@@ -167,9 +167,10 @@ class Editor:
         edit. instances: integer (H, W) or None, then the labels stand in. tiling: "off" runs the whole photo at once
         and wants it to have the model's size; "crop" edits a context window around every piece of the mask at the
         model's size, "cascade" carries windows larger than that up to their own; "auto" takes "off" where it fits,
-        else "cascade" for windows beyond CROP_LIMIT if the session refines. feather: see `stitch`. match_colours: shift
-        what was painted to the colours of the same classes beside it (see `colour_match`), for which the labels must be
-        true of the known pixels too. progress(done, total) counts windows and tiles, from (0, total) on.
+        else "cascade" for windows beyond CROP_LIMIT if the session refines. feather: see `stitch`. match_surroundings:
+        bring what was painted to the colours and the grain of the same classes beside it (see `matching`), for which
+        the labels must be true of the known pixels too. progress(done, total) counts windows and tiles, from (0, total)
+        on.
 
         Otherwise labels matter under the mask only, with one exception that is the network's own definition and was
         kept because it was trained that way: a masked pixel at the mask's rim counts as an object's edge if the
@@ -195,11 +196,11 @@ class Editor:
             self._edit_in_levels(window, scene, feather, batch_size, tally) if window.levels else window
             for window in plan.windows
         ]
-        if match_colours:
+        if match_surroundings:
             with tally.phase("stitch"):
                 for window in done:
                     around = scene.cut(window.frame.window)
-                    shift_colours(around.picture, around.labels, around.mask)
+                    match_part(around.picture, around.labels, around.mask)
         session = self.session
         report = EditReport(
             backend=session.backend,
@@ -211,7 +212,7 @@ class Editor:
             windows=tuple(done),
             batches=tally.batches,
             feather=feather,
-            match_colours=match_colours,
+            match_surroundings=match_surroundings,
             edited_pixels=int(np.count_nonzero(edit_mask)),
             milliseconds=tally.milliseconds,
             notes=(*_notes(done), *session.notes),

@@ -108,7 +108,7 @@ def test_how_much_a_mask_grows(files: EditFiles) -> None:
     [
         ({"labels": None}, "either labels or fill"),
         ({"fill": "road"}, "either labels or fill"),
-        ({"labels": None, "fill": "road", "match_colours": True}, "match_colours needs the labels"),
+        ({"labels": None, "fill": "road", "match_surroundings": True}, "match_surroundings needs the labels"),
         ({"mask": None}, "either mask or edited_from"),
         ({"edited_from": Path("l.png")}, "either mask or edited_from"),
         ({"mask": None, "edited_from": Path("l.png"), "labels": None, "fill": "road"}, "edited_from needs labels"),

@@ -455,7 +455,7 @@ def test_unknown_labels_are_counted_under_the_mask_only() -> None:
 
 
 @pytest.mark.parametrize("side", [256, 700])
-def test_colours_are_matched_on_request_only(side: int) -> None:
+def test_surroundings_are_matched_on_request_only(side: int) -> None:
     photo = np.full((side, side, 3), 100, np.uint8)
     mask = np.zeros((side, side), np.bool_)
     mask[60:-60, 60:-60] = True
@@ -464,9 +464,9 @@ def test_colours_are_matched_on_request_only(side: int) -> None:
     def darker(image: np.ndarray, labels: np.ndarray, instances: np.ndarray, mask: np.ndarray) -> np.ndarray:
         return np.full_like(image, 80)
 
-    plain, matched = (edit(photo, labels, mask, darker, feather=0, match_colours=asked) for asked in (False, True))
-    assert plain.image[mask].max() <= 80 and not plain.report.match_colours
-    assert matched.image.min() >= 97 and matched.report.to_json()["match_colours"]
+    plain, matched = (edit(photo, labels, mask, darker, feather=0, match_surroundings=asked) for asked in (False, True))
+    assert plain.image[mask].max() <= 80 and not plain.report.match_surroundings
+    assert matched.image.min() >= 97 and matched.report.to_json()["match_surroundings"]
 
 
 @pytest.mark.parametrize("option", [{"tiling": "mosaic"}, {"feather": -1}, {"batch_size": 0}])

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spmdeploy.colour_match import BAND, match_colours
+from spmdeploy.matching import BAND, match_colours, match_grain, match_surroundings
 
 SIDES = st.integers(40, 90)
 
@@ -83,3 +83,39 @@ def test_large_pictures_are_measured_on_cells(height: int, width: int) -> None:
     edited[mask] = 90
     match_colours(edited, labels, mask)
     assert np.abs(edited.astype(int) - 100).max() <= 1
+
+
+def test_an_even_class_passes_its_grain_on() -> None:
+    rng = np.random.default_rng(2)
+    labels, mask = np.ones((96, 96), np.uint8), hole(96, 96)
+    grain = np.clip(128 + rng.normal(0, 3, (96, 96, 1)), 0, 255).astype(np.uint8).repeat(3, axis=2)
+    edited = np.where(mask[..., None], np.uint8(128), grain).astype(np.uint8)
+    match_grain(edited, labels, mask)
+    assert edited[mask].std() == pytest.approx(3, rel=0.25)
+    assert edited[mask].mean() == pytest.approx(128, abs=0.5)
+    assert (edited[~mask] == grain[~mask]).all()
+    again = edited.copy()
+    match_grain(again, labels, mask)
+    assert edited[mask].std() == pytest.approx(again[mask].std(), rel=0.25)  # what has grain gets little more
+
+
+def test_structure_is_not_taken_for_grain() -> None:
+    rng = np.random.default_rng(3)
+    labels, mask = np.ones((96, 96), np.uint8), hole(96, 96)
+    wall = rng.integers(0, 256, (96, 96, 1), dtype=np.uint8).repeat(3, axis=2)
+    wall[mask] = 128
+    before = wall.copy()
+    match_grain(wall, labels, mask)
+    assert (wall == before).all()
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 70), st.integers(1, 70), st.integers(0, 2**32))
+def test_anything_may_be_matched(height: int, width: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    picture = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+    labels, mask = rng.integers(0, 3, (height, width)), rng.random((height, width)) < 0.5
+    first, second = picture.copy(), picture.copy()
+    match_surroundings(first, labels, mask)
+    match_surroundings(second, labels, mask)
+    assert (first == second).all() and (first[~mask] == picture[~mask]).all()
