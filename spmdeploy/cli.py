@@ -948,6 +948,10 @@ def evaluate(
 @dataset_app.command("check")
 def dataset_check(
     data: Annotated[Path, typer.Argument(help="Folder with train/, test/ and labels.json.")],
+    holes: Annotated[
+        Path | None, typer.Option("--sheet", help="Also paint the five kinds of holes on some training pictures.")
+    ] = None,
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Find what would hurt training.
@@ -955,17 +959,28 @@ def dataset_check(
     Missing pairs, wrong sizes, unknown ids, colour maps, near-empty classes.
     """
     with _needs("train"):
+        from spmdeploy.images import check_output, write_picture
         from spmdeploy.training.check import check_dataset
+        from spmdeploy.training.samples import hole_sheet
 
-    report = check_dataset(data)
+    if holes is not None:
+        check_output(holes, overwrite)
+    with _bar("checking") as show:
+        report = check_dataset(data, progress=show)
     total = sum(share.pixels for share in report.classes) or 1
     rows = [(str(share.id), share.name, f"{share.pixels / total:.2%}", str(share.pictures)) for share in report.classes]
     lines = [f"{data}: " + ", ".join(f"{count} {split}" for split, count in report.pictures.items())]
     lines += _table(("id", "class", "share", "pictures"), rows)
     lines += [f"warning: {text}" for text in report.warnings] + [f"error: {text}" for text in report.errors]
+    if holes is not None and report.ok:
+        write_picture(holes, hole_sheet(data), overwrite)
+        lines.append(f"{holes}: labels, then a hole of each kind")
+    elif holes is not None:
+        _notes([f"{holes} was not written: put the errors right first"])
     hint = "put these right, then check again"
     failure = None if report.ok else InputError(f"{data}: {len(report.errors)} faults that stop training", hint)
-    _print("dataset-check", report.to_json(), lines, as_json, failure)
+    payload = {**report.to_json(), "sheet": str(holes) if holes is not None and report.ok else None}
+    _print("dataset-check", payload, lines, as_json, failure)
 
 
 @dataset_app.command("prepare")

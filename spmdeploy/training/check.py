@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import numpy.typing as npt
 from spmdeploy import images
 from spmdeploy.errors import InputError
 from spmdeploy.labels import ClassTable, check_labels, class_table, count_labels
-from spmdeploy.training.dataset import INSTANCE_FOLDERS, PICTURE_SUFFIXES
+from spmdeploy.training.dataset import INSTANCE_FOLDERS, PICTURE_SUFFIXES, read_instance_rules
 
 SPLITS = ("train", "test")
 NEARLY_EMPTY = 1e-4
@@ -55,10 +56,18 @@ class DatasetReport:
         return {"schema": "spmdeploy.dataset-check/1", "ok": self.ok, **fields}
 
 
-def check_dataset(root: Path, crop: int = 256) -> DatasetReport:
-    """Reads every file of the folder once. Raises InputError only when there is no class table or no training split."""
-    table = class_table(root / "labels.json")
-    check = _Check(table)
+def check_dataset(
+    root: Path, crop: int = 256, progress: Callable[[int, int], None] = lambda done, total: None
+) -> DatasetReport:
+    """Reads every file of the folder once. progress: told how many of how many pictures have been read.
+
+    Raises InputError only when labels.json cannot be used or there is no training split.
+    """
+    table, rules = class_table(root / "labels.json"), read_instance_rules(root)
+    total = sum(1 for split in SPLITS for _ in (root / split / "labels").glob("*"))
+    check = _Check(table, lambda done: progress(done, max(done, total)))
+    if strangers := [thing for thing in rules.thing_ids if not 0 <= thing < len(table)]:
+        check.errors.append(f"{root / 'labels.json'}: thing_ids names {strangers}, ids run from 0 to {len(table) - 1}")
     for split in SPLITS:
         check.split(root / split, required=split == "train")
     check.judge(crop)
@@ -71,8 +80,10 @@ def check_dataset(root: Path, crop: int = 256) -> DatasetReport:
 class _Check:
     """What has been found so far."""
 
-    def __init__(self, table: ClassTable) -> None:
+    def __init__(self, table: ClassTable, progress: Callable[[int], None]) -> None:
         self.table = table
+        self._progress = progress
+        self._read = 0
         self.errors: list[str] = []
         self.warnings: list[str] = []
         self.pairs: dict[str, int] = {}
@@ -109,6 +120,8 @@ class _Check:
         return found
 
     def _pair(self, image: Path, label_map: Path, instance_map: Path | None, counted: bool) -> None:
+        self._read += 1
+        self._progress(self._read)
         try:
             size = images.read_photo(image).pixels.shape[:2]
             labels = images.read_labels(label_map)

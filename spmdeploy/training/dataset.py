@@ -152,7 +152,7 @@ class TrainingSamples:
             rng = np.random.default_rng((self._seed, 2, index))
             kind = self._config.holes[index % len(self._config.holes)]
             cut = random_crop(picture, self._config.crop, 1.0, False, rng)
-            samples.append(_with_hole(cut, kind, rng))
+            samples.append(with_random_hole(cut, kind, len(self.classes), rng))
         return samples
 
     def _draw(self, picture: Picture, rng: np.random.Generator) -> Sample:
@@ -161,7 +161,7 @@ class TrainingSamples:
         if self._config.relighting:
             cut = replace(cut, image=relit(cut.image, self._config.relighting, rng))
         kind = self._config.holes[int(rng.integers(len(self._config.holes)))]
-        return _with_hole(cut, kind, rng)
+        return with_random_hole(cut, kind, len(self.classes), rng)
 
     def _epoch(self, epoch: int) -> list[tuple[PictureFolder, str]]:
         if self._order is None or self._order[0] != epoch:
@@ -243,8 +243,10 @@ def relit(image: npt.NDArray[np.uint8], strength: float, rng: np.random.Generato
     return np.stack([curves[image[..., channel], channel] for channel in range(3)], axis=-1)
 
 
-def _with_hole(cut: Picture, kind: HoleKind, rng: np.random.Generator) -> Sample:
-    return Sample(cut.image, cut.labels, cut.instances, random_hole(kind, cut.labels, cut.instances, rng))
+def with_random_hole(cut: Picture, kind: HoleKind, classes: int, rng: np.random.Generator) -> Sample:
+    """The square with a hole of that kind. classes: how many the data folder has."""
+    mask = random_hole(kind, cut.labels, cut.instances, classes, rng)
+    return Sample(cut.image, cut.labels, cut.instances, mask)
 
 
 def collate(samples: Sequence[Sample]) -> Batch:

@@ -19,8 +19,14 @@ from spmdeploy.labels import class_table
 from spmdeploy.sheets import sheet
 from spmdeploy.training.adherence import Counts, Segmenter, accuracy, confusion, mean_iou
 from spmdeploy.training.config import HOLE_KINDS, HoleKind
-from spmdeploy.training.dataset import PictureFolder, Sample, collate, random_crop, read_instance_rules
-from spmdeploy.training.holes import random_hole
+from spmdeploy.training.dataset import (
+    PictureFolder,
+    Sample,
+    collate,
+    random_crop,
+    read_instance_rules,
+    with_random_hole,
+)
 from spmdeploy.training.inception import FidInception
 from spmdeploy.training.perceptual import Lpips
 from spmdeploy.training.samples import layout, with_hole
@@ -147,6 +153,7 @@ def evaluation_samples(
     The square does not depend on the kind. limit: only so many pictures, evenly spread.
     """
     folder = PictureFolder(root, split, read_instance_rules(root))
+    classes = len(class_table(root / "labels.json"))
     names = folder.names
     if limit is not None and limit < len(names):
         names = tuple(names[index * len(names) // limit] for index in range(limit))
@@ -155,7 +162,7 @@ def evaluation_samples(
         own = zlib.crc32(name.encode())  # of the name, not its place: other pictures may come and go
         cut = random_crop(folder[name], crop, 1.0, False, np.random.default_rng((seed, own)))
         rng = np.random.default_rng((seed, own, HOLE_KINDS.index(kind)))
-        samples.append(Sample(cut.image, cut.labels, cut.instances, random_hole(kind, cut.labels, cut.instances, rng)))
+        samples.append(with_random_hole(cut, kind, classes, rng))
     return samples
 
 

@@ -11,6 +11,8 @@ from PIL import Image, ImageDraw
 from spmdeploy.training.config import HOLE_KINDS, HoleKind
 
 Mask = npt.NDArray[np.bool_]
+Labels = npt.NDArray[np.uint8]
+Instances = npt.NDArray[np.int32]
 
 THING_ID = 1000
 """Cityscapes: instance ids from here on are countable things (class * 1000 + number)."""
@@ -20,16 +22,17 @@ SMALLEST_HOLE = 256
 
 def random_hole(
     kind: HoleKind,
-    labels: npt.NDArray[np.uint8],
-    instances: npt.NDArray[np.int32],
+    labels: Labels,
+    instances: Instances,
+    classes: int,
     rng: np.random.Generator,
 ) -> Mask:
     """A mask of `kind`, True = edit; brush strokes where the picture has nothing for that kind.
 
-    labels: uint8 (H, W). instances: int32 (H, W), ids below 1000 are not things. Returns bool (H, W), neither empty nor
-    full.
+    labels: uint8 (H, W), ids from `classes` on are no class. instances: int32 (H, W), ids below 1000 are not things.
+    Returns bool (H, W), neither empty nor full.
     """
-    mask = _MAKERS[kind](labels, instances, rng)
+    mask = _MAKERS[kind](labels, instances, classes, rng)
     if mask is None or np.count_nonzero(mask) < min(SMALLEST_HOLE, mask.size // 4) or mask.all():
         mask = strokes(labels.shape[0], labels.shape[1], rng)
     return mask
@@ -62,18 +65,18 @@ def strokes(height: int, width: int, rng: np.random.Generator) -> Mask:
     return mask
 
 
-def _strokes(labels: npt.NDArray[np.uint8], instances: npt.NDArray[np.int32], rng: np.random.Generator) -> Mask:
+def _strokes(labels: Labels, instances: Instances, classes: int, rng: np.random.Generator) -> Mask:
     return strokes(labels.shape[0], labels.shape[1], rng)
 
 
-def _extension(labels: npt.NDArray[np.uint8], instances: npt.NDArray[np.int32], rng: np.random.Generator) -> Mask:
+def _extension(labels: Labels, instances: Instances, classes: int, rng: np.random.Generator) -> Mask:
     """The right half."""
     mask = np.zeros(labels.shape, bool)
     mask[:, labels.shape[1] // 2 :] = True
     return mask
 
 
-def _outpainting(labels: npt.NDArray[np.uint8], instances: npt.NDArray[np.int32], rng: np.random.Generator) -> Mask:
+def _outpainting(labels: Labels, instances: Instances, classes: int, rng: np.random.Generator) -> Mask:
     """Everything but a box of half the side (128 of 256) at a random place."""
     height, width = labels.shape
     box_height, box_width = height // 2, width // 2
@@ -83,14 +86,14 @@ def _outpainting(labels: npt.NDArray[np.uint8], instances: npt.NDArray[np.int32]
     return mask
 
 
-def _class(labels: npt.NDArray[np.uint8], instances: npt.NDArray[np.int32], rng: np.random.Generator) -> Mask | None:
+def _class(labels: Labels, instances: Instances, classes: int, rng: np.random.Generator) -> Mask | None:
     """All pixels of one random class among those that cover enough to be edited."""
     ids, counts = np.unique(labels, return_counts=True)
-    ids = ids[(counts >= min(SMALLEST_HOLE, labels.size // 4)) & (counts < labels.size)]
+    ids = ids[(ids < classes) & (counts >= min(SMALLEST_HOLE, labels.size // 4)) & (counts < labels.size)]
     return labels == rng.choice(ids) if ids.size else None
 
 
-def _instance(labels: npt.NDArray[np.uint8], instances: npt.NDArray[np.int32], rng: np.random.Generator) -> Mask | None:
+def _instance(labels: Labels, instances: Instances, classes: int, rng: np.random.Generator) -> Mask | None:
     """The bounding box of one random thing."""
     ids, counts = np.unique(instances[instances >= THING_ID], return_counts=True)
     ids = ids[counts >= SMALLEST_HOLE // 4]

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from spmdeploy.labels import ClassTable, colourise
+from spmdeploy.labels import ClassTable, class_table, colourise
 from spmdeploy.sheets import sheet
 from spmdeploy.training.config import HOLE_KINDS
-from spmdeploy.training.dataset import Sample
-from spmdeploy.training.holes import random_hole
+from spmdeploy.training.dataset import PictureFolder, Sample, random_crop, read_instance_rules, with_random_hole
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -28,16 +28,19 @@ def sample_sheet(samples: Sequence[Sample], stages: Sequence[Pixels], classes: C
     return sheet(rows)
 
 
-def hole_sheet(samples: Sequence[Sample], seed: int, classes: ClassTable) -> Pixels:
-    """One row per sample: its labels, then the photo under a hole of each kind."""
-    rows = []
-    for index, sample in enumerate(samples):
-        row = {"labels": colourise(sample.labels, classes)}
+def hole_sheet(root: Path, rows: int = 8, crop: int = 256, seed: int = 0) -> Pixels:
+    """A row for each of some training pictures, evenly spread: its labels, then the photo under a hole of each kind."""
+    classes, folder = class_table(root / "labels.json"), PictureFolder(root, "train", read_instance_rules(root))
+    rows = min(rows, len(folder.names))
+    page = []
+    for index in range(rows):
+        rng = np.random.default_rng((seed, index))
+        cut = random_crop(folder[folder.names[index * len(folder.names) // rows]], crop, 1.0, False, rng)
+        row = {"labels": colourise(cut.labels, classes)}
         for kind in HOLE_KINDS:
-            mask = random_hole(kind, sample.labels, sample.instances, np.random.default_rng((seed, index)))
-            row[kind] = with_hole(Sample(sample.image, sample.labels, sample.instances, mask))
-        rows.append(row)
-    return sheet(rows)
+            row[kind] = with_hole(with_random_hole(cut, kind, len(classes), rng))
+        page.append(row)
+    return sheet(page)
 
 
 def with_hole(sample: Sample) -> Pixels:

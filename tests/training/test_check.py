@@ -86,6 +86,19 @@ def test_warnings(folder: Path) -> None:
     assert "connected components" in text
 
 
+def test_thing_ids_outside_the_table(folder: Path) -> None:
+    table = json.loads((folder / "labels.json").read_text())
+    (folder / "labels.json").write_text(json.dumps(table | {"thing_ids": [2, 7]}))
+    (error,) = check_dataset(folder).errors
+    assert "thing_ids names [7], ids run from 0 to 2" in error
+
+
+def test_progress_ends_at_its_total(folder: Path) -> None:
+    told: list[tuple[int, int]] = []
+    check_dataset(folder, progress=lambda done, total: told.append((done, total)))
+    assert told == [(done, 12) for done in range(1, 13)]
+
+
 def test_two_files_of_one_name(folder: Path) -> None:
     shutil.copy(folder / "train" / "images" / "000.png", folder / "train" / "images" / "000.jpg")
     assert any("the same name as" in error for error in check_dataset(folder).errors)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from spmdeploy import cli
+from spmdeploy.images import read_photo
 from spmdeploy.networks.generator import Generator, GeneratorConfig
 from spmdeploy.networks.weights import load_checkpoint, save_generator
 from spmdeploy.training import loop
@@ -101,9 +102,21 @@ def test_dataset_check(data_folder: Path, tmp_path: Path, capsys: pytest.Capture
     assert code == (0 if report["ok"] else 7)
     broken = write_data_folder(tmp_path / "broken", pictures=3, size=(256, 256))
     (broken / "train/labels/001.png").unlink()
-    code, report = _json(capsys, "dataset", "check", broken)
-    assert (code, report["ok"]) == (7, False)
+    code, report = _json(capsys, "dataset", "check", broken, "--sheet", tmp_path / "no.png")
+    assert (code, report["ok"], report["sheet"]) == (7, False, None)
     assert "001" in str(report["errors"])
+    assert not (tmp_path / "no.png").exists()
+
+
+def test_the_holes_can_be_looked_at(data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sheet = tmp_path / "holes.png"
+    code, report = _json(capsys, "dataset", "check", data_folder, "--sheet", sheet)
+    assert (code, report["sheet"]) == (0, str(sheet))
+    page = read_photo(sheet).pixels
+    assert page.shape[0] > 6 * 256 and page.shape[1] > 6 * 256  # six pictures, labels and five kinds
+    assert (page == 128).all(axis=2).mean() > 0.1  # what is under the masks
+    code, failure = _json(capsys, "dataset", "check", data_folder, "--sheet", sheet)
+    assert (code, "exists already" in str(failure["error"])) == (7, True)
 
 
 def test_evaluate_judges_models_and_baselines_on_the_same_holes(

@@ -164,6 +164,20 @@ def test_missing_label_maps_are_counted(data_folder: Path, tmp_path: Path) -> No
         samples(root)
 
 
+def test_no_sample_has_a_hole_of_void(data_folder: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(data_folder, tmp_path / "copy"))
+    table = json.loads((root / "labels.json").read_text())
+    (root / "labels.json").write_text(json.dumps(table | {"void_id": 255}))
+    for path in (root / "train" / "labels").iterdir():
+        labels = np.array(Image.open(path))
+        labels[:60] = 255  # most of the sky
+        Image.fromarray(labels).save(path)
+    drawn = samples(root, holes=("class",))
+    holes = [drawn.at(position) for position in range(12)]
+    assert all(255 not in sample.labels[sample.mask] for sample in holes)
+    assert any(255 in sample.labels for sample in holes)
+
+
 def test_sizes_that_differ_are_named(data_folder: Path, tmp_path: Path) -> None:
     root = shutil.copytree(data_folder, tmp_path / "copy")
     for path in (root / "train" / "labels").iterdir():

@@ -21,7 +21,7 @@ def street() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int32]]:
 
 
 def hole(kind: HoleKind, seed: int) -> npt.NDArray[np.bool_]:
-    return random_hole(kind, *street(), np.random.default_rng(seed))
+    return random_hole(kind, *street(), 3, np.random.default_rng(seed))
 
 
 @pytest.mark.parametrize("kind", HOLE_KINDS)
@@ -37,7 +37,7 @@ def test_a_seed_fixes_the_hole(kind: HoleKind) -> None:
 @settings(max_examples=15, deadline=None)
 def test_no_hole_is_empty_or_full(kind: HoleKind, seed: int, side: int) -> None:
     labels, instances = street()
-    mask = random_hole(kind, labels[:side, :side], instances[:side, :side], np.random.default_rng(seed))
+    mask = random_hole(kind, labels[:side, :side], instances[:side, :side], 3, np.random.default_rng(seed))
     assert mask.shape == (side, side)
     assert mask.dtype == np.bool_
     assert mask.any()
@@ -64,6 +64,23 @@ def test_class_hole_is_all_of_one_class() -> None:
         assert np.array_equal(mask, labels == only)
 
 
+def test_class_hole_is_never_void() -> None:
+    """An id outside the class table has no channel: such a hole would ask for nothing."""
+    labels, instances = street()
+    labels[:100] = 255
+    kinds = {int(np.unique(labels[mask])[0]) for mask in (class_hole(labels, instances, seed) for seed in range(30))}
+    assert kinds == {0, 1, 2}
+    everywhere = np.full_like(labels, 255)
+    everywhere[:5, :5] = 1  # too little to be edited
+    strokes_instead = class_hole(everywhere, instances, 0)
+    assert not np.array_equal(strokes_instead, everywhere == 255)
+    assert 0.02 < strokes_instead.mean() < 1
+
+
+def class_hole(labels: npt.NDArray[np.uint8], instances: npt.NDArray[np.int32], seed: int) -> npt.NDArray[np.bool_]:
+    return random_hole("class", labels, instances, 3, np.random.default_rng(seed))
+
+
 def test_instance_hole_is_the_bounding_box_of_a_thing() -> None:
     rows, columns = np.nonzero(hole("instance", 0))
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == (120, 159, 30, 89)
@@ -72,7 +89,7 @@ def test_instance_hole_is_the_bounding_box_of_a_thing() -> None:
 
 def test_strokes_take_the_place_of_a_missing_instance() -> None:
     labels = np.zeros((256, 256), np.uint8)
-    mask = random_hole("instance", labels, labels.astype(np.int32), np.random.default_rng(1))
+    mask = random_hole("instance", labels, labels.astype(np.int32), 3, np.random.default_rng(1))
     assert 0.02 < mask.mean() < 1
 
 
