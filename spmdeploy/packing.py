@@ -8,20 +8,34 @@ import stat
 import unicodedata
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 from spmdeploy.bundle import Bundle, open_bundle, replacing, sums_of
 from spmdeploy.bundle_files import ENGINES, MANIFEST, PACK_AGAIN, SIGNATURE, SUMS, WHAT_IT_IS
 from spmdeploy.errors import BundleError, InputError, UsageError
 from spmdeploy.manifest import EDIT, EDIT_ON_CPU, GraphRecord, Manifest
+from spmdeploy.runtime.engine_record import RECORD_FILE
 from spmdeploy.runtime.engine_store import named_engines
 from spmdeploy.signature import SecretKey, sign
 
 Progress = Callable[[int, int], None]
 """Told how many files are done, and how many there are."""
 CARD = "card.md"
+
+
+class _File(NamedTuple):
+    """A file on its way into a zip, read when its turn comes: all of them at once might not fit the memory."""
+
+    name: str
+    sha256: str
+    read: Callable[[], bytes]
+
+
+def _made(name: str, content: bytes) -> _File:
+    return _File(name, hashlib.sha256(content).hexdigest(), lambda: content)
 
 
 def _silent(done: int, total: int) -> None:
@@ -45,8 +59,8 @@ def pack(
     written.
     """
     signature = bundle.read_signature() if key is None else _sign(bundle.sums, bundle.manifest, key)
-    contents = {name: partial(bundle.read, name) for name in bundle.files()}
-    return _write_zip(target, overwrite, bundle.sums, signature, contents, progress)
+    files = [_File(name, bundle.digest(name), partial(bundle.read, name)) for name in bundle.files()]
+    return _write_zip(target, overwrite, bundle.sums, signature, files, progress)
 
 
 def unpack(bundle: Bundle, folder: str | Path, overwrite: bool = False, progress: Progress = _silent) -> Bundle:
@@ -113,29 +127,31 @@ def slim(
     dropped = {record.file for record in bundle.manifest.graphs} - {record.file for record in kept}
     limits = {record.precision: bundle.manifest.limits[record.precision] for record in kept}
     manifest = dataclasses.replace(bundle.manifest, graphs=kept, limits=limits)
-    made = {MANIFEST: manifest.to_bytes()}
-    if CARD in bundle.files():
-        made[CARD] = _card_without(bundle.read(CARD), dropped)
-    made |= _engine_files(bundle, engines, dropped)
-    stay = [name for name in bundle.files() if name not in dropped and not name.startswith(ENGINES)]
-    digests = {name: bundle.digest(name) for name in stay}
-    digests |= {name: hashlib.sha256(content).hexdigest() for name, content in made.items()}
-    sums = sums_of(digests)
-    contents = {name: partial(made.__getitem__ if name in made else bundle.read, name) for name in sorted(digests)}
+    files = _engine_files(bundle, engines, dropped)
+    for name in bundle.files():
+        if name == MANIFEST:
+            files.append(_made(name, manifest.to_bytes()))
+        elif name == CARD:
+            files.append(_made(name, _card_without(bundle.read(name), dropped)))
+        elif name not in dropped and not name.startswith(ENGINES):
+            files.append(_File(name, bundle.digest(name), partial(bundle.read, name)))
+    sums = sums_of({file.name: file.sha256 for file in files})
     signature = None if key is None else _sign(sums, manifest, key)
-    return open_bundle(_write_zip(target, overwrite, sums, signature, contents, progress))
+    return open_bundle(_write_zip(target, overwrite, sums, signature, files, progress))
 
 
-def _engine_files(bundle: Bundle, words: Sequence[str], dropped: Iterable[str]) -> dict[str, bytes]:
-    """Engines and their records by their names in the bundle."""
-    files: dict[str, bytes] = {}
+def _engine_files(bundle: Bundle, words: Sequence[str], dropped: Iterable[str]) -> list[_File]:
+    """Engines and their records."""
+    files = []
     for engine in named_engines(bundle, words):
-        content = engine.files()
-        assert engine.record is not None
-        if engine.record.onnx.file in dropped:
-            words_for_it = f"the engine {engine.record.key} was built from {engine.record.onnx.file}, which goes"
-            raise UsageError(f"{bundle.path}: {words_for_it}", "keep that graph too, or leave the engine out")
-        files |= {f"{ENGINES}{engine.record.key}/{name}": data for name, data in content.items()}
+        record = engine.record
+        assert record is not None
+        if record.onnx.file in dropped:
+            problem = f"the engine {record.key} was built from {record.onnx.file}, which goes"
+            raise UsageError(f"{bundle.path}: {problem}", "keep that graph too, or leave the engine out")
+        folder = f"{ENGINES}{record.key}/"
+        files.append(_made(folder + RECORD_FILE, record.to_bytes()))
+        files.append(_File(folder + record.engine.file, record.engine.sha256, engine.content))
     return files
 
 
@@ -172,7 +188,7 @@ def _write_zip(
     overwrite: bool,
     sums: bytes,
     signature: bytes | None,
-    contents: Mapping[str, Callable[[], bytes]],
+    files: Sequence[_File],
     progress: Progress,
 ) -> Path:
     """SHA256SUMS and its signature first, so that whoever reads on from the start may judge the rest as it comes."""
@@ -186,9 +202,9 @@ def _write_zip(
                 archive.writestr(_entry(SUMS), sums)
                 if signature is not None:
                     archive.writestr(_entry(SIGNATURE), signature)
-                for number, (name, read) in enumerate(contents.items(), start=1):
-                    archive.writestr(_entry(name), read())
-                    progress(number, len(contents))
+                for number, file in enumerate(sorted(files), start=1):
+                    archive.writestr(_entry(file.name), file.read())
+                    progress(number, len(files))
         except zipfile.LargeZipFile as error:
             raise BundleError(
                 f"{target}: more than 2 GiB, too large for one zip", "slim it or copy the folder"

@@ -178,6 +178,8 @@ def write_key_pair(path: Path, key: SecretKey, password: str | None, memory: int
     password: None writes the secret key as it is. memory: what guessing a password costs, in bytes.
     Raises InputError.
     """
+    if path.name in ("", ".."):
+        raise InputError(f"{str(path)!r} is no name for a key", "give one, such as fleet")
     secret_path, public_path = path.with_name(f"{path.name}.key"), path.with_name(f"{path.name}.pub")
     for taken in (secret_path, public_path):
         if os.path.lexists(taken):
@@ -222,8 +224,9 @@ def _stretched(password: str, salt: bytes, operations: int, memory: int, path: P
         raise InputError(
             f"{path}: asks for {needed >> 20} MiB to decrypt it, no key of minisign does", "make a new one"
         )
+    secret = password.encode("utf-8", "surrogateescape")  # as the environment has it
     try:
-        return hashlib.scrypt(password.encode(), salt=salt, n=cost, r=8, p=parallel, maxmem=needed, dklen=104)
+        return hashlib.scrypt(secret, salt=salt, n=cost, r=8, p=parallel, maxmem=needed, dklen=104)
     except (MemoryError, ValueError) as error:
         words = f"{path}: decrypting it takes {needed >> 20} MiB of memory"
         raise OutOfMemory(words, "sign on a larger machine: devices that only check signatures need none") from error

@@ -163,11 +163,11 @@ def test_what_is_no_signature(content: bytes) -> None:
 # ----------------------------------------------------------------------------------------------------------------- keys
 
 
-@pytest.mark.parametrize("password", [None, "pässword"])
+@pytest.mark.parametrize("password", [None, "pässword", "not \udce9 text"])
 def test_keys_come_back(tmp_path: Path, password: str | None) -> None:
     key = new_key()
     secret, public = write_key_pair(tmp_path / "street", key, password, LITTLE)
-    assert read_secret_key(secret, unasked if password is None else lambda: "pässword") == key
+    assert read_secret_key(secret, unasked if password is None else lambda: str(password)) == key
     assert read_public_key(public) == read_public_key(str(public)) == read_public_key(key.public.line) == key.public
     assert stat.S_IMODE(secret.stat().st_mode) & 0o077 == 0 or os.name != "posix"
     assert {path.name for path in tmp_path.iterdir()} == {"street.key", "street.pub"}
@@ -194,6 +194,12 @@ def test_keys_are_never_replaced(tmp_path: Path) -> None:
             write_key_pair(tmp_path / "street", new_key(), None)
         assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(taken, "dear")]
         (tmp_path / taken).unlink()
+
+
+@pytest.mark.parametrize("name", ["", ".", "/", "a/.."])
+def test_names_that_no_key_can_have(name: str) -> None:
+    with pytest.raises(InputError, match="is no name for a key"):
+        write_key_pair(Path(name), new_key(), None)
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:

@@ -183,7 +183,7 @@ def _served_engine(bundle: Bundle, word: str, options: TritonOptions) -> _Served
         max_batch=max_batch,
         inputs=record.inputs,
         outputs=record.outputs,
-        contents={"model.plan": engine.files()[record.engine.file]},
+        contents={"model.plan": engine.content()},
     )
 
 

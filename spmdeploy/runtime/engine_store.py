@@ -86,15 +86,14 @@ class FoundEngine:
 
         Raises BundleError with every reason against it.
         """
-        return self._content(self.require_fit())
+        self.require_fit()
+        return self.content()
 
-    def files(self) -> dict[str, bytes]:
-        """The record and the engine by name, for whatever machine they are. Raises BundleError for its faults."""
+    def content(self) -> bytes:
+        """The same, for whatever machine the engine is. Raises BundleError for its faults."""
         if self.record is None or self.faults:
             raise _unfit(self.path, self.faults)
-        return {RECORD_FILE: self.record.to_bytes(), self.record.engine.file: self._content(self.record)}
-
-    def _content(self, record: EngineRecord) -> bytes:
+        record = self.record
         name = self._folder + record.engine.file
         try:
             with self._store.open(name) as stream:
