@@ -259,11 +259,13 @@ def _base64(content: bytes) -> str:
 
 
 def _decoded(line: str) -> bytes:
-    """The bytes of a base64 line; none where it is something else."""
+    """The bytes of a base64 line; none where it is something else, or not the one way to write them."""
+    line = line.removesuffix("\r")
     try:
-        return base64.b64decode(line.removesuffix("\r"), validate=True)
+        content = base64.b64decode(line, validate=True)
     except (binascii.Error, ValueError):
         return b""
+    return content if _base64(content) == line else b""
 
 
 def _xor(first: bytes, second: bytes) -> bytes:
