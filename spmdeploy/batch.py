@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from spmdeploy import images
-from spmdeploy.edit_files import EditFiles, Tiling, edit_files
+from spmdeploy.edit_files import EditFiles, Tiling, edit_files, parse_sides
 from spmdeploy.editor import Editor
 from spmdeploy.errors import InputError, OutOfMemory, SpmDeployError, UsageError
+from spmdeploy.tiling.extension import Sides
 
 STATUS_FILE = "status.jsonl"
-COLUMNS = ("image", "output", "labels", "fill", "mask", "edited_from", "instances", "grow")
+COLUMNS = ("image", "output", "labels", "fill", "mask", "edited_from", "instances", "grow", "extend")
 
 
 @dataclass(frozen=True)
@@ -99,9 +100,9 @@ def read_manifest(
 ) -> list[BatchItem]:
     """The rows of a CSV file with a heading, or of a JSONL file with an object per line (by suffix).
 
-    Columns: image and output, labels or fill, mask or edited_from; instances and grow may be given. Without output the
-    result takes the image's stem, as PNG. match_surroundings: for every edit. Raises InputError when the file as
-    a whole cannot be read, has an unknown column, or two rows would write the same file.
+    Columns: image and output; labels or fill; mask, edited_from or extend; instances and grow may be given. Without
+    output the result takes the image's stem, as PNG. match_surroundings: for every edit. Raises InputError when the
+    file as a whole cannot be read, has an unknown column, or two rows would write the same file.
     """
     items = []
     for number, row in enumerate(_rows(path), start=1):
@@ -270,6 +271,7 @@ def _edit_of_row(row: dict[str, Any], folder: Path, output_dir: Path, overwrite:
         edited_from=path("edited_from"),
         instances=path("instances"),
         grow=_whole_number(row["grow"]) if "grow" in row else None,
+        extend=_sides(row["extend"]) if "extend" in row else None,
         overwrite=overwrite,
     )
 
@@ -287,6 +289,11 @@ def _whole_number(value: object) -> int:
         return int(str(value))
     except ValueError as error:
         raise InputError(f"grow is {value!r}, not a whole number of pixels") from error
+
+
+def _sides(value: object) -> Sides:
+    """From "0,0,256,0", or from a list of four numbers in JSONL."""
+    return parse_sides(",".join(map(str, value)) if isinstance(value, list) else str(value))
 
 
 def _check_outputs_differ(items: list[BatchItem], path: Path) -> None:

@@ -209,6 +209,12 @@ def edit(
     edited_from: Annotated[
         Path | None, typer.Option("--edited-from", help="The labels before the change: the mask is what differs.")
     ] = None,
+    extend: Annotated[
+        str | None,
+        typer.Option(
+            "--extend", metavar="LEFT,TOP,RIGHT,BOTTOM", help="Grow the picture by so many pixels: these are the mask."
+        ),
+    ] = None,
     instances: Annotated[Path | None, typer.Option("--instances", help="Instance map, for the outlines.")] = None,
     grow: Annotated[
         int | None,
@@ -233,13 +239,25 @@ def edit(
     """Edit one photo.
 
     What it shall show comes from --labels or --fill, where it may change from --mask or --edited-from. All other pixels
-    stay as they are.
+    stay as they are. With --extend the picture grows; --labels is then a map of the grown picture.
     """
-    from spmdeploy.edit_files import EditFiles, edit_files
+    from spmdeploy.edit_files import EditFiles, edit_files, parse_sides
 
     started = time.perf_counter()
     files = EditFiles(
-        image, output, labels, fill, mask, edited_from, instances, grow, sheet, explain, overwrite, match_surroundings
+        image=image,
+        output=output,
+        labels=labels,
+        fill=fill,
+        mask=mask,
+        edited_from=edited_from,
+        extend=None if extend is None else parse_sides(extend),
+        instances=instances,
+        grow=grow,
+        sheet=sheet,
+        explain=explain,
+        overwrite=overwrite,
+        match_surroundings=match_surroundings,
     )
     with _editor(model, backend, device, precision, require_signature) as editor:
         opened = time.perf_counter()
@@ -278,8 +296,8 @@ def batch(
 ) -> None:
     """Edit many photos, with a status for each.
 
-    The manifest is a CSV file with a heading, or JSONL with an object a line: image, labels or fill, mask or
-    edited_from, and if you like output, instances and grow. Its paths are relative to it; outputs are relative to the
+    The manifest is a CSV file with a heading, or JSONL with an object a line: image; labels or fill; mask, edited_from
+    or extend; and if you like output, instances and grow. Its paths are relative to it; outputs are relative to the
     output folder, and without one the result is named like the image, as PNG.
     """
     from spmdeploy.batch import STATUS_FILE, ItemStatus, read_manifest, run_batch

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
 from spmdeploy import images
-from spmdeploy.editor import Editor, EditReport, InputNames
+from spmdeploy.edit_report import EditReport
+from spmdeploy.editor import Editor, EditResult, InputNames, check_extension
 from spmdeploy.editor import Tiling as Tiling
 from spmdeploy.errors import InputError, UsageError
 from spmdeploy.labels import ClassTable
+from spmdeploy.model_inputs import HIDDEN_GREY
+from spmdeploy.tally import Progress
+from spmdeploy.tiling.extension import Sides, grown_size, new_pixels, photo_place
 
 GROWTH_OF_CHANGES = 8
 """Pixels by which a mask made from changed labels is grown unless told otherwise: label maps cut objects tightly, and
@@ -24,7 +28,8 @@ what is left of an object's outline or shadow would show."""
 
 @dataclass(frozen=True)
 class EditFiles:
-    """What to edit. One of `labels` and `fill`, and one of `mask` and `edited_from`, says what becomes of it."""
+    """What to edit. One of `labels` and `fill` says what becomes of it; one of `mask`, `edited_from` and `extend` says
+    where."""
 
     image: Path
     output: Path
@@ -34,6 +39,8 @@ class EditFiles:
     mask: Path | None = None
     edited_from: Path | None = None
     """The label map before it was edited: the mask is what differs."""
+    extend: Sides | None = None
+    """Pixels to grow the picture by: what is new is the mask. Labels and instances then have the size of the result."""
     instances: Path | None = None
     grow: int | None = None
     """Pixels to grow the mask by; None: `GROWTH_OF_CHANGES` with edited_from, else 0."""
@@ -48,10 +55,11 @@ class EditFiles:
     def __post_init__(self) -> None:
         if (self.labels is None) == (self.fill is None):
             raise UsageError("give either labels or fill", "--labels FILE for a label map, --fill CLASS for one class")
-        if (self.mask is None) == (self.edited_from is None):
+        if sum(given is not None for given in (self.mask, self.edited_from, self.extend)) != 1:
             raise UsageError(
-                "give either mask or edited_from",
-                "--mask FILE, or --edited-from FILE with the labels before the change",
+                "give one of mask, edited_from and extend",
+                "--mask FILE, --edited-from FILE with the labels before the change, or --extend LEFT,TOP,RIGHT,BOTTOM "
+                "(to edit and to extend are two steps)",
             )
         if self.edited_from is not None and self.labels is None:
             raise UsageError("edited_from needs labels to compare with", "add --labels FILE, or use --mask")
@@ -60,6 +68,8 @@ class EditFiles:
                 "match_surroundings needs the labels of the photo's known pixels too",
                 "give --labels FILE instead of --fill, or leave --match-surroundings out",
             )
+        if self.grow is not None and self.extend is not None:
+            raise UsageError("grow enlarges a mask, and an extension has none", "leave one of them out")
         if self.grow is not None and not 0 <= self.grow <= 1024:
             raise UsageError(f"grow is {self.grow}, which is not within 0 and 1024 pixels")
         self._check_names()
@@ -80,6 +90,8 @@ class EditFiles:
     @property
     def mask_name(self) -> str:
         """What messages call the mask."""
+        if self.extend is not None:
+            return "the extension"
         name = str(self.mask) if self.mask else f"the difference of {self.labels} and {self.edited_from}"
         return f"{name}, grown by {self.growth}," if self.growth else name
 
@@ -93,11 +105,12 @@ class EditFiles:
 
 @dataclass(frozen=True)
 class EditInputs:
-    """The files of an edit as arrays; whether they fit each other is for `Editor.edit` to check."""
+    """The files of an edit as arrays; whether they fit each other is for `Editor` to check."""
 
     photo: images.Photo
     labels: NDArray[np.uint8]
     mask: NDArray[np.bool_]
+    """Of the result's size: of an extension what is new."""
     instances: NDArray[np.int32] | None
 
 
@@ -125,30 +138,14 @@ class FileEdit:
         }
 
 
-def edit_files(
-    editor: Editor, files: EditFiles, tiling: Tiling = "auto", progress: Callable[[int, int], None] | None = None
-) -> FileEdit:
+def edit_files(editor: Editor, files: EditFiles, tiling: Tiling = "auto", progress: Progress | None = None) -> FileEdit:
     """Reads, edits and writes. Raises InputError naming the file that is at fault; nothing is then written."""
     for path in filter(None, (files.output, files.sheet, files.explain)):
         images.check_output(path, files.overwrite)
     inputs = read_inputs(files, editor.classes)
-    names = InputNames(
-        image=str(files.image),
-        labels=str(files.labels or f"fill {files.fill}"),
-        mask=files.mask_name,
-        instances=str(files.instances),
-    )
-    photo = inputs.photo
-    result = editor.edit(
-        photo.pixels,
-        inputs.labels,
-        inputs.mask,
-        inputs.instances,
-        tiling=tiling,
-        match_surroundings=files.match_surroundings,
-        progress=progress,
-        names=names,
-    )
+    images.check_output_size(files.output, *inputs.mask.shape)
+    result = _edit(editor, files, inputs, tiling, progress)
+    photo = inputs.photo if files.extend is None else _grown(inputs.photo, files.extend)
     lost = images.write_photo(files.output, replace(photo, pixels=result.image), overwrite=files.overwrite)
     if files.sheet is not None:
         from spmdeploy.sheets import edit_sheet
@@ -165,17 +162,75 @@ def edit_files(
     return FileEdit(files.output, files.sheet, files.explain, size, result.report, notes)
 
 
+def _edit(
+    editor: Editor,
+    files: EditFiles,
+    inputs: EditInputs,
+    tiling: Tiling,
+    progress: Progress | None,
+) -> EditResult:
+    names = InputNames(
+        image=str(files.image),
+        labels=str(files.labels or f"fill {files.fill}"),
+        mask=files.mask_name,
+        instances=str(files.instances),
+    )
+    photo, labels, instances = inputs.photo.pixels, inputs.labels, inputs.instances
+    options: _Options = {
+        "tiling": tiling,
+        "match_surroundings": files.match_surroundings,
+        "progress": progress,
+        "names": names,
+    }
+    if files.extend is not None:
+        return editor.extend(photo, labels, files.extend, instances, **options)
+    return editor.edit(photo, labels, inputs.mask, instances, **options)
+
+
+class _Options(TypedDict):
+    tiling: Tiling
+    match_surroundings: bool
+    progress: Progress | None
+    names: InputNames
+
+
 def read_inputs(files: EditFiles, classes: ClassTable) -> EditInputs:
-    """The arrays of an edit. Raises InputError."""
+    """The arrays of an edit. Raises InputError, and UsageError where the photo cannot grow as it shall."""
     photo = images.read_photo(files.image)
     shape = photo.pixels.shape[:2]
+    if files.extend is not None:
+        check_extension(files.extend, shape, str(files.image))
+        shape = grown_size(shape, files.extend)
     if files.labels is not None:
         labels = images.read_labels(files.labels)
     else:
         labels = np.full(shape, classes.find(str(files.fill)).id, np.uint8)
-    mask = _read_mask(files, labels)
+    mask = _read_mask(files, labels) if files.extend is None else new_pixels(photo.pixels.shape, files.extend)
     instances = None if files.instances is None else images.read_instances(files.instances)
     return EditInputs(photo, labels, mask, instances)
+
+
+def parse_sides(text: str) -> Sides:
+    """ "LEFT,TOP,RIGHT,BOTTOM" in pixels. UsageError for anything else."""
+    words = text.replace(",", " ").split()
+    if len(words) != 4 or not all(re.fullmatch(r"-?[0-9]{1,9}", word) for word in words):
+        raise UsageError(
+            f"extend is {text!r}, not four whole numbers",
+            "give the pixels to add on the left, top, right and bottom, for example 0,0,256,0",
+        )
+    return Sides(*map(int, words))
+
+
+def _grown(photo: images.Photo, sides: Sides) -> images.Photo:
+    """The photo on a larger, grey canvas, which is opaque."""
+    place = photo_place(photo.pixels.shape, sides).slices
+    size = grown_size(photo.pixels.shape, sides)
+    pixels, alpha = np.full((*size, 3), HIDDEN_GREY, np.uint8), None
+    pixels[place] = photo.pixels
+    if photo.alpha is not None:
+        alpha = np.full(size, 255, np.uint8)
+        alpha[place] = photo.alpha
+    return replace(photo, pixels=pixels, alpha=alpha)
 
 
 def grow_mask(mask: NDArray[np.bool_], pixels: int) -> NDArray[np.bool_]:

@@ -7,6 +7,7 @@ hidden shows in the result.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
@@ -14,18 +15,20 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from spmdeploy.cascade import LevelReport, base_of, carry_up
+from spmdeploy.cascade import base_of, carry_up
+from spmdeploy.edit_report import CROP_LIMIT, EditedWindow, EditReport, report_notes
 from spmdeploy.errors import BundleError, InputError, UsageError
-from spmdeploy.images import check_mask, resize_photo
+from spmdeploy.images import MOST_MEGAPIXELS, check_mask, resize_photo
 from spmdeploy.labels import ClassTable, check_labels
 from spmdeploy.matching import match_surroundings as match_part
 from spmdeploy.model_inputs import Ids, ModelInput, Scene, model_input, stacked
 from spmdeploy.tally import Progress, Tally
+from spmdeploy.tiling.extension import Sides, Step, grown_size, new_pixels, photo_place, plan_extension
 from spmdeploy.tiling.frames import Frame, frame_of
-from spmdeploy.tiling.levels import Level, plan_levels
+from spmdeploy.tiling.levels import plan_levels
 from spmdeploy.tiling.pieces import Mask, Picture
 from spmdeploy.tiling.stitching import stitch
-from spmdeploy.tiling.windows import plan_windows, whole_photo
+from spmdeploy.tiling.windows import Window, plan_windows, whole_photo
 
 if TYPE_CHECKING:
     from spmdeploy.runtime.session import Session
@@ -36,8 +39,6 @@ Tiling = Literal["auto", "off", "crop", "cascade"]
 FEATHER = 3
 # Windows or tiles per call of the session: enough to fill a small GPU, few enough for a CPU's memory.
 BATCH_SIZE = 4
-# A window whose longer side is more than this many times the model's loses detail when it is shrunk to it.
-CROP_LIMIT = 1.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,85 +49,6 @@ class InputNames:
     labels: str = "labels"
     mask: str = "mask"
     instances: str = "instances"
-
-
-@dataclass(frozen=True, slots=True)
-class EditedWindow:
-    """frame: how the window lay in the model's input. levels: those it was carried up through, measured: what each did;
-    none where it was edited at once."""
-
-    frame: Frame
-    levels: tuple[Level, ...] = ()
-    measured: tuple[LevelReport, ...] = ()
-
-    @property
-    def scale(self) -> float:
-        """Pixels that the network made along a pixel of the photo, at most 1."""
-        return 1.0 if self.levels else self.frame.scale
-
-    @property
-    def tiles(self) -> int:
-        return sum(len(level.tiles) for level in self.levels)
-
-    def to_json(self) -> dict[str, Any]:
-        window = self.frame.window
-        return {
-            "top": window.top,
-            "left": window.left,
-            "height": window.height,
-            "width": window.width,
-            "scale": round(self.scale, 4),
-            "tiling": "cascade" if self.levels else "crop",
-            "levels": [report.to_json() for report in self.measured],
-        }
-
-
-@dataclass(frozen=True, slots=True)
-class EditReport:
-    """How an edit was made.
-
-    tiling is the mode that ran ("auto" is resolved, tiling_reason says why; "cascade" where at least one window was
-    carried up); batches counts calls of the session; milliseconds has an entry per phase: validate, plan, prepare, run
-    (the session alone), stitch.
-    """
-
-    backend: str
-    device: str
-    precision: str
-    provider: str
-    tiling: Literal["off", "crop", "cascade"]
-    tiling_reason: str
-    windows: tuple[EditedWindow, ...]
-    batches: int
-    feather: int
-    match_surroundings: bool
-    edited_pixels: int
-    milliseconds: dict[str, float]
-    notes: tuple[str, ...]
-
-    @property
-    def tiles(self) -> int:
-        """Over all levels of all windows."""
-        return sum(window.tiles for window in self.windows)
-
-    def to_json(self) -> dict[str, Any]:
-        """The report as plain JSON values."""
-        return {
-            "backend": self.backend,
-            "device": self.device,
-            "precision": self.precision,
-            "provider": self.provider,
-            "tiling": self.tiling,
-            "tiling_reason": self.tiling_reason,
-            "windows": [window.to_json() for window in self.windows],
-            "tiles": self.tiles,
-            "batches": self.batches,
-            "feather": self.feather,
-            "match_surroundings": self.match_surroundings,
-            "edited_pixels": self.edited_pixels,
-            "milliseconds": {phase: round(spent, 3) for phase, spent in self.milliseconds.items()},
-            "notes": list(self.notes),
-        }
 
 
 class EditResult(NamedTuple):
@@ -197,27 +119,58 @@ class Editor:
             for window in plan.windows
         ]
         if match_surroundings:
-            with tally.phase("stitch"):
-                for window in done:
-                    around = scene.cut(window.frame.window)
-                    match_part(around.picture, around.labels, around.mask)
-        session = self.session
-        report = EditReport(
-            backend=session.backend,
-            device=session.device,
-            precision=session.precision,
-            provider=session.provider,
-            tiling=plan.tiling,
-            tiling_reason=plan.reason,
-            windows=tuple(done),
-            batches=tally.batches,
-            feather=feather,
-            match_surroundings=match_surroundings,
-            edited_pixels=int(np.count_nonzero(edit_mask)),
-            milliseconds=tally.milliseconds,
-            notes=(*_notes(done), *session.notes),
-        )
-        return EditResult(scene.picture, report)
+            for window in done:
+                self._match_surroundings(scene.cut(window.frame.window), tally)
+        pixels = int(np.count_nonzero(edit_mask))
+        return EditResult(scene.picture, self._report(plan, done, tally, feather, match_surroundings, pixels))
+
+    def extend(
+        self,
+        image: Picture,
+        labels: Ids,
+        sides: Sides,
+        instances: Ids | None = None,
+        *,
+        tiling: Tiling = "auto",
+        feather: int = FEATHER,
+        match_surroundings: bool = False,
+        batch_size: int = BATCH_SIZE,
+        progress: Progress | None = None,
+        names: InputNames | None = None,
+    ) -> EditResult:
+        """Grow the picture beyond its borders so that what is new shows what the labels say.
+
+        labels and instances have the size of the grown picture, sides.top + H + sides.bottom rows of sides.left + W +
+        sides.right; they matter as in `edit`, the new pixels being the mask. Windows follow one another, each beside
+        what the ones before have made, so that a picture may grow to any length and every step costs the same. The
+        other arguments, what is returned and what is raised are those of `edit`, but that "off" does not exist.
+        """
+        names = names or InputNames()
+        tally = Tally(progress)
+        with tally.phase("validate"):
+            _check_options(tiling, feather, batch_size)
+            _check_photo(image, names.image)
+            check_extension(sides, image.shape, names.image)
+            scene = _grown(image, labels, sides, instances)
+            for ids, name in ((labels, names.labels), (instances, names.instances)):
+                _check_grown_size(ids, name, scene.picture, names.image)
+            self._checked(scene.picture, labels, scene.mask, instances, names)
+        with tally.phase("plan"):
+            steps = list(plan_extension(image.shape[0], image.shape[1], sides, self.session.size))
+            plan = self._plan_steps(tiling, steps)
+        pixels = int(np.count_nonzero(scene.mask))
+        tally.begin(sum(1 + window.tiles for window in plan.windows))
+        done = []
+        for step, window in zip(steps, plan.windows, strict=True):
+            if window.levels:
+                done.append(self._edit_in_levels(window, scene, feather, batch_size, tally))
+            else:
+                self._edit_at_once([window.frame], scene, feather, tally)
+                done.append(window)
+            if match_surroundings:
+                self._match_surroundings(scene.cut(step.window), tally)
+            scene.mask[step.fresh.slices] = False
+        return EditResult(scene.picture, self._report(plan, done, tally, feather, match_surroundings, pixels))
 
     def close(self) -> None:
         self.session.close()
@@ -256,30 +209,67 @@ class Editor:
                 f"{names.image} is {_size(image)}, but without tiling it must have the model's size, {size}×{size}"
             )
             raise InputError(problem, "use tiling auto, crop or cascade")
+        if fits and tiling in ("auto", "off"):
+            reason = "asked for" if tiling == "off" else f"the photo has the model's size, {size}×{size}"
+            return _Plan("off", reason, [EditedWindow(frame_of(whole_photo(size, size), size))])
+        holes = ((window, mask[window.slices]) for window in plan_windows(mask, size))
+        return self._plan_windows(tiling, holes)
+
+    def _plan_steps(self, tiling: Tiling, steps: Sequence[Step]) -> _Plan:
+        if tiling == "off":
+            raise UsageError("an extension cannot run without tiling", "use tiling auto, crop or cascade")
+        return self._plan_windows(tiling, ((step.window, step.hole()) for step in steps))
+
+    def _plan_windows(self, tiling: Tiling, holes: Iterable[tuple[Window, Mask]]) -> _Plan:
+        """Whether each window is edited at once or carried up. holes: windows and the mask in each."""
         if tiling == "cascade" and not self.session.refines:
             raise BundleError(
                 "this model cannot cascade: it has no refine graph",
                 "use tiling auto or crop, or export the model again with a refine graph",
             )
-        if fits and tiling in ("auto", "off"):
-            reason = "asked for" if tiling == "off" else f"the photo has the model's size, {size}×{size}"
-            return _Plan("off", reason, [EditedWindow(frame_of(whole_photo(size, size), size))])
+        size = self.session.size
         limit = size if tiling == "cascade" else CROP_LIMIT * size
-        found = plan_windows(mask, size)
-        large = [max(window.height, window.width) > limit for window in found]
         cascades = tiling != "crop" and self.session.refines
-        windows = [
-            EditedWindow(frame_of(window, size), plan_levels(window, mask, size) if cascades and is_large else ())
-            for window, is_large in zip(found, large, strict=True)
-        ]
-        if tiling != "auto":
-            return _Plan("crop" if tiling == "crop" else "cascade", "asked for", windows)
-        if not any(large):
+        windows, large = [], 0
+        for window, hole in holes:
+            is_large = max(window.height, window.width) > limit
+            large += is_large
+            levels = plan_levels(window, hole, size) if cascades and is_large else ()
+            windows.append(EditedWindow(frame_of(window, size), levels))
+        if tiling in ("crop", "cascade"):
+            return _Plan(tiling, "asked for", windows)
+        if not large:
             return _Plan("crop", f"no window is larger than {limit:g} pixels", windows)
-        reason = f"{sum(large)} of {len(large)} windows larger than {limit:g} pixels"
+        reason = f"{large} of {len(windows)} windows larger than {limit:g} pixels"
         if cascades:
             return _Plan("cascade", reason, windows)
         return _Plan("crop", f"{reason}, but the model has no refine graph", windows)
+
+    def _report(
+        self,
+        plan: _Plan,
+        done: Sequence[EditedWindow],
+        tally: Tally,
+        feather: int,
+        match_surroundings: bool,
+        edited_pixels: int,
+    ) -> EditReport:
+        session = self.session
+        return EditReport(
+            backend=session.backend,
+            device=session.device,
+            precision=session.precision,
+            provider=session.provider,
+            tiling=plan.tiling,
+            tiling_reason=plan.reason,
+            windows=tuple(done),
+            batches=tally.batches,
+            feather=feather,
+            match_surroundings=match_surroundings,
+            edited_pixels=edited_pixels,
+            milliseconds=tally.milliseconds,
+            notes=(*report_notes(done), *session.notes),
+        )
 
     def _edit_at_once(self, frames: list[Frame], scene: Scene, feather: int, tally: Tally) -> None:
         """A batch of windows at the model's size, stitched into the scene's picture."""
@@ -310,6 +300,11 @@ class Editor:
             content = np.rint(canvas, out=canvas).astype(np.uint8)
             stitch(part.picture[region], content, part.mask[region], feather)
         return replace(planned, measured=measured)
+
+    @staticmethod
+    def _match_surroundings(part: Scene, tally: Tally) -> None:
+        with tally.phase("stitch"):
+            match_part(part.picture, part.labels, part.mask)
 
 
 class _Plan(NamedTuple):
@@ -358,6 +353,25 @@ def _check_mask_type(mask: NDArray[Any], name: str) -> None:
         raise InputError(f"{name} has type {mask.dtype}, expected bool or integers (0 = keep)", hint)
 
 
+def check_extension(sides: Sides, shape: tuple[int, ...], name: str) -> None:
+    """UsageError unless a photo of that shape can grow by so much. name: what the error calls it."""
+    hint = "give the pixels to add on the left, top, right and bottom, for example 0,0,256,0"
+    if min(sides) < 0:
+        raise UsageError(f"{name} cannot grow by {min(sides)} pixels", hint)
+    if not any(sides):
+        raise UsageError(f"{name} grows by 0 pixels on every side: nothing would be new", hint)
+    height, width = grown_size(shape, sides)
+    if height * width > MOST_MEGAPIXELS * 1_000_000:
+        problem = f"{name} would grow to {width}×{height}, {height * width / 1e6:.0f} megapixels"
+        raise UsageError(f"{problem}; at most {MOST_MEGAPIXELS} are made", "let it grow by less")
+
+
+def _check_grown_size(ids: Ids | None, name: str, grown: Picture, image_name: str) -> None:
+    if isinstance(ids, np.ndarray) and ids.shape[:2] != grown.shape[:2]:
+        problem = f"{name}: {_size(ids)}, but {image_name} grows to {_size(grown)}; the sizes must match"
+        raise InputError(problem, "give a map of the whole grown picture: what is new has labels too")
+
+
 def _check_array(array: object, name: str) -> None:
     if not isinstance(array, np.ndarray):
         raise InputError(f"{name} is a {type(array).__name__}, expected a numpy array")
@@ -384,6 +398,13 @@ def _size(array: NDArray[Any]) -> str:
 # ---- from the photo to the model and back ----
 
 
+def _grown(image: Picture, labels: Ids, sides: Sides, instances: Ids | None) -> Scene:
+    """The photo in a larger picture, of which the rest is to be made."""
+    picture = np.zeros((*grown_size(image.shape, sides), 3), np.uint8)
+    picture[photo_place(image.shape, sides).slices] = image
+    return Scene(picture, labels, new_pixels(image.shape, sides), instances)
+
+
 def _frame_input(frame: Frame, scene: Scene) -> ModelInput:
     return model_input(scene.cut(frame.window), frame.height, frame.width, frame.size)
 
@@ -398,15 +419,3 @@ def _put_back(frames: list[Frame], edited: Picture, scene: Scene, feather: int) 
             content = resize_photo(content, frame.window.height, frame.window.width)
         part = scene.cut(frame.window)
         stitch(part.picture, content, part.mask, feather)
-
-
-# ---- what the report says ----
-
-
-def _notes(windows: list[EditedWindow]) -> tuple[str, ...]:
-    return tuple(
-        f"window {number} of {len(windows)} is {entry.frame.window.width}×{entry.frame.window.height} pixels and is "
-        f"edited at {entry.frame.width}×{entry.frame.height}: detail is lost"
-        for number, entry in enumerate(windows, start=1)
-        if entry.scale < 1 / CROP_LIMIT
-    )

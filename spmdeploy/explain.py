@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from spmdeploy.editor import EditedWindow
+from spmdeploy.edit_report import EditedWindow
 from spmdeploy.images import resize_labels
 from spmdeploy.sheets import MASK_TINT, fitted, sheet, with_mask
 from spmdeploy.tiling.windows import Window

@@ -515,6 +515,16 @@ def check_output(path: FilePath, overwrite: bool) -> str:
     return format
 
 
+def check_output_size(path: FilePath, height: int, width: int) -> None:
+    """InputError where the format that the suffix asks for does not hold pictures of that size."""
+    format = _SUFFIXES[Path(path).suffix.lower()]
+    longest = max(height, width)
+    if longest > _LONGEST_SIDE.get(format, longest):
+        raise InputError(
+            f"{path}: {format} holds at most {_LONGEST_SIDE[format]} pixels a side, not {longest}", "use .png"
+        )
+
+
 def _exists(path: Path) -> InputError:
     return InputError(f"{path} exists already", "choose another name, or allow it with --overwrite")
 
@@ -522,11 +532,7 @@ def _exists(path: Path) -> InputError:
 def _write(
     path: Path, pixels: NDArray[np.uint8 | np.uint16], format: str, options: dict[str, Any], overwrite: bool
 ) -> None:
-    longest = max(pixels.shape[:2])
-    if longest > _LONGEST_SIDE.get(format, longest):
-        raise InputError(
-            f"{path}: {format} holds at most {_LONGEST_SIDE[format]} pixels a side, not {longest}", "use .png"
-        )
+    check_output_size(path, *pixels.shape[:2])
     temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
         # Not tempfile: its files are for the owner alone, while this one is to get the mode that any new file gets.

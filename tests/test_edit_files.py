@@ -13,13 +13,15 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from spmdeploy.edit_files import GROWTH_OF_CHANGES, EditFiles, edit_files, grow_mask
-from spmdeploy.editor import EditedWindow, Editor
+from spmdeploy.edit_files import GROWTH_OF_CHANGES, EditFiles, edit_files, grow_mask, parse_sides
+from spmdeploy.edit_report import EditedWindow
+from spmdeploy.editor import Editor
 from spmdeploy.errors import InputError, UsageError
 from spmdeploy.explain import explain_sheet
 from spmdeploy.images import read_photo
 from spmdeploy.labels import class_table
 from spmdeploy.sheets import CELL_SIDE, edit_sheet, sheet
+from spmdeploy.tiling.extension import Sides
 from spmdeploy.tiling.frames import frame_of
 from spmdeploy.tiling.levels import plan_levels
 from spmdeploy.tiling.windows import plan_windows
@@ -109,8 +111,10 @@ def test_how_much_a_mask_grows(files: EditFiles) -> None:
         ({"labels": None}, "either labels or fill"),
         ({"fill": "road"}, "either labels or fill"),
         ({"labels": None, "fill": "road", "match_surroundings": True}, "match_surroundings needs the labels"),
-        ({"mask": None}, "either mask or edited_from"),
-        ({"edited_from": Path("l.png")}, "either mask or edited_from"),
+        ({"mask": None}, "one of mask, edited_from and extend"),
+        ({"edited_from": Path("l.png")}, "one of mask, edited_from and extend"),
+        ({"extend": Sides(1, 0, 0, 0)}, "one of mask, edited_from and extend"),
+        ({"mask": None, "extend": Sides(1, 0, 0, 0), "grow": 2}, "grow enlarges a mask"),
         ({"mask": None, "edited_from": Path("l.png"), "labels": None, "fill": "road"}, "edited_from needs labels"),
         ({"grow": -1}, "grow is -1"),
         ({"grow": 1025}, "grow is 1025"),
@@ -183,6 +187,64 @@ def test_labels_of_another_size_than_those_before(files: EditFiles, tmp_path: Pa
         edit_files(editor(), changed(files, mask=None, edited_from=before))
 
 
+# --------------------------------------------------------------------------------------------------------- extensions
+
+
+def extension(files: EditFiles, *sides: int, **changes: Any) -> EditFiles:
+    return changed(files, mask=None, labels=None, fill="road", extend=Sides(*sides), **changes)
+
+
+def test_a_photo_grows_with_everything_beside_its_pixels(files: EditFiles, tmp_path: Path) -> None:
+    rgba = np.random.default_rng(1).integers(0, 256, (20, 30, 4), np.uint8)
+    exif = Image.Exif()
+    exif[0x010F] = "a maker"
+    see_through = save(tmp_path / "see_through.png", rgba, exif=exif)
+    done = edit_files(editor(), extension(files, 3, 0, 5, 7, image=see_through))
+    assert done.size == (38, 27)
+    with Image.open(files.output) as written:
+        assert written.getexif()[0x010F] == "a maker"
+        pixels = np.asarray(written)
+    assert np.array_equal(pixels[:20, 3:33], rgba)
+    new = np.ones((27, 38), bool)
+    new[:20, 3:33] = False
+    assert (pixels[new][:, 3] == 255).all() and (pixels[20:, 10][3:, :3] == 77).all()
+
+
+def test_an_extension_by_a_label_map_of_the_grown_size(files: EditFiles, tmp_path: Path) -> None:
+    labels = save(tmp_path / "grown.png", np.full((20, 40), 3, np.uint8))
+    pictures = {"sheet": tmp_path / "sheet.png", "explain": tmp_path / "tiles.png"}
+    done = edit_files(editor(), changed(files, mask=None, labels=labels, extend=Sides(10, 0, 0, 0), **pictures))
+    assert done.size == (40, 20) and all(path.exists() for path in pictures.values())
+    assert [window["width"] for window in done.to_json()["report"]["windows"]] == [40]
+
+
+def test_labels_of_the_photos_own_size_are_not_enough_for_an_extension(files: EditFiles) -> None:
+    with pytest.raises(InputError, match=r"labels.png: 30×20, but .*photo.png grows to 40×20"):
+        edit_files(editor(), changed(files, mask=None, extend=Sides(10, 0, 0, 0)))
+
+
+def test_absurd_extensions_are_refused_before_memory_is_asked_for(files: EditFiles) -> None:
+    with pytest.raises(UsageError, match="grow to 2000000028×20"):
+        edit_files(editor(), extension(files, 999_999_999, 0, 999_999_999, 0))
+
+
+def test_a_format_that_cannot_hold_the_grown_picture_is_refused_before_the_work(files: EditFiles) -> None:
+    never = editor(AssertionError("the session ran"))
+    with pytest.raises(InputError, match="WebP holds at most 16383 pixels a side, not 17030"):
+        edit_files(never, extension(files, 17_000, 0, 0, 0, output=files.output.with_suffix(".webp")))
+
+
+@pytest.mark.parametrize("text", ["0,0,256,0", "0 0 256 0", " 0, 0, 256, 0 "])
+def test_how_sides_may_be_written(text: str) -> None:
+    assert parse_sides(text) == Sides(0, 0, 256, 0)
+
+
+@pytest.mark.parametrize("text", ["", "1,2,3", "1,2,3,4,5", "1,2,3,x", "1.5,0,0,0", "1,2,3,1" + "0" * 5000, "٣,0,0,0"])
+def test_sides_that_are_none(text: str) -> None:
+    with pytest.raises(UsageError, match="not four whole numbers"):
+        parse_sides(text)
+
+
 # ------------------------------------------------------------------------------------------------------------ sheets
 
 
@@ -200,7 +262,7 @@ def test_the_explanation_shows_windows_and_the_tiles_of_every_size() -> None:
     mask = np.zeros((900, 1300), bool)
     mask[200:700, 300:800] = mask[100, 1200] = True
     windows = [
-        EditedWindow(frame_of(window), plan_levels(window, mask) if window.width > 256 else ())
+        EditedWindow(frame_of(window), plan_levels(window, mask[window.slices]) if window.width > 256 else ())
         for window in plan_windows(mask)
     ]
     photo = np.zeros((900, 1300, 3), np.uint8)

@@ -88,7 +88,7 @@ def holes(draw: st.DrawFn) -> tuple[np.ndarray, int]:
 
 
 def planned(mask: np.ndarray, size: int) -> list[tuple[Level, ...]]:
-    return [plan_levels(window, mask, size) for window in plan_windows(mask, size)]
+    return [plan_levels(window, mask[window.slices], size) for window in plan_windows(mask, size)]
 
 
 @quick

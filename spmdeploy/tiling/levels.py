@@ -71,13 +71,12 @@ class Level:
         return Window(tile.top * self.factor, tile.left * self.factor, side, side)
 
 
-def plan_levels(window: Window, mask: Mask, size: int = NATIVE_SIZE, overlap: float = OVERLAP) -> tuple[Level, ...]:
+def plan_levels(window: Window, hole: Mask, size: int = NATIVE_SIZE, overlap: float = OVERLAP) -> tuple[Level, ...]:
     """The levels of a window from the coarsest to its own resolution; none where the window fits into the model.
 
-    mask: bool (H, W) of the photo, with masked pixels inside the window. The grid of a level covers these and a margin
-    around them, not the window.
+    hole: bool (height, width) of the window, not empty. The grid of a level covers it and a margin around it, not the
+    window.
     """
-    hole = mask[window.slices]
     factors = [2**power for power in range(_doublings(max(window.height, window.width), size))]
     shared = 2 * round(size * overlap / 2)
     return tuple(_level(window, hole, factor, size, shared) for factor in reversed(factors))

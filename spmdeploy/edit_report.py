@@ -1,0 +1,103 @@
+"""What an edit did: which windows, through which levels, how long, and what its user should know."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from spmdeploy.cascade import LevelReport
+from spmdeploy.tiling.frames import Frame
+from spmdeploy.tiling.levels import Level
+
+# A window whose longer side is more than this many times the model's loses detail when it is shrunk to it.
+CROP_LIMIT = 1.5
+
+
+@dataclass(frozen=True, slots=True)
+class EditedWindow:
+    """frame: how the window lay in the model's input. levels: those it was carried up through, measured: what each did;
+    none where it was edited at once."""
+
+    frame: Frame
+    levels: tuple[Level, ...] = ()
+    measured: tuple[LevelReport, ...] = ()
+
+    @property
+    def scale(self) -> float:
+        """Pixels that the network made along a pixel of the photo, at most 1."""
+        return 1.0 if self.levels else self.frame.scale
+
+    @property
+    def tiles(self) -> int:
+        return sum(len(level.tiles) for level in self.levels)
+
+    def to_json(self) -> dict[str, Any]:
+        window = self.frame.window
+        return {
+            "top": window.top,
+            "left": window.left,
+            "height": window.height,
+            "width": window.width,
+            "scale": round(self.scale, 4),
+            "tiling": "cascade" if self.levels else "crop",
+            "levels": [report.to_json() for report in self.measured],
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class EditReport:
+    """How an edit was made.
+
+    tiling is the mode that ran ("auto" is resolved, tiling_reason says why; "cascade" where at least one window was
+    carried up); batches counts calls of the session; milliseconds has an entry per phase: validate, plan, prepare, run
+    (the session alone), stitch.
+    """
+
+    backend: str
+    device: str
+    precision: str
+    provider: str
+    tiling: Literal["off", "crop", "cascade"]
+    tiling_reason: str
+    windows: tuple[EditedWindow, ...]
+    batches: int
+    feather: int
+    match_surroundings: bool
+    edited_pixels: int
+    milliseconds: dict[str, float]
+    notes: tuple[str, ...]
+
+    @property
+    def tiles(self) -> int:
+        """Over all levels of all windows."""
+        return sum(window.tiles for window in self.windows)
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain JSON values."""
+        return {
+            "backend": self.backend,
+            "device": self.device,
+            "precision": self.precision,
+            "provider": self.provider,
+            "tiling": self.tiling,
+            "tiling_reason": self.tiling_reason,
+            "windows": [window.to_json() for window in self.windows],
+            "tiles": self.tiles,
+            "batches": self.batches,
+            "feather": self.feather,
+            "match_surroundings": self.match_surroundings,
+            "edited_pixels": self.edited_pixels,
+            "milliseconds": {phase: round(spent, 3) for phase, spent in self.milliseconds.items()},
+            "notes": list(self.notes),
+        }
+
+
+def report_notes(windows: Sequence[EditedWindow]) -> tuple[str, ...]:
+    """What is worth telling the user, a sentence each."""
+    return tuple(
+        f"window {number} of {len(windows)} is {entry.frame.window.width}×{entry.frame.window.height} pixels and is "
+        f"edited at {entry.frame.width}×{entry.frame.height}: detail is lost"
+        for number, entry in enumerate(windows, start=1)
+        if entry.scale < 1 / CROP_LIMIT
+    )

@@ -1,0 +1,101 @@
+"""Growing a picture beyond its borders: in which windows, one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+
+from spmdeploy.tiling.pieces import Mask
+from spmdeploy.tiling.windows import NATIVE_SIZE, Window
+
+
+class Sides(NamedTuple):
+    """Pixels to grow by, on each side."""
+
+    left: int
+    top: int
+    right: int
+    bottom: int
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One window of the grown picture, and the part of it that is made in this step; the rest is there already."""
+
+    window: Window
+    fresh: Window
+
+    def hole(self) -> Mask:
+        """What is made, as the mask of the window: bool (height, width)."""
+        hole = np.zeros((self.window.height, self.window.width), np.bool_)
+        top, left = self.fresh.top - self.window.top, self.fresh.left - self.window.left
+        hole[top : top + self.fresh.height, left : left + self.fresh.width] = True
+        return hole
+
+
+def grown_size(shape: tuple[int, ...], sides: Sides) -> tuple[int, int]:
+    """Height and width of a photo of that shape, (height, width, ...), grown."""
+    return sides.top + shape[0] + sides.bottom, sides.left + shape[1] + sides.right
+
+
+def new_pixels(shape: tuple[int, ...], sides: Sides) -> Mask:
+    """bool (H, W) of the grown picture: everything but the photo of that shape."""
+    mask = np.ones(grown_size(shape, sides), np.bool_)
+    mask[photo_place(shape, sides).slices] = False
+    return mask
+
+
+def photo_place(shape: tuple[int, ...], sides: Sides) -> Window:
+    """Where the photo of that shape lies in the grown picture."""
+    return Window(sides.top, sides.left, shape[0], shape[1])
+
+
+def plan_extension(height: int, width: int, sides: Sides, native: int = NATIVE_SIZE) -> Iterator[Step]:
+    """The steps that grow a photo, each beside what is there by then: left and right of it, then above and below.
+
+    A window spans the side that grows, but at most twice the photo's depth there and at least `native`; no more than
+    half of it is made in one step. Its size depends on the photo and not on how far it grows.
+    """
+    whole = sides.left + width + sides.right
+    for step in _steps(width, height, sides.left, native):
+        yield _placed(step, width, sides.top, sides.left, mirrored=True, upright=False)
+    for step in _steps(width, height, sides.right, native):
+        yield _placed(step, width, sides.top, sides.left, mirrored=False, upright=False)
+    for step in _steps(height, whole, sides.top, native):
+        yield _placed(step, height, sides.top, 0, mirrored=True, upright=True)
+    for step in _steps(height, whole, sides.bottom, native):
+        yield _placed(step, height, sides.top, 0, mirrored=False, upright=True)
+
+
+def _steps(depth: int, band: int, length: int, native: int) -> Iterator[Step]:
+    """Those that grow a picture of `band` rows and `depth` columns by `length` columns on its right."""
+    side = max(native, min(band, 2 * depth))
+    for near, far in pairwise(_spread(depth, depth + length, side // 2)):
+        start, made = max(far - side, 0), 0
+        for end in _spread(min(side, band), band, side // 2):
+            top = max(end - side, 0)
+            window = Window(top, start, end - top, far - start)
+            yield Step(window, Window(made, near, end - made, far - near))
+            made = end
+
+
+def _spread(first: int, last: int, most: int) -> list[int]:
+    """first ... last in equal steps of at most `most`; one number where they are equal."""
+    count = -(-(last - first) // most)
+    return [first + (last - first) * step // max(count, 1) for step in range(count + 1)]
+
+
+def _placed(step: Step, depth: int, top: int, left: int, *, mirrored: bool, upright: bool) -> Step:
+    """The step in the grown picture, where the photo (or the band above and below it) begins at top, left."""
+
+    def place(window: Window) -> Window:
+        along = depth - window.left - window.width if mirrored else window.left
+        if upright:
+            return Window(top + along, left + window.top, window.width, window.height)
+        return Window(top + window.top, left + along, window.height, window.width)
+
+    return Step(place(step.window), place(step.fresh))
