@@ -42,21 +42,31 @@ def engine_fp16_share(library: Any, content: bytes, batch: int) -> tuple[float |
         if severity.endswith("ERROR"):
             errors.append(" ".join(text.split()))
 
-    with listening(library, note):
-        runtime = library.Runtime(library_logger(library))
-        engine = runtime.deserialize_cuda_engine(content)
-        if engine is None:
-            return None, f"the engine cannot be loaded here: {errors[0] if errors else 'no reason given'}"[:300]
-        inspector = engine.create_engine_inspector()
-        context = engine.create_execution_context()
-        if context is not None:  # with the shapes known, the inspector tells formats that it withholds otherwise
-            for index in range(engine.num_io_tensors):
-                name = engine.get_tensor_name(index)
-                if engine.get_tensor_mode(name) == library.TensorIOMode.INPUT:
-                    context.set_input_shape(name, (batch, *tuple(engine.get_tensor_shape(name))[1:]))
-            inspector.execution_context = context
-        text = inspector.get_engine_information(library.LayerInformationFormat.JSON)
+    try:
+        with listening(library, note):
+            text = _inspect(library, content, batch)
+    except Exception as exc:  # the bindings raise what they like, and a build of an hour must not be lost for it
+        return None, f"the inspector failed: {exc!r}"[:300]
+    if text is None:
+        return None, f"the engine cannot be loaded here: {errors[0] if errors else 'no reason given'}"[:300]
     return inspected_fp16_share(text)
+
+
+def _inspect(library: Any, content: bytes, batch: int) -> str | None:
+    """What the inspector writes of the engine as JSON; None when the engine cannot be loaded."""
+    runtime = library.Runtime(library_logger(library))
+    engine = runtime.deserialize_cuda_engine(content)
+    if engine is None:
+        return None
+    inspector = engine.create_engine_inspector()
+    context = engine.create_execution_context()
+    if context is not None:  # with the shapes known, the inspector tells formats that it withholds otherwise
+        for index in range(engine.num_io_tensors):
+            name = engine.get_tensor_name(index)
+            if engine.get_tensor_mode(name) == library.TensorIOMode.INPUT:
+                context.set_input_shape(name, (batch, *tuple(engine.get_tensor_shape(name))[1:]))
+        inspector.execution_context = context
+    return str(inspector.get_engine_information(library.LayerInformationFormat.JSON))
 
 
 def inspected_fp16_share(text: str) -> tuple[float | None, str | None]:

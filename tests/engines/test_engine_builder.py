@@ -291,6 +291,14 @@ def test_an_engine_that_cannot_be_loaded_is_recorded_with_the_reason(bundle: Bun
     assert reading.unread == "the engine cannot be loaded here: no kernel image is available"
 
 
+def test_an_inspector_that_fails_costs_no_engine(bundle: Bundle, apis: Any, version: str) -> None:
+    def fail(kind: str) -> str:
+        raise RuntimeError("no inspector")
+
+    reading = build(bundle, recording_tensorrt(version, apis[version], Behaviour(inspected=fail))).record.computes_in
+    assert reading.fp16_share is None and "RuntimeError('no inspector')" in str(reading.unread)
+
+
 # ------------------------------------------------------------------------------------------------ watching, cancelling
 
 
@@ -430,7 +438,7 @@ OBJECTS = {
 }
 """What these variables hold, in the files that talk to the library through them."""
 TALKERS = ("export/engine_builder.py", "export/engine_precision.py")
-VALUES = {"serialized", "name", "text"}
+VALUES = {"serialized", "name"}
 """Variables that hold a plain value from the library."""
 
 NOT_EVERYWHERE = {
