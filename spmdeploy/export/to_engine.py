@@ -152,14 +152,16 @@ def _choose_library(options: EngineOptions, gpu: GpuFacts | None, no_gpu: str) -
         return "tensorrt", library, "as asked"
     if options.targets:
         return "tensorrt-rtx", import_engine_library("tensorrt-rtx"), "TensorRT-RTX alone builds for listed targets"
+    why = "TensorRT is not installed" if gpu else f"TensorRT needs a GPU ({no_gpu})"
     if gpu is not None and is_installed("tensorrt"):
-        return (
-            "tensorrt",
-            import_engine_library("tensorrt"),
-            "TensorRT is installed, and it optimises for this very GPU",
-        )
+        try:
+            library = import_engine_library("tensorrt")
+            return "tensorrt", library, "TensorRT is installed, and it optimises for this very GPU"
+        except UnavailableError as exc:
+            if not is_installed("tensorrt-rtx"):
+                raise
+            why = exc.problem
     if is_installed("tensorrt-rtx"):
-        why = "TensorRT is not installed" if gpu else f"TensorRT needs a GPU ({no_gpu})"
         return "tensorrt-rtx", import_engine_library("tensorrt-rtx"), why
     raise UnavailableError(
         "neither TensorRT nor TensorRT-RTX is installed",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from bundle.conftest import write_street
 
 from spmdeploy import cli, default_model
 from spmdeploy.errors import UnavailableError, UsageError
-from spmdeploy.export import to_engine
+from spmdeploy.export import pipeline, to_engine
 from spmdeploy.export.to_engine import EngineOptions, plan_engines
 from spmdeploy.runtime import engine_library
 from spmdeploy.runtime.cuda import GpuFacts
@@ -99,6 +100,24 @@ def test_auto_takes_rtx_otherwise_and_says_why(machine: Machine) -> None:
         plan_engines(EngineOptions())
 
 
+def test_auto_passes_over_a_broken_tensorrt_and_says_so(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine.gpu(RTX_3060)
+    machine.install("tensorrt", SimpleNamespace(__spec__="here"))
+    real = engine_library.importlib.import_module
+
+    def broken(name: str) -> Any:
+        if name == "tensorrt":
+            raise OSError("libnvinfer.so.10: cannot open shared object file")
+        return real(name)
+
+    monkeypatch.setattr(engine_library.importlib, "import_module", broken)
+    plan = plan_engines(EngineOptions())
+    assert plan.runtime == "tensorrt-rtx" and "libnvinfer.so.10" in plan.why
+    machine.install("tensorrt_rtx", None)
+    with pytest.raises(UnavailableError, match="tensorrt cannot be imported"):
+        plan_engines(EngineOptions())
+
+
 def test_rtx_builds_for_a_gpu_that_is_no_listed_target_as_it_is(machine: Machine) -> None:
     machine.gpu(ORIN)
     plan = plan_engines(EngineOptions(runtime="tensorrt-rtx"))
@@ -131,7 +150,7 @@ def test_what_cannot_be_built_is_refused_before_any_work(
 ) -> None:
     with pytest.raises(kind, match=words) as caught:
         plan_engines(EngineOptions(**options))
-    assert __import__("re").search(hint, str(caught.value.hint)), caught.value.hint
+    assert re.search(hint, str(caught.value.hint)), caught.value.hint
 
 
 def test_tensorrt_without_a_gpu(machine: Machine) -> None:
@@ -222,3 +241,18 @@ def test_an_export_with_engines_that_cannot_be_is_refused_before_it_starts(
     export = ["export", tmp_path / "absent.pth", "--output", tmp_path / "b.spm", "--classes", "street", *words]
     code, told, _ = run(capsys, *export)
     assert code == 2 and problem in told["error"]
+
+
+def test_an_export_builds_engines_right_away(
+    machine: Machine, tensorrt: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine.gpu(ORIN)
+    machine.install("tensorrt", tensorrt)
+    bundle = write_street(tmp_path / "street.spm")
+    monkeypatch.setattr(pipeline, "export_bundle", lambda *arguments: pipeline.Export(bundle, (), 1.0))
+    words = ["export", "x.pth", "--output", bundle.path, "--classes", "street", "--engine"]
+    for precision in ([], ["--precision", "fp32"]):
+        code, told, talk = run(capsys, *words, *precision)
+        (engine,) = told["engines"]
+        assert code == 0 and engine["precision"] == ("fp32" if precision else "fp16") and Path(engine["path"]).exists()
+        assert "for Orin (sm87)" in talk
