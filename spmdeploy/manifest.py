@@ -89,6 +89,11 @@ class GraphRecord:
     parity: dict[str, float | None]
     """Figures of the comparison with torch in FP32. None: infinite (the PSNR of equal pictures)."""
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Every file of the bundle that it takes to load it; graphs may share some."""
+        return (self.file,)
+
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 

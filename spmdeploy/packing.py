@@ -124,7 +124,8 @@ def slim(
     Raises UsageError where nothing would be left to edit with, or for an engine of a graph that goes.
     """
     kept = _kept_graphs(bundle, keep)
-    dropped = {record.file for record in bundle.manifest.graphs} - {record.file for record in kept}
+    needed = {name for record in kept for name in record.files}
+    dropped = {name for record in bundle.manifest.graphs for name in record.files} - needed
     limits = {record.precision: bundle.manifest.limits[record.precision] for record in kept}
     manifest = dataclasses.replace(bundle.manifest, graphs=kept, limits=limits)
     files = _engine_files(bundle, engines, dropped)
