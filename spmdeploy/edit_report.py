@@ -9,6 +9,7 @@ from typing import Any, Literal
 from spmdeploy.cascade import LevelReport
 from spmdeploy.tiling.frames import Frame
 from spmdeploy.tiling.levels import Level
+from spmdeploy.tiling.windows import Site
 
 # A window whose longer side is more than this many times the model's loses detail when it is shrunk to it.
 CROP_LIMIT = 1.5
@@ -16,9 +17,10 @@ CROP_LIMIT = 1.5
 
 @dataclass(frozen=True, slots=True)
 class EditedWindow:
-    """frame: how the window lay in the model's input. levels: those it was carried up through, measured: what each did;
-    none where it was edited at once."""
+    """site: the window and what was edited in it. frame: how it lay in the model's input. levels: those it was carried
+    up through, measured: what each did; none where it was edited at once."""
 
+    site: Site
     frame: Frame
     levels: tuple[Level, ...] = ()
     measured: tuple[LevelReport, ...] = ()
@@ -33,7 +35,7 @@ class EditedWindow:
         return sum(len(level.tiles) for level in self.levels)
 
     def to_json(self) -> dict[str, Any]:
-        window = self.frame.window
+        window = self.site.window
         return {
             "top": window.top,
             "left": window.left,
@@ -96,7 +98,7 @@ class EditReport:
 def report_notes(windows: Sequence[EditedWindow]) -> tuple[str, ...]:
     """What is worth telling the user, a sentence each."""
     return tuple(
-        f"window {number} of {len(windows)} is {entry.frame.window.width}×{entry.frame.window.height} pixels and is "
+        f"window {number} of {len(windows)} is {entry.site.window.width}×{entry.site.window.height} pixels and is "
         f"edited at {entry.frame.width}×{entry.frame.height}: detail is lost"
         for number, entry in enumerate(windows, start=1)
         if entry.scale < 1 / CROP_LIMIT

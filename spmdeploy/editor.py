@@ -28,7 +28,7 @@ from spmdeploy.tiling.frames import Frame, frame_of
 from spmdeploy.tiling.levels import plan_levels
 from spmdeploy.tiling.pieces import Mask, Picture
 from spmdeploy.tiling.stitching import stitch
-from spmdeploy.tiling.windows import Window, plan_windows, whole_photo
+from spmdeploy.tiling.windows import Site, plan_windows, whole_photo, whole_site
 
 if TYPE_CHECKING:
     from spmdeploy.runtime.session import Session
@@ -111,7 +111,7 @@ class Editor:
             plan = self._plan(tiling, image, edit_mask, names)
         scene = Scene(image.copy(), labels, edit_mask, instances)
         tally.begin(sum(1 + window.tiles for window in plan.windows))
-        at_once = [window.frame for window in plan.windows if not window.levels]
+        at_once = [window for window in plan.windows if not window.levels]
         for start in range(0, len(at_once), batch_size):
             self._edit_at_once(at_once[start : start + batch_size], scene, feather, tally)
         done = [
@@ -120,7 +120,7 @@ class Editor:
         ]
         if match_surroundings:
             for window in done:
-                self._match_surroundings(scene.cut(window.frame.window), tally)
+                self._match_surroundings(window.site, scene, tally)
         pixels = int(np.count_nonzero(edit_mask))
         return EditResult(scene.picture, self._report(plan, done, tally, feather, match_surroundings, pixels))
 
@@ -157,7 +157,7 @@ class Editor:
             self._checked(scene.picture, labels, scene.mask, instances, names)
         with tally.phase("plan"):
             steps = list(plan_extension(image.shape[0], image.shape[1], sides, self.session.size))
-            plan = self._plan_steps(tiling, steps)
+            plan = self._plan_steps(tiling, steps, scene.mask)
         pixels = int(np.count_nonzero(scene.mask))
         tally.begin(sum(1 + window.tiles for window in plan.windows))
         done = []
@@ -165,10 +165,10 @@ class Editor:
             if window.levels:
                 done.append(self._edit_in_levels(window, scene, feather, batch_size, tally))
             else:
-                self._edit_at_once([window.frame], scene, feather, tally)
+                self._edit_at_once([window], scene, feather, tally)
                 done.append(window)
             if match_surroundings:
-                self._match_surroundings(scene.cut(step.window), tally)
+                self._match_surroundings(window.site, scene, tally)
             scene.mask[step.fresh.slices] = False
         return EditResult(scene.picture, self._report(plan, done, tally, feather, match_surroundings, pixels))
 
@@ -211,17 +211,17 @@ class Editor:
             raise InputError(problem, "use tiling auto, crop or cascade")
         if fits and tiling in ("auto", "off"):
             reason = "asked for" if tiling == "off" else f"the photo has the model's size, {size}×{size}"
-            return _Plan("off", reason, [EditedWindow(frame_of(whole_photo(size, size), size))])
-        holes = ((window, mask[window.slices]) for window in plan_windows(mask, size))
-        return self._plan_windows(tiling, holes)
+            return _Plan("off", reason, [EditedWindow(whole_site(mask), frame_of(whole_photo(size, size), size))])
+        # Of a window that is carried up all of the mask is, lest its levels have gaps, whichever site it belongs to.
+        return self._plan_windows(tiling, ((site, mask[site.window.slices]) for site in plan_windows(mask, size)))
 
-    def _plan_steps(self, tiling: Tiling, steps: Sequence[Step]) -> _Plan:
+    def _plan_steps(self, tiling: Tiling, steps: Sequence[Step], mask: Mask) -> _Plan:
         if tiling == "off":
             raise UsageError("an extension cannot run without tiling", "use tiling auto, crop or cascade")
-        return self._plan_windows(tiling, ((step.window, step.hole()) for step in steps))
+        return self._plan_windows(tiling, ((step.site, step.site.hole(mask)) for step in steps))
 
-    def _plan_windows(self, tiling: Tiling, holes: Iterable[tuple[Window, Mask]]) -> _Plan:
-        """Whether each window is edited at once or carried up. holes: windows and the mask in each."""
+    def _plan_windows(self, tiling: Tiling, holes: Iterable[tuple[Site, Mask]]) -> _Plan:
+        """Whether each window is edited at once or carried up. holes: sites and what is masked in their windows."""
         if tiling == "cascade" and not self.session.refines:
             raise BundleError(
                 "this model cannot cascade: it has no refine graph",
@@ -231,11 +231,11 @@ class Editor:
         limit = size if tiling == "cascade" else CROP_LIMIT * size
         cascades = tiling != "crop" and self.session.refines
         windows, large = [], 0
-        for window, hole in holes:
-            is_large = max(window.height, window.width) > limit
+        for site, hole in holes:
+            is_large = max(hole.shape) > limit
             large += is_large
-            levels = plan_levels(window, hole, size) if cascades and is_large else ()
-            windows.append(EditedWindow(frame_of(window, size), levels))
+            levels = plan_levels(site.window, hole, size) if cascades and is_large else ()
+            windows.append(EditedWindow(site, frame_of(site.window, size), levels))
         if tiling in ("crop", "cascade"):
             return _Plan(tiling, "asked for", windows)
         if not large:
@@ -271,16 +271,16 @@ class Editor:
             notes=(*report_notes(done), *session.notes),
         )
 
-    def _edit_at_once(self, frames: list[Frame], scene: Scene, feather: int, tally: Tally) -> None:
+    def _edit_at_once(self, windows: list[EditedWindow], scene: Scene, feather: int, tally: Tally) -> None:
         """A batch of windows at the model's size, stitched into the scene's picture."""
         with tally.phase("prepare"):
-            inputs = stacked([_frame_input(frame, scene) for frame in frames])
+            inputs = stacked([_frame_input(window.frame, scene) for window in windows])
         with tally.phase("run"):
             edited = self.session.run(*inputs)
         with tally.phase("stitch"):
-            _put_back(frames, edited, scene, feather)
+            _put_back(windows, edited, scene, feather)
         tally.batches += 1
-        tally.advance(len(frames))
+        tally.advance(len(windows))
 
     def _edit_in_levels(
         self, planned: EditedWindow, scene: Scene, feather: int, batch_size: int, tally: Tally
@@ -298,13 +298,14 @@ class Editor:
         with tally.phase("stitch"):
             region = levels[-1].region.slices
             content = np.rint(canvas, out=canvas).astype(np.uint8)
-            stitch(part.picture[region], content, part.mask[region], feather)
+            stitch(part.picture[region], content, planned.site.hole(scene.mask)[region], feather)
         return replace(planned, measured=measured)
 
     @staticmethod
-    def _match_surroundings(part: Scene, tally: Tally) -> None:
+    def _match_surroundings(site: Site, scene: Scene, tally: Tally) -> None:
+        part = scene.cut(site.window)
         with tally.phase("stitch"):
-            match_part(part.picture, part.labels, part.mask)
+            match_part(part.picture, part.labels, site.hole(scene.mask))
 
 
 class _Plan(NamedTuple):
@@ -409,13 +410,14 @@ def _frame_input(frame: Frame, scene: Scene) -> ModelInput:
     return model_input(scene.cut(frame.window), frame.height, frame.width, frame.size)
 
 
-def _put_back(frames: list[Frame], edited: Picture, scene: Scene, feather: int) -> None:
+def _put_back(windows: list[EditedWindow], edited: Picture, scene: Scene, feather: int) -> None:
     """Stitch a batch of results, uint8 (B, size, size, 3), into the scene's picture, in place."""
-    expected = (len(frames), frames[0].size, frames[0].size, 3)
+    size = windows[0].frame.size
+    expected = (len(windows), size, size, 3)
     assert edited.shape == expected and edited.dtype == np.uint8, (edited.shape, edited.dtype, expected)
-    for frame, square in zip(frames, edited, strict=True):
+    for window, square in zip(windows, edited, strict=True):
+        frame, site = window.frame, window.site
         content = square[: frame.height, : frame.width]
         if frame.shrinks:
             content = resize_photo(content, frame.window.height, frame.window.width)
-        part = scene.cut(frame.window)
-        stitch(part.picture, content, part.mask, feather)
+        stitch(scene.picture[site.window.slices], content, site.hole(scene.mask), feather)

@@ -48,7 +48,7 @@ def _windows_caption(windows: Sequence[EditedWindow]) -> str:
 
 def _tiles_at(window: EditedWindow, factor: int) -> list[Window]:
     """The tiles of one level as rectangles of the photo, cut at the window's end."""
-    whole, found = window.frame.window, []
+    whole, found = window.site.window, []
     for level in window.levels:
         if level.factor == factor:
             for tile in level.tiles:
@@ -63,7 +63,7 @@ def _draw_windows(background: Rgb, windows: Sequence[EditedWindow], photo_width:
     draw, font = ImageDraw.Draw(picture, "RGBA"), ImageFont.load_default(size=14)
     for number, window in enumerate(windows, start=1):
         colour = _CARRIED_UP if window.levels else _AT_ONCE
-        left, top, *_ = box = _box(window.frame.window, background.shape[1] / photo_width)
+        left, top, *_ = box = _box(window.site.window, background.shape[1] / photo_width)
         draw.rectangle(box, outline=(0, 0, 0, _SHADE), width=4)
         draw.rectangle(box, outline=colour, width=2)
         draw.text((left + 6, top + 4), str(number), fill=colour, font=font, stroke_width=2, stroke_fill=(0, 0, 0))

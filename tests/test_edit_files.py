@@ -261,10 +261,9 @@ def test_sheets_of_large_photos_are_shrunk() -> None:
 def test_the_explanation_shows_windows_and_the_tiles_of_every_size() -> None:
     mask = np.zeros((900, 1300), bool)
     mask[200:700, 300:800] = mask[100, 1200] = True
-    windows = [
-        EditedWindow(frame_of(window), plan_levels(window, mask[window.slices]) if window.width > 256 else ())
-        for window in plan_windows(mask)
-    ]
+    small, large = sorted(plan_windows(mask), key=lambda site: site.window.width)
+    levels = plan_levels(large.window, large.hole(mask))
+    windows = [EditedWindow(small, frame_of(small.window)), EditedWindow(large, frame_of(large.window), levels)]
     photo = np.zeros((900, 1300, 3), np.uint8)
     picture = explain_sheet(photo, mask, windows)
     at_once, carried_up, tile = (255, 190, 0), (255, 255, 255), (0, 200, 255)
@@ -277,7 +276,7 @@ def test_the_explanation_shows_windows_and_the_tiles_of_every_size() -> None:
 
 def test_explaining_a_photo_of_a_pixel_or_two() -> None:
     mask = np.array([[True, False]])
-    windows = [EditedWindow(frame_of(window)) for window in plan_windows(mask)]
+    windows = [EditedWindow(site, frame_of(site.window)) for site in plan_windows(mask)]
     assert explain_sheet(np.zeros((1, 2, 3), np.uint8), mask, windows).ndim == 3
 
 

@@ -358,7 +358,7 @@ def test_the_report_says_what_ran_and_is_plain_json() -> None:
     mask[500, 100] = True
     mask[200:800, 1000:1600] = True
     report = edit(noise(1000, 2000), labels_for(mask), mask).report
-    assert [entry.frame.window for entry in report.windows] == [Window(50, 850, 900, 900), Window(373, 0, 256, 256)]
+    assert [entry.site.window for entry in report.windows] == [Window(50, 850, 900, 900), Window(373, 0, 256, 256)]
     assert report.notes == ("window 1 of 2 is 900×900 pixels and is edited at 256×256: detail is lost",)
     assert report.edited_pixels == 360_001
     told = json.loads(json.dumps(report.to_json()))
@@ -374,7 +374,7 @@ def test_a_window_a_little_larger_than_the_model_is_no_reason_for_a_note() -> No
     mask = np.zeros((1000, 1000), bool)
     mask[400:650, 400:650] = True
     report = edit(noise(1000, 1000), labels_for(mask), mask).report
-    assert report.windows[0].frame.window.height == 375 and report.notes == ()
+    assert report.windows[0].site.window.height == 375 and report.notes == ()
 
 
 def test_the_session_is_closed_with_the_editor() -> None:

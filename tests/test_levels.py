@@ -88,14 +88,15 @@ def holes(draw: st.DrawFn) -> tuple[np.ndarray, int]:
 
 
 def planned(mask: np.ndarray, size: int) -> list[tuple[Level, ...]]:
-    return [plan_levels(window, mask[window.slices], size) for window in plan_windows(mask, size)]
+    return [plan_levels(site.window, mask[site.window.slices], size) for site in plan_windows(mask, size)]
 
 
 @quick
 @given(holes())
 def test_levels_double_up_to_the_windows_own_size(hole: tuple[np.ndarray, int]) -> None:
     mask, size = hole
-    for window, levels in zip(plan_windows(mask, size), planned(mask, size), strict=True):
+    for site, levels in zip(plan_windows(mask, size), planned(mask, size), strict=True):
+        window = site.window
         longer = max(window.height, window.width)
         assert [level.factor for level in levels] == [2**power for power in reversed(range(len(levels)))]
         assert bool(levels) == (longer > size)

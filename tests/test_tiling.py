@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from spmdeploy.tiling import frames, pieces, stitching
 from spmdeploy.tiling.frames import Frame, frame_of
 from spmdeploy.tiling.pieces import mask_pieces
-from spmdeploy.tiling.windows import Window, plan_windows
+from spmdeploy.tiling.windows import Window
+from spmdeploy.tiling.windows import plan_windows as plan_sites
 
 quick = settings(max_examples=60, deadline=None)
 
@@ -115,28 +116,33 @@ def test_connected_groups_of_a_long_shuffled_chain() -> None:
 # ---- windows ----
 
 
+def plan_windows(mask: np.ndarray) -> list[Window]:
+    return [site.window for site in plan_sites(mask)]
+
+
 @quick
 @given(masks())
-def test_windows_hold_every_masked_pixel_once_inside_the_photo_and_are_large_enough(mask: np.ndarray) -> None:
+def test_sites_have_every_masked_pixel_once_in_windows_that_are_large_enough(mask: np.ndarray) -> None:
     height, width = mask.shape
     covered = np.zeros(mask.shape, np.uint8)
-    for window in plan_windows(mask):
+    for site in plan_sites(mask):
+        window = site.window
         assert window.top >= 0 and window.left >= 0
         assert window.top + window.height <= height and window.left + window.width <= width
         assert window.height >= min(256, height) and window.width >= min(256, width)
-        assert mask[window.slices].any()
-        covered[window.slices] += 1
-    assert covered.max() == 1
-    assert (covered[mask] == 1).all()
+        hole = site.hole(mask)
+        assert hole.any() and not (hole & ~mask[window.slices]).any()
+        covered[window.slices] += hole
+    np.testing.assert_array_equal(covered, mask)
 
 
 @quick
 @given(masks())
 def test_windows_keep_context_around_what_is_edited(mask: np.ndarray) -> None:
     """Known margins on all sides up to the photo's border, and at least the context factor where the photo has it."""
-    for window in plan_windows(mask):
-        rows = np.flatnonzero(mask[window.slices].any(axis=1))
-        columns = np.flatnonzero(mask[window.slices].any(axis=0))
+    for site in plan_sites(mask):
+        window, hole = site.window, site.hole(mask)
+        rows, columns = np.flatnonzero(hole.any(axis=1)), np.flatnonzero(hole.any(axis=0))
         longer = max(int(np.ptp(rows)), int(np.ptp(columns))) + 1
         for used, start, side, photo in (
             (rows, window.top, window.height, mask.shape[0]),
@@ -145,6 +151,20 @@ def test_windows_keep_context_around_what_is_edited(mask: np.ndarray) -> None:
             assert used[0] >= 32 or start == 0
             assert used[-1] + 32 < side or start + side == photo
             assert side >= min(photo, 1.5 * longer)
+
+
+@quick
+@given(masks())
+def test_holes_of_different_sites_never_touch(mask: np.ndarray) -> None:
+    """By far: the feather of one would otherwise be made from what the other still hides."""
+    owner = np.full(mask.shape, -1)
+    for number, site in enumerate(plan_sites(mask)):
+        owner[site.window.slices][site.hole(mask)] = number
+    for axis in (0, 1):
+        for shift in range(1, min(33, mask.shape[axis])):
+            one = owner.take(range(shift, mask.shape[axis]), axis)
+            other = owner.take(range(mask.shape[axis] - shift), axis)
+            assert ((one == other) | (one < 0) | (other < 0)).all()
 
 
 @quick
@@ -183,10 +203,29 @@ def test_merging_goes_on_until_nothing_overlaps() -> None:
         mask = np.zeros((3000, 3000), bool)
         for number in chosen:
             mask[places[number]] = True
-        return plan_windows(mask)
+        return [site.window for site in plan_sites(mask, shared_up_to=2)]
 
     assert [len(windows_of(0, 1)), len(windows_of(0, 2)), len(windows_of(1, 2))] == [1, 2, 2]
     assert windows_of(0, 1, 2) == [Window(1169, 901, 399, 399)]
+
+
+def test_pieces_whose_common_window_would_be_too_large_keep_their_own() -> None:
+    mask = np.zeros((1000, 3000), bool)
+    mask[400:600, 200:400] = mask[400:600, 480:680] = True
+    left, right = plan_sites(mask)
+    assert [left.window, right.window] == [Window(350, 150, 300, 300), Window(350, 430, 300, 300)]
+    assert left.window.overlaps(right.window)
+    assert left.hole(mask).sum() == right.hole(mask).sum() == 40_000
+
+
+def test_specks_all_over_a_photo_are_edited_at_their_own_size() -> None:
+    rng = np.random.default_rng(2)
+    mask = np.zeros((3000, 4000), bool)
+    for top, left in zip(rng.integers(0, 2990, 300).tolist(), rng.integers(0, 3990, 300).tolist(), strict=True):
+        mask[top : top + 6, left : left + 6] = True
+    sites = plan_sites(mask)
+    assert 200 < len(sites) < 300, "some share a window"
+    assert all(max(site.window.height, site.window.width) <= 384 for site in sites)
 
 
 def test_windows_side_by_side_do_not_overlap() -> None:

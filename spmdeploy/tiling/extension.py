@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from spmdeploy.tiling.pieces import Mask
-from spmdeploy.tiling.windows import NATIVE_SIZE, Window
+from spmdeploy.tiling.windows import NATIVE_SIZE, Site, Window
 
 
 class Sides(NamedTuple):
@@ -29,12 +29,10 @@ class Step:
     window: Window
     fresh: Window
 
-    def hole(self) -> Mask:
-        """What is made, as the mask of the window: bool (height, width)."""
-        hole = np.zeros((self.window.height, self.window.width), np.bool_)
-        top, left = self.fresh.top - self.window.top, self.fresh.left - self.window.left
-        hole[top : top + self.fresh.height, left : left + self.fresh.width] = True
-        return hole
+    @property
+    def site(self) -> Site:
+        bottom, right = self.fresh.top + self.fresh.height, self.fresh.left + self.fresh.width
+        return Site(self.window, np.array([[self.fresh.top, self.fresh.left, bottom, right]]))
 
 
 def grown_size(shape: tuple[int, ...], sides: Sides) -> tuple[int, int]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
+from numpy.typing import NDArray
 
 from spmdeploy.tiling.pieces import BLOCK, Boxes, Indices, Mask, connected_groups, mask_pieces, united
 
@@ -14,6 +17,8 @@ NATIVE_SIZE = 256
 CONTEXT_FACTOR = 1.5
 # Known pixels on every side of a piece where the photo has them, whatever its size.
 MIN_MARGIN = BLOCK
+# Pieces share a window up to this many times the model's size, as it loses little detail when it is shrunk.
+SHARED_UP_TO = 1.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,23 +42,88 @@ class Window:
         return rows and columns
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Site:
+    """A window, and which of the masked pixels in it are edited there: those in `boxes`, which no other site has."""
+
+    window: Window
+    boxes: Boxes
+
+    def hole(self, mask: Mask) -> Mask:
+        """These pixels: bool (height, width) of the window. mask: bool (H, W) of the photo."""
+        hole = np.zeros((self.window.height, self.window.width), np.bool_)
+        for top, left, bottom, right in self.boxes.tolist():
+            inside = np.s_[
+                top - self.window.top : bottom - self.window.top, left - self.window.left : right - self.window.left
+            ]
+            hole[inside] = mask[top:bottom, left:right]
+        return hole
+
+
 def plan_windows(
-    mask: Mask, native: int = NATIVE_SIZE, context: float = CONTEXT_FACTOR, margin: int = MIN_MARGIN
-) -> list[Window]:
-    """Windows of the photo that hold every masked pixel exactly once between them, from top to bottom, left to right.
+    mask: Mask,
+    native: int = NATIVE_SIZE,
+    context: float = CONTEXT_FACTOR,
+    margin: int = MIN_MARGIN,
+    shared_up_to: float = SHARED_UP_TO,
+) -> list[Site]:
+    """Where to edit: sites that have every masked pixel exactly once between them, from top to bottom, left to right.
 
     Around each piece of the mask lies a square of side max(native, context * the piece's longer side, that side + 2 *
-    margin), moved inside the photo and cut to it where the photo is smaller. Pieces whose windows overlap become one
-    piece, until no two overlap; the windows can therefore be edited in any order, or together. margin >= BLOCK.
+    margin), moved inside the photo and cut to it where the photo is smaller. Pieces whose windows overlap share one, as
+    long as it is not larger than shared_up_to * native. Beyond that each piece keeps its own, or shares it with small
+    ones in the same cell of a grid: a mask of many specks all over a photo would otherwise become one window, the
+    photo. Sites can be edited in any order, or together. margin >= BLOCK.
     """
     assert margin >= BLOCK, (margin, BLOCK)
-    boxes = mask_pieces(mask)
-    windows = _windows_around(boxes, mask.shape, native, context, margin)
-    while len((overlapping := _overlapping(windows))[0]):
-        boxes = united(boxes, connected_groups(len(boxes), *overlapping))
-        windows = _windows_around(boxes, mask.shape, native, context, margin)
-    windows = windows[np.lexsort((windows[:, 1], windows[:, 0]))]
-    return [Window(top, left, bottom - top, right - left) for top, left, bottom, right in windows.tolist()]
+    around = partial(_windows_around, shape=mask.shape, native=native, context=context, margin=margin)
+    pieces = mask_pieces(mask)
+    group, boxes = _joined(pieces, around)
+    alone = (np.bincount(group) == 1) | (_longer(around(boxes)) <= shared_up_to * native)
+    shared = alone[group]
+    sites = _sites(pieces[shared], group[shared], around)
+    sites += _sites(*_kept_apart(pieces[~shared], native // 2), around)
+    return sorted(sites, key=lambda site: (site.window.top, site.window.left, site.boxes.tolist()))
+
+
+def _joined(boxes: Boxes, around: Callable[[Boxes], Boxes]) -> tuple[Indices, Boxes]:
+    """The boxes whose surroundings overlap as one, until no two do: the group of each, and the box of each group."""
+    group = np.arange(len(boxes))
+    while len((overlapping := _overlapping(around(boxes)))[0]):
+        joined = connected_groups(len(boxes), *overlapping)
+        group, boxes = joined[group], united(boxes, joined)
+    return group, boxes
+
+
+def _kept_apart(pieces: Boxes, cell: int) -> tuple[Boxes, Indices]:
+    """The pieces as boxes that do not overlap, and which of these share a window: small ones in one cell."""
+    _, boxes = _joined(pieces, lambda boxes: boxes)
+    if len(boxes) == 0:
+        return boxes, np.empty(0, np.intp)
+    place = ((boxes[:, :2] + boxes[:, 2:]) // 2 - boxes[:, :2].min(axis=0)) // cell
+    large = np.flatnonzero(_longer(boxes) > cell)
+    place[large, 0] = -1 - large  # a cell of its own
+    return boxes, np.unique(place, axis=0, return_inverse=True)[1].reshape(-1)
+
+
+def _sites(boxes: Boxes, group: Indices, around: Callable[[Boxes], Boxes]) -> list[Site]:
+    """A site for each group of boxes."""
+    if len(boxes) == 0:
+        return []
+    numbers = np.unique(group, return_inverse=True)[1]
+    order = np.argsort(numbers, kind="stable")
+    members = np.split(boxes[order], np.flatnonzero(np.diff(numbers[order])) + 1)
+    windows = around(united(boxes, numbers)).tolist()
+    return [
+        Site(Window(top, left, bottom - top, right - left), own)
+        for (top, left, bottom, right), own in zip(windows, members, strict=True)
+    ]
+
+
+def whole_site(mask: Mask) -> Site:
+    """The whole photo, and all of its mask."""
+    height, width = mask.shape
+    return Site(whole_photo(height, width), np.array([[0, 0, height, width]]))
 
 
 def whole_photo(height: int, width: int) -> Window:
@@ -61,9 +131,15 @@ def whole_photo(height: int, width: int) -> Window:
     return Window(0, 0, height, width)
 
 
+def _longer(boxes: Boxes) -> NDArray[np.int64]:
+    """The longer side of each box."""
+    longer: NDArray[np.int64] = (boxes[:, 2:] - boxes[:, :2]).max(axis=1)
+    return longer
+
+
 def _windows_around(boxes: Boxes, shape: tuple[int, ...], native: int, context: float, margin: int) -> Boxes:
     extent = boxes[:, 2:] - boxes[:, :2]
-    longer = extent.max(axis=1)
+    longer = _longer(boxes)
     side = np.maximum(np.maximum(native, np.ceil(context * longer).astype(np.int64)), longer + 2 * margin)
     photo = np.array(shape[:2], np.int64)
     size = np.minimum(side[:, None], photo)
