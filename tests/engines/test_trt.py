@@ -194,6 +194,18 @@ def test_a_graph_for_each_batch_size_and_each_output(gpu: SimulatedGpu, session:
     assert gpu.calls.count("create_execution_context") == 3  # one for each: a graph's context must stay as it was
 
 
+def test_time_by_the_clock_of_the_device(gpu: SimulatedGpu, session: TensorRtSession) -> None:
+    for _ in range(3):
+        gpu.calls.clear()
+        assert session.timed_run(**inputs_for(2)) == gpu.milliseconds
+        records = [place for place, call in enumerate(gpu.calls) if call == "cuEventRecord"]
+        queued = [place for place, call in enumerate(gpu.calls) if call in TRANSFERS - {"cuStreamSynchronize"}]
+        assert len(records) == 2 and records[0] < queued[-1] < records[1]
+    assert records[0] < queued[0] and "events" not in gpu.left_behind
+    given = inputs_for(2)
+    assert np.array_equal(session.run(**given), edited_like(given)["edited"])
+
+
 def test_memory_is_allocated_once(gpu: SimulatedGpu, session: TensorRtSession) -> None:
     session.run(**inputs_for(8))
     session.refine(**inputs_for(8, coarse=True))
