@@ -9,10 +9,7 @@ from typing import Any, Literal
 from spmdeploy.cascade import LevelReport
 from spmdeploy.tiling.frames import Frame
 from spmdeploy.tiling.levels import Level
-from spmdeploy.tiling.windows import Site
-
-# A window whose longer side is more than this many times the model's loses detail when it is shrunk to it.
-CROP_LIMIT = 1.5
+from spmdeploy.tiling.windows import CROP_LIMIT, Site
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +39,7 @@ class EditedWindow:
             "height": window.height,
             "width": window.width,
             "scale": round(self.scale, 4),
-            "tiling": "cascade" if self.levels else "crop",
+            "cascade": bool(self.levels),
             "levels": [report.to_json() for report in self.measured],
         }
 

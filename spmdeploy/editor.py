@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spmdeploy.cascade import base_of, carry_up
-from spmdeploy.edit_report import CROP_LIMIT, EditedWindow, EditReport, report_notes
+from spmdeploy.edit_report import EditedWindow, EditReport, report_notes
 from spmdeploy.errors import BundleError, InputError, UsageError
 from spmdeploy.images import MOST_MEGAPIXELS, check_mask, resize_photo
 from spmdeploy.labels import ClassTable, check_labels
@@ -28,7 +28,7 @@ from spmdeploy.tiling.frames import Frame, frame_of
 from spmdeploy.tiling.levels import plan_levels
 from spmdeploy.tiling.pieces import Mask, Picture
 from spmdeploy.tiling.stitching import stitch
-from spmdeploy.tiling.windows import Site, plan_windows, whole_photo, whole_site
+from spmdeploy.tiling.windows import CROP_LIMIT, Site, plan_windows, whole_photo, whole_site
 
 if TYPE_CHECKING:
     from spmdeploy.runtime.session import Session

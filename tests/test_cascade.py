@@ -298,7 +298,7 @@ def test_the_report_tells_of_every_level() -> None:
     report = edit(Session(64), noise(400, 400), mask).report
     told = json.loads(json.dumps(report.to_json()))
     (window,) = told["windows"]
-    assert window["tiling"] == "cascade" and window["scale"] == 1
+    assert window["cascade"] and window["scale"] == 1
     assert [(level["height"], level["width"]) for level in window["levels"]] == [(100, 100), (200, 200), (400, 400)]
     assert told["tiles"] == sum(level["tiles"] for level in window["levels"])
     assert all({"seam_score", "tile_mismatch"} <= set(level) for level in window["levels"])

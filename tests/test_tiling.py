@@ -203,7 +203,7 @@ def test_merging_goes_on_until_nothing_overlaps() -> None:
         mask = np.zeros((3000, 3000), bool)
         for number in chosen:
             mask[places[number]] = True
-        return [site.window for site in plan_sites(mask, shared_up_to=2)]
+        return [site.window for site in plan_sites(mask, crop_limit=2)]
 
     assert [len(windows_of(0, 1)), len(windows_of(0, 2)), len(windows_of(1, 2))] == [1, 2, 2]
     assert windows_of(0, 1, 2) == [Window(1169, 901, 399, 399)]

@@ -17,8 +17,8 @@ NATIVE_SIZE = 256
 CONTEXT_FACTOR = 1.5
 # Known pixels on every side of a piece where the photo has them, whatever its size.
 MIN_MARGIN = BLOCK
-# Pieces share a window up to this many times the model's size, as it loses little detail when it is shrunk.
-SHARED_UP_TO = 1.5
+# A window whose longer side is more than this many times the model's loses detail when it is shrunk to it.
+CROP_LIMIT = 1.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,13 +65,13 @@ def plan_windows(
     native: int = NATIVE_SIZE,
     context: float = CONTEXT_FACTOR,
     margin: int = MIN_MARGIN,
-    shared_up_to: float = SHARED_UP_TO,
+    crop_limit: float = CROP_LIMIT,
 ) -> list[Site]:
     """Where to edit: sites that have every masked pixel exactly once between them, from top to bottom, left to right.
 
     Around each piece of the mask lies a square of side max(native, context * the piece's longer side, that side + 2 *
     margin), moved inside the photo and cut to it where the photo is smaller. Pieces whose windows overlap share one, as
-    long as it is not larger than shared_up_to * native. Beyond that each piece keeps its own, or shares it with small
+    long as it is not larger than crop_limit * native. Beyond that each piece keeps its own, or shares it with small
     ones in the same cell of a grid: a mask of many specks all over a photo would otherwise become one window, the
     photo. Sites can be edited in any order, or together. margin >= BLOCK.
     """
@@ -79,7 +79,7 @@ def plan_windows(
     around = partial(_windows_around, shape=mask.shape, native=native, context=context, margin=margin)
     pieces = mask_pieces(mask)
     group, boxes = _joined(pieces, around)
-    alone = (np.bincount(group) == 1) | (_longer(around(boxes)) <= shared_up_to * native)
+    alone = (np.bincount(group) == 1) | (_longer(around(boxes)) <= crop_limit * native)
     shared = alone[group]
     sites = _sites(pieces[shared], group[shared], around)
     sites += _sites(*_kept_apart(pieces[~shared], native // 2), around)
