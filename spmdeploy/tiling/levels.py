@@ -6,7 +6,7 @@ even places, so that what a tile is made from, the level before at half the size
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -96,10 +96,9 @@ def _level(window: Window, hole: Mask, factor: int, size: int, overlap: int) -> 
     top, left, bottom, right = bounds
     rows = spread_tiles(top // factor, -(-bottom // factor), -(-window.height // factor), size, overlap)
     columns = spread_tiles(left // factor, -(-right // factor), -(-window.width // factor), size, overlap)
-    tiles = [Tile(i, j, y, x) for i, y in enumerate(rows) for j, x in enumerate(columns)]
-    level = Level(window, factor, rows, columns, (), size)
-    used = tuple(tile for tile in tiles if hole[level.photo_block(tile).slices].any())
-    return Level(window, factor, rows, columns, used, size)
+    whole = Level(window, factor, rows, columns, (), size)
+    tiles = (Tile(i, j, y, x) for i, y in enumerate(rows) for j, x in enumerate(columns))
+    return replace(whole, tiles=tuple(tile for tile in tiles if hole[whole.photo_block(tile).slices].any()))
 
 
 def spread_tiles(first: int, end: int, length: int, size: int, overlap: int) -> tuple[int, ...]:
@@ -108,13 +107,19 @@ def spread_tiles(first: int, end: int, length: int, size: int, overlap: int) -> 
     All are even and inside 0..length, but that a line of odd length may be exceeded by one, and a line shorter than a
     tile has one that begins at 0.
     """
-    room = length + length % 2
+    room = _even_above(length)
     if room <= size:
         return (0,)
-    first, end = max(first - MIN_MARGIN, 0), min(end + MIN_MARGIN, room)
-    first -= first % 2
-    span = max(end - first + (end - first) % 2, size)
-    start = min(max(first - (span - (end - first)) // 2, 0), room - span)
-    start -= start % 2
+    first, end = _even_below(max(first - MIN_MARGIN, 0)), _even_above(min(end + MIN_MARGIN, room))
+    span = max(end - first, size)
+    start = _even_below(min(max(first - (span - (end - first)) // 2, 0), room - span))
     steps = -(-(span - size) // (size - overlap))
-    return tuple(start + 2 * (step * ((span - size) // 2) // max(steps, 1)) for step in range(steps + 1))
+    return tuple(start + _even_below(step * (span - size) // max(steps, 1)) for step in range(steps + 1))
+
+
+def _even_below(number: int) -> int:
+    return number - number % 2
+
+
+def _even_above(number: int) -> int:
+    return number + number % 2
