@@ -18,7 +18,8 @@ import pytest
 from engines.records import SAMPLE, for_targets
 
 from spmdeploy import cli
-from spmdeploy.bundle import open_bundle
+from spmdeploy.bundle import BundleWriter, open_bundle
+from spmdeploy.bundle_files import MANIFEST
 from spmdeploy.manifest import EDIT
 from spmdeploy.runtime.engine_record import BatchRange, EngineFile, EngineRecord, SourceFile
 from spmdeploy.runtime.engine_store import EngineWriter, choose_place
@@ -233,3 +234,46 @@ def test_engines_that_triton_cannot_load(export: Any, street_bundle: Path, tmp_p
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPMDEPLOY_CACHE", str(tmp_path / "cache"))
+
+
+# ------------------------------------------------------------------------------------------------------ weights beside
+
+
+def with_weights_beside(bundle: Path, target: Path) -> Path:
+    """The bundle with the weights of its FP16 graph in a file of their own, as large graphs have them."""
+    opened = open_bundle(bundle)
+    record = opened.graph(EDIT, "fp16")
+    with BundleWriter(target) as writer:
+        for name in opened.files():
+            if name not in (MANIFEST, record.file):
+                writer.add_bytes(name, opened.read(name))
+        model = onnx.load_from_string(opened.read(record.file))
+        onnx.save(model, writer.path(record.file), save_as_external_data=True, location="edit.weights")
+        size, digest = writer.measure(record.file)
+        moved = dataclasses.replace(record, bytes=size, sha256=digest)
+        graphs = tuple(moved if graph == record else graph for graph in opened.manifest.graphs)
+        writer.finish(dataclasses.replace(opened.manifest, graphs=graphs))
+    return target
+
+
+def test_weights_beside_the_graph_go_along(export: Any, street_bundle: Path, tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    beside = with_weights_beside(street_bundle, tmp_path / "beside.spm")
+    code, told = export(bundle=beside)
+    assert code == 0 and {"1/model.onnx", "1/edit.weights"} <= told["files"].keys()
+    graph = tmp_path / "models/tiny/1/model.onnx"
+    assert told["files"]["1/model.onnx"] < told["files"]["1/edit.weights"]
+    session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+    golden = read_golden(open_bundle(beside), open_bundle(beside).manifest.golden[0])
+    inputs = {port.name: getattr(golden, port.name) for port in session.get_inputs()}
+    (edited,) = session.run(["edited"], inputs)
+    limits = open_bundle(beside).manifest.limits["fp16"]
+    assert not measure_drift(edited, golden.expected, golden.mask).faults(limits)
+
+
+def test_weights_that_the_bundle_does_not_hold(export: Any, street_bundle: Path, tmp_path: Path) -> None:
+    beside = with_weights_beside(street_bundle, tmp_path / "beside.spm")
+    sums = (beside / "SHA256SUMS").read_text().splitlines(keepends=True)
+    (beside / "SHA256SUMS").write_text("".join(line for line in sums if "edit.weights" not in line))
+    code, told = export(bundle=beside)
+    assert code == 6 and "edit.weights" in told["error"] and not (tmp_path / "models/tiny").exists()
