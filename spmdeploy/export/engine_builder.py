@@ -176,6 +176,9 @@ def _set_flags(library: Any, config: Any, request: BuildRequest) -> tuple[str, .
     """Sets the builder's flags and returns the names of all that are set then."""
     # On by default, and a half's precision under the name of FP32: more drift than the limits of FP32 allow.
     config.clear_flag(library.BuilderFlag.TF32)
+    if hasattr(library.BuilderFlag, "REQUIRE_USER_ALLOCATION"):
+        # TensorRT-RTX: or it may allocate while it runs, and then nothing can be captured as a CUDA graph.
+        config.set_flag(library.BuilderFlag.REQUIRE_USER_ALLOCATION)
     if request.weakly_typed:
         # Normalisation stays in FP32 regardless (INormalizationLayer.compute_precision in TensorRT 10's documentation).
         config.set_flag(library.BuilderFlag.FP16)

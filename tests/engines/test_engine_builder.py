@@ -443,6 +443,7 @@ VALUES = {"serialized", "name"}
 
 NOT_EVERYWHERE = {
     "BuilderFlag.FP16": "TensorRT 10 alone; behind hasattr in to_engine.py",
+    "BuilderFlag.REQUIRE_USER_ALLOCATION": "TensorRT-RTX alone; behind hasattr",
     "ComputeCapability": "TensorRT-RTX alone; used with targets, which TensorRT refuses",
     "ComputeCapability.__members__": "the same",
     "IBuilderConfig.num_compute_capabilities": "the same",
