@@ -8,7 +8,7 @@ SAMPLE := spmdeploy/samples/car_away
 demo: .venv-demo/ready
 	@mkdir -p demo
 	@$(DEMO)/spmdeploy edit $(SAMPLE)/photo.jpg --labels $(SAMPLE)/labels.png --mask $(SAMPLE)/mask.png \
-		--output demo/edited.png --sheet demo/before_and_after.png --overwrite
+		--match-surroundings --output demo/edited.png --sheet demo/before_and_after.png --overwrite
 
 test: lint
 	$(DEV)/python -m pytest -n 2 --dist loadgroup -m "not slow"
