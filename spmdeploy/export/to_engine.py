@@ -329,6 +329,8 @@ class _Build:
         os_name, architecture = operating_system()
         driver, cuda = (plan.gpu.driver, plan.gpu.cuda) if plan.gpu else (None, None)
         digest = hashlib.sha256(built.content).hexdigest()
+        onnx, *weights = (SourceFile(name, self._bundle.digest(name)) for name in source.files)
+        assert len(weights) <= 1, source.files
         return EngineRecord(
             bundle=self._bundle.manifest.name,
             graph=graph.graph,
@@ -345,8 +347,8 @@ class _Build:
             inputs=built.inputs,
             outputs=built.outputs,
             computes_in=reading,
-            onnx=SourceFile(source.file, self._bundle.digest(source.file)),
-            weights=None,
+            onnx=onnx,
+            weights=weights[0] if weights else None,
             engine=EngineFile(f"{self._name}{ENGINE_SUFFIX}", len(built.content), digest),
             build_seconds=round(seconds, 2),
             timing_cache=built.timing_cache_used,
@@ -390,15 +392,21 @@ def _unusable_cache(folder: Path | None, exc: OSError) -> InputError:
 
 @contextmanager
 def _on_disk(bundle: Bundle, graph: GraphRecord) -> Iterator[Path]:
-    """The graph as a file, hashed just now: parsers need a path, and files of a zip have none."""
+    """The graph as a file, its weights beside it where they are a file of their own; all hashed just now.
+
+    Parsers need a path, and files of a zip have none: they are written to a folder that only this user can read.
+    """
     if bundle.is_folder:
+        for name in graph.files:
+            bundle.path_of(name)
         yield bundle.path_of(graph.file)
         return
-    with tempfile.TemporaryDirectory(prefix="spmdeploy-") as folder:  # readable by this user alone
-        path = Path(folder) / graph.file
-        path.parent.mkdir(parents=True)
-        path.write_bytes(bundle.read(graph.file))
-        yield path
+    with tempfile.TemporaryDirectory(prefix="spmdeploy-") as folder:
+        for name in graph.files:
+            path = Path(folder) / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(bundle.read(name))
+        yield Path(folder) / graph.file
 
 
 def _check_precision(graph: GraphRecord, reading: PrecisionReading, fallback: str | None) -> None:

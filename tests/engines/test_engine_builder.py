@@ -27,9 +27,10 @@ from spmdeploy.export import to_engine
 from spmdeploy.export.build_watch import BuildWatch
 from spmdeploy.export.engine_precision import inspected_fp16_share
 from spmdeploy.export.to_engine import EngineOptions, EnginePlan, EngineResult, build_engines
+from spmdeploy.manifest import GraphRecord
 from spmdeploy.packing import pack
 from spmdeploy.runtime.cuda import GpuFacts
-from spmdeploy.runtime.engine_record import BatchRange, EngineHost, Gpu
+from spmdeploy.runtime.engine_record import BatchRange, EngineHost, Gpu, SourceFile
 from spmdeploy.runtime.engine_store import find_engines
 
 from .recording_tensorrt import Behaviour, inspector_json, recording_tensorrt
@@ -157,6 +158,27 @@ def test_a_zip_is_read_from_a_private_folder_and_its_engines_go_into_the_cache(
     assert called(library, "OnnxParser.parse_from_file") == [("OnnxParser.parse_from_file", "edit.fp16.onnx")]
     host = EngineHost.with_gpu(Gpu("Orin", "8.7"), {"tensorrt": version})
     assert [found.fit for found in find_engines(zipped, host)] == [True]
+
+
+def test_weights_in_a_file_of_their_own_lie_beside_the_graph_and_count(
+    bundle: Bundle, apis: Any, version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # golden/tree/image.png stands for the weights: any second file that SHA256SUMS lists.
+    monkeypatch.setattr(GraphRecord, "files", property(lambda graph: (graph.file, "golden/tree/image.png")))
+    beside: list[bool] = []
+    for source in (bundle, open_bundle(pack(bundle, tmp_path / "street.spm.zip"))):
+        library = recording_tensorrt(version, apis[version])
+        parse = library.OnnxParser.parse_from_file
+
+        def parse_beside(self: Any, path: str, parse: Any = parse) -> bool:
+            beside.append((Path(path).parents[1] / "golden/tree/image.png").read_bytes() == b"image.png")
+            return bool(parse(self, path))
+
+        library.OnnxParser.parse_from_file = parse_beside
+        record = build(source, library, overwrite=True).record
+        assert record.weights == SourceFile("golden/tree/image.png", bundle.digest("golden/tree/image.png"))
+        assert record.key != replace(record, weights=None).key
+    assert beside == [True, True]
 
 
 # ------------------------------------------------------------------------------------------------------- timing cache
