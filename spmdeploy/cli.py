@@ -603,7 +603,7 @@ def bundle_slim(
     output: Annotated[Path, typer.Argument(help="The one file to write, NAME.spm.")],
     keep: Annotated[
         list[str],
-        typer.Option("--keep", metavar="fp16|fp32|GRAPH|GRAPH.fp16|...", help="Graphs to keep; repeat for several."),
+        typer.Option("--keep", metavar="fp16|fp32|cpu|GRAPH|GRAPH.fp16", help="Graphs to keep; repeat for several."),
     ],
     engine: Annotated[
         list[str] | None,

@@ -118,9 +118,10 @@ def slim(
 ) -> Bundle:
     """Packs only the graphs that `keep` names and the engines that `engines` names; all that is neither goes along.
 
-    keep: precisions (fp16), graphs (edit_cpu) or both at once (edit.fp32). engines: keys or parts of them (sm86), from
-    the bundle or the cache; SHA256SUMS lists them from then on. Files that stay keep their hashes; manifest and card no
-    longer name the graphs that went. key: signs the result; an older signature no longer fits.
+    keep: precisions (fp16), graphs (edit), both at once (edit.fp32), or cpu for all graphs made for CPUs. engines: keys
+    or parts of them (sm86), from the bundle or the cache; SHA256SUMS lists them from then on. Files that stay keep
+    their hashes; manifest and card no longer name the graphs that went. key: signs the result; an older signature no
+    longer fits.
     Raises UsageError where nothing would be left to edit with, or for an engine of a graph that goes.
     """
     kept = _kept_graphs(bundle, keep)
@@ -161,7 +162,7 @@ def _kept_graphs(bundle: Bundle, keep: Sequence[str]) -> tuple[GraphRecord, ...]
     there = ", ".join(f"{record.graph}.{record.precision}" for record in graphs)
     for word in keep:
         if not any(word in _names(record) for record in graphs):
-            raise UsageError(f"{bundle.path}: holds no graph {word}; there is {there}", "keep fp16, say, or edit_cpu")
+            raise UsageError(f"{bundle.path}: holds no graph {word}; there is {there}", "keep fp16, say, or cpu")
     kept = tuple(record for record in graphs if not _names(record).isdisjoint(keep))
     if not any(record.graph in (EDIT, EDIT_ON_CPU) for record in kept):
         left = ", ".join(keep) or "nothing"
@@ -170,7 +171,8 @@ def _kept_graphs(bundle: Bundle, keep: Sequence[str]) -> tuple[GraphRecord, ...]
 
 
 def _names(record: GraphRecord) -> set[str]:
-    return {record.precision, record.graph, f"{record.graph}.{record.precision}"}
+    names = {record.precision, record.graph, f"{record.graph}.{record.precision}"}
+    return names | {"cpu"} if record.graph.endswith("_cpu") else names
 
 
 def _card_without(card: bytes, dropped: Iterable[str]) -> bytes:

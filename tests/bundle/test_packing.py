@@ -289,6 +289,12 @@ def test_graphs_that_are_not_there(street: Path, keep: list[str]) -> None:
     assert names_in(street.parent) == ["street.spm"]
 
 
+def test_graphs_for_cpus_go_by_one_name(street: Path) -> None:
+    rewrite_manifest(street, lambda manifest: manifest["graphs"][0].update(graph="edit_cpu"))
+    slimmed = slim(open_bundle(street), street.with_name("device.spm"), ["cpu"])
+    assert [record.graph for record in slimmed.manifest.graphs] == ["edit_cpu"]
+
+
 def test_something_to_edit_with_must_be_left(street: Path) -> None:
     def only_another(manifest: dict[str, object]) -> None:
         graphs = manifest["graphs"]
