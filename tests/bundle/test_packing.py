@@ -13,6 +13,7 @@ import pytest
 from spmdeploy.bundle import BundleWriter, open_bundle
 from spmdeploy.bundle_files import MANIFEST, SIGNATURE, SUMS
 from spmdeploy.errors import BundleError, InputError, UsageError
+from spmdeploy.manifest import GraphRecord
 from spmdeploy.packing import pack, slim, unpack
 from spmdeploy.signature import SecretKey, sign
 
@@ -293,6 +294,21 @@ def test_graphs_for_cpus_go_by_one_name(street: Path) -> None:
     rewrite_manifest(street, lambda manifest: manifest["graphs"][0].update(graph="edit_cpu"))
     slimmed = slim(open_bundle(street), street.with_name("device.spm"), ["cpu"])
     assert [record.graph for record in slimmed.manifest.graphs] == ["edit_cpu"]
+
+
+def test_weights_go_with_the_last_graph_that_needs_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with BundleWriter(tmp_path / "street.spm") as writer:
+        records = fill(writer)
+        for name in ("shared", "fp32", "fp16"):
+            writer.add_bytes(f"graphs/{name}.weights", name.encode())
+        full = writer.finish(manifest_of(records))
+
+    def files(record: GraphRecord) -> tuple[str, ...]:
+        return record.file, "graphs/shared.weights", f"graphs/{record.precision}.weights"
+
+    monkeypatch.setattr(GraphRecord, "files", property(files))
+    slimmed = slim(full, tmp_path / "device.spm", ["fp16"])
+    assert full.files().keys() - slimmed.files().keys() == {"graphs/edit.fp32.onnx", "graphs/fp32.weights"}
 
 
 def test_something_to_edit_with_must_be_left(street: Path) -> None:
