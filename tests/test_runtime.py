@@ -120,6 +120,19 @@ def test_a_session_says_where_it_is(street_bundle: Path, library: FakeOnnxRuntim
     assert [choice.split(":")[0] for choice in opened.choices] == ["backend onnxruntime", "precision fp16"]
 
 
+def test_cuda_from_pip_packages_is_loaded_first_and_in_silence(
+    library: FakeOnnxRuntime, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loaded: list[str] = []
+    library.runs_on = CUDA
+    library.preload_dlls = lambda: (loaded.append(library.runs_on), print("Failed to load libcudnn.so.9"))  # type: ignore[attr-defined]
+    ort.OnnxRuntimeSession(b"", "fp16", "cuda:0")
+    assert loaded == [CUDA] and capsys.readouterr().out == ""
+    library.runs_on = "CPUExecutionProvider"
+    ort.OnnxRuntimeSession(b"", "fp32", "cpu")
+    assert loaded == [CUDA]
+
+
 def test_a_build_without_cuda(street_bundle: Path, library: FakeOnnxRuntime) -> None:
     library.get_available_providers = lambda: ["CPUExecutionProvider"]  # type: ignore[method-assign]
     with pytest.raises(UnavailableError, match="cuda:0 was asked for, but this ONNX Runtime has only CPU"):

@@ -86,6 +86,11 @@ class LoadedEngine:
         self._engine = self._runtime.deserialize_cuda_engine(content)
         if self._engine is None:
             self._raise_if_out_of_memory(f"the {len(content):,} bytes of {self._path}")
+            if "cudaerror" in self._said or "cudaruntime" in self._said:  # nothing is wrong with the engine
+                problem = f"{self._name} cannot use {self._memory.device}: {self._words()}"
+                raise UnavailableError(
+                    problem, "is NVIDIA's driver new enough for this library? See `spmdeploy doctor`"
+                )
             raise BundleError(f"{self._path} cannot be loaded by {self._name}: {self._words()}", BUILD_AGAIN)
 
     def _check_ports(self, ports: Mapping[str, Port]) -> None:
@@ -304,13 +309,17 @@ class LoadedEngine:
             del self._messages[: -_KEPT_MESSAGES + 1]
             self._messages.append(" ".join(text.split()))
 
+    @property
+    def _said(self) -> str:
+        """All its words, to look for some."""
+        return "".join(self._messages).lower().replace(" ", "")
+
     def _words(self, error: Exception | None = None) -> str:
         """What the library said, the first message first: it usually causes the others."""
         return "; ".join(dict.fromkeys(self._messages[:3]))[:600] or (str(error) if error else "no reason given")
 
     def _raise_if_out_of_memory(self, what: str) -> None:
-        said = "".join(self._messages).lower().replace(" ", "")
-        if "outofmemory" in said or "cudaerrormemoryallocation" in said:
+        if "outofmemory" in self._said or "cudaerrormemoryallocation" in self._said:
             free, total = self._memory.device.memory()
             problem = f"{self._memory.device} has no room for {what}: {free:,} of {total:,} bytes are free"
             raise OutOfMemory(f"{problem} ({self._words()})", "close other programs on the GPU")

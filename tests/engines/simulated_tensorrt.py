@@ -17,7 +17,7 @@ import numpy as np
 
 from spmdeploy.runtime.engine_record import BATCH, EngineRecord
 
-from .simulated_gpu import Refused, SimulatedGpu
+from .simulated_gpu import Code, Refused, SimulatedGpu
 
 MAGIC = b"kernels of "
 _DTYPES = {"uint8": "UINT8", "int32": "INT32", "float32": "FLOAT", "float16": "HALF"}
@@ -289,7 +289,8 @@ def simulated_library(gpu: SimulatedGpu, runtime: str = "tensorrt", version: str
             try:
                 return ICudaEngine(json.loads(serialized_engine))
             except Refused as refused:
-                library._say("ERROR", f"Cuda Runtime (out of memory): {refused}")
+                memory = refused.code == Code.CUDA_ERROR_OUT_OF_MEMORY
+                library._say("ERROR", f"Error Code 1: Cuda Runtime ({'out of memory' if memory else refused})")
             except ValueError:
                 library._say("WARNING", "this is not what it is about")
                 library._say("ERROR", "Serialization assertion stdVersionRead == kSERIALIZATION_VERSION failed")

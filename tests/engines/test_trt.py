@@ -316,6 +316,13 @@ def test_what_the_library_cannot_load_is_refused_in_its_words(gpu: SimulatedGpu,
     assert gpu.left_behind == {} and gpu.contexts == [] and gpu.retained == 0
 
 
+def test_a_driver_that_the_library_cannot_use_is_no_fault_of_the_engine(gpu: SimulatedGpu, tmp_path: Path) -> None:
+    gpu.fails["cuMemAlloc"] = Code.CUDA_ERROR_NO_DEVICE
+    with pytest.raises(UnavailableError, match=r"cannot use cuda:0 .*: Error Code 1: Cuda Runtime") as caught:
+        opened(gpu, tmp_path)
+    assert caught.value.exit_code == 4 and "driver" in str(caught.value.hint) and gpu.left_behind == {}
+
+
 def swapped(ports: tuple[Port, ...], changed_port: str, changes: dict[str, Any]) -> list[list[Any]]:
     changed = [replace(port, **changes) if port.name == changed_port else port for port in ports]
     return [[port.name, port.dtype, list(port.shape)] for port in changed]
