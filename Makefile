@@ -3,7 +3,7 @@ DEMO := .venv-demo/bin
 DEV := .venv/bin
 SAMPLE := spmdeploy/samples/car_away
 
-.PHONY: demo test test-slow lint bench gpu-check clean
+.PHONY: demo test train-smoke test-slow lint bench gpu-check clean
 
 demo: .venv-demo/ready
 	@mkdir -p demo
@@ -12,6 +12,9 @@ demo: .venv-demo/ready
 
 test: lint
 	$(DEV)/python -m pytest -n 2 --dist loadgroup -m "not slow"
+
+train-smoke: .venv/ready
+	$(DEV)/python -m tests.training.smoke
 
 test-slow: .venv/ready
 	$(DEV)/python -m pytest -m slow

@@ -29,6 +29,9 @@ INSTANCE_FOLDERS = ("inst_map", "inst_map_cc")
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
 
+KEPT_BYTES = 4 << 30
+"""Pictures beyond this many bytes are read anew each time: all of ADE20K would take 14 GB in every process."""
+
 
 @dataclass(frozen=True)
 class Picture:
@@ -74,7 +77,7 @@ class Batch:
 
 
 class PictureFolder:
-    """The pictures of one split, read on demand and kept in memory.
+    """The pictures of one split, read on demand and kept in memory while there is room (see `KEPT_BYTES`).
 
     root: the data folder. split: train or test. rules: how to read instances.
     renumber: this folder's class id -> the model's, or None to keep ids.
@@ -91,12 +94,16 @@ class PictureFolder:
         if missing:
             raise InputError(f"{self._folder}: {len(missing)} images have no label map, the first is {missing[0]}")
         self.names = tuple(sorted(self._images))
-        self._read: dict[str, Picture] = {}
+        self._kept: dict[str, Picture] = {}
+        self._kept_bytes = 0
 
     def __getitem__(self, name: str) -> Picture:
-        picture = self._read.get(name)
-        if picture is None:
-            picture = self._read[name] = self._load(name)
+        if name in self._kept:
+            return self._kept[name]
+        picture = self._load(name)
+        self._kept_bytes += picture.image.nbytes + picture.labels.nbytes + picture.instances.nbytes
+        if self._kept_bytes <= KEPT_BYTES:
+            self._kept[name] = picture
         return picture
 
     def _load(self, name: str) -> Picture:

@@ -164,6 +164,14 @@ def test_missing_label_maps_are_counted(data_folder: Path, tmp_path: Path) -> No
         samples(root)
 
 
+def test_what_does_not_fit_into_memory_is_read_again(data_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dataset, "KEPT_BYTES", 2 * 140 * 180 * (3 + 1 + 4))
+    drawn, again = samples(data_folder), samples(data_folder)
+    found = [drawn.at(position) for position in range(12)]
+    assert len(drawn._main[0][0]._kept) == 2
+    assert all(same(sample, again.at(position)) for position, sample in enumerate(found))
+
+
 def test_no_sample_has_a_hole_of_void(data_folder: Path, tmp_path: Path) -> None:
     root = Path(shutil.copytree(data_folder, tmp_path / "copy"))
     table = json.loads((root / "labels.json").read_text())
