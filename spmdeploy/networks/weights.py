@@ -200,7 +200,7 @@ def _build(config: GeneratorConfig, state: Mapping[str, Tensor], path: Path) -> 
     with torch.device("meta"):
         generator = Generator(config)
     expected = generator.state_dict()
-    for key in expected.keys() | state.keys():
+    for key in (*expected, *(key for key in state if key not in expected)):  # in order: always the same complaint
         if key not in state:
             raise InputError(f"{path}: key {key} is missing")
         if key not in expected:
