@@ -11,6 +11,11 @@ from spmdeploy.tiling.frames import Frame
 from spmdeploy.tiling.levels import Level
 from spmdeploy.tiling.windows import CROP_LIMIT, Site
 
+# Of a window's last level, in grey levels, beyond which the user is told. Tiles put side by side without any blending
+# have a score of 2; where they differ by 16, sky has been seen to come out in bands (docs/tiling.md).
+SEAM_SCORE_LIMIT = 2.0
+TILE_MISMATCH_LIMIT = 12.0
+
 
 @dataclass(frozen=True, slots=True)
 class EditedWindow:
@@ -94,9 +99,19 @@ class EditReport:
 
 def report_notes(windows: Sequence[EditedWindow]) -> tuple[str, ...]:
     """What is worth telling the user, a sentence each."""
-    return tuple(
-        f"window {number} of {len(windows)} is {entry.site.window.width}×{entry.site.window.height} pixels and is "
-        f"edited at {entry.frame.width}×{entry.frame.height}: detail is lost"
-        for number, entry in enumerate(windows, start=1)
-        if entry.scale < 1 / CROP_LIMIT
-    )
+    notes = []
+    for number, entry in enumerate(windows, start=1):
+        window, frame = entry.site.window, entry.frame
+        name = f"window {number} of {len(windows)}"
+        if entry.scale < 1 / CROP_LIMIT:
+            size = f"{window.width}×{window.height} pixels and is edited at {frame.width}×{frame.height}"
+            notes.append(f"{name} is {size}: detail is lost")
+        for last in entry.measured[-1:]:
+            if (last.seam_score or 0) > SEAM_SCORE_LIMIT:
+                notes.append(
+                    f"{name}: steps at the borders of tiles exceed others by {last.seam_score:.1f} grey levels"
+                )
+            if (last.tile_mismatch or 0) > TILE_MISMATCH_LIMIT:
+                differ = f"its tiles differed by {last.tile_mismatch:.0f} grey levels before they were blended"
+                notes.append(f"{name}: {differ}; bands of light may show")
+    return tuple(notes)

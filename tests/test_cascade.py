@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spmdeploy.cascade import base_of, carry_up
+from spmdeploy.edit_report import report_notes
 from spmdeploy.editor import Editor, EditResult
 from spmdeploy.errors import BundleError, InputError, UsageError
 from spmdeploy.labels import ClassTable, LabelClass
@@ -322,6 +324,21 @@ def test_tiles_that_differ_show_it_as_mismatch() -> None:
     (differing,) = edit(Flickering(64, black), noise(200, 110), mask).report.windows
     assert [level.tile_mismatch for level in agreeing.measured] == [0, 0]
     assert all((level.tile_mismatch or 0) >= 10 for level in differing.measured)
+
+
+def test_borders_that_show_and_tiles_that_disagree_are_told() -> None:
+    mask = np.zeros((400, 400), bool)
+    mask[80:360, 40:320] = True
+    (plain,) = edit(Session(64), np.zeros((400, 400, 3), np.uint8), mask).report.windows
+
+    def notes(seam_score: float, tile_mismatch: float) -> tuple[str, ...]:
+        last = replace(plain.measured[-1], seam_score=seam_score, tile_mismatch=tile_mismatch)
+        return report_notes([replace(plain, measured=(*plain.measured[:-1], last))])
+
+    assert report_notes([plain]) == () == notes(2.0, 12.0)
+    assert notes(2.14, 3) == ("window 1 of 1: steps at the borders of tiles exceed others by 2.1 grey levels",)
+    (told,) = notes(0.1, 15.6)
+    assert told.startswith("window 1 of 1: its tiles differed by 16 grey levels")
 
 
 def test_windows_that_are_carried_up_one_after_the_other_keep_apart() -> None:
