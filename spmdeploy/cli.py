@@ -807,6 +807,10 @@ def train(
         tuple[float, float] | None,
         typer.Option(metavar="LOW HIGH", help="Shrink and enlarge the pictures at random, by LOW to HIGH times."),
     ] = None,
+    relighting: Annotated[
+        float | None,
+        typer.Option(metavar="PART", help="Brighten and tint the photos at random, by up to PART; default: 0."),
+    ] = None,
     validation: Annotated[
         int | None, typer.Option(metavar="N", min=0, help="Training pictures to hold out; default: 32.")
     ] = None,
@@ -881,6 +885,7 @@ def train(
                 "crop": crop,
                 "smallest_scale": smallest,
                 "largest_scale": largest,
+                "relighting": relighting,
                 "validation": validation,
             },
             of_loss={

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 import onnx
 import torch
+from onnx import numpy_helper
 
 from spmdeploy.networks.deploy_graph import EDIT_INPUTS, NATIVE_SIZE, OUTPUTS, EditGraph
 from spmdeploy.networks.generator import Generator
@@ -35,7 +36,7 @@ def export_edit(generator: Generator) -> onnx.ModelProto:
         torch.zeros(batch, size, size, dtype=torch.uint8),  # its own tensor: one given twice becomes one input
     )
     dynamic_batch = {0: torch.export.Dim("batch", min=1, max=MAX_BATCH)}
-    with _quiet():
+    with _quiet(), torch.no_grad():  # weights that still learn would bring their own form of the norms
         program = torch.onnx.export(
             EditGraph(generator).eval(),
             examples,
@@ -49,6 +50,7 @@ def export_edit(generator: Generator) -> onnx.ModelProto:
     assert program is not None
     model = program.model_proto
     _rename(model.graph)
+    _restore_weights(model.graph, generator)
     _strip_traces(model)
     assert model.ir_version <= MAX_IR_VERSION, model.ir_version
     return with_shapes(model)
@@ -83,6 +85,22 @@ def _rename(graph: onnx.GraphProto) -> None:
     for node in graph.node:
         node.input[:] = [names.get(value, value) for value in node.input]
         node.output[:] = [names[value] for value in node.output]
+
+
+def _restore_weights(graph: onnx.GraphProto, generator: Generator) -> None:
+    """Gives each convolution the weights of its layer, under their own names.
+
+    The exporter keeps one of several equal tensors and leaves out biases of zeros: stages that have not learnt yet have
+    nothing else.
+    """
+    weights = {name: value.detach().numpy() for name, value in generator.state_dict().items()}
+    stored = {tensor.name for tensor in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "Conv":
+            names = [f"{node.name.removesuffix('/Conv')}.{part}" for part in ("weight", "bias")]
+            node.input[1:] = [name for name in names if name in weights]
+    read = {name for node in graph.node for name in node.input}
+    graph.initializer.extend(numpy_helper.from_array(weights[name], name) for name in weights if name in read - stored)
 
 
 def _layer(node: onnx.NodeProto) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -436,11 +437,12 @@ def train(config: TrainConfig, output: Path, resume: bool, report: Report, devic
     run = RunDirectory(output)
     try:
         trainer = Trainer(config, run, place)
-        if resume:
-            trainer.resume()
-        elif trainer.leads:
+        if trainer.leads and not resume:
             run.start(config)
-        trainer.train(report)
+        with run.held() if trainer.leads else nullcontext():
+            if resume:
+                trainer.resume()
+            trainer.train(report)
     except torch.OutOfMemoryError as error:
         raise OutOfMemory(f"{place} has too little memory", "take a smaller batch, a smaller crop or bf16") from error
     processes.leave()

@@ -42,6 +42,8 @@ def open_model(path: Path, classes: int) -> Edits:
     exported = path / "export" / "generator.safetensors"
     if exported.is_file():
         path = exported
+    elif (path / "config.json").is_file():
+        raise InputError(f"{path}: this run has not saved any weights yet", "they come with its first checkpoint")
     session: Edits
     if path.suffix.lower() in CHECKPOINT_SUFFIXES:
         generator = load_checkpoint(path).generator

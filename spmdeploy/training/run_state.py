@@ -11,10 +11,12 @@ RUN/best/                the same for the lowest validation figure
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,24 @@ class RunDirectory:
             raise UsageError(f"{self.path} already holds a run", "continue it with --resume, or choose another folder")
         (self.path / "samples").mkdir(parents=True, exist_ok=True)
         _write_atomically(self._config, lambda path: _write_json(path, to_json(config)))
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keeps all other processes from training here, until this one ends in whatever way.
+
+        A launcher that is killed leaves its workers behind: a second run beside them would mix two into one folder.
+        Raises UsageError when somebody is there already.
+        """
+        folder = os.open(self.path, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                problem = f"another process is training in {self.path}"
+                raise UsageError(problem, "wait for its end or end it; workers outlive a killed torchrun") from error
+            yield
+        finally:
+            os.close(folder)
 
     def config(self) -> TrainConfig:
         """The run's configuration. Raises InputError when there is none."""

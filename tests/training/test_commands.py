@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -43,14 +45,16 @@ def test_the_options_of_train_are_the_runs_configuration(data_folder: Path, monk
     given: list[TrainConfig] = []
     monkeypatch.setattr(loop, "train", lambda config, *rest: given.append(config))
     words = (
-        "--images 9 --batch 3 --crop 128 --scale-jitter 0.5 2 --validation 2 --perceptual-network vgg16 "
-        "--decay-from 0.6 --ema-half-life 50 --seed 4 --modulation spade --stages 1 "
+        "--images 9 --batch 3 --crop 128 --scale-jitter 0.5 2 --relighting 0.3 --validation 2 "
+        "--perceptual-network vgg16 --decay-from 0.6 --ema-half-life 50 --seed 4 --modulation spade --stages 1 "
         "--bf16 --channels-last --compile --tensorboard"
     )
     assert cli.main(["train", "--data", str(data_folder), "--output", "run", *words.split()]) == 0
     assert given == [
         TrainConfig(
-            data=DataConfig(str(data_folder), crop=128, smallest_scale=0.5, largest_scale=2.0, validation=2),
+            data=DataConfig(
+                str(data_folder), crop=128, smallest_scale=0.5, largest_scale=2.0, relighting=0.3, validation=2
+            ),
             schedule=(Phase((0,), images=9, batch=3, decay_from=0.6),),
             modulation="spade",
             stages=1,
@@ -94,6 +98,21 @@ def test_train_says_what_is_missing(
     assert code == failure["exit_code"] == exit_code
     assert words in str(failure["error"])
     assert not Path("run").exists()
+
+
+def test_the_training_page_names_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[2] / "docs/training.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^(?:torchrun .*-m )?spmdeploy (.+)$", page, re.MULTILINE)
+    assert len(commands) >= 9
+    helps = ""
+    for command in commands:
+        assert cli.main([*shlex.split(command), "--help"]) == 0, (
+            command,
+            capsys.readouterr().err,
+        )  # unknown options fail
+        helps += capsys.readouterr().out
+    foreign = {"--no-deps", "--nproc-per-node"}
+    assert set(re.findall(r"--[a-z][a-z0-9-]+", page)) - foreign <= set(re.findall(r"--[a-z][a-z0-9-]+", helps))
 
 
 def test_dataset_check(data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -164,6 +164,12 @@ def test_weights_and_run_directories_are_opened(data_folder: Path, tmp_path: Pat
     assert not np.array_equal(edits[0], sample.image)
 
 
+def test_a_run_without_weights_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="this run has not saved any weights yet"):
+        open_model(tmp_path, classes=3)
+
+
 def test_a_path_to_nothing_is_named(tmp_path: Path) -> None:
     with pytest.raises(SpmDeployError, match="nothing"):
         open_model(tmp_path / "nothing.safetensors", classes=3)

@@ -20,6 +20,14 @@ def test_a_run_is_started_once_and_found_again(tmp_path: Path, tiny: TrainConfig
         run.start(tiny)
 
 
+def test_two_processes_never_train_in_one_folder(tmp_path: Path) -> None:
+    held = RunDirectory(tmp_path).held
+    with held(), pytest.raises(UsageError, match="another process is training in"), held():
+        raise AssertionError("both are in")
+    with held():
+        pass
+
+
 def test_no_run_to_resume(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no run to resume"):
         RunDirectory(tmp_path).config()
