@@ -3,7 +3,7 @@ DEMO := .venv-demo/bin
 DEV := .venv/bin
 SAMPLE := spmdeploy/samples/car_away
 
-.PHONY: demo test train-smoke test-slow lint bench gpu-check clean
+.PHONY: demo test train-smoke test-slow lint bench figures gpu-check clean
 
 demo: .venv-demo/ready
 	@mkdir -p demo
@@ -25,8 +25,16 @@ lint: .venv/ready
 	$(DEV)/mypy
 	$(DEV)/lint-imports
 
+# Seven minutes on two cores that have nothing else to do; the records say whether they had.
 bench: .venv/ready
-	$(DEV)/python bench/cpu.py --output bench/results/cpu.json
+	$(DEV)/spmdeploy bench --preset paper --backend torch --backend onnxruntime --mask large --duration 85 --profile \
+		--output bench/results/paper_cpu.json --overwrite
+	$(DEV)/spmdeploy bench --scope edit --scope cold-start --backend onnxruntime --baseline onnxruntime \
+		--size 360 --mask medium --duration 25 --output bench/results/street_cpu.json --overwrite
+	$(MAKE) figures
+
+figures: .venv/ready
+	$(DEV)/python bench/figures.py
 
 # For a machine with a GPU. GPU_PYTHON names an environment that has PyTorch with CUDA and what else is to be checked;
 # without it one is made here with everything that can be installed.

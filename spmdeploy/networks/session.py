@@ -34,7 +34,7 @@ class TorchSession:
         self.device = device
         self.provider = f"torch {torch.__version__}"
         self.refines = len(generator.stages) > 1
-        self._edit = EditGraph(generator).to(device).eval()
+        self.edit_graph = EditGraph(generator).to(device).eval()
         self._refine = RefineGraph(generator).to(device).eval() if self.refines else None
 
     def run(
@@ -44,7 +44,7 @@ class TorchSession:
         instances: NDArray[np.int32],
         mask: NDArray[np.uint8],
     ) -> NDArray[np.uint8]:
-        edited: NDArray[np.uint8] = self._outputs(self._edit, image, labels, instances, mask)[0]
+        edited: NDArray[np.uint8] = self._outputs(self.edit_graph, image, labels, instances, mask)[0]
         return edited
 
     def run_unrounded(
@@ -54,7 +54,7 @@ class TorchSession:
         instances: NDArray[np.int32],
         mask: NDArray[np.uint8],
     ) -> NDArray[np.float32]:
-        unrounded: NDArray[np.float32] = self._outputs(self._edit, image, labels, instances, mask)[1]
+        unrounded: NDArray[np.float32] = self._outputs(self.edit_graph, image, labels, instances, mask)[1]
         return unrounded
 
     def refine(
@@ -92,13 +92,17 @@ def open_torch_session(bundle: Bundle, backend: str = "torch", device: str = "au
         device = "cuda:0" if torch.cuda.is_available() else "cpu"
         choices.append(f"device {device}: torch.cuda.is_available() is {torch.cuda.is_available()}")
     check_device(device)
+    return Opened(TorchSession(bundled_generator(bundle), device), tuple(choices))
+
+
+def bundled_generator(bundle: Bundle) -> Generator:
+    """The generator that a bundle was made from. Raises BundleError when no FP32 graph holds its weights."""
     facts = bundle.manifest.generator
     # Both FP32 graphs hold the weights under the same names; a bundle may hold one of them only.
     held = next((record for record in bundle.manifest.graphs if record.precision == "fp32"), None)
     graph = bundle.read((held or bundle.graph(EDIT, "fp32")).file)
     config = GeneratorConfig(facts.classes, facts.width, facts.hidden, facts.modulation, facts.stages)
-    generator = generator_from_graph(graph, config)
-    return Opened(TorchSession(generator, device), tuple(choices))
+    return generator_from_graph(graph, config)
 
 
 def generator_from_graph(content: bytes, config: GeneratorConfig) -> Generator:

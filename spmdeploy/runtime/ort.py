@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import io
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from spmdeploy.errors import BundleError, OutOfMemory, UnavailableError
 from spmdeploy.manifest import Precision
 from spmdeploy.runtime.cuda import visible_gpus
+from spmdeploy.runtime.device_arrays import DeviceArray
 
 _INPUTS = {"image": "tensor(uint8)", "labels": "tensor(uint8)", "instances": "tensor(int32)", "mask": "tensor(uint8)"}
 
@@ -83,6 +85,15 @@ class OnnxRuntimeSession:
             return self._session.run([output], inputs)[0]
         except Exception as error:
             raise _translated(error, self.device) from error
+
+    def bound(self, inputs: Mapping[str, DeviceArray], outputs: Mapping[str, DeviceArray]) -> Callable[[], None]:
+        """A call that runs the graph on arrays in the memory of this session's GPU, and returns when it is done."""
+        binding = self._session.io_binding()
+        number = int(self.device.removeprefix("cuda:"))
+        for bind, arrays in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
+            for name, array in arrays.items():
+                bind(name, "cuda", number, np.dtype(array.dtype).type, array.shape, array.address)
+        return lambda: self._session.run_with_iobinding(binding)
 
     def close(self) -> None:
         self._session = None

@@ -1,0 +1,102 @@
+"""How fast could it be? The work that was counted, at the rates that this machine was measured to reach.
+
+The floor of an edit is the larger of two times: its convolutions' operations at the rate of a large matrix product, and
+the bytes that must be moved at least (the weights once, the pictures in and out once) at the rate of a large copy. Both
+are best cases: no backend keeps up either rate all the way. A backend that leaves out superfluous work, or transforms
+convolutions, may get below it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from spmdeploy.bench.machine import usable_cores
+
+MATRIX_SIDE = 2048
+COPIED_BYTES = 256 << 20
+"""More than any cache holds."""
+BYTES_PER_PIXEL = 3 + 1 + 4 + 1 + 3
+"""image, labels, instances and mask in, edited out."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What one device reached, in the precision of a row."""
+
+    device: str
+    precision: str
+    library: str
+    """Whose matrix product was the fastest."""
+    gflops: float
+    """Of a matrix product of `MATRIX_SIDE`, 2 operations per multiply-add."""
+    copy_gb_per_second: float
+    """Bytes read and written by a copy of `COPIED_BYTES`."""
+
+
+@dataclass(frozen=True)
+class Floor:
+    """The least time for what a row does."""
+
+    gflop: float
+    """Counted operations of the plain generator, of the whole batch."""
+    megabytes: float
+    """Weights once, pictures in and out."""
+    milliseconds: float
+    bound_by: str
+    """arithmetic or memory."""
+    reached: float
+    """Share of the floor's speed: floor / median, 1 = as fast as the counted work allows."""
+
+
+def floor_of(gflop: float, weights_bytes: int, batch: int, size: int, rates: Rates, median: float) -> Floor:
+    """gflop: of one edit. median: milliseconds that a call took."""
+    moved = weights_bytes + batch * size * size * BYTES_PER_PIXEL
+    arithmetic = gflop * batch / rates.gflops * 1e3
+    memory = moved / (rates.copy_gb_per_second * 1e9) * 1e3
+    longest = max(arithmetic, memory)
+    bound_by = "arithmetic" if arithmetic >= memory else "memory"
+    return Floor(round(gflop * batch, 3), round(moved / 1e6, 3), longest, bound_by, longest / median)
+
+
+def numpy_rates(seconds: float) -> Rates:
+    """What numpy reaches on the cores that this process may use. seconds: for each rate."""
+    matrix = np.random.default_rng(0).standard_normal((MATRIX_SIDE, MATRIX_SIDE), np.float32)
+    product = np.empty_like(matrix)
+    product_seconds = best_seconds(lambda: np.matmul(matrix, matrix, out=product), seconds)
+    cores = len(usable_cores())
+    source = np.ones(COPIED_BYTES, np.uint8)
+    target = np.empty_like(source)
+    pieces = list(zip(np.array_split(target, cores), np.array_split(source, cores), strict=True))
+    with ThreadPoolExecutor(cores) as pool:  # numpy copies without the interpreter's lock
+        copy_seconds = best_seconds(lambda: list(pool.map(lambda piece: np.copyto(*piece), pieces)), seconds)
+    return rates_from("cpu", "fp32", f"numpy {np.__version__}", product_seconds, copy_seconds)
+
+
+def rates_from(device: str, precision: str, library: str, product_seconds: float, copy_seconds: float) -> Rates:
+    gflops = 2 * MATRIX_SIDE**3 / product_seconds / 1e9
+    return Rates(device, precision, library, gflops, 2 * COPIED_BYTES / copy_seconds / 1e9)
+
+
+def best_seconds(work: Callable[[], object], seconds: float, wait: Callable[[], object] = lambda: None) -> float:
+    """The shortest repetition within `seconds`, after one that does not count. wait: until the work is done."""
+    work()
+    wait()
+    times: list[float] = []
+    while sum(times) < seconds or len(times) < 3:
+        started = time.perf_counter()
+        work()
+        wait()
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+def best_of(rates: list[Rates]) -> Rates:
+    """The faster product and the faster copy of the same device and precision."""
+    fastest = max(rates, key=lambda it: it.gflops)
+    copying = max(it.copy_gb_per_second for it in rates)
+    return Rates(fastest.device, fastest.precision, fastest.library, fastest.gflops, copying)

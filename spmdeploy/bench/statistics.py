@@ -1,0 +1,132 @@
+"""From samples to figures. No sample is ever removed.
+
+Samples come in turns: a backend runs for a moment, then the next one, and so on in rounds. What disturbs the machine
+disturbs neighbouring samples together, so the bootstrap draws whole turns; and because it draws the same rounds for
+both sides of a ratio, a slow minute that hit both cancels out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+UNSTABLE_ABOVE = 0.025
+"""Coefficient of variation from which a figure is called unstable: trtexec's threshold."""
+SAMPLES_FOR_P99 = 100
+"""With fewer, the 99th percentile is the maximum under another name."""
+RESAMPLES = 2000
+"""Enough for the ends of a 95 % interval to be steady in their second digit."""
+
+Turns = Sequence[Sequence[float]]
+"""Samples in the order in which they were taken, a sequence for each turn."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A 95 % bootstrap interval (percentile method)."""
+
+    low: float
+    high: float
+
+    def holds(self, value: float) -> bool:
+        return self.low <= value <= self.high
+
+
+@dataclass(frozen=True)
+class Summary:
+    """All samples in the unit of the samples, quantiles interpolated linearly."""
+
+    n: int
+    mean: float
+    std: float
+    """With n - 1 in the denominator."""
+    min: float
+    p50: float
+    p50_interval: Interval
+    p90: float
+    p95: float
+    p99: float | None
+    """None for fewer than `SAMPLES_FOR_P99` samples."""
+    max: float
+    cv: float
+    """Coefficient of variation: std / mean."""
+    unstable: bool
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times faster than the baseline: its median over this one's, both from the same rounds."""
+
+    baseline: str
+    value: float
+    interval: Interval
+
+
+def summarise(turns: Turns, seed: int = 0) -> Summary:
+    """At least two samples, all above 0."""
+    samples = _flat(turns)
+    p50, p90, p95, p99 = np.quantile(samples, (0.5, 0.9, 0.95, 0.99)).tolist()
+    mean, std = float(samples.mean()), float(samples.std(ddof=1))
+    medians = resampled_medians(turns, drawn_rounds(len(turns), seed))
+    return Summary(
+        n=len(samples),
+        mean=mean,
+        std=std,
+        min=float(samples.min()),
+        p50=p50,
+        p50_interval=_interval(medians),
+        p90=p90,
+        p95=p95,
+        p99=p99 if len(samples) >= SAMPLES_FOR_P99 else None,
+        max=float(samples.max()),
+        cv=std / mean,
+        unstable=std / mean > UNSTABLE_ABOVE,
+    )
+
+
+def ratio_of_medians(baseline: Turns, turns: Turns, name: str, seed: int = 0) -> Ratio:
+    """baseline and turns: of the same rounds, in the same order. name: the baseline's."""
+    assert len(baseline) == len(turns), (len(baseline), len(turns))
+    rounds = drawn_rounds(len(turns), seed)
+    ratios = resampled_medians(baseline, rounds) / resampled_medians(turns, rounds)
+    return Ratio(name, float(np.median(_flat(baseline)) / np.median(_flat(turns))), _interval(ratios))
+
+
+def ratio_of_runs(before: Turns, after: Turns, name: str, seed: int = 0) -> Ratio:
+    """As `ratio_of_medians` for two runs that share no rounds: each is resampled on its own."""
+    first = resampled_medians(before, drawn_rounds(len(before), seed))
+    second = resampled_medians(after, drawn_rounds(len(after), seed + 1))
+    return Ratio(name, float(np.median(_flat(before)) / np.median(_flat(after))), _interval(first / second))
+
+
+def drawn_rounds(rounds: int, seed: int) -> NDArray[np.int64]:
+    """How often each round is drawn in each resample: int (RESAMPLES, rounds), every row adds up to `rounds`."""
+    return np.random.default_rng(seed).multinomial(rounds, np.full(rounds, 1 / rounds), size=RESAMPLES)
+
+
+def resampled_medians(turns: Turns, draws: NDArray[np.int64]) -> NDArray[np.float64]:
+    """The median of every resample. draws: int (R, turns), how often each turn is in it. Returns float (R,)."""
+    samples = _flat(turns)
+    order = np.argsort(samples, kind="stable")
+    turn_of = np.repeat(np.arange(len(turns)), [len(turn) for turn in turns])[order]
+    samples = samples[order]
+    medians = np.empty(len(draws))
+    step = max(1, 4_000_000 // len(samples))  # rows whose running counts take some 30 MB
+    for start in range(0, len(draws), step):
+        reached = np.cumsum(draws[start : start + step, turn_of], axis=1)
+        total = reached[:, -1:]
+        middle = [samples[(reached <= place).sum(axis=1)] for place in ((total - 1) // 2, total // 2)]
+        medians[start : start + step] = (middle[0] + middle[1]) / 2
+    return medians
+
+
+def _flat(turns: Turns) -> NDArray[np.float64]:
+    return np.concatenate([np.asarray(turn, np.float64) for turn in turns])
+
+
+def _interval(values: NDArray[np.float64]) -> Interval:
+    low, high = np.quantile(values, (0.025, 0.975)).tolist()
+    return Interval(low, high)

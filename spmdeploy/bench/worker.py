@@ -1,0 +1,366 @@
+"""A process for each backend: its memory is its own, its crash ends nobody else, and its turns come when it is told.
+
+`Bench` lives in the process and does the work; `Worker` is its handle outside.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import re
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+
+import numpy as np
+
+from spmdeploy import images
+from spmdeploy.bench.backends import EAGER, describe, open_backend
+from spmdeploy.bench.cases import EditBatch, EditCase, write_case
+from spmdeploy.bench.contest import Turn
+from spmdeploy.bench.nvml import GpuMeter, Nvml
+from spmdeploy.bench.ort_parts import profiled_in_onnxruntime
+from spmdeploy.bench.parts import Profile
+from spmdeploy.bench.racer import Crashed, First, Memory
+from spmdeploy.bench.record import Ran
+from spmdeploy.bench.resident import ResidentEdit, device_milliseconds, resident_edit
+from spmdeploy.bundle import open_bundle
+from spmdeploy.edit_files import FileEdit, edit_files
+from spmdeploy.editor import Editor
+from spmdeploy.errors import OutOfMemory, SpmDeployError, UnavailableError
+from spmdeploy.runtime.cuda import gpu_uuid
+from spmdeploy.runtime.cuda_device import Device
+from spmdeploy.runtime.golden import GoldenResult, verify
+from spmdeploy.runtime.session import Session
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+_STATUS = Path("/proc/self/status")
+_CLEAR = Path("/proc/self/clear_refs")
+
+
+class Timed(Protocol):
+    """What one iteration is."""
+
+    def __call__(self) -> float:
+        """Runs it once; returns milliseconds."""
+
+
+# ------------------------------------------------------------------------------------------------- inside the process
+
+
+class Bench:
+    """One backend on one bundle, ready to be timed."""
+
+    def __init__(self, bundle: Path, backend: str, device: str, precision: str) -> None:
+        self._resources = ExitStack()
+        self._bundle = open_bundle(bundle)
+        self._backend = backend
+        self._session: Session = open_backend(self._bundle, backend, device, precision)
+        self._resources.callback(self._session.close)
+        self._timed: list[Timed] = []
+        self._phases: list[dict[str, float]] = []
+        self._launches: list[float] = []
+        self._ready = _resident_bytes("VmRSS")
+        self._device: Device | None = None
+        self._meter: GpuMeter | None = None
+        self._case = self._resources.enter_context(ExitStack())
+        if self._session.device != "cpu":
+            ordinal = int(self._session.device.removeprefix("cuda:"))
+            self._device = Device(ordinal)
+            self._resources.callback(self._device.close)
+            self._meter = self._resources.enter_context(Nvml()).meter(gpu_uuid(ordinal))
+
+    def describe(self) -> Ran:
+        return describe(self._session, self._bundle)
+
+    def verify(self) -> list[GoldenResult]:
+        return verify(self._session, self._bundle)
+
+    def prepare_engine(self, batch: EditBatch, streams: int) -> First:
+        """The graph alone, from arrays to arrays; on a GPU with both in its memory."""
+        self._end_case()
+        started = time.perf_counter()
+        if self._device is None:
+            picture = self._session.run(*batch.arrays)
+            self._timed = [_timed_on_host(lambda: self._session.run(*batch.arrays))] * streams
+        else:
+            if streams > 1:
+                raise UnavailableError("several streams on a GPU are not measured yet", "leave --streams out")
+            edit = resident_edit(self._session, batch, self._device, self._case)
+            device_milliseconds(edit, self._device)
+            picture = edit.fetch()
+            self._timed = [self._timed_on_device(edit, self._device)]
+        return First(batch.image, picture, time.perf_counter() - started, {})
+
+    def prepare_edit(self, case: EditCase) -> First:
+        """A photo file, a label file and a mask file become an edited PNG file."""
+        self._end_case()
+        folder = Path(self._case.enter_context(tempfile.TemporaryDirectory()))
+        files = write_case(case, folder)
+        editor = Editor(self._session, self._bundle.manifest.classes)
+
+        def edit() -> FileEdit:
+            done = edit_files(editor, files)
+            self._phases.append(done.report.milliseconds)
+            return done
+
+        started = time.perf_counter()
+        report = edit().report
+        seconds = time.perf_counter() - started
+        self._timed = [_timed_on_host(edit)]
+        notes: dict[str, str | int] = {"tiling": report.tiling, "windows": len(report.windows)}
+        photo, picture = (images.read_photo(path).pixels[None] for path in (files.image, files.output))
+        return First(photo, picture, seconds, notes)
+
+    def turn(self, seconds: float, iterations: int) -> Turn:
+        """Runs what was prepared last until both are reached; several streams run at once."""
+        joules = None if self._meter is None else self._meter.joules()
+        started = time.perf_counter()
+        samples = _together([partial(_repeated, timed, seconds, iterations) for timed in self._timed])
+        elapsed = time.perf_counter() - started
+        spent = None if self._meter is None else self._meter.joules()
+        energy = None if joules is None or spent is None else spent - joules
+        return Turn(tuple(samples), elapsed, energy)
+
+    def forget(self) -> None:
+        """What ran so far does not count for `medians`."""
+        self._phases.clear()
+        self._launches.clear()
+
+    def medians(self) -> dict[str, float]:
+        """Where the time of an edit went: medians in milliseconds by phase; and of launching, on a GPU."""
+        names = self._phases[0] if self._phases else {}
+        medians = {name: float(np.median([phases[name] for phases in self._phases])) for name in names}
+        return medians | ({"launch": float(np.median(self._launches))} if self._launches else {})
+
+    def profile(self, batch: EditBatch) -> Profile:
+        """One profiled batch. Takes memory and time of its own: ask after everything has been measured."""
+        self._end_case()
+        session = self._session
+        if session.backend == "onnxruntime":
+            return profiled_in_onnxruntime(self._bundle, session, batch)
+        if session.backend == EAGER:
+            from spmdeploy.bench.torch_parts import profiled_in_torch
+
+            return profiled_in_torch(session, batch)
+        raise UnavailableError(f"{session.backend} is not profiled by part", "profile onnxruntime or torch")
+
+    def memory(self) -> Memory:
+        device = None if self._meter is None else self._meter.memory_of(os.getpid())
+        return Memory(self._ready, _resident_bytes("VmHWM"), device)
+
+    def close(self) -> None:
+        self._resources.close()
+
+    def _end_case(self) -> None:
+        """Gives back what the last case needed, and lets the peak of memory begin anew."""
+        self._timed = []
+        self._case.close()
+        self.forget()
+        _forget_peak()
+
+    def _timed_on_device(self, edit: ResidentEdit, device: Device) -> Timed:
+        def timed() -> float:
+            passed, launching = device_milliseconds(edit, device)
+            self._launches.append(launching)
+            return passed
+
+        return timed
+
+
+def _timed_on_host(run: Callable[[], object]) -> Timed:
+    def timed() -> float:
+        started = time.perf_counter()
+        run()
+        return (time.perf_counter() - started) * 1000
+
+    return timed
+
+
+def _repeated(timed: Timed, seconds: float, iterations: int) -> list[float]:
+    samples: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(samples) < iterations or time.perf_counter() < end:
+        samples.append(timed())
+    return samples
+
+
+def _together(loops: list[Callable[[], list[float]]]) -> list[float]:
+    """Runs all loops at once, each in a thread of its own; one alone in this thread. Raises what any of them raises."""
+    if len(loops) == 1:
+        return loops[0]()
+    results: list[list[float] | BaseException] = [[] for _ in loops]
+
+    def run(place: int) -> None:
+        try:
+            results[place] = loops[place]()
+        except BaseException as error:
+            results[place] = error
+
+    threads = [threading.Thread(target=run, args=(place,)) for place in range(len(loops))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    samples: list[float] = []
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+        samples += result
+    return samples
+
+
+def _resident_bytes(field: str) -> int | None:
+    """VmRSS (now) or VmHWM (largest) of this process.
+
+    Not getrusage: its maximum survives exec, so that a child starts with the size of its parent.
+    """
+    try:
+        found = re.search(rf"^{field}:\s+(\d+) kB", _STATUS.read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    return int(found[1]) * 1024 if found else None
+
+
+def _forget_peak() -> None:
+    """Makes VmHWM start again from what is resident now, where the system lets us."""
+    with suppress(OSError):
+        _CLEAR.write_text("5")
+
+
+def _serve(connection: Connection, bundle: Path, backend: str, device: str, precision: str) -> None:
+    """The process: makes a Bench, then calls what it is told to until the other side closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends us
+    os.dup2(sys.stderr.fileno(), 1)  # stdout is for one JSON object, whatever a library prints
+    bench: Bench | None = None
+    with suppress(EOFError, BrokenPipeError):
+        bench = _answered(connection, partial(Bench, bundle, backend, device, precision))
+        while bench is not None:
+            name, arguments = connection.recv()
+            _answered(connection, partial(getattr(bench, name), *arguments))
+    if bench is not None:
+        bench.close()
+
+
+def _answered(connection: Connection, work: Callable[[], Any]) -> Any:
+    """Sends what `work` returns or why it failed; returns it too, None for a failure."""
+    try:
+        result = work()
+    except SpmDeployError as error:
+        connection.send(("failed", error))
+        return None
+    except MemoryError:
+        connection.send(("failed", OutOfMemory("the backend's process ran out of memory", "close other programs")))
+        return None
+    except Exception as error:  # whatever a library throws is one row's misfortune, not the end of the run
+        connection.send(("failed", Crashed(f"{type(error).__name__}: {error}")))
+        return None
+    connection.send(("done", None if isinstance(result, Bench) else result))
+    return result
+
+
+# ------------------------------------------------------------------------------------------------ outside the process
+
+
+class Worker:
+    """A `Bench` in a process of its own; close it, or use it as a context manager.
+
+    Every method may raise what the one of `Bench` raises, and `Crashed`.
+    """
+
+    def __init__(self, bundle: Path, backend: str, device: str, precision: str) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection, other = context.Pipe()
+        arguments = (other, bundle, backend, device, precision)
+        self._process = context.Process(target=_serve, args=arguments, daemon=True)
+        self._process.start()
+        other.close()
+        try:
+            self._result()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def pid(self) -> int:
+        assert self._process.pid is not None
+        return self._process.pid
+
+    def describe(self) -> Ran:
+        return self._call(Bench.describe)
+
+    def verify(self) -> list[GoldenResult]:
+        return self._call(Bench.verify)
+
+    def prepare_engine(self, batch: EditBatch, streams: int) -> First:
+        return self._call(Bench.prepare_engine, batch, streams)
+
+    def prepare_edit(self, case: EditCase) -> First:
+        return self._call(Bench.prepare_edit, case)
+
+    def turn(self, seconds: float, iterations: int) -> Turn:
+        return self._call(Bench.turn, seconds, iterations)
+
+    def forget(self) -> None:
+        self._call(Bench.forget)
+
+    def medians(self) -> dict[str, float]:
+        return self._call(Bench.medians)
+
+    def profile(self, batch: EditBatch) -> Profile:
+        return self._call(Bench.profile, batch)
+
+    def memory(self) -> Memory:
+        return self._call(Bench.memory)
+
+    def close(self) -> None:
+        """Ends the process; safe to call twice."""
+        self._connection.close()
+        self._process.join(timeout=10)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _call(
+        self, method: Callable[Concatenate[Bench, Arguments], Result], *arguments: Arguments.args, **_: Arguments.kwargs
+    ) -> Result:
+        try:
+            self._connection.send((method.__name__, arguments))
+        except OSError as error:
+            raise self._ended() from error
+        result: Result = self._result()
+        return result
+
+    def _result(self) -> Any:
+        try:
+            kind, value = self._connection.recv()
+        except (EOFError, OSError) as error:
+            raise self._ended() from error
+        if kind == "failed":
+            raise value
+        return value
+
+    def _ended(self) -> Crashed:
+        self._process.join(timeout=10)
+        code = self._process.exitcode
+        how = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
+        return Crashed(f"its process ended with {how}", "run `spmdeploy verify` with this backend")

@@ -1,0 +1,63 @@
+"""Starting the command again and again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from spmdeploy.bench.cases import edit_case, write_case
+from spmdeploy.bench.cold_start import ColdStart, import_times
+from spmdeploy.errors import SpmDeployError
+from spmdeploy.labels import class_table
+
+STREET = class_table("street")
+
+
+def test_a_start_is_accounted_for(street_bundle: Path, tmp_path: Path) -> None:
+    case = edit_case(STREET, 256, "small")
+    files = write_case(case, tmp_path)
+    start = ColdStart(files, ["--model", str(street_bundle), "--backend", "onnxruntime", "--device", "cpu"])
+    first = start.first()
+    assert first.picture.shape == first.photo.shape == (1, 256, 256, 3)
+    assert (first.picture[0][~case.mask] == first.photo[0][~case.mask]).all()
+    assert (first.picture != first.photo).any() and files.output.exists()
+    start.forget()
+
+    turn = start.turn(0.01, 1)
+    (whole,) = turn.samples
+    phases = start.medians()
+    assert turn.seconds * 1000 >= whole > 0
+    assert sum(phases[name] for name in ("start", "open", "edit", "end")) == pytest.approx(whole)
+    assert all(phases[name] > 0 for name in ("start", "open", "edit"))
+    assert {"import python", "import numpy", "import PIL"} <= set(phases)
+    memory = start.memory()
+    assert memory.peak is not None and memory.peak > 20e6
+
+
+def test_a_failing_command_says_why(tmp_path: Path) -> None:
+    case = edit_case(STREET, 256, "small")
+    start = ColdStart(write_case(case, tmp_path), ["--model", str(tmp_path / "missing.spm")])
+    with pytest.raises(SpmDeployError, match=r"ended with 6: .*missing\.spm"):
+        start.first()
+
+
+def test_import_times() -> None:
+    text = (
+        "import time: self [us] | cumulative | imported package\n"
+        "import time:       200 |        300 |   numpy.core\n"
+        "import time:      1800 |       3300 | numpy\n"
+        "import time:       500 |        500 | json\n"
+        "import time:       250 |        250 |       json.decoder\n"
+        "note: something else\n"
+    )
+    assert import_times(text) == {"numpy": 2.0, "python": 0.75}
+    assert import_times("") == {}
+
+
+def test_pictures_are_those_of_the_case(tmp_path: Path) -> None:
+    """The rule for masks holds on disk too, for whoever wants to repeat a case by hand."""
+    case = edit_case(STREET, 256, "large")
+    assert np.asarray(case.mask).mean() == pytest.approx(0.25, abs=0.01)
+    assert write_case(case, tmp_path).image.suffix == ".jpg"
