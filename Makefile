@@ -27,10 +27,11 @@ lint: .venv/ready
 
 # Seven minutes on two cores that have nothing else to do; the records say whether they had.
 bench: .venv/ready
+	@mkdir -p bench/results
 	$(DEV)/spmdeploy bench --preset paper --backend torch --backend onnxruntime --mask large --duration 85 --profile \
-		--output bench/results/paper_cpu.json --overwrite
+		--output bench/results/bench_paper_cpu.json --overwrite
 	$(DEV)/spmdeploy bench --scope edit --scope cold-start --backend onnxruntime --baseline onnxruntime \
-		--size 360 --mask medium --duration 25 --output bench/results/street_cpu.json --overwrite
+		--size 360 --mask medium --duration 25 --output bench/results/bench_street_cpu.json --overwrite
 	$(MAKE) figures
 
 figures: .venv/ready

@@ -31,6 +31,9 @@ COMMANDS = {
     "verify": ["verify"],
     "doctor": ["doctor"],
     "export-triton": ["export-triton"],
+    "bench": ["bench"],
+    "bench run": ["bench", "run"],
+    "bench compare": ["bench", "compare"],
     "bundle": ["bundle"],
     "bundle pack": ["bundle", "pack"],
     "bundle unpack": ["bundle", "unpack"],
@@ -193,7 +196,7 @@ def test_version(run: Any) -> None:
 
 # ------------------------------------------------------------------------------------------- errors, whatever command
 
-NOTHING_GIVEN = [name for name in COMMANDS if name not in ("verify", "doctor", *GROUPS)]
+NOTHING_GIVEN = [name for name in COMMANDS if name not in ("verify", "doctor", "bench", "bench run", *GROUPS)]
 
 
 @pytest.mark.parametrize("name", NOTHING_GIVEN)

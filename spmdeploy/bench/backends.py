@@ -13,6 +13,7 @@ from spmdeploy.errors import UnavailableError
 from spmdeploy.manifest import EDIT, EDIT_ON_CPU, GraphRecord
 from spmdeploy.runtime.cuda import visible_gpus
 from spmdeploy.runtime.session import Session, check_device, open_session
+from spmdeploy.runtime.trt import TensorRtSession
 
 EAGER = "torch"
 """The plain generator in eager PyTorch, in FP32: what every other picture and every speed is held against."""
@@ -58,12 +59,15 @@ def has_torch() -> bool:
 
 def describe(session: Session, bundle: Bundle) -> Ran:
     graph = graph_of(session, bundle)
+    file_bytes = None if graph is None else graph.bytes
+    if isinstance(session, TensorRtSession):
+        file_bytes = session.engine_bytes
     return Ran(
         device=session.device,
         precision=session.precision,
         provider=session.provider,
         threads=getattr(session, "threads", None),
-        file_bytes=None if graph is None else graph.bytes,
+        file_bytes=file_bytes,
         weights_bytes=bundle.manifest.generator.parameters * (2 if session.precision == "fp16" else 4),
     )
 

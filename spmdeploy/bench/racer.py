@@ -39,6 +39,8 @@ class Memory:
     """The largest resident set since the row began."""
     device: int | None
     """Held on the GPU after the row."""
+    activations: int | None = None
+    """What the library has for intermediate results."""
 
 
 class Racer(Contestant, Protocol):

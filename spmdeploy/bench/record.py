@@ -72,7 +72,7 @@ class Ran:
     threads: int | None
     """Of one call, where the library says."""
     file_bytes: int | None
-    """Of the graph that was loaded."""
+    """Of the graph or engine that was loaded."""
     weights_bytes: int
     """Of all parameters, in the precision of the arithmetic."""
 
@@ -88,7 +88,7 @@ class RowMemory:
     device: int | None
     """Of that process on the GPU, by NVML."""
     activations: int | None
-    """What the library says it needs beside the weights; told with --profile."""
+    """What the library says it needs beside the weights: TensorRT always, ONNX Runtime and PyTorch with --profile."""
 
 
 @dataclass(frozen=True)

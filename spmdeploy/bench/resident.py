@@ -77,6 +77,7 @@ class _ResidentArrays:
             self._launch: Callable[[], None] = partial(
                 session.run_device, self._inputs, {"edited": self._edited}, self.stream
             )
+            stack.callback(session.synchronise)
         else:
             self._launch = session.bound(self._inputs, {"edited": self._edited})
 

@@ -26,17 +26,26 @@ def group_table(rows: Sequence[Row]) -> Table:
         "n": [str(row.latency_ms.n) if row.latency_ms else "" for row in measured],
         f"times {baseline}": [words.times(row) for row in measured],
         "edits/s": [words.digits(row.edits_per_second or 0) for row in measured],
-        "windows": [str(row.notes.get("windows", "")) for row in measured],
+        "tiling": [_tiling(row) for row in measured],
         "MP/s": [words.digits(row.megapixels_per_second or 0) for row in measured],
         "of the floor's speed": [f"{row.floor.reached:.0%}" if row.floor else "" for row in measured],
         "peak RAM": [words.size(row.memory.peak) if row.memory else "" for row in measured],
         "GPU memory": [words.size(row.memory.device) if row.memory else "" for row in measured],
+        "activations": [words.size(row.memory.activations) if row.memory else "" for row in measured],
         "energy/edit": [f"{row.joules_per_edit:.3g} J" if row.joules_per_edit else "" for row in measured],
         "from PyTorch FP32": [words.drift(row) for row in measured],
         "": ["unstable" if row.latency_ms and row.latency_ms.unstable else "" for row in measured],
     }
     kept = {name: cells for name, cells in columns.items() if any(cells)}
     return tuple(kept), list(zip(*kept.values(), strict=True))
+
+
+def _tiling(row: Row) -> str:
+    """How an edit was cut up, and how often the network was called."""
+    if "tiling" not in row.notes:
+        return ""
+    counts = ", ".join(f"{row.notes[name]} {name}" for name in ("windows", "tiles", "calls"))
+    return f"{row.notes['tiling']}: {counts}"
 
 
 def why_not(rows: Sequence[Row]) -> list[str]:

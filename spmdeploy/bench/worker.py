@@ -41,6 +41,7 @@ from spmdeploy.runtime.cuda import gpu_uuid
 from spmdeploy.runtime.cuda_device import Device
 from spmdeploy.runtime.golden import GoldenResult, verify
 from spmdeploy.runtime.session import Session
+from spmdeploy.runtime.trt import TensorRtSession
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -119,7 +120,12 @@ class Bench:
         report = edit().report
         seconds = time.perf_counter() - started
         self._timed = [_timed_on_host(edit)]
-        notes: dict[str, str | int] = {"tiling": report.tiling, "windows": len(report.windows)}
+        notes: dict[str, str | int] = {
+            "tiling": report.tiling,
+            "windows": len(report.windows),
+            "tiles": report.tiles,
+            "calls": report.batches,
+        }
         photo, picture = (images.read_photo(path).pixels[None] for path in (files.image, files.output))
         return First(photo, picture, seconds, notes)
 
@@ -158,7 +164,8 @@ class Bench:
 
     def memory(self) -> Memory:
         device = None if self._meter is None else self._meter.memory_of(os.getpid())
-        return Memory(self._ready, _resident_bytes("VmHWM"), device)
+        activations = self._session.activation_bytes if isinstance(self._session, TensorRtSession) else None
+        return Memory(self._ready, _resident_bytes("VmHWM"), device, activations)
 
     def close(self) -> None:
         self._resources.close()

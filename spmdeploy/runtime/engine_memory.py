@@ -83,6 +83,10 @@ class EngineMemory:
             self._activation_bytes = size
         return self._activations, self._activation_bytes
 
+    @property
+    def activation_bytes(self) -> int:
+        return self._activation_bytes
+
     def room_for_activations(self) -> int:
         """The most bytes that `activations` could be asked for."""
         return self.device.memory()[0] + self._activation_bytes

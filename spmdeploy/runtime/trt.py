@@ -46,6 +46,7 @@ class TensorRtSession:
         self.size = size
         self.refines = refine is not None
         self.max_batch = record.batch.max
+        self.engine_bytes = record.engine.bytes
         self._library, self._refine_found = library, refine
         self._engines: dict[str, LoadedEngine] = {}
         self._open = True
@@ -62,6 +63,11 @@ class TensorRtSession:
     def notes(self) -> tuple[str, ...]:
         """What did not go as it should, though the results are right."""
         return tuple(note for engine in self._engines.values() for note in engine.notes)
+
+    @property
+    def activation_bytes(self) -> int:
+        """What the engines have been given on the GPU to keep intermediate results in."""
+        return self._memory.activation_bytes
 
     # -- from and to the host
 
@@ -159,6 +165,11 @@ class TensorRtSession:
             for start in range(0, batch, most):
                 addresses = {name: array.address + start * array.bytes_per_item for name, array in given.items()}
                 engine.enqueue_on(addresses, min(most, batch - start), stream)
+
+    def synchronise(self) -> None:
+        """Waits for whatever `run_device` has queued: then arrays that it was given may be freed."""
+        with self._memory.in_use():
+            self._memory.device.synchronise(self._memory.stream)
 
     def _check_place(self, name: str, array: DeviceArray, written: bool) -> None:
         memory, where = self._memory, None

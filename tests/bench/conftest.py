@@ -42,7 +42,7 @@ def measured_row(backend: str = "torch", turns: Sequence[Sequence[float]] = SLOW
         memory=RowMemory(100, 200, None, 50),
         floor=Floor(93.8, 150.0, 300.0, "arithmetic", 0.375),
         phases_ms={"run": 800.0},
-        notes={"windows": 1},
+        notes={"tiling": "crop", "windows": 1, "tiles": 0, "calls": 1},
         parts=(Part("1", "layout branch", 500.0, 0.6),),
         samples_ms=tuple(map(tuple, turns)),
     )

@@ -32,13 +32,13 @@ def a_record() -> Record:
 
 
 def test_the_readme_shows_the_committed_records() -> None:
-    records = [read_record(path) for path in sorted((ROOT / "bench/results").glob("*.json"))]
+    records = [read_record(path) for path in sorted((ROOT / "bench/results").glob("bench_*.json"))]
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert tables.with_figures(readme, records) == readme, "run `make figures`"
 
 
 def test_committed_records_were_measured_undisturbed() -> None:
-    for path in sorted((ROOT / "bench/results").glob("*.json")):
+    for path in sorted((ROOT / "bench/results").glob("bench_*.json")):
         record = read_record(path)
         assert not record.others.disturbs, path
         assert all(row.status in ("measured", "unavailable") for row in record.rows), path
