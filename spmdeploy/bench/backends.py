@@ -62,11 +62,17 @@ def describe(session: Session, bundle: Bundle) -> Ran:
     file_bytes = None if graph is None else graph.bytes
     if isinstance(session, TensorRtSession):
         file_bytes = session.engine_bytes
+    provider, threads = session.provider, None
+    if session.backend in (EAGER, "torch-compile"):
+        from spmdeploy.bench.torch_backends import compute_settings
+
+        threads, setting = compute_settings(session.device)
+        provider += setting
     return Ran(
         device=session.device,
         precision=session.precision,
-        provider=session.provider,
-        threads=getattr(session, "threads", None),
+        provider=provider,
+        threads=threads,
         file_bytes=file_bytes,
         weights_bytes=bundle.manifest.generator.parameters * (2 if session.precision == "fp16" else 4),
     )

@@ -70,7 +70,7 @@ class Ran:
     precision: str
     provider: str
     threads: int | None
-    """Of one call, where the library says."""
+    """Of one call, where the library says; else its default, a thread for each core."""
     file_bytes: int | None
     """Of the graph or engine that was loaded."""
     weights_bytes: int

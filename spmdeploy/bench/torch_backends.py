@@ -73,6 +73,13 @@ def open_compiled_session(bundle: Bundle, device: str, precision: str) -> Compil
     return CompiledSession(bundled_generator(bundle), device, "fp16" if precision == "fp16" else "fp32")
 
 
+def compute_settings(device: str) -> tuple[int | None, str]:
+    """Threads of one call, on CPUs; and what a provider's name should say of how FP32 is computed on GPUs."""
+    if device == "cpu":
+        return torch.get_num_threads(), ""
+    return None, ", TF32 in convolutions" if torch.backends.cudnn.allow_tf32 else ", no TF32"
+
+
 def _compiled(graph: nn.Module, precision: Precision) -> Any:
     return torch.compile(_InHalves(graph) if precision == "fp16" else graph, dynamic=False)
 

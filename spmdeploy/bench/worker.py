@@ -97,12 +97,13 @@ class Bench:
             self._timed = [_timed_on_host(lambda: self._session.run(*batch.arrays))] * streams
         else:
             if streams > 1:
-                raise UnavailableError("several streams on a GPU are not measured yet", "leave --streams out")
+                raise UnavailableError("several calls at once are measured on CPUs only", "raise --batch instead")
             edit = resident_edit(self._session, batch, self._device, self._case)
             device_milliseconds(edit, self._device)
             picture = edit.fetch()
             self._timed = [self._timed_on_device(edit, self._device)]
-        return First(batch.image, picture, time.perf_counter() - started, {})
+        modes: dict[str, str | int] = {"inputs": "on the GPU", "CUDA graphs": "no"} if self._device else {}
+        return First(batch.image, picture, time.perf_counter() - started, modes)
 
     def prepare_edit(self, case: EditCase) -> First:
         """A photo file, a label file and a mask file become an edited PNG file."""

@@ -71,10 +71,12 @@ def test_a_run_leaves_record_picture_and_report(
         assert row.latency_ms is not None and row.ran is not None and row.parity is not None and row.floor is not None
         assert row.latency_ms.n == sum(len(turn) for turn in row.samples_ms) >= 3
         assert row.ran.precision == "fp32" and row.ran.device == "cpu" and row.parity.max_grey <= 2
+        assert (row.ran.threads == 1) is (row.backend == "torch")  # OMP_NUM_THREADS
         assert row.memory is not None and row.memory.peak is not None and row.memory.peak >= (row.memory.ready or 0) > 0
         assert {part.kind for part in row.parts} >= {"main convolution", "context modulation", "layout branch"}
         assert sum(part.share for part in row.parts) == pytest.approx(1)
-        assert row.edits_per_second == pytest.approx(row.batch * 1000 / row.latency_ms.mean, rel=0.1)
+        # A turn lasts at least as long as its iterations.
+        assert 0 < (row.edits_per_second or 0) <= row.batch * 1000 / row.latency_ms.mean * 1.0001
     assert str(tmp_path) not in told.out and str(Path.home()) not in told.out
     assert f"spmdeploy bench {street_bundle.name} --backend torch" in record.protocol.command
     assert read_photo(outputs["plot"]).pixels.shape[1] == 1600
