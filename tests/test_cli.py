@@ -271,6 +271,26 @@ def test_ctrl_c_before_the_command_has_begun(run: Any, monkeypatch: pytest.Monke
     assert run("doctor") == Ran(130, "", "error: interrupted\n")
 
 
+@pytest.mark.parametrize("words", [(), ("--json",)], ids=["words", "json"])
+@pytest.mark.parametrize("module", ["typer", "spmdeploy.cli"])
+def test_ctrl_c_while_the_command_line_is_imported(module: str, words: tuple[str, ...]) -> None:
+    driver = (
+        "import os, runpy, signal, sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, *_):\n"
+        f"        if name == {module!r}: os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "runpy.run_module('spmdeploy', run_name='__main__')"
+    )
+    ran = process("doctor", *words, driver=driver)
+    assert ran.code == 130 and "Traceback" not in ran.err
+    if words:
+        assert (ran.json["schema"], ran.json["exit_code"], ran.err) == ("spmdeploy.error/1", 130, "")
+    else:
+        assert (ran.out, ran.err) == ("", "error: interrupted\n")
+
+
 @pytest.mark.parametrize("unbuffered", ["", "1"])  # stdout fails when it is flushed, or when it is printed to
 def test_a_reader_that_goes_away_is_no_drama(unbuffered: str) -> None:
     reading, writing = os.pipe()

@@ -167,6 +167,28 @@ def test_a_failed_edit_writes_nothing(failure: Exception, files: EditFiles, tmp_
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_ctrl_c_between_the_tiles_of_a_cascade_leaves_what_was_there(files: EditFiles, tmp_path: Path) -> None:
+    class Interrupted(Grey):
+        size, refines, calls = 16, True, 0
+
+        def run_unrounded(self, *inputs: NDArray[Any]) -> NDArray[np.float32]:
+            return self.run(*inputs).astype(np.float32)
+
+        def refine(self, *inputs: NDArray[Any]) -> NDArray[np.float32]:
+            self.calls += 1
+            if self.calls == 2:
+                raise KeyboardInterrupt
+            return self.run_unrounded(*inputs[:4])
+
+    session = Interrupted()
+    (tmp_path / "edited.png").write_bytes(b"an earlier edit")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(KeyboardInterrupt):
+        edit_files(Editor(session, class_table("street")), changed(files, overwrite=True), "cascade")  # type: ignore[arg-type]
+    assert session.calls == 2
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 @pytest.mark.parametrize("kind", ["sheet", "explain"])
 def test_further_pictures_are_checked_before_the_work(kind: str, files: EditFiles, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="absent"):

@@ -86,7 +86,7 @@ def test_what_the_metadata_says(unpacked: Path) -> None:
     assert base == {"numpy", "pillow", "typer"}
     assert {"cpu", "gpu", "export"} <= set(distribution.metadata.get_all("Provides-Extra") or [])
     (script,) = distribution.entry_points
-    assert (script.group, script.name, script.value) == ("console_scripts", "spmdeploy", "spmdeploy.cli:entry")
+    assert (script.group, script.name, script.value) == ("console_scripts", "spmdeploy", "spmdeploy.__main__:entry")
     assert distribution.metadata["License-Expression"] == "MIT" and "LICENSE" in str(distribution.files)
 
 
