@@ -12,6 +12,7 @@ import pytest
 
 from spmdeploy import cli
 from spmdeploy.bundle import open_bundle
+from spmdeploy.cli.bundles import PASSWORD
 from spmdeploy.samples import SAMPLE_EDITS
 
 SAMPLE = SAMPLE_EDITS[0]
@@ -33,7 +34,7 @@ class Ran(NamedTuple):
 @pytest.fixture
 def run(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv(cli.PASSWORD, raising=False)
+    monkeypatch.delenv(PASSWORD, raising=False)
 
     def run(*words: object) -> Ran:
         capfd.readouterr()
@@ -129,16 +130,16 @@ def test_a_password_is_needed_and_never_shown(run: Any, street_bundle: Path, mon
     pack = ["bundle", "pack", street_bundle, "tiny.spm", "--sign", "street.key"]
     for ran in (run("bundle", "keygen", "street"), run("bundle", "keygen", "street", "--json")):
         assert ran.code == 2 and "--no-password" in ran.out + ran.err
-    monkeypatch.setenv(cli.PASSWORD, "correct horse")
+    monkeypatch.setenv(PASSWORD, "correct horse")
     made = run("bundle", "keygen", "street", "--json")
     assert made.code == 0 and made.json["public_key"] == "street.pub"
     assert run(*pack).code == 0
-    monkeypatch.setenv(cli.PASSWORD, "battery staple")
+    monkeypatch.setenv(PASSWORD, "battery staple")
     wrong = run(*pack, "--overwrite", "--json")
     assert wrong.code == 7 and "the password is wrong" in wrong.json["error"]
-    monkeypatch.delenv(cli.PASSWORD)
+    monkeypatch.delenv(PASSWORD)
     nobody = run(*pack, "--overwrite", "--json")
-    assert nobody.code == 2 and cli.PASSWORD in nobody.json["hint"]
+    assert nobody.code == 2 and PASSWORD in nobody.json["hint"]
     for ran in (made, wrong, nobody):
         assert "horse" not in ran.out + ran.err and "staple" not in ran.out + ran.err
 

@@ -1,0 +1,189 @@
+"""The commands of `bench`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from spmdeploy.cli.options import Device, Json, Overwrite, PrecisionChoice, Preset
+from spmdeploy.cli.talk import in_columns, print_result, say, step_line
+from spmdeploy.errors import UsageError
+
+if TYPE_CHECKING:
+    from spmdeploy.bench.record import Record
+
+
+class _BenchGroup(TyperGroup):
+    """`bench` alone measures, as `bench run` does; `bench compare` is the only other word that it knows."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, args if args and args[0] in self.commands else ["run", *args])
+
+
+bench_app = typer.Typer(
+    cls=_BenchGroup, help="Measure what an edit costs here, or compare two records.", rich_markup_mode=None
+)
+
+
+class BenchBackend(StrEnum):
+    torch = "torch"
+    torch_compile = "torch-compile"
+    onnxruntime = "onnxruntime"
+    onnxruntime_cuda = "onnxruntime-cuda"
+    tensorrt = "tensorrt"
+    tensorrt_rtx = "tensorrt-rtx"
+
+
+class BenchScope(StrEnum):
+    engine = "engine"
+    edit = "edit"
+    cold_start = "cold-start"
+    all = "all"
+
+
+class MaskSize(StrEnum):
+    small = "small"
+    medium = "medium"
+    large = "large"
+
+
+@bench_app.command("run")
+def bench_run(
+    bundle: Annotated[Path | None, typer.Argument(help="A bundle; without it the built-in one.")] = None,
+    preset: Annotated[
+        Preset | None, typer.Option("--preset", help="Random weights of this size instead of a bundle.")
+    ] = None,
+    backend: Annotated[
+        list[BenchBackend] | None,
+        typer.Option(
+            "--backend",
+            metavar="torch|torch-compile|onnxruntime|onnxruntime-cuda|tensorrt|tensorrt-rtx",
+            help="Repeat for several; default: all that make sense here.",
+        ),
+    ] = None,
+    precision: Annotated[
+        list[PrecisionChoice] | None,
+        typer.Option("--precision", metavar="auto|fp32|fp16", help="Repeat for several; default: each backend's own."),
+    ] = None,
+    device: Device = "auto",
+    scope: Annotated[
+        list[BenchScope] | None,
+        typer.Option(
+            "--scope",
+            metavar="engine|edit|cold-start|all",
+            help="The network alone, files to file, or a whole process. Repeat for several; default: engine.",
+        ),
+    ] = None,
+    batch_size: Annotated[
+        list[int] | None, typer.Option("--batch", min=1, help="Edits in one call of the network; repeat for several.")
+    ] = None,
+    streams: Annotated[
+        list[int] | None, typer.Option("--streams", min=1, help="Calls under way at once; repeat for several.")
+    ] = None,
+    size: Annotated[
+        list[int] | None,
+        typer.Option("--size", min=64, max=8192, help="Side of the photo that is edited; repeat for several."),
+    ] = None,
+    mask: Annotated[
+        list[MaskSize] | None, typer.Option("--mask", help="Part that is edited; repeat for several; default: all.")
+    ] = None,
+    duration: Annotated[
+        float | None,
+        typer.Option("--duration", help="Seconds for each row; default: 10 and at least 200 iterations."),
+    ] = None,
+    baseline: Annotated[BenchBackend, typer.Option("--baseline", help="What ratios refer to.")] = BenchBackend.torch,
+    profile: Annotated[bool, typer.Option("--profile", help="Also tell time by part of the network.")] = False,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="The record, .json, with every sample.")] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="A picture for a slide, .png.")] = None,
+    markdown: Annotated[Path | None, typer.Option("--markdown", help="A report, .md.")] = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Measure what an edit costs here.
+
+    Backends take turns in one run, after a warm-up; each is first compared with PyTorch, and one whose pictures differ
+    gets no speed. docs/bench.md explains the figures and the record. `spmdeploy bench compare` compares two records.
+    """
+    from spmdeploy.bench import outputs, run
+
+    if bundle is not None and preset is not None:
+        raise UsageError("give a bundle or --preset, not both", "leave one of them out")
+    if duration is not None and not 0 < duration < float("inf"):
+        raise UsageError(f"--duration {duration:g} is no time to measure for", "give seconds, more than 0")
+    outputs.check_outputs(output, plot, markdown, overwrite)
+    scopes = [BenchScope.engine, BenchScope.edit, BenchScope.cold_start] if BenchScope.all in (scope or []) else scope
+    options = run.Options(
+        bundle=bundle,
+        preset=None if preset is None else preset.value,
+        backends=_values(backend or []),
+        precisions=_values(precision or [PrecisionChoice.auto]),
+        device=device,
+        scopes=_values(scopes or [BenchScope.engine]),
+        batches=tuple(dict.fromkeys(batch_size or [1])),
+        streams=tuple(dict.fromkeys(streams or [1])),
+        sizes=tuple(dict.fromkeys(size or [512])),
+        masks=_values(mask or list(MaskSize)),
+        seconds=duration,
+        baseline=baseline.value,
+        profile=profile,
+    )
+    with step_line() as talk:
+        record = run.run_bench(options, talk)
+    outputs.write_outputs(record, output, plot, markdown, overwrite)
+    for warning in record.warnings:
+        say(f"warning: {warning}")
+    print_result("bench", record.to_json(), _record_lines(record), as_json, run.failure(record))
+
+
+@bench_app.command("compare")
+def bench_compare(
+    before: Annotated[Path, typer.Argument(help="A record that `bench --output` wrote.")],
+    after: Annotated[Path, typer.Argument(help="Another one.")],
+    force: Annotated[bool, typer.Option("--force", help="Compare records of different machines all the same.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show what changed between two records.
+
+    Times as medians, the change with its 95% interval. Records of different machines are refused.
+    """
+    from spmdeploy.bench import words
+    from spmdeploy.bench.compare import compare
+    from spmdeploy.bench.record import read_record
+
+    names = (str(before), str(after))
+    comparison = compare(read_record(before), read_record(after), names, force)
+    rows = [
+        (it.case, it.backend, words.duration(it.before), words.duration(it.after), words.factor(it.speedup), it.verdict)
+        for it in comparison.changes
+    ]
+    lines = in_columns(("", "backend", "before", "after", "times as fast", ""), rows) if rows else ["nothing in common"]
+    lines += [f"differs: {text}" for text in comparison.circumstances]
+    lines += [f"no comparison: {text}" for text in comparison.unmatched]
+    for warning in comparison.warnings:
+        say(f"warning: {warning}")
+    print_result("bench-compare", comparison.to_json(), lines, as_json)
+
+
+def _values(choices: Sequence[StrEnum]) -> tuple[Any, ...]:
+    """Each once, in the order given."""
+    return tuple(dict.fromkeys(choice.value for choice in choices))
+
+
+def _record_lines(record: Record) -> list[str]:
+    from spmdeploy.bench import tables, words
+
+    lines = tables.heading(record)
+    for title, rows in words.groups(record.rows):
+        lines += ["", title]
+        if any(row.status == "measured" for row in rows):
+            lines += in_columns(*tables.group_table(rows))
+        lines += tables.where_it_went(rows) + tables.why_not(rows)
+        for row in rows:
+            if row.parts:
+                lines += ["", f"{words.backend(row)}, by part:", *in_columns(*tables.parts_table(row))]
+    return lines

@@ -1,0 +1,355 @@
+"""inspect, verify, doctor, and the commands of `bundle`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+import spmdeploy
+from spmdeploy.cli.edits import opened_editor
+from spmdeploy.cli.options import (
+    Backend,
+    BackendOption,
+    Device,
+    Json,
+    Overwrite,
+    PrecisionChoice,
+    PrecisionOption,
+    RequireSignature,
+)
+from spmdeploy.cli.talk import in_columns, print_result, progress_bar, say_notes
+from spmdeploy.errors import UsageError, VerificationError
+
+if TYPE_CHECKING:
+    from spmdeploy.bundle import Bundle
+    from spmdeploy.signature import PublicKey, SecretKey
+
+bundle_app = typer.Typer(help="Pack, sign, unpack and slim bundles for devices.", rich_markup_mode=None)
+
+
+PASSWORD = "SPMDEPLOY_KEY_PASSWORD"
+"""The environment variable with the password of a secret key, for where nobody can type one."""
+
+
+SigningKey = Annotated[
+    Path | None,
+    typer.Option("--sign", metavar="KEY", help=f"Sign with this secret key; its password may be in ${PASSWORD}."),
+]
+
+
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A bundle, an engine or a checkpoint.")],
+    as_json: Json = False,
+) -> None:
+    """Show what is in a bundle, an engine or a checkpoint.
+
+    Read off the files themselves, after their hashes have been checked. No engine is loaded.
+    """
+    from spmdeploy.inspection import inspect_path
+
+    facts = inspect_path(path)
+    in_words = {"bundle": _bundle_lines, "engine": _engine_lines, "checkpoint": _checkpoint_lines}
+    print_result("inspect", facts, in_words[facts["kind"]](facts), as_json)
+
+
+def verify(
+    bundle: Annotated[Path | None, typer.Argument(help="A bundle; without it the built-in one.")] = None,
+    backend: BackendOption = Backend.auto,
+    device: Device = "auto",
+    precision: PrecisionOption = PrecisionChoice.auto,
+    require_signature: RequireSignature = None,
+    as_json: Json = False,
+) -> None:
+    """Repeat a bundle's golden edits here.
+
+    All hashes are checked first. Drift is the distance from PyTorch in FP32 under the mask, in grey levels of 255.
+    """
+    from spmdeploy.bundle import open_bundle
+    from spmdeploy.runtime.golden import verify as repeat_golden_edits
+
+    opened = open_bundle(bundle or spmdeploy.default_model(), _public_key(require_signature))
+    opened.check_all()
+    with opened_editor(opened.path, backend, device, precision, require_signature) as editor:
+        session = editor.session
+        results = repeat_golden_edits(session, opened)
+        ran = {key: getattr(session, key) for key in ("backend", "device", "precision", "provider")}
+    rows = [
+        (
+            result.name,
+            "ok" if result.passed else "FAILED",
+            f"{result.drift.max_grey}",
+            f"{result.drift.mean_grey:.3f}",
+            _decibel(result.drift.to_json()["psnr_db"]),
+        )
+        for result in results
+    ]
+    lines = [f"{opened.path}: all hashes match; golden edits on {ran['provider']}, {ran['precision']}"]
+    lines += in_columns(("golden edit", "", "largest drift", "mean drift", "PSNR in mask"), rows)
+    payload = {"bundle": str(opened.path), **ran, "golden": [result.to_json() for result in results]}
+    faults = [f"{result.name}: {fault}" for result in results for fault in result.faults]
+    failure = VerificationError("; ".join(faults), "do not use this backend with this bundle") if faults else None
+    print_result("verify", payload, lines, as_json, failure)
+
+
+@bundle_app.command("pack")
+def bundle_pack(
+    bundle: Annotated[Path, typer.Argument(help="A bundle, folder or file.")],
+    output: Annotated[Path, typer.Argument(help="The one file to write, NAME.spm.")],
+    sign: SigningKey = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Pack a bundle into one file.
+
+    Every file is hashed on the way; the same bundle gives the same bytes. Engines that this machine built for itself
+    stay behind: `slim --engine` takes chosen ones along.
+    """
+    from spmdeploy.bundle import open_bundle
+    from spmdeploy.packing import pack
+
+    opened, key = open_bundle(bundle), _secret_key(sign)
+    say_notes([f"{name} stays behind: no hash covers it" for name in opened.surplus])
+    with progress_bar("packing") as show:
+        packed = open_bundle(pack(opened, output, overwrite, key, show))
+    payload = _packed_facts(packed)
+    print_result("bundle-pack", payload, [f"{output}: {_packed_words(payload)}"], as_json)
+
+
+@bundle_app.command("unpack")
+def bundle_unpack(
+    file: Annotated[Path, typer.Argument(help="What `pack` or `slim` wrote.")],
+    folder: Annotated[Path, typer.Argument(help="The folder to make, NAME.spm.")],
+    require_signature: RequireSignature = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Unpack a bundle into a folder.
+
+    Everything is checked before anything is written; nothing is re-made, so a signature still fits afterwards.
+    """
+    from spmdeploy.bundle import open_bundle
+    from spmdeploy.packing import unpack
+
+    opened = open_bundle(file, _public_key(require_signature))
+    say_notes([f"{name} stays behind: no hash covers it" for name in opened.surplus])
+    with progress_bar("unpacking") as show:
+        unpacked = unpack(opened, folder, overwrite, show)
+    signature = None if opened.signature is None else vars(opened.signature)
+    size = sum(unpacked.files().values())
+    payload = {"output": str(folder), "files": len(unpacked.files()), "bytes": size, "signature": signature}
+    print_result("bundle-unpack", payload, [f"{folder}: {len(unpacked.files())} files, {size / 1e6:.1f} MB"], as_json)
+
+
+@bundle_app.command("slim")
+def bundle_slim(
+    bundle: Annotated[Path, typer.Argument(help="A bundle, folder or file.")],
+    output: Annotated[Path, typer.Argument(help="The one file to write, NAME.spm.")],
+    keep: Annotated[
+        list[str],
+        typer.Option("--keep", metavar="fp16|fp32|cpu|GRAPH|GRAPH.fp16", help="Graphs to keep; repeat for several."),
+    ],
+    engine: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--engine",
+            metavar="KEY",
+            help="Engines to take along, by their keys or parts of them, such as sm86; repeat for several.",
+        ),
+    ] = None,
+    sign: SigningKey = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Pack only what one kind of device needs.
+
+    The graphs to keep, chosen engines, and all that is neither. Files that stay keep their hashes; what the manifest
+    and the card say of the others goes. An engine that is taken along is part of the bundle from then on: hashed, and
+    signed with it.
+    """
+    from spmdeploy.bundle import open_bundle
+    from spmdeploy.packing import slim
+
+    opened, key = open_bundle(bundle), _secret_key(sign)
+    with progress_bar("packing") as show:
+        slimmed = slim(opened, output, keep, engine or (), overwrite, key, show)
+    before, after = opened.files(), slimmed.files()
+    rows = [
+        (name, f"{size / 1e6:.1f} MB", "dropped" if name not in after else "kept" if name in before else "added")
+        for name, size in sorted((before | after).items())
+    ]
+    payload = {
+        **_packed_facts(slimmed),
+        "bytes_before": sum(before.values()),
+        "dropped": sorted(before.keys() - after.keys()),
+        "added": sorted(after.keys() - before.keys()),
+    }
+    lines = [f"{output}: {_packed_words(payload)}; {payload['bytes_before'] / 1e6:.1f} MB before"]
+    print_result("bundle-slim", payload, lines + in_columns(("", "", ""), rows)[1:], as_json)
+
+
+@bundle_app.command("keygen")
+def bundle_keygen(
+    name: Annotated[Path, typer.Argument(help="Writes NAME.key and NAME.pub.")],
+    no_password: Annotated[
+        bool, typer.Option("--no-password", help="Leave the secret key unencrypted, as for a CI job's own store.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Make a pair of keys for signing bundles.
+
+    In minisign's format: its tools can use them, and --sign takes keys that minisign made. Keep NAME.key to yourself;
+    NAME.pub goes onto every device.
+    """
+    from spmdeploy.signature import new_key, write_key_pair
+
+    key = new_key()
+    secret, public = write_key_pair(name, key, None if no_password else _password(name, new=True))
+    payload = {"secret_key": str(secret), "public_key": str(public), "key": key.public.name}
+    lines = [f"{secret}: secret, {'not encrypted' if no_password else 'encrypted'}", f"{public}: {key.public.line}"]
+    print_result("bundle-keygen", payload, lines, as_json)
+
+
+def doctor(
+    bundle: Annotated[
+        Path | None, typer.Argument(help="Whose engines to look for; without it the built-in one.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what this machine can run.
+
+    And for what it cannot: why not, and what to do.
+    """
+    from spmdeploy import doctor as examination
+    from spmdeploy.bundle import open_bundle
+
+    opened = open_bundle(bundle or spmdeploy.default_model())
+    findings, machine = examination.examine(opened), examination.machine()
+    rows = [(finding.name, "usable" if finding.usable else "not usable", finding.reason) for finding in findings]
+    lines = [", ".join(f"{name} {value}" for name, value in machine.items())]
+    lines += in_columns(("", "", ""), rows)[1:]
+    remedies: dict[str, str] = {}  # each is said once
+    for finding in findings:
+        if finding.remedy:
+            remedies.setdefault(finding.remedy, finding.name)
+    lines += [f"{name}: {remedy}" for remedy, name in remedies.items()]
+    payload = {"machine": machine, "findings": [finding.to_json() for finding in findings]}
+    print_result("doctor", payload, lines, as_json)
+
+
+def _public_key(given: str | None) -> PublicKey | None:
+    from spmdeploy.signature import read_public_key
+
+    return None if given is None else read_public_key(given)
+
+
+def _secret_key(path: Path | None) -> SecretKey | None:
+    from spmdeploy.signature import read_secret_key
+
+    return None if path is None else read_secret_key(path, lambda: _password(path))
+
+
+def _password(key: Path, new: bool = False) -> str:
+    """The password of a secret key, from the environment or typed. Raises UsageError where neither can be had."""
+    password = os.environ.get(PASSWORD)
+    if password is None and sys.stdin.isatty():
+        asked: str = typer.prompt(f"password of {key}", hide_input=True, confirmation_prompt=new, err=True)
+        return asked
+    if not password:
+        hint = f"put it into ${PASSWORD}" + (", or pass --no-password" if new else "")
+        raise UsageError(f"the key {key} needs a password, and nobody is there to type one", hint)
+    return password
+
+
+def _packed_facts(packed: Bundle) -> dict[str, Any]:
+    """What a packed bundle is; the hash is that of the whole file."""
+    import hashlib
+
+    with open(packed.path, "rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return {
+        "output": str(packed.path),
+        "files": len(packed.files()),
+        "bytes": packed.path.stat().st_size,
+        "sha256": digest,
+        "signed": packed.read_signature() is not None,
+    }
+
+
+def _packed_words(facts: dict[str, Any]) -> str:
+    signed = "signed" if facts["signed"] else "not signed"
+    return f"{facts['files']} files, {facts['bytes'] / 1e6:.1f} MB, {signed}, SHA-256 {facts['sha256']}"
+
+
+def _decibel(psnr: float | None) -> str:
+    return "identical" if psnr is None else f"{psnr:.1f} dB"
+
+
+def _checkpoint_lines(facts: dict[str, Any]) -> list[str]:
+    return [
+        f"{facts['path']}: checkpoint, {facts['format']} format, trained in {facts['channel_order']}",
+        f"generator   {facts['parameters'] / 1e6:.1f} M parameters, {facts['gflop']:.1f} GFLOP an edit",
+        f"shape       {facts['classes']} classes, width {facts['width']}, hidden {facts['hidden']}, "
+        f"{facts['modulation']} modulation, stages {facts['stages']}",
+    ]
+
+
+def _bundle_lines(facts: dict[str, Any]) -> list[str]:
+    generator, source, classes = facts["generator"], facts["source"], facts["classes"]
+    names = ", ".join(f"{entry['id']} {entry['name']}" for entry in classes["classes"][:12])
+    more = f", ... {len(classes['classes'])} in all" if len(classes["classes"]) > 12 else ""
+    rows = []
+    for graph in facts["graphs"]:
+        counted = graph["counted"] or graph
+        fp32 = ", ".join(f"{count} {name}" for name, count in sorted(counted["fp32_operations"].items()))
+        rows.append(
+            (
+                f"{graph['graph']} {graph['precision']}",
+                f"{graph['bytes'] / 1e6:.1f} MB",
+                f"{counted['fp16_share']:.0%}",
+                _decibel(graph["parity"]["psnr_db"]),
+                fp32 if graph["precision"] == "fp16" else "all",
+            )
+        )
+    counted_by = (
+        "counted in the graphs" if facts["graphs"] and facts["graphs"][0]["counted"] else "as recorded at export"
+    )
+    return [
+        f"{facts['path']}: bundle {facts['name']}, {facts['bytes'] / 1e6:.1f} MB, all hashes match",
+        f"generator   {generator['parameters'] / 1e6:.1f} M parameters, {generator['gflop']:.1f} GFLOP an edit, "
+        f"{generator['modulation']} modulation, stages {generator['stages']}",
+        f"classes     {classes['name']}: {names}{more}",
+        f"source      {source['file']} ({source['format']}, {facts['channel_order']}), {facts['created']}",
+        f"licence     {facts['licence']}",
+        f"signature   {'there; --require-signature PUB checks it' if facts['signed'] else 'none'}",
+        f"precision   {counted_by}",
+        *in_columns(("graph", "size", "FP16 operations", "PSNR in mask", "FP32 operations"), rows),
+        *(f"surplus file, never read: {name}" for name in facts["surplus"]),
+        *(line for engine in facts["engines"] for line in _engine_lines(engine)),
+    ]
+
+
+def _engine_lines(engine: dict[str, Any]) -> list[str]:
+    verdict = "fits this machine" if engine["fit"] else "; ".join(engine["faults"] + engine["differences"])
+    record = engine["record"]
+    if record is None:
+        return [f"engine      {engine['path']}", f"            never loaded: {verdict}"]
+    made_for = f"{record['gpu']['name']}" if record["gpu"] else ", ".join(record["targets"])
+    batch, reading, verified = record["batch"], record["computes_in"], record["verification"]
+    share = reading["network_fp16_share"] if reading["fp16_share"] is None else reading["fp16_share"]
+    read = "read off the typed network" if reading["fp16_share"] is None else "read back from the engine"
+    proof = (
+        f"golden edits {'passed' if verified['passed'] else 'FAILED'} on {verified['on']}"
+        if verified
+        else "not yet verified"
+    )
+    return [
+        f"engine      {engine['path']}",
+        f"            {record['graph']} {record['precision']}, {record['runtime']} {record['version']} for {made_for}, "
+        f"{record['engine']['bytes'] / 1e6:.1f} MB, batches {batch['min']} to {batch['max']}",
+        f"            {share:.0%} FP16, {read}; {proof}",
+        f"            {'' if engine['fit'] else 'does not fit: '}{verdict}",
+    ]

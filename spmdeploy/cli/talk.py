@@ -1,0 +1,111 @@
+"""Results on stdout, talk and progress on stderr, errors as words or JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+
+from spmdeploy.errors import SpmDeployError, UnavailableError
+
+
+@contextmanager
+def needs(extra: str) -> Iterator[None]:
+    """Turns a missing package into an error with the command that installs it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise UnavailableError(f"this needs the package {error.name}", f'pip install "spmdeploy[{extra}]"') from error
+
+
+@contextmanager
+def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on stderr, when that is a terminal and there is more than one step."""
+    bar: Any = None
+
+    def show(done: int, total: int) -> None:
+        nonlocal bar
+        if total < 2 or not sys.stderr.isatty():
+            return
+        if bar is None:
+            bar = typer.progressbar(length=total, label=title, file=sys.stderr)
+            bar.__enter__()
+        bar.update(done - bar.pos)
+
+    try:
+        yield show
+    finally:
+        if bar is not None:
+            bar.__exit__(None, None, None)
+
+
+@contextmanager
+def step_line() -> Iterator[Callable[[str, float], None]]:
+    """A line on stderr for each step, with a percentage where that is a terminal."""
+    current = ""
+
+    def talk(step: str, share: float) -> None:
+        nonlocal current
+        live = sys.stderr.isatty()
+        if step != current:
+            print(("\n" if live and current else "") + step, end="" if live else "\n", file=sys.stderr, flush=True)
+            current = step
+        if live and share:
+            print(f"\r{step} {share:.0%}", end="", file=sys.stderr, flush=True)
+
+    try:
+        yield talk
+    finally:
+        if current and sys.stderr.isatty():
+            print(file=sys.stderr)
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def say_notes(notes: Sequence[str]) -> None:
+    for note in notes:
+        say(f"note: {note}")
+
+
+def print_result(
+    command: str, payload: dict[str, Any], lines: Sequence[str], as_json: bool, failure: SpmDeployError | None = None
+) -> None:
+    """The result on stdout, in words or as JSON. A failure belongs into the same JSON object and ends the command."""
+    if as_json:
+        error = {} if failure is None else error_fields(failure, failure.exit_code)
+        print_json({"schema": f"spmdeploy.{command}/1", **payload, **error})
+    else:
+        print("\n".join(lines))
+        if failure is not None:
+            report_error(failure)
+    if failure is not None:
+        raise typer.Exit(failure.exit_code)
+
+
+def print_json(value: dict[str, Any]) -> None:
+    # ASCII: file names that are not valid Unicode, and terminals that are not UTF-8, would stop it otherwise.
+    print(json.dumps(value, ensure_ascii=True))
+
+
+def in_columns(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[column]) for row in (heading, *rows)) for column in range(len(heading))]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in (heading, *rows)
+    ]
+
+
+def error_fields(error: SpmDeployError, exit_code: int) -> dict[str, Any]:
+    return {"error": error.problem, "hint": error.hint, "exit_code": exit_code}
+
+
+def report_error(error: SpmDeployError) -> None:
+    say(f"error: {error.problem}")
+    if error.hint:
+        say(f"hint: {error.hint}")

