@@ -4,7 +4,7 @@ A bundle is a folder, or an uncompressed zip of one:
 
     manifest.json      what it is (`Manifest`)
     graphs/*.onnx      the product
-    golden/NAME/       an edit to repeat: image, labels, mask, expected and perhaps instances, all PNG
+    golden/NAME/       an edit to repeat: image, labels, mask, expected, perhaps instances and refined, all PNG
     card.md            for people
     engines/           caches that a device builds for itself, with records of their own, and engines that were shipped
     SHA256SUMS         `sha256sum -c SHA256SUMS` covers every file but itself, its signature and the caches
@@ -34,6 +34,7 @@ from spmdeploy.bundle_files import (
     COPY_AGAIN,
     ENGINES,
     GOLDEN_PICTURES,
+    GOLDEN_REFINED,
     MANIFEST,
     MAX_FILE_BYTES,
     SIGNATURE,
@@ -45,7 +46,7 @@ from spmdeploy.bundle_files import (
     is_inside,
 )
 from spmdeploy.errors import BundleError, InputError
-from spmdeploy.manifest import GraphRecord, Manifest, check_version
+from spmdeploy.manifest import ON_CPU, REFINE, GraphRecord, Manifest, check_version
 from spmdeploy.signature import PublicKey, Signature, check_signature
 
 MAX_TEXT_BYTES = 4 << 20  # manifest.json and SHA256SUMS, read before anything is trusted
@@ -218,8 +219,9 @@ def _check_graphs(store: FileStore, digests: Mapping[str, str], manifest: Manife
 
 
 def _check_golden(store: FileStore, digests: Mapping[str, str], manifest: Manifest) -> None:
+    refines = any(record.graph in (REFINE, ON_CPU[REFINE]) for record in manifest.graphs)
     for edit in manifest.golden:
-        for picture in GOLDEN_PICTURES:
+        for picture in (*GOLDEN_PICTURES, *([GOLDEN_REFINED] if refines else [])):
             if f"{edit.folder}/{picture}" not in digests:
                 raise damaged(store.shown / edit.folder / picture, f"missing from the golden edit {edit.name}")
 

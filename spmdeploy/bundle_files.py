@@ -22,6 +22,7 @@ from spmdeploy.errors import BundleError
 MANIFEST, SUMS, ENGINES = "manifest.json", "SHA256SUMS", "engines/"
 SIGNATURE = f"{SUMS}.minisig"  # optional: the name that `minisign -S -m SHA256SUMS` gives it
 GOLDEN_PICTURES = ("image.png", "labels.png", "mask.png", "expected.png")
+GOLDEN_REFINED = "refined.png"  # where there is a refine graph
 GOLDEN_INSTANCES = "instances.png"  # optional: without it the labels stand in
 BUILDING, ASIDE = ".building", ".previous"  # end the names of hidden neighbours while a bundle is written
 

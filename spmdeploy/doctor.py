@@ -12,7 +12,7 @@ from typing import Any
 
 from spmdeploy.bundle import Bundle
 from spmdeploy.errors import UnavailableError
-from spmdeploy.manifest import EDIT_ON_CPU
+from spmdeploy.manifest import ON_CPU
 from spmdeploy.runtime.cuda import visible_gpus
 from spmdeploy.runtime.cuda_bindings import open_binding
 from spmdeploy.runtime.engine_library import import_engine_library
@@ -117,9 +117,9 @@ def _why_not_imported(runtime: EngineRuntime, error: UnavailableError) -> tuple[
 
 def _engines(bundle: Bundle) -> Finding:
     name = f"engines of {bundle.manifest.name}"
-    if all(graph.graph == EDIT_ON_CPU for graph in bundle.manifest.graphs):
+    if all(graph.graph in ON_CPU.values() for graph in bundle.manifest.graphs):
         remedy = "export it again from its checkpoint, without --cpu-only"
-        return Finding(name, False, "the bundle holds a graph for CPUs only, of which no engine can be built", remedy)
+        return Finding(name, False, "the bundle holds graphs for CPUs only, of which no engine can be built", remedy)
     engine, reason = fitting_engine(bundle)
     return Finding(name, engine is not None, reason, None if engine else "spmdeploy build BUNDLE, on this machine")
 

@@ -66,6 +66,11 @@ EDIT = "edit"
 """The graph for every library: engines are built from it."""
 EDIT_ON_CPU = "edit_cpu"
 """The same inputs and outputs for ONNX Runtime on the CPU: shapes depend on the mask, which spares work."""
+REFINE = "refine"
+"""The last stage alone, which carries a result up to twice its size. A generator of one stage has none."""
+REFINE_ON_CPU = "refine_cpu"
+"""The same, as `EDIT_ON_CPU` is to `EDIT`."""
+ON_CPU = {EDIT: EDIT_ON_CPU, REFINE: REFINE_ON_CPU}
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,7 @@ class GraphRecord:
     """One ONNX file and what was measured on it when it was written."""
 
     graph: str
-    """What it computes and for whom: `EDIT` or `EDIT_ON_CPU`."""
+    """What it computes and for whom: `EDIT`, `EDIT_ON_CPU`, `REFINE` or `REFINE_ON_CPU`."""
     precision: Precision
     file: str
     """A name inside the bundle."""

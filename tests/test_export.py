@@ -21,11 +21,12 @@ from spmdeploy.export.to_fp16 import FP32_OPERATORS, store_weights_as_halves
 from spmdeploy.export.to_onnx import MAX_IR_VERSION, export_edit
 from spmdeploy.labels import class_table
 from spmdeploy.networks.complexity import edit_gflop
+from spmdeploy.networks.deploy_graph import OUTPUTS, REFINE_INPUTS
 from spmdeploy.networks.generator import Generator, GeneratorConfig
 from spmdeploy.networks.session import TorchSession, generator_from_graph, open_torch_session
 from spmdeploy.networks.weights import load_checkpoint, save_generator
 from spmdeploy.runtime.golden import Drift, measure_drift, verify
-from spmdeploy.runtime.ort import OnnxRuntimeSession
+from spmdeploy.runtime.ort import LoadedGraph, OnnxRuntimeSession
 from spmdeploy.runtime.session import open_session
 from spmdeploy.training.learners import initialise
 
@@ -43,6 +44,16 @@ def fp32(street_bundle: Path) -> onnx.ModelProto:
 @pytest.fixture(scope="module")
 def fp16(street_bundle: Path) -> onnx.ModelProto:
     return onnx.load(street_bundle / "graphs/edit.fp16.onnx")
+
+
+@pytest.fixture(scope="module")
+def refine_fp32(street_bundle: Path) -> onnx.ModelProto:
+    return onnx.load(street_bundle / "graphs/refine.fp32.onnx")
+
+
+@pytest.fixture(scope="module")
+def refine_fp16(street_bundle: Path) -> onnx.ModelProto:
+    return onnx.load(street_bundle / "graphs/refine.fp16.onnx")
 
 
 def _edits(batch: int) -> list[np.ndarray]:
@@ -65,7 +76,10 @@ def test_weights_that_still_learn_become_the_same_graph(generator: Generator, fp
 # ------------------------------------------------------------------------------------------------------ the contract
 
 
-def test_inputs_and_outputs_are_the_contract(fp32: onnx.ModelProto, fp16: onnx.ModelProto) -> None:
+@pytest.mark.parametrize("graph", ["edit", "refine"])
+def test_inputs_and_outputs_are_the_contract(street_bundle: Path, graph: str) -> None:
+    fp32, fp16 = (onnx.load(street_bundle / f"graphs/{graph}.{precision}.onnx") for precision in ("fp32", "fp16"))
+    coarse = {"coarse": (TensorProto.FLOAT, ["batch", 128, 128, 3])} if graph == "refine" else {}
     for model in (fp32, fp16, store_weights_as_halves(fp32)):
         ports = {
             value.name: (
@@ -82,18 +96,28 @@ def test_inputs_and_outputs_are_the_contract(fp32: onnx.ModelProto, fp16: onnx.M
             "mask": (TensorProto.UINT8, maps),
             "edited": (TensorProto.UINT8, [*maps, 3]),
             "unrounded": (TensorProto.FLOAT, [*maps, 3]),
+            **coarse,
         }
         assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 18)]
         assert model.ir_version <= MAX_IR_VERSION
 
 
-def test_every_value_has_a_type_and_a_shape_whose_only_unknown_is_the_batch(fp16: onnx.ModelProto) -> None:
-    shaped = {value.name: value for value in (*fp16.graph.value_info, *fp16.graph.output)}
-    for node in fp16.graph.node:
-        for output in node.output:
-            tensor = shaped[output].type.tensor_type
-            assert tensor.elem_type != TensorProto.UNDEFINED
-            assert all(dim.dim_param == "batch" or dim.HasField("dim_value") for dim in tensor.shape.dim), output
+def test_every_value_has_a_type_and_a_shape_whose_only_unknown_is_the_batch(
+    fp16: onnx.ModelProto, refine_fp16: onnx.ModelProto
+) -> None:
+    for model in (fp16, refine_fp16):
+        shaped = {value.name: value for value in (*model.graph.value_info, *model.graph.output)}
+        for node in model.graph.node:
+            for output in node.output:
+                tensor = shaped[output].type.tensor_type
+                assert tensor.elem_type != TensorProto.UNDEFINED
+                assert all(dim.dim_param == "batch" or dim.HasField("dim_value") for dim in tensor.shape.dim), output
+
+
+def test_no_input_of_eight_bits_is_used_but_cast(fp16: onnx.ModelProto, refine_fp16: onnx.ModelProto) -> None:
+    for model in (fp16, refine_fp16):
+        bytes_in = {value.name for value in model.graph.input if value.type.tensor_type.elem_type == TensorProto.UINT8}
+        assert {node.op_type for node in model.graph.node if bytes_in & set(node.input)} == {"Cast"}
 
 
 def test_names_tell_the_layer_and_nothing_of_the_machine_that_exported(fp32: onnx.ModelProto) -> None:
@@ -103,6 +127,18 @@ def test_names_tell_the_layer_and_nothing_of_the_machine_that_exported(fp32: onn
     layers = {node.name.rpartition("/")[0] for node in fp32.graph.node}
     assert all(layer == "edit" or layer.startswith(("generator", "stages.")) for layer in layers)
     assert str(Path(__file__).parents[1]).encode() not in fp32.SerializeToString()
+
+
+def test_the_refine_graph_is_the_last_stage_of_the_edit_graph(
+    fp32: onnx.ModelProto, refine_fp32: onnx.ModelProto
+) -> None:
+    layers = {node.name.rpartition("/")[0] for node in refine_fp32.graph.node}
+    assert "stages.2.encoder.8.layout_gamma_shift" in layers
+    assert all(layer == "refine" or layer.startswith("stages.2") for layer in layers)
+    whole = {tensor.name: tensor.raw_data for tensor in fp32.graph.initializer}
+    for tensor in refine_fp32.graph.initializer:
+        if tensor.name.startswith("stages."):
+            assert tensor.raw_data == whole[tensor.name]
 
 
 def test_weights_keep_their_names_and_come_back_bit_for_bit(generator: Generator, fp32: onnx.ModelProto) -> None:
@@ -128,8 +164,20 @@ def test_fp16_is_written_into_the_types(fp16: onnx.ModelProto) -> None:
     assert facts.fp32_operations["InstanceNormalization"] == 42
     assert "Conv" not in facts.fp32_operations
     assert "LeakyRelu" not in facts.fp32_operations
-    types = {value.name: value.type.tensor_type.elem_type for value in fp16.graph.value_info}
-    for node in fp16.graph.node:
+    _check_types_of_operations(fp16)
+
+
+def test_fp16_is_written_into_the_types_of_refining_too(refine_fp16: onnx.ModelProto) -> None:
+    facts = graph_facts(refine_fp16)
+    assert facts.fp16_share > 0.9
+    assert facts.fp32_operations["InstanceNormalization"] == 16
+    assert "Conv" not in facts.fp32_operations
+    _check_types_of_operations(refine_fp16)
+
+
+def _check_types_of_operations(model: onnx.ModelProto) -> None:
+    types = {value.name: value.type.tensor_type.elem_type for value in model.graph.value_info}
+    for node in model.graph.node:
         if node.op_type in FP32_OPERATORS:
             assert types[node.input[0]] == types[node.output[0]] == TensorProto.FLOAT
         if node.op_type == "Conv":
@@ -161,6 +209,26 @@ def test_all_graphs_give_the_pictures_that_torch_gives(
         edited = OnnxRuntimeSession(model.SerializeToString(), precision).run(*edits)
         assert not measure_drift(edited, expected, mask).faults(limits)
         assert np.array_equal(edited[mask == 0], image[mask == 0])
+
+
+def test_refining_what_the_stage_before_the_last_gave_is_the_edit(
+    generator: Generator, refine_fp32: onnx.ModelProto, refine_fp16: onnx.ModelProto
+) -> None:
+    edits = _edits(2)
+    raw: list[torch.Tensor] = []
+    hook = generator.stages[1].register_forward_hook(lambda stage, given, picture: raw.append(picture))
+    expected = TorchSession(generator).run_unrounded(*edits)
+    hook.remove()
+    coarse = (raw[0].permute(0, 2, 3, 1).numpy() + 1) * 127.5
+    inputs = dict(zip(REFINE_INPUTS, (*edits, coarse), strict=True))
+    rounded = np.rint(expected).astype(np.uint8)
+    for model, limits in ((refine_fp32, parity.FP32_LIMITS), (refine_fp16, parity.HALF_LIMITS)):
+        refined, unrounded = LoadedGraph(model.SerializeToString(), "refine").run(OUTPUTS, inputs)
+        assert not measure_drift(refined, rounded, edits[3]).faults(limits)
+        assert np.array_equal(refined[edits[3] == 0], edits[0][edits[3] == 0])
+        assert np.array_equal(np.rint(unrounded), refined)
+        if limits is parity.FP32_LIMITS:
+            assert np.abs(unrounded - expected).max() < 1
 
 
 def test_labels_instances_and_mask_all_matter(fp32: onnx.ModelProto) -> None:
@@ -223,6 +291,21 @@ def test_the_cpu_graph_gives_the_same_pictures(fp32: onnx.ModelProto, on_cpu: on
     assert difference.mean() < 1e-3
 
 
+@pytest.mark.parametrize("name", ["middle", "corner", "a row", "all but one", "nothing"])
+def test_the_cpu_graph_for_refining_gives_the_same_pictures(
+    street_bundle: Path, refine_fp32: onnx.ModelProto, name: str
+) -> None:
+    coarse = np.random.default_rng(3).random((1, 128, 128, 3), np.float32) * 255
+    edits = dict(zip(REFINE_INPUTS, (*_edits(1), coarse), strict=True)) | {"mask": MASKS[name][None]}
+    on_cpu = street_bundle / "graphs/refine_cpu.fp32.onnx"
+    for graph in (refine_fp32.SerializeToString(), on_cpu):
+        outputs = LoadedGraph(graph, "refine").run(OUTPUTS, edits)
+        if graph is not on_cpu:
+            plain = outputs
+    assert np.abs(plain[0].astype(int) - outputs[0]).max() <= 1
+    assert np.abs(plain[1] - outputs[1]).mean() < 1e-3
+
+
 def test_the_cpu_graph_takes_a_batch_of_different_masks(fp32: onnx.ModelProto, on_cpu: onnx.ModelProto) -> None:
     edits = _edits(3)
     edits[3] = np.stack([MASKS[name] for name in ("corner", "nothing", "middle")])
@@ -237,17 +320,24 @@ def test_the_cpu_graph_leaves_out_most_of_the_layout_branch(fp32: onnx.ModelProt
     assert kept == {node.name for node in fp32.graph.node if node.op_type == "Conv"}
 
 
-def test_cpu_only_bundles_hold_one_graph_and_edit_with_torch_too(
-    generator: Generator, fp32: onnx.ModelProto, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_cpu_only_bundles_hold_one_graph_of_each_and_edit_with_torch_too(
+    generator: Generator,
+    fp32: onnx.ModelProto,
+    refine_fp32: onnx.ModelProto,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(pipeline, "export_edit", lambda generator: fp32)
+    monkeypatch.setattr(pipeline, "export_refine", lambda generator: refine_fp32)
     save_generator(generator, tmp_path / "g.safetensors")
     options = ExportOptions(class_table("street"), cpu_only=True, half_weights=True)
     bundle = export_bundle(tmp_path / "g.safetensors", tmp_path / "b.spm", options).bundle
-    assert [(graph.graph, graph.weights_dtype) for graph in bundle.manifest.graphs] == [("edit_cpu", "float16")]
+    graphs = [(graph.graph, graph.weights_dtype) for graph in bundle.manifest.graphs]
+    assert graphs == [("edit_cpu", "float16"), ("refine_cpu", "float16")]
     for open_it in (open_session, open_torch_session):
         session = open_it(bundle, device="cpu", backend="torch" if open_it is open_torch_session else "auto").session
-        assert all(result.passed for result in verify(session, bundle))
+        results = verify(session, bundle)
+        assert len(results) == 6 and all(result.passed for result in results)
     with pytest.raises(BundleError, match=r"no graph 'edit' in fp32.*edit_cpu fp32"):
         open_session(bundle, device="cuda:0", precision="fp32")
     with pytest.raises(UsageError, match="no graph is left"):
@@ -295,6 +385,7 @@ def test_an_ablation_becomes_a_bundle_and_comes_back(tmp_path: Path) -> None:
     assert np.array_equal(open_torch_session(bundle, device="cpu").session.run(*edits), expected)
     session = open_session(bundle, device="cpu").session
     assert not measure_drift(session.run(*edits), expected, edits[3]).faults(parity.FP32_LIMITS)
+    assert [record.graph for record in bundle.manifest.graphs] == ["edit", "edit_cpu"] and not session.refines
 
 
 def test_a_class_table_of_another_length_is_refused(generator: Generator, tmp_path: Path) -> None:
@@ -309,7 +400,8 @@ def test_the_manifest_says_what_was_written(street_bundle: Path) -> None:
     assert bundle.check_all() == ()
     manifest = bundle.manifest
     graphs = [(graph.graph, graph.precision) for graph in manifest.graphs]
-    assert graphs == [("edit", "fp32"), ("edit_cpu", "fp32"), ("edit", "fp16")]
+    variants = [("", "fp32"), ("_cpu", "fp32"), ("", "fp16")]
+    assert graphs == [(name + made_for, precision) for name in ("edit", "refine") for made_for, precision in variants]
     assert [edit.name for edit in manifest.golden] == ["car_away", "tree_planted", "crossing_cleared"]
     assert (manifest.channel_order, manifest.native_size, manifest.source.format) == ("RGB", 256, "spmdeploy")
     for record in manifest.graphs:
@@ -330,7 +422,7 @@ def test_exporting_a_checkpoint_of_the_authors_format(shared: Path, tmp_path: Pa
     manifest = result.bundle.manifest
     assert (manifest.channel_order, manifest.source.format, manifest.licence) == ("BGR", "reference", "test only")
     assert manifest.graphs[0].weights_dtype == "float16"
-    assert len(steps) == 6
+    assert len(steps) == 9
     assert [path.name for path in tmp_path.iterdir()] == ["city.spm"]
 
 
@@ -338,16 +430,14 @@ def test_exporting_a_checkpoint_of_the_authors_format(shared: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_graphs_build_as_tensorrt_rtx_engines_without_a_gpu(
-    fp32: onnx.ModelProto, fp16: onnx.ModelProto, precision: str
-) -> None:
+@pytest.mark.parametrize("graph", ["edit", "refine"])
+def test_graphs_build_as_tensorrt_rtx_engines_without_a_gpu(street_bundle: Path, graph: str, precision: str) -> None:
     trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: engines cannot be built here")
-    model = {"fp32": fp32, "fp16": fp16}[precision]
     logger = trt.Logger(trt.Logger.ERROR)
     builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
-    parsed = parser.parse(model.SerializeToString())
+    parsed = parser.parse_from_file(str(street_bundle / f"graphs/{graph}.{precision}.onnx"))
     assert parsed, [parser.get_error(index).desc() for index in range(parser.num_errors)]
     config, profile = builder.create_builder_config(), builder.create_optimization_profile()
     for index in range(network.num_inputs):

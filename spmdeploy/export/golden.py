@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -21,7 +23,11 @@ def golden_edits(reference: TorchSession, table: ClassTable) -> dict[str, Golden
         image, labels, holes = photo[window][None], labels[window][None], mask[window].astype(np.uint8)[None]
         instances = labels.astype(np.int32)
         expected = reference.run(image, labels, instances, holes)
-        golden[sample.name] = GoldenPictures(image, labels, instances, holes, expected)
+        pictures = GoldenPictures(image, labels, instances, holes, expected)
+        if reference.refines:
+            refined = reference.refine(image, labels, instances, holes, pictures.coarse)
+            pictures = replace(pictures, refined=np.rint(refined).astype(np.uint8))
+        golden[sample.name] = pictures
     return golden
 
 

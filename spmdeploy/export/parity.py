@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
-from spmdeploy.manifest import ParityLimits, Precision
-from spmdeploy.runtime.golden import GoldenPictures, GoldenResult, repeat_golden
-from spmdeploy.runtime.ort import OnnxRuntimeSession
+import numpy as np
+
+from spmdeploy.manifest import REFINE, ParityLimits
+from spmdeploy.networks.deploy_graph import EDIT_INPUTS, OUTPUTS, REFINE_INPUTS
+from spmdeploy.runtime.golden import GoldenPictures, GoldenResult, judge
+from spmdeploy.runtime.ort import LoadedGraph
 
 # FP32 backends add in another order. That flips roundings (1 level); a few pixels sit where an instance norm divides
 # by nearly nothing, which amplifies the last bits: up to 0.3 levels before rounding on random weights. Hence 2.
@@ -20,11 +24,21 @@ HALF_LIMITS = ParityLimits(max_grey=48, mean_grey=1.0, min_psnr_db=40)
 
 
 def check_graph(
-    path: Path, precision: Precision, golden: Mapping[str, GoldenPictures], limits: ParityLimits
+    path: Path, graph: str, golden: Mapping[str, GoldenPictures], limits: ParityLimits
 ) -> list[GoldenResult]:
-    """Runs a graph that lies on disk in ONNX Runtime on the CPU, on every golden edit."""
-    session = OnnxRuntimeSession(path, precision)
-    return [repeat_golden(session, pictures, name, limits) for name, pictures in golden.items()]
+    """Runs a graph that lies on disk in ONNX Runtime on the CPU, on every golden edit. graph: EDIT or REFINE."""
+    loaded = LoadedGraph(path, graph)
+    results = []
+    for name, pictures in golden.items():
+        inputs = {key: getattr(pictures, key) for key in (REFINE_INPUTS if graph == REFINE else EDIT_INPUTS)}
+        edited, unrounded = loaded.run(OUTPUTS, inputs)
+        expected = pictures.refined if graph == REFINE else pictures.expected
+        assert expected is not None, name
+        result = judge(edited, expected, pictures, name, limits)
+        if not np.array_equal(np.rint(unrounded), edited):
+            result = replace(result, faults=(*result.faults, "its two outputs contradict each other"))
+        results.append(result)
+    return results
 
 
 def worst(results: list[GoldenResult]) -> dict[str, float | None]:

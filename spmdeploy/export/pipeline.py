@@ -24,11 +24,12 @@ from spmdeploy.export.graph_facts import graph_facts
 from spmdeploy.export.parity import FP32_LIMITS, HALF_LIMITS, check_graph, worst
 from spmdeploy.export.to_cpu import restrict_to_mask
 from spmdeploy.export.to_fp16 import store_weights_as_halves, to_fp16
-from spmdeploy.export.to_onnx import export_edit
+from spmdeploy.export.to_onnx import export_edit, export_refine
 from spmdeploy.labels import ClassTable
 from spmdeploy.manifest import (
     EDIT,
-    EDIT_ON_CPU,
+    ON_CPU,
+    REFINE,
     GeneratorFacts,
     GoldenEdit,
     GraphRecord,
@@ -37,7 +38,9 @@ from spmdeploy.manifest import (
     Precision,
     SourceFacts,
 )
+from spmdeploy.networks.complexity import edit_gflop
 from spmdeploy.networks.deploy_graph import NATIVE_SIZE
+from spmdeploy.networks.generator import Generator
 from spmdeploy.networks.session import TorchSession
 from spmdeploy.networks.weights import Checkpoint, load_checkpoint
 from spmdeploy.runtime.golden import GoldenPictures
@@ -94,15 +97,18 @@ def export_bundle(
         golden = golden_edits(TorchSession(weights.generator), options.table)
 
         graphs, limits = [], {}
-        progress("tracing the edit graph")
-        exported = time.perf_counter()
-        fp32 = export_edit(weights.generator)
-        for name, precision in _wanted_graphs(options):
-            progress(f"writing and checking the {name} {precision} graph")
-            model, limits[precision] = _variant(fp32, name, precision, options.half_weights)
-            record = _write_graph(writer, name, model, precision, golden, limits[precision])
-            graphs.append(ExportedGraph(record, time.perf_counter() - exported))
+        variants = _wanted_variants(options)
+        for graph, trace in _traces(weights.generator).items():
+            progress(f"tracing the {graph} graph")
             exported = time.perf_counter()
+            fp32 = trace(weights.generator)
+            for precision, on_cpu in variants:
+                name = ON_CPU[graph] if on_cpu else graph
+                progress(f"writing and checking the {name} {precision} graph")
+                model, limits[precision] = _variant(fp32, precision, on_cpu, options.half_weights)
+                record = _write_graph(writer, name, model, precision, golden, limits[precision])
+                graphs.append(ExportedGraph(record, time.perf_counter() - exported))
+                exported = time.perf_counter()
 
         progress("writing the bundle")
         _write_golden(writer, golden)
@@ -113,7 +119,7 @@ def export_bundle(
             classes=options.table,
             channel_order=weights.colour_order,
             native_size=NATIVE_SIZE,
-            generator=_generator_facts(weights, fp32),
+            generator=_generator_facts(weights),
             graphs=tuple(graph.record for graph in graphs),
             golden=tuple(GoldenEdit(name, f"golden/{name}", ATTRIBUTION) for name in golden),
             limits=limits,
@@ -135,25 +141,31 @@ def _check_classes(weights: Checkpoint, table: ClassTable, path: Path) -> None:
         )
 
 
-def _wanted_graphs(options: ExportOptions) -> list[tuple[str, Precision]]:
-    """Names and precisions, the fastest to make first. CPUs compute in FP32 alone."""
-    graphs: list[tuple[str, Precision]] = []
+def _traces(generator: Generator) -> dict[str, Callable[[Generator], onnx.ModelProto]]:
+    """What makes the graphs that the generator has, by their names."""
+    refine = {REFINE: export_refine} if generator.config.stages > 1 else {}
+    return {EDIT: export_edit, **refine}
+
+
+def _wanted_variants(options: ExportOptions) -> list[tuple[Precision, bool]]:
+    """The precisions of each graph, and whether for CPUs alone; the fastest to make first. CPUs compute in FP32."""
+    variants: list[tuple[Precision, bool]] = []
     if "fp32" in options.precisions:
-        graphs += [(EDIT_ON_CPU, "fp32")] if options.cpu_only else [(EDIT, "fp32"), (EDIT_ON_CPU, "fp32")]
+        variants += [("fp32", True)] if options.cpu_only else [("fp32", False), ("fp32", True)]
     if "fp16" in options.precisions and not options.cpu_only:
-        graphs.append((EDIT, "fp16"))
-    if not graphs:
+        variants.append(("fp16", False))
+    if not variants:
         raise UsageError("no graph is left to write", "CPUs compute in FP32: leave out the fp16 precision or cpu_only")
-    return graphs
+    return variants
 
 
 def _variant(
-    fp32: onnx.ModelProto, name: str, precision: Precision, half_weights: bool
+    fp32: onnx.ModelProto, precision: Precision, on_cpu: bool, half_weights: bool
 ) -> tuple[onnx.ModelProto, ParityLimits]:
-    """The graph of that name and precision, and the limits that it must keep to."""
+    """The graph in that precision, and the limits that it must keep to."""
     if precision == "fp16":
         return to_fp16(fp32), HALF_LIMITS
-    model = restrict_to_mask(fp32) if name == EDIT_ON_CPU else fp32
+    model = restrict_to_mask(fp32) if on_cpu else fp32
     return (store_weights_as_halves(model), HALF_LIMITS) if half_weights else (model, FP32_LIMITS)
 
 
@@ -168,7 +180,7 @@ def _write_graph(
     name = f"graphs/{graph}.{precision}.onnx"
     path = writer.path(name)
     onnx.save(model, path)
-    results = check_graph(path, precision, golden, limits)
+    results = check_graph(path, EDIT if graph in (EDIT, ON_CPU[EDIT]) else REFINE, golden, limits)
     faults = [f"{result.name}: {fault}" for result in results for fault in result.faults]
     if faults:
         kept = writer.keep_rejected(name)
@@ -199,14 +211,16 @@ def _write_golden(writer: BundleWriter, golden: Mapping[str, GoldenPictures]) ->
             ("labels", pictures.labels[0]),
             ("mask", (pictures.mask[0] * 255).astype(np.uint8)),
             ("expected", pictures.expected[0]),
+            ("refined", None if pictures.refined is None else pictures.refined[0]),
         ):
-            images.write_picture(writer.path(f"golden/{name}/{picture}.png"), array)
+            if array is not None:
+                images.write_picture(writer.path(f"golden/{name}/{picture}.png"), array)
 
 
-def _generator_facts(weights: Checkpoint, fp32: onnx.ModelProto) -> GeneratorFacts:
+def _generator_facts(weights: Checkpoint) -> GeneratorFacts:
     config = weights.generator.config
     parameters = sum(parameter.numel() for parameter in weights.generator.parameters())
-    gflop = round(graph_facts(fp32).gflop, 2)
+    gflop = round(edit_gflop(config), 2)
     return GeneratorFacts(
         config.classes, config.width, config.hidden, parameters, gflop, config.modulation, config.stages
     )

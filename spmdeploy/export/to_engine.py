@@ -23,7 +23,7 @@ from spmdeploy.errors import BundleError, InputError, UnavailableError, UsageErr
 from spmdeploy.export.build_watch import BuildWatch, Tell
 from spmdeploy.export.engine_builder import CURRENT, BuildLog, BuildRequest, BuiltEngine, build_engine
 from spmdeploy.export.engine_precision import engine_fp16_share
-from spmdeploy.manifest import EDIT_ON_CPU, GraphRecord, Precision
+from spmdeploy.manifest import ON_CPU, GraphRecord, Precision
 from spmdeploy.runtime.cuda import GpuFacts, gpu_facts
 from spmdeploy.runtime.engine_library import import_engine_library, is_installed
 from spmdeploy.runtime.engine_record import (
@@ -216,7 +216,7 @@ def build_engines(
 
 def _graphs(bundle: Bundle, options: EngineOptions) -> list[GraphRecord]:
     """The graphs to build from. Raises BundleError when there is none, saying why and what to do."""
-    usable = [graph for graph in bundle.manifest.graphs if graph.graph != EDIT_ON_CPU]
+    usable = [graph for graph in bundle.manifest.graphs if graph.graph not in ON_CPU.values()]
     if not usable:
         raise BundleError(
             f"{bundle.path}: holds only the graph for CPUs, whose shapes depend on the mask: no engine can be built",

@@ -18,9 +18,10 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from spmdeploy.export.to_onnx import with_shapes
+from spmdeploy.manifest import EDIT, REFINE
 
 FP32_OPERATORS = frozenset({"InstanceNormalization"})
-FP32_LAYERS = ("edit", "generator")  # pixel arithmetic and the composites between the stages
+FP32_LAYERS = (EDIT, REFINE, "generator")  # pixel arithmetic and the composites between the stages
 
 _DATA_INPUTS = {"Resize": 1, "Pad": 1, "InstanceNormalization": 1}
 """Operators whose later float inputs are parameters that the standard wants as they are."""

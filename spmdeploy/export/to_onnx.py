@@ -8,13 +8,23 @@ import logging
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import onnx
 import torch
 from onnx import numpy_helper
+from torch import nn
 
-from spmdeploy.networks.deploy_graph import EDIT_INPUTS, NATIVE_SIZE, OUTPUTS, EditGraph
+from spmdeploy.manifest import EDIT, REFINE
+from spmdeploy.networks.deploy_graph import (
+    COARSE_SIZE,
+    EDIT_INPUTS,
+    NATIVE_SIZE,
+    OUTPUTS,
+    REFINE_INPUTS,
+    EditGraph,
+    RefineGraph,
+)
 from spmdeploy.networks.generator import Generator
 
 OPSET = 18
@@ -28,28 +38,39 @@ _GENERATOR_PREFIX = "generator."
 
 def export_edit(generator: Generator) -> onnx.ModelProto:
     """The `edit` graph of architecture.md in FP32. Weights keep their names in `Generator`."""
+    return _export(generator, EditGraph(generator), EDIT, EDIT_INPUTS)
+
+
+def export_refine(generator: Generator) -> onnx.ModelProto:
+    """The `refine` graph likewise; the weights are those of the last stage."""
+    return _export(generator, RefineGraph(generator), REFINE, REFINE_INPUTS)
+
+
+def _export(generator: Generator, graph: nn.Module, name: str, inputs: Sequence[str]) -> onnx.ModelProto:
+    """The graph in FP32, its own nodes under `name`."""
     size, batch = NATIVE_SIZE, 2  # a batch of one would be taken for a constant
-    examples = (
-        torch.zeros(batch, size, size, 3, dtype=torch.uint8),
-        torch.zeros(batch, size, size, dtype=torch.uint8),
-        torch.zeros(batch, size, size, dtype=torch.int32),
-        torch.zeros(batch, size, size, dtype=torch.uint8),  # its own tensor: one given twice becomes one input
-    )
+    examples = {
+        "image": torch.zeros(batch, size, size, 3, dtype=torch.uint8),
+        "labels": torch.zeros(batch, size, size, dtype=torch.uint8),
+        "instances": torch.zeros(batch, size, size, dtype=torch.int32),
+        "mask": torch.zeros(batch, size, size, dtype=torch.uint8),
+        "coarse": torch.zeros(batch, COARSE_SIZE, COARSE_SIZE, 3),
+    }
     dynamic_batch = {0: torch.export.Dim("batch", min=1, max=MAX_BATCH)}
     with _quiet(), torch.no_grad():  # weights that still learn would bring their own form of the norms
         program = torch.onnx.export(
-            EditGraph(generator).eval(),
-            examples,
+            graph.eval(),
+            tuple(examples[value] for value in inputs),
             dynamo=True,
             opset_version=OPSET,
-            input_names=list(EDIT_INPUTS),
+            input_names=list(inputs),
             output_names=list(OUTPUTS),
-            dynamic_shapes=[dynamic_batch] * len(EDIT_INPUTS),
+            dynamic_shapes=[dynamic_batch] * len(inputs),
             verbose=False,
         )
     assert program is not None
     model = program.model_proto
-    _rename(model.graph)
+    _rename(model.graph, name)
     _restore_weights(model.graph, generator)
     _strip_traces(model)
     assert model.ir_version <= MAX_IR_VERSION, model.ir_version
@@ -68,7 +89,7 @@ def with_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
     return model
 
 
-def _rename(graph: onnx.GraphProto) -> None:
+def _rename(graph: onnx.GraphProto, outermost: str) -> None:
     """Names nodes `layer/Operator` and their outputs likewise, after the module that they come from."""
     fixed = {value.name for value in (*graph.input, *graph.output)}
     names: dict[str, str] = {}
@@ -77,7 +98,7 @@ def _rename(graph: onnx.GraphProto) -> None:
         names[initializer.name] = initializer.name.removeprefix(_GENERATOR_PREFIX)
         initializer.name = names[initializer.name]
     for node in graph.node:
-        name = f"{_layer(node)}/{node.op_type}"
+        name = f"{_layer(node) or outermost}/{node.op_type}"
         seen[name] += 1
         node.name = name if seen[name] == 1 else f"{name}_{seen[name]}"
         for index, output in enumerate(node.output):
@@ -104,10 +125,10 @@ def _restore_weights(graph: onnx.GraphProto, generator: Generator) -> None:
 
 
 def _layer(node: onnx.NodeProto) -> str:
-    """The path of the module that the exporter made this node for, `edit` for the deploy graph itself."""
+    """The path of the module that the exporter made this node for; empty for the deploy graph itself."""
     scopes = next((entry.value for entry in node.metadata_props if entry.key == "pkg.torch.onnx.name_scopes"), "[]")
     modules = [scope for scope in ast.literal_eval(scopes)[:-1] if scope]
-    return modules[-1].removeprefix(_GENERATOR_PREFIX) if modules else "edit"
+    return modules[-1].removeprefix(_GENERATOR_PREFIX) if modules else ""
 
 
 def _strip_traces(model: onnx.ModelProto) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 
 from spmdeploy.bundle import Bundle
 from spmdeploy.errors import BundleError, UnavailableError, UsageError
-from spmdeploy.manifest import EDIT, Precision
+from spmdeploy.manifest import EDIT, EDIT_ON_CPU, Precision
 from spmdeploy.networks.deploy_graph import NATIVE_SIZE, EditGraph, RefineGraph
 from spmdeploy.networks.generator import Generator, GeneratorConfig
 from spmdeploy.runtime.session import Opened, check_device
@@ -98,9 +98,9 @@ def open_torch_session(bundle: Bundle, backend: str = "torch", device: str = "au
 def bundled_generator(bundle: Bundle) -> Generator:
     """The generator that a bundle was made from. Raises BundleError when no FP32 graph holds its weights."""
     facts = bundle.manifest.generator
-    # Both FP32 graphs hold the weights under the same names; a bundle may hold one of them only.
-    held = next((record for record in bundle.manifest.graphs if record.precision == "fp32"), None)
-    graph = bundle.read((held or bundle.graph(EDIT, "fp32")).file)
+    # Both FP32 graphs that edit hold the weights under the same names; a bundle may hold one of them only.
+    there = {record.graph: record for record in bundle.manifest.graphs if record.precision == "fp32"}
+    graph = bundle.read((there.get(EDIT_ON_CPU) or bundle.graph(EDIT, "fp32")).file)
     config = GeneratorConfig(facts.classes, facts.width, facts.hidden, facts.modulation, facts.stages)
     return generator_from_graph(graph, config)
 

@@ -10,14 +10,14 @@ from pathlib import Path
 
 from spmdeploy.bundle import Bundle
 from spmdeploy.errors import BundleError, InputError, SpmDeployError, UnavailableError, VerificationError
-from spmdeploy.manifest import EDIT
+from spmdeploy.manifest import EDIT, REFINE
 from spmdeploy.runtime.cuda import gpu_facts
 from spmdeploy.runtime.engine_library import import_engine_library, this_host
 from spmdeploy.runtime.engine_record import BUILD_AGAIN, EngineHost, EngineRecord, EngineRuntime, Gpu, Verification
 from spmdeploy.runtime.engine_store import FoundEngine, cache_folder, find_engines
 from spmdeploy.runtime.golden import GoldenResult, verify
 from spmdeploy.runtime.session import Opened
-from spmdeploy.runtime.trt import REFINE, TensorRtSession
+from spmdeploy.runtime.trt import TensorRtSession
 
 BUILD_FIRST = "build one on this machine: spmdeploy build BUNDLE"
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from spmdeploy import images
 from spmdeploy.bundle import Bundle
-from spmdeploy.bundle_files import GOLDEN_INSTANCES
+from spmdeploy.bundle_files import GOLDEN_INSTANCES, GOLDEN_REFINED
 from spmdeploy.errors import BundleError, InputError
 from spmdeploy.manifest import GoldenEdit, ParityLimits
 from spmdeploy.runtime.session import Session
@@ -24,10 +24,10 @@ EXPORT_AGAIN = "export the bundle again"
 
 @dataclass(frozen=True)
 class GoldenPictures:
-    """One edit at the graph's own size, as a batch of one, and the picture that torch in FP32 makes of it.
+    """One edit at the graph's own size, as a batch of one, and the pictures that torch in FP32 makes of it.
 
     image, expected: uint8 (1, S, S, 3) RGB. labels: uint8 (1, S, S). instances: int32 (1, S, S). mask: uint8 (1, S, S),
-    0 = keep.
+    0 = keep. refined: uint8 (1, S, S, 3), what becomes of `coarse` when it is refined; None where nothing refines.
     """
 
     image: NDArray[np.uint8]
@@ -35,6 +35,15 @@ class GoldenPictures:
     instances: NDArray[np.int32]
     mask: NDArray[np.uint8]
     expected: NDArray[np.uint8]
+    refined: NDArray[np.uint8] | None = None
+
+    @property
+    def coarse(self) -> NDArray[np.float32]:
+        """What the golden refinement starts from, the expected picture at half size: float32 (1, S/2, S/2, 3)."""
+        batch, height, width, channels = self.expected.shape
+        fours = self.expected.reshape(batch, height // 2, 2, width // 2, 2, channels)
+        coarse: NDArray[np.float32] = fours.mean(axis=(2, 4), dtype=np.float32)
+        return coarse
 
 
 @dataclass(frozen=True)
@@ -69,6 +78,7 @@ class GoldenResult:
     """One golden edit, repeated."""
 
     name: str
+    """That of the edit, or NAME refined."""
     drift: Drift
     known_pixels_intact: bool
     faults: tuple[str, ...]
@@ -100,15 +110,17 @@ def read_golden(bundle: Bundle, edit: GoldenEdit) -> GoldenPictures:
     labels = picture(images.read_labels, "labels.png")
     has_instances = f"{edit.folder}/{GOLDEN_INSTANCES}" in bundle.files()
     instances = picture(images.read_instances, GOLDEN_INSTANCES) if has_instances else labels.astype(np.int32)
+    has_refined = f"{edit.folder}/{GOLDEN_REFINED}" in bundle.files()
     pictures = GoldenPictures(
         image=picture(images.read_photo, "image.png").pixels[None],
         labels=labels[None],
         instances=instances[None],
         mask=picture(images.read_mask, "mask.png").astype(np.uint8)[None],
         expected=picture(images.read_photo, "expected.png").pixels[None],
+        refined=picture(images.read_photo, GOLDEN_REFINED).pixels[None] if has_refined else None,
     )
     size = bundle.manifest.native_size
-    shapes = {name: array.shape[1:3] for name, array in vars(pictures).items()}
+    shapes = {name: array.shape[1:3] for name, array in vars(pictures).items() if array is not None}
     wrong = next((name for name, shape in shapes.items() if shape != (size, size)), None)
     if wrong or not pictures.mask.any():
         fault = f"its {wrong} is {shapes[wrong]}, not {size}×{size}" if wrong else "its mask is empty"
@@ -128,9 +140,28 @@ def measure_drift(picture: NDArray[np.uint8], reference: NDArray[np.uint8], mask
 def repeat_golden(session: Session, golden: GoldenPictures, name: str, limits: ParityLimits) -> GoldenResult:
     """Runs one golden edit and judges the result."""
     edited = session.run(golden.image, golden.labels, golden.instances, golden.mask)
-    drift = measure_drift(edited, golden.expected, golden.mask)
+    return judge(edited, golden.expected, golden, name, limits)
+
+
+def repeat_refinement(session: Session, golden: GoldenPictures, name: str, limits: ParityLimits) -> GoldenResult:
+    """Refines the result of one golden edit, which must have a `refined` picture, and judges that."""
+    assert golden.refined is not None, name
+    unrounded = session.refine(golden.image, golden.labels, golden.instances, golden.mask, golden.coarse)
+    refined = np.clip(np.rint(unrounded), 0, 255).astype(np.uint8)
+    return judge(refined, golden.refined, golden, f"{name} refined", limits)
+
+
+def judge(
+    picture: NDArray[np.uint8],
+    expected: NDArray[np.uint8],
+    golden: GoldenPictures,
+    name: str,
+    limits: ParityLimits,
+) -> GoldenResult:
+    """How far a picture made from the golden edit is from the expected one, and what is wrong with it."""
+    drift = measure_drift(picture, expected, golden.mask)
     keep = golden.mask == 0
-    intact = bool(np.array_equal(edited[keep], golden.image[keep]))
+    intact = bool(np.array_equal(picture[keep], golden.image[keep]))
     faults = drift.faults(limits) + ([] if intact else ["pixels outside the mask were changed"])
     return GoldenResult(name, drift, intact, tuple(faults))
 
@@ -138,9 +169,15 @@ def repeat_golden(session: Session, golden: GoldenPictures, name: str, limits: P
 def verify(session: Session, bundle: Bundle) -> list[GoldenResult]:
     """Repeats every golden edit of the bundle within the limits that it states for the session's precision.
 
+    Where the session refines, what becomes of the edits when they are refined follows.
+
     Raises BundleError when there is none: nothing would be proved.
     """
     if not bundle.manifest.golden:
         raise BundleError(f"{bundle.path}: holds no golden edits, so nothing can be verified", EXPORT_AGAIN)
     limits = bundle.manifest.limits[session.precision]
-    return [repeat_golden(session, read_golden(bundle, edit), edit.name, limits) for edit in bundle.manifest.golden]
+    golden = {edit.name: read_golden(bundle, edit) for edit in bundle.manifest.golden}
+    results = [repeat_golden(session, pictures, name, limits) for name, pictures in golden.items()]
+    if session.refines:
+        results += [repeat_refinement(session, p, name, limits) for name, p in golden.items() if p.refined is not None]
+    return results

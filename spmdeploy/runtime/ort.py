@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import io
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,40 +14,48 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spmdeploy.errors import BundleError, OutOfMemory, UnavailableError
-from spmdeploy.manifest import Precision
+from spmdeploy.manifest import EDIT, REFINE, Precision
 from spmdeploy.runtime.cuda import visible_gpus
 from spmdeploy.runtime.device_arrays import DeviceArray
 
-_INPUTS = {"image": "tensor(uint8)", "labels": "tensor(uint8)", "instances": "tensor(int32)", "mask": "tensor(uint8)"}
+_INPUTS = {
+    "image": "tensor(uint8)",
+    "labels": "tensor(uint8)",
+    "instances": "tensor(int32)",
+    "mask": "tensor(uint8)",
+    "coarse": "tensor(float)",
+}
+
+Graph = Path | bytes
+"""An ONNX file or its bytes."""
+Arrays = Mapping[str, NDArray[Any]]
 
 
 class OnnxRuntimeSession:
-    """The `edit` graph in ONNX Runtime. `run` may be called from several threads at once."""
+    """The `edit` graph in ONNX Runtime, and the `refine` graph from its first use on; may be used from several threads
+    at once."""
 
     backend = "onnxruntime"
-    refines = False
     notes: tuple[str, ...] = ()
 
-    def __init__(self, graph: Path | bytes, precision: Precision, device: str = "cpu", threads: int = 0) -> None:
-        """graph: the ONNX file or its bytes. device: cpu or cuda:N. threads: 0 = one per core (CPU only)."""
-        library = import_onnxruntime()
+    def __init__(
+        self,
+        edit: Graph,
+        precision: Precision,
+        device: str = "cpu",
+        threads: int = 0,
+        refine: Callable[[], Graph] | None = None,
+    ) -> None:
+        """device: cpu or cuda:N. threads: 0 = one per core (CPU only). refine: gets the graph when it is needed."""
         self.device = device
         self.precision = precision
-        options = library.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3
-        providers = _providers(library, device)
-        if device != "cpu":
-            _preload_cuda(library)
-            # Without this ONNX Runtime moves to the CPU whatever a GPU cannot do, or everything, and says nothing.
-            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-        try:
-            source = str(graph) if isinstance(graph, Path) else graph
-            self._session: Any = library.InferenceSession(source, options, providers=providers)
-        except Exception as error:
-            raise _translated(error, device) from error
-        self.provider = f"{self._proved_provider(providers)} (onnxruntime {library.__version__})"
-        self.size = self._checked_size()
+        self._threads = threads
+        self._edit: LoadedGraph | None = LoadedGraph(edit, EDIT, device, threads)
+        self._refine: LoadedGraph | None = None
+        self._get_refine = refine
+        self.refines = refine is not None
+        self._loading = threading.Lock()
+        self.provider, self.size = self._edit.provider, self._edit.size
 
     def run(
         self,
@@ -55,7 +64,8 @@ class OnnxRuntimeSession:
         instances: NDArray[np.int32],
         mask: NDArray[np.uint8],
     ) -> NDArray[np.uint8]:
-        edited: NDArray[np.uint8] = self._run("edited", image=image, labels=labels, instances=instances, mask=mask)
+        inputs: Arrays = {"image": image, "labels": labels, "instances": instances, "mask": mask}
+        edited: NDArray[np.uint8] = _open(self._edit).run(["edited"], inputs)[0]
         return edited
 
     def run_unrounded(
@@ -65,9 +75,8 @@ class OnnxRuntimeSession:
         instances: NDArray[np.int32],
         mask: NDArray[np.uint8],
     ) -> NDArray[np.float32]:
-        unrounded: NDArray[np.float32] = self._run(
-            "unrounded", image=image, labels=labels, instances=instances, mask=mask
-        )
+        inputs: Arrays = {"image": image, "labels": labels, "instances": instances, "mask": mask}
+        unrounded: NDArray[np.float32] = _open(self._edit).run(["unrounded"], inputs)[0]
         return unrounded
 
     def refine(
@@ -78,25 +87,80 @@ class OnnxRuntimeSession:
         mask: NDArray[np.uint8],
         coarse: NDArray[np.float32],
     ) -> NDArray[np.float32]:
-        raise BundleError("the bundle holds no refine graph", "export it again, or leave --tiling cascade out")
+        inputs: Arrays = {"image": image, "labels": labels, "instances": instances, "mask": mask, "coarse": coarse}
+        unrounded: NDArray[np.float32] = self._refining().run(["unrounded"], inputs)[0]
+        return unrounded
 
-    def _run(self, output: str, **inputs: NDArray[Any]) -> Any:
-        try:
-            return self._session.run([output], inputs)[0]
-        except Exception as error:
-            raise _translated(error, self.device) from error
+    def _refining(self) -> LoadedGraph:
+        with self._loading:
+            if self._refine is None:
+                _open(self._edit)
+                if self._get_refine is None:
+                    raise BundleError(
+                        f"the bundle holds no refine graph in {self.precision} for {self.device}",
+                        "export it again, or leave --tiling cascade out",
+                    )
+                self._refine = LoadedGraph(self._get_refine(), REFINE, self.device, self._threads)
+            return self._refine
 
     def bound(self, inputs: Mapping[str, DeviceArray], outputs: Mapping[str, DeviceArray]) -> Callable[[], None]:
         """A call that runs the graph on arrays in the memory of this session's GPU, and returns when it is done."""
+        return _open(self._edit).bound(inputs, outputs)
+
+    def close(self) -> None:
+        with self._loading:
+            self._edit = self._refine = None
+
+
+def _open(graph: LoadedGraph | None) -> LoadedGraph:
+    if graph is None:
+        raise UnavailableError("the session was closed", "open another")
+    return graph
+
+
+class LoadedGraph:
+    """One graph in ONNX Runtime, proved to be where it was wanted and to be what it should be."""
+
+    def __init__(self, content: Graph, graph: str, device: str = "cpu", threads: int = 0) -> None:
+        """graph: EDIT or REFINE, whose inputs and outputs it must have."""
+        library = import_onnxruntime()
+        self._device = device
+        options = library.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        providers = _providers(library, device)
+        if device != "cpu":
+            _preload_cuda(library)
+            # Without this ONNX Runtime moves to the CPU whatever a GPU cannot do, or everything, and says nothing.
+            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        try:
+            source = str(content) if isinstance(content, Path) else content
+            self._session: Any = library.InferenceSession(source, options, providers=providers)
+        except Exception as error:
+            raise _translated(error, device) from error
+        self.provider = f"{self._proved_provider(providers)} (onnxruntime {library.__version__})"
+        self.outputs = frozenset(value.name for value in self._session.get_outputs())
+        self.size = self._checked_size(graph)
+
+    def run(self, outputs: Sequence[str], inputs: Arrays) -> list[NDArray[Any]]:
+        if not self.outputs.issuperset(outputs):
+            raise BundleError(
+                "the graph gives no unrounded result, which tiles are made from", "export the bundle again"
+            )
+        try:
+            results: list[NDArray[Any]] = self._session.run(list(outputs), dict(inputs))
+        except Exception as error:
+            raise _translated(error, self._device) from error
+        return results
+
+    def bound(self, inputs: Mapping[str, DeviceArray], outputs: Mapping[str, DeviceArray]) -> Callable[[], None]:
+        """A call that runs the graph on arrays in the memory of its GPU, and returns when it is done."""
         binding = self._session.io_binding()
-        number = int(self.device.removeprefix("cuda:"))
+        number = int(self._device.removeprefix("cuda:"))
         for bind, arrays in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
             for name, array in arrays.items():
                 bind(name, "cuda", number, np.dtype(array.dtype).type, array.shape, array.address)
         return lambda: self._session.run_with_iobinding(binding)
-
-    def close(self) -> None:
-        self._session = None
 
     def _proved_provider(self, asked: list[Any]) -> str:
         """The provider that the session really has, which must be the first one asked for."""
@@ -104,23 +168,29 @@ class OnnxRuntimeSession:
         have: str = self._session.get_providers()[0]
         if have != wanted:
             raise UnavailableError(
-                f"asked for {wanted} on {self.device}, but ONNX Runtime would run on {have}",
+                f"asked for {wanted} on {self._device}, but ONNX Runtime would run on {have}",
                 "see `spmdeploy doctor`, or ask for --device cpu",
             )
         return have
 
-    def _checked_size(self) -> int:
-        """Height and width of the pictures that the graph takes. Raises BundleError when it is no `edit` graph."""
+    def _checked_size(self, graph: str) -> int:
+        """Height and width of the pictures that the graph takes. Raises BundleError when it is another graph."""
         inputs = {value.name: (value.type, value.shape[1:]) for value in self._session.get_inputs()}
         outputs = {value.name: value.type for value in self._session.get_outputs()}
         size = inputs["mask"][1][0] if inputs.get("mask", ("", []))[1] else 0
-        square = [size, size]
-        expected = {name: (kind, [*square, 3] if name == "image" else square) for name, kind in _INPUTS.items()}
-        if not isinstance(size, int) or inputs != expected or outputs.get("edited") != "tensor(uint8)":
+        if not isinstance(size, int) or inputs != _ports(graph, size) or outputs.get("edited") != "tensor(uint8)":
             raise BundleError(
-                f"the graph is no edit graph: it takes {inputs} and gives {outputs}", "export the bundle again"
+                f"the graph is no {graph} graph: it takes {inputs} and gives {outputs}", "export the bundle again"
             )
         return size
+
+
+def _ports(graph: str, size: int) -> dict[str, tuple[str, list[int]]]:
+    """Types and shapes of the inputs, the batch left out."""
+    shapes = {"image": [size, size, 3], "labels": [size, size], "instances": [size, size], "mask": [size, size]}
+    if graph == REFINE:
+        shapes["coarse"] = [size // 2, size // 2, 3]
+    return {name: (_INPUTS[name], shape) for name, shape in shapes.items()}
 
 
 def import_onnxruntime() -> Any:

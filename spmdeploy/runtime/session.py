@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 
 from spmdeploy.bundle import Bundle
 from spmdeploy.errors import UnavailableError, UsageError
-from spmdeploy.manifest import EDIT, EDIT_ON_CPU, GraphRecord, Precision
+from spmdeploy.manifest import EDIT, ON_CPU, REFINE, GraphRecord, Precision
 
 BACKENDS = ("onnxruntime", "tensorrt", "tensorrt-rtx", "torch")
 
@@ -85,7 +86,9 @@ class Opened:
 
 
 def open_session(bundle: Bundle, backend: str = "auto", device: str = "auto", precision: str = "auto") -> Opened:
-    """Loads the `edit` graph of a bundle. What is asked for by name is done or refused, never replaced.
+    """Loads the `edit` graph of a bundle; its `refine` graph waits until it is used.
+
+    What is asked for by name is done or refused, never replaced.
 
     backend: auto (an engine that fits, else ONNX Runtime), onnxruntime, tensorrt or tensorrt-rtx. device: auto (the GPU
     where one can be used, else the CPU), cpu or cuda:N. precision: auto, fp32 or fp16.
@@ -156,9 +159,15 @@ def _open_on(bundle: Bundle, device: str, precision: str, choices: list[str]) ->
     record, why = _choose_graph(bundle, precision, device)
     if why:
         choices = [*choices, f"precision {record.precision}: {why}"]
-    # A path spares the copy in memory that bytes cost, but only a folder has one.
-    graph = bundle.path_of(record.file) if bundle.is_folder else bundle.read(record.file)
-    return Opened(ort.OnnxRuntimeSession(graph, record.precision, device), tuple(choices))
+    finer = _find(bundle, REFINE, record.precision, device)
+    get_finer = None if finer is None else lambda: _content(bundle, finer)
+    session = ort.OnnxRuntimeSession(_content(bundle, record), record.precision, device, refine=get_finer)
+    return Opened(session, tuple(choices))
+
+
+def _content(bundle: Bundle, record: GraphRecord) -> Path | bytes:
+    """A path spares the copy in memory that bytes cost, but only a folder has one."""
+    return bundle.path_of(record.file) if bundle.is_folder else bundle.read(record.file)
 
 
 def _choose_graph(bundle: Bundle, precision: str, device: str) -> tuple[GraphRecord, str | None]:
@@ -175,15 +184,18 @@ def _choose_graph(bundle: Bundle, precision: str, device: str) -> tuple[GraphRec
 
 
 def _suits(record: GraphRecord, device: str) -> bool:
-    return record.graph == EDIT or (record.graph == EDIT_ON_CPU and device == "cpu")
+    return record.graph == EDIT or (record.graph == ON_CPU[EDIT] and device == "cpu")
 
 
 def _graph_for(bundle: Bundle, precision: str, device: str) -> GraphRecord:
-    """The graph made for the device where there is one, else the one for all. Raises BundleError."""
-    for record in bundle.manifest.graphs:
-        if (record.graph, record.precision, device) == (EDIT_ON_CPU, precision, "cpu"):
-            return record
-    return bundle.graph(EDIT, precision)
+    """The `edit` graph for the device. Raises BundleError."""
+    return _find(bundle, EDIT, precision, device) or bundle.graph(EDIT, precision)
+
+
+def _find(bundle: Bundle, graph: str, precision: str, device: str) -> GraphRecord | None:
+    """The graph made for the device where there is one, else the one for all. graph: EDIT or REFINE."""
+    there = {record.graph: record for record in bundle.manifest.graphs if record.precision == precision}
+    return (there.get(ON_CPU[graph]) if device == "cpu" else None) or there.get(graph)
 
 
 def check_device(device: str) -> None:

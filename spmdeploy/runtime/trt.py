@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spmdeploy.errors import BundleError, InputError, SpmDeployError, UnavailableError, UsageError
-from spmdeploy.manifest import EDIT
+from spmdeploy.manifest import EDIT, REFINE
 from spmdeploy.runtime.cuda_device import Device
 from spmdeploy.runtime.device_arrays import ALIGNMENT, DeviceArray, as_device_array
 from spmdeploy.runtime.engine_memory import EngineMemory
@@ -19,7 +19,6 @@ from spmdeploy.runtime.engine_record import BATCH, Port
 from spmdeploy.runtime.engine_store import FoundEngine
 from spmdeploy.runtime.loaded_engine import LoadedEngine
 
-REFINE = "refine"
 HostArrays = Mapping[str, NDArray[Any]]
 _NAMES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
 

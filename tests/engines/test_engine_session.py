@@ -19,12 +19,12 @@ import spmdeploy
 from spmdeploy import cli, images
 from spmdeploy.bundle import Bundle, BundleWriter, open_bundle
 from spmdeploy.errors import BundleError, SpmDeployError, UnavailableError, UsageError, VerificationError
+from spmdeploy.manifest import REFINE
 from spmdeploy.packing import pack
 from spmdeploy.runtime import engine_library
 from spmdeploy.runtime.engine_record import EngineFile, EngineRecord, Gpu, SourceFile
 from spmdeploy.runtime.engine_store import EngineWriter, choose_place, find_engines
 from spmdeploy.runtime.session import Opened, open_session
-from spmdeploy.runtime.trt import REFINE
 
 from .records import A10, for_targets
 from .simulated_gpu import Code, SimulatedGpu, plug_in
@@ -102,7 +102,7 @@ def edit_once(opened: Opened) -> None:
 def fallen_back(bundle: Bundle, patch: pytest.MonkeyPatch, **options: str) -> list[str]:
     """The choices of `auto` where ONNX Runtime is taken; it is simulated, as the graphs are made up."""
     made: list[tuple[Any, ...]] = []
-    patch.setattr("spmdeploy.runtime.ort.OnnxRuntimeSession", lambda *arguments: made.append(arguments))
+    patch.setattr("spmdeploy.runtime.ort.OnnxRuntimeSession", lambda *arguments, refine: made.append(arguments))
     opened = open_session(bundle, **options)
     assert len(made) == 1 and opened.session is None
     return list(opened.choices)

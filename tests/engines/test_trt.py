@@ -19,11 +19,12 @@ from hypothesis import strategies as st
 
 from spmdeploy.bundle_files import FolderStore
 from spmdeploy.errors import BundleError, InputError, OutOfMemory, SpmDeployError, UnavailableError, UsageError
+from spmdeploy.manifest import REFINE
 from spmdeploy.runtime import engine_library
 from spmdeploy.runtime.device_arrays import DeviceArray
 from spmdeploy.runtime.engine_record import BatchRange, EngineFile, EngineRecord, Port
 from spmdeploy.runtime.engine_store import FoundEngine
-from spmdeploy.runtime.trt import REFINE, TensorRtSession, graph_ports
+from spmdeploy.runtime.trt import TensorRtSession, graph_ports
 
 from .records import sample
 from .simulated_gpu import PACKAGES, Code, SimulatedGpu, host_context, plug_in
