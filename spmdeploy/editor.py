@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +22,8 @@ from spmdeploy.errors import BundleError, InputError, UsageError
 from spmdeploy.images import MOST_MEGAPIXELS, check_mask, resize_photo
 from spmdeploy.labels import ClassTable, check_labels
 from spmdeploy.matching import match_surroundings as match_part
-from spmdeploy.model_inputs import Ids, ModelInput, Scene, model_input, stacked
+from spmdeploy.model_inputs import Ids, ModelInput, Scene, hole_at, image_input, layout_input, model_input, stacked
+from spmdeploy.runtime.session import LayoutRun, Session, layout_run
 from spmdeploy.tally import Progress, Tally
 from spmdeploy.tiling.extension import Sides, Step, grown_size, new_pixels, photo_place, plan_extension
 from spmdeploy.tiling.frames import Frame, frame_of
@@ -29,9 +31,6 @@ from spmdeploy.tiling.levels import plan_levels
 from spmdeploy.tiling.pieces import Mask, Picture
 from spmdeploy.tiling.stitching import stitch
 from spmdeploy.tiling.windows import CROP_LIMIT, Site, plan_windows, whole_photo, whole_site
-
-if TYPE_CHECKING:
-    from spmdeploy.runtime.session import Session
 
 Tiling = Literal["auto", "off", "crop", "cascade"]
 
@@ -108,21 +107,37 @@ class Editor:
             _check_options(tiling, feather, batch_size)
             edit_mask = self._checked(image, labels, mask, instances, names)
         with tally.phase("plan"):
-            plan = self._plan(tiling, image, edit_mask, names)
+            plan = self._plan(tiling, edit_mask, names)
         scene = Scene(image.copy(), labels, edit_mask, instances)
-        tally.begin(sum(1 + window.tiles for window in plan.windows))
-        at_once = [window for window in plan.windows if not window.levels]
-        for start in range(0, len(at_once), batch_size):
-            self._edit_at_once(at_once[start : start + batch_size], scene, feather, tally)
-        done = [
-            self._edit_in_levels(window, scene, feather, batch_size, tally) if window.levels else window
-            for window in plan.windows
-        ]
-        if match_surroundings:
-            for window in done:
-                self._match_surroundings(window.site, scene, tally)
-        pixels = int(np.count_nonzero(edit_mask))
-        return EditResult(scene.picture, self._report(plan, done, tally, feather, match_surroundings, pixels))
+        finish = _Finish(feather, match_surroundings)
+        return self._carried_out(plan, scene, _batches(plan, batch_size), batch_size, finish, tally)
+
+    def prepare(
+        self,
+        labels: Ids,
+        mask: NDArray[Any],
+        instances: Ids | None = None,
+        *,
+        tiling: Tiling = "auto",
+        feather: int = FEATHER,
+        match_surroundings: bool = False,
+        batch_size: int = BATCH_SIZE,
+        names: InputNames | None = None,
+    ) -> PreparedEdit:
+        """Everything about an edit that labels and mask decide, done once for many images of one size.
+
+        Where the session keeps layouts (ONNX Runtime on CPUs, PyTorch) that is half of the network's operations and
+        more. What is kept takes memory, for the `paper` preset 150 MB a window; windows that are carried up keep
+        nothing. The arguments and what is raised are those of `edit`; arrays that change later change nothing here.
+        """
+        names = names or InputNames()
+        _check_options(tiling, feather, batch_size)
+        edit_mask = self._checked_layout(labels, mask, instances, names, labels, names.labels)
+        plan = self._plan(tiling, edit_mask, names)
+        no_picture = np.broadcast_to(np.uint8(0), (*edit_mask.shape, 3))  # a single byte, whatever the size
+        scene = Scene(no_picture, labels.copy(), edit_mask.copy(), None if instances is None else instances.copy())
+        batches = [_with_layout(self.session, batch.windows, scene) for batch in _batches(plan, batch_size)]
+        return PreparedEdit(self, plan, scene, batches, batch_size, _Finish(feather, match_surroundings), names)
 
     def extend(
         self,
@@ -165,7 +180,7 @@ class Editor:
             if window.levels:
                 done.append(self._edit_in_levels(window, scene, feather, batch_size, tally))
             else:
-                self._edit_at_once([window], scene, feather, tally)
+                self._edit_at_once(_Batch([window]), scene, feather, tally)
                 done.append(window)
             if match_surroundings:
                 self._match_surroundings(window.site, scene, tally)
@@ -188,26 +203,36 @@ class Editor:
     ) -> Mask:
         """The mask as bool (H, W), after everything about the four arrays has been checked."""
         _check_photo(image, names.image)
+        return self._checked_layout(labels, mask, instances, names, image, names.image)
+
+    def _checked_layout(
+        self,
+        labels: Ids,
+        mask: NDArray[Any],
+        instances: Ids | None,
+        names: InputNames,
+        like: NDArray[Any],
+        like_name: str,
+    ) -> Mask:
+        """The same without the photo; like: an array that has the size which all of them must have."""
         _check_ids(labels, names.labels, "label")
         _check_mask_type(mask, names.mask)
-        _check_same_size(labels, names.labels, image, names.image)
-        _check_same_size(mask, names.mask, image, names.image)
+        _check_same_size(labels, names.labels, like, like_name)
+        _check_same_size(mask, names.mask, like, like_name)
         if instances is not None:
             _check_ids(instances, names.instances, "instance")
-            _check_same_size(instances, names.instances, image, names.image)
+            _check_same_size(instances, names.instances, like, like_name)
             _check_instance_range(instances, names.instances)
         edit_mask = mask if mask.dtype == np.bool_ else mask != 0
         check_mask(edit_mask, names.mask)
         check_labels(labels, self.classes, names.labels, where=edit_mask)
         return edit_mask
 
-    def _plan(self, tiling: Tiling, image: Picture, mask: Mask, names: InputNames) -> _Plan:
+    def _plan(self, tiling: Tiling, mask: Mask, names: InputNames) -> _Plan:
         size = self.session.size
-        fits = image.shape[:2] == (size, size)
+        fits = mask.shape == (size, size)
         if tiling == "off" and not fits:
-            problem = (
-                f"{names.image} is {_size(image)}, but without tiling it must have the model's size, {size}×{size}"
-            )
+            problem = f"{names.image} is {_size(mask)}, but without tiling it must have the model's size, {size}×{size}"
             raise InputError(problem, "use tiling auto, crop or cascade")
         if fits and tiling in ("auto", "off"):
             reason = "asked for" if tiling == "off" else f"the photo has the model's size, {size}×{size}"
@@ -271,16 +296,38 @@ class Editor:
             notes=(*report_notes(done), *session.notes),
         )
 
-    def _edit_at_once(self, windows: list[EditedWindow], scene: Scene, feather: int, tally: Tally) -> None:
+    def _carried_out(
+        self, plan: _Plan, scene: Scene, batches: Sequence[_Batch], batch_size: int, finish: _Finish, tally: Tally
+    ) -> EditResult:
+        """All of a plan, in the scene's picture. batches: its windows without levels."""
+        tally.begin(sum(1 + window.tiles for window in plan.windows))
+        for batch in batches:
+            self._edit_at_once(batch, scene, finish.feather, tally)
+        done = [
+            self._edit_in_levels(window, scene, finish.feather, batch_size, tally) if window.levels else window
+            for window in plan.windows
+        ]
+        if finish.match_surroundings:
+            for window in done:
+                self._match_surroundings(window.site, scene, tally)
+        pixels = int(np.count_nonzero(scene.mask))
+        report = self._report(plan, done, tally, finish.feather, finish.match_surroundings, pixels)
+        return EditResult(scene.picture, report)
+
+    def _edit_at_once(self, batch: _Batch, scene: Scene, feather: int, tally: Tally) -> None:
         """A batch of windows at the model's size, stitched into the scene's picture."""
         with tally.phase("prepare"):
-            inputs = stacked([_frame_input(window.frame, scene) for window in windows])
+            if batch.run is None:
+                inputs = stacked([_frame_input(window.frame, scene) for window in batch.windows])
+                run = partial(self.session.run, *inputs)
+            else:
+                run = partial(batch.run, _frame_images(batch, scene))
         with tally.phase("run"):
-            edited = self.session.run(*inputs)
+            edited = run()
         with tally.phase("stitch"):
-            _put_back(windows, edited, scene, feather)
+            _put_back(batch.windows, edited, scene, feather)
         tally.batches += 1
-        tally.advance(len(windows))
+        tally.advance(len(batch.windows))
 
     def _edit_in_levels(
         self, planned: EditedWindow, scene: Scene, feather: int, batch_size: int, tally: Tally
@@ -308,10 +355,69 @@ class Editor:
             match_part(part.picture, part.labels, site.hole(scene.mask))
 
 
+class PreparedEdit:
+    """What labels and mask decide, known already: for the frames of a video, or many photos of one view.
+
+    Made by `Editor.prepare`, whose editor must stay open. `edit` may be called from several threads at once where the
+    session's `run` may.
+    """
+
+    def __init__(
+        self,
+        editor: Editor,
+        plan: _Plan,
+        scene: Scene,
+        batches: Sequence[_Batch],
+        batch_size: int,
+        finish: _Finish,
+        names: InputNames,
+    ) -> None:
+        """scene: everything but the picture. batches: with their layouts."""
+        self._editor = editor
+        self._plan = plan
+        self._scene = scene
+        self._batches = batches
+        self._batch_size = batch_size
+        self._finish = finish
+        self._names = names
+
+    def edit(self, image: Picture, *, progress: Progress | None = None) -> EditResult:
+        """`Editor.edit` of this image with the prepared layout: the same picture, and a report of what was left to do.
+
+        image: uint8 (H, W, 3) RGB of the size of the labels. Raises InputError.
+        """
+        names, tally = self._names, Tally(progress)
+        with tally.phase("validate"):
+            _check_photo(image, names.image)
+            _check_same_size(image, names.image, self._scene.labels, names.labels)
+        scene = self._scene._replace(picture=image.copy())
+        return self._editor._carried_out(self._plan, scene, self._batches, self._batch_size, self._finish, tally)
+
+
 class _Plan(NamedTuple):
     tiling: Literal["off", "crop", "cascade"]
     reason: str
     windows: list[EditedWindow]
+
+
+class _Finish(NamedTuple):
+    """What becomes of a window once the network has drawn it."""
+
+    feather: int
+    match_surroundings: bool
+
+
+class _Batch(NamedTuple):
+    """Windows for one call of the session; if prepared, with the call that knows their layouts."""
+
+    windows: list[EditedWindow]
+    holes: tuple[Mask, ...] = ()
+    run: LayoutRun | None = None
+
+
+def _batches(plan: _Plan, batch_size: int) -> list[_Batch]:
+    at_once = [window for window in plan.windows if not window.levels]
+    return [_Batch(at_once[start : start + batch_size]) for start in range(0, len(at_once), batch_size)]
 
 
 # ---- checks ----
@@ -378,7 +484,7 @@ def _check_array(array: object, name: str) -> None:
         raise InputError(f"{name} is a {type(array).__name__}, expected a numpy array")
 
 
-def _check_same_size(array: NDArray[Any], name: str, image: Picture, image_name: str) -> None:
+def _check_same_size(array: NDArray[Any], name: str, image: NDArray[Any], image_name: str) -> None:
     if array.shape[:2] != image.shape[:2]:
         problem = f"{name}: {_size(array)}, but {image_name}: {_size(image)}; the sizes must match"
         raise InputError(problem, f"resize {name} with nearest-neighbour")
@@ -408,6 +514,26 @@ def _grown(image: Picture, labels: Ids, sides: Sides, instances: Ids | None) -> 
 
 def _frame_input(frame: Frame, scene: Scene) -> ModelInput:
     return model_input(scene.cut(frame.window), frame.height, frame.width, frame.size)
+
+
+def _with_layout(session: Session, windows: list[EditedWindow], scene: Scene) -> _Batch:
+    """A batch whose layouts the session has been given. scene: of which the picture is not read."""
+    holes, layouts = [], []
+    for window in windows:
+        frame = window.frame
+        part = scene.cut(frame.window)
+        holes.append(hole_at(part.mask, frame.height, frame.width))
+        layouts.append(layout_input(part, holes[-1], frame.size))
+    return _Batch(windows, tuple(holes), layout_run(session, *map(np.stack, zip(*layouts, strict=True))))
+
+
+def _frame_images(batch: _Batch, scene: Scene) -> NDArray[np.uint8]:
+    """The images of a prepared batch: uint8 (B, size, size, 3)."""
+    frames = [window.frame for window in batch.windows]
+    parts = [scene.cut(frame.window).picture for frame in frames]
+    return np.stack(
+        [image_input(part, hole, it.size) for part, hole, it in zip(parts, batch.holes, frames, strict=True)]
+    )
 
 
 def _put_back(windows: list[EditedWindow], edited: Picture, scene: Scene, feather: int) -> None:

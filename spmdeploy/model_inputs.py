@@ -51,23 +51,43 @@ class ModelInput(NamedTuple):
     mask: NDArray[np.uint8]
 
 
+class LayoutInput(NamedTuple):
+    """What `ModelInput` holds beside the image."""
+
+    labels: NDArray[np.uint8]
+    instances: NDArray[np.int32]
+    mask: NDArray[np.uint8]
+
+
 def model_input(scene: Scene, height: int, width: int, size: int) -> ModelInput:
     """The scene at height by width (its own size or less) in the upper left of the model's square."""
-    hole, ids = scene.mask, scene.labels
-    things = ids if scene.instances is None else scene.instances
-    if hole.shape == (height, width):
-        photo = scene.picture.copy()
-    else:
-        hole = resize_mask_covering(scene.mask, height, width)
-        rows, columns = layout_positions(scene.mask, hole)
-        ids, things = ids[rows, columns], things[rows, columns]
-        photo = np.array(resize_photo(scene.picture, height, width))
+    hole = hole_at(scene.mask, height, width)
+    return ModelInput(image_input(scene.picture, hole, size), *layout_input(scene, hole, size))
+
+
+def hole_at(mask: Mask, height: int, width: int) -> Mask:
+    """The mask at the size that the model sees."""
+    return mask if mask.shape == (height, width) else resize_mask_covering(mask, height, width)
+
+
+def image_input(picture: Picture, hole: Mask, size: int) -> NDArray[np.uint8]:
+    """The picture at the size of the hole, without what the hole hides, in the model's square."""
+    photo = picture.copy() if picture.shape[:2] == hole.shape else np.array(resize_photo(picture, *hole.shape))
     photo[hole] = HIDDEN_GREY
     extend_known(photo, hole, CONTINUED)
+    return pad_by_reflection(photo, size, size)
+
+
+def layout_input(scene: Scene, hole: Mask, size: int) -> LayoutInput:
+    """Labels, instances and mask of the scene at the size of the hole, in the model's square."""
+    ids = scene.labels
+    things = ids if scene.instances is None else scene.instances
+    if hole.shape != scene.mask.shape:
+        rows, columns = layout_positions(scene.mask, hole)
+        ids, things = ids[rows, columns], things[rows, columns]
     class_ids = _byte_ids(ids)
     things = class_ids if scene.instances is None else things
-    return ModelInput(
-        image=pad_by_reflection(photo, size, size),
+    return LayoutInput(
         labels=pad_by_reflection(class_ids, size, size),
         instances=pad_by_reflection(things.astype(np.int32), size, size),
         mask=pad_by_reflection(hole.astype(np.uint8), size, size),

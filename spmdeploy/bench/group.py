@@ -115,7 +115,7 @@ class Group:
 
     def _inputs(self) -> EditBatch:
         table, case = self.bundle.manifest.classes, self.case
-        if case.scope == "engine":
+        if case.scope in ("engine", "frame"):
             return edit_batch(table, case.size, case.mask, case.batch)
         return stacked([edit_case(table, case.size, case.mask)])
 
@@ -123,6 +123,8 @@ class Group:
         """The case's first run in a worker; afterwards it can be timed."""
         if self.case.scope == "engine":
             return worker.prepare_engine(self._inputs(), self.case.streams)
+        if self.case.scope == "frame":
+            return worker.prepare_frame(self._inputs(), self.case.streams)
         return worker.prepare_edit(edit_case(self.bundle.manifest.classes, self.case.size, self.case.mask))
 
     def _prepared(self, entrant: Entrant, stack: ExitStack) -> tuple[Racer, First]:

@@ -27,7 +27,7 @@ from spmdeploy.strict_json import schema_version as version_of
 SCHEMA_FAMILY, SCHEMA_VERSION = "spmdeploy.bench/", 1
 SCHEMA = f"{SCHEMA_FAMILY}{SCHEMA_VERSION}"
 
-Scope = Literal["engine", "edit", "cold-start"]
+Scope = Literal["engine", "frame", "edit", "cold-start"]
 Status = Literal["measured", "unavailable", "differs", "crashed"]
 
 

@@ -30,7 +30,7 @@ from spmdeploy.manifest import Precision
 T = TypeVar("T")
 
 SECONDS = 10.0
-ITERATIONS: dict[Scope, int] = {"engine": 200, "edit": 200, "cold-start": 20}
+ITERATIONS: dict[Scope, int] = {"engine": 200, "frame": 200, "edit": 200, "cold-start": 20}
 """At least so many, unless a duration is asked for. A cold start takes a second or more."""
 SHORTEST_RATE = 1.0
 """Seconds for which each rate of the machine is looked for; less when the whole run is shorter."""
@@ -136,7 +136,7 @@ def failure(record: Record) -> SpmDeployError | None:
 def cases(bundle: Bundle, options: Options) -> Iterator[Case]:
     """The groups of a run. Scopes are never mixed: each row says which it is, and ratios stay within a group."""
     for scope, mask in itertools.product(options.scopes, options.masks):
-        if scope == "engine":
+        if scope in ("engine", "frame"):
             for batch, streams in itertools.product(options.batches, options.streams):
                 yield Case(scope, bundle.manifest.native_size, mask, batch, streams)
         else:

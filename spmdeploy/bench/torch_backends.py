@@ -16,6 +16,7 @@ from spmdeploy.errors import UnavailableError, UsageError
 from spmdeploy.manifest import Precision
 from spmdeploy.networks.generator import Generator
 from spmdeploy.networks.session import TorchSession, bundled_generator
+from spmdeploy.runtime.session import LayoutRun
 
 
 class CompiledSession(TorchSession):
@@ -33,6 +34,12 @@ class CompiledSession(TorchSession):
         self.edit_graph = _compiled(self.edit_graph, precision)
         if self._refine is not None:
             self._refine = _compiled(self._refine, precision)
+
+    def keep_layout(
+        self, labels: NDArray[np.uint8], instances: NDArray[np.int32], mask: NDArray[np.uint8]
+    ) -> LayoutRun:
+        """Keeps nothing: a graph for every layout would be compiled for every layout."""
+        return lambda image: self.run(image, labels, instances, mask)
 
     def _outputs(self, graph: nn.Module, *inputs: NDArray[Any]) -> list[NDArray[Any]]:
         try:

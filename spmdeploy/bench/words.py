@@ -10,6 +10,7 @@ from spmdeploy.bench.statistics import Interval, Ratio
 
 SCOPES = {
     "engine": "the network alone, arrays to arrays",
+    "frame": "the network for one more image under a layout that is kept",
     "edit": "an edit, files to file",
     "cold-start": "cold start: `spmdeploy edit`, from the start of the process to its end",
 }

@@ -40,7 +40,7 @@ from spmdeploy.errors import OutOfMemory, SpmDeployError, UnavailableError
 from spmdeploy.runtime.cuda import gpu_uuid
 from spmdeploy.runtime.cuda_device import Device
 from spmdeploy.runtime.golden import GoldenResult, verify
-from spmdeploy.runtime.session import Session
+from spmdeploy.runtime.session import KeepsLayouts, Session
 from spmdeploy.runtime.trt import TensorRtSession
 
 Arguments = ParamSpec("Arguments")
@@ -104,6 +104,20 @@ class Bench:
             self._timed = [self._timed_on_device(edit, self._device)]
         modes: dict[str, str | int] = {"inputs": "on the GPU", "CUDA graphs": "no"} if self._device else {}
         return First(batch.image, picture, time.perf_counter() - started, modes)
+
+    def prepare_frame(self, batch: EditBatch, streams: int) -> First:
+        """The graph for one image more under a layout that the session keeps, from arrays to arrays."""
+        self._end_case()
+        session = self._session
+        if self._device is not None or not isinstance(session, KeepsLayouts):
+            raise UnavailableError("it keeps no layouts: every frame costs what an edit costs", "see the engine scope")
+        started = time.perf_counter()
+        run = session.keep_layout(batch.labels, batch.instances, batch.mask)
+        kept = time.perf_counter() - started
+        picture = run(batch.image)
+        self._timed = [_timed_on_host(lambda: run(batch.image))] * streams
+        notes: dict[str, str | int] = {"milliseconds to keep the layout": round(kept * 1000)}
+        return First(batch.image, picture, time.perf_counter() - started, notes)
 
     def prepare_edit(self, case: EditCase) -> First:
         """A photo file, a label file and a mask file become an edited PNG file."""
@@ -313,6 +327,9 @@ class Worker:
 
     def prepare_engine(self, batch: EditBatch, streams: int) -> First:
         return self._call(Bench.prepare_engine, batch, streams)
+
+    def prepare_frame(self, batch: EditBatch, streams: int) -> First:
+        return self._call(Bench.prepare_frame, batch, streams)
 
     def prepare_edit(self, case: EditCase) -> First:
         return self._call(Bench.prepare_edit, case)

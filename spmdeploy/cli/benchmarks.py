@@ -41,6 +41,7 @@ class BenchBackend(StrEnum):
 
 class BenchScope(StrEnum):
     engine = "engine"
+    frame = "frame"
     edit = "edit"
     cold_start = "cold-start"
     all = "all"
@@ -75,8 +76,9 @@ def bench_run(
         list[BenchScope] | None,
         typer.Option(
             "--scope",
-            metavar="engine|edit|cold-start|all",
-            help="The network alone, files to file, or a whole process. Repeat for several; default: engine.",
+            metavar="engine|frame|edit|cold-start|all",
+            help="The network; the network under a layout that is kept; files to file; a whole process. Repeat for "
+            "several; default: engine.",
         ),
     ] = None,
     batch_size: Annotated[
@@ -116,7 +118,7 @@ def bench_run(
     if duration is not None and not 0 < duration < float("inf"):
         raise UsageError(f"--duration {duration:g} is no time to measure for", "give seconds, more than 0")
     outputs.check_outputs(output, plot, markdown, overwrite)
-    scopes = [BenchScope.engine, BenchScope.edit, BenchScope.cold_start] if BenchScope.all in (scope or []) else scope
+    scopes = [one for one in BenchScope if one != BenchScope.all] if BenchScope.all in (scope or []) else scope
     options = run.Options(
         bundle=bundle,
         preset=None if preset is None else preset.value,

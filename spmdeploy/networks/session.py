@@ -16,7 +16,8 @@ from spmdeploy.errors import BundleError, UnavailableError, UsageError
 from spmdeploy.manifest import EDIT, EDIT_ON_CPU, Precision
 from spmdeploy.networks.deploy_graph import NATIVE_SIZE, EditGraph, RefineGraph
 from spmdeploy.networks.generator import Generator, GeneratorConfig
-from spmdeploy.runtime.session import Opened, check_device
+from spmdeploy.networks.known_layout import with_known_layout
+from spmdeploy.runtime.session import LayoutRun, Opened, check_device
 
 
 class TorchSession:
@@ -69,6 +70,14 @@ class TorchSession:
             raise BundleError("a generator of one stage has nothing to refine", "leave --tiling cascade out")
         unrounded: NDArray[np.float32] = self._outputs(self._refine, image, labels, instances, mask, coarse)[1]
         return unrounded
+
+    def keep_layout(
+        self, labels: NDArray[np.uint8], instances: NDArray[np.int32], mask: NDArray[np.uint8]
+    ) -> LayoutRun:
+        with torch.inference_mode():
+            layout = [torch.from_numpy(np.ascontiguousarray(ids)).to(self.device) for ids in (labels, instances, mask)]
+            graph = with_known_layout(self.edit_graph, *layout)
+        return lambda image: np.asarray(self._outputs(graph, image, labels, instances, mask)[0])
 
     def _outputs(self, graph: nn.Module, *inputs: NDArray[Any]) -> list[NDArray[Any]]:
         tensors = [torch.from_numpy(np.ascontiguousarray(array)).to(self.device) for array in inputs]

@@ -8,7 +8,7 @@ import io
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,10 @@ from spmdeploy.errors import BundleError, OutOfMemory, UnavailableError
 from spmdeploy.manifest import EDIT, REFINE, Precision
 from spmdeploy.runtime.cuda import visible_gpus
 from spmdeploy.runtime.device_arrays import DeviceArray
+from spmdeploy.runtime.layout_split import Halves, split_by_layout
+
+if TYPE_CHECKING:
+    from spmdeploy.runtime.session import LayoutRun
 
 _INPUTS = {
     "image": "tensor(uint8)",
@@ -45,14 +49,20 @@ class OnnxRuntimeSession:
         device: str = "cpu",
         threads: int = 0,
         refine: Callable[[], Graph] | None = None,
+        read_again: Callable[[], bytes] | None = None,
     ) -> None:
-        """device: cpu or cuda:N. threads: 0 = one per core (CPU only). refine: gets the graph when it is needed."""
+        """device: cpu or cuda:N. threads: 0 = one per core (CPU only). refine: gets the graph when it is needed.
+
+        read_again: the bytes of `edit` for `keep_layout`; without it no layout is kept.
+        """
         self.device = device
         self.precision = precision
         self._threads = threads
         self._edit: LoadedGraph | None = LoadedGraph(edit, EDIT, device, threads)
         self._refine: LoadedGraph | None = None
+        self._halves: _Halves | None = None
         self._get_refine = refine
+        self._read_again = read_again
         self.refines = refine is not None
         self._loading = threading.Lock()
         self.provider, self.size = self._edit.provider, self._edit.size
@@ -103,19 +113,70 @@ class OnnxRuntimeSession:
                 self._refine = LoadedGraph(self._get_refine(), REFINE, self.device, self._threads)
             return self._refine
 
+    def keep_layout(
+        self, labels: NDArray[np.uint8], instances: NDArray[np.int32], mask: NDArray[np.uint8]
+    ) -> LayoutRun:
+        """On CPUs the graph is split in two at the first call; the halves take the memory of its weights once more.
+
+        On a GPU, where launches and not operations are what costs, the layout goes with every image.
+        """
+        if self._read_again is None or self.device != "cpu":
+            return lambda image: self.run(image, labels, instances, mask)
+        with self._loading:
+            _open(self._edit)
+            if self._halves is None:
+                self._halves = _Halves(split_by_layout(self._read_again()), self._threads)
+        return self._halves.kept({"labels": labels, "instances": instances, "mask": mask})
+
     def bound(self, inputs: Mapping[str, DeviceArray], outputs: Mapping[str, DeviceArray]) -> Callable[[], None]:
         """A call that runs the graph on arrays in the memory of this session's GPU, and returns when it is done."""
         return _open(self._edit).bound(inputs, outputs)
 
     def close(self) -> None:
         with self._loading:
-            self._edit = self._refine = None
+            self._edit = self._refine = self._halves = None
 
 
 def _open(graph: LoadedGraph | None) -> LoadedGraph:
     if graph is None:
         raise UnavailableError("the session was closed", "open another")
     return graph
+
+
+class _Halves:
+    """Both halves of a graph, loaded on the CPU."""
+
+    def __init__(self, halves: Halves, threads: int) -> None:
+        self._layout_inputs, self._picture_inputs, self._kept = halves.layout_inputs, halves.picture_inputs, halves.kept
+        library = import_onnxruntime()
+        try:
+            self._layout, self._picture = (
+                library.InferenceSession(half, _options(library, threads), providers=["CPUExecutionProvider"])
+                for half in (halves.layout, halves.picture)
+            )
+        except Exception as error:
+            raise _translated(error, "cpu") from error
+
+    def kept(self, layout: Arrays) -> LayoutRun:
+        values = self._outputs(self._layout, self._kept, {name: layout[name] for name in self._layout_inputs})
+        known = {name: layout[name] for name in self._picture_inputs if name in layout}
+        known |= dict(zip(self._kept, values, strict=True))
+        return lambda image: self._outputs(self._picture, ["edited"], {**known, "image": image})[0]
+
+    @staticmethod
+    def _outputs(half: Any, outputs: Sequence[str], inputs: dict[str, NDArray[Any]]) -> list[NDArray[Any]]:
+        try:
+            results: list[NDArray[Any]] = half.run(list(outputs), inputs)
+        except Exception as error:
+            raise _translated(error, "cpu") from error
+        return results
+
+
+def _options(library: Any, threads: int) -> Any:
+    options = library.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    return options
 
 
 class LoadedGraph:
@@ -125,9 +186,7 @@ class LoadedGraph:
         """graph: EDIT or REFINE, whose inputs and outputs it must have."""
         library = import_onnxruntime()
         self._device = device
-        options = library.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3
+        options = _options(library, threads)
         providers = _providers(library, device)
         if device != "cpu":
             _preload_cuda(library)

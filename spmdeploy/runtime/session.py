@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,6 +77,29 @@ class Session(Protocol):
 
     def close(self) -> None:
         """Frees the device's memory. Safe to call twice."""
+
+
+LayoutRun = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
+"""`Session.run` for a layout that is known: takes the images, (B, size, size, 3), and returns the edited ones."""
+
+
+@runtime_checkable
+class KeepsLayouts(Protocol):
+    """A session that can compute once what many images share."""
+
+    def keep_layout(
+        self, labels: NDArray[np.uint8], instances: NDArray[np.int32], mask: NDArray[np.uint8]
+    ) -> LayoutRun:
+        """Computes now what these three decide. The pictures are those of `run` with the same arguments."""
+
+
+def layout_run(
+    session: Session, labels: NDArray[np.uint8], instances: NDArray[np.int32], mask: NDArray[np.uint8]
+) -> LayoutRun:
+    """The layout kept by the session where it can, else given to it with every image."""
+    if isinstance(session, KeepsLayouts):
+        return session.keep_layout(labels, instances, mask)
+    return lambda image: session.run(image, labels, instances, mask)
 
 
 @dataclass(frozen=True)
@@ -161,7 +186,13 @@ def _open_on(bundle: Bundle, device: str, precision: str, choices: list[str]) ->
         choices = [*choices, f"precision {record.precision}: {why}"]
     finer = _find(bundle, REFINE, record.precision, device)
     get_finer = None if finer is None else lambda: _content(bundle, finer)
-    session = ort.OnnxRuntimeSession(_content(bundle, record), record.precision, device, refine=get_finer)
+    session = ort.OnnxRuntimeSession(
+        _content(bundle, record),
+        record.precision,
+        device,
+        refine=get_finer,
+        read_again=partial(bundle.read, record.file),
+    )
     return Opened(session, tuple(choices))
 
 

@@ -165,13 +165,19 @@ def test_careless_words(
 
 def test_cases_of_a_run() -> None:
     bundle = open_bundle(spmdeploy.default_model())
-    options = Options(scopes=("engine", "edit"), batches=(1, 4), streams=(1, 2), sizes=(300, 900), masks=("large",))
+    options = Options(
+        scopes=("engine", "frame", "edit"), batches=(1, 4), streams=(1, 2), sizes=(300, 900), masks=("large",)
+    )
     told = [(case.scope, case.size, case.batch, case.streams) for case in cases(bundle, options)]
     assert told == [
         ("engine", 256, 1, 1),
         ("engine", 256, 1, 2),
         ("engine", 256, 4, 1),
         ("engine", 256, 4, 2),
+        ("frame", 256, 1, 1),
+        ("frame", 256, 1, 2),
+        ("frame", 256, 4, 1),
+        ("frame", 256, 4, 2),
         ("edit", 300, 1, 1),
         ("edit", 900, 1, 1),
     ]
@@ -283,6 +289,10 @@ def test_a_worker_does_what_it_is_told(worker: Worker) -> None:
     turn = worker.turn(0.0, 3)
     assert len(turn.samples) == 6 and min(turn.samples) > 0  # three by each of two callers at once
     assert turn.seconds * 1000 >= max(turn.samples) and turn.joules is None
+
+    frame = worker.prepare_frame(batch, streams=1)
+    np.testing.assert_array_equal(frame.picture, first.picture)
+    assert "milliseconds to keep the layout" in frame.notes and len(worker.turn(0.0, 2).samples) == 2
 
     case = edit_case(STREET, 300, "small")
     edited = worker.prepare_edit(case)
