@@ -1,0 +1,85 @@
+"""Masks made to show seams, cascaded with a real model: scores, and pictures to look at.
+
+    python bench/tiling_adversarial.py --data CAMVID --output bench/results/tiling_adversarial.json --sheet FILE.jpg
+
+Long thin, frame-shaped, the whole photo but a corner, a sky that is nothing but a gradient, a street at night; photos
+of CamVid's test split enlarged to 960×720, under their own labels. Each as the editor does it, and with the norms
+going by the statistics of the coarse edit (see tiling_seams.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tiling_norms import Network
+from tiling_scenes import NIGHT, SKY, STREET, camvid, ellipses, write_results, write_sheet
+
+import spmdeploy
+from spmdeploy.editor import Editor
+from spmdeploy.images import write_picture
+from spmdeploy.labels import class_table
+from spmdeploy.sheets import with_mask
+
+HEIGHT, WIDTH = 720, 960
+Case = tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.bool_]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="CamVid as a training folder")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--model", type=Path, default=spmdeploy.default_model(), help="bundle or checkpoint")
+    parser.add_argument("--sheet", type=Path, required=True, help="for the edits side by side")
+    parser.add_argument("--pictures", type=Path, help="folder for the edits themselves")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    network = Network(options.model)
+    editor = Editor(network, class_table("street"))
+    rows: dict[str, Any] = {}
+    pictures = []
+    for name, (photo, labels, mask) in cases(options.data).items():
+        pictures.append({name: with_mask(photo, mask)})
+        for statistics in ("tile", "coarse"):
+            network.statistics = statistics
+            result = editor.edit(photo, labels, mask, tiling="cascade")
+            pictures[-1][f"statistics: {statistics}"] = result.image
+            if options.pictures:
+                options.pictures.mkdir(parents=True, exist_ok=True)
+                file = f"{name}_{statistics}.png".replace(" ", "_")
+                write_picture(options.pictures / file, result.image, overwrite=True)
+            (window,) = result.report.windows
+            rows.setdefault(name, {})[statistics] = [level.to_json() for level in window.measured]
+            print(name, statistics, rows[name][statistics], flush=True)
+    write_sheet(options.sheet, pictures)
+    command = "python bench/tiling_adversarial.py --data CAMVID --model WEIGHTS --output FILE --sheet FILE.jpg"
+    write_results(options.output, "adversarial", options.model, rows, command=command)
+
+
+def cases(root: Path) -> dict[str, Case]:
+    street, night = (camvid(root, name, HEIGHT, WIDTH) for name in (STREET, NIGHT))
+    thin, frame, corner, hole = (np.zeros((HEIGHT, WIDTH), bool) for _ in range(4))
+    thin[380:396, 40:920] = True
+    frame[60:660, 60:900] = True
+    frame[110:610, 110:850] = False
+    corner[:] = True
+    corner[-180:, -240:] = False
+    hole[:] = ellipses(HEIGHT, WIDTH, (0.5, 0.5, 0.36, 0.38))
+    down, right = np.mgrid[:HEIGHT, :WIDTH] / (HEIGHT - 1)
+    gradient = np.stack([150 + 60 * down + 8 * right, 180 + 40 * down + 6 * right, 215 + 20 * down + right], axis=2)
+    sky = np.zeros((HEIGHT, WIDTH), np.uint8)
+    return {
+        "long thin": (*street, thin),
+        "frame": (*street, frame),
+        "all but a corner": (*camvid(root, SKY, HEIGHT, WIDTH), corner),
+        "gradient sky": (np.rint(gradient).astype(np.uint8), sky, hole),
+        "night street": (*night, hole),
+    }
+
+
+if __name__ == "__main__":
+    main()

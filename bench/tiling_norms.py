@@ -1,0 +1,155 @@
+"""The two graphs in eager PyTorch, with a choice of what the instance norms of the last stage go by."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tiling_scenes import read_generator
+from torch import Tensor
+
+from spmdeploy.networks import modulation
+from spmdeploy.networks.deploy_graph import EditGraph, RefineGraph
+from spmdeploy.tiling.levels import Level
+
+Canvas = NDArray[np.float32]
+Moments = tuple[Tensor, Tensor]
+"""Mean and variance of each channel."""
+
+# Side of the maps from which on given statistics are used. The variance of a few places is no estimate: with those of
+# all maps given, pictures overflow.
+SMALLEST = 16
+
+
+class Network:
+    """A session. norms: one for each call of the last stage, as long as there are any; else:
+
+    statistics "tile": the norms go by the tile, as in the shipped graphs; "coarse": by what the last stage's norms saw
+    in the coarse edit before.
+    """
+
+    backend, device, precision, provider, notes = "torch", "cpu", "fp32", "eager", ()
+    size, refines = 256, True
+
+    def __init__(self, path: Path) -> None:
+        """path: bundle or checkpoint."""
+        generator = read_generator(path)
+        self._edit, self._last_stage = EditGraph(generator).eval(), RefineGraph(generator).eval()
+        self._norms_of_last = len(generator.stages[-1].encoder) + len(generator.stages[-1].decoder)
+        self.statistics: Literal["tile", "coarse"] = "tile"
+        self.norms: Iterator[AbstractContextManager[None]] = iter(())
+        self.coarse: list[Moments | None] = []
+        self.runs = 0
+
+    def run(self, *inputs: NDArray[Any]) -> NDArray[np.uint8]:
+        return np.rint(self.run_unrounded(*inputs)).astype(np.uint8)
+
+    def run_unrounded(self, *inputs: NDArray[Any]) -> Canvas:
+        seen: list[Moments | None] = []
+        with replayed([], lambda _, x: seen.append(moments_of(x) if x.shape[-1] >= SMALLEST else None)):
+            picture = self._outputs(self._edit, *inputs)
+        self.coarse = seen[-self._norms_of_last :]
+        return picture
+
+    def refine(self, *inputs: NDArray[Any]) -> Canvas:
+        by_default = replayed(self.coarse) if self.statistics == "coarse" else nullcontext()
+        with next(self.norms, by_default):
+            return self._outputs(self._last_stage, *inputs)
+
+    def _outputs(self, graph: torch.nn.Module, *inputs: NDArray[Any]) -> Canvas:
+        """float32 (B, H, W, 3), unrounded."""
+        self.runs += len(inputs[0])
+        with torch.inference_mode():
+            return np.asarray(graph(*(torch.from_numpy(np.ascontiguousarray(array)) for array in inputs))[1])
+
+    def close(self) -> None:
+        pass
+
+
+@contextmanager
+def replaced_norm(norm: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    own = modulation.instance_norm
+    modulation.instance_norm = norm
+    try:
+        yield
+    finally:
+        modulation.instance_norm = own
+
+
+def normalised(x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+    return (x - mean) * torch.rsqrt(variance + modulation.NORM_EPS)
+
+
+def moments_of(x: Tensor) -> Moments:
+    variance, mean = torch.var_mean(x, dim=(2, 3), keepdim=True, correction=0)
+    return mean, variance
+
+
+def pooled(level: Level) -> AbstractContextManager[None]:
+    """Mean and exact total variance over all tiles of a level, which must run as one batch, layer by layer, so that
+    nothing is estimated."""
+    weights = weights_of(level)
+
+    def norm(x: Tensor) -> Tensor:
+        share = torch.nn.functional.adaptive_avg_pool2d(weights, x.shape[-2:])
+        share = share / share.sum()
+        mean = (share * x).sum(dim=(0, 2, 3), keepdim=True)
+        return normalised(x, mean, (share * (x - mean) ** 2).sum(dim=(0, 2, 3), keepdim=True))
+
+    return replaced_norm(norm)
+
+
+def weights_of(level: Level) -> Tensor:
+    """float (tiles, 1, size, size), so that each pixel of the level counts once."""
+    return torch.from_numpy(np.stack([level.weights(tile) for tile in level.tiles]))[:, None]
+
+
+def replayed(
+    moments: Sequence[Moments | None], watch: Callable[[int, Tensor], None] = lambda *_: None
+) -> AbstractContextManager[None]:
+    """What the norms are given, in their order; None and beyond the end: a tile's own statistics. watch(number, x) is
+    shown what each sees."""
+    given = enumerate(itertools.chain(moments, itertools.repeat(None)))
+
+    def norm(x: Tensor) -> Tensor:
+        number, found = next(given)
+        watch(number, x)
+        return normalised(x, *(found or moments_of(x)))
+
+    return replaced_norm(norm)
+
+
+class Sums:
+    """Of what one norm sees in all tiles of a level: weight, x and x squared, each pixel of the level counted once."""
+
+    def __init__(self) -> None:
+        self.side = 0
+        self.weight, self.first, self.second = 0.0, torch.zeros(()), torch.zeros(())
+
+    def add(self, x: Tensor, weights: Tensor) -> None:
+        self.side = x.shape[-1]
+        share = torch.nn.functional.adaptive_avg_pool2d(weights, x.shape[-2:]).double()
+        self.weight += float(share.sum())
+        self.first = self.first + (share * x).sum(dim=(0, 2, 3), keepdim=True)
+        self.second = self.second + (share * x * x).sum(dim=(0, 2, 3), keepdim=True)
+
+    @property
+    def moments(self) -> Moments:
+        mean = self.first / self.weight
+        return mean.float(), (self.second / self.weight - mean**2).clamp_min(0).float()
+
+
+def sweep(sums: dict[int, Sums], level: Level, batch_size: int) -> Iterator[AbstractContextManager[None]]:
+    """For the batches of a level, each tile by its own statistics: adds what every norm sees to its sums."""
+    for weights in weights_of(level).split(batch_size):
+        yield replayed([], lambda number, x, part=weights: sums.setdefault(number, Sums()).add(x, part))
+
+
+def gathered(sums: dict[int, Sums], smallest: int) -> list[Moments | None]:
+    return [found.moments if found.side >= smallest else None for _, found in sorted(sums.items())]

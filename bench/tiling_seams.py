@@ -1,0 +1,193 @@
+"""What keeps tiles from showing: remedies side by side, against the untiled run of the whole window.
+
+    python bench/tiling_seams.py --data CAMVID --output bench/results/tiling_seams.json --sheet FILE.jpg
+
+Three photos of CamVid's test split, cut and enlarged to 896×640, half of it to be edited, under their own labels: the
+last doubling alone, from one picture of half that size. The network is fully convolutional, so that a picture whose
+sides are multiples of 128 can be run in one piece. Means over the photos: distance to that run under the mask, error
+and LPIPS to the photo there, seam score, tile mismatch, runs of the network on 256×256, and CPU seconds of one thread.
+null: the picture overflowed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tiling_norms import SMALLEST, Canvas, Network, Sums, gathered, pooled, replayed, sweep
+from tiling_scenes import NIGHT, SKY, STREET, camvid, ellipses, lpips_under, write_results, write_sheet
+
+import spmdeploy
+from spmdeploy.cascade import base_of, carry_up
+from spmdeploy.images import resize_labels, resize_photo, write_picture
+from spmdeploy.model_inputs import Scene, model_input, stacked
+from spmdeploy.tally import Tally
+from spmdeploy.tiling import blending
+from spmdeploy.tiling import levels as geometry
+from spmdeploy.tiling.frames import frame_of
+from spmdeploy.tiling.levels import plan_levels
+from spmdeploy.tiling.seams import border_lines, seam_score
+from spmdeploy.tiling.windows import whole_photo
+from spmdeploy.training.perceptual import Lpips
+
+HEIGHT, WIDTH = 640, 896
+HOLE = ((0.42, 0.32, 0.37, 0.285), (0.62, 0.68, 0.33, 0.285), (0.2, 0.86, 0.15, 0.1))
+BATCH = 4
+
+
+@dataclass(frozen=True)
+class Remedy:
+    overlap: float = 0.25
+    """Part of a tile."""
+    ramp: Literal["cut", "linear", "half-sine"] = "half-sine"
+    """How tiles pass over into each other; "cut": within a pixel."""
+    shared: bool = True
+    """Whether tiles start from the level before; else each is an edit of its own."""
+    statistics: Literal["tile", "pooled", "swept", "coarse"] = "tile"
+    """What the last stage's norms go by: the tile; all tiles of the level, layer by layer; the same as seen in a sweep
+    before, in which each went by its own; the coarse edit."""
+    smallest: int = SMALLEST
+
+
+REMEDIES = {
+    "independent tiles, linear": Remedy(ramp="linear", shared=False),
+    "independent tiles, half-sine": Remedy(shared=False),
+    "shared coarse picture, cut": Remedy(ramp="cut"),
+    "shared coarse picture, linear": Remedy(ramp="linear"),
+    "shared coarse picture, half-sine": Remedy(),
+    "overlap 32": Remedy(overlap=0.125),
+    "overlap 96": Remedy(overlap=0.375),
+    "overlap 128": Remedy(overlap=0.5),
+    "statistics pooled layer by layer": Remedy(statistics="pooled"),
+    "statistics pooled in a sweep before": Remedy(statistics="swept"),
+    "the same of all maps": Remedy(statistics="swept", smallest=1),
+    "statistics of the coarse edit": Remedy(statistics="coarse"),
+    "the same, overlap 128": Remedy(statistics="coarse", overlap=0.5),
+}
+SHOWN = ("untiled", "independent tiles, half-sine", "shared coarse picture, half-sine", "statistics of the coarse edit")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="CamVid as a training folder")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--model", type=Path, default=spmdeploy.default_model(), help="bundle or checkpoint")
+    parser.add_argument("--sheet", type=Path, help="for the edits of the first photo side by side")
+    parser.add_argument("--pictures", type=Path, help="folder for the edits themselves")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    network, lpips = Network(options.model), Lpips()
+    rows: dict[str, list[dict[str, Any]]] = {}
+    shown: dict[str, NDArray[np.uint8]] = {}
+    for name in (SKY, STREET, NIGHT):
+        photo, labels = (part[8:351] for part in camvid(options.data, name))  # 7:5
+        photo, labels = resize_photo(photo, HEIGHT, WIDTH), resize_labels(labels, HEIGHT, WIDTH)
+        scene = Scene(photo, labels, ellipses(HEIGHT, WIDTH, *HOLE), None)
+        for remedy, found in filled(network, scene).items():
+            picture = np.where(scene.mask[..., None], found.pop("canvas"), photo)
+            found["error"] = float(np.abs(picture - photo).mean(axis=2)[scene.mask].mean())
+            found["lpips"] = lpips_under(lpips, picture, scene, photo)
+            row = {key: round(value, 4) if math.isfinite(value) else None for key, value in found.items()}
+            rows.setdefault(remedy, []).append({"photo": name, **row})
+            print(name, remedy, row, flush=True)
+            if options.pictures and row["distance"] is not None:
+                options.pictures.mkdir(parents=True, exist_ok=True)
+                file = options.pictures / f"{name}_{remedy.replace(' ', '_').replace(',', '')}.png"
+                write_picture(file, np.rint(picture).astype(np.uint8), overwrite=True)
+            if name == SKY and remedy in SHOWN:
+                shown[remedy] = np.rint(picture).astype(np.uint8)
+    if options.sheet:
+        write_sheet(options.sheet, [{remedy: shown[remedy] for remedy in SHOWN[start : start + 2]} for start in (0, 2)])
+    means = {remedy: {**mean(samples), "photos": samples} for remedy, samples in rows.items()}
+    command = "python bench/tiling_seams.py --data CAMVID --model WEIGHTS --output FILE"
+    write_results(options.output, "seams", options.model, means, command=command, window=[HEIGHT, WIDTH])
+    for remedy, row in means.items():
+        print(f"{remedy:36}", {key: value for key, value in row.items() if key != "photos"})
+
+
+def filled(network: Network, scene: Scene) -> dict[str, dict[str, Any]]:
+    """Every remedy's canvas of the window, and its figures."""
+    geometry.ramps = blending.ramps
+    window = whole_photo(HEIGHT, WIDTH)
+    *coarser, last = plan_levels(window, scene.mask)
+    frame = frame_of(window)
+    edited = network.run_unrounded(*stacked([model_input(scene, frame.height, frame.width, 256)]))[0]
+    half, _ = carry_up(network, tuple(coarser), base_of(frame, edited, coarser[0]), scene, BATCH, Tally())
+    started = time.process_time()
+    whole = network.refine(*(part[None, :HEIGHT] for part in model_input(scene, HEIGHT, WIDTH, WIDTH)), half[None])[0]
+    seconds = time.process_time() - started
+    lines = border_lines(last.rows, 256), border_lines(last.columns, 256)
+    seam = seam_score(whole, scene.mask, *lines)
+    found = {"untiled": {"canvas": whole, "distance": 0.0, "seam": seam, "seconds": seconds}}
+    for name, remedy in REMEDIES.items():
+        network.runs, started = 0, time.process_time()
+        canvas, report = tiled(network, remedy, scene, half)
+        more = {"runs": network.runs, "seconds": time.process_time() - started}
+        distance = float(np.abs(canvas - whole).mean(axis=2)[scene.mask].mean())
+        found[name] = {"canvas": canvas, "distance": distance, **report, **more}
+    return found
+
+
+def tiled(network: Network, remedy: Remedy, scene: Scene, half: Canvas) -> tuple[Canvas, dict[str, Any]]:
+    """The whole window, and what its last level reports."""
+    geometry.ramps = ramps_of(remedy.ramp)
+    level = plan_levels(whole_photo(HEIGHT, WIDTH), scene.mask, overlap=remedy.overlap)[-1]
+    batch, session = BATCH, network if remedy.shared else Independent(network)
+    if remedy.statistics == "pooled":
+        network.norms, batch = iter([pooled(level)]), len(level.tiles)
+    elif remedy.statistics == "swept":
+        sums: dict[int, Sums] = {}
+        network.norms = sweep(sums, level, batch)
+        carry_up(network, (level,), half, scene, batch, Tally())
+        network.norms = (replayed(gathered(sums, remedy.smallest)) for _ in level.tiles)
+    elif remedy.statistics == "coarse":
+        network.norms = (replayed(network.coarse) for _ in level.tiles)
+    canvas, (report,) = carry_up(session, (level,), half, scene, batch, Tally())
+    network.norms = iter(())
+    return canvas, {"seam": report.seam_score, "mismatch": report.tile_mismatch}
+
+
+class Independent:
+    """A session whose tiles know nothing of the level before."""
+
+    def __init__(self, network: Network) -> None:
+        self.network = network
+
+    def refine(self, *inputs: NDArray[Any]) -> Canvas:
+        coarse = self.network.coarse
+        picture = self.network.run_unrounded(*inputs[:4])
+        self.network.coarse = coarse
+        return picture
+
+
+def ramps_of(kind: str) -> Callable[[tuple[int, ...], int], NDArray[np.float32]]:
+    if kind == "half-sine":
+        return blending.ramps
+
+    def ramps(starts: tuple[int, ...], size: int) -> NDArray[np.float32]:
+        weights = blending.linear_ramps(starts, size)
+        if kind == "cut":
+            weights = (np.arange(len(starts))[:, None] == weights.argmax(axis=0)).astype(np.float32)
+        return blending.tile_by_tile(weights, starts, size)
+
+    return ramps
+
+
+def mean(samples: list[dict[str, Any]]) -> dict[str, float | None]:
+    return {
+        key: None if None in (values := [sample[key] for sample in samples]) else round(float(np.mean(values)), 4)
+        for key in samples[0]
+        if key != "photo"
+    }
+
+
+if __name__ == "__main__":
+    main()
