@@ -58,7 +58,7 @@ class FakeOnnxRuntime:
     def SessionOptions(self) -> Any:  # noqa: N802 (ONNX Runtime's name)
         return SimpleNamespace(add_session_config_entry=self.entries.__setitem__)
 
-    def InferenceSession(self, graph: object, options: object, providers: list[Any]) -> Any:  # noqa: N802
+    def InferenceSession(self, graph: object, options: object, providers: list[Any], **_: Any) -> Any:  # noqa: N802
         self.asked = providers
         if self.fails:
             raise self.fails

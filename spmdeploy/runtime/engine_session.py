@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from spmdeploy.bundle import Bundle
 from spmdeploy.errors import BundleError, InputError, SpmDeployError, UnavailableError, VerificationError
@@ -17,7 +18,9 @@ from spmdeploy.runtime.engine_record import BUILD_AGAIN, EngineHost, EngineRecor
 from spmdeploy.runtime.engine_store import FoundEngine, cache_folder, find_engines
 from spmdeploy.runtime.golden import GoldenResult, verify
 from spmdeploy.runtime.session import Opened
-from spmdeploy.runtime.trt import TensorRtSession
+
+if TYPE_CHECKING:
+    from spmdeploy.runtime.trt import TensorRtSession
 
 BUILD_FIRST = "build one on this machine: spmdeploy build BUNDLE"
 
@@ -70,6 +73,8 @@ def fitting_engine(bundle: Bundle) -> tuple[FoundEngine | None, str]:
 
 
 def _open(bundle: Bundle, engine: FoundEngine, there: list[FoundEngine], ordinal: int, precision: str) -> Opened:
+    from spmdeploy.runtime.trt import TensorRtSession  # late: without an engine nobody needs it
+
     record = engine.require_fit()
     refine = next((other for other in _fitting(there, record.precision, REFINE) if _same_library(other, engine)), None)
     library = import_engine_library(record.runtime)

@@ -151,7 +151,7 @@ class _Halves:
         library = import_onnxruntime()
         try:
             self._layout, self._picture = (
-                library.InferenceSession(half, _options(library, threads), providers=["CPUExecutionProvider"])
+                _inference_session(library, half, _options(library, threads), ["CPUExecutionProvider"])
                 for half in (halves.layout, halves.picture)
             )
         except Exception as error:
@@ -170,6 +170,21 @@ class _Halves:
         except Exception as error:
             raise _translated(error, "cpu") from error
         return results
+
+
+# Passes over the graph that find nothing to gain in ours: the pictures are the same bit for bit, edits as fast, and
+# loading takes a fifth less (onnxruntime 1.32). What folds constants and blocks the convolutions stays on.
+_IDLE_PASSES = (
+    *("CommonSubexpressionElimination", "ConstantSharing", "TransposeOptimizer", "PropagateCastOps", "ReshapeFusion"),
+    *("Level2_RuleBasedTransformer", "FreeDimensionOverrideTransformer"),
+    *("DoubleQDQPairsRemover", "QDQPropagationTransformer", "EnsureUniqueDQForNodeUnit", "WhereDummyDq"),
+    *("MatMulAddFusion", "GemmActivationFusion", "ConvAddActivationFusion"),
+)
+
+
+def _inference_session(library: Any, source: str | bytes, options: Any, providers: list[Any]) -> Any:
+    without = {"disabled_optimizers": list(_IDLE_PASSES)} if providers == ["CPUExecutionProvider"] else {}
+    return library.InferenceSession(source, options, providers=providers, **without)
 
 
 def _options(library: Any, threads: int) -> Any:
@@ -194,7 +209,7 @@ class LoadedGraph:
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         try:
             source = str(content) if isinstance(content, Path) else content
-            self._session: Any = library.InferenceSession(source, options, providers=providers)
+            self._session: Any = _inference_session(library, source, options, providers)
         except Exception as error:
             raise _translated(error, device) from error
         self.provider = f"{self._proved_provider(providers)} (onnxruntime {library.__version__})"

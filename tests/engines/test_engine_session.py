@@ -102,7 +102,7 @@ def edit_once(opened: Opened) -> None:
 def fallen_back(bundle: Bundle, patch: pytest.MonkeyPatch, **options: str) -> list[str]:
     """The choices of `auto` where ONNX Runtime is taken; it is simulated, as the graphs are made up."""
     made: list[tuple[Any, ...]] = []
-    patch.setattr("spmdeploy.runtime.ort.OnnxRuntimeSession", lambda *arguments, refine: made.append(arguments))
+    patch.setattr("spmdeploy.runtime.ort.OnnxRuntimeSession", lambda *arguments, **_: made.append(arguments))
     opened = open_session(bundle, **options)
     assert len(made) == 1 and opened.session is None
     return list(opened.choices)
