@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
 from datetime import date
@@ -16,7 +16,7 @@ from spmdeploy.runtime.cuda import gpu_facts
 from spmdeploy.runtime.engine_library import import_engine_library, this_host
 from spmdeploy.runtime.engine_record import BUILD_AGAIN, EngineHost, EngineRecord, EngineRuntime, Gpu, Verification
 from spmdeploy.runtime.engine_store import FoundEngine, cache_folder, find_engines
-from spmdeploy.runtime.golden import GoldenResult, verify
+from spmdeploy.runtime.golden import GoldenResult, verify_edits, verify_refinements
 from spmdeploy.runtime.session import Opened
 
 if TYPE_CHECKING:
@@ -80,7 +80,9 @@ def _open(bundle: Bundle, engine: FoundEngine, there: list[FoundEngine], ordinal
     library = import_engine_library(record.runtime)
     session = TensorRtSession(library, engine, refine, bundle.manifest.native_size, ordinal)
     try:
-        proof = _proof(bundle, session, engine, ordinal)
+        proof = _proof(engine, lambda: verify_edits(session, bundle), ordinal)
+        if refine is not None:
+            _proof(refine, lambda: verify_refinements(session, bundle), ordinal)
     except BaseException:
         session.close()
         raise
@@ -133,7 +135,7 @@ def _reasons(engines: list[FoundEngine], precision: str) -> str:
 # ----------------------------------------------------------------------------------------------------------- proving
 
 
-def _proof(bundle: Bundle, session: TensorRtSession, engine: FoundEngine, ordinal: int) -> str:
+def _proof(engine: FoundEngine, verify: Callable[[], list[GoldenResult]], ordinal: int) -> str:
     """Why its pictures are to be trusted: the golden edits came out right with this GPU and driver, now or before."""
     record = engine.require_fit()
     facts = gpu_facts(ordinal)
@@ -142,7 +144,7 @@ def _proof(bundle: Bundle, session: TensorRtSession, engine: FoundEngine, ordina
         proof = known and known.verification
         if proof and proof.passed and proof.gpu == here:
             return f"its golden edits came out right here on {proof.on}"
-    results = verify(session, bundle)
+    results = verify()
     verification = _verification(results, here)
     lost = _keep(engine, verification)
     faults = [f"{result.name}: {fault}" for result in results for fault in result.faults]

@@ -173,11 +173,22 @@ def verify(session: Session, bundle: Bundle) -> list[GoldenResult]:
 
     Raises BundleError when there is none: nothing would be proved.
     """
+    return verify_edits(session, bundle) + (verify_refinements(session, bundle) if session.refines else [])
+
+
+def verify_edits(session: Session, bundle: Bundle) -> list[GoldenResult]:
+    """The golden edits, repeated. Raises BundleError when there is none."""
     if not bundle.manifest.golden:
         raise BundleError(f"{bundle.path}: holds no golden edits, so nothing can be verified", EXPORT_AGAIN)
     limits = bundle.manifest.limits[session.precision]
+    return [repeat_golden(session, read_golden(bundle, edit), edit.name, limits) for edit in bundle.manifest.golden]
+
+
+def verify_refinements(session: Session, bundle: Bundle) -> list[GoldenResult]:
+    """What becomes of the golden edits when they are refined. Raises BundleError when the bundle holds none of it."""
+    limits = bundle.manifest.limits[session.precision]
     golden = {edit.name: read_golden(bundle, edit) for edit in bundle.manifest.golden}
-    results = [repeat_golden(session, pictures, name, limits) for name, pictures in golden.items()]
-    if session.refines:
-        results += [repeat_refinement(session, p, name, limits) for name, p in golden.items() if p.refined is not None]
-    return results
+    refined = {name: pictures for name, pictures in golden.items() if pictures.refined is not None}
+    if not refined:
+        raise BundleError(f"{bundle.path}: holds no refined golden edits, so nothing can be verified", EXPORT_AGAIN)
+    return [repeat_refinement(session, pictures, name, limits) for name, pictures in refined.items()]

@@ -24,6 +24,7 @@ from spmdeploy.packing import pack
 from spmdeploy.runtime import engine_library
 from spmdeploy.runtime.engine_record import EngineFile, EngineRecord, Gpu, SourceFile
 from spmdeploy.runtime.engine_store import EngineWriter, choose_place, find_engines
+from spmdeploy.runtime.golden import GoldenPictures
 from spmdeploy.runtime.session import Opened, open_session
 
 from .records import A10, for_targets
@@ -66,13 +67,15 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Machine:
 
 @pytest.fixture
 def bundle(tmp_path: Path) -> Bundle:
-    """A bundle whose golden edit is what simulated engines compute."""
+    """A bundle whose golden edit, and what becomes of it, is what simulated engines compute."""
     pictures = {**{name: GOLDEN[name][0] for name in ("image", "labels")}, "expected": edited_like(GOLDEN)["edited"][0]}
     pictures["mask"] = GOLDEN["mask"][0] * 255
+    coarse = GoldenPictures(**GOLDEN, expected=pictures["expected"][None]).coarse
+    pictures["refined"] = np.rint(edited_like({**GOLDEN, "coarse": coarse})["unrounded"][0]).astype(np.uint8)
     with BundleWriter(tmp_path / "street.spm") as writer:
         graphs = fill(writer)
         for name, picture in pictures.items():
-            writer.path(f"golden/tree/{name}.png").unlink()
+            writer.path(f"golden/tree/{name}.png").unlink(missing_ok=True)
             images.write_picture(writer.path(f"golden/tree/{name}.png"), picture)
         images.write_picture(writer.path("golden/tree/instances.png"), GOLDEN["instances"][0].astype(np.uint8))
         return writer.finish(manifest_of(graphs, native_size=SIZE))
@@ -287,6 +290,27 @@ def test_wrong_pictures_are_an_error_now_and_later(
     assert "does not give the pictures" in json.loads(capsys.readouterr().out)["error"]
     machine.libraries["tensorrt"]._computes = edited_like
     assert "just now" in proof_of(open_session(bundle, "tensorrt"))
+
+
+def test_a_refine_engine_is_proved_by_itself(machine: Machine, bundle: Bundle) -> None:
+    add(bundle, record_of())
+    assert "just now" in proof_of(open_session(bundle, "tensorrt"))
+    refine = add(bundle, record_of(graph=REFINE))
+
+    def black_when_refined(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return painted_black(inputs) if "coarse" in inputs else edited_like(inputs)
+
+    machine.libraries["tensorrt"]._computes = black_when_refined
+    with pytest.raises(VerificationError, match="tree refined: largest difference") as caught:
+        open_session(bundle, "tensorrt")
+    assert caught.value.problem.startswith(str(refine))
+    machine.libraries["tensorrt"]._computes = edited_like
+    assert "right here on" in proof_of(open_session(bundle, "tensorrt"))
+    noted = {found.record.graph: found.record.verification for found in find_engines(bundle) if found.record}
+    assert all(proof is not None and proof.passed for proof in noted.values()) and len(noted) == 2
+    machine.gpu.calls.clear()
+    proof_of(open_session(bundle, "tensorrt"))
+    assert "execute_async_v3" not in machine.gpu.calls
 
 
 def test_the_proof_of_what_cannot_be_written_to_is_kept_in_the_cache(
