@@ -135,8 +135,7 @@ def prepare(options: argparse.Namespace) -> dict[str, Any]:
     """The two bundles in the work folder, made anew; returns the proof that the second one's activations overflow."""
     from large_activations import PEAK, enlarge, proof
 
-    from spmdeploy.networks.generator import GeneratorConfig
-    from spmdeploy.networks.session import generator_from_graph
+    from spmdeploy.networks.session import bundled_generator
 
     options.work.mkdir(parents=True, exist_ok=True)
     plain_path = options.work / "plain.spm"
@@ -146,9 +145,7 @@ def prepare(options: argparse.Namespace) -> dict[str, Any]:
     else:
         _export_seeded(options, plain_path)
     plain = open_bundle(plain_path)
-    facts = plain.manifest.generator
-    config = GeneratorConfig(facts.classes, facts.width, facts.hidden)
-    generator = generator_from_graph(plain.read(plain.graph("edit", "fp32").file), config)
+    generator = bundled_generator(plain)
     golden = [read_golden(plain, edit) for edit in plain.manifest.golden]
     enlarged = enlarge(generator, golden[0])
     _export(enlarged, plain.manifest.classes, options.work / "large.spm")
@@ -236,22 +233,26 @@ def pictures(runner: Runner, contender: Contender, bundle: Bundle, work: Path) -
     name = bundle.path.stem
     kept, limits = work / f"reference.{name}.npz", bundle.manifest.limits[contender.limits]  # type: ignore[index]
     golden = _golden(bundle)
-    edited = {edit: runner.run(*_inputs(pictures_of)) for edit, pictures_of in golden.items()}
+    made = {edit: runner.run(*_inputs(one)) for edit, one in golden.items()}
+    of = {edit: (one, one.expected) for edit, one in golden.items()}
+    for edit, one in golden.items():
+        if runner.refine is not None and one.refined is not None:
+            unrounded = runner.refine(*_inputs(one), one.coarse)
+            made[f"{edit} refined"] = np.clip(np.rint(unrounded), 0, 255).astype(np.uint8)
+            of[f"{edit} refined"] = one, one.refined
     if contender.name == "torch fp32":
-        np.savez(kept, **edited)
-    with np.load(kept) as reference:
-        expected = {
-            edit: {"torch fp32 here": reference[edit], "torch at export": golden[edit].expected} for edit in golden
-        }
+        np.savez(kept, **made)
     faults, drifts = [], []
-    for edit, pictures_of in golden.items():
-        keep = pictures_of.mask == 0
-        if not np.array_equal(edited[edit][keep], pictures_of.image[keep]):
-            faults.append(f"{edit}: pixels outside the mask were changed")
-        for whose, picture in expected[edit].items():
-            drift = measure_drift(edited[edit], picture, pictures_of.mask)
-            drifts.append({"edit": edit, "from": whose, **drift.to_json()})
-            faults += [f"{edit}, from {whose}: {fault}" for fault in drift.faults(limits)]
+    with np.load(kept) as reference:
+        for name_of, picture in made.items():
+            one, at_export = of[name_of]
+            keep = one.mask == 0
+            if not np.array_equal(picture[keep], one.image[keep]):
+                faults.append(f"{name_of}: pixels outside the mask were changed")
+            for whose, expected in {"torch fp32 here": reference[name_of], "torch at export": at_export}.items():
+                drift = measure_drift(picture, expected, one.mask)
+                drifts.append({"edit": name_of, "from": whose, **drift.to_json()})
+                faults += [f"{name_of}, from {whose}: {fault}" for fault in drift.faults(limits)]
     told = {"name": f"pictures of the {name} bundle", "passed": not faults, "drifts": drifts}
     return told | ({"reason": "; ".join(faults)} if faults else {})
 

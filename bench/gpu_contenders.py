@@ -30,6 +30,8 @@ class Runner:
     run_device: Callable[..., Any] | None = None
     """From CUDA tensors to CUDA tensors, where it can: (inputs, outputs, stream)."""
     notes: Callable[[], tuple[str, ...]] = field(default=lambda: ())
+    refine: Callable[..., NDArray[np.float32]] | None = None
+    """From host arrays (image, labels, instances, mask, coarse) to unrounded pictures, where it can."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +49,8 @@ class Contender:
 def _torch(bundle: Bundle, device: str, half: bool = False, compiled: bool = False) -> Iterator[Runner]:
     import torch
 
-    from spmdeploy.networks.deploy_graph import EditGraph
-    from spmdeploy.networks.generator import GeneratorConfig
-    from spmdeploy.networks.session import generator_from_graph
+    from spmdeploy.networks.deploy_graph import EditGraph, RefineGraph
+    from spmdeploy.networks.session import bundled_generator
 
     if device != "cpu" and not torch.cuda.is_available():
         raise UnavailableError(f"torch {torch.__version__} sees no GPU", "install a build of PyTorch with CUDA")
@@ -57,15 +58,22 @@ def _torch(bundle: Bundle, device: str, half: bool = False, compiled: bool = Fal
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
-    facts = bundle.manifest.generator
-    content = bundle.read(bundle.graph("edit", "fp32").file)
-    graph: Any = EditGraph(generator_from_graph(content, GeneratorConfig(facts.classes, facts.width, facts.hidden)))
-    graph = graph.to(device).eval()
+    generator = bundled_generator(bundle)
+    graph: Any = EditGraph(generator).to(device).eval()
+    refines = len(generator.stages) > 1 and not compiled
+    refine_graph = RefineGraph(generator).to(device).eval() if refines else None
 
-    def compute(*inputs: NDArray[Any]) -> Any:
+    def outputs(graph: Any, *inputs: NDArray[Any]) -> Any:
         tensors = [torch.from_numpy(np.ascontiguousarray(array)).to(device) for array in inputs]
         with torch.inference_mode(), torch.autocast("cuda", torch.float16, enabled=half):
-            return graph(*tensors)[0].cpu()
+            return graph(*tensors)
+
+    def compute(*inputs: NDArray[Any]) -> Any:
+        return outputs(graph, *inputs)[0].cpu()
+
+    def refine(*inputs: NDArray[Any]) -> NDArray[np.float32]:
+        refined: NDArray[np.float32] = outputs(refine_graph, *inputs)[1].cpu().numpy()
+        return refined
 
     def run(image: Any, labels: Any, instances: Any, mask: Any) -> NDArray[np.uint8]:
         edited: NDArray[np.uint8] = compute(image, labels, instances, mask).numpy()
@@ -87,9 +95,8 @@ def _torch(bundle: Bundle, device: str, half: bool = False, compiled: bool = Fal
             raise UnavailableError(f"torch.compile does not work here: {' '.join(str(error).split())[:300]}") from error
     name = torch.cuda.get_device_name(0) if device != "cpu" else "the CPU"
     words = "compiled " * compiled + ("FP16 autocast" if half else "FP32")
-    yield Runner(
-        run, {"provider": f"torch {torch.__version__}, {words}, on {name}"}, None if device == "cpu" else timed
-    )
+    facts = {"provider": f"torch {torch.__version__}, {words}, on {name}"}
+    yield Runner(run, facts, None if device == "cpu" else timed, refine=refine if refines else None)
 
 
 @contextmanager
@@ -114,6 +121,7 @@ def _session(bundle: Bundle, device: str, backend: str, precision: str) -> Itera
             session.timed_run if engine else None,
             session.run_device if engine else None,
             lambda: tuple(session.notes),
+            session.refine if session.refines else None,
         )
     finally:
         session.close()
@@ -133,11 +141,14 @@ def _need_gpu() -> None:
 def _build(bundle: Bundle, runtime: str, precision: str) -> dict[str, Any]:
     from spmdeploy.export.to_engine import EngineOptions, build_engines
 
-    options = EngineOptions(runtime=runtime, precision=precision, graph="edit", place="bundle")  # type: ignore[arg-type]
-    (result,) = build_engines(bundle, options)
-    record = result.record.to_json()
+    options = EngineOptions(runtime=runtime, precision=precision, place="bundle")  # type: ignore[arg-type]
     kept = ("version", "gpu", "targets", "flags", "fallback", "batch", "computes_in", "build_seconds")
-    return {"built_now": result.built, "bytes": record["engine"]["bytes"], **{name: record[name] for name in kept}}
+    facts = {}
+    for result in build_engines(bundle, options):
+        record = result.record.to_json()
+        told = {"built_now": result.built, "bytes": record["engine"]["bytes"]}
+        facts[result.record.graph] = told | {name: record[name] for name in kept}
+    return facts
 
 
 def contenders(gpu: bool) -> list[Contender]:

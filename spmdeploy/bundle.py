@@ -4,6 +4,7 @@ A bundle is a folder, or an uncompressed zip of one:
 
     manifest.json      what it is (`Manifest`)
     graphs/*.onnx      the product
+    graphs/*.weights   weights of several graphs, stored once
     golden/NAME/       an edit to repeat: image, labels, mask, expected, perhaps instances and refined, all PNG
     card.md            for people
     engines/           caches that a device builds for itself, with records of their own, and engines that were shipped
@@ -25,8 +26,9 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from spmdeploy.bundle_files import (
     ASIDE,
@@ -50,6 +52,14 @@ from spmdeploy.manifest import ON_CPU, REFINE, GraphRecord, Manifest, check_vers
 from spmdeploy.signature import PublicKey, Signature, check_signature
 
 MAX_TEXT_BYTES = 4 << 20  # manifest.json and SHA256SUMS, read before anything is trusted
+
+
+class GraphFiles(NamedTuple):
+    """A graph in memory."""
+
+    content: bytes
+    weights: Mapping[str, bytes] = {}
+    """The files beside it that it keeps weights in, by the names that it has for them."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +114,34 @@ class Bundle:
             content = stream.read(self._store.sizes[name])
         _compare(self.path / name, hashlib.sha256(content).hexdigest(), expected)
         return content
+
+    def read_graph(self, record: GraphRecord) -> GraphFiles:
+        """A graph, and the weights beside it, as `read` gives them. Raises BundleError, also for a graph that asks for
+        weights in any other file: libraries open whatever file a graph names."""
+        content = self.read(record.file)
+        self._check_locations(record, BytesIO(content))
+        weights = {} if record.weights is None else {PurePosixPath(record.weights).name: self.read(record.weights)}
+        return GraphFiles(content, weights)
+
+    def path_of_graph(self, record: GraphRecord) -> Path:
+        """The path of a graph, its weights beside it; checked as by `read_graph` and used as by `path_of`."""
+        path = self.path_of(record.file)
+        with _bundle_errors(path), self._store.open(record.file) as stream:
+            self._check_locations(record, stream)
+        for name in record.files[1:]:
+            self.path_of(name)
+        return path
+
+    def _check_locations(self, record: GraphRecord, stream: BinaryIO) -> None:
+        """Without a parser, which devices need not have: the key of an ONNX file's entry for a file name is `location`,
+        and no such word may be in the graph but in entries as they are written for the one file that it may name."""
+        name = b"" if record.weights is None else PurePosixPath(record.weights).name.encode()
+        length = bytes([min(len(name), 255)])  # from 128 on it would be written otherwise: such names are refused
+        entry = b"\x0a\x08" + _LOCATION + b"\x12" + length + name
+        keys, entries = _occurrences(stream, self._store.sizes[record.file], (_LOCATION, entry))
+        if keys != (entries if name else 0):
+            may = f"other files than {record.weights}" if name else "files that the manifest does not name"
+            raise damaged(self.path / record.file, f"asks for weights in {may}")
 
     def read_signature(self) -> bytes | None:
         """The signature file in the bundle, checked or not."""
@@ -208,9 +246,10 @@ def _check_presence(store: FileStore, digests: Mapping[str, str]) -> None:
 
 def _check_graphs(store: FileStore, digests: Mapping[str, str], manifest: Manifest) -> None:
     for record in manifest.graphs:
+        for name in record.files:
+            if name not in digests:
+                raise damaged(store.shown / name, f"named in {MANIFEST}, but {SUMS} does not list it")
         shown = store.shown / record.file
-        if record.file not in digests:
-            raise damaged(shown, f"named in {MANIFEST}, but {SUMS} does not list it")
         size = store.sizes[record.file]
         if size != record.bytes:
             words = "truncated" if size < record.bytes else "tampered with or damaged"
@@ -239,6 +278,22 @@ def _digest(stream: BinaryIO, size: int) -> str:
         digest.update(chunk)
         size -= len(chunk)
     return digest.hexdigest()
+
+
+_LOCATION = b"location"
+
+
+def _occurrences(stream: BinaryIO, size: int, words: tuple[bytes, bytes]) -> tuple[int, int]:
+    """How often each word stands in the next `size` bytes; piece by piece, as graphs may be large."""
+    first, second, seen = 0, 0, b""
+    longest = max(map(len, words))
+    while size > 0 and (chunk := stream.read(min(size, 1 << 20))):
+        size -= len(chunk)
+        window = seen + chunk
+        first += window.count(words[0]) - seen.count(words[0])
+        second += window.count(words[1]) - seen.count(words[1])
+        seen = window[-(longest - 1) :]
+    return first, second
 
 
 def _measure(path: Path) -> tuple[int, str]:

@@ -7,6 +7,7 @@ import json
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date
+from pathlib import PurePosixPath
 from typing import Any, Literal, get_args
 
 from spmdeploy.bundle_files import EXPORT_FIRST, damaged
@@ -93,11 +94,13 @@ class GraphRecord:
     """Operations that compute in FP32, by ONNX operator."""
     parity: dict[str, float | None]
     """Figures of the comparison with torch in FP32. None: infinite (the PSNR of equal pictures)."""
+    weights: str | None = None
+    """The file beside it that holds its large weights, shared with other graphs; None: it holds them itself."""
 
     @property
     def files(self) -> tuple[str, ...]:
         """Every file of the bundle that it takes to load it; graphs may share some."""
-        return (self.file,)
+        return (self.file,) if self.weights is None else (self.file, self.weights)
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -199,6 +202,9 @@ class Manifest:
         ):
             if twice := repeated(keys):
                 return f"the {words} {twice} is there twice"
+        for record in self.graphs:
+            if record.weights and PurePosixPath(record.weights).parent != PurePosixPath(record.file).parent:
+                return f"the weights {record.weights} do not lie beside {record.file}"
         unlimited = {record.precision for record in self.graphs} - self.limits.keys()
         return f"limits has none for {min(unlimited)}, the precision of a graph" if unlimited else None
 
@@ -261,7 +267,8 @@ def _generator_facts(value: object, where: str) -> GeneratorFacts:
 
 
 def _graph_record(value: object, where: str) -> GraphRecord:
-    take = Fields(value, where).take
+    fields = Fields(value, where)
+    take = fields.take
     return GraphRecord(
         graph=take("graph", as_text),
         precision=take("precision", as_precision),
@@ -273,6 +280,7 @@ def _graph_record(value: object, where: str) -> GraphRecord:
         fp16_share=take("fp16_share", as_number),
         fp32_operations=take("fp32_operations", mapping_of(as_text, as_count)),
         parity=take("parity", mapping_of(as_text, or_none(as_number))),
+        weights=fields.take_optional("weights", as_inside_name),
     )
 
 

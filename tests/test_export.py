@@ -10,15 +10,16 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import TensorProto
+from onnx import TensorProto, numpy_helper
 
-from spmdeploy.bundle import open_bundle
+from spmdeploy.bundle import GraphFiles, open_bundle
 from spmdeploy.errors import BundleError, InputError, UsageError, VerificationError
 from spmdeploy.export import parity, pipeline
 from spmdeploy.export.graph_facts import graph_facts
 from spmdeploy.export.pipeline import ExportOptions, export_bundle
 from spmdeploy.export.to_fp16 import FP32_OPERATORS, store_weights_as_halves
 from spmdeploy.export.to_onnx import MAX_IR_VERSION, export_edit
+from spmdeploy.export.weight_store import ALIGNMENT, ELEMENTS, WeightStore
 from spmdeploy.labels import class_table
 from spmdeploy.networks.complexity import edit_gflop
 from spmdeploy.networks.deploy_graph import OUTPUTS, REFINE_INPUTS
@@ -70,7 +71,11 @@ def test_weights_that_still_learn_become_the_same_graph(generator: Generator, fp
     learning = Generator(generator.config)
     learning.load_state_dict(generator.state_dict())
     assert {parameter.requires_grad for parameter in learning.parameters()} == {True}
-    assert export_edit(learning) == fp32
+    exported = export_edit(learning)
+    assert exported.graph.node == fp32.graph.node
+    for made, stored in zip(exported.graph.initializer, fp32.graph.initializer, strict=True):
+        assert made.name == stored.name
+        assert np.array_equal(numpy_helper.to_array(made), numpy_helper.to_array(stored))
 
 
 # ------------------------------------------------------------------------------------------------------ the contract
@@ -142,7 +147,7 @@ def test_the_refine_graph_is_the_last_stage_of_the_edit_graph(
 
 
 def test_weights_keep_their_names_and_come_back_bit_for_bit(generator: Generator, fp32: onnx.ModelProto) -> None:
-    again = generator_from_graph(fp32.SerializeToString(), generator.config)
+    again = generator_from_graph(GraphFiles(fp32.SerializeToString()), generator.config)
     for name, tensor in generator.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name]), name
 
@@ -206,7 +211,7 @@ def test_all_graphs_give_the_pictures_that_torch_gives(
         (fp16, "fp16", parity.HALF_LIMITS),
         (store_weights_as_halves(fp32), "fp32", parity.HALF_LIMITS),
     ):
-        edited = OnnxRuntimeSession(model.SerializeToString(), precision).run(*edits)
+        edited = OnnxRuntimeSession(GraphFiles(model.SerializeToString()), precision).run(*edits)
         assert not measure_drift(edited, expected, mask).faults(limits)
         assert np.array_equal(edited[mask == 0], image[mask == 0])
 
@@ -223,7 +228,7 @@ def test_refining_what_the_stage_before_the_last_gave_is_the_edit(
     inputs = dict(zip(REFINE_INPUTS, (*edits, coarse), strict=True))
     rounded = np.rint(expected).astype(np.uint8)
     for model, limits in ((refine_fp32, parity.FP32_LIMITS), (refine_fp16, parity.HALF_LIMITS)):
-        refined, unrounded = LoadedGraph(model.SerializeToString(), "refine").run(OUTPUTS, inputs)
+        refined, unrounded = LoadedGraph(GraphFiles(model.SerializeToString()), "refine").run(OUTPUTS, inputs)
         assert not measure_drift(refined, rounded, edits[3]).faults(limits)
         assert np.array_equal(refined[edits[3] == 0], edits[0][edits[3] == 0])
         assert np.array_equal(np.rint(unrounded), refined)
@@ -232,7 +237,7 @@ def test_refining_what_the_stage_before_the_last_gave_is_the_edit(
 
 
 def test_labels_instances_and_mask_all_matter(fp32: onnx.ModelProto) -> None:
-    session = OnnxRuntimeSession(fp32.SerializeToString(), "fp32")
+    session = OnnxRuntimeSession(GraphFiles(fp32.SerializeToString()), "fp32")
     edits = _edits(1)
     edited = session.run(*edits)
     for index in (1, 2):
@@ -285,7 +290,9 @@ MASKS = {
 def test_the_cpu_graph_gives_the_same_pictures(fp32: onnx.ModelProto, on_cpu: onnx.ModelProto, name: str) -> None:
     edits = _edits(1)
     edits[3] = MASKS[name][None]
-    plain, restricted = (OnnxRuntimeSession(m.SerializeToString(), "fp32").run(*edits) for m in (fp32, on_cpu))
+    plain, restricted = (
+        OnnxRuntimeSession(GraphFiles(m.SerializeToString()), "fp32").run(*edits) for m in (fp32, on_cpu)
+    )
     difference = np.abs(plain.astype(int) - restricted)
     assert difference.max() <= 1
     assert difference.mean() < 1e-3
@@ -298,7 +305,7 @@ def test_the_cpu_graph_for_refining_gives_the_same_pictures(
     coarse = np.random.default_rng(3).random((1, 128, 128, 3), np.float32) * 255
     edits = dict(zip(REFINE_INPUTS, (*_edits(1), coarse), strict=True)) | {"mask": MASKS[name][None]}
     on_cpu = street_bundle / "graphs/refine_cpu.fp32.onnx"
-    for graph in (refine_fp32.SerializeToString(), on_cpu):
+    for graph in (GraphFiles(refine_fp32.SerializeToString()), on_cpu):
         outputs = LoadedGraph(graph, "refine").run(OUTPUTS, edits)
         if graph is not on_cpu:
             plain = outputs
@@ -309,7 +316,9 @@ def test_the_cpu_graph_for_refining_gives_the_same_pictures(
 def test_the_cpu_graph_takes_a_batch_of_different_masks(fp32: onnx.ModelProto, on_cpu: onnx.ModelProto) -> None:
     edits = _edits(3)
     edits[3] = np.stack([MASKS[name] for name in ("corner", "nothing", "middle")])
-    plain, restricted = (OnnxRuntimeSession(m.SerializeToString(), "fp32").run(*edits) for m in (fp32, on_cpu))
+    plain, restricted = (
+        OnnxRuntimeSession(GraphFiles(m.SerializeToString()), "fp32").run(*edits) for m in (fp32, on_cpu)
+    )
     assert np.abs(plain.astype(int) - restricted).max() <= 1
 
 
@@ -334,6 +343,7 @@ def test_cpu_only_bundles_hold_one_graph_of_each_and_edit_with_torch_too(
     bundle = export_bundle(tmp_path / "g.safetensors", tmp_path / "b.spm", options).bundle
     graphs = [(graph.graph, graph.weights_dtype) for graph in bundle.manifest.graphs]
     assert graphs == [("edit_cpu", "float16"), ("refine_cpu", "float16")]
+    assert [name for name in bundle.files() if name.endswith(".weights")] == ["graphs/float16.weights"]
     for open_it in (open_session, open_torch_session):
         session = open_it(bundle, device="cpu", backend="torch" if open_it is open_torch_session else "auto").session
         results = verify(session, bundle)
@@ -412,6 +422,49 @@ def test_the_manifest_says_what_was_written(street_bundle: Path) -> None:
     assert "0 sky, 1 building" in card
     assert manifest.licence in card
     assert json.loads(bundle.read("manifest.json"))["schema"] == "spmdeploy.bundle/1"
+
+
+def places(model: onnx.ModelProto) -> dict[str, tuple[str, str]]:
+    """Where a graph keeps its large tensors, by their names: file and first byte."""
+    entries = {
+        tensor.name: {part.key: part.value for part in tensor.external_data} for tensor in model.graph.initializer
+    }
+    return {name: (entry["location"], entry["offset"]) for name, entry in entries.items() if entry}
+
+
+def test_weights_that_graphs_share_are_stored_once(street_bundle: Path, generator: Generator) -> None:
+    graphs = {
+        path.stem: onnx.load(path, load_external_data=False) for path in (street_bundle / "graphs").glob("*.onnx")
+    }
+    large = {name for name, tensor in generator.state_dict().items() if tensor.numel() >= ELEMENTS}
+    for precision, suffix, dtype in (("fp32", "", "float32"), ("fp16", ".half", "float16")):
+        shared = {name + suffix: places(graphs[f"edit.{precision}"])[name + suffix] for name in large}
+        assert {file for file, _ in shared.values()} == {f"{dtype}.weights"}
+        last = {name: place for name, place in shared.items() if name.startswith("stages.2.")}
+        assert last and last.items() <= places(graphs[f"refine.{precision}"]).items()
+        if precision == "fp32":
+            assert shared.items() <= places(graphs["edit_cpu.fp32"]).items()
+            assert last.items() <= places(graphs["refine_cpu.fp32"]).items()
+    bundle = open_bundle(street_bundle)
+    assert {record.weights for record in bundle.manifest.graphs} == {"graphs/float32.weights", "graphs/float16.weights"}
+    elements = sum(tensor.numel() for name, tensor in generator.state_dict().items() if name in large)
+    size = bundle.files()["graphs/float16.weights"]
+    assert 2 * elements <= size <= 2 * elements + ALIGNMENT * len(large)
+    card = bundle.read("card.md").decode()
+    assert "| weights of edit fp16, refine fp16 | `graphs/float16.weights` |" in card
+
+
+def test_a_store_gives_back_what_was_put_in(tmp_path: Path, fp32: onnx.ModelProto, on_cpu: onnx.ModelProto) -> None:
+    store = WeightStore(tmp_path / "some.weights")
+    for model in (fp32, on_cpu, fp32):
+        moved = store.without_weights(model)
+        assert moved.ByteSize() < model.ByteSize()
+        onnx.save(moved, tmp_path / "graph.onnx")
+        again = onnx.load(tmp_path / "graph.onnx")
+        for before, after in zip(model.graph.initializer, again.graph.initializer, strict=True):
+            assert before.name == after.name
+            assert np.array_equal(numpy_helper.to_array(before), numpy_helper.to_array(after))
+        assert all(int(start) % ALIGNMENT == 0 for _, start in places(moved).values())
 
 
 def test_exporting_a_checkpoint_of_the_authors_format(shared: Path, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from PIL import Image
 
 import spmdeploy
 from spmdeploy import cli
-from spmdeploy.bundle import Bundle, open_bundle
+from spmdeploy.bundle import Bundle, GraphFiles, open_bundle
 from spmdeploy.errors import BundleError, OutOfMemory, UnavailableError, UsageError
 from spmdeploy.manifest import ParityLimits
 from spmdeploy.packing import pack
@@ -128,10 +128,10 @@ def test_cuda_from_pip_packages_is_loaded_first_and_in_silence(
     loaded: list[str] = []
     library.runs_on = CUDA
     library.preload_dlls = lambda: (loaded.append(library.runs_on), print("Failed to load libcudnn.so.9"))  # type: ignore[attr-defined]
-    ort.OnnxRuntimeSession(b"", "fp16", "cuda:0")
+    ort.OnnxRuntimeSession(GraphFiles(b""), "fp16", "cuda:0")
     assert loaded == [CUDA] and capsys.readouterr().out == ""
     library.runs_on = "CPUExecutionProvider"
-    ort.OnnxRuntimeSession(b"", "fp32", "cpu")
+    ort.OnnxRuntimeSession(GraphFiles(b""), "fp32", "cpu")
     assert loaded == [CUDA]
 
 

@@ -18,8 +18,7 @@ import pytest
 from engines.records import SAMPLE, for_targets
 
 from spmdeploy import cli
-from spmdeploy.bundle import BundleWriter, open_bundle
-from spmdeploy.bundle_files import MANIFEST
+from spmdeploy.bundle import open_bundle
 from spmdeploy.manifest import EDIT
 from spmdeploy.runtime.engine_record import BatchRange, EngineFile, EngineRecord, SourceFile
 from spmdeploy.runtime.engine_store import EngineWriter, choose_place
@@ -81,15 +80,19 @@ def named(ports: Any) -> dict[str, Any]:
     return {port.name: port for port in ports}
 
 
-def test_the_configuration_is_what_the_graph_is(messages: Any, export: Any, tmp_path: Path) -> None:
-    code, told = export("--max-batch", "4", "--instances", "2")
+@pytest.mark.parametrize(("graph_name", "name"), [("edit", "tiny"), ("refine", "tiny_refine")])
+def test_the_configuration_is_what_the_graph_is(
+    messages: Any, export: Any, tmp_path: Path, graph_name: str, name: str
+) -> None:
+    code, told = export("--max-batch", "4", "--instances", "2", "--graph", graph_name)
     assert code == 0 and told["schema"] == "spmdeploy.export-triton/1"
-    model = tmp_path / "models/tiny"
+    model = tmp_path / "models" / name
     config, graph = read_config(messages, model), onnx.load(model / "1/model.onnx").graph
-    assert (config.name, config.backend, config.max_batch_size) == ("tiny", "onnxruntime", 4)
+    assert (config.name, config.backend, config.max_batch_size) == (name, "onnxruntime", 4)
     assert config_ports(messages, named(config.input)) == graph_ports(graph.input)
     assert config_ports(messages, named(config.output)) == graph_ports(graph.output)
-    assert list(graph_ports(graph.input)) == ["image", "labels", "instances", "mask"]
+    coarse = ["coarse"] if graph_name == "refine" else []
+    assert list(graph_ports(graph.input)) == ["image", "labels", "instances", "mask", *coarse]
     assert [(group.kind, group.count) for group in config.instance_group] == [(messages.ModelInstanceGroup.KIND_GPU, 2)]
     assert config.HasField("dynamic_batching") and (model / "1" / config.default_model_filename).exists()
     assert told["files"].keys() == {path.relative_to(model).as_posix() for path in model.rglob("*") if path.is_file()}
@@ -110,7 +113,14 @@ def test_the_warm_up_is_a_batch_of_one_golden_edit(messages: Any, export: Any, t
 
 
 @pytest.mark.parametrize(
-    ("words", "precision"), [([], "fp16"), (["--precision", "fp32"], "fp32"), (["--device", "cpu"], "fp32")]
+    ("words", "precision"),
+    [
+        ([], "fp16"),
+        (["--precision", "fp32"], "fp32"),
+        (["--device", "cpu"], "fp32"),
+        (["--graph", "refine"], "fp16"),
+        (["--graph", "refine", "--device", "cpu"], "fp32"),
+    ],
 )
 def test_what_is_in_the_repository_edits_by_itself(
     messages: Any, export: Any, street_bundle: Path, tmp_path: Path, words: list[str], precision: Any
@@ -118,8 +128,10 @@ def test_what_is_in_the_repository_edits_by_itself(
     onnxruntime = pytest.importorskip("onnxruntime")
     code, told = export(*words)
     assert code == 0 and told["source"].endswith(f".{precision}.onnx")
-    assert ("edit_cpu" in told["source"]) == ("--device" in words)
-    model, bundle = tmp_path / "models/tiny", open_bundle(street_bundle)
+    assert ("_cpu" in told["source"]) == ("--device" in words) and ("refine" in told["source"]) == ("--graph" in words)
+    weights = "1/float16.weights" if precision == "fp16" else "1/float32.weights"
+    assert {"1/model.onnx", weights} == {name for name in told["files"] if name.startswith("1/")}
+    model, bundle = Path(told["folder"]), open_bundle(street_bundle)
     config = read_config(messages, model)
     inputs = {}
     for name, (dtype, dims) in config_ports(messages, named(config.input)).items():
@@ -130,7 +142,9 @@ def test_what_is_in_the_repository_edits_by_itself(
     )
     (edited,) = session.run(["edited"], inputs)
     golden = read_golden(bundle, bundle.manifest.golden[0])
-    assert not measure_drift(edited, golden.expected, golden.mask).faults(bundle.manifest.limits[precision])
+    expected = golden.refined if "refine" in words else golden.expected
+    assert expected is not None
+    assert not measure_drift(edited, expected, golden.mask).faults(bundle.manifest.limits[precision])
 
 
 def test_the_graph_is_the_bundles(export: Any, street_bundle: Path, tmp_path: Path) -> None:
@@ -234,46 +248,3 @@ def test_engines_that_triton_cannot_load(export: Any, street_bundle: Path, tmp_p
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPMDEPLOY_CACHE", str(tmp_path / "cache"))
-
-
-# ------------------------------------------------------------------------------------------------------ weights beside
-
-
-def with_weights_beside(bundle: Path, target: Path) -> Path:
-    """The bundle with the weights of its FP16 graph in a file of their own, as large graphs have them."""
-    opened = open_bundle(bundle)
-    record = opened.graph(EDIT, "fp16")
-    with BundleWriter(target) as writer:
-        for name in opened.files():
-            if name not in (MANIFEST, record.file):
-                writer.add_bytes(name, opened.read(name))
-        model = onnx.load_from_string(opened.read(record.file))
-        onnx.save(model, writer.path(record.file), save_as_external_data=True, location="edit.weights")
-        size, digest = writer.measure(record.file)
-        moved = dataclasses.replace(record, bytes=size, sha256=digest)
-        graphs = tuple(moved if graph == record else graph for graph in opened.manifest.graphs)
-        writer.finish(dataclasses.replace(opened.manifest, graphs=graphs))
-    return target
-
-
-def test_weights_beside_the_graph_go_along(export: Any, street_bundle: Path, tmp_path: Path) -> None:
-    onnxruntime = pytest.importorskip("onnxruntime")
-    beside = with_weights_beside(street_bundle, tmp_path / "beside.spm")
-    code, told = export(bundle=beside)
-    assert code == 0 and {"1/model.onnx", "1/edit.weights"} <= told["files"].keys()
-    graph = tmp_path / "models/tiny/1/model.onnx"
-    assert told["files"]["1/model.onnx"] < told["files"]["1/edit.weights"]
-    session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
-    golden = read_golden(open_bundle(beside), open_bundle(beside).manifest.golden[0])
-    inputs = {port.name: getattr(golden, port.name) for port in session.get_inputs()}
-    (edited,) = session.run(["edited"], inputs)
-    limits = open_bundle(beside).manifest.limits["fp16"]
-    assert not measure_drift(edited, golden.expected, golden.mask).faults(limits)
-
-
-def test_weights_that_the_bundle_does_not_hold(export: Any, street_bundle: Path, tmp_path: Path) -> None:
-    beside = with_weights_beside(street_bundle, tmp_path / "beside.spm")
-    sums = (beside / "SHA256SUMS").read_text().splitlines(keepends=True)
-    (beside / "SHA256SUMS").write_text("".join(line for line in sums if "edit.weights" not in line))
-    code, told = export(bundle=beside)
-    assert code == 6 and "edit.weights" in told["error"] and not (tmp_path / "models/tiny").exists()

@@ -59,7 +59,7 @@ def has_torch() -> bool:
 
 def describe(session: Session, bundle: Bundle) -> Ran:
     graph = graph_of(session, bundle)
-    file_bytes = None if graph is None else graph.bytes
+    file_bytes = None if graph is None else sum(bundle.files()[name] for name in graph.files)
     if isinstance(session, TensorRtSession):
         file_bytes = session.engine_bytes
     provider, threads = session.provider, None

@@ -15,7 +15,7 @@ def profiled_in_onnxruntime(bundle: Bundle, session: Session, batch: EditBatch) 
     record = graph_of(session, bundle)
     assert record is not None, session.backend
     provider = session.provider.partition(" ")[0]
-    nodes = profiled_nodes(bundle.read(record.file), provider, batch.named, PROFILED_RUNS)
+    nodes = profiled_nodes(bundle.read_graph(record), provider, batch.named, PROFILED_RUNS)
     operations = [
         Operation(
             str(node["name"]).removesuffix("_kernel_time"), str(node["args"]["op_name"]), float(node.get("dur", 0))

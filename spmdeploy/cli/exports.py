@@ -31,6 +31,11 @@ class TritonDevice(StrEnum):
     cpu = "cpu"
 
 
+class TritonGraph(StrEnum):
+    edit = "edit"
+    refine = "refine"
+
+
 class EngineLibrary(StrEnum):
     auto = "auto"
     tensorrt = "tensorrt"
@@ -181,6 +186,9 @@ def export_triton(
     bundle: Annotated[Path, typer.Argument(help="A bundle, folder or file.")],
     repository: Annotated[Path, typer.Argument(help="The model repository; other models in it are left alone.")],
     name: Annotated[str | None, typer.Option("--name", help="Of the model; default: the bundle's.")] = None,
+    graph: Annotated[
+        TritonGraph, typer.Option("--graph", metavar="edit|refine", help="Which graph, by what it computes.")
+    ] = TritonGraph.edit,
     precision: PrecisionOption = PrecisionChoice.auto,
     device: Annotated[
         TritonDevice, typer.Option("--device", metavar="gpu|cpu", help="What the server runs it on.")
@@ -207,7 +215,7 @@ def export_triton(
         from spmdeploy.export.to_triton import TritonOptions
         from spmdeploy.export.to_triton import export_triton as write_model
 
-    options = TritonOptions(name, precision.value, device.value, engine, max_batch, instances, overwrite)
+    options = TritonOptions(name, graph.value, precision.value, device.value, engine, max_batch, instances, overwrite)
     model = write_model(open_bundle(bundle), repository, options)
     lines = [f"{model.folder}: {model.source}, batches up to {model.max_batch}; the server needs {model.needs}"]
     rows = [(name, f"{size / 1e6:.1f} MB") for name, size in model.files.items()]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+
 from spmdeploy.manifest import GeneratorFacts, GraphRecord, Manifest
 
 
-def bundle_card(manifest: Manifest) -> str:
-    """The card as Markdown, from the manifest alone."""
+def bundle_card(manifest: Manifest, sizes: Mapping[str, int]) -> str:
+    """The card as Markdown. sizes: in bytes, of the files that graphs share weights in."""
     generator = manifest.generator
     sections = [
         f"# {manifest.name}",
@@ -20,7 +22,7 @@ def bundle_card(manifest: Manifest) -> str:
         "## Graphs",
         "Drift is the worst over the golden edits, against PyTorch in FP32, under the mask, in grey levels of 255.",
         "| graph | file | MB | FP16 share | largest drift | mean drift | PSNR |\n|---|---|---|---|---|---|---|\n"
-        + "\n".join(_graph_row(record) for record in manifest.graphs),
+        + "\n".join([*map(_graph_row, manifest.graphs), *_weights_rows(manifest, sizes)]),
         "## Classes",
         ", ".join(f"{entry.id} {entry.name}" for entry in manifest.classes.classes)
         + ("." if manifest.classes.void_id is None else f"; {manifest.classes.void_id} means no class."),
@@ -41,6 +43,12 @@ def _ablations(generator: GeneratorFacts) -> str:
     if generator.stages == 1:
         left_out.append("there is one stage, at full size")
     return f" An ablation: {' and '.join(left_out)}." if left_out else ""
+
+
+def _weights_rows(manifest: Manifest, sizes: Mapping[str, int]) -> Iterator[str]:
+    for name, size in sizes.items():
+        graphs = ", ".join(f"{record.graph} {record.precision}" for record in manifest.graphs if record.weights == name)
+        yield f"| weights of {graphs} | `{name}` | {size / 1e6:.1f} | | | | |"
 
 
 def _graph_row(record: GraphRecord) -> str:

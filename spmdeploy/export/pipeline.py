@@ -25,6 +25,7 @@ from spmdeploy.export.parity import FP32_LIMITS, HALF_LIMITS, check_graph, worst
 from spmdeploy.export.to_cpu import restrict_to_mask
 from spmdeploy.export.to_fp16 import store_weights_as_halves, to_fp16
 from spmdeploy.export.to_onnx import export_edit, export_refine
+from spmdeploy.export.weight_store import WeightStore
 from spmdeploy.labels import ClassTable
 from spmdeploy.manifest import (
     EDIT,
@@ -37,6 +38,7 @@ from spmdeploy.manifest import (
     ParityLimits,
     Precision,
     SourceFacts,
+    WeightsDtype,
 )
 from spmdeploy.networks.complexity import edit_gflop
 from spmdeploy.networks.deploy_graph import NATIVE_SIZE
@@ -96,7 +98,7 @@ def export_bundle(
         progress("making the golden edits with torch")
         golden = golden_edits(TorchSession(weights.generator), options.table)
 
-        graphs, limits = [], {}
+        graphs, limits, stores = [], {}, _Stores(writer)
         variants = _wanted_variants(options)
         for graph, trace in _traces(weights.generator).items():
             progress(f"tracing the {graph} graph")
@@ -106,7 +108,7 @@ def export_bundle(
                 name = ON_CPU[graph] if on_cpu else graph
                 progress(f"writing and checking the {name} {precision} graph")
                 model, limits[precision] = _variant(fp32, precision, on_cpu, options.half_weights)
-                record = _write_graph(writer, name, model, precision, golden, limits[precision])
+                record = _write_graph(writer, stores, name, model, precision, golden, limits[precision])
                 graphs.append(ExportedGraph(record, time.perf_counter() - exported))
                 exported = time.perf_counter()
 
@@ -127,7 +129,7 @@ def export_bundle(
             licence=options.licence,
             training=weights.training,
         )
-        writer.add_bytes("card.md", bundle_card(manifest).encode())
+        writer.add_bytes("card.md", bundle_card(manifest, stores.sizes()).encode())
         bundle = writer.finish(manifest)
     return Export(bundle, tuple(graphs), time.perf_counter() - started)
 
@@ -169,8 +171,27 @@ def _variant(
     return (store_weights_as_halves(model), HALF_LIMITS) if half_weights else (model, FP32_LIMITS)
 
 
+class _Stores:
+    """The weights files of a bundle: one for each type that graphs mostly store their weights in."""
+
+    def __init__(self, writer: BundleWriter) -> None:
+        self._writer = writer
+        self._stores: dict[str, WeightStore] = {}
+
+    def of(self, dtype: WeightsDtype) -> tuple[str, WeightStore]:
+        """The file's name in the bundle, and what writes it."""
+        name = f"graphs/{dtype}.weights"
+        if name not in self._stores:
+            self._stores[name] = WeightStore(self._writer.path(name))
+        return name, self._stores[name]
+
+    def sizes(self) -> dict[str, int]:
+        return {name: self._writer.measure(name)[0] for name in self._stores}
+
+
 def _write_graph(
     writer: BundleWriter,
+    stores: _Stores,
     graph: str,
     model: onnx.ModelProto,
     precision: Precision,
@@ -179,17 +200,19 @@ def _write_graph(
 ) -> GraphRecord:
     name = f"graphs/{graph}.{precision}.onnx"
     path = writer.path(name)
-    onnx.save(model, path)
+    facts = graph_facts(model)
+    weights, store = stores.of(facts.weights_dtype)
+    onnx.save(store.without_weights(model), path)
     results = check_graph(path, EDIT if graph in (EDIT, ON_CPU[EDIT]) else REFINE, golden, limits)
     faults = [f"{result.name}: {fault}" for result in results for fault in result.faults]
     if faults:
+        onnx.save(model, path)  # whole, as the weights file stays behind
         kept = writer.keep_rejected(name)
         raise VerificationError(
             f"the {graph} {precision} graph does not give the pictures that torch gives: {'; '.join(faults)}",
             f"it was kept as {kept}; if the weights are sound, this is a defect worth reporting",
         )
     size, digest = writer.measure(name)
-    facts = graph_facts(model)
     return GraphRecord(
         graph=graph,
         precision=precision,
@@ -201,6 +224,7 @@ def _write_graph(
         fp16_share=round(facts.fp16_share, 4),
         fp32_operations=facts.fp32_operations,
         parity=worst(results),
+        weights=weights,
     )
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import spmdeploy
@@ -397,16 +397,15 @@ def _on_disk(bundle: Bundle, graph: GraphRecord) -> Iterator[Path]:
     Parsers need a path, and files of a zip have none: they are written to a folder that only this user can read.
     """
     if bundle.is_folder:
-        for name in graph.files:
-            bundle.path_of(name)
-        yield bundle.path_of(graph.file)
+        yield bundle.path_of_graph(graph)
         return
+    content, weights = bundle.read_graph(graph)
     with tempfile.TemporaryDirectory(prefix="spmdeploy-") as folder:
-        for name in graph.files:
-            path = Path(folder) / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(bundle.read(name))
-        yield Path(folder) / graph.file
+        path = Path(folder) / PurePosixPath(graph.file).name
+        path.write_bytes(content)
+        for name, held in weights.items():
+            path.with_name(name).write_bytes(held)
+        yield path
 
 
 def _check_precision(graph: GraphRecord, reading: PrecisionReading, fallback: str | None) -> None:

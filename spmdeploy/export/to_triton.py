@@ -1,4 +1,4 @@
-"""The `edit` graph of a bundle, or a TensorRT engine of it, as a model repository of the Triton Inference Server.
+"""A graph of a bundle, or a TensorRT engine of it, as a model repository of the Triton Inference Server.
 
     REPOSITORY/NAME/config.pbtxt    the model's configuration (model_config.proto, message ModelConfig)
     REPOSITORY/NAME/1/model.onnx    the graph, and the files that it keeps weights in, under the names it asks for
@@ -15,7 +15,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from spmdeploy.bundle import Bundle, replacing
 from spmdeploy.errors import BundleError, InputError, UsageError
-from spmdeploy.manifest import EDIT, EDIT_ON_CPU, GraphRecord
+from spmdeploy.manifest import EDIT, ON_CPU, GraphRecord
 from spmdeploy.runtime.engine_record import BATCH, Port
 from spmdeploy.runtime.engine_store import named_engines
 from spmdeploy.runtime.golden import EXPORT_AGAIN, read_golden
@@ -44,7 +44,9 @@ class TritonOptions:
     """How to serve it."""
 
     name: str | None = None
-    """Of the model, and of its folder; None: the bundle's."""
+    """Of the model, and of its folder; None: the bundle's, for `refine` with _refine behind it."""
+    graph: str = EDIT
+    """Or `REFINE`."""
     precision: str = "auto"
     device: TritonDevice = "gpu"
     engine: str | None = None
@@ -98,7 +100,9 @@ def export_triton(bundle: Bundle, repository: Path, options: TritonOptions) -> T
 
     Raises UsageError, BundleError for a graph that Triton could not batch, InputError where nothing can be written.
     """
-    name = bundle.manifest.name if options.name is None else options.name
+    name = options.name
+    if name is None:
+        name = bundle.manifest.name if options.graph == EDIT else f"{bundle.manifest.name}_{options.graph}"
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
         raise UsageError(f"{name!r} is no name for a model", "give one of letters, digits, _ . and - with --name")
     if options.engine is None:
@@ -137,31 +141,32 @@ def _chosen_graph(bundle: Bundle, options: TritonOptions) -> GraphRecord:
     if precision == "auto":
         precision = "fp32" if options.device == "cpu" else "fp16"
     for record in bundle.manifest.graphs:
-        if (record.graph, record.precision, options.device) == (EDIT_ON_CPU, precision, "cpu"):
+        if (record.graph, record.precision, options.device) == (ON_CPU[options.graph], precision, "cpu"):
             return record
-    return bundle.graph(EDIT, precision)
+    return bundle.graph(options.graph, precision)
 
 
 def _served_graph(bundle: Bundle, record: GraphRecord, options: TritonOptions) -> _Served:
     max_batch = _batch(options, 8, MAX_BATCH, f"the graphs take 1 to {MAX_BATCH}")
-    content = bundle.read(record.file)
+    content, weights = bundle.read_graph(record)
     shown = bundle.path / record.file
-    inputs, outputs, files = _read_graph(content, shown)
+    inputs, outputs = _read_graph(content, shown)
     for port in (*inputs, *outputs):
         if port.shape[:1] != (BATCH,) or BATCH in port.shape[1:] or port.dtype not in _TYPES:
             raise BundleError(f"{shown}: Triton cannot batch its {port.name} {port.dtype}{port.shape}", EXPORT_AGAIN)
-    folder = PurePosixPath(record.file).parent
-    weights = {name: bundle.read(str(folder / name)) for name in files}
     contents = {"model.onnx": content, **weights}
     needs = "the onnxruntime backend" + ("" if options.device == "cpu" else " and a GPU")
     return _Served("onnxruntime", "model.onnx", record.file, record.sha256, needs, max_batch, inputs, outputs, contents)
 
 
 def _served_engine(bundle: Bundle, word: str, options: TritonOptions) -> _Served:
-    found = [engine for engine in named_engines(bundle, [word]) if engine.record and engine.record.graph == EDIT]
+    named = named_engines(bundle, [word])
+    found = [engine for engine in named if engine.record and engine.record.graph == options.graph]
     if len(found) != 1:
         keys = ", ".join(engine.record.key for engine in found if engine.record) or "none"
-        raise UsageError(f"{word!r} does not name one engine of the edit graph, but {keys}", "give the whole key")
+        raise UsageError(
+            f"{word!r} does not name one engine of the {options.graph} graph, but {keys}", "give the whole key"
+        )
     (engine,) = found
     record = engine.record
     assert record is not None
@@ -195,8 +200,8 @@ def _batch(options: TritonOptions, default: int, most: int, limits: str) -> int:
     return max_batch
 
 
-def _read_graph(content: bytes, shown: Path) -> tuple[tuple[Port, ...], tuple[Port, ...], list[str]]:
-    """Inputs, outputs, and the files that it keeps weights in, by the names it has for them: relative to its folder."""
+def _read_graph(content: bytes, shown: Path) -> tuple[tuple[Port, ...], tuple[Port, ...]]:
+    """Inputs and outputs."""
     import onnx
     from onnx.helper import tensor_dtype_to_np_dtype
 
@@ -207,23 +212,22 @@ def _read_graph(content: bytes, shown: Path) -> tuple[tuple[Port, ...], tuple[Po
 
     try:
         graph = onnx.load_from_string(content).graph
-        inputs, outputs = tuple(map(port, graph.input)), tuple(map(port, graph.output))
+        return tuple(map(port, graph.input)), tuple(map(port, graph.output))
     except Exception as error:  # onnx and protobuf raise anything on bytes that are no graph
         raise BundleError(f"{shown}: not a graph of ours: {error!r}", EXPORT_AGAIN) from error
-    entries = (entry for tensor in graph.initializer for entry in tensor.external_data)
-    return inputs, outputs, sorted({entry.value for entry in entries if entry.key == "location"})
 
 
 def _warmup_sample(bundle: Bundle, inputs: Sequence[Port], shown: str) -> dict[str, NDArray[Any]]:
     """One golden edit, by the names of the inputs: each (1, ...)."""
     if not bundle.manifest.golden:
         raise BundleError(f"{bundle.path}: holds no golden edit to warm a server up with", EXPORT_AGAIN)
-    golden = vars(read_golden(bundle, bundle.manifest.golden[0]))
+    pictures = read_golden(bundle, bundle.manifest.golden[0])
+    golden = {**vars(pictures), "coarse": pictures.coarse}
     for port in inputs:
         there = golden.get(port.name)
         if there is None or Port(port.name, str(there.dtype), (BATCH, *there.shape[1:])) != port:
             raise BundleError(
-                f"{bundle.path}: {shown} takes {port.name} {port.dtype}{port.shape}, as no edit graph does",
+                f"{bundle.path}: {shown} takes {port.name} {port.dtype}{port.shape}, as no graph of ours does",
                 EXPORT_AGAIN,
             )
     return {port.name: np.ascontiguousarray(golden[port.name]) for port in inputs}

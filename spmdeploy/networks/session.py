@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 from torch import nn
 
-from spmdeploy.bundle import Bundle
+from spmdeploy.bundle import Bundle, GraphFiles
 from spmdeploy.errors import BundleError, UnavailableError, UsageError
 from spmdeploy.manifest import EDIT, EDIT_ON_CPU, Precision
 from spmdeploy.networks.deploy_graph import NATIVE_SIZE, EditGraph, RefineGraph
@@ -109,17 +110,17 @@ def bundled_generator(bundle: Bundle) -> Generator:
     facts = bundle.manifest.generator
     # Both FP32 graphs that edit hold the weights under the same names; a bundle may hold one of them only.
     there = {record.graph: record for record in bundle.manifest.graphs if record.precision == "fp32"}
-    graph = bundle.read((there.get(EDIT_ON_CPU) or bundle.graph(EDIT, "fp32")).file)
+    graph = bundle.read_graph(there.get(EDIT_ON_CPU) or bundle.graph(EDIT, "fp32"))
     config = GeneratorConfig(facts.classes, facts.width, facts.hidden, facts.modulation, facts.stages)
     return generator_from_graph(graph, config)
 
 
-def generator_from_graph(content: bytes, config: GeneratorConfig) -> Generator:
+def generator_from_graph(graph: GraphFiles, config: GeneratorConfig) -> Generator:
     """The generator whose weights an exported FP32 `edit` graph holds, in FP32.
 
     Raises BundleError naming a weight that is missing or misshapen.
     """
-    stored = {tensor.name: tensor for tensor in onnx.load_from_string(content).graph.initializer}
+    stored = {tensor.name: tensor for tensor in onnx.load_from_string(graph.content).graph.initializer}
     with torch.device("meta"):
         generator = Generator(config)
     state = {}
@@ -127,6 +128,20 @@ def generator_from_graph(content: bytes, config: GeneratorConfig) -> Generator:
         tensor = stored.get(name) or stored.get(f"{name}.half")
         if tensor is None or tuple(tensor.dims) != tuple(expected.shape):
             raise BundleError(f"the graph holds no weight {name} of shape {tuple(expected.shape)}", "export it again")
-        state[name] = torch.from_numpy(numpy_helper.to_array(tensor).astype(np.float32))
+        state[name] = torch.from_numpy(_values(tensor, graph.weights).astype(np.float32))
     generator.load_state_dict(state, assign=True)
     return generator.eval().requires_grad_(False)
+
+
+def _values(tensor: onnx.TensorProto, weights: Mapping[str, bytes]) -> NDArray[Any]:
+    """The values of a tensor, wherever they are kept. Raises BundleError when they are not all there."""
+    if tensor.data_location != onnx.TensorProto.EXTERNAL:
+        return numpy_helper.to_array(tensor)
+    entry = {part.key: part.value for part in tensor.external_data}
+    inline = onnx.TensorProto(dims=tensor.dims, data_type=tensor.data_type)
+    try:
+        start, length = int(entry["offset"]), int(entry["length"])
+        inline.raw_data = weights[entry["location"]][start : start + length]
+        return numpy_helper.to_array(inline)
+    except (KeyError, ValueError) as error:
+        raise BundleError(f"the weights file does not hold all of {tensor.name}: {error}", "export it again") from error

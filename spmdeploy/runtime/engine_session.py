@@ -7,7 +7,6 @@ from contextlib import suppress
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from spmdeploy.bundle import Bundle
 from spmdeploy.errors import BundleError, InputError, SpmDeployError, UnavailableError, VerificationError
@@ -18,9 +17,6 @@ from spmdeploy.runtime.engine_record import BUILD_AGAIN, EngineHost, EngineRecor
 from spmdeploy.runtime.engine_store import FoundEngine, cache_folder, find_engines
 from spmdeploy.runtime.golden import GoldenResult, verify_edits, verify_refinements
 from spmdeploy.runtime.session import Opened
-
-if TYPE_CHECKING:
-    from spmdeploy.runtime.trt import TensorRtSession
 
 BUILD_FIRST = "build one on this machine: spmdeploy build BUNDLE"
 

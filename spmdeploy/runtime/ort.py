@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from spmdeploy.bundle import GraphFiles
 from spmdeploy.errors import BundleError, OutOfMemory, UnavailableError
 from spmdeploy.manifest import EDIT, REFINE, Precision
 from spmdeploy.runtime.cuda import visible_gpus
@@ -30,8 +31,8 @@ _INPUTS = {
     "coarse": "tensor(float)",
 }
 
-Graph = Path | bytes
-"""An ONNX file or its bytes."""
+Graph = Path | GraphFiles
+"""An ONNX file, its weights beside it where it holds them not itself; or all of that in memory."""
 Arrays = Mapping[str, NDArray[Any]]
 
 
@@ -49,11 +50,11 @@ class OnnxRuntimeSession:
         device: str = "cpu",
         threads: int = 0,
         refine: Callable[[], Graph] | None = None,
-        read_again: Callable[[], bytes] | None = None,
+        read_again: Callable[[], GraphFiles] | None = None,
     ) -> None:
         """device: cpu or cuda:N. threads: 0 = one per core (CPU only). refine: gets the graph when it is needed.
 
-        read_again: the bytes of `edit` for `keep_layout`; without it no layout is kept.
+        read_again: gets `edit` into memory for `keep_layout`; without it no layout is kept.
         """
         self.device = device
         self.precision = precision
@@ -125,7 +126,8 @@ class OnnxRuntimeSession:
         with self._loading:
             _open(self._edit)
             if self._halves is None:
-                self._halves = _Halves(split_by_layout(self._read_again()), self._threads)
+                graph = self._read_again()
+                self._halves = _Halves(split_by_layout(graph.content), graph.weights, self._threads)
         return self._halves.kept({"labels": labels, "instances": instances, "mask": mask})
 
     def bound(self, inputs: Mapping[str, DeviceArray], outputs: Mapping[str, DeviceArray]) -> Callable[[], None]:
@@ -146,12 +148,15 @@ def _open(graph: LoadedGraph | None) -> LoadedGraph:
 class _Halves:
     """Both halves of a graph, loaded on the CPU."""
 
-    def __init__(self, halves: Halves, threads: int) -> None:
+    def __init__(self, halves: Halves, weights: Mapping[str, bytes], threads: int) -> None:
+        """weights: those of the whole graph, where they are not in it."""
         self._layout_inputs, self._picture_inputs, self._kept = halves.layout_inputs, halves.picture_inputs, halves.kept
         library = import_onnxruntime()
         try:
             self._layout, self._picture = (
-                _inference_session(library, half, _options(library, threads), ["CPUExecutionProvider"])
+                inference_session(
+                    library, GraphFiles(half, weights), _options(library, threads), ["CPUExecutionProvider"]
+                )
                 for half in (halves.layout, halves.picture)
             )
         except Exception as error:
@@ -182,9 +187,15 @@ _IDLE_PASSES = (
 )
 
 
-def _inference_session(library: Any, source: str | bytes, options: Any, providers: list[Any]) -> Any:
+def inference_session(library: Any, graph: Graph, options: Any, providers: list[Any]) -> Any:
+    """ONNX Runtime's own session. options: its SessionOptions, to which weights in memory are added."""
     without = {"disabled_optimizers": list(_IDLE_PASSES)} if providers == ["CPUExecutionProvider"] else {}
-    return library.InferenceSession(source, options, providers=providers, **without)
+    if isinstance(graph, Path):
+        return library.InferenceSession(str(graph), options, providers=providers, **without)
+    names, contents = list(graph.weights), list(graph.weights.values())
+    if names:  # from onnxruntime 1.24 on
+        options.add_external_initializers_from_files_in_memory(names, contents, [len(content) for content in contents])
+    return library.InferenceSession(graph.content, options, providers=providers, **without)
 
 
 def _options(library: Any, threads: int) -> Any:
@@ -208,8 +219,7 @@ class LoadedGraph:
             # Without this ONNX Runtime moves to the CPU whatever a GPU cannot do, or everything, and says nothing.
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         try:
-            source = str(content) if isinstance(content, Path) else content
-            self._session: Any = _inference_session(library, source, options, providers)
+            self._session: Any = inference_session(library, content, options, providers)
         except Exception as error:
             raise _translated(error, device) from error
         self.provider = f"{self._proved_provider(providers)} (onnxruntime {library.__version__})"

@@ -10,10 +10,10 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from spmdeploy.runtime.ort import import_onnxruntime
+from spmdeploy.runtime.ort import Graph, import_onnxruntime, inference_session
 
 
-def profiled_nodes(graph: bytes, provider: str, feed: Mapping[str, NDArray[Any]], runs: int) -> list[dict[str, Any]]:
+def profiled_nodes(graph: Graph, provider: str, feed: Mapping[str, NDArray[Any]], runs: int) -> list[dict[str, Any]]:
     """The profiler's events for every node of `runs` runs, after one that is not told; in the order of execution.
 
     provider: ONNX Runtime's name of it. Each event has a name, `dur` in microseconds and `args`, among them op_name
@@ -25,7 +25,7 @@ def profiled_nodes(graph: bytes, provider: str, feed: Mapping[str, NDArray[Any]]
         options.enable_profiling = True
         options.log_severity_level = 3
         options.profile_file_prefix = str(Path(folder) / "profile")
-        session = library.InferenceSession(graph, options, providers=[provider])
+        session = inference_session(library, graph, options, [provider])
         for _ in range(runs + 1):
             session.run(["edited"], dict(feed))
         events = json.loads(Path(session.end_profiling()).read_bytes())

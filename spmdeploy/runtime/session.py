@@ -12,7 +12,7 @@ from typing import Literal, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from spmdeploy.bundle import Bundle
+from spmdeploy.bundle import Bundle, GraphFiles
 from spmdeploy.errors import UnavailableError, UsageError
 from spmdeploy.manifest import EDIT, ON_CPU, REFINE, GraphRecord, Precision
 
@@ -191,14 +191,14 @@ def _open_on(bundle: Bundle, device: str, precision: str, choices: list[str]) ->
         record.precision,
         device,
         refine=get_finer,
-        read_again=partial(bundle.read, record.file),
+        read_again=partial(bundle.read_graph, record),
     )
     return Opened(session, tuple(choices))
 
 
-def _content(bundle: Bundle, record: GraphRecord) -> Path | bytes:
+def _content(bundle: Bundle, record: GraphRecord) -> Path | GraphFiles:
     """A path spares the copy in memory that bytes cost, but only a folder has one."""
-    return bundle.path_of(record.file) if bundle.is_folder else bundle.read(record.file)
+    return bundle.path_of_graph(record) if bundle.is_folder else bundle.read_graph(record)
 
 
 def _choose_graph(bundle: Bundle, precision: str, device: str) -> tuple[GraphRecord, str | None]:

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -58,13 +58,27 @@ def graph_record(precision: Any, size: int, digest: str) -> GraphRecord:
     )
 
 
-def fill(writer: BundleWriter) -> tuple[GraphRecord, ...]:
-    for precision, content in GRAPHS.items():
+def fill(writer: BundleWriter, graphs: Mapping[str, bytes] = GRAPHS) -> tuple[GraphRecord, ...]:
+    for precision, content in graphs.items():
         writer.add_bytes(f"graphs/edit.{precision}.onnx", content)
     for picture in GOLDEN_PICTURES:
         writer.add_bytes(f"golden/tree/{picture}", picture.encode())
     writer.add_bytes("card.md", b"# street\n")
     return tuple(graph_record(key, *writer.measure(f"graphs/edit.{key}.onnx")) for key in GRAPHS)
+
+
+WEIGHTS = b"weights of both"
+LOCATION = b"\n\x08location\x12\x0eshared.weights"
+"""What a graph says that keeps weights in graphs/shared.weights."""
+
+
+def with_weights_beside(target: Path, said: bytes = LOCATION) -> Bundle:
+    """A bundle whose graphs share a file of weights. said: in both of them, beside other things."""
+    with BundleWriter(target) as writer:
+        writer.add_bytes("graphs/shared.weights", WEIGHTS)
+        records = fill(writer, {key: content + said + content for key, content in GRAPHS.items()})
+        records = tuple(dataclasses.replace(record, weights="graphs/shared.weights") for record in records)
+        return writer.finish(manifest_of(records))
 
 
 def write_street(target: Path, overwrite: bool = False, **changes: Any) -> Bundle:

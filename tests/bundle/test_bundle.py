@@ -27,11 +27,14 @@ from spmdeploy.packing import pack
 
 from .conftest import (
     GRAPHS,
+    LOCATION,
+    WEIGHTS,
     fill,
     list_sums,
     manifest_of,
     names_in,
     refusal,
+    with_weights_beside,
     write_street,
 )
 
@@ -163,6 +166,54 @@ def test_a_truncated_graph_is_found_at_once(street: Path) -> None:
     graph.write_bytes(GRAPHS["fp32"] + b"x")
     with pytest.raises(BundleError, match=r"tampered with or damaged: 1801 bytes"):
         open_bundle(street)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("start", [0, (1 << 20) - 20, (1 << 20) - 1])  # also where two pieces meet that are read
+def test_a_graph_is_read_with_the_weights_that_it_may_name(tmp_path: Path, packed: bool, start: int) -> None:
+    bundle = with_weights_beside(tmp_path / "street.spm", bytes(start) + LOCATION)
+    bundle = open_bundle(pack(bundle, tmp_path / "one.zip")) if packed else bundle
+    for record in bundle.manifest.graphs:
+        files = bundle.read_graph(record)
+        assert (files.content, files.weights) == (bundle.read(record.file), {"shared.weights": WEIGHTS})
+        if not packed:
+            assert bundle.path_of_graph(record).with_name("shared.weights").read_bytes() == WEIGHTS
+
+
+HOSTILE = [
+    LOCATION.replace(b"shared.weights", b"/../../e.passwd"[:14]),
+    LOCATION.replace(b"\x0e", b"\x8e\x00"),  # the same length in two bytes
+    LOCATION.replace(b"\x08location", b"\x88\x00location"),
+    LOCATION[10:] + LOCATION[:10],  # the name before the key
+    LOCATION[:-14] + b"\x0f./shared.weight",
+    LOCATION + LOCATION.replace(b"shared", b"others"),
+    bytes((1 << 20) - 5) + b"location",
+]
+
+
+@pytest.mark.parametrize("said", HOSTILE)
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_graph_that_asks_for_other_weights_is_refused(tmp_path: Path, said: bytes, packed: bool) -> None:
+    bundle = with_weights_beside(tmp_path / "street.spm", said)
+    bundle = open_bundle(pack(bundle, tmp_path / "one.zip")) if packed else bundle
+    for record in bundle.manifest.graphs:
+        for way in (bundle.read_graph, *([] if packed else [bundle.path_of_graph])):
+            with pytest.raises(BundleError, match=r"asks for weights in other files than graphs/shared\.weights"):
+                way(record)
+            with pytest.raises(BundleError, match="in files that the manifest does not name"):
+                way(dataclasses.replace(record, weights=None))
+
+
+def test_damaged_weights_are_found(tmp_path: Path) -> None:
+    bundle = with_weights_beside(tmp_path / "street.spm")
+    (bundle.path / "graphs/shared.weights").write_bytes(WEIGHTS[::-1])
+    for way in (bundle.read_graph, bundle.path_of_graph):
+        with pytest.raises(BundleError, match=r"shared\.weights: tampered"):
+            way(bundle.manifest.graphs[0])
+    lines = (bundle.path / SUMS).read_text().splitlines(keepends=True)
+    (bundle.path / SUMS).write_text("".join(line for line in lines if "shared.weights" not in line))
+    with pytest.raises(BundleError, match=r"shared\.weights: named in manifest\.json, but SHA256SUMS does not list it"):
+        open_bundle(bundle.path)
 
 
 def test_swapped_graphs_are_found_though_the_sums_agree(street: Path) -> None:

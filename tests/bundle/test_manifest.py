@@ -143,6 +143,15 @@ def test_nothing_may_be_there_twice(graphs: int, golden: int, words: str) -> Non
         Manifest.from_json(manifest.to_json(), "m")
 
 
+@pytest.mark.parametrize("weights", ["shared.weights", "golden/tree/shared.weights", "graphs/deeper/shared.weights"])
+def test_weights_lie_beside_their_graph(weights: str) -> None:
+    record = dataclasses.replace(graph_record("fp32", 5, "a" * 64), weights=weights)
+    with pytest.raises(BundleError, match=rf"the weights {weights} do not lie beside graphs/edit\.fp32\.onnx"):
+        Manifest.from_json(manifest_of((record,)).to_json(), "m")
+    beside = manifest_of((dataclasses.replace(record, weights="graphs/shared.weights"),))
+    assert Manifest.from_json(beside.to_json(), "m") == beside
+
+
 def test_a_newer_schema_is_said_to_be_newer_even_with_other_hashes(street: Path) -> None:
     (street / MANIFEST).write_text('{"schema": "spmdeploy.bundle/2", "all": "different"}')
     (street / SUMS).unlink()

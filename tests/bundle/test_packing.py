@@ -17,7 +17,17 @@ from spmdeploy.manifest import GraphRecord
 from spmdeploy.packing import pack, slim, unpack
 from spmdeploy.signature import SecretKey, sign
 
-from .conftest import GRAPHS, fill, list_sums, manifest_of, names_in, rewrite_manifest, write_street
+from .conftest import (
+    GRAPHS,
+    WEIGHTS,
+    fill,
+    list_sums,
+    manifest_of,
+    names_in,
+    rewrite_manifest,
+    with_weights_beside,
+    write_street,
+)
 
 KEY, OTHER = SecretKey(b"\1" * 8, b"\2" * 32), SecretKey(b"\1" * 8, b"\3" * 32)
 
@@ -294,6 +304,14 @@ def test_graphs_for_cpus_go_by_one_name(street: Path) -> None:
     rewrite_manifest(street, lambda manifest: manifest["graphs"][0].update(graph="edit_cpu"))
     slimmed = slim(open_bundle(street), street.with_name("device.spm"), ["cpu"])
     assert [record.graph for record in slimmed.manifest.graphs] == ["edit_cpu"]
+
+
+def test_weights_stay_while_a_graph_needs_them(tmp_path: Path) -> None:
+    full = with_weights_beside(tmp_path / "street.spm")
+    slimmed = slim(full, tmp_path / "device.spm", ["fp16"])
+    assert full.files().keys() - slimmed.files().keys() == {"graphs/edit.fp32.onnx"}
+    (record,) = slimmed.manifest.graphs
+    assert slimmed.read_graph(record).weights == {"shared.weights": WEIGHTS}
 
 
 def test_weights_go_with_the_last_graph_that_needs_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bundle.conftest import write_street
+from bundle.conftest import WEIGHTS, with_weights_beside, write_street
 
 from spmdeploy.bundle import Bundle, open_bundle
 from spmdeploy.bundle_files import ENGINES
@@ -27,7 +28,6 @@ from spmdeploy.export import to_engine
 from spmdeploy.export.build_watch import BuildWatch
 from spmdeploy.export.engine_precision import inspected_fp16_share
 from spmdeploy.export.to_engine import EngineOptions, EnginePlan, EngineResult, build_engines
-from spmdeploy.manifest import GraphRecord
 from spmdeploy.packing import pack
 from spmdeploy.runtime.cuda import GpuFacts
 from spmdeploy.runtime.engine_record import BatchRange, EngineHost, Gpu, SourceFile
@@ -160,23 +160,20 @@ def test_a_zip_is_read_from_a_private_folder_and_its_engines_go_into_the_cache(
     assert [found.fit for found in find_engines(zipped, host)] == [True]
 
 
-def test_weights_in_a_file_of_their_own_lie_beside_the_graph_and_count(
-    bundle: Bundle, apis: Any, version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # golden/tree/image.png stands for the weights: any second file that SHA256SUMS lists.
-    monkeypatch.setattr(GraphRecord, "files", property(lambda graph: (graph.file, "golden/tree/image.png")))
+def test_weights_in_a_file_of_their_own_lie_beside_the_graph_and_count(apis: Any, version: str, tmp_path: Path) -> None:
+    bundle = with_weights_beside(tmp_path / "beside.spm")
     beside: list[bool] = []
     for source in (bundle, open_bundle(pack(bundle, tmp_path / "street.spm.zip"))):
         library = recording_tensorrt(version, apis[version])
         parse = library.OnnxParser.parse_from_file
 
         def parse_beside(self: Any, path: str, parse: Any = parse) -> bool:
-            beside.append((Path(path).parents[1] / "golden/tree/image.png").read_bytes() == b"image.png")
+            beside.append(Path(path).with_name("shared.weights").read_bytes() == WEIGHTS)
             return bool(parse(self, path))
 
         library.OnnxParser.parse_from_file = parse_beside
         record = build(source, library, overwrite=True).record
-        assert record.weights == SourceFile("golden/tree/image.png", bundle.digest("golden/tree/image.png"))
+        assert record.weights == SourceFile("graphs/shared.weights", hashlib.sha256(WEIGHTS).hexdigest())
         assert record.key != replace(record, weights=None).key
     assert beside == [True, True]
 

@@ -134,13 +134,17 @@ def contender(scripts: dict[str, ModuleType], run: Callable[..., Any], name: str
     return scripts["gpu_contenders"].Contender(name, "cpu", "fp16", opened)
 
 
+def refined(*inputs: Any) -> np.ndarray:
+    return edited_like(dict(zip(("image", "labels", "instances", "mask", "coarse"), inputs, strict=True)))["unrounded"]
+
+
 def right(image: Any, labels: Any, instances: Any, mask: Any) -> np.ndarray:
     return edited_like({"image": image, "labels": labels, "instances": instances, "mask": mask})["edited"]
 
 
 def judged(scripts: dict[str, ModuleType], one: Any, work: Path, repeats: int = 4) -> dict[str, Any]:
     """The verdict on `one`, after the reference has left its pictures."""
-    reference = scripts["gpu_check"].judge(contender(scripts, right, "torch fp32"), work, 1)
+    reference = scripts["gpu_check"].judge(contender(scripts, right, "torch fp32", refine=refined), work, 1)
     assert reference["status"] == "passed"
     told: dict[str, Any] = json.loads(json.dumps(scripts["gpu_check"].judge(one, work, repeats), default=list))
     return told
@@ -197,6 +201,15 @@ def test_what_is_wrong_fails_and_has_no_speed(run: Any, words: str, scripts: dic
     assert told["status"] == "failed" and words in told["reason"] and "milliseconds" not in told
     row = scripts["gpu_check"]._row(told)
     assert row[1] == "failed" and not any("ms" in cell for cell in row)
+
+
+def test_refining_is_judged_too(scripts: dict[str, ModuleType], work: Path) -> None:
+    told = judged(scripts, contender(scripts, right, refine=refined), work)
+    edits = [drift["edit"] for drift in told["checks"][0]["drifts"]]
+    assert told["status"] == "passed" and edits == ["tree", "tree", "tree refined", "tree refined"]
+    told = judged(scripts, contender(scripts, right, refine=lambda *inputs: refined(*inputs) * 0.5), work)
+    assert told["status"] == "failed" and "tree refined, from torch at export: largest difference" in told["reason"]
+    assert "tree refined: pixels outside the mask were changed" in told["reason"]
 
 
 def test_wrong_on_large_activations_alone(scripts: dict[str, ModuleType], work: Path) -> None:

@@ -1,0 +1,56 @@
+"""Large weights in a file of their own, which several graphs share: each tensor is in it once.
+
+The `edit` graph, its variant for CPUs and the last stage alone, `refine`, hold the same weights. Graphs name what is
+theirs by place and length, as ONNX has it ("external data").
+"""
+
+from __future__ import annotations
+
+import hashlib
+from math import prod
+from pathlib import Path
+
+import onnx
+from onnx import TensorProto, numpy_helper
+
+ELEMENTS = 1024
+"""Smaller tensors stay in the graph: an entry here costs about a hundred bytes of it."""
+
+ALIGNMENT = 64
+"""Of every tensor's first byte: a cache line, for libraries that compute on the file where it is mapped."""
+
+_TYPES = (TensorProto.FLOAT, TensorProto.FLOAT16)  # shapes and indices must be known when a graph is parsed
+
+
+class WeightStore:
+    """The file as it grows, graph by graph; what has been written stays where it is."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._places: dict[str, int] = {}
+        self._end = 0
+        path.touch()
+
+    def without_weights(self, model: onnx.ModelProto) -> onnx.ModelProto:
+        """A copy of `model` to be saved beside the file, in which its large weights are from now on."""
+        copy = onnx.ModelProto()
+        copy.CopyFrom(model)
+        with open(self._path, "ab") as stream:
+            for tensor in copy.graph.initializer:
+                if tensor.data_type in _TYPES and prod(tensor.dims) >= ELEMENTS:
+                    content = numpy_helper.to_array(tensor).tobytes()
+                    digest = hashlib.sha256(content).hexdigest()
+                    if digest not in self._places:
+                        padding = -self._end % ALIGNMENT
+                        stream.write(bytes(padding) + content)
+                        self._places[digest] = self._end + padding
+                        self._end += padding + len(content)
+                    self._move(tensor, self._places[digest], len(content))
+        return copy
+
+    def _move(self, tensor: TensorProto, start: int, length: int) -> None:
+        for values in ("raw_data", "float_data", "int32_data"):
+            tensor.ClearField(values)
+        tensor.data_location = TensorProto.EXTERNAL
+        for key, value in (("location", self._path.name), ("offset", str(start)), ("length", str(length))):
+            tensor.external_data.add(key=key, value=value)
