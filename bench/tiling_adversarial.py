@@ -4,7 +4,7 @@
 
 Long thin, frame-shaped, the whole photo but a corner, a sky that is nothing but a gradient, a street at night; photos
 of CamVid's test split enlarged to 960×720, under their own labels. Each as the editor does it, and with the norms
-going by the statistics of the coarse edit (see tiling_seams.py).
+going by the statistics of the coarse edit (see tiling_seams.py). null: the picture overflowed.
 """
 
 from __future__ import annotations
@@ -17,13 +17,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from tiling_norms import Network
-from tiling_scenes import NIGHT, SKY, STREET, camvid, ellipses, write_results, write_sheet
+from tiling_scenes import NIGHT, SKY, STREET, camvid, ellipses, finite, write_results, write_sheet
 
 import spmdeploy
 from spmdeploy.editor import Editor
 from spmdeploy.images import write_picture
 from spmdeploy.labels import class_table
 from spmdeploy.sheets import with_mask
+from spmdeploy.tiling.frames import frame_of
+from spmdeploy.tiling.windows import plan_windows
 
 HEIGHT, WIDTH = 720, 960
 Case = tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.bool_]]
@@ -44,16 +46,20 @@ def main() -> None:
     pictures = []
     for name, (photo, labels, mask) in cases(options.data).items():
         pictures.append({name: with_mask(photo, mask)})
+        (site,) = plan_windows(mask)
+        frame = frame_of(site.window)
+        network.content = (frame.height, frame.width)
         for statistics in ("tile", "coarse"):
             network.statistics = statistics
-            result = editor.edit(photo, labels, mask, tiling="cascade")
+            with np.errstate(invalid="ignore"):
+                result = editor.edit(photo, labels, mask, tiling="cascade")
             pictures[-1][f"statistics: {statistics}"] = result.image
             if options.pictures:
                 options.pictures.mkdir(parents=True, exist_ok=True)
                 file = f"{name}_{statistics}.png".replace(" ", "_")
                 write_picture(options.pictures / file, result.image, overwrite=True)
             (window,) = result.report.windows
-            rows.setdefault(name, {})[statistics] = [level.to_json() for level in window.measured]
+            rows.setdefault(name, {})[statistics] = [finite(level.to_json()) for level in window.measured]
             print(name, statistics, rows[name][statistics], flush=True)
     write_sheet(options.sheet, pictures)
     command = "python bench/tiling_adversarial.py --data CAMVID --model WEIGHTS --output FILE --sheet FILE.jpg"

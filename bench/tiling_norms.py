@@ -31,7 +31,7 @@ class Network:
     """A session. norms: one for each call of the last stage, as long as there are any; else:
 
     statistics "tile": the norms go by the tile, as in the shipped graphs; "coarse": by what the last stage's norms saw
-    in the coarse edit before.
+    in the coarse edit before, in the upper left `content` of its rows and columns: the rest is padding.
     """
 
     backend, device, precision, provider, notes = "torch", "cpu", "fp32", "eager", ()
@@ -43,19 +43,25 @@ class Network:
         self._edit, self._last_stage = EditGraph(generator).eval(), RefineGraph(generator).eval()
         self._norms_of_last = len(generator.stages[-1].encoder) + len(generator.stages[-1].decoder)
         self.statistics: Literal["tile", "coarse"] = "tile"
+        self.content = (self.size, self.size)
         self.norms: Iterator[AbstractContextManager[None]] = iter(())
         self.coarse: list[Moments | None] = []
         self.runs = 0
 
     def run(self, *inputs: NDArray[Any]) -> NDArray[np.uint8]:
-        return np.rint(self.run_unrounded(*inputs)).astype(np.uint8)
+        return np.rint(self.edit(*inputs)).astype(np.uint8)
 
     def run_unrounded(self, *inputs: NDArray[Any]) -> Canvas:
-        seen: list[Moments | None] = []
-        with replayed([], lambda _, x: seen.append(moments_of(x) if x.shape[-1] >= SMALLEST else None)):
-            picture = self._outputs(self._edit, *inputs)
-        self.coarse = seen[-self._norms_of_last :]
+        sums: dict[int, Sums] = {}
+        content = torch.zeros(1, 1, self.size, self.size)
+        content[..., : self.content[0], : self.content[1]] = 1
+        with replayed([], lambda number, x: sums.setdefault(number, Sums()).add(x, content)):
+            picture = self.edit(*inputs)
+        self.coarse = gathered(sums, SMALLEST)[-self._norms_of_last :]
         return picture
+
+    def edit(self, *inputs: NDArray[Any]) -> Canvas:
+        return self._outputs(self._edit, *inputs)
 
     def refine(self, *inputs: NDArray[Any]) -> Canvas:
         by_default = replayed(self.coarse) if self.statistics == "coarse" else nullcontext()

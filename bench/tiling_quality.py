@@ -3,10 +3,10 @@
     python bench/tiling_quality.py --data CAMVID --output bench/results/tiling_quality.json
 
 Holes in photos of CamVid's test split under their own labels, filled by `cascade`, by the same with the norms going by
-the coarse edit (see tiling_seams.py), by `crop` and by plain resizing (the whole photo edited at 256 and enlarged, of
-which only the hole is taken). Three kinds of photo: as they are (480×360), 2×2 mosaics of them (960×720), and grown to
-960×720. Per kind and size of hole, means over the photos: LPIPS and mean absolute error under the mask, and sharpness
-there (mean absolute Laplacian) over the photo's own and over that of the known pixels around.
+the coarse edit and its padding (see tiling_seams.py), by `crop` and by plain resizing (the whole photo edited at 256,
+enlarged, of which only the hole is taken). Three kinds of photo: as they are (480×360), 2×2 mosaics of them (960×720),
+and enlarged to 960×720. Per kind and size of hole, means over the photos: LPIPS and mean absolute error under the mask,
+and sharpness there (mean absolute Laplacian) over the photo's own and over that of the known pixels around.
 """
 
 from __future__ import annotations

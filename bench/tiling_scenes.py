@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,13 @@ def write_results(path: Path, name: str, model: Path, rows: Any, **more: Any) ->
         "rows": rows,
     }
     path.write_text(json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def finite(figures: dict[str, Any]) -> dict[str, Any]:
+    """None in the place of infinities and of what is not a number."""
+    return {
+        name: None if isinstance(value, float) and not isfinite(value) else value for name, value in figures.items()
+    }
 
 
 def write_sheet(path: Path, rows: list[dict[str, Picture]]) -> None:

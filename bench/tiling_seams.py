@@ -12,7 +12,6 @@ null: the picture overflowed.
 from __future__ import annotations
 
 import argparse
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,8 +21,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tiling_norms import SMALLEST, Canvas, Network, Sums, gathered, pooled, replayed, sweep
-from tiling_scenes import NIGHT, SKY, STREET, camvid, ellipses, lpips_under, write_results, write_sheet
+from tiling_norms import SMALLEST, Canvas, Moments, Network, Sums, gathered, pooled, replayed, sweep
+from tiling_scenes import NIGHT, SKY, STREET, camvid, ellipses, finite, lpips_under, write_results, write_sheet
 
 import spmdeploy
 from spmdeploy.cascade import base_of, carry_up
@@ -51,9 +50,9 @@ class Remedy:
     """How tiles pass over into each other; "cut": within a pixel."""
     shared: bool = True
     """Whether tiles start from the level before; else each is an edit of its own."""
-    statistics: Literal["tile", "pooled", "swept", "coarse"] = "tile"
+    statistics: Literal["tile", "pooled", "swept", "coarse", "padded"] = "tile"
     """What the last stage's norms go by: the tile; all tiles of the level, layer by layer; the same as seen in a sweep
-    before, in which each went by its own; the coarse edit."""
+    before, in which each went by its own; the coarse edit; the same and the padding that makes it square."""
     smallest: int = SMALLEST
 
 
@@ -68,9 +67,10 @@ REMEDIES = {
     "overlap 128": Remedy(overlap=0.5),
     "statistics pooled layer by layer": Remedy(statistics="pooled"),
     "statistics pooled in a sweep before": Remedy(statistics="swept"),
-    "the same of all maps": Remedy(statistics="swept", smallest=1),
+    "statistics pooled in a sweep before, all maps": Remedy(statistics="swept", smallest=1),
     "statistics of the coarse edit": Remedy(statistics="coarse"),
-    "the same, overlap 128": Remedy(statistics="coarse", overlap=0.5),
+    "statistics of the coarse edit, overlap 128": Remedy(statistics="coarse", overlap=0.5),
+    "statistics of the coarse edit, padding included": Remedy(statistics="padded"),
 }
 SHOWN = ("untiled", "independent tiles, half-sine", "shared coarse picture, half-sine", "statistics of the coarse edit")
 
@@ -95,7 +95,7 @@ def main() -> None:
             picture = np.where(scene.mask[..., None], found.pop("canvas"), photo)
             found["error"] = float(np.abs(picture - photo).mean(axis=2)[scene.mask].mean())
             found["lpips"] = lpips_under(lpips, picture, scene, photo)
-            row = {key: round(value, 4) if math.isfinite(value) else None for key, value in found.items()}
+            row = finite({key: round(value, 4) for key, value in found.items()})
             rows.setdefault(remedy, []).append({"photo": name, **row})
             print(name, remedy, row, flush=True)
             if options.pictures and row["distance"] is not None:
@@ -119,7 +119,11 @@ def filled(network: Network, scene: Scene) -> dict[str, dict[str, Any]]:
     window = whole_photo(HEIGHT, WIDTH)
     *coarser, last = plan_levels(window, scene.mask)
     frame = frame_of(window)
-    edited = network.run_unrounded(*stacked([model_input(scene, frame.height, frame.width, 256)]))[0]
+    inputs = stacked([model_input(scene, frame.height, frame.width, 256)])
+    given = {}
+    for name, network.content in (("padded", (256, 256)), ("coarse", (frame.height, frame.width))):
+        edited = network.run_unrounded(*inputs)[0]
+        given[name] = network.coarse
     half, _ = carry_up(network, tuple(coarser), base_of(frame, edited, coarser[0]), scene, BATCH, Tally())
     started = time.process_time()
     whole = network.refine(*(part[None, :HEIGHT] for part in model_input(scene, HEIGHT, WIDTH, WIDTH)), half[None])[0]
@@ -129,15 +133,17 @@ def filled(network: Network, scene: Scene) -> dict[str, dict[str, Any]]:
     found = {"untiled": {"canvas": whole, "distance": 0.0, "seam": seam, "seconds": seconds}}
     for name, remedy in REMEDIES.items():
         network.runs, started = 0, time.process_time()
-        canvas, report = tiled(network, remedy, scene, half)
+        canvas, report = tiled(network, remedy, scene, half, given.get(remedy.statistics, []))
         more = {"runs": network.runs, "seconds": time.process_time() - started}
         distance = float(np.abs(canvas - whole).mean(axis=2)[scene.mask].mean())
         found[name] = {"canvas": canvas, "distance": distance, **report, **more}
     return found
 
 
-def tiled(network: Network, remedy: Remedy, scene: Scene, half: Canvas) -> tuple[Canvas, dict[str, Any]]:
-    """The whole window, and what its last level reports."""
+def tiled(
+    network: Network, remedy: Remedy, scene: Scene, half: Canvas, given: list[Moments | None]
+) -> tuple[Canvas, dict[str, Any]]:
+    """The whole window, and what its last level reports. given: statistics for the norms, if the remedy has some."""
     geometry.ramps = ramps_of(remedy.ramp)
     level = plan_levels(whole_photo(HEIGHT, WIDTH), scene.mask, overlap=remedy.overlap)[-1]
     batch, session = BATCH, network if remedy.shared else Independent(network)
@@ -148,8 +154,8 @@ def tiled(network: Network, remedy: Remedy, scene: Scene, half: Canvas) -> tuple
         network.norms = sweep(sums, level, batch)
         carry_up(network, (level,), half, scene, batch, Tally())
         network.norms = (replayed(gathered(sums, remedy.smallest)) for _ in level.tiles)
-    elif remedy.statistics == "coarse":
-        network.norms = (replayed(network.coarse) for _ in level.tiles)
+    elif given:
+        network.norms = (replayed(given) for _ in level.tiles)
     canvas, (report,) = carry_up(session, (level,), half, scene, batch, Tally())
     network.norms = iter(())
     return canvas, {"seam": report.seam_score, "mismatch": report.tile_mismatch}
@@ -162,10 +168,7 @@ class Independent:
         self.network = network
 
     def refine(self, *inputs: NDArray[Any]) -> Canvas:
-        coarse = self.network.coarse
-        picture = self.network.run_unrounded(*inputs[:4])
-        self.network.coarse = coarse
-        return picture
+        return self.network.edit(*inputs[:4])
 
 
 def ramps_of(kind: str) -> Callable[[tuple[int, ...], int], NDArray[np.float32]]:
