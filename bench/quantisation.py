@@ -1,0 +1,245 @@
+"""What eight bits would cost and gain on a CPU: the drift and the speed of quantised graphs, beside FP32 and bf16.
+
+    python bench/quantisation.py --data PHOTOS --output bench/results/quantisation_street_cpu.json
+
+PHOTOS: a folder as training takes it (`{train,test}/{images,labels}`); its train photos calibrate, its test photos
+judge. Static quantisation of ONNX Runtime: QuantizeLinear and DequantizeLinear around convolutions, weights per
+channel, the range of each activation from the photos. Drift is that of the edited pixels from FP32 in PyTorch, speed is
+against eager PyTorch, in turns. Nothing of this ships: it answers whether it should.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from numpy.typing import NDArray
+from onnx import numpy_helper
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+
+import spmdeploy
+from spmdeploy import images
+from spmdeploy.bench.cases import EditBatch, edit_batch, scaled_mask
+from spmdeploy.bench.machine import LoadMeter, describe_machine
+from spmdeploy.bundle import Bundle, open_bundle
+from spmdeploy.networks.session import TorchSession, bundled_generator
+from spmdeploy.runtime.golden import measure_drift
+
+SCHEMA = "spmdeploy.quantisation/1"
+BEGIN, END = "<!-- quantisation: written by `make figures` from bench/results -->", "<!-- end of quantisation -->"
+LEAST_PSNR = 35.0
+"""Decibels under the mask that an option for users would have to keep on every photo."""
+CALIBRATING, JUDGING = 16, 12
+SHARES = (0.05, 0.12, 0.25)
+Run = Callable[[EditBatch], NDArray[np.uint8]]
+
+# What is quantised: the convolutions whose name holds one of these words.
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "int8, every convolution": ("",),
+    "int8, all but the main convolutions": ("layout_", "context_"),
+    "int8, the layout branch": ("layout_",),
+    "int8, the layout branch's heads at 128 and 256": (
+        *(f"stages.2.{layer}.layout_g" for layer in ("encoder.0", "encoder.1", "decoder.5", "decoder.6")),
+        *(f"stages.2.{layer}.layout_b" for layer in ("encoder.0", "encoder.1", "decoder.5", "decoder.6")),
+    ),
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder of photos with labels of the bundle's classes")
+    parser.add_argument("--bundle", type=Path, help="default: the built-in one")
+    parser.add_argument("--seconds", type=float, default=8.0, help="of timing for each; 0: none")
+    parser.add_argument("--output", type=Path, required=True)
+    options = parser.parse_args()
+    bundle = open_bundle(options.bundle or spmdeploy.default_model())
+    meter, machine = LoadMeter(), describe_machine()
+    runs = dict(contestants(bundle, photos(options.data / "train", bundle, CALIBRATING)))
+    judged = [*photos(options.data / "test", bundle, JUDGING)]
+    expected = [runs["torch fp32"](case) for case in judged]
+    rows = [{"name": name} | drift(run, judged, expected) for name, run in runs.items()]
+    if options.seconds:
+        samples = in_turns(runs, edit_batch(bundle.manifest.classes, 256, "large", 1), options.seconds)
+        base = statistics.median(samples["torch fp32"])
+        for row in rows:
+            times = samples[row["name"]]
+            middle = statistics.median(times)
+            row |= {"n": len(times), "p50_ms": round(middle, 2), "times_as_fast": round(base / middle, 3)}
+            row["samples_ms"] = [round(value, 3) for value in times]
+    told = {
+        "schema": SCHEMA,
+        "command": "python bench/quantisation.py --data camvid",
+        "subject": bundle.manifest.name,
+        "machine": asdict(machine),
+        "others": {"cpu_share": meter.other_load().cpu_share},
+        "calibrated_on": CALIBRATING,
+        "judged_on": len(judged),
+        "least_psnr_db": LEAST_PSNR,
+        "rows": rows,
+    }
+    options.output.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    print(table(told))
+    return 0
+
+
+def with_table(page: str, told: dict[str, Any]) -> str:
+    """The page with this result between its markers."""
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    assert begin and end, "the page has lost its markers"
+    return f"{before}{begin}\n\n{table(told)}\n\n{end}{after}"
+
+
+def table(told: dict[str, Any]) -> str:
+    """Markdown, a row for each variant."""
+    return "\n".join(_lines(told))
+
+
+def _lines(told: dict[str, Any]) -> Iterator[str]:
+    timed = "p50_ms" in told["rows"][0]
+    yield "| | lowest and median PSNR under the mask | largest difference | an edit | against eager PyTorch |"
+    yield "|---|---|---|---|---|"
+    for row in told["rows"]:
+        psnr = "identical" if row["psnr_db"] is None else f"{row['psnr_db']:.1f} dB, {row['median_psnr_db']:.1f} dB"
+        fails = row["psnr_db"] is not None and row["psnr_db"] < told["least_psnr_db"]
+        speed = (f"{row['p50_ms']:.0f} ms", f"{row['times_as_fast']:.2f}×") if timed else ("", "")
+        yield f"| {row['name']} | {psnr}{' **too far**' * fails} | {row['max_grey']} | {' | '.join(speed)} |"
+
+
+# ------------------------------------------------------------------------------------------------------------- photos
+
+
+def photos(folder: Path, bundle: Bundle, count: int) -> Iterator[EditBatch]:
+    """Edits of so many photos of a folder, spread over it: the middle square, a box of 5, 12 or 25% of it."""
+    paths = sorted((folder / "images").iterdir())
+    size = bundle.manifest.native_size
+    for place in range(count):
+        path = paths[place * len(paths) // count]
+        photo = images.read_photo(path).pixels
+        labels = images.read_labels((folder / "labels" / path.stem).with_suffix(".png"))
+        side = min(labels.shape)
+        middle = tuple(slice((length - side) // 2, (length + side) // 2) for length in labels.shape)
+        box = np.zeros((size, size), bool)
+        box[size // 3 : size // 2, size // 4 + 7 * place % 80 : size // 2 + 5 * place % 90] = True
+        ids = images.resize_labels(labels[middle], size, size)[None]
+        mask = scaled_mask(box, SHARES[place % len(SHARES)])[None].astype(np.uint8)
+        yield EditBatch(images.resize_photo(photo[middle], size, size)[None], ids, ids.astype(np.int32), mask)
+
+
+class _Photos(CalibrationDataReader):  # type: ignore[misc]
+    def __init__(self, cases: list[EditBatch]) -> None:
+        self._cases = iter(cases)
+
+    def get_next(self) -> dict[str, NDArray[Any]] | None:
+        case = next(self._cases, None)
+        return None if case is None else case.named
+
+
+# -------------------------------------------------------------------------------------------------------- contestants
+
+
+def contestants(bundle: Bundle, calibration: Iterator[EditBatch]) -> Iterator[tuple[str, Run]]:
+    reference = TorchSession(bundled_generator(bundle))
+    yield "torch fp32", lambda case: reference.run(*case.arrays)
+
+    def in_bf16(case: EditBatch) -> NDArray[np.uint8]:
+        with torch.autocast("cpu", torch.bfloat16):
+            return reference.run(*case.arrays)
+
+    yield "torch bf16 (autocast)", in_bf16
+    record = next(it for it in bundle.manifest.graphs if it.graph == "edit_cpu" and it.precision == "fp32")
+    plain = with_plain_weights(onnx.load_from_string(bundle.read(record.file)))
+    yield "onnxruntime fp32", _session(plain.SerializeToString())
+    cases = list(calibration)
+    for name, words in VARIANTS.items():
+        print(f"quantising: {name}", file=sys.stderr)
+        yield name, _session(quantised(plain, words, cases))
+
+
+def with_plain_weights(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Weights that are stored as halves and cast, as the FP32 weights that they become: the quantiser wants those."""
+    weights = {tensor.name: tensor for tensor in model.graph.initializer}
+    for node in [node for node in model.graph.node if node.op_type == "Cast" and node.input[0] in weights]:
+        values = numpy_helper.to_array(weights[node.input[0]]).astype(np.float32)
+        model.graph.initializer.append(numpy_helper.from_array(values, node.output[0]))
+        model.graph.initializer.remove(weights[node.input[0]])
+        model.graph.node.remove(node)
+    return model
+
+
+def quantised(model: onnx.ModelProto, words: tuple[str, ...], cases: list[EditBatch]) -> bytes:
+    chosen = [it.name for it in model.graph.node if it.op_type == "Conv" and any(word in it.name for word in words)]
+    assert chosen, words
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder) / "plain.onnx", Path(folder) / "quantised.onnx"
+        source.write_bytes(model.SerializeToString())
+        quantize_static(
+            source,
+            target,
+            _Photos(cases),
+            quant_format=QuantFormat.QDQ,
+            op_types_to_quantize=["Conv"],
+            nodes_to_quantize=chosen,
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+        )
+        return target.read_bytes()
+
+
+def _session(graph: bytes) -> Run:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+
+    def run(case: EditBatch) -> NDArray[np.uint8]:
+        edited: NDArray[np.uint8] = session.run(["edited"], case.named)[0]
+        return edited
+
+    return run
+
+
+# ---------------------------------------------------------------------------------------------------------- measuring
+
+
+def drift(run: Run, cases: list[EditBatch], expected: list[NDArray[np.uint8]]) -> dict[str, Any]:
+    """The worst of all cases, and their median."""
+    drifts = [measure_drift(run(case), picture, case.mask) for case, picture in zip(cases, expected, strict=True)]
+    levels = [it.psnr_db for it in drifts]
+    finite = np.isfinite(levels).any()
+    return {
+        "psnr_db": round(min(levels), 2) if finite else None,
+        "median_psnr_db": round(float(np.median(levels)), 2) if finite else None,
+        "max_grey": max(it.max_grey for it in drifts),
+    }
+
+
+def in_turns(runs: dict[str, Run], case: EditBatch, seconds: float) -> dict[str, list[float]]:
+    """Milliseconds of every edit: A, B, A, B, for so many seconds each on average; the first three are not counted."""
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(3):
+        for run in runs.values():
+            run(case)
+    end = time.perf_counter() + seconds * len(runs)
+    while time.perf_counter() < end:
+        for name, run in runs.items():
+            started = time.perf_counter()
+            run(case)
+            samples[name].append((time.perf_counter() - started) * 1000)
+    return samples
+
+
+if __name__ == "__main__":
+    sys.exit(main())
