@@ -80,7 +80,7 @@ def main() -> int:
             row["samples_ms"] = [round(value, 3) for value in times]
     told = {
         "schema": SCHEMA,
-        "command": "python bench/quantisation.py --data camvid",
+        "command": f"python bench/quantisation.py --data camvid --seconds {options.seconds:g}",
         "subject": bundle.manifest.name,
         "machine": asdict(machine),
         "others": {"cpu_share": meter.other_load().cpu_share},
