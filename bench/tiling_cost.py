@@ -1,6 +1,6 @@
 """What an edit of a large photo costs: time against the same mask in a small photo, and memory above the loaded model.
 
-    python bench/tiling_cost.py --output bench/results/tiling_cost.json
+    python bench/tiling_cost.py --backend onnxruntime --output bench/results/tiling_cost_onnxruntime.json
 
 Each figure is that of a process of its own, which loads the model and makes one small edit before it takes the time.
 Photos are noise: what they show changes neither. CPU seconds, which other work on the machine changes little.
