@@ -106,6 +106,10 @@ def report_notes(windows: Sequence[EditedWindow]) -> tuple[str, ...]:
         if entry.scale < 1 / CROP_LIMIT:
             size = f"{window.width}×{window.height} pixels and is edited at {frame.width}×{frame.height}"
             notes.append(f"{name} is {size}: detail is lost")
+        smooth = sum(not level.refined for level in entry.measured)
+        if smooth:
+            which = f"{smooth} of its {len(entry.measured)} doublings {'is' if smooth == 1 else 'are'} enlarged only"
+            notes.append(f"{name}: {which}: the photo is smooth at that size")
         for last in entry.measured[-1:]:
             if (last.seam_score or 0) > SEAM_SCORE_LIMIT:
                 notes.append(

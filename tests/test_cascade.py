@@ -329,7 +329,7 @@ def test_tiles_that_differ_show_it_as_mismatch() -> None:
 def test_borders_that_show_and_tiles_that_disagree_are_told() -> None:
     mask = np.zeros((400, 400), bool)
     mask[80:360, 40:320] = True
-    (plain,) = edit(Session(64), np.zeros((400, 400, 3), np.uint8), mask).report.windows
+    (plain,) = edit(Session(64), noise(400, 400), mask).report.windows
 
     def notes(seam_score: float, tile_mismatch: float) -> tuple[str, ...]:
         last = replace(plain.measured[-1], seam_score=seam_score, tile_mismatch=tile_mismatch)
@@ -339,6 +339,27 @@ def test_borders_that_show_and_tiles_that_disagree_are_told() -> None:
     assert notes(2.14, 3) == ("window 1 of 1: steps at the borders of tiles exceed others by 2.1 grey levels",)
     (told,) = notes(0.1, 15.6)
     assert told.startswith("window 1 of 1: its tiles differed by 16 grey levels")
+
+
+def test_a_level_of_a_smooth_photo_is_enlarged_and_not_refined() -> None:
+    mask = np.zeros((400, 400), bool)
+    mask[80:360, 40:320] = True
+    fine = noise(400, 400)
+    blurred = fine[::4, ::4].repeat(4, 0).repeat(4, 1)
+    for _ in range(6):
+        blurred = (blurred + np.roll(blurred, 1, 0) // 2 + np.roll(blurred, -1, 0) // 2) // 2
+        blurred = (blurred + np.roll(blurred, 1, 1) // 2 + np.roll(blurred, -1, 1) // 2) // 2
+    sharp, smooth = Session(64), Session(64)
+    (all_refined,) = edit(sharp, fine, mask).report.windows
+    result = edit(smooth, blurred, mask)
+    (window,) = result.report.windows
+    assert [level.refined for level in all_refined.measured] == [True, True, True]
+    assert [level.refined for level in window.measured] == [True, True, False]
+    assert sum(smooth.batches) == sum(level.tiles for level in window.measured[:2])
+    assert result.report.notes == (
+        "window 1 of 1: 1 of its 3 doublings is enlarged only: the photo is smooth at that size",
+    )
+    assert np.array_equal(result.image[~mask], blurred[~mask])
 
 
 def test_windows_that_are_carried_up_one_after_the_other_keep_apart() -> None:
