@@ -28,7 +28,8 @@ def test_it_is_whole_and_fits_the_package() -> None:
 def test_it_repeats_its_golden_edits() -> None:
     with spmdeploy.open_editor() as editor:
         results = verify(editor.session, open_bundle(spmdeploy.default_model()))
-    assert [result.name for result in results] == [sample.name for sample in SAMPLE_EDITS]
+    names = [sample.name for sample in SAMPLE_EDITS]
+    assert [result.name for result in results] == [*names, *(f"{name} refined" for name in names)]
     assert all(result.passed for result in results), [result.faults for result in results]
 
 
