@@ -8,9 +8,11 @@ import numpy as np
 
 import spmdeploy
 from spmdeploy.bundle import open_bundle
+from spmdeploy.editor import Editor
 from spmdeploy.images import read_photo
 from spmdeploy.labels import class_table
 from spmdeploy.runtime.golden import verify
+from spmdeploy.runtime.ort import OnnxRuntimeSession
 from spmdeploy.samples import SAMPLE_EDITS
 
 EXPECTED = Path(__file__).parent / "expected"
@@ -41,3 +43,21 @@ def test_its_edit_of_the_sample_stays_what_it_is() -> None:
     expected = read_photo(EXPECTED / f"{sample.name}.png").pixels
     assert np.abs(edited.astype(int) - expected).max() <= 2
     assert (edited[~mask] == photo[~mask]).all()
+
+
+def test_its_cascade_differs_by_a_grey_level_at_most_whatever_the_batch_and_the_threads() -> None:
+    sample, bundle = SAMPLE_EDITS[0], open_bundle(spmdeploy.default_model())
+    photo, labels, mask = sample.read(bundle.manifest.classes)
+    mask[120:, 60:] = True  # a window of 460 pixels
+    coarse, finer = (bundle.path_of_graph(bundle.graph(name, "fp32")) for name in ("edit_cpu", "refine_cpu"))
+    pictures = []
+    for batch, threads in ((4, 1), (4, 1), (1, 1), (3, 2)):
+        session = OnnxRuntimeSession(coarse, "fp32", threads=threads, refine=lambda: finer)
+        with Editor(session, bundle.manifest.classes) as editor:
+            result = editor.edit(photo, labels, mask, tiling="cascade", batch_size=batch)
+        assert result.report.tiles >= 4
+        pictures.append(result.image.astype(int))
+    first, again, *others = pictures
+    np.testing.assert_array_equal(again, first)
+    assert np.abs(first - photo)[mask].max() > 50
+    assert all(np.abs(other - first).max() <= 1 for other in others)
