@@ -178,8 +178,8 @@ def test_limits_are_the_bundle_s_own() -> None:
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("/home/ann/models/street.spm: no graph", "street.spm: no graph"),
-        ("'/tmp/x/y.onnx' and fp16/fp32 and 3/4", "'y.onnx' and fp16/fp32 and 3/4"),
+        ("/a/folder/street.spm: no graph", "street.spm: no graph"),
+        ("'/a/b/y.onnx' and fp16/fp32 and 3/4", "'y.onnx' and fp16/fp32 and 3/4"),
         ("no driver (libcuda.so.1: cannot open)", "no driver (libcuda.so.1: cannot open)"),
     ],
 )

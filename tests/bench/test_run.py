@@ -191,7 +191,7 @@ def test_how_long() -> None:
 
 
 def test_the_command_is_typed_again_without_folders() -> None:
-    options = Options(bundle=Path("/home/ann/street.spm"), backends=("torch",), seconds=1.5, profile=True)
+    options = Options(bundle=Path("/a/folder/street.spm"), backends=("torch",), seconds=1.5, profile=True)
     assert options.command() == (
         "spmdeploy bench street.spm --backend torch --precision auto --device auto --scope engine --batch 1 "
         "--streams 1 --size 512 --mask small --mask medium --mask large --duration 1.5 --baseline torch --profile"
