@@ -203,9 +203,9 @@ def evaluate(
     they differ.
     """
     with needs("train"):
-        from spmdeploy.labels import class_table
         from spmdeploy.training import evaluation
         from spmdeploy.training.adherence import Segmenter
+        from spmdeploy.training.dataset import read_classes
         from spmdeploy.training.inception import FidInception
         from spmdeploy.training.models import named_models
 
@@ -213,7 +213,7 @@ def evaluate(
         raise UsageError("--segmenter and --segmenter-classes belong together", "give both or none")
     if output is not None:
         evaluation.check_output(output, overwrite)
-    table = class_table(data / "labels.json")
+    table = read_classes(data)
     judge = Segmenter(segmenter, segmenter_classes, table) if segmenter and segmenter_classes else None
     inception = FidInception.from_file(fid_weights) if fid_weights else None
     with progress_bar("judging") as show:

@@ -12,8 +12,8 @@ import numpy.typing as npt
 
 from spmdeploy import images
 from spmdeploy.errors import InputError
-from spmdeploy.labels import ClassTable, check_labels, class_table, count_labels
-from spmdeploy.training.dataset import INSTANCE_FOLDERS, PICTURE_SUFFIXES, read_instance_rules
+from spmdeploy.labels import ClassTable, check_labels, count_labels
+from spmdeploy.training.dataset import INSTANCE_FOLDERS, PICTURE_SUFFIXES, read_classes, read_instance_rules
 
 SPLITS = ("train", "test")
 NEARLY_EMPTY = 1e-4
@@ -63,7 +63,7 @@ def check_dataset(
 
     Raises InputError only when labels.json cannot be used or there is no training split.
     """
-    table, rules = class_table(root / "labels.json"), read_instance_rules(root)
+    table, rules = read_classes(root), read_instance_rules(root)
     total = sum(1 for split in SPLITS for _ in (root / split / "labels").glob("*"))
     check = _Check(table, lambda done: progress(done, max(done, total)))
     if strangers := [thing for thing in rules.thing_ids if not 0 <= thing < len(table)]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from spmdeploy import images
 from spmdeploy.errors import InputError
-from spmdeploy.labels import class_table
+from spmdeploy.labels import ClassTable, class_table
 from spmdeploy.training.config import DataConfig, HoleKind
 from spmdeploy.training.holes import THING_ID, Mask, connected_components, random_hole
 
@@ -129,7 +129,7 @@ class TrainingSamples:
         self._config = config
         self._seed = seed
         root = Path(config.root)
-        self.classes = class_table(root / "labels.json")
+        self.classes = read_classes(root)
         self._rules = read_instance_rules(root)
         main = PictureFolder(root, "train", self._rules)
         kept, self.validation_names = split_validation(main.names, config.validation, config.validation_blocks)
@@ -189,7 +189,7 @@ class TrainingSamples:
         extra = self._config.extra[index]
         root = Path(extra.root)
         renumber = {}
-        for label in class_table(root / "labels.json").classes:
+        for label in read_classes(root).classes:
             target = extra.rename.get(label.name, label.name)
             matches = [known.id for known in self.classes.classes if known.name == target]
             if not matches:
@@ -274,6 +274,16 @@ class InstanceRules:
     """Classes whose pieces are countable things, for pictures without an instance map."""
     numbered: bool = False
     """Maps hold 0 = none, 1, 2, 3 ... whatever the class (ADE20K), not class * 1000 + number (Cityscapes)."""
+
+
+def read_classes(root: Path) -> ClassTable:
+    """The class table in ROOT/labels.json. Raises InputError."""
+    path = root / "labels.json"
+    if not path.exists():
+        raise InputError(
+            f"{root} is no data folder: there is no {path}", "docs/training.md shows what belongs into one"
+        )
+    return class_table(path)
 
 
 def read_instance_rules(root: Path) -> InstanceRules:

@@ -15,7 +15,6 @@ import torch
 
 from spmdeploy.errors import InputError
 from spmdeploy.images import write_picture
-from spmdeploy.labels import class_table
 from spmdeploy.sheets import sheet
 from spmdeploy.training.adherence import Counts, Segmenter, accuracy, confusion, mean_iou
 from spmdeploy.training.config import HOLE_KINDS, HoleKind
@@ -24,6 +23,7 @@ from spmdeploy.training.dataset import (
     Sample,
     collate,
     random_crop,
+    read_classes,
     read_instance_rules,
     with_random_hole,
 )
@@ -153,7 +153,7 @@ def evaluation_samples(
     The square does not depend on the kind. limit: only so many pictures, evenly spread.
     """
     folder = PictureFolder(root, split, read_instance_rules(root))
-    classes = len(class_table(root / "labels.json"))
+    classes = len(read_classes(root))
     names = folder.names
     if limit is not None and limit < len(names):
         names = tuple(names[index * len(names) // limit] for index in range(limit))
@@ -375,7 +375,7 @@ def _as_input(pictures: Pixels) -> torch.Tensor:
 def _contact_sheet(
     root: Path, samples: Sequence[Sample], edits: Mapping[str, Pixels], order: npt.NDArray[np.intp]
 ) -> Pixels:
-    classes = class_table(root / "labels.json")
+    classes = read_classes(root)
     return sheet(
         [
             {

@@ -7,13 +7,12 @@ from pathlib import Path
 
 from spmdeploy.bundle import open_bundle
 from spmdeploy.errors import InputError
-from spmdeploy.labels import class_table
 from spmdeploy.networks import CHECKPOINT_SUFFIXES
 from spmdeploy.networks.session import TorchSession
 from spmdeploy.networks.weights import load_checkpoint
 from spmdeploy.runtime.session import open_session
 from spmdeploy.training.baselines import ClassMeanColour, Telea, mean_colours
-from spmdeploy.training.dataset import PictureFolder, read_instance_rules
+from spmdeploy.training.dataset import PictureFolder, read_classes, read_instance_rules
 from spmdeploy.training.evaluation import Edits
 
 
@@ -24,7 +23,7 @@ def named_models(paths: Iterable[Path], data: Path) -> dict[str, Edits]:
     a model knows another number of classes than the folder, and what `open_model` raises.
     """
     folder = PictureFolder(data, "train", read_instance_rules(data))
-    classes = len(class_table(data / "labels.json"))
+    classes = len(read_classes(data))
     models: dict[str, Edits] = {}
     for path in paths:
         if path.stem in models:

@@ -8,10 +8,17 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from spmdeploy.labels import ClassTable, class_table, colourise
+from spmdeploy.labels import ClassTable, colourise
 from spmdeploy.sheets import sheet
 from spmdeploy.training.config import HOLE_KINDS
-from spmdeploy.training.dataset import PictureFolder, Sample, random_crop, read_instance_rules, with_random_hole
+from spmdeploy.training.dataset import (
+    PictureFolder,
+    Sample,
+    random_crop,
+    read_classes,
+    read_instance_rules,
+    with_random_hole,
+)
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -30,7 +37,7 @@ def sample_sheet(samples: Sequence[Sample], stages: Sequence[Pixels], classes: C
 
 def hole_sheet(root: Path, rows: int = 8, crop: int = 256, seed: int = 0) -> Pixels:
     """A row for each of some training pictures, evenly spread: its labels, then the photo under a hole of each kind."""
-    classes, folder = class_table(root / "labels.json"), PictureFolder(root, "train", read_instance_rules(root))
+    classes, folder = read_classes(root), PictureFolder(root, "train", read_instance_rules(root))
     rows = min(rows, len(folder.names))
     page = []
     for index in range(rows):
