@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +16,15 @@ from spmdeploy.runtime.golden import verify
 from spmdeploy.runtime.ort import OnnxRuntimeSession
 from spmdeploy.samples import SAMPLE_EDITS
 
+# Of SHA256SUMS, and so of every file: a new model is pinned here together with its picture in `expected`.
+BUNDLE_HASH = "224cc4652ebce116cb7534a436f47ebdb078caa640a3afe797bd9f5d5028d857"
 EXPECTED = Path(__file__).parent / "expected"
 
 
 def test_it_is_whole_and_fits_the_package() -> None:
     bundle = open_bundle(spmdeploy.default_model())
     assert bundle.check_all() == ()
+    assert hashlib.sha256((spmdeploy.default_model() / "SHA256SUMS").read_bytes()).hexdigest() == BUNDLE_HASH
     assert sum(bundle.files().values()) <= 45e6
     assert bundle.manifest.classes == class_table("street")
     assert "non-commercial" in bundle.manifest.licence
