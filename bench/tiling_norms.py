@@ -35,7 +35,7 @@ class Network:
     """
 
     backend, device, precision, provider, notes = "torch", "cpu", "fp32", "eager", ()
-    size, refines = 256, True
+    size, refines, lacks_refine = 256, True, None
 
     def __init__(self, path: Path) -> None:
         """path: bundle or checkpoint."""

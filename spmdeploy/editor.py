@@ -247,14 +247,14 @@ class Editor:
 
     def _plan_windows(self, tiling: Tiling, holes: Iterable[tuple[Site, Mask]]) -> _Plan:
         """Whether each window is edited at once or carried up. holes: sites and what is masked in their windows."""
-        if tiling == "cascade" and not self.session.refines:
+        lack = self.session.lacks_refine
+        if tiling == "cascade" and lack is not None:
             raise BundleError(
-                "this model cannot cascade: it has no refine graph",
-                "use tiling auto or crop, or export the model again with a refine graph",
+                f"this model cannot cascade here: {lack.problem}", f"{lack.hint}; or use tiling auto or crop"
             )
         size = self.session.size
         limit = size if tiling == "cascade" else CROP_LIMIT * size
-        cascades = tiling != "crop" and self.session.refines
+        cascades = tiling != "crop" and lack is None
         windows, large = [], 0
         for site, hole in holes:
             is_large = max(hole.shape) > limit
@@ -266,9 +266,10 @@ class Editor:
         if not large:
             return _Plan("crop", f"no window is larger than {limit:g} pixels", windows)
         reason = f"{large} of {len(windows)} windows larger than {limit:g} pixels"
-        if cascades:
+        if lack is None:
             return _Plan("cascade", reason, windows)
-        return _Plan("crop", f"{reason}, but the model has no refine graph", windows)
+        note = f"{reason} are not carried up to their own size: {lack.problem}; {lack.hint}"
+        return _Plan("crop", f"{reason}, but {lack.problem}", windows, (note,))
 
     def _report(
         self,
@@ -293,7 +294,7 @@ class Editor:
             match_surroundings=match_surroundings,
             edited_pixels=edited_pixels,
             milliseconds=tally.milliseconds,
-            notes=(*report_notes(done), *session.notes),
+            notes=(*plan.notes, *report_notes(done), *session.notes),
         )
 
     def _carried_out(
@@ -398,6 +399,7 @@ class _Plan(NamedTuple):
     tiling: Literal["off", "crop", "cascade"]
     reason: str
     windows: list[EditedWindow]
+    notes: tuple[str, ...] = ()
 
 
 class _Finish(NamedTuple):

@@ -20,13 +20,14 @@ from spmdeploy.batch import STATUS_FILE, ItemStatus, read_manifest, run_batch
 from spmdeploy.editor import Editor
 from spmdeploy.errors import InputError, OutOfMemory, UsageError
 from spmdeploy.labels import class_table
+from spmdeploy.runtime.session import Lack
 
 
 class Painter:
     """A session that paints each class in a grey of its own; `before` is called first in every run."""
 
     backend, device, precision, provider, size = "onnxruntime", "cpu", "fp32", "paint", 256
-    refines = False
+    refines, lacks_refine = False, Lack("the model has no refine graph", "export it again")
     notes = ()
 
     def __init__(self, before: Callable[[int], None] = lambda run: None) -> None:

@@ -18,6 +18,7 @@ from spmdeploy.editor import Editor, EditResult
 from spmdeploy.errors import BundleError, InputError, UsageError
 from spmdeploy.labels import ClassTable, LabelClass
 from spmdeploy.model_inputs import Scene
+from spmdeploy.runtime.session import Lack
 from spmdeploy.tally import Tally
 from spmdeploy.tiling.extension import Sides, grown_size, new_pixels
 from spmdeploy.tiling.frames import frame_of
@@ -37,6 +38,7 @@ class Session:
     def __init__(self, size: int, colours: np.ndarray | None = None, refines: bool = True) -> None:
         """colours: uint8 (instances, 3)."""
         self.size, self.colours, self.refines = size, colours, refines
+        self.lacks_refine = None if refines else Lack("the model has no refine graph", "export it again")
         self.batches: list[int] = []
 
     def run(self, *inputs: np.ndarray) -> np.ndarray:
@@ -276,13 +278,22 @@ def test_without_a_refine_graph_auto_crops_and_says_so() -> None:
     report = edit(Session(256, refines=False), noise(1000, 2000), two_holes(), tiling="auto").report
     assert report.tiling == "crop"
     assert report.tiling_reason == "1 of 2 windows larger than 384 pixels, but the model has no refine graph"
-    assert report.notes == ("window 2 of 2 is 600×600 pixels and is edited at 256×256: detail is lost",)
+    assert report.notes == (
+        "1 of 2 windows larger than 384 pixels are not carried up to their own size: the model has no refine graph; "
+        "export it again",
+        "window 2 of 2 is 600×600 pixels and is edited at 256×256: detail is lost",
+    )
+    small = np.zeros((300, 300), bool)
+    small[:200, :200] = True
+    assert edit(Session(256, refines=False), noise(300, 300), small, tiling="auto").report.notes == ()
+    cropped = edit(Session(256, refines=False), noise(1000, 2000), two_holes(), tiling="crop").report
+    assert len(cropped.notes) == 1  # it was asked for
 
 
 def test_without_a_refine_graph_a_cascade_is_refused() -> None:
     with pytest.raises(BundleError, match="no refine graph") as caught:
         edit(Session(256, refines=False), noise(1000, 2000), two_holes())
-    assert caught.value.hint
+    assert str(caught.value.hint).startswith("export it again; or use")
 
 
 def test_crop_by_name_never_refines() -> None:

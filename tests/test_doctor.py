@@ -274,7 +274,10 @@ def test_engines_of_a_bundle(machine: Machine) -> None:
     assert not finding.usable and all(reason in finding.reason for reason in (*reasons, "truncated: 3 bytes"))
     machine.engines([found_engine(differences=reasons), found_engine()])
     finding = machine.examine()["engines of street"]
-    assert finding.usable and finding.reason == "edit-fp16-b8, built for NVIDIA GeForce RTX 3060 (sm86)"
+    there = "edit-fp16-b8, built for NVIDIA GeForce RTX 3060 (sm86)"
+    assert finding.usable and finding.reason.startswith(f"{there}; it cannot cascade, the bundle holds no refine graph")
+    machine.engines([found_engine(), found_engine(record=replace(SAMPLE, graph="refine"))])
+    assert machine.examine()["engines of street"].reason == there
 
 
 def test_a_bundle_for_cpus_alone(machine: Machine) -> None:

@@ -20,6 +20,7 @@ from spmdeploy.errors import InputError, UsageError
 from spmdeploy.explain import explain_sheet
 from spmdeploy.images import read_photo
 from spmdeploy.labels import class_table
+from spmdeploy.runtime.session import Lack
 from spmdeploy.sheets import CELL_SIDE, edit_sheet, sheet
 from spmdeploy.tiling.extension import Sides
 from spmdeploy.tiling.frames import frame_of
@@ -31,7 +32,7 @@ class Grey:
     """A session that paints everything under the mask in one grey, or fails."""
 
     backend, device, precision, provider, size = "onnxruntime", "cpu", "fp32", "grey", 256
-    refines = False
+    refines, lacks_refine = False, Lack("the model has no refine graph", "export it again")
     notes = ()
 
     def __init__(self, failure: Exception | None = None) -> None:
@@ -169,7 +170,7 @@ def test_a_failed_edit_writes_nothing(failure: Exception, files: EditFiles, tmp_
 
 def test_ctrl_c_between_the_tiles_of_a_cascade_leaves_what_was_there(files: EditFiles, tmp_path: Path) -> None:
     class Interrupted(Grey):
-        size, refines, calls = 16, True, 0
+        size, refines, lacks_refine, calls = 16, True, None, 0
 
         def run_unrounded(self, *inputs: NDArray[Any]) -> NDArray[np.float32]:
             return self.run(*inputs).astype(np.float32)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from spmdeploy.editor import Editor, EditResult, InputNames
 from spmdeploy.errors import InputError, UsageError
 from spmdeploy.labels import ClassTable, LabelClass
+from spmdeploy.runtime.session import Lack
 from spmdeploy.tiling.windows import Window
 
 quick = settings(max_examples=40, deadline=None)
@@ -30,6 +31,7 @@ class FakeSession:
         self.paint = paint
         self.size = size
         self.refines = refines
+        self.lacks_refine = None if refines else Lack("the model has no refine graph", "export it again")
         self.calls: list[tuple[np.ndarray, ...]] = []
         self.closed = False
 

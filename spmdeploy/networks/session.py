@@ -18,7 +18,7 @@ from spmdeploy.manifest import EDIT, EDIT_ON_CPU, Precision
 from spmdeploy.networks.deploy_graph import NATIVE_SIZE, EditGraph, RefineGraph
 from spmdeploy.networks.generator import Generator, GeneratorConfig
 from spmdeploy.networks.known_layout import with_known_layout
-from spmdeploy.runtime.session import LayoutRun, Opened, check_device
+from spmdeploy.runtime.session import Lack, LayoutRun, Opened, check_device
 
 
 class TorchSession:
@@ -36,6 +36,8 @@ class TorchSession:
         self.device = device
         self.provider = f"torch {torch.__version__}"
         self.refines = len(generator.stages) > 1
+        lack = Lack("a generator of one stage has nothing to refine", "use --tiling crop, or a model of several stages")
+        self.lacks_refine = None if self.refines else lack
         self.edit_graph = EditGraph(generator).to(device).eval()
         self._refine = RefineGraph(generator).to(device).eval() if self.refines else None
 
@@ -68,7 +70,8 @@ class TorchSession:
         coarse: NDArray[np.float32],
     ) -> NDArray[np.float32]:
         if self._refine is None:
-            raise BundleError("a generator of one stage has nothing to refine", "leave --tiling cascade out")
+            assert self.lacks_refine is not None
+            raise BundleError(*self.lacks_refine)
         unrounded: NDArray[np.float32] = self._outputs(self._refine, image, labels, instances, mask, coarse)[1]
         return unrounded
 

@@ -16,9 +16,10 @@ from spmdeploy.runtime.engine_library import import_engine_library, this_host
 from spmdeploy.runtime.engine_record import BUILD_AGAIN, EngineHost, EngineRecord, EngineRuntime, Gpu, Verification
 from spmdeploy.runtime.engine_store import FoundEngine, cache_folder, find_engines
 from spmdeploy.runtime.golden import GoldenResult, verify_edits, verify_refinements
-from spmdeploy.runtime.session import Opened
+from spmdeploy.runtime.session import Lack, Opened
 
 BUILD_FIRST = "build one on this machine: spmdeploy build BUNDLE"
+BUILD_EDIT_TOO = "build it too, on this machine: spmdeploy build BUNDLE --graph edit"
 
 
 def open_named_engine(bundle: Bundle, runtime: EngineRuntime, ordinal: int, precision: str) -> Opened:
@@ -36,7 +37,8 @@ def open_named_engine(bundle: Bundle, runtime: EngineRuntime, ordinal: int, prec
     there = [engine for engine in find_engines(bundle, host, hashing=False) if _speaks_of(engine, runtime)]
     fit = _fitting(there, precision)
     if not fit:
-        raise BundleError(f"{bundle.path}: {_reasons(there, precision)}", BUILD_AGAIN if there else BUILD_FIRST)
+        hint = BUILD_EDIT_TOO if _fitting(there, precision, REFINE) else BUILD_AGAIN if there else BUILD_FIRST
+        raise BundleError(f"{bundle.path}: {_reasons(there, precision)}", hint)
     return _open(bundle, fit[0], there, ordinal, precision)
 
 
@@ -45,7 +47,8 @@ def open_fitting_engine(bundle: Bundle, ordinal: int, precision: str) -> tuple[O
     there = find_engines(bundle, None if ordinal == 0 else this_host(ordinal), hashing=False)
     fit = _fitting(there, precision)
     if not fit:
-        return None, _reasons(there, precision)
+        hint = f"; {BUILD_EDIT_TOO}" if _fitting(there, precision, REFINE) else ""
+        return None, _reasons(there, precision) + hint
     failures = []
     for engine in fit:
         try:
@@ -64,20 +67,21 @@ def fitting_engine(bundle: Bundle) -> tuple[FoundEngine | None, str]:
     fit = _fitting(there, "auto")
     if not fit:
         return None, _reasons(there, "auto")
-    record = fit[0].require_fit()
-    return fit[0], f"{fit[0].path.parent.name}, built for {record.made_for}"
+    refine = _refine_beside(bundle, fit[0], there)
+    crops = f"; it cannot cascade, {refine.problem}" if isinstance(refine, Lack) else ""
+    return fit[0], f"{fit[0].path.parent.name}, built for {fit[0].require_fit().made_for}{crops}"
 
 
 def _open(bundle: Bundle, engine: FoundEngine, there: list[FoundEngine], ordinal: int, precision: str) -> Opened:
     from spmdeploy.runtime.trt import TensorRtSession  # late: without an engine nobody needs it
 
     record = engine.require_fit()
-    refine = next((other for other in _fitting(there, record.precision, REFINE) if _same_library(other, engine)), None)
+    refine = _refine_beside(bundle, engine, there)
     library = import_engine_library(record.runtime)
     session = TensorRtSession(library, engine, refine, bundle.manifest.native_size, ordinal)
     try:
         proof = _proof(engine, lambda: verify_edits(session, bundle), ordinal)
-        if refine is not None:
+        if not isinstance(refine, Lack):
             _proof(refine, lambda: verify_refinements(session, bundle), ordinal)
     except BaseException:
         session.close()
@@ -117,15 +121,44 @@ def _same_library(one: FoundEngine, other: FoundEngine) -> bool:
 
 
 def _reasons(engines: list[FoundEngine], precision: str) -> str:
-    """Everything that speaks against each engine of the edit graph, and against files that nobody can tell about."""
-    considered = [engine for engine in engines if engine.record is None or _is_of(engine, "auto", EDIT)]
+    """Why no engine of the edit graph is taken."""
+    against = _against(engines, EDIT, lambda record: f"it computes in {record.precision}, not {precision}")
+    if against:
+        return f"no engine fits this machine: {against}"
+    if _fitting(engines, precision, REFINE):
+        return "a refine engine fits this machine, but no edit engine was built, without which it is of no use"
+    return "no engine was built for this bundle"
+
+
+def _refine_beside(bundle: Bundle, engine: FoundEngine, there: list[FoundEngine]) -> FoundEngine | Lack:
+    """The refine engine that goes with an edit engine, or why none does and what to do about it."""
+    edit = engine.require_fit()
+    for other in _fitting(there, edit.precision, REFINE):
+        if _same_library(other, engine):
+            return other
+    if not any((graph.graph, graph.precision) == (REFINE, edit.precision) for graph in bundle.manifest.graphs):
+        return Lack(f"the bundle holds no refine graph in {edit.precision}", "export it again with one, then build it")
+    against = _against(
+        there,
+        REFINE,
+        lambda other: (
+            f"{other.runtime} in {other.precision}, beside an edit engine of {edit.runtime} in {edit.precision}"
+        ),
+    )
+    problem = f"no refine engine fits: {against}" if against else "an edit engine was built, but no refine engine"
+    how = f"--graph refine --runtime {edit.runtime} --precision {edit.precision}"
+    return Lack(problem, f"build one on this machine: spmdeploy build BUNDLE {how}")
+
+
+def _against(engines: list[FoundEngine], graph: str, unwanted: Callable[[EngineRecord], str]) -> str:
+    """Everything that speaks against each engine of a graph, and against files that nobody can tell about. unwanted:
+    what does against one that fits this machine."""
     words = []
-    for engine in considered:
-        reasons = engine.reasons
-        if engine.fit:
-            reasons = (f"it computes in {engine.require_fit().precision}, not {precision}",)
-        words.append(f"{engine.path.parent.name}/{engine.path.name}: {', '.join(reasons)}")
-    return f"no engine fits this machine: {'; '.join(words)}" if words else "no engine was built for this bundle"
+    for engine in engines:
+        if engine.record is None or _is_of(engine, "auto", graph):
+            reasons = (unwanted(engine.require_fit()),) if engine.fit else engine.reasons
+            words.append(f"{engine.path.parent.name}/{engine.path.name}: {', '.join(reasons)}")
+    return "; ".join(words)
 
 
 # ----------------------------------------------------------------------------------------------------------- proving

@@ -19,6 +19,7 @@ from spmdeploy.manifest import EDIT, REFINE, Precision
 from spmdeploy.runtime.cuda import visible_gpus
 from spmdeploy.runtime.device_arrays import DeviceArray
 from spmdeploy.runtime.layout_split import Halves, split_by_layout
+from spmdeploy.runtime.session import Lack
 
 if TYPE_CHECKING:
     from spmdeploy.runtime.session import LayoutRun
@@ -65,6 +66,8 @@ class OnnxRuntimeSession:
         self._get_refine = refine
         self._read_again = read_again
         self.refines = refine is not None
+        problem = f"the bundle holds no refine graph in {precision} for {device}"
+        self.lacks_refine = None if self.refines else Lack(problem, "export it again with one")
         self._loading = threading.Lock()
         self.provider, self.size = self._edit.provider, self._edit.size
 
@@ -107,10 +110,8 @@ class OnnxRuntimeSession:
             if self._refine is None:
                 _open(self._edit)
                 if self._get_refine is None:
-                    raise BundleError(
-                        f"the bundle holds no refine graph in {self.precision} for {self.device}",
-                        "export it again, or leave --tiling cascade out",
-                    )
+                    assert self.lacks_refine is not None
+                    raise BundleError(*self.lacks_refine)
                 self._refine = LoadedGraph(self._get_refine(), REFINE, self.device, self._threads)
             return self._refine
 

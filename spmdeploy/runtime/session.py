@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,13 @@ from spmdeploy.errors import UnavailableError, UsageError
 from spmdeploy.manifest import EDIT, ON_CPU, REFINE, GraphRecord, Precision
 
 BACKENDS = ("onnxruntime", "tensorrt", "tensorrt-rtx", "torch")
+
+
+class Lack(NamedTuple):
+    """What a session cannot do, in words, and what to do about it."""
+
+    problem: str
+    hint: str
 
 
 class Session(Protocol):
@@ -34,6 +41,8 @@ class Session(Protocol):
     """Height and width of the pictures that the graph takes."""
     refines: bool
     """Whether `refine` can be called: the bundle holds a `refine` graph for this device in this precision."""
+    lacks_refine: Lack | None
+    """Why it cannot be; None where it can."""
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -18,9 +18,11 @@ from spmdeploy.runtime.engine_memory import EngineMemory
 from spmdeploy.runtime.engine_record import BATCH, Port
 from spmdeploy.runtime.engine_store import FoundEngine
 from spmdeploy.runtime.loaded_engine import LoadedEngine
+from spmdeploy.runtime.session import Lack
 
 HostArrays = Mapping[str, NDArray[Any]]
 _NAMES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
+_NO_REFINE = Lack("there is no refine engine", "build one: spmdeploy build BUNDLE --graph refine")
 
 
 class TensorRtSession:
@@ -31,10 +33,16 @@ class TensorRtSession:
     """
 
     def __init__(
-        self, library: Any, edit: FoundEngine, refine: FoundEngine | None = None, size: int = 256, ordinal: int = 0
+        self,
+        library: Any,
+        edit: FoundEngine,
+        refine: FoundEngine | Lack = _NO_REFINE,
+        size: int = 256,
+        ordinal: int = 0,
     ) -> None:
         """library: the module `tensorrt` or `tensorrt_rtx`. edit, refine: engines that fit this machine, by that
-        library and in one precision. size: height and width of the graphs' pictures. ordinal: of the GPU.
+        library and in one precision, or why there is none that refines. size: height and width of the graphs' pictures.
+        ordinal: of the GPU.
 
         Raises BundleError (an engine does not fit), UnavailableError (no GPU, driver or package), OutOfMemory.
         """
@@ -43,7 +51,8 @@ class TensorRtSession:
         self.device = f"cuda:{ordinal}"
         self.precision = record.precision
         self.size = size
-        self.refines = refine is not None
+        self.lacks_refine = refine if isinstance(refine, Lack) else None
+        self.refines = self.lacks_refine is None
         self.max_batch = record.batch.max
         self.engine_bytes = record.engine.bytes
         self._library, self._refine_found = library, refine
@@ -191,10 +200,8 @@ class TensorRtSession:
         if not self._open:
             raise UnavailableError(f"the session on {self.device} was closed", "open another")
         if graph not in self._engines:
-            if self._refine_found is None:
-                raise BundleError(
-                    f"no {graph} engine fits this machine", "spmdeploy build BUNDLE, or leave --tiling cascade out"
-                )
+            if isinstance(self._refine_found, Lack):
+                raise BundleError(*self._refine_found)
             self._load(graph, self._refine_found)
         return self._engines[graph]
 

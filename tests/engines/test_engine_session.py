@@ -161,6 +161,37 @@ def test_refine_engines_come_with_it(machine: Machine, bundle: Bundle) -> None:
     assert np.array_equal(opened.session.refine(**given), edited_like(given)["unrounded"])
 
 
+def test_a_missing_refine_engine_is_named_with_the_command_that_builds_it(machine: Machine, bundle: Bundle) -> None:
+    add(bundle, record_of())
+    lack = open_session(bundle).session.lacks_refine
+    assert lack is not None and lack.problem == "the bundle holds no refine graph in fp16"
+    (graph,) = (record for record in bundle.manifest.graphs if record.precision == "fp16")
+    both = replace(bundle.manifest, graphs=(*bundle.manifest.graphs, replace(graph, graph=REFINE)))
+    whole = replace(bundle, manifest=both)
+    lack = open_session(whole).session.lacks_refine
+    assert lack is not None and lack.problem == "an edit engine was built, but no refine engine"
+    assert lack.hint.endswith("spmdeploy build BUNDLE --graph refine --runtime tensorrt --precision fp16")
+    add(bundle, replace(record_of(graph=REFINE), precision="fp32"))
+    add(bundle, replace(record_of(graph=REFINE), gpu=A10))
+    lack = open_session(whole).session.lacks_refine
+    assert lack is not None and "built on NVIDIA A10" in lack.problem
+    assert "tensorrt in fp32, beside an edit engine of tensorrt in fp16" in lack.problem
+    add(bundle, record_of(graph=REFINE))
+    assert open_session(whole).session.lacks_refine is None
+
+
+def test_a_refine_engine_without_an_edit_engine(
+    machine: Machine, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add(bundle, record_of(graph=REFINE))
+    words = "a refine engine fits this machine, but no edit engine was built"
+    (choice, *_) = fallen_back(bundle, monkeypatch)
+    assert words in choice and "spmdeploy build BUNDLE --graph edit" in choice
+    with pytest.raises(BundleError, match=words) as caught:
+        open_session(bundle, "tensorrt")
+    assert "--graph edit" in str(caught.value.hint)
+
+
 def test_why_no_engine_is_taken(machine: Machine, bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     assert fallen_back(bundle, monkeypatch)[0] == "backend onnxruntime: no engine was built for this bundle"
     add(bundle, replace(record_of(), gpu=A10, version="10.3.0"))

@@ -392,9 +392,10 @@ def test_arrays_that_do_not_fit(name: str, spoil: Any, words: str, session: Tens
 
 def test_without_a_refine_engine(gpu: SimulatedGpu, tmp_path: Path) -> None:
     with TensorRtSession(simulated_library(gpu), engine_file(tmp_path, record_of()), size=SIZE) as session:
-        assert not session.refines
-        with pytest.raises(BundleError, match="no refine engine"):
+        assert not session.refines and session.lacks_refine is not None
+        with pytest.raises(BundleError, match="no refine engine") as caught:
             session.refine(**inputs_for(1, coarse=True))
+    assert "spmdeploy build BUNDLE --graph refine" in str(caught.value.hint)
 
 
 def test_a_closed_session(gpu: SimulatedGpu, tmp_path: Path) -> None:
