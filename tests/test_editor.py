@@ -361,7 +361,9 @@ def test_the_report_says_what_ran_and_is_plain_json() -> None:
     mask[200:800, 1000:1600] = True
     report = edit(noise(1000, 2000), labels_for(mask), mask).report
     assert [entry.site.window for entry in report.windows] == [Window(50, 850, 900, 900), Window(373, 0, 256, 256)]
-    assert report.notes == ("window 1 of 2 is 900×900 pixels and is edited at 256×256: detail is lost",)
+    missing, lost = report.notes
+    assert "the model has no refine graph; export it again" in missing
+    assert lost == "window 1 of 2 is 900×900 pixels and is edited at 256×256: detail is lost"
     assert report.edited_pixels == 360_001
     told = json.loads(json.dumps(report.to_json()))
     place = {"top": 50, "left": 850, "height": 900, "width": 900}
