@@ -20,12 +20,15 @@ TILE_MISMATCH_LIMIT = 12.0
 @dataclass(frozen=True, slots=True)
 class EditedWindow:
     """site: the window and what was edited in it. frame: how it lay in the model's input. levels: those it was carried
-    up through, measured: what each did; none where it was edited at once."""
+    up through, measured: what each did, between_levels: in whose memory its picture was kept; none where it was edited
+    at once. notes: why in the host's, where the session could have kept it on the device."""
 
     site: Site
     frame: Frame
     levels: tuple[Level, ...] = ()
     measured: tuple[LevelReport, ...] = ()
+    between_levels: Literal["device", "host"] | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def scale(self) -> float:
@@ -46,6 +49,7 @@ class EditedWindow:
             "scale": round(self.scale, 4),
             "cascade": bool(self.levels),
             "levels": [report.to_json() for report in self.measured],
+            "between_levels": self.between_levels,
         }
 
 
@@ -103,6 +107,7 @@ def report_notes(windows: Sequence[EditedWindow]) -> tuple[str, ...]:
     for number, entry in enumerate(windows, start=1):
         window, frame = entry.site.window, entry.frame
         name = f"window {number} of {len(windows)}"
+        notes += [f"{name}: {note}" for note in entry.notes]
         if entry.scale < 1 / CROP_LIMIT:
             size = f"{window.width}×{window.height} pixels and is edited at {frame.width}×{frame.height}"
             notes.append(f"{name} is {size}: detail is lost")

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from spmdeploy.cascade import base_of, carry_up
+from spmdeploy.cascade import cascade
 from spmdeploy.edit_report import EditedWindow, EditReport, report_notes
 from spmdeploy.errors import BundleError, InputError, UsageError
 from spmdeploy.images import MOST_MEGAPIXELS, check_mask, resize_photo
@@ -337,17 +337,13 @@ class Editor:
         frame, levels = planned.frame, planned.levels
         with tally.phase("prepare"):
             inputs = stacked([_frame_input(frame, scene)])
-        with tally.phase("run"):
-            edited = self.session.run_unrounded(*inputs)[0]
-        tally.batches += 1
-        tally.advance(1)
         part = scene.cut(frame.window)
-        canvas, measured = carry_up(self.session, levels, base_of(frame, edited, levels[0]), part, batch_size, tally)
+        carried = cascade(self.session, frame, inputs, levels, part, batch_size, tally)
         with tally.phase("stitch"):
             region = levels[-1].region.slices
-            content = np.rint(canvas, out=canvas).astype(np.uint8)
+            content = np.rint(carried.canvas, out=carried.canvas).astype(np.uint8)
             stitch(part.picture[region], content, planned.site.hole(scene.mask)[region], feather)
-        return replace(planned, measured=measured)
+        return replace(planned, measured=carried.levels, between_levels=carried.between_levels, notes=carried.notes)
 
     @staticmethod
     def _match_surroundings(site: Site, scene: Scene, tally: Tally) -> None:

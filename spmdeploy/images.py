@@ -594,6 +594,26 @@ def resize_canvas(
     return resized
 
 
+def canvas_taps(have: int, reach: float, length: int) -> tuple[NDArray[np.int32], NDArray[np.float64]]:
+    """What `resize_canvas` computes along one axis, for whoever does it elsewhere: of `have` pixels the first `reach`
+    become `length`.
+
+    Returns first (length,) and weights (length, taps): pixel i is the sum over k of weights[i, k] times the pixel
+    first[i] + k, or the last one where that lies beyond.
+    """
+    scale = float(np.float32(reach)) / length  # Pillow keeps the box in single precision
+    wider = max(scale, 1.0)
+    middle = (np.arange(length) + 0.5) * scale
+    first = np.maximum(np.trunc(middle - 2 * wider + 0.5), 0)
+    end = np.minimum(np.trunc(middle + 2 * wider + 0.5), max(math.ceil(reach), have))
+    tap = np.arange(math.ceil(2 * wider) * 2 + 1)
+    x = np.abs((tap + first[:, None] - middle[:, None] + 0.5) * (1 / wider))
+    near, far = (1.5 * x - 2.5) * x * x + 1, (((x - 5) * x + 8) * x - 4) * -0.5
+    weights = np.where(x < 1, near, np.where(x < 2, far, 0.0))
+    weights[tap >= (end - first)[:, None]] = 0
+    return first.astype(np.int32), weights / weights.cumsum(axis=1)[:, -1:]  # one after the other, as Pillow adds
+
+
 def resize_labels(ids: NDArray[Integer], height: int, width: int) -> NDArray[Integer]:
     """(H, W) to (height, width) of any dtype: every pixel takes the id under its centre, so no new ids appear."""
     rows = (2 * np.arange(height) + 1) * ids.shape[0] // (2 * height)

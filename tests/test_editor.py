@@ -367,7 +367,7 @@ def test_the_report_says_what_ran_and_is_plain_json() -> None:
     assert report.edited_pixels == 360_001
     told = json.loads(json.dumps(report.to_json()))
     place = {"top": 50, "left": 850, "height": 900, "width": 900}
-    assert told["windows"][0] == {**place, "scale": 0.2844, "cascade": False, "levels": []}
+    assert told["windows"][0] == {**place, "scale": 0.2844, "cascade": False, "levels": [], "between_levels": None}
     assert (told["backend"], told["device"], told["precision"], told["provider"]) == ("fake", "cpu", "fp32", "none")
     assert set(told["milliseconds"]) == {"validate", "plan", "prepare", "run", "stitch"}
     assert all(spent > 0 for spent in told["milliseconds"].values())

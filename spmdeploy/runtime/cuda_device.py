@@ -7,8 +7,9 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from spmdeploy.errors import OutOfMemory, UnavailableError
-from spmdeploy.runtime.cuda import CudaFailure, gpu_facts
+from spmdeploy.runtime.cuda import CudaFailure, Driver, gpu_facts
 from spmdeploy.runtime.cuda_bindings import CAPTURE_CODES, OUT_OF_MEMORY, Binding, Bytes, open_binding
+from spmdeploy.runtime.device_kernels import DeviceKernels
 
 SEE_DOCTOR = "see `spmdeploy doctor`"
 
@@ -39,6 +40,7 @@ class Device:
         self.binding = self._binding.name
         with self._translated("the context"):
             self._context = self._binding.retain(ordinal)
+        self._kernels: DeviceKernels | None = None
         self._open = True
 
     def __str__(self) -> str:
@@ -58,7 +60,13 @@ class Device:
 
     def close(self) -> None:
         """Lets the context go; it stays alive for whoever else uses it. Safe to call twice."""
-        if self._open:
+        if not self._open:
+            return
+        try:
+            if self._kernels is not None:
+                with self.current(), suppress(CudaFailure):  # a device that has failed fails again
+                    self._kernels.close()
+        finally:
             self._open = False
             with self._translated("the context"):
                 self._binding.release(self.ordinal, self._context)
@@ -139,6 +147,32 @@ class Device:
             finally:
                 binding.destroy_event(start)
                 binding.destroy_event(end)
+
+    # -- kernels of our own
+
+    def load_kernels(self) -> None:
+        """Lets the driver compile them, which it keeps for the next start. What follows needs it."""
+        if self._kernels is None:
+            with self._translated("kernels between levels"):
+                self._kernels = DeviceKernels(Driver())
+
+    def kernel(self, name: str, threads: int, stream: int, *arguments: int) -> None:
+        """Queues one; see `device_kernels`."""
+        assert self._kernels is not None
+        with self._translated(f"the kernel {name}"):
+            self._kernels.launch(name, threads, stream, *arguments)
+
+    def clear(self, address: int, size: int, stream: int) -> None:
+        """Queues zeros."""
+        assert self._kernels is not None
+        with self._translated("memory that is cleared"):
+            self._kernels.clear(address, size, stream)
+
+    def copy_within(self, address: int, source: int, size: int, stream: int) -> None:
+        """Queues a copy from one place on the device to another."""
+        assert self._kernels is not None
+        with self._translated("a copy on the device"):
+            self._kernels.copy(address, source, size, stream)
 
     # -- CUDA graphs
 

@@ -33,6 +33,8 @@ class EngineMemory:
         self._places: dict[str, tuple[int, int]] = {}
         self._ports, self._host = 0, np.empty(0, np.uint8)
         self._activations, self._activation_bytes = 0, 0
+        self._lent: set[int] = set()
+        self._unwaited = False
         with device.current():
             self.stream = device.stream()
         self._open = True
@@ -69,9 +71,63 @@ class EngineMemory:
         return self._ports + self._places[name][0]
 
     def host(self, name: str, shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
-        """The page-locked array for an input or output, of that shape."""
+        """The page-locked array for an input or output, of that shape; nothing that was queued works on it."""
+        self._wait()
         start, size = self._places[name][0], math.prod(shape) * np.dtype(dtype).itemsize
         return self._host[start : start + size].view(dtype).reshape(shape)
+
+    def stage(self, name: str, array: NDArray[Any]) -> None:
+        """Queues a copy of an input to its place on the device; `array` may be changed afterwards."""
+        staged = self.host(name, array.shape, array.dtype.name)
+        np.copyto(staged, array)
+        self.device.copy_in(self.address(name), staged, self.stream)
+
+    def queued(self) -> None:
+        """Says that something was queued that nobody waits for; whoever next needs the page-locked memory does."""
+        self._unwaited = True
+
+    def _wait(self) -> None:
+        if self._unwaited:
+            self.device.synchronise(self.stream)
+            self._unwaited = False
+
+    # -- what a cascade keeps on the device
+
+    def lend(self, size: int, purpose: str) -> int:
+        """The address of memory that is given back by `take_back`, or when all is closed. Raises OutOfMemory."""
+        address = self.device.allocate(size, purpose)
+        self._lent.add(address)
+        return address
+
+    def take_back(self, address: int) -> None:
+        """Waits for whoever works there. Safe to call twice, after `close` and outside `in_use`."""
+        with self._lock:
+            if address not in self._lent:
+                return
+            self._lent.remove(address)
+            self._unwaited = False
+            with self.device.current():
+                with suppress(SpmDeployError):  # a device that has failed fails again, and it works no more
+                    self.device.synchronise(self.stream)
+                self.device.free(address)
+
+    def upload(self, address: int, content: NDArray[np.uint8]) -> None:
+        """Copies bytes to the device, in pieces of the page-locked memory."""
+        for start in range(0, content.size, self._host.size):
+            self._wait()
+            piece = self._host[: min(self._host.size, content.size - start)]
+            piece[:] = content[start : start + piece.size]
+            self.device.copy_in(address + start, piece, self.stream)
+            self.queued()
+
+    def download(self, address: int, content: NDArray[np.uint8]) -> None:
+        """Copies from the device into bytes, in pieces of the page-locked memory."""
+        for start in range(0, content.size, self._host.size):
+            self._wait()
+            piece = self._host[: min(self._host.size, content.size - start)]
+            self.device.copy_out(piece, address + start, self.stream)
+            self.device.synchronise(self.stream)
+            content[start : start + piece.size] = piece
 
     # -- activations
 
@@ -94,6 +150,7 @@ class EngineMemory:
     def _settle(self) -> None:
         """Before an address is given up: nobody works there any more, and whoever knows it must ask again."""
         self.generation += 1
+        self._unwaited = False
         with suppress(SpmDeployError):  # a device that has failed fails again, and it works no more
             self.device.synchronise(self.stream)
 
@@ -107,6 +164,8 @@ class EngineMemory:
             self._open = False
             try:
                 with self.device.current():
+                    for address in tuple(self._lent):
+                        self.take_back(address)
                     self._free_activations()
                     self._free_ports()
                     self.device.destroy_stream(self.stream)

@@ -40,8 +40,8 @@ class _Prepared:
     generation: int = -1
     """Of the memory that the context knows the addresses of."""
     ran: bool = False
-    graphs: dict[str, int] = field(default_factory=dict)
-    """By the output that is copied to the host."""
+    graphs: dict[str | None, int] = field(default_factory=dict)
+    """By the output that is copied to the host; None: of the engine alone, without copies."""
 
 
 class LoadedEngine:
@@ -173,7 +173,22 @@ class LoadedEngine:
             self._capture(prepared, batch, output)
         return prepared
 
-    def _queue(self, prepared: _Prepared, batch: int, output: str) -> None:
+    def prepare(self, batch: int) -> None:
+        """Makes sure that there is room for the intermediate results of so many edits. Raises OutOfMemory."""
+        with listening(self._library, self._hear):
+            self._ready(batch, own=True)
+
+    def enqueue_in_place(self, batch: int) -> None:
+        """Queues one batch on the inputs that lie in the memory's places by then; the outputs stay in theirs."""
+        with listening(self._library, self._hear):
+            prepared = self._ready(batch, own=True)
+            if prepared.ran and None not in prepared.graphs and self._captures:
+                self._capture(prepared, batch, None)
+            self._queue(prepared, batch, None)
+            prepared.ran = True
+        self._memory.queued()
+
+    def _queue(self, prepared: _Prepared, batch: int, output: str | None) -> None:
         if output in prepared.graphs:
             self._memory.device.launch(prepared.graphs[output], self._memory.stream)
         else:
@@ -194,8 +209,11 @@ class LoadedEngine:
             finally:
                 memory.device.order_after(memory.stream, stream)  # and whoever has them next
 
-    def _enqueue(self, prepared: _Prepared, batch: int, output: str) -> None:
+    def _enqueue(self, prepared: _Prepared, batch: int, output: str | None) -> None:
         memory = self._memory
+        if output is None:
+            self._execute(prepared, batch, memory.stream)
+            return
         for port in self._inputs:
             memory.device.copy_in(memory.address(port.name), self._host(port, batch), memory.stream)
         self._execute(prepared, batch, memory.stream)
@@ -208,7 +226,7 @@ class LoadedEngine:
         if not prepared.context.execute_async_v3(stream):
             raise EngineFailure(f"{self._name} cannot run {self._path} on a batch of {batch}: {self._words()}")
 
-    def _capture(self, prepared: _Prepared, batch: int, output: str) -> None:
+    def _capture(self, prepared: _Prepared, batch: int, output: str | None) -> None:
         """Captures a graph, or notes why there will be none: everything works without, only slower."""
         memory, context = self._memory, prepared.context
         try:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,11 @@ from numpy.typing import NDArray
 from spmdeploy.bundle import Bundle, GraphFiles
 from spmdeploy.errors import UnavailableError, UsageError
 from spmdeploy.manifest import EDIT, ON_CPU, REFINE, GraphRecord, Precision
+
+if TYPE_CHECKING:
+    from spmdeploy.runtime.device_cascade import DeviceCascade
+    from spmdeploy.tiling.frames import Frame
+    from spmdeploy.tiling.levels import Level
 
 BACKENDS = ("onnxruntime", "tensorrt", "tensorrt-rtx", "torch")
 
@@ -100,6 +105,17 @@ class KeepsLayouts(Protocol):
         self, labels: NDArray[np.uint8], instances: NDArray[np.int32], mask: NDArray[np.uint8]
     ) -> LayoutRun:
         """Computes now what these three decide. The pictures are those of `run` with the same arguments."""
+
+
+@runtime_checkable
+class CascadesOnDevice(Protocol):
+    """A session that can keep the picture of a cascade in the memory of its GPU from one level to the next."""
+
+    def device_cascade(self, frame: Frame, levels: tuple[Level, ...], batch: int) -> DeviceCascade:
+        """For one window, `batch` tiles at once at most. Pictures and scores are those of the same steps on the host.
+
+        Raises OutOfMemory where the levels do not fit beside the graphs, UnavailableError where the GPU cannot.
+        """
 
 
 def layout_run(

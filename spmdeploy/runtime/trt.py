@@ -14,11 +14,14 @@ from spmdeploy.errors import BundleError, InputError, SpmDeployError, Unavailabl
 from spmdeploy.manifest import EDIT, REFINE
 from spmdeploy.runtime.cuda_device import Device
 from spmdeploy.runtime.device_arrays import ALIGNMENT, DeviceArray, as_device_array
+from spmdeploy.runtime.device_cascade import DeviceCascade
 from spmdeploy.runtime.engine_memory import EngineMemory
 from spmdeploy.runtime.engine_record import BATCH, Port
 from spmdeploy.runtime.engine_store import FoundEngine
 from spmdeploy.runtime.loaded_engine import LoadedEngine
 from spmdeploy.runtime.session import Lack
+from spmdeploy.tiling.frames import Frame
+from spmdeploy.tiling.levels import Level
 
 HostArrays = Mapping[str, NDArray[Any]]
 _NAMES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
@@ -194,6 +197,15 @@ class TensorRtSession:
             raise InputError(f"{name} is to be written to, but is read-only", "give another array")
 
     # -- engines
+
+    def device_cascade(self, frame: Frame, levels: tuple[Level, ...], batch: int) -> DeviceCascade:
+        """Carries a window up through its levels without its picture leaving the GPU; see `CascadesOnDevice`."""
+        with self._memory.in_use():
+            edit, refine = self._engine(EDIT), self._engine(REFINE)
+            most = min(batch, refine.record.batch.max)
+            edit.prepare(1)
+            refine.prepare(most)  # first what nothing goes without
+        return DeviceCascade(self._memory, edit.enqueue_in_place, refine.enqueue_in_place, most, frame, levels)
 
     def _engine(self, graph: str) -> LoadedEngine:
         """Inside `in_use`. The refine engine is loaded when it is first asked for."""

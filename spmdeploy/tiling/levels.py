@@ -60,6 +60,27 @@ class Level:
         height, width = (places[-1] + self.size - places[0] for places in (self.rows, self.columns))
         return Window(self.rows[0], self.columns[0], height, width)
 
+    @property
+    def extent(self) -> tuple[int, int]:
+        """Height and width of the region, as far as the window has it."""
+        region = self.region
+        return min(region.height, self.height - region.top), min(region.width, self.width - region.left)
+
+    def place(self, tile: Tile) -> tuple[slice, slice]:
+        """Cuts the tile out of an array of the region; of its extent, what is there of the tile."""
+        region = self.region
+        return Window(tile.top - region.top, tile.left - region.left, self.size, self.size).slices
+
+    def neighbours(self, tile: Tile) -> list[tuple[int, int, int, int]]:
+        """The places in the grid on the left of a tile and above it: row and column, and how far below and to the right
+        of each the tile begins."""
+        before = ((tile.row, tile.column - 1), (tile.row - 1, tile.column))
+        return [
+            (row, column, tile.top - self.rows[row], tile.left - self.columns[column])
+            for row, column in before
+            if row >= 0 and column >= 0
+        ]
+
     def weights(self, tile: Tile) -> NDArray[np.float32]:
         """float32 (size, size): how much the tile counts at each place. Over all tiles of the grid they sum to one."""
         down, right = (ramps(starts, self.size) for starts in (self.rows, self.columns))

@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from .simulated_ptx import Kernel, execute, read_module
+
 Work = Callable[[], None]
 RUBBISH = 0xCD
 
@@ -82,6 +84,9 @@ class SimulatedGpu:
         self.streams: dict[int, Stream] = {}
         self.graphs: dict[int, list[Work]] = {}
         self.events: dict[int, Any] = {}
+        self.modules: dict[int, dict[str, Kernel]] = {}
+        self.functions: dict[int, Kernel] = {}
+        self.copied: list[tuple[str, int]] = []  # between host and device: function and bytes
         self.milliseconds = 1.5
         self._contexts = threading.local()
         self._next = 0x7F00_0000_0000
@@ -109,6 +114,7 @@ class SimulatedGpu:
             "streams": self.streams,
             "graphs": self.graphs,
             "events": self.events,
+            "modules": self.modules,
         }
         return {name: len(kind) for name, kind in kinds.items() if kind}
 
@@ -193,6 +199,8 @@ class SimulatedGpu:
         if not any(start <= host and host + size <= start + array.size for start, array in self.host.items()):
             raise AssertionError("an asynchronous copy wants page-locked memory")
 
+        self.copied.append((function, size))
+
         def work() -> None:
             device = self.bytes_at(address, size)
             if function == "cuMemcpyHtoDAsync":
@@ -205,6 +213,42 @@ class SimulatedGpu:
     def synchronise(self, handle: int) -> None:
         self.call("cuStreamSynchronize", unsafe=True)
         self.stream(handle).drain()
+
+    def load_module(self, text: bytes) -> int:
+        self.call("cuModuleLoadData", unsafe=True)
+        handle = self.address()
+        self.modules[handle] = read_module(text.decode())
+        return handle
+
+    def unload_module(self, module: int) -> None:
+        self.call("cuModuleUnload", unsafe=True)
+        del self.modules[module]
+
+    def function(self, module: int, name: bytes) -> int:
+        self.call("cuModuleGetFunction")
+        handle = self.address()
+        self.functions[handle] = self.modules[module][name.decode()]
+        return handle
+
+    def launch_kernel(self, function: int, *launch: Any) -> None:
+        *shape, shared, stream, places, extra = launch
+        kernel = self.functions[function]
+        self.call(f"kernel {kernel.name}")
+        assert shape[1:3] == [1, 1] and shape[4:] == [1, 1] and shared == 0 and extra is None
+        values = kernel.values(places)  # the driver reads them now
+        self.stream(stream.value).add(lambda: execute(kernel, values, shape[0], shape[3], self.bytes_at))
+
+    def clear(self, address: int, value: int, size: int, handle: int) -> None:
+        self.call("cuMemsetD8Async")
+        self.stream(handle).add(lambda: self.bytes_at(address, size).fill(value))
+
+    def copy_within(self, address: int, source: int, size: int, handle: int) -> None:
+        self.call("cuMemcpyDtoDAsync")
+
+        def work() -> None:
+            self.bytes_at(address, size)[:] = self.bytes_at(source, size)
+
+        self.stream(handle).add(work)
 
     def new_event(self) -> int:
         self.call("cuEventCreate")
@@ -325,6 +369,16 @@ class Library:
             "cuGraphDestroy": lambda graph: gpu.destroy_graph("cuGraphDestroy", graph.value),
             "cuGraphLaunch": lambda graph, stream: gpu.launch(graph.value, stream.value),
             "cuGraphExecDestroy": lambda graph: gpu.destroy_graph("cuGraphExecDestroy", graph.value),
+            "cuModuleLoadData": lambda out, text: _write(out, gpu.load_module(text.value)),
+            "cuModuleGetFunction": lambda out, module, name: _write(out, gpu.function(module.value, name.value)),
+            "cuModuleUnload": lambda module: gpu.unload_module(module.value),
+            "cuLaunchKernel": lambda function, *launch: gpu.launch_kernel(function.value, *launch),
+            "cuMemsetD8Async": lambda address, value, size, stream: gpu.clear(
+                address.value, value.value, size.value, stream.value
+            ),
+            "cuMemcpyDtoDAsync_v2": lambda address, source, size, stream: gpu.copy_within(
+                address.value, source.value, size.value, stream.value
+            ),
         }
         for name, function in wrapped.items():
             setattr(self, name, _returning_code(function))

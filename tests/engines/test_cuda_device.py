@@ -273,6 +273,11 @@ with device.current():
         assert "2,000,000 bytes for activations: 100 of 200 bytes are free" in error.problem
     else:
         raise AssertionError("there are no so many bytes")
+    device.load_kernels()
+    place = 0x7F00_1234_5678
+    device.kernel("cut", 1000, stream, place, place + 16, 7, 8, 9, 10, 11, 12)
+    device.clear(place, 1 << 33, stream)
+    device.copy_within(place, place + 1, (1 << 33) + 1, stream)
     device.free(address)
     device.free_pinned(sent)
     device.free_pinned(received)
@@ -307,6 +312,12 @@ def test_the_real_packages_call_the_functions_that_were_meant(stub_library: Path
         "cuStreamBeginCapture stream 0x51, mode 1",
         "cuGraphInstantiateWithFlags graph 0x99, flags 0",
         "cuGraphLaunch graph 0xaa, stream 0x51",
+        "cuModuleLoadData 1",
+        "cuLaunchKernel 0xf0, grid 4 1 1, block 256 1 1, shared 0, stream 0x51, extra (nil)",
+        "to 7f0012345678, from 7f0012345688, then 7 8, threads 1000",
+        "cuMemsetD8Async 7f0012345678, 0, 8589934592, stream 0x51",
+        "cuMemcpyDtoDAsync to 7f0012345678, from 7f0012345679, 8589934593 bytes, stream 0x51",
+        "cuModuleUnload 0xbb",
     ):
         assert call in calls, calls
     assert calls.count("cuCtxPushCurrent ours") == calls.count("cuCtxPopCurrent")

@@ -1,0 +1,295 @@
+"""Cascades on the simulated GPU: the host's pictures bit for bit, and none of them on the host before the end."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from spmdeploy.editor import Editor, EditResult
+from spmdeploy.errors import OutOfMemory, UnavailableError
+from spmdeploy.images import canvas_taps, resize_canvas
+from spmdeploy.labels import ClassTable, LabelClass
+from spmdeploy.runtime.device_kernels import PTX
+from spmdeploy.runtime.engine_memory import EngineMemory
+from spmdeploy.runtime.session import CascadesOnDevice
+from spmdeploy.runtime.trt import TensorRtSession
+
+from .simulated_gpu import PACKAGES, Code, SimulatedGpu, plug_in
+from .simulated_tensorrt import edited_like
+from .test_trt import LIBRARIES, SIZE, cache, gpu, inputs_for, opened, session
+
+__all__ = ["cache", "gpu", "session"]  # fixtures of the neighbour
+CLASSES = ClassTable("four", tuple(LabelClass(i, f"class {i}", (i, i, i)) for i in range(4)), 255)
+
+
+class OnHost:
+    """A session without what keeps pictures on the device."""
+
+    def __init__(self, session: TensorRtSession) -> None:
+        self._session = session
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "device_cascade":
+            raise AttributeError(name)
+        return getattr(self._session, name)
+
+
+def photo_of(height: int, width: int, seed: int = 0, smooth: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Photo, labels, instances."""
+    random = np.random.default_rng(seed)
+    image = random.integers(0, 256, (height, width, 3), np.uint8)
+    if smooth:
+        image[:] = np.linspace(0, 255, width).astype(np.uint8)[:, None]
+    return image, random.integers(0, 4, (height, width), np.uint8), random.integers(0, 99, (height, width), np.int32)
+
+
+def hole_in(height: int, width: int) -> np.ndarray:
+    mask = np.zeros((height, width), bool)
+    mask[height // 8 : -(height // 6), width // 5 : -(width // 8)] = True
+    mask[height // 2 : height // 2 + 3, :] = False
+    return mask
+
+
+def edit(session: Any, height: int, width: int, mask: np.ndarray | None = None, **more: Any) -> EditResult:
+    image, labels, instances = photo_of(height, width, smooth=more.pop("smooth", False))
+    mask = hole_in(height, width) if mask is None else mask
+    return Editor(session, CLASSES).edit(image, labels, mask, instances, tiling="cascade", **more)
+
+
+def assert_same(one: EditResult, other: EditResult) -> None:
+    assert np.array_equal(one.image, other.image)
+    for window, expected in zip(one.report.windows, other.report.windows, strict=True):
+        assert (window.between_levels, expected.between_levels) == ("device", "host")
+        for level, wanted in zip(window.measured, expected.measured, strict=True):
+            assert (level.height, level.width, level.tiles) == (wanted.height, wanted.width, wanted.tiles)
+            assert (level.refined, level.seam_score) == (wanted.refined, wanted.seam_score)
+            assert (level.tile_mismatch is None) == (wanted.tile_mismatch is None)
+            assert level.tile_mismatch == pytest.approx(wanted.tile_mismatch, rel=1e-6)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+@pytest.mark.parametrize(("runtime", "version"), LIBRARIES)
+def test_the_picture_of_the_host(
+    runtime: str, version: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = SimulatedGpu()
+    plug_in(monkeypatch, gpu, package)
+    with opened(gpu, tmp_path, runtime, version) as session:
+        assert isinstance(session, CascadesOnDevice) and not isinstance(OnHost(session), CascadesOnDevice)
+        for _ in range(3):  # enqueued, captured, launched
+            assert_same(edit(session, 75, 90), edit(OnHost(session), 75, 90))
+        assert session.notes == ()
+    assert gpu.left_behind == {} and gpu.contexts == []
+
+
+@st.composite
+def masks(draw: st.DrawFn) -> np.ndarray:
+    height, width = draw(st.integers(SIZE + 1, 100)), draw(st.integers(SIZE + 1, 100))
+    mask = np.zeros((height, width), bool)
+    for _ in range(draw(st.integers(1, 3))):
+        top, left = draw(st.integers(0, height - 1)), draw(st.integers(0, width - 1))
+        mask[top : top + draw(st.integers(1, 90)), left : left + draw(st.integers(1, 90))] = True
+    mask[0, 0] = False
+    mask[-1, -1] = True
+    return mask
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(mask=masks(), batch=st.integers(1, 11), smooth=st.booleans())
+def test_windows_of_any_shape(mask: np.ndarray, batch: int, smooth: bool, session: TensorRtSession) -> None:
+    """The same session all along. Smooth photos are enlarged, the others refined."""
+    options = {"mask": mask, "batch_size": batch, "smooth": smooth}
+    found, expected = (edit(one, *mask.shape, **options) for one in (session, OnHost(session)))
+    assert np.array_equal(found.image, expected.image)
+    assert [window.to_json() | {"between_levels": None} for window in found.report.windows] == [
+        window.to_json() | {"between_levels": None} for window in expected.report.windows
+    ]
+
+
+def test_smooth_levels_are_enlarged_on_the_device_too(gpu: SimulatedGpu, session: TensorRtSession) -> None:
+    found, expected = (edit(one, 75, 90, smooth=True) for one in (session, OnHost(session)))
+    assert_same(found, expected)
+    assert not any(level.refined for window in found.report.windows for level in window.measured)
+
+
+# ------------------------------------------------------------------------------------------------------------- copies
+
+
+def test_no_picture_passes_the_host_between_the_levels(gpu: SimulatedGpu, session: TensorRtSession) -> None:
+    """To the device go tables, once, and what the photo shows of each tile; back come the levels, when all are done."""
+    edit(session, 75, 90)
+    gpu.calls.clear()
+    gpu.copied.clear()
+    (window,) = edit(session, 75, 90, batch_size=4).report.windows
+    assert len(window.levels) == 3
+    back = [size for function, size in gpu.copied if function == "cuMemcpyDtoHAsync"]
+    canvases = sum(math.prod(level.extent) * 12 for level in window.levels)
+    planes = sum(level.region.height * level.region.width * 4 for level in window.levels)
+    assert sum(back) == canvases + planes
+    places = [number for number, call in enumerate(gpu.calls) if call == "cuMemcpyDtoHAsync"]
+    work = {"kernel cut", "kernel blend", "kernel compare", "kernel resample", "execute_async_v3", "cuGraphLaunch"}
+    assert max(number for number, call in enumerate(gpu.calls) if call in work) < places[0]
+
+    batches = [1] + [
+        min(4, len(level.tiles) - start) for level in window.levels for start in range(0, len(level.tiles), 4)
+    ]
+    sent = [size for function, size in gpu.copied if function == "cuMemcpyHtoDAsync"]
+    pixels = SIZE * SIZE
+    tiles = [size * batch for batch in batches for size in (3 * pixels, pixels, 4 * pixels, pixels)]
+    assert sent[-len(tiles) :] == tiles
+    tables = sent[: -len(tiles)]
+    assert sum(tables) < 1 << 16
+
+
+def test_both_engines_work_in_one_pool(gpu: SimulatedGpu, session: TensorRtSession) -> None:
+    """One piece for inputs and outputs, one for activations, one lent to the cascade; nothing once it is warm."""
+    edit(session, 75, 90)
+    before, used = sorted(gpu.memory), gpu.used
+    gpu.calls.clear()
+    edit(session, 75, 90)
+    assert gpu.calls.count("cuMemAlloc") == gpu.calls.count("cuMemFree") == 1
+    assert (sorted(gpu.memory), gpu.used) == (before, used)
+    assert not {"cuMemHostAlloc", "cuModuleLoadData", "cuStreamCreate", "create_execution_context"} & set(gpu.calls)
+
+
+def test_the_memory_follows_the_window_and_not_the_photo(
+    session: TensorRtSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lend, lent = EngineMemory.lend, []
+
+    def watched(memory: EngineMemory, size: int, purpose: str) -> int:
+        lent.append(size)
+        return lend(memory, size, purpose)
+
+    monkeypatch.setattr(EngineMemory, "lend", watched)
+    for height, width in ((200, 300), (400, 500)):
+        mask = np.zeros((height, width), bool)
+        mask[:60, :60] = True
+        edit(session, height, width, mask=mask)
+    assert len(lent) == 2 and lent[0] == lent[1] > 0
+
+
+# ------------------------------------------------------------------------------------------------------------- failures
+
+
+def test_too_little_memory_for_the_levels_goes_through_the_host_and_says_so(
+    gpu: SimulatedGpu, session: TensorRtSession
+) -> None:
+    expected = edit(session, 75, 90)
+    gpu.capacity = gpu.used + 1000
+    found = edit(session, 75, 90)
+    assert np.array_equal(found.image, expected.image)
+    (window,) = found.report.windows
+    assert window.between_levels == "host"
+    (note,) = (note for note in found.report.notes if "between levels" in note)
+    assert "bytes for the levels of a cascade: 1,000 of" in note
+
+
+def test_too_little_memory_for_the_network_is_an_error(gpu: SimulatedGpu, tmp_path: Path) -> None:
+    with opened(gpu, tmp_path, activations=40_000) as session:
+        gpu.capacity = gpu.used + 100_000
+        with pytest.raises(OutOfMemory) as caught:
+            edit(session, 75, 90, batch_size=8)
+        assert caught.value.exit_code == 8
+        del caught  # which holds on to what the library has made
+    assert gpu.left_behind == {}
+
+
+def test_the_network_comes_first_where_memory_is_short(gpu: SimulatedGpu, tmp_path: Path) -> None:
+    """What fits into the host's way of doing it still does."""
+    with opened(gpu, tmp_path, activations=100_000) as session:
+        session.run(**inputs_for(1))
+        session.refine(**inputs_for(1, coarse=True))
+        gpu.capacity = gpu.used + 301_000
+        assert edit(session, 75, 90, batch_size=4).report.windows[0].between_levels == "host"
+        gpu.capacity += 10_000_000
+        assert edit(session, 75, 90, batch_size=4).report.windows[0].between_levels == "device"
+
+
+def test_a_driver_that_does_not_take_the_kernels(gpu: SimulatedGpu, session: TensorRtSession) -> None:
+    gpu.fails["cuModuleLoadData"] = Code.CUDA_ERROR_INVALID_VALUE
+    found = edit(session, 75, 90)
+    assert found.report.windows[0].between_levels == "host"
+    assert any("failed at kernels between levels" in note for note in found.report.notes)
+    gpu.fails.clear()
+    assert edit(session, 75, 90).report.windows[0].between_levels == "device"
+
+
+@pytest.mark.parametrize("call", ["kernel blend", "kernel compare", "cuMemcpyDtoHAsync", "cuMemcpyDtoDAsync"])
+def test_an_error_in_the_middle_leaves_the_pool_usable(call: str, gpu: SimulatedGpu, session: TensorRtSession) -> None:
+    expected, *_ = [edit(session, 75, 90).image for _ in range(3)]  # until nothing new is made any more
+    left = gpu.left_behind
+    gpu.fails[call] = Code.CUDA_ERROR_INVALID_VALUE
+    with pytest.raises(UnavailableError, match="failed at"):
+        edit(session, 75, 90)
+    gpu.fails.clear()
+    assert gpu.left_behind == left
+    assert np.array_equal(edit(session, 75, 90).image, expected)
+
+
+def test_ctrl_c_in_the_middle_gives_the_memory_back(gpu: SimulatedGpu, session: TensorRtSession) -> None:
+    expected, *_ = [edit(session, 75, 90).image for _ in range(3)]
+    left = gpu.left_behind
+
+    def stop(done: int, total: int) -> None:
+        if done == total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        edit(session, 75, 90, progress=stop)
+    assert gpu.left_behind == left
+    assert np.array_equal(edit(session, 75, 90).image, expected)
+
+
+def test_other_threads_edit_between_the_tiles(gpu: SimulatedGpu, session: TensorRtSession) -> None:
+    """Whatever they put into the pool's places."""
+    expected = edit(session, 75, 90)
+
+    def others(done: int, total: int) -> None:
+        inputs = inputs_for(1 + done % 8, done)
+        assert np.array_equal(session.run(**inputs), edited_like(inputs)["edited"])
+
+    assert np.array_equal(edit(session, 75, 90, progress=others).image, expected.image)
+
+
+def test_a_session_closed_in_the_middle(gpu: SimulatedGpu, tmp_path: Path) -> None:
+    session = opened(gpu, tmp_path)
+    with pytest.raises(UnavailableError, match="closed"):
+        edit(session, 75, 90, progress=lambda done, total: session.close() if done > 3 else None)
+    assert gpu.left_behind == {}
+
+
+# -------------------------------------------------------------------------------------------------------------- kernels
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 60), st.floats(0.2, 3), st.floats(-1.5, 1.5), st.integers(0, 9))
+def test_the_taps_are_those_of_resizing(have: int, scale: float, more: float, seed: int) -> None:
+    reach = max(have + more, 0.5)
+    length = max(round(reach * scale), 1)
+    line = np.random.default_rng(seed).uniform(0, 255, (1, have, 3)).astype(np.float32)
+    first, weights = canvas_taps(have, reach, length)
+    place = np.minimum(first[:, None] + np.arange(weights.shape[1]), have - 1)
+    found = np.zeros((length, 3))
+    for tap in range(weights.shape[1]):
+        found += line[0, place[:, tap]].astype(np.float64) * weights[:, tap, None]
+    wanted = resize_canvas(line, 1, length, 1, reach)[0]
+    assert np.array_equal(np.clip(found.astype(np.float32), 0, 255), wanted)
+
+
+def test_nvidias_assembler_takes_the_kernels(tmp_path: Path) -> None:
+    assembler = shutil.which("ptxas")
+    if assembler is None:
+        pytest.skip("no ptxas, which comes with the CUDA toolkit")
+    (tmp_path / "kernels.ptx").write_text(PTX)
+    for target in ("sm_75", "sm_80", "sm_87", "sm_90"):
+        command = [assembler, "-arch", target, "-o", str(tmp_path / target), str(tmp_path / "kernels.ptx")]
+        subprocess.run(command, check=True)
