@@ -21,7 +21,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -441,7 +440,7 @@ def _real_target(path: str | Path) -> Path:
 
 
 def _hidden_beside(target: Path) -> Path:
-    return target.with_name(f".{target.name}.{secrets.token_hex(4)}{BUILDING}")
+    return target.with_name(f".{target.name}.{os.urandom(4).hex()}{BUILDING}")
 
 
 def _check_vacant(target: Path, overwrite: bool, check: Callable[[Path], None] = check_replaceable) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import io
 import math
 import os
-import secrets
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -533,7 +532,7 @@ def _write(
     path: Path, pixels: NDArray[np.uint8 | np.uint16], format: str, options: dict[str, Any], overwrite: bool
 ) -> None:
     check_output_size(path, *pixels.shape[:2])
-    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
+    temporary = path.with_name(f".{os.urandom(8).hex()}.tmp")
     try:
         # Not tempfile: its files are for the owner alone, while this one is to get the mode that any new file gets.
         with _naming(path, "write"), temporary.open("xb") as stream:

@@ -18,7 +18,6 @@ import base64
 import binascii
 import hashlib
 import os
-import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -138,7 +137,7 @@ def _parse_signature(content: bytes, shown: Path) -> tuple[bytes, bytes, str, by
 
 def new_key() -> SecretKey:
     """A key from the system's source of randomness."""
-    return SecretKey(secrets.token_bytes(8), secrets.token_bytes(32))
+    return SecretKey(os.urandom(8), os.urandom(32))
 
 
 def read_public_key(given: str | Path) -> PublicKey:
@@ -195,7 +194,7 @@ def _secret_text(key: SecretKey, password: str | None, memory: int, path: Path) 
     secret += _checksum(secret)
     if password is None:
         return _key_text("minisign secret key", _PLAIN, bytes(48), secret)
-    salt, operations = secrets.token_bytes(32), memory // (_MEMORY // _OPERATIONS)
+    salt, operations = os.urandom(32), memory // (_MEMORY // _OPERATIONS)
     secret = _xor(secret, _stretched(password, salt, operations, memory, path))
     settings = salt + operations.to_bytes(8, "little") + memory.to_bytes(8, "little")
     return _key_text("minisign encrypted secret key", _SCRYPT, settings, secret)

@@ -18,6 +18,7 @@ from PIL import Image
 
 import spmdeploy
 from spmdeploy import cli
+from spmdeploy.cli import commands
 from spmdeploy.edit_files import GROWTH_OF_CHANGES
 from spmdeploy.labels import class_table, colourise
 from spmdeploy.samples import SAMPLE_EDITS
@@ -158,7 +159,7 @@ def commands_of(group: Any, prefix: str = "") -> set[str]:
 
 
 def test_there_are_no_other_commands() -> None:
-    assert commands_of(typer.main.get_command(cli.app)) == set(COMMANDS)
+    assert commands_of(typer.main.get_command(commands.app)) == set(COMMANDS)
 
 
 @pytest.mark.parametrize("words", [[], *COMMANDS.values()], ids=["spmdeploy", *COMMANDS])
@@ -267,7 +268,7 @@ def test_ctrl_c_before_the_command_has_begun(run: Any, monkeypatch: pytest.Monke
     def interrupted(*arguments: Any, **options: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "app", interrupted)
+    monkeypatch.setattr(commands, "app", interrupted)
     assert run("doctor") == Ran(130, "", "error: interrupted\n")
 
 
@@ -292,14 +293,46 @@ def test_ctrl_c_while_the_command_line_is_imported(module: str, words: tuple[str
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])  # stdout fails when it is flushed, or when it is printed to
-def test_a_reader_that_goes_away_is_no_drama(unbuffered: str) -> None:
+@pytest.mark.parametrize("command", ["labels check", "edit"])
+def test_a_reader_that_goes_away_is_no_drama(command: str, unbuffered: str, files: Edit) -> None:
+    words = files.words(backend="onnxruntime", device="cpu", precision="fp32", json=True)
     reading, writing = os.pipe()
     os.close(reading)
-    command = [sys.executable, "-m", "spmdeploy", "labels", "check", str(SAMPLE_EDITS[0].labels)]
+    words = words if command == "edit" else [*command.split(), str(SAMPLE_EDITS[0].labels)]
     environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
-    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, env=environment, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "spmdeploy", *words],
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        check=False,
+    )
     os.close(writing)
     assert (done.returncode, done.stderr) == (1, "")
+    assert files.output.exists() == (command == "edit")
+
+
+WITH_LAST_WORDS = (
+    "import atexit, spmdeploy.cli\n"
+    "atexit.register(lambda: print('the interpreter was taken down', flush=True))\n"
+    "spmdeploy.cli.entry()"
+)
+
+
+def test_an_edit_ends_when_all_is_said(files: Edit, tmp_path: Path) -> None:
+    ran = process(*files.words(json=True), driver=WITH_LAST_WORDS)
+    assert ran.code == 0 and ran.json["output"] == str(files.output)
+    assert "device cpu" in ran.err.splitlines()[-1] or "precision" in ran.err.splitlines()[-1]
+    ran = process(*files.words(), driver=WITH_LAST_WORDS)  # there is an output already
+    assert (ran.code, ran.out) == (7, "") and ran.err.splitlines()[-1].startswith("hint: ")
+    ran = process("labels", "check", files.labels, driver=WITH_LAST_WORDS)
+    assert ran.code == 0 and ran.out.endswith("taken down\n")
+    ran = process(
+        *files.words(json=True, overwrite=True),
+        driver="import sys; sys.settrace(lambda *_: None)\n" + WITH_LAST_WORDS,
+    )
+    assert ran.code == 0 and ran.out.endswith("taken down\n")  # who watches tells at the end what was seen
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no file names that are not text")

@@ -16,6 +16,7 @@ import typer
 
 from spmdeploy import cli
 from spmdeploy.bundle import open_bundle
+from spmdeploy.cli import commands
 from spmdeploy.runtime.golden import read_golden
 from spmdeploy.samples import SAMPLE_EDITS
 
@@ -28,7 +29,7 @@ EXECUTED = re.findall(r"^\$ spmdeploy (.+)$", PAGE, re.MULTILINE)
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_and_option_exists(command: str) -> None:
     words = shlex.split(command)[1:]
-    found: Any = typer.main.get_command(cli.app)
+    found: Any = typer.main.get_command(commands.app)
     while hasattr(found, "commands"):
         found = found.commands[words.pop(0)]
     found.make_context("spmdeploy", words)  # parses, checks names, counts and choices; runs nothing

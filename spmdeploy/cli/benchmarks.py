@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from spmdeploy.cli.options import Device, Json, Overwrite, PrecisionChoice, Preset
+from spmdeploy.cli.choices import PrecisionChoice
+from spmdeploy.cli.options import Device, Json, Overwrite, Preset
 from spmdeploy.cli.talk import in_columns, print_result, say, step_line
 from spmdeploy.errors import UsageError
 

@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import spmdeploy
-from spmdeploy.cli.edits import opened_editor
+from spmdeploy.cli.choices import Backend, PrecisionChoice
+from spmdeploy.cli.one_edit import opened_editor
 from spmdeploy.cli.options import (
-    Backend,
     BackendOption,
     Device,
     Json,
     Overwrite,
-    PrecisionChoice,
     PrecisionOption,
     RequireSignature,
 )
@@ -73,7 +72,7 @@ def verify(
 
     opened = open_bundle(bundle or spmdeploy.default_model(), _public_key(require_signature))
     opened.check_all()
-    with opened_editor(opened.path, backend, device, precision, require_signature) as editor:
+    with opened_editor(opened.path, backend.value, device, precision.value, require_signature) as editor:
         session = editor.session
         results = repeat_golden_edits(session, opened)
         ran = {key: getattr(session, key) for key in ("backend", "device", "precision", "provider")}

@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-import spmdeploy
+from spmdeploy.cli.choices import Backend, PrecisionChoice, TilingChoice
+from spmdeploy.cli.one_edit import EditOptions, opened_editor, run_edit
 from spmdeploy.cli.options import (
-    Backend,
     BackendOption,
     Device,
     Json,
     MatchSurroundings,
     Model,
     Overwrite,
-    PrecisionChoice,
     PrecisionOption,
     RequireSignature,
     Tiling,
-    TilingChoice,
 )
-from spmdeploy.cli.talk import needs, print_result, progress_bar, say, say_notes
+from spmdeploy.cli.talk import print_result, progress_bar, say
 from spmdeploy.errors import BatchItemsFailed
-
-if TYPE_CHECKING:
-    from spmdeploy.editor import Editor
 
 
 def edit(
@@ -71,41 +65,30 @@ def edit(
     What it shall show comes from --labels or --fill, where it may change from --mask or --edited-from. All other pixels
     stay as they are. With --extend the picture grows; --labels is then a map of the grown picture.
     """
-    from spmdeploy.edit_files import EditFiles, edit_files, parse_sides
-
-    started = time.perf_counter()
-    files = EditFiles(
-        image=image,
-        output=output,
-        labels=labels,
-        fill=fill,
-        mask=mask,
-        edited_from=edited_from,
-        extend=None if extend is None else parse_sides(extend),
-        instances=instances,
-        grow=grow,
-        sheet=sheet,
-        explain=explain,
-        overwrite=overwrite,
-        match_surroundings=match_surroundings,
+    run_edit(
+        EditOptions(
+            image=image,
+            output=output,
+            labels=labels,
+            fill=fill,
+            mask=mask,
+            edited_from=edited_from,
+            extend=extend,
+            instances=instances,
+            grow=grow,
+            sheet=sheet,
+            explain=explain,
+            model=model,
+            backend=backend.value,
+            device=device,
+            precision=precision.value,
+            tiling=tiling.value,
+            match_surroundings=match_surroundings,
+            require_signature=require_signature,
+            overwrite=overwrite,
+            as_json=as_json,
+        )
     )
-    with opened_editor(model, backend, device, precision, require_signature) as editor:
-        opened = time.perf_counter()
-        with progress_bar("editing") as show:
-            result = edit_files(editor, files, tiling.value, show)
-        choices = editor.choices
-    ended = time.perf_counter()
-    say_notes(result.notes)
-    seconds = {"open": round(opened - started, 4), "edit": round(ended - opened, 4)}
-    payload = {**result.to_json(), "choices": list(choices), "seconds": seconds}
-    windows = len(result.report.windows)
-    summary = f"{output}: {result.report.edited_pixels} pixels in {windows} window{'s' * (windows != 1)}"
-    if tiles := result.report.tiles:
-        summary += f", {tiles} tile{'s' * (tiles != 1)}"
-    lines = [f"{summary}, {result.report.provider}, {result.report.precision}, {ended - started:.2f} s"]
-    lines += [f"{sheet}: before, labels, mask, after"] if sheet else []
-    lines += [f"{explain}: windows and tiles"] if explain else []
-    print_result("edit", payload, lines, as_json)
 
 
 def batch(
@@ -132,7 +115,10 @@ def batch(
     from spmdeploy.batch import STATUS_FILE, ItemStatus, read_manifest, run_batch
 
     items = read_manifest(manifest, output_dir, overwrite, match_surroundings)
-    with opened_editor(model, backend, device, precision, require_signature) as editor, progress_bar("editing") as show:
+    with (
+        opened_editor(model, backend.value, device, precision.value, require_signature) as editor,
+        progress_bar("editing") as show,
+    ):
         done = 0
 
         def progress(status: ItemStatus) -> None:
@@ -150,13 +136,3 @@ def batch(
     line = ", ".join(f"{count} {name}" for name, count in counts.items())
     failure = BatchItemsFailed(f"{counts['failed']} of {len(statuses)} items failed", f"see {output_dir / STATUS_FILE}")
     print_result("batch", payload, [f"{output_dir}: {line}"], as_json, failure if counts["failed"] else None)
-
-
-def opened_editor(
-    model: Path | None, backend: Backend, device: str, precision: PrecisionChoice, require_signature: str | None
-) -> Editor:
-    with needs("export"):
-        editor = spmdeploy.open_editor(model, backend.value, device, precision.value, require_signature)
-    for choice in editor.choices:
-        say(choice)
-    return editor

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from spmdeploy.cli.bundles import _decibel, _public_key
-from spmdeploy.cli.options import Classes, Json, Overwrite, PrecisionChoice, PrecisionOption, RequireSignature, Targets
+from spmdeploy.cli.choices import PrecisionChoice
+from spmdeploy.cli.options import Classes, Json, Overwrite, PrecisionOption, RequireSignature, Targets
 from spmdeploy.cli.talk import in_columns, needs, print_result, say, say_notes
 from spmdeploy.errors import UsageError
 

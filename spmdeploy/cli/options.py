@@ -8,26 +8,7 @@ from typing import Annotated
 
 import typer
 
-
-class Backend(StrEnum):
-    auto = "auto"
-    onnxruntime = "onnxruntime"
-    tensorrt = "tensorrt"
-    tensorrt_rtx = "tensorrt-rtx"
-    torch = "torch"
-
-
-class PrecisionChoice(StrEnum):
-    auto = "auto"
-    fp32 = "fp32"
-    fp16 = "fp16"
-
-
-class TilingChoice(StrEnum):
-    auto = "auto"
-    off = "off"
-    crop = "crop"
-    cascade = "cascade"
+from spmdeploy.cli.choices import Backend, PrecisionChoice, TilingChoice
 
 
 class Preset(StrEnum):

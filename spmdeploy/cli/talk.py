@@ -1,4 +1,4 @@
-"""Results on stdout, talk and progress on stderr, errors as words or JSON."""
+"""Results on stdout, talk and progress on stderr, errors as words or JSON. typer comes when it is needed."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
-
-import typer
 
 from spmdeploy.errors import SpmDeployError, UnavailableError
 
@@ -32,6 +30,8 @@ def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
         if total < 2 or not sys.stderr.isatty():
             return
         if bar is None:
+            import typer
+
             bar = typer.progressbar(length=total, label=title, file=sys.stderr)
             bar.__enter__()
         bar.update(done - bar.pos)
@@ -85,6 +85,8 @@ def print_result(
         if failure is not None:
             report_error(failure)
     if failure is not None:
+        import typer
+
         raise typer.Exit(failure.exit_code)
 
 

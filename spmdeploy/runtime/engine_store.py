@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import secrets
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -116,7 +115,7 @@ class FoundEngine:
         path = self.path.with_name(RECORD_FILE)
         if self.shipped:
             raise InputError(f"{path}: cannot be written: it was shipped with the bundle", "what is shipped stays")
-        beside = path.with_name(f".{RECORD_FILE}.{secrets.token_hex(4)}")
+        beside = path.with_name(f".{RECORD_FILE}.{os.urandom(4).hex()}")
         try:
             beside.write_bytes(record.to_bytes())
             os.replace(beside, path)
@@ -389,7 +388,7 @@ class EngineWriter:
     def __init__(self, place: EnginePlace, name: str) -> None:
         """name: of graph and precision, for the log of a build that fails."""
         self._place = place
-        self._folder = place.folder / f".{name}.{secrets.token_hex(4)}{BUILDING}"
+        self._folder = place.folder / f".{name}.{os.urandom(4).hex()}{BUILDING}"
         self.log = self._folder / LOG_FILE
         self.failed_log = place.folder / f"{name}.failed.log"
 

@@ -6,7 +6,6 @@ They are code for the GPU that no hash in a bundle covers, so they are kept in t
 from __future__ import annotations
 
 import os
-import secrets
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -40,7 +39,7 @@ class KernelCache:
         content = b"" if serialized is None else bytes(serialized)
         if content in (b"", self._content):
             return []
-        beside = self._path.with_name(f".{self._path.name}.{secrets.token_hex(4)}")
+        beside = self._path.with_name(f".{self._path.name}.{os.urandom(4).hex()}")
         try:
             self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             beside.write_bytes(content)
