@@ -12,8 +12,10 @@ PROFILED_RUNS = 3
 _STAGE = re.compile(r"stages\.(\d+)")
 _MODULE = re.compile(r"\.(features|context_\w+?|layout_\w+?|to_rgb)(?=/|$)")
 _LAYER = re.compile(r"\.(?:encoder|decoder)\.\d+")
-# What `to_cpu` adds around the convolutions that it restricts.
-_BOX = re.compile(r"^box/|/(?:around|padded|inside|rows|base|base_box|change|changes|everywhere)$")
+# What `to_cpu` adds to compute in the box around the mask, and to put that into the whole; at the end what it did once.
+_BOX = re.compile(
+    r"^box/|/(?:around|borders|wide|inside|changed)(?:/|$)|/(?:padded|rows|base|base_box|change|changes|everywhere)$"
+)
 _KINDS = {"features": "main convolution", "context": "context modulation", "layout": "layout branch", "to": "to RGB"}
 _OPERATORS = {
     "InstanceNormalization": "normalisation",
