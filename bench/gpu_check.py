@@ -8,6 +8,8 @@ Two bundles are made, one with seeded random weights and one whose activations o
 - gives the pictures that PyTorch in FP32 gives on the same device, within the limits of its precision, on both bundles;
 - gives the same bytes every time, and leaves the device's memory as it was: while it runs, and when it is closed;
 - does not disturb PyTorch in the same process, nor PyTorch it; engines take PyTorch's tensors where they lie;
+- carries a large edit up through its levels, to PyTorch's picture; engines without a copy to the host in between, and
+  to the very picture that comes out by way of the host;
 - is timed, by the device's events and by the wall clock, but only if all of that holds.
 
 What cannot run appears with the reason. Ends with 5 when a check failed, 4 when nothing could be prepared. Writes JSON
@@ -32,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gpu_cascade import cascade
 from gpu_contenders import Contender, Runner, contenders, free_bytes
 from numpy.typing import NDArray
 
@@ -197,6 +200,9 @@ def judge(contender: Contender, work: Path, repeats: int) -> dict[str, Any]:
             checks.append(pictures(runner, contender, bundles["plain"], work))
             checks.append(repeated(runner, contender, bundles["plain"], repeats))
             checks += beside_torch(runner, contender, bundles["plain"])
+            if runner.session is not None:
+                first = next(iter(_golden(bundles["plain"]).values()))
+                checks.append(cascade(runner.session, contender, bundles["plain"], first, work))
             times = latency(runner, bundles["plain"], repeats)
             told["notes"] = list(runner.notes())
         with _opened(contender, bundles["large"]) as runner:
@@ -393,8 +399,9 @@ def table(told: dict[str, Any]) -> str:
         f"{large['largest_value']:.0f} of {large['largest_half']:.0f}.",
         "",
         "| backend | outcome | largest drift | lowest PSNR | with large activations | same bytes | "
-        "batch 1: device p50 / p95 | wall p50 / p95 | batch 8: wall p50 |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "batch 1: device p50 / p95 | wall p50 / p95 | batch 8: wall p50 | "
+        "large edit: kept on | wall p50 | by way of the host |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [f"| {' | '.join(_row(result))} |" for result in told["contenders"]]
     said: dict[str, list[str]] = {}
@@ -410,6 +417,7 @@ def _row(result: dict[str, Any]) -> list[str]:
     plain, large = (checks.get(f"pictures of the {name} bundle") for name in BUNDLES)
     again, times = checks.get("repeated"), result.get("milliseconds", {})
     one, eight = times.get("1", {}), times.get("8", {})
+    large_edit = checks.get("cascade", {})
     return [
         result["name"],
         result["status"],
@@ -420,7 +428,16 @@ def _row(result: dict[str, Any]) -> list[str]:
         _pair(one.get("device")),
         _pair(one.get("wall")),
         f"{eight['wall']['p50']:.2f} ms" if eight else "",
+        large_edit.get("between_levels", ""),
+        *(_edit_time(large_edit.get(name) if times else None) for name in _CASCADE_TIMES),
     ]
+
+
+_CASCADE_TIMES = ("milliseconds", "milliseconds by way of the host")
+
+
+def _edit_time(times: dict[str, Any] | None) -> str:
+    return f"{times['edit']:.0f} ms" if times else ""
 
 
 def _worst(check: dict[str, Any] | None, figure: str) -> str:

@@ -32,6 +32,8 @@ class Runner:
     notes: Callable[[], tuple[str, ...]] = field(default=lambda: ())
     refine: Callable[..., NDArray[np.float32]] | None = None
     """From host arrays (image, labels, instances, mask, coarse) to unrounded pictures, where it can."""
+    session: Any = None
+    """For large edits; None where it does not refine."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,8 @@ class Contender:
 def _torch(bundle: Bundle, device: str, half: bool = False, compiled: bool = False) -> Iterator[Runner]:
     import torch
 
-    from spmdeploy.networks.deploy_graph import EditGraph, RefineGraph
-    from spmdeploy.networks.session import bundled_generator
+    from spmdeploy.bench.torch_backends import AutocastSession, CompiledSession
+    from spmdeploy.networks.session import TorchSession, bundled_generator
 
     if device != "cpu" and not torch.cuda.is_available():
         raise UnavailableError(f"torch {torch.__version__} sees no GPU", "install a build of PyTorch with CUDA")
@@ -59,44 +61,30 @@ def _torch(bundle: Bundle, device: str, half: bool = False, compiled: bool = Fal
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
     generator = bundled_generator(bundle)
-    graph: Any = EditGraph(generator).to(device).eval()
-    refines = len(generator.stages) > 1 and not compiled
-    refine_graph = RefineGraph(generator).to(device).eval() if refines else None
-
-    def outputs(graph: Any, *inputs: NDArray[Any]) -> Any:
-        tensors = [torch.from_numpy(np.ascontiguousarray(array)).to(device) for array in inputs]
-        with torch.inference_mode(), torch.autocast("cuda", torch.float16, enabled=half):
-            return graph(*tensors)
-
-    def compute(*inputs: NDArray[Any]) -> Any:
-        return outputs(graph, *inputs)[0].cpu()
-
-    def refine(*inputs: NDArray[Any]) -> NDArray[np.float32]:
-        refined: NDArray[np.float32] = outputs(refine_graph, *inputs)[1].cpu().numpy()
-        return refined
-
-    def run(image: Any, labels: Any, instances: Any, mask: Any) -> NDArray[np.uint8]:
-        edited: NDArray[np.uint8] = compute(image, labels, instances, mask).numpy()
-        return edited
+    if compiled:
+        session: TorchSession = CompiledSession(generator, device, "fp16" if half else "fp32")
+    else:
+        session = (AutocastSession if half else TorchSession)(generator, device)
 
     def timed(image: Any, labels: Any, instances: Any, mask: Any) -> float:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
-        compute(image, labels, instances, mask)
+        session.run(image, labels, instances, mask)
         end.record()
         end.synchronize()
         return float(start.elapsed_time(end))
 
     if compiled:
-        graph = torch.compile(graph)
         try:
-            compute(*(np.zeros((1, 256, 256, *more), kind) for more, kind in _EMPTY))
+            session.run(*(np.zeros((1, 256, 256, *more), kind) for more, kind in _EMPTY))
         except Exception as error:  # whatever the compiler lacks: Triton, a C compiler, this GPU
             raise UnavailableError(f"torch.compile does not work here: {' '.join(str(error).split())[:300]}") from error
     name = torch.cuda.get_device_name(0) if device != "cpu" else "the CPU"
     words = "compiled " * compiled + ("FP16 autocast" if half else "FP32")
     facts = {"provider": f"torch {torch.__version__}, {words}, on {name}"}
-    yield Runner(run, facts, None if device == "cpu" else timed, refine=refine if refines else None)
+    refining = session if session.refines and not compiled else None  # a second graph takes minutes to compile
+    refine = None if refining is None else refining.refine
+    yield Runner(session.run, facts, None if device == "cpu" else timed, refine=refine, session=refining)
 
 
 @contextmanager
@@ -122,6 +110,7 @@ def _session(bundle: Bundle, device: str, backend: str, precision: str) -> Itera
             session.run_device if engine else None,
             lambda: tuple(session.notes),
             session.refine if session.refines else None,
+            session if session.refines else None,
         )
     finally:
         session.close()

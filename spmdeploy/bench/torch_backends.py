@@ -51,6 +51,17 @@ class CompiledSession(TorchSession):
             ) from error
 
 
+class AutocastSession(TorchSession):
+    """The deploy graph in eager PyTorch under FP16 autocast, on a GPU."""
+
+    def __init__(self, generator: Generator, device: str) -> None:
+        super().__init__(generator, device)
+        self.precision = "fp16"
+        self.provider = f"{self.provider}, FP16 autocast"
+        self.edit_graph: Any = _InHalves(self.edit_graph)
+        self._refine: Any = None if self._refine is None else _InHalves(self._refine)
+
+
 class ResidentTorchEdit:
     """An edit whose inputs and output stay on the GPU; see `resident.ResidentEdit`."""
 

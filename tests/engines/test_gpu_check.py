@@ -27,6 +27,7 @@ from spmdeploy.networks.session import TorchSession
 from spmdeploy.runtime.golden import GoldenPictures, measure_drift
 from spmdeploy.samples import SAMPLE_EDITS
 
+from .simulated_gpu import Code
 from .simulated_tensorrt import edited_like
 from .test_engine_session import Machine, add, bundle, machine, painted_black
 from .test_trt import record_of
@@ -38,7 +39,7 @@ __all__ = ["bundle", "machine"]  # fixtures of the neighbour
 @pytest.fixture(scope="module")
 def scripts() -> Iterator[dict[str, ModuleType]]:
     """The modules of bench/, which is no package."""
-    names = ("large_activations", "gpu_contenders", "gpu_check")
+    names = ("large_activations", "gpu_contenders", "gpu_cascade", "gpu_check")
     sys.path.insert(0, str(BENCH))
     try:
         yield {name: __import__(name) for name in names}
@@ -242,18 +243,37 @@ def test_an_engine_is_judged_from_build_to_close(
 ) -> None:
     from spmdeploy.bundle import open_bundle
 
-    monkeypatch.setattr(
-        scripts["gpu_contenders"],
-        "_build",
-        lambda bundle, *how: {"path": str(add(open_bundle(bundle.path), record_of()))},
-    )
+    def built(bundle: Bundle, *how: str) -> dict[str, Any]:
+        there = open_bundle(bundle.path)
+        return {graph: str(add(there, record_of(graph=graph))) for graph in ("edit", "refine")}
+
+    monkeypatch.setattr(scripts["gpu_contenders"], "_build", built)
+    large_edit = scripts["gpu_cascade"].large_edit
+
+    def of_two_classes(golden: GoldenPictures) -> Any:
+        scene = large_edit(golden)
+        return scene._replace(labels=scene.labels % 2)
+
+    monkeypatch.setattr(scripts["gpu_cascade"], "large_edit", of_two_classes)
     (engine,) = (one for one in scripts["gpu_contenders"].contenders(True) if one.name == "tensorrt fp16 on cuda")
     told = judged(scripts, engine, work, repeats=12)
     assert told["status"] == "passed", told["reason"]
     assert told["milliseconds"]["1"]["device"]["p50"] == machine.gpu.milliseconds
     checks = {check["name"]: check for check in told["checks"]}
+    cascade = checks["cascade"]
+    assert cascade["between_levels"] == "device" and len(cascade["levels"]) == 2 and cascade["tiles"] > 16
+    assert all(level["refined"] for level in cascade["levels"])
+    assert cascade["copies"]["to_host_before_the_end"] == 0 < cascade["copies"]["bytes_to_host"]
+    row = scripts["gpu_check"]._row(told)
+    assert row[-3] == "device" and row[-2].endswith(" ms") and row[-1].endswith(" ms")
     assert checks["repeated"]["bytes_lost"] == checks["memory after closing"]["bytes_lost"] == 0
     assert machine.gpu.left_behind == {} and machine.gpu.contexts == []
+
+    machine.gpu.fails["cuModuleLoadData"] = Code.CUDA_ERROR_INVALID_VALUE
+    told = judged(scripts, engine, work, repeats=1)
+    assert told["status"] == "failed" and "cascade: it did not stay on the device: " in told["reason"]
+    assert "failed at kernels between levels" in told["reason"] and "milliseconds" not in told
+    machine.gpu.fails.clear()
 
     real = scripts["gpu_check"].free_bytes
     lost = iter(range(0, 1 << 40, 8 << 20))
