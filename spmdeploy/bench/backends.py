@@ -10,8 +10,9 @@ import importlib.util
 from spmdeploy.bench.record import Ran
 from spmdeploy.bundle import Bundle
 from spmdeploy.errors import UnavailableError
-from spmdeploy.manifest import EDIT, EDIT_ON_CPU, GraphRecord
+from spmdeploy.manifest import EDIT, ON_CPU, GraphRecord
 from spmdeploy.runtime.cuda import visible_gpus
+from spmdeploy.runtime.ort import OnnxRuntimeSession
 from spmdeploy.runtime.session import Session, check_device, open_session
 from spmdeploy.runtime.trt import TensorRtSession
 
@@ -58,10 +59,6 @@ def has_torch() -> bool:
 
 
 def describe(session: Session, bundle: Bundle) -> Ran:
-    graph = graph_of(session, bundle)
-    file_bytes = None if graph is None else sum(bundle.files()[name] for name in graph.files)
-    if isinstance(session, TensorRtSession):
-        file_bytes = session.engine_bytes
     provider, threads = session.provider, None
     if session.backend in (EAGER, "torch-compile"):
         from spmdeploy.bench.torch_backends import compute_settings
@@ -73,7 +70,7 @@ def describe(session: Session, bundle: Bundle) -> Ran:
         precision=session.precision,
         provider=provider,
         threads=threads,
-        file_bytes=file_bytes,
+        file_bytes=loaded_bytes(session, bundle),
         weights_bytes=bundle.manifest.generator.parameters * (2 if session.precision == "fp16" else 4),
     )
 
@@ -106,10 +103,23 @@ def _open_torch(bundle: Bundle, name: str, device: str, precision: str) -> Sessi
     return open_compiled_session(bundle, device, precision)
 
 
-def graph_of(session: Session, bundle: Bundle) -> GraphRecord | None:
-    """The record of the graph that a session has loaded; only ONNX Runtime loads one."""
-    if session.backend != "onnxruntime":
+def loaded_bytes(session: Session, bundle: Bundle) -> int | None:
+    """Bytes of the graphs or engines that a session has loaded by now, weights that they share counted once; None where
+    it loads no files."""
+    if isinstance(session, TensorRtSession):
+        return session.engine_bytes
+    if not isinstance(session, OnnxRuntimeSession):
         return None
-    names = (EDIT_ON_CPU, EDIT) if session.device == "cpu" else (EDIT,)
+    graphs = filter(None, (_record_of(session, bundle, name) for name in session.loaded))
+    return sum(bundle.files()[name] for name in {name for graph in graphs for name in graph.files})
+
+
+def graph_of(session: Session, bundle: Bundle) -> GraphRecord | None:
+    """The record of the edit graph that a session has loaded; only ONNX Runtime loads one."""
+    return _record_of(session, bundle, EDIT) if session.backend == "onnxruntime" else None
+
+
+def _record_of(session: Session, bundle: Bundle, name: str) -> GraphRecord | None:
+    names = (ON_CPU[name], name) if session.device == "cpu" else (name,)
     records = {record.graph: record for record in bundle.manifest.graphs if record.precision == session.precision}
     return next((records[name] for name in names if name in records), None)

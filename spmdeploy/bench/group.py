@@ -228,7 +228,7 @@ def _timed(row: Row, turns: Sequence[Turn], phases: dict[str, float], memory: Me
         edits_per_second=edits / seconds,
         megapixels_per_second=edits / seconds * row.size**2 / 1e6,
         joules_per_edit=sum(joules) / edits if len(joules) == len(turns) else None,
-        memory=RowMemory(memory.ready, memory.peak, memory.device, memory.activations),
+        memory=RowMemory(memory.ready, memory.peak, memory.device, memory.activations, memory.loaded),
         phases_ms={name: round(value, 4) for name, value in phases.items()},
         samples_ms=tuple(tuple(round(sample, 4) for sample in turn.samples) for turn in turns),
     )

@@ -41,6 +41,8 @@ class Memory:
     """Held on the GPU after the row."""
     activations: int | None = None
     """What the library has for intermediate results."""
+    loaded: int | None = None
+    """The files of the graphs or engines that are loaded after the row: `refine` among them once it was used."""
 
 
 class Racer(Contestant, Protocol):

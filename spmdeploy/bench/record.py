@@ -89,6 +89,8 @@ class RowMemory:
     """Of that process on the GPU, by NVML."""
     activations: int | None
     """What the library says it needs beside the weights: TensorRT always, ONNX Runtime and PyTorch with --profile."""
+    loaded: int | None = None
+    """The files of the graphs or engines that were loaded by then: `refine` among them once a large edit used it."""
 
 
 @dataclass(frozen=True)
@@ -207,16 +209,19 @@ _PLAIN: dict[object, Reader] = {str: as_text, int: as_count, float: as_number, b
 
 
 def as_dataclass(kind: type[T]) -> Callable[[object, str], T]:
-    """A reader of JSON objects whose fields are those of a dataclass, by their annotations. Others are passed over."""
+    """A reader of JSON objects whose fields are those of a dataclass, by their annotations. Others are passed over, and
+    those with a default, which came later than the schema, may be missing."""
     hints = typing.get_type_hints(kind)
+    later = {field.name for field in dataclasses.fields(kind) if field.default is not dataclasses.MISSING}  # type: ignore[arg-type]
 
     def read(value: object, where: str) -> T:
         given = as_object(value, where or "the record")
-        missing = next((name for name in hints if name not in given), None)
+        missing = next((name for name in hints if name not in given and name not in later), None)
         if missing:
             raise WrongField(f"{where}{'.' if where else ''}{missing} is missing")
         prefix = f"{where}." if where else ""
-        return kind(**{name: _reader(hint)(given[name], prefix + name) for name, hint in hints.items()})
+        there = {name: hint for name, hint in hints.items() if name in given}
+        return kind(**{name: _reader(hint)(given[name], prefix + name) for name, hint in there.items()})
 
     return read
 

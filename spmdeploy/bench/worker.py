@@ -22,9 +22,10 @@ from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from spmdeploy import images
-from spmdeploy.bench.backends import EAGER, describe, open_backend
+from spmdeploy.bench.backends import EAGER, describe, loaded_bytes, open_backend
 from spmdeploy.bench.cases import EditBatch, EditCase, write_case
 from spmdeploy.bench.contest import Turn
 from spmdeploy.bench.nvml import GpuMeter, Nvml
@@ -36,10 +37,11 @@ from spmdeploy.bench.resident import ResidentEdit, device_milliseconds, resident
 from spmdeploy.bundle import open_bundle
 from spmdeploy.edit_files import FileEdit, edit_files
 from spmdeploy.editor import Editor
-from spmdeploy.errors import OutOfMemory, SpmDeployError, UnavailableError
+from spmdeploy.errors import OutOfMemory, SpmDeployError, UnavailableError, VerificationError
 from spmdeploy.runtime.cuda import gpu_uuid
 from spmdeploy.runtime.cuda_device import Device
 from spmdeploy.runtime.golden import GoldenResult, verify_edits
+from spmdeploy.runtime.ort import OnnxRuntimeSession
 from spmdeploy.runtime.session import KeepsLayouts, Session
 from spmdeploy.runtime.trt import TensorRtSession
 
@@ -75,12 +77,12 @@ class Bench:
         self._ready = _resident_bytes("VmRSS")
         self._device: Device | None = None
         self._meter: GpuMeter | None = None
-        self._case = self._resources.enter_context(ExitStack())
         if self._session.device != "cpu":
             ordinal = int(self._session.device.removeprefix("cuda:"))
             self._device = Device(ordinal)
             self._resources.callback(self._device.close)
             self._meter = self._resources.enter_context(Nvml()).meter(gpu_uuid(ordinal))
+        self._case = self._resources.enter_context(ExitStack())  # the last, so that it is closed before the device
 
     def describe(self) -> Ran:
         return describe(self._session, self._bundle)
@@ -96,14 +98,29 @@ class Bench:
             picture = self._session.run(*batch.arrays)
             self._timed = [_timed_on_host(lambda: self._session.run(*batch.arrays))] * streams
         else:
-            if streams > 1:
-                raise UnavailableError("several calls at once are measured on CPUs only", "raise --batch instead")
-            edit = resident_edit(self._session, batch, self._device, self._case)
-            device_milliseconds(edit, self._device)
-            picture = edit.fetch()
-            self._timed = [self._timed_on_device(edit, self._device)]
+            sessions = self._sessions(streams)
+            edits = [resident_edit(one, batch, self._device, self._case) for one in sessions]
+            for session in sessions:  # at the end of the case nobody works any more when the first is given back
+                if isinstance(session, TensorRtSession):
+                    self._case.callback(session.synchronise)
+            picture = _first_picture(edits, self._device)
+            self._timed = [self._timed_on_device(edit, self._device) for edit in edits]
         modes: dict[str, str | int] = {"inputs": "on the GPU", "CUDA graphs": "no"} if self._device else {}
         return First(batch.image, picture, time.perf_counter() - started, modes)
+
+    def _sessions(self, count: int) -> list[Session]:
+        """So many, until the end of the case: each has a stream, contexts and weights of its own, and none waits for
+        another. Raises UnavailableError for PyTorch, whose calls would share a stream."""
+        session = self._session
+        if count > 1 and not isinstance(session, TensorRtSession | OnnxRuntimeSession):
+            raise UnavailableError(
+                f"{self._backend} is measured with one stream on a GPU", "several are for engines and ONNX Runtime"
+            )
+        others = []
+        for _ in range(count - 1):
+            others.append(open_backend(self._bundle, self._backend, session.device, session.precision))
+            self._case.callback(others[-1].close)
+        return [session, *others]
 
     def prepare_frame(self, batch: EditBatch, streams: int) -> First:
         """The graph for one image more under a layout that the session keeps, from arrays to arrays."""
@@ -147,9 +164,7 @@ class Bench:
     def turn(self, seconds: float, iterations: int) -> Turn:
         """Runs what was prepared last until both are reached; several streams run at once."""
         joules = None if self._meter is None else self._meter.joules()
-        started = time.perf_counter()
-        samples = _together([partial(_repeated, timed, seconds, iterations) for timed in self._timed])
-        elapsed = time.perf_counter() - started
+        samples, elapsed = _together([partial(_repeated, timed, seconds, iterations) for timed in self._timed])
         spent = None if self._meter is None else self._meter.joules()
         energy = None if joules is None or spent is None else spent - joules
         return Turn(tuple(samples), elapsed, energy)
@@ -180,7 +195,8 @@ class Bench:
     def memory(self) -> Memory:
         device = None if self._meter is None else self._meter.memory_of(os.getpid())
         activations = self._session.activation_bytes if isinstance(self._session, TensorRtSession) else None
-        return Memory(self._ready, _resident_bytes("VmHWM"), device, activations)
+        loaded = loaded_bytes(self._session, self._bundle)
+        return Memory(self._ready, _resident_bytes("VmHWM"), device, activations, loaded)
 
     def close(self) -> None:
         self._resources.close()
@@ -218,13 +234,31 @@ def _repeated(timed: Timed, seconds: float, iterations: int) -> list[float]:
     return samples
 
 
-def _together(loops: list[Callable[[], list[float]]]) -> list[float]:
-    """Runs all loops at once, each in a thread of its own; one alone in this thread. Raises what any of them raises."""
+def _first_picture(edits: list[ResidentEdit], device: Device) -> NDArray[np.uint8]:
+    """What all make of it, by one after the other. Raises VerificationError where they do not agree."""
+    pictures = []
+    for edit in edits:
+        device_milliseconds(edit, device)
+        pictures.append(edit.fetch())
+    if not all(np.array_equal(picture, pictures[0]) for picture in pictures):
+        raise VerificationError("one and the same edit comes out differently in another stream", "report it")
+    return pictures[0]
+
+
+def _together(loops: list[Callable[[], list[float]]]) -> tuple[list[float], float]:
+    """Runs all loops at once, each in a thread of its own; one alone in this thread. Raises what any of them raises.
+
+    Returns what they return, and the seconds from the moment when all were ready until the last had ended.
+    """
     if len(loops) == 1:
-        return loops[0]()
+        started = time.perf_counter()
+        return loops[0](), time.perf_counter() - started
     results: list[list[float] | BaseException] = [[] for _ in loops]
+    began: list[float] = []
+    ready = threading.Barrier(len(loops), action=lambda: began.append(time.perf_counter()))
 
     def run(place: int) -> None:
+        ready.wait()
         try:
             results[place] = loops[place]()
         except BaseException as error:
@@ -235,12 +269,13 @@ def _together(loops: list[Callable[[], list[float]]]) -> list[float]:
         thread.start()
     for thread in threads:
         thread.join()
+    elapsed = time.perf_counter() - began[0]
     samples: list[float] = []
     for result in results:
         if isinstance(result, BaseException):
             raise result
         samples += result
-    return samples
+    return samples, elapsed
 
 
 def _resident_bytes(field: str) -> int | None:

@@ -115,6 +115,11 @@ class OnnxRuntimeSession:
                 self._refine = LoadedGraph(self._get_refine(), REFINE, self.device, self._threads)
             return self._refine
 
+    @property
+    def loaded(self) -> tuple[str, ...]:
+        """The graphs that are: `refine` is from its first use on."""
+        return tuple(name for name, graph in ((EDIT, self._edit), (REFINE, self._refine)) if graph is not None)
+
     def keep_layout(
         self, labels: NDArray[np.uint8], instances: NDArray[np.int32], mask: NDArray[np.uint8]
     ) -> LayoutRun:

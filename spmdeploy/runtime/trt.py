@@ -57,7 +57,6 @@ class TensorRtSession:
         self.lacks_refine = refine if isinstance(refine, Lack) else None
         self.refines = self.lacks_refine is None
         self.max_batch = record.batch.max
-        self.engine_bytes = record.engine.bytes
         self._library, self._refine_found = library, refine
         self._engines: dict[str, LoadedEngine] = {}
         self._open = True
@@ -74,6 +73,11 @@ class TensorRtSession:
     def notes(self) -> tuple[str, ...]:
         """What did not go as it should, though the results are right."""
         return tuple(note for engine in self._engines.values() for note in engine.notes)
+
+    @property
+    def engine_bytes(self) -> int:
+        """Of the engine files that are loaded: `refine` is from its first use on."""
+        return sum(engine.record.engine.bytes for engine in self._engines.values())
 
     @property
     def activation_bytes(self) -> int:

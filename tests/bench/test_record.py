@@ -93,3 +93,11 @@ def test_rows_know_their_case() -> None:
     torch, other = measured_row(), measured_row("onnxruntime", FAST)
     assert torch.case == other.case and torch.identity != other.identity
     assert replace(other, batch=4).case != other.case
+
+
+def test_a_record_from_before_a_figure_was_added() -> None:
+    value = json.loads(json.dumps(a_record().to_json()))
+    for row in value["rows"]:
+        if row["memory"]:
+            del row["memory"]["loaded"]
+    assert Record.from_json(value, "r.json") == a_record()

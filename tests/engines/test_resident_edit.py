@@ -10,12 +10,18 @@ import pytest
 
 from spmdeploy.bench.cases import EditBatch
 from spmdeploy.bench.resident import device_milliseconds, resident_edit
-from spmdeploy.errors import OutOfMemory
+from spmdeploy.bench.worker import Bench
+from spmdeploy.bundle import Bundle
+from spmdeploy.errors import OutOfMemory, VerificationError
+from spmdeploy.manifest import REFINE
 from spmdeploy.runtime.cuda_device import Device
 
 from .simulated_gpu import PACKAGES, Code, SimulatedGpu, plug_in
 from .simulated_tensorrt import edited_like
-from .test_trt import inputs_for, opened
+from .test_engine_session import Machine, add, bundle, machine
+from .test_trt import inputs_for, opened, record_of
+
+__all__ = ["bundle", "machine"]  # fixtures of the neighbour
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -53,3 +59,53 @@ def test_too_little_memory_leaves_nothing_behind(tmp_path: Path, monkeypatch: py
             resident_edit(session, EditBatch(**inputs_for(1)), device, stack)
         device.close()
     assert gpu.left_behind == {}
+
+
+# ------------------------------------------------------------------------------------------------------ several streams
+
+
+def test_several_streams_have_a_session_each_and_nothing_is_left_of_them(machine: Machine, bundle: Bundle) -> None:
+    gpu, given = machine.gpu, inputs_for(2)
+    add(bundle, record_of())
+    bench = Bench(bundle.path, "tensorrt", "cuda:0", "fp16")
+    alone = len(gpu.streams)
+    first = bench.prepare_engine(EditBatch(**given), 3)
+    assert np.array_equal(first.picture, edited_like(given)["edited"])
+    assert len(gpu.streams) == 3 * (alone + 1)  # of each session its own, and the one that it is timed on
+    gpu.calls.clear()
+    turn = bench.turn(0.0, 4)
+    assert len(turn.samples) == 3 * 4 == gpu.calls.count("execute_async_v3") and turn.seconds > 0
+    assert not any(call.startswith("cuMemcpy") for call in gpu.calls)
+    assert set(turn.samples) == {gpu.milliseconds}
+    bench.prepare_engine(EditBatch(**given), 1)
+    assert len(gpu.streams) == alone + 1 and len(bench.turn(0.0, 4).samples) == 4
+    bench.close()
+    assert gpu.left_behind == {} and gpu.contexts == []
+
+
+def test_streams_that_disagree_are_not_timed(machine: Machine, bundle: Bundle) -> None:
+    add(bundle, record_of())
+    bench = Bench(bundle.path, "tensorrt", "cuda:0", "fp16")
+    runs = iter(range(100))
+
+    def another_every_time(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        made = edited_like(inputs)
+        return made | {"edited": made["edited"] ^ np.uint8(next(runs) % 2)}
+
+    machine.libraries["tensorrt"]._computes = another_every_time
+    with pytest.raises(VerificationError, match="differently in another stream"):
+        bench.prepare_engine(EditBatch(**inputs_for(1)), 2)
+    bench.close()
+    assert machine.gpu.left_behind == {}
+
+
+def test_the_memory_of_a_row_counts_refine_once_it_is_loaded(machine: Machine, bundle: Bundle) -> None:
+    edit, refine = (add(bundle, record_of(graph=graph)) for graph in ("edit", REFINE))
+    bench = Bench(bundle.path, "tensorrt", "cuda:0", "fp16")
+    sizes = [next(path.parent.glob("*.engine")).stat().st_size for path in (edit, refine)]
+    bench.verify()
+    bench._session.run(**inputs_for(1))
+    loaded = bench.memory().loaded
+    bench._session.refine(**inputs_for(1, coarse=True))
+    assert bench.memory().loaded == sum(sizes) and loaded in (sizes[0], sum(sizes))
+    bench.close()
