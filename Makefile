@@ -69,7 +69,7 @@ clean:
 # Line by line and each allowed to fail: what is missing then appears in the result with its reason.
 .venv-gpu/ready: pyproject.toml
 	$(PYTHON) -m venv .venv-gpu
-	.venv-gpu/bin/pip install --quiet --editable ".[export,gpu]"
+	.venv-gpu/bin/pip install --quiet --editable ".[bench,export,gpu]"
 	-.venv-gpu/bin/pip install --quiet "onnxruntime-gpu[cuda,cudnn]"
 	-.venv-gpu/bin/pip install --quiet --editable ".[tensorrt-rtx]"
 	-.venv-gpu/bin/pip install --quiet --editable ".[tensorrt]"

@@ -21,15 +21,13 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
-import platform
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib import metadata
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +36,13 @@ from gpu_cascade import cascade
 from gpu_contenders import Contender, Runner, contenders, free_bytes
 from numpy.typing import NDArray
 
+from spmdeploy.bench.machine import describe_machine, read_state
 from spmdeploy.bundle import Bundle, open_bundle
 from spmdeploy.errors import SpmDeployError, UnavailableError
-from spmdeploy.runtime.cuda import gpu_facts, gpu_uuid, visible_gpus
+from spmdeploy.runtime.cuda import visible_gpus
 from spmdeploy.runtime.golden import GoldenPictures, measure_drift, read_golden
 
-SCHEMA = "spmdeploy.gpu-check/1"
+SCHEMA = "spmdeploy.gpu-check/2"
 FAILED, NOT_PREPARED = 5, 4
 PRESETS = {"paper": ("cityscapes", 32, 64), "small": ("street", 16, 32), "tiny": ("street", 2, 8)}
 BUNDLES = ("plain", "large")
@@ -79,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def check(options: argparse.Namespace, gpu: bool) -> int:
     """Prepares the bundles, lets every contender be judged in a process of its own, and writes what came out."""
-    before = machine()
+    before = asdict(read_state())
     try:
         activations = prepare(options)
     except (SpmDeployError, ModuleNotFoundError) as error:
@@ -96,7 +95,7 @@ def check(options: argparse.Namespace, gpu: bool) -> int:
         "schema": SCHEMA,
         "command": "make gpu-check",
         "passed": passed,
-        "machine": {**before, "after": _nvidia_smi()},
+        "machine": {**asdict(describe_machine()), "before": before, "after": asdict(read_state())},
         "weights": str(options.bundle or f"{options.preset}, seeded"),
         "repeats": options.repeats,
         "large_activations": activations,
@@ -389,11 +388,11 @@ def _summary(samples: list[float]) -> dict[str, Any]:
 def table(told: dict[str, Any]) -> str:
     """Markdown: a row for each contender, no speed where a check failed."""
     where, large = told["machine"], told["large_activations"]
-    gpu = where["gpu"]["name"] if isinstance(where["gpu"], dict) else f"no GPU ({where['gpu']})"
+    gpu = where["gpus"][0]["name"] if where["gpus"] else f"no GPU ({where['gpu_note']})"
     lines = [
         f"# `{told['command']}`: {'passed' if told['passed'] else 'FAILED'}",
         "",
-        f"{gpu}; {where['cpu']}; weights: {told['weights']}; {told['repeats']} repeats.",
+        f"{gpu}; {where['cpu']['model']}; weights: {told['weights']}; {told['repeats']} repeats.",
         f"Large activations: {large['norms_that_overflow_in_halves']} of {large['norms']} norms overflow statistics in "
         f"halves ({large['norms_that_overflow_without_scaling']} without scaling); largest value "
         f"{large['largest_value']:.0f} of {large['largest_half']:.0f}.",
@@ -467,52 +466,6 @@ def _gpus() -> int:
         return visible_gpus()
     except OSError:
         return 0
-
-
-def machine() -> dict[str, Any]:
-    """What a reader must know to compare. The GPU's serial name only as a digest: it tells two of a kind apart."""
-    try:
-        facts = gpu_facts()
-        digest = hashlib.sha256(gpu_uuid().encode()).hexdigest()[:12]
-        gpu: Any = {**vars(facts), "uuid_sha256": digest, "before": _nvidia_smi()}
-    except OSError as error:
-        gpu = str(error)
-    cpuinfo = Path("/proc/cpuinfo")
-    models = [line for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.exists() else []
-    return {
-        "gpu": gpu,
-        "cpu": models[0].split(":")[1].strip() if models else platform.processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "packages": {name: version for name in _PACKAGES if (version := _version(name))},
-        "load_before": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
-    }
-
-
-_PACKAGES = (
-    *("torch", "numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "cuda-bindings", "pycuda"),
-    *("tensorrt", "tensorrt-cu12", "tensorrt-cu13", "tensorrt-rtx", "tensorrt-rtx-cu13"),
-)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _nvidia_smi() -> dict[str, str] | None:
-    """Clocks, power and temperature, which explain a speed; None where there is no nvidia-smi."""
-    fields = "clocks.sm,clocks.mem,clocks.max.sm,power.draw,power.limit,temperature.gpu,persistence_mode,compute_mode"
-    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "--id=0"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    values = done.stdout.strip().split(", ")
-    return dict(zip(fields.split(","), values, strict=False))
 
 
 if __name__ == "__main__":

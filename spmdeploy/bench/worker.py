@@ -158,6 +158,8 @@ class Bench:
             "tiles": report.tiles,
             "calls": report.batches,
         }
+        if kept := {window.between_levels for window in report.windows if window.between_levels}:
+            notes["between levels"] = " and ".join(sorted(kept))
         photo, picture = (images.read_photo(path).pixels[None] for path in (files.image, files.output))
         return First(photo, picture, seconds, notes)
 

@@ -311,8 +311,8 @@ def test_the_result_of_a_machine(
     good = verdict("torch fp32", "passed", milliseconds=times, notes=["slow today"])
     missing = [verdict(name, "unavailable", reason="no NVIDIA driver") for name in ("tensorrt", "tensorrt-rtx")]
     code, told, table = run_check(scripts, tmp_path, monkeypatch, good, *missing)
-    assert code == 0 and told["passed"] and told["schema"] == "spmdeploy.gpu-check/1"
-    assert {"gpu", "cpu", "cores", "packages", "after"} <= set(told["machine"])
+    assert code == 0 and told["passed"] and told["schema"] == "spmdeploy.gpu-check/2"
+    assert {"gpus", "gpu_note", "cpu", "libraries", "before", "after"} <= set(told["machine"])
     assert "| torch fp32 | passed |" in table and "2.50 / 3.50 ms" in table and "- torch fp32: slow today" in table
     assert "- tensorrt, tensorrt-rtx: no NVIDIA driver" in table and "9 of 9 norms overflow" in table
     code, told, table = run_check(scripts, tmp_path, monkeypatch, good, verdict("x", "failed", reason="black"))
