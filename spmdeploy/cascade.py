@@ -120,7 +120,7 @@ def cascade(
 def _on_device(
     session: Session, frame: Frame, levels: tuple[Level, ...], batch_size: int
 ) -> tuple[DeviceCascade | None, tuple[str, ...]]:
-    """Where the session can keep the picture, or why it cannot although it could in general."""
+    """Where the session can keep the picture; None where it is on the CPU, or cannot, and then why."""
     if not isinstance(session, CascadesOnDevice):
         return None, ()
     try:

@@ -70,7 +70,7 @@ class LoadedEngine:
                 self._load(content)
                 self._check_ports(ports)
                 self._choose_context_options()
-                sizes = {port.name: _item_bytes(port) for port in (*self._inputs, *self._outputs)}
+                sizes = {port.name: item_bytes(port) for port in (*self._inputs, *self._outputs)}
                 memory.reserve(sizes, self.record.batch.max)
             except BaseException:
                 self.close()
@@ -351,7 +351,7 @@ def _port_words(port: Port | None) -> str:
     return "nothing" if port is None else f"{port.dtype} {list(port.shape)}"
 
 
-def _item_bytes(port: Port) -> int:
+def item_bytes(port: Port) -> int:
     """Of one edit."""
     assert port.shape[0] == BATCH and BATCH not in port.shape[1:], port
     return int(np.prod(port.shape[1:])) * np.dtype(port.dtype).itemsize

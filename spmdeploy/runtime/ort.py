@@ -22,7 +22,11 @@ from spmdeploy.runtime.layout_split import Halves, split_by_layout
 from spmdeploy.runtime.session import Lack
 
 if TYPE_CHECKING:
+    from spmdeploy.runtime.device_cascade import DeviceCascade
+    from spmdeploy.runtime.ort_cascade import OrtCascades
     from spmdeploy.runtime.session import LayoutRun
+    from spmdeploy.tiling.frames import Frame
+    from spmdeploy.tiling.levels import Level
 
 _INPUTS = {
     "image": "tensor(uint8)",
@@ -63,6 +67,7 @@ class OnnxRuntimeSession:
         self._edit: LoadedGraph | None = LoadedGraph(edit, EDIT, device, threads)
         self._refine: LoadedGraph | None = None
         self._halves: _Halves | None = None
+        self._cascades: OrtCascades | None = None
         self._get_refine = refine
         self._read_again = read_again
         self.refines = refine is not None
@@ -140,9 +145,24 @@ class OnnxRuntimeSession:
         """A call that runs the graph on arrays in the memory of this session's GPU, and returns when it is done."""
         return _open(self._edit).bound(inputs, outputs)
 
+    def device_cascade(self, frame: Frame, levels: tuple[Level, ...], batch: int) -> DeviceCascade | None:
+        """On a GPU, carries a window up without its picture leaving its memory; see `CascadesOnDevice`."""
+        if self.device == "cpu":
+            return None
+        refine = self._refining()
+        from spmdeploy.runtime.ort_cascade import OrtCascades  # late: nobody else needs it, least of all on a CPU
+
+        with self._loading:
+            edit = _open(self._edit)
+            if self._cascades is None:
+                self._cascades = OrtCascades(int(self.device.removeprefix("cuda:")), self.size)
+        return self._cascades.open(edit, refine, frame, levels, batch)
+
     def close(self) -> None:
         with self._loading:
             self._edit = self._refine = self._halves = None
+            if self._cascades is not None:
+                self._cascades.close()
 
 
 def _open(graph: LoadedGraph | None) -> LoadedGraph:
@@ -250,7 +270,14 @@ class LoadedGraph:
         for bind, arrays in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
             for name, array in arrays.items():
                 bind(name, "cuda", number, np.dtype(array.dtype).type, array.shape, array.address)
-        return lambda: self._session.run_with_iobinding(binding)
+
+        def run() -> None:
+            try:
+                self._session.run_with_iobinding(binding)
+            except Exception as error:
+                raise _translated(error, self._device) from error
+
+        return run
 
     def _proved_provider(self, asked: list[Any]) -> str:
         """The provider that the session really has, which must be the first one asked for."""

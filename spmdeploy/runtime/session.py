@@ -111,8 +111,9 @@ class KeepsLayouts(Protocol):
 class CascadesOnDevice(Protocol):
     """A session that can keep the picture of a cascade in the memory of its GPU from one level to the next."""
 
-    def device_cascade(self, frame: Frame, levels: tuple[Level, ...], batch: int) -> DeviceCascade:
+    def device_cascade(self, frame: Frame, levels: tuple[Level, ...], batch: int) -> DeviceCascade | None:
         """For one window, `batch` tiles at once at most. Pictures and scores are those of the same steps on the host.
+        None where the session is on the CPU.
 
         Raises OutOfMemory where the levels do not fit beside the graphs, UnavailableError where the GPU cannot.
         """

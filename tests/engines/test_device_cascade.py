@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from spmdeploy.editor import Editor, EditResult
 from spmdeploy.errors import OutOfMemory, UnavailableError
 from spmdeploy.images import canvas_taps, resize_canvas
 from spmdeploy.labels import ClassTable, LabelClass
+from spmdeploy.runtime import ort
+from spmdeploy.runtime.device_arrays import DeviceArray
 from spmdeploy.runtime.device_kernels import PTX
 from spmdeploy.runtime.engine_memory import EngineMemory
 from spmdeploy.runtime.session import CascadesOnDevice
@@ -265,6 +268,88 @@ def test_a_session_closed_in_the_middle(gpu: SimulatedGpu, tmp_path: Path) -> No
     with pytest.raises(UnavailableError, match="closed"):
         edit(session, 75, 90, progress=lambda done, total: session.close() if done > 3 else None)
     assert gpu.left_behind == {}
+
+
+# -------------------------------------------------------------------------------------------------------- ONNX Runtime
+
+
+class Graph:
+    """A graph in ONNX Runtime that computes on the simulated GPU, in no stream of ours."""
+
+    gpu: SimulatedGpu
+    provider, size, outputs = "CUDAExecutionProvider", SIZE, frozenset({"edited", "unrounded"})
+    fails: Exception | None = None
+
+    def __init__(self, content: Any, graph: str, device: str, threads: int) -> None:
+        self._device = device
+
+    def run(self, outputs: Any, inputs: Any) -> list[np.ndarray]:
+        return [edited_like(dict(inputs))[name] for name in outputs]
+
+    def bound(self, inputs: dict[str, DeviceArray], outputs: dict[str, DeviceArray]) -> Callable[[], None]:
+        def view(array: DeviceArray) -> np.ndarray:
+            memory = self.gpu.bytes_at(array.address, math.prod(array.shape) * np.dtype(array.dtype).itemsize)
+            return memory.view(array.dtype).reshape(array.shape)
+
+        def run() -> None:
+            assert not any(stream.queue for stream in self.gpu.streams.values()), "its inputs are still being written"
+            if self.fails:
+                raise self.fails
+            made = edited_like({name: view(array).copy() for name, array in inputs.items()})
+            for name, array in outputs.items():
+                view(array)[:] = made[name]
+
+        return run
+
+
+@pytest.fixture
+def on_cuda(gpu: SimulatedGpu, monkeypatch: pytest.MonkeyPatch) -> Iterator[ort.OnnxRuntimeSession]:
+    monkeypatch.setattr(ort, "LoadedGraph", Graph)
+    monkeypatch.setattr(Graph, "gpu", gpu, raising=False)
+    session = ort.OnnxRuntimeSession(Path("edit"), "fp16", "cuda:0", refine=lambda: Path("refine"))
+    yield session
+    session.close()
+    assert gpu.left_behind == {} and gpu.contexts == []
+
+
+def test_onnx_runtime_keeps_the_picture_on_the_gpu_too(gpu: SimulatedGpu, on_cuda: ort.OnnxRuntimeSession) -> None:
+    for batch in (2, 5, 3):
+        assert_same(edit(on_cuda, 75, 90, batch_size=batch), edit(OnHost(on_cuda), 75, 90, batch_size=batch))
+    gpu.calls.clear()
+    edit(on_cuda, 75, 90, batch_size=4)
+    assert gpu.calls.count("cuMemAlloc") == gpu.calls.count("cuMemFree") == 1
+    read = [number for number, call in enumerate(gpu.calls) if call == "cuMemcpyDtoHAsync"]
+    assert read[0] > max(number for number, call in enumerate(gpu.calls) if call.startswith("kernel"))
+
+
+def test_onnx_runtime_without_a_package_for_the_gpu_goes_through_the_host_and_says_so(
+    gpu: SimulatedGpu, on_cuda: ort.OnnxRuntimeSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plug_in(monkeypatch, gpu, "")
+    found = edit(on_cuda, 75, 90)
+    assert found.report.windows[0].between_levels == "host"
+    assert any("neither PyCUDA" in note for note in found.report.notes)
+
+
+def test_a_failure_of_onnx_runtime_in_the_middle_gives_the_memory_back(
+    gpu: SimulatedGpu, on_cuda: ort.OnnxRuntimeSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = edit(on_cuda, 75, 90).image
+    left = gpu.left_behind
+    with monkeypatch.context() as patch:
+        patch.setattr(Graph, "fails", OutOfMemory("ONNX Runtime ran out of memory on cuda:0"))
+        with pytest.raises(OutOfMemory):
+            edit(on_cuda, 75, 90)
+    assert gpu.left_behind == left
+    assert np.array_equal(edit(on_cuda, 75, 90).image, expected)
+
+
+def test_onnx_runtime_on_a_cpu_has_no_device(gpu: SimulatedGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ort, "LoadedGraph", Graph)
+    session = ort.OnnxRuntimeSession(Path("edit"), "fp32", "cpu", refine=lambda: Path("refine"))
+    report = edit(session, 75, 90).report
+    assert report.windows[0].between_levels == "host" and not any("between levels" in note for note in report.notes)
+    assert gpu.calls == []
 
 
 # -------------------------------------------------------------------------------------------------------------- kernels
