@@ -16,7 +16,10 @@ from typing import TYPE_CHECKING, Any
 from spmdeploy.errors import SpmDeployError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from spmdeploy.editor import Editor
+    from spmdeploy.labels import ClassTable
 
 __all__ = ["Editor", "SpmDeployError", "__version__", "default_model", "open_editor"]
 __version__ = "0.1.0"
@@ -33,6 +36,7 @@ def open_editor(
     device: str = "auto",
     precision: str = "auto",
     require_signature: str | Path | None = None,
+    meanwhile: Callable[[ClassTable], None] = lambda classes: None,
 ) -> Editor:
     """An `Editor` on a bundle, ready to edit; use it as a context manager or call its `close`.
 
@@ -40,21 +44,28 @@ def open_editor(
     torch. device: auto, cpu or cuda:N. precision: auto, fp32 or fp16. What is asked for by name is done or refused,
     never replaced; what `auto` chose and why is in `editor.choices`. require_signature: a minisign public key, as a
     file or its line; without a signature made with it the bundle is refused before anything in it is looked at.
+    meanwhile: called with the model's classes before ONNX Runtime loads the graph, which takes long and leaves Python
+    to other threads: the time to start one that reads photos, say. Not called for other backends; twice where a GPU
+    fails and the CPU takes its place.
 
     Raises BundleError (not a sound bundle, not signed as required), UnavailableError (this machine cannot), UsageError
     (no such option).
     """
     from spmdeploy.bundle import open_bundle
-    from spmdeploy.editor import Editor
     from spmdeploy.signature import read_public_key
 
     key = None if require_signature is None else read_public_key(require_signature)
     bundle = open_bundle(default_model() if model is None else model, key)
     if backend == "torch":
-        from spmdeploy.networks.session import open_torch_session as open_session
+        from spmdeploy.networks.session import open_torch_session
+
+        opened = open_torch_session(bundle, backend, device, precision)
     else:
         from spmdeploy.runtime.session import open_session
-    opened = open_session(bundle, backend, device, precision)
+
+        opened = open_session(bundle, backend, device, precision, lambda: meanwhile(bundle.manifest.classes))
+    from spmdeploy.editor import Editor  # not before: what `meanwhile` started may have imported it by now
+
     signer = (f"signature by the key {bundle.signature.key}: {bundle.signature.comment}",) if bundle.signature else ()
     return Editor(opened.session, bundle.manifest.classes, (*signer, *opened.choices))
 

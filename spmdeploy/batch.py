@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from spmdeploy import images
-from spmdeploy.edit_files import EditFiles, Tiling, edit_files, parse_sides
+from spmdeploy.edit_files import Tiling, edit_files
+from spmdeploy.edit_request import EditFiles, parse_sides
 from spmdeploy.editor import Editor
 from spmdeploy.errors import InputError, OutOfMemory, SpmDeployError, UsageError
 from spmdeploy.tiling.extension import Sides

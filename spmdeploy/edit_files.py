@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypedDict
@@ -13,94 +12,14 @@ from numpy.typing import NDArray
 
 from spmdeploy import images
 from spmdeploy.edit_report import EditReport
+from spmdeploy.edit_request import EditFiles
 from spmdeploy.editor import Editor, EditResult, InputNames, check_extension
 from spmdeploy.editor import Tiling as Tiling
-from spmdeploy.errors import InputError, UsageError
+from spmdeploy.errors import InputError
 from spmdeploy.labels import ClassTable
 from spmdeploy.model_inputs import HIDDEN_GREY
 from spmdeploy.tally import Progress
 from spmdeploy.tiling.extension import Sides, grown_size, new_pixels, photo_place
-
-GROWTH_OF_CHANGES = 8
-"""Pixels by which a mask made from changed labels is grown unless told otherwise: label maps cut objects tightly, and
-what is left of an object's outline or shadow would show."""
-
-
-@dataclass(frozen=True)
-class EditFiles:
-    """What to edit. One of `labels` and `fill` says what becomes of it; one of `mask`, `edited_from` and `extend` says
-    where."""
-
-    image: Path
-    output: Path
-    labels: Path | None = None
-    fill: str | None = None
-    """One class, by name or id, for everything under the mask."""
-    mask: Path | None = None
-    edited_from: Path | None = None
-    """The label map before it was edited: the mask is what differs."""
-    extend: Sides | None = None
-    """Pixels to grow the picture by: what is new is the mask. Labels and instances then have the size of the result."""
-    instances: Path | None = None
-    grow: int | None = None
-    """Pixels to grow the mask by; None: `GROWTH_OF_CHANGES` with edited_from, else 0."""
-    sheet: Path | None = None
-    """Where to put a picture of before, labels, mask and after side by side."""
-    explain: Path | None = None
-    """Where to put a picture of the windows and tiles over the photo."""
-    overwrite: bool = False
-    match_surroundings: bool = False
-    """See `Editor.edit`."""
-
-    def __post_init__(self) -> None:
-        if (self.labels is None) == (self.fill is None):
-            raise UsageError("give either labels or fill", "--labels FILE for a label map, --fill CLASS for one class")
-        if sum(given is not None for given in (self.mask, self.edited_from, self.extend)) != 1:
-            raise UsageError(
-                "give one of mask, edited_from and extend",
-                "--mask FILE, --edited-from FILE with the labels before the change, or --extend LEFT,TOP,RIGHT,BOTTOM "
-                "(to edit and to extend are two steps)",
-            )
-        if self.edited_from is not None and self.labels is None:
-            raise UsageError("edited_from needs labels to compare with", "add --labels FILE, or use --mask")
-        if self.match_surroundings and self.labels is None:
-            raise UsageError(
-                "match_surroundings needs the labels of the photo's known pixels too",
-                "give --labels FILE instead of --fill, or leave --match-surroundings out",
-            )
-        if self.grow is not None and self.extend is not None:
-            raise UsageError("grow enlarges a mask, and an extension has none", "leave one of them out")
-        if self.grow is not None and not 0 <= self.grow <= 1024:
-            raise UsageError(f"grow is {self.grow}, which is not within 0 and 1024 pixels")
-        self._check_names()
-
-    def _check_names(self) -> None:
-        """An output may take the place of the photo, if overwriting is allowed, but of nothing else it is made from."""
-        sources = (self.labels, self.mask, self.edited_from, self.instances)
-        written_too = (*sources, self.image, self.output)
-        for written, others in (
-            (self.output, sources),
-            (self.sheet, written_too),
-            (self.explain, (*written_too, self.sheet)),
-        ):
-            same = written and next((other for other in others if other and _same_file(written, other)), None)
-            if same:
-                raise UsageError(f"{written} would be written over {same}, which is needed too", "choose another name")
-
-    @property
-    def mask_name(self) -> str:
-        """What messages call the mask."""
-        if self.extend is not None:
-            return "the extension"
-        name = str(self.mask) if self.mask else f"the difference of {self.labels} and {self.edited_from}"
-        return f"{name}, grown by {self.growth}," if self.growth else name
-
-    @property
-    def growth(self) -> int:
-        """Pixels to grow the mask by."""
-        if self.grow is not None:
-            return self.grow
-        return 0 if self.edited_from is None else GROWTH_OF_CHANGES
 
 
 @dataclass(frozen=True)
@@ -138,11 +57,20 @@ class FileEdit:
         }
 
 
-def edit_files(editor: Editor, files: EditFiles, tiling: Tiling = "auto", progress: Progress | None = None) -> FileEdit:
-    """Reads, edits and writes. Raises InputError naming the file that is at fault; nothing is then written."""
+def edit_files(
+    editor: Editor,
+    files: EditFiles,
+    tiling: Tiling = "auto",
+    progress: Progress | None = None,
+    inputs_ahead: Callable[[], EditInputs] | None = None,
+) -> FileEdit:
+    """Reads, edits and writes. Raises InputError naming the file that is at fault; nothing is then written.
+
+    inputs_ahead: gives what `read_inputs` of these files gave, or raises what it raised.
+    """
     for path in filter(None, (files.output, files.sheet, files.explain)):
         images.check_output(path, files.overwrite)
-    inputs = read_inputs(files, editor.classes)
+    inputs = read_inputs(files, editor.classes) if inputs_ahead is None else inputs_ahead()
     images.check_output_size(files.output, *inputs.mask.shape)
     result = _edit(editor, files, inputs, tiling, progress)
     photo = inputs.photo if files.extend is None else _grown(inputs.photo, files.extend)
@@ -210,17 +138,6 @@ def read_inputs(files: EditFiles, classes: ClassTable) -> EditInputs:
     return EditInputs(photo, labels, mask, instances)
 
 
-def parse_sides(text: str) -> Sides:
-    """ "LEFT,TOP,RIGHT,BOTTOM" in pixels. UsageError for anything else."""
-    words = text.replace(",", " ").split()
-    if len(words) != 4 or not all(re.fullmatch(r"-?[0-9]{1,9}", word) for word in words):
-        raise UsageError(
-            f"extend is {text!r}, not four whole numbers",
-            "give the pixels to add on the left, top, right and bottom, for example 0,0,256,0",
-        )
-    return Sides(*map(int, words))
-
-
 def _grown(photo: images.Photo, sides: Sides) -> images.Photo:
     """The photo on a larger, grey canvas, which is opaque."""
     place = photo_place(photo.pixels.shape, sides).slices
@@ -264,7 +181,3 @@ def _read_mask(files: EditFiles, labels: NDArray[np.uint8]) -> NDArray[np.bool_]
 
 def _size(array: NDArray[np.uint8]) -> str:
     return f"{array.shape[1]}×{array.shape[0]}"
-
-
-def _same_file(first: Path, second: Path) -> bool:
-    return os.path.realpath(first) == os.path.realpath(second)

@@ -19,7 +19,7 @@ from PIL import Image
 import spmdeploy
 from spmdeploy import cli
 from spmdeploy.cli import commands
-from spmdeploy.edit_files import GROWTH_OF_CHANGES
+from spmdeploy.edit_request import GROWTH_OF_CHANGES
 from spmdeploy.labels import class_table, colourise
 from spmdeploy.samples import SAMPLE_EDITS
 

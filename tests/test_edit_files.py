@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from spmdeploy.edit_files import GROWTH_OF_CHANGES, EditFiles, edit_files, grow_mask, parse_sides
+from spmdeploy.edit_files import edit_files, grow_mask
 from spmdeploy.edit_report import EditedWindow
+from spmdeploy.edit_request import GROWTH_OF_CHANGES, EditFiles, parse_sides
 from spmdeploy.editor import Editor
 from spmdeploy.errors import InputError, UsageError
 from spmdeploy.explain import explain_sheet

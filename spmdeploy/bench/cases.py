@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from spmdeploy.edit_files import EditFiles
+from spmdeploy.edit_request import EditFiles
 from spmdeploy.images import resize_labels, resize_photo, write_picture
 from spmdeploy.labels import ClassTable
 from spmdeploy.samples import SAMPLE_EDITS, SampleEdit

@@ -18,7 +18,7 @@ from typing import Any
 from spmdeploy import images
 from spmdeploy.bench.contest import Turn
 from spmdeploy.bench.racer import Crashed, First, Memory
-from spmdeploy.edit_files import EditFiles
+from spmdeploy.edit_request import EditFiles
 from spmdeploy.errors import SpmDeployError
 
 _HERE = Path(__file__).parents[2]

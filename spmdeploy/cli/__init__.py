@@ -70,6 +70,10 @@ def _fail(error: SpmDeployError, as_json: bool, exit_code: int | None = None) ->
 
 def entry() -> None:
     """The console script. It ends the process."""
+    is_edit = sys.argv[1:2] == ["edit"]
+    if is_edit and not any("torch" in word for word in sys.argv):
+        # Importing numpy starts a thread for each core, which take turns in waiting for matrices; here there are none.
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # file names hold anything, terminals do not
@@ -79,7 +83,7 @@ def entry() -> None:
     except OSError:
         # The interpreter's own flush at the end would fail again, with an exit code of its own.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    if sys.argv[1:2] == ["edit"] and not (sys.gettrace() or sys.getprofile()):
+    if is_edit and not (sys.gettrace() or sys.getprofile()):
         # Its files are written and its session is closed. To take the interpreter down as well, module by module,
         # takes a twentieth of a second and changes nothing.
         with suppress(OSError):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +14,10 @@ import spmdeploy
 from spmdeploy.cli.talk import needs, print_result, progress_bar, say, say_notes
 
 if TYPE_CHECKING:
+    from spmdeploy.edit_files import EditInputs
+    from spmdeploy.edit_request import EditFiles
     from spmdeploy.editor import Editor, Tiling
+    from spmdeploy.labels import ClassTable
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,7 @@ class EditOptions:
 
 def run_edit(options: EditOptions) -> None:
     """Edits, and prints the result."""
-    from spmdeploy.edit_files import EditFiles, edit_files, parse_sides
+    from spmdeploy.edit_request import EditFiles, parse_sides
 
     started = time.perf_counter()
     output, sheet, explain = options.output, options.sheet, options.explain
@@ -61,12 +67,23 @@ def run_edit(options: EditOptions) -> None:
         overwrite=options.overwrite,
         match_surroundings=options.match_surroundings,
     )
-    with opened_editor(
-        options.model, options.backend, options.device, options.precision, options.require_signature
-    ) as editor:
+    with (
+        _ReadAhead(files) as ahead,
+        opened_editor(
+            options.model,
+            options.backend,
+            options.device,
+            options.precision,
+            options.require_signature,
+            ahead.start,
+        ) as editor,
+    ):
         opened = time.perf_counter()
+        from spmdeploy.edit_files import edit_files
+
+        ahead.start(editor.classes)
         with progress_bar("editing") as show:
-            result = edit_files(editor, files, options.tiling, show)
+            result = edit_files(editor, files, options.tiling, show, ahead.inputs)
         choices = editor.choices
     ended = time.perf_counter()
     say_notes(result.notes)
@@ -83,11 +100,53 @@ def run_edit(options: EditOptions) -> None:
 
 
 def opened_editor(
-    model: Path | None, backend: str, device: str, precision: str, require_signature: str | None
+    model: Path | None,
+    backend: str,
+    device: str,
+    precision: str,
+    require_signature: str | None,
+    meanwhile: Callable[[ClassTable], None] = lambda classes: None,
 ) -> Editor:
     """The editor, its choices told on stderr."""
     with needs("export"):
-        editor = spmdeploy.open_editor(model, backend, device, precision, require_signature)
+        editor = spmdeploy.open_editor(model, backend, device, precision, require_signature, meanwhile)
     for choice in editor.choices:
         say(choice)
     return editor
+
+
+class _ReadAhead(AbstractContextManager["_ReadAhead"]):
+    """The files of an edit, read by a thread of its own while the graph is loaded. With the block that thread ends."""
+
+    def __init__(self, files: EditFiles) -> None:
+        self._files = files
+        self._thread: threading.Thread | None = None
+        self._inputs: EditInputs | None = None
+        self._error: BaseException | None = None
+
+    def start(self, classes: ClassTable) -> None:
+        """Only the first call counts."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._read, args=(classes,), name="spmdeploy files")
+            self._thread.start()
+
+    def inputs(self) -> EditInputs:
+        """What was read; raises what reading raised."""
+        assert self._thread is not None
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        assert self._inputs is not None
+        return self._inputs
+
+    def _read(self, classes: ClassTable) -> None:
+        try:
+            from spmdeploy.edit_files import read_inputs
+
+            self._inputs = read_inputs(self._files, classes)
+        except BaseException as error:  # of which kind is for the caller
+            self._error = error
+
+    def __exit__(self, *error: object) -> None:
+        if self._thread is not None:
+            self._thread.join()

@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from spmdeploy.bundle import Bundle
 from spmdeploy.errors import BundleError, InputError, SpmDeployError, UnavailableError, VerificationError
@@ -15,8 +16,10 @@ from spmdeploy.runtime.cuda import gpu_facts
 from spmdeploy.runtime.engine_library import import_engine_library, this_host
 from spmdeploy.runtime.engine_record import BUILD_AGAIN, EngineHost, EngineRecord, EngineRuntime, Gpu, Verification
 from spmdeploy.runtime.engine_store import FoundEngine, cache_folder, find_engines
-from spmdeploy.runtime.golden import GoldenResult, verify_edits, verify_refinements
 from spmdeploy.runtime.session import Lack, Opened
+
+if TYPE_CHECKING:
+    from spmdeploy.runtime.golden import GoldenResult
 
 BUILD_FIRST = "build one on this machine: spmdeploy build BUNDLE"
 BUILD_EDIT_TOO = "build it too, on this machine: spmdeploy build BUNDLE --graph edit"
@@ -73,7 +76,8 @@ def fitting_engine(bundle: Bundle) -> tuple[FoundEngine | None, str]:
 
 
 def _open(bundle: Bundle, engine: FoundEngine, there: list[FoundEngine], ordinal: int, precision: str) -> Opened:
-    from spmdeploy.runtime.trt import TensorRtSession  # late: without an engine nobody needs it
+    from spmdeploy.runtime.golden import verify_edits, verify_refinements  # late: without an engine nobody needs them
+    from spmdeploy.runtime.trt import TensorRtSession
 
     record = engine.require_fit()
     refine = _refine_beside(bundle, engine, there)

@@ -136,13 +136,20 @@ class Opened:
     choices: tuple[str, ...]
 
 
-def open_session(bundle: Bundle, backend: str = "auto", device: str = "auto", precision: str = "auto") -> Opened:
+def open_session(
+    bundle: Bundle,
+    backend: str = "auto",
+    device: str = "auto",
+    precision: str = "auto",
+    meanwhile: Callable[[], None] = lambda: None,
+) -> Opened:
     """Loads the `edit` graph of a bundle; its `refine` graph waits until it is used.
 
     What is asked for by name is done or refused, never replaced.
 
     backend: auto (an engine that fits, else ONNX Runtime), onnxruntime, tensorrt or tensorrt-rtx. device: auto (the GPU
-    where one can be used, else the CPU), cpu or cuda:N. precision: auto, fp32 or fp16.
+    where one can be used, else the CPU), cpu or cuda:N. precision: auto, fp32 or fp16. meanwhile: called before ONNX
+    Runtime loads a graph, which takes long and leaves Python to other threads.
     Raises UnavailableError when this machine cannot, BundleError when the bundle does not hold it, VerificationError
     when an engine that was asked for gives wrong pictures.
     """
@@ -153,16 +160,17 @@ def open_session(bundle: Bundle, backend: str = "auto", device: str = "auto", pr
     if backend in ("tensorrt", "tensorrt-rtx"):
         return _open_engine(bundle, backend, device, precision)
     if backend == "onnxruntime":
-        return _open_onnxruntime(bundle, device, precision, [])
+        return _open_onnxruntime(bundle, device, precision, [], meanwhile)
     if backend != "auto":
         raise UsageError(f"unknown backend {backend!r}", f"choose from auto, {', '.join(BACKENDS)}")
     if device == "cpu":
-        return _open_onnxruntime(bundle, device, precision, ["backend onnxruntime: engines do not run on the CPU"])
+        why = "backend onnxruntime: engines do not run on the CPU"
+        return _open_onnxruntime(bundle, device, precision, [why], meanwhile)
     from spmdeploy.runtime.engine_session import open_fitting_engine
 
     opened, reason = open_fitting_engine(bundle, _ordinal(device), precision)
     if opened is None:
-        return _open_onnxruntime(bundle, device, precision, [f"backend onnxruntime: {reason}"])
+        return _open_onnxruntime(bundle, device, precision, [f"backend onnxruntime: {reason}"], meanwhile)
     return _with_device(opened, device)
 
 
@@ -186,24 +194,26 @@ def _with_device(opened: Opened, device: str) -> Opened:
     return Opened(opened.session, (backend, *first, *others))
 
 
-def _open_onnxruntime(bundle: Bundle, device: str, precision: str, choices: list[str]) -> Opened:
+def _open_onnxruntime(
+    bundle: Bundle, device: str, precision: str, choices: list[str], meanwhile: Callable[[], None]
+) -> Opened:
     """The session in ONNX Runtime; what `auto` leaves open goes to a GPU that works, else to the CPU."""
     from spmdeploy.runtime import ort
 
     if device != "auto":
-        return _open_on(bundle, device, precision, choices)
+        return _open_on(bundle, device, precision, choices, meanwhile)
     device, reason = ort.best_device()
     if device != "cpu" and not any(_suits(record, device) for record in bundle.manifest.graphs):
         device, reason = "cpu", "the bundle holds a graph for CPUs only"
     if device != "cpu":
         try:
-            return _open_on(bundle, device, precision, [*choices, f"device {device}: {reason}"])
+            return _open_on(bundle, device, precision, [*choices, f"device {device}: {reason}"], meanwhile)
         except UnavailableError as error:
             device, reason = "cpu", f"{device} was tried first; {error.problem}"
-    return _open_on(bundle, device, precision, [*choices, f"device {device}: {reason}"])
+    return _open_on(bundle, device, precision, [*choices, f"device {device}: {reason}"], meanwhile)
 
 
-def _open_on(bundle: Bundle, device: str, precision: str, choices: list[str]) -> Opened:
+def _open_on(bundle: Bundle, device: str, precision: str, choices: list[str], meanwhile: Callable[[], None]) -> Opened:
     """The session on exactly this device."""
     from spmdeploy.runtime import ort
 
@@ -212,6 +222,7 @@ def _open_on(bundle: Bundle, device: str, precision: str, choices: list[str]) ->
         choices = [*choices, f"precision {record.precision}: {why}"]
     finer = _find(bundle, REFINE, record.precision, device)
     get_finer = None if finer is None else lambda: _content(bundle, finer)
+    meanwhile()
     session = ort.OnnxRuntimeSession(
         _content(bundle, record),
         record.precision,
