@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from spmdeploy.editor import Editor, EditResult
 from spmdeploy.manifest import ParityLimits
 from spmdeploy.model_inputs import Scene
 from spmdeploy.runtime.cuda_device import Device
+from spmdeploy.runtime.device_cascade import DeviceCascade, PaintedLevel
 from spmdeploy.runtime.golden import GoldenPictures, measure_drift
 from spmdeploy.runtime.session import CascadesOnDevice
 
@@ -106,18 +107,48 @@ def _judged(
 
 
 def _times(editor: Editor, scene: Scene, repeats: int) -> dict[str, Any]:
-    """Medians: `edit` by the wall clock from arrays to arrays, and the phases of the report."""
+    """Medians: `edit` by the wall clock from arrays to arrays, the phases of the report, and `device` by its own clock,
+    from before the coarse edit to after the last level, the host's tiles waited for; null by way of the host."""
     reports: list[EditReport] = []
     wall = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        reports.append(_edited(editor, scene).report)
-        wall.append((time.perf_counter() - started) * 1e3)
+    with _device_clock() as device:
+        for _ in range(repeats):
+            started = time.perf_counter()
+            reports.append(_edited(editor, scene).report)
+            wall.append((time.perf_counter() - started) * 1e3)
     phases = {
         name: round(float(np.median([report.milliseconds[name] for report in reports])), 3)
         for name in reports[0].milliseconds
     }
-    return {"n": repeats, "edit": round(float(np.median(wall)), 3), **phases}
+    by_device = round(float(np.median(device)), 3) if device else None
+    return {"n": repeats, "edit": round(float(np.median(wall)), 3), "device": by_device, **phases}
+
+
+@contextmanager
+def _device_clock() -> Iterator[list[float]]:
+    """Milliseconds of every cascade that stays on the device."""
+    passed: list[float] = []
+    running: list[tuple[ExitStack, list[float]]] = []
+    coarse, levels = DeviceCascade.coarse, DeviceCascade.levels
+
+    def started(cascade: DeviceCascade, *inputs: Any) -> None:
+        memory, clock = cascade._memory, ExitStack()
+        with memory.in_use():
+            running.append((clock, clock.enter_context(memory.device.timed(memory.stream))))
+        coarse(cascade, *inputs)
+
+    def ended(cascade: DeviceCascade) -> Iterator[PaintedLevel]:
+        clock, milliseconds = running.pop()
+        with cascade._memory.in_use():
+            clock.close()
+        passed.extend(milliseconds)
+        return levels(cascade)
+
+    DeviceCascade.coarse, DeviceCascade.levels = started, ended  # type: ignore[method-assign]
+    try:
+        yield passed
+    finally:
+        DeviceCascade.coarse, DeviceCascade.levels = coarse, levels  # type: ignore[method-assign]
 
 
 @contextmanager

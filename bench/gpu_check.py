@@ -399,7 +399,7 @@ def table(told: dict[str, Any]) -> str:
         "",
         "| backend | outcome | largest drift | lowest PSNR | with large activations | same bytes | "
         "batch 1: device p50 / p95 | wall p50 / p95 | batch 8: wall p50 | "
-        "large edit: kept on | wall p50 | by way of the host |",
+        "large edit: kept on | device p50, wall p50 | by way of the host |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [f"| {' | '.join(_row(result))} |" for result in told["contenders"]]
@@ -436,7 +436,10 @@ _CASCADE_TIMES = ("milliseconds", "milliseconds by way of the host")
 
 
 def _edit_time(times: dict[str, Any] | None) -> str:
-    return f"{times['edit']:.0f} ms" if times else ""
+    if not times:
+        return ""
+    device = "" if times["device"] is None else f"{times['device']:.1f} ms, "
+    return f"{device}{times['edit']:.1f} ms"
 
 
 def _worst(check: dict[str, Any] | None, figure: str) -> str:

@@ -264,8 +264,12 @@ def test_an_engine_is_judged_from_build_to_close(
     assert cascade["between_levels"] == "device" and len(cascade["levels"]) == 2 and cascade["tiles"] > 16
     assert all(level["refined"] for level in cascade["levels"])
     assert cascade["copies"]["to_host_before_the_end"] == 0 < cascade["copies"]["bytes_to_host"]
+    assert cascade["milliseconds"]["device"] == machine.gpu.milliseconds
+    assert cascade["milliseconds by way of the host"]["device"] is None
     row = scripts["gpu_check"]._row(told)
-    assert row[-3] == "device" and row[-2].endswith(" ms") and row[-1].endswith(" ms")
+    assert (
+        row[-3] == "device" and row[-2].startswith("1.5 ms, ") and row[-2].endswith(" ms") and row[-1].endswith(" ms")
+    )
     assert checks["repeated"]["bytes_lost"] == checks["memory after closing"]["bytes_lost"] == 0
     assert machine.gpu.left_behind == {} and machine.gpu.contexts == []
 
