@@ -24,7 +24,7 @@ from spmdeploy.runtime.session import CascadesOnDevice
 from spmdeploy.tally import Tally
 from spmdeploy.tiling.detail import finest_detail
 from spmdeploy.tiling.frames import Frame, pad_by_reflection
-from spmdeploy.tiling.levels import Level, Tile
+from spmdeploy.tiling.levels import Level, Tile, base_extent
 from spmdeploy.tiling.pieces import Mask
 from spmdeploy.tiling.seams import border_lines, seam_score
 from spmdeploy.tiling.windows import Window
@@ -67,11 +67,7 @@ def base_of(frame: Frame, edited: NDArray[np.float32], level: Level) -> Canvas:
 
     frame: the window in the model's input; edited: float32 (size, size, 3), what the session made of it.
     """
-    content, factor = edited[: frame.height, : frame.width], 2 * level.factor
-    height, width = (-(-side // factor) for side in (frame.window.height, frame.window.width))
-    # A pixel of the base is `factor` photo pixels, which the window's sides need not be multiples of.
-    rows, columns = height * factor / frame.window.height, width * factor / frame.window.width
-    return resize_canvas(content, height, width, rows * frame.height, columns * frame.width)
+    return resize_canvas(edited[: frame.height, : frame.width], *base_extent(frame, level))
 
 
 class Carried(NamedTuple):

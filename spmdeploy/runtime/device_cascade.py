@@ -19,7 +19,7 @@ from spmdeploy.images import canvas_taps
 from spmdeploy.runtime.engine_memory import ALIGNMENT, EngineMemory
 from spmdeploy.tiling.blending import ramps
 from spmdeploy.tiling.frames import Frame
-from spmdeploy.tiling.levels import Level, Tile
+from spmdeploy.tiling.levels import Level, Tile, base_extent
 from spmdeploy.tiling.windows import Window
 
 Batch = Callable[[int], None]
@@ -36,9 +36,9 @@ class PaintedLevel(NamedTuple):
 
 @dataclass(frozen=True)
 class _Picture:
-    """float32 (height, width, 3) on the device."""
+    """float32 (height, width, 3)."""
 
-    address: int
+    offset: int
     height: int
     width: int
 
@@ -49,7 +49,7 @@ class _Picture:
 
 @dataclass(frozen=True)
 class _Taps:
-    """What `canvas_taps` gives, on the device."""
+    """What `canvas_taps` gives, and the last pixel that there is."""
 
     first: int
     weights: int
@@ -58,23 +58,39 @@ class _Taps:
     last: int
 
 
-class _Places:
-    """The pieces of one allocation, and what is to be written to them at first."""
+class _Layout:
+    """Where everything of a cascade lies in one allocation, by offsets in bytes, and what is written there at first."""
 
-    def __init__(self) -> None:
-        self.size = 0
-        self.written: list[tuple[int, NDArray[np.uint8]]] = []
+    def __init__(self, frame: Frame, levels: tuple[Level, ...]) -> None:
+        size = frame.size
+        self.bytes = 0
+        self.tables: list[tuple[int, NDArray[np.uint8]]] = []
+        height, width, rows, columns = base_extent(frame, levels[0])
+        self.down = self._taps(frame.height, rows, height)
+        self.right = self._taps(frame.width, columns, width)
+        self.twice = self._taps(size // 2, size // 2, size)
+        self.ramps = [tuple(self._table(ramps(starts, size)) for starts in (one.rows, one.columns)) for one in levels]
+        # Between the two axes of a resampling: of the base, or of a tile.
+        self.halfway = self._room(4 * 3 * max(frame.height * width, size // 2 * size))
+        self.base = _Picture(self._room(4 * 3 * height * width), height, width)
+        self.tiles = self._room(2 * 4 * 3 * size * size * max(len(level.columns) for level in levels))
+        self.zeros = self.bytes  # what follows begins as such
+        self.canvases = [_Picture(self._room(4 * 3 * math.prod(level.extent)), *level.extent) for level in levels]
+        self.planes = [self._room(4 * level.region.height * level.region.width) for level in levels]
 
-    def room(self, size: int) -> int:
-        """The offset of so many bytes."""
-        start = self.size
-        self.size += math.ceil(size / ALIGNMENT) * ALIGNMENT
+    def _room(self, size: int) -> int:
+        start = self.bytes
+        self.bytes += math.ceil(size / ALIGNMENT) * ALIGNMENT
         return start
 
-    def table(self, values: NDArray[Any]) -> int:
-        offset = self.room(values.nbytes)
-        self.written.append((offset, np.ascontiguousarray(values).view(np.uint8).reshape(-1)))
+    def _table(self, values: NDArray[Any]) -> int:
+        offset = self._room(values.nbytes)
+        self.tables.append((offset, np.ascontiguousarray(values).view(np.uint8).reshape(-1)))
         return offset
+
+    def _taps(self, have: int, reach: float, length: int) -> _Taps:
+        first, weights = canvas_taps(have, reach, length)
+        return _Taps(self._table(first), self._table(weights), weights.shape[1], length, have - 1)
 
 
 class DeviceCascade:
@@ -89,45 +105,21 @@ class DeviceCascade:
         """most: edits that one call of edit and refine takes. Raises OutOfMemory, UnavailableError; nothing is left
         behind then."""
         self._memory, self._edit, self._refine, self._most = memory, edit, refine, most
-        self._frame, self._levels, self._size = frame, levels, levels[0].size
-        places, size = _Places(), frame.size
-        factor = 2 * levels[0].factor
-        height, width = (-(-side // factor) for side in (frame.window.height, frame.window.width))
-        # A pixel of the base is `factor` photo pixels, which the window's sides need not be multiples of.
-        rows, columns = height * factor / frame.window.height, width * factor / frame.window.width
-        down = _table(places, frame.height, rows * frame.height, height)
-        right = _table(places, frame.width, columns * frame.width, width)
-        twice = _table(places, size // 2, size // 2, size)
-        ramp_places = [[places.table(ramps(starts, size)) for starts in (one.rows, one.columns)] for one in levels]
-        between = places.room(4 * 3 * max(frame.height * width, size // 2 * size))
-        base = places.room(4 * 3 * height * width)
-        tiles = places.room(8 * 3 * size * size * max(len(level.columns) for level in levels))
-        drawn = [places.room(4 * 3 * math.prod(level.extent)) for level in levels]
-        planes = [places.room(4 * level.region.height * level.region.width) for level in levels]
-        with memory.in_use():
-            memory.device.load_kernels()
-            start = self._address = memory.lend(places.size, "the levels of a cascade")
-            try:
-                self._down, self._right, self._twice = (
-                    _Taps(start + one.first, start + one.weights, one.taps, one.length, one.last)
-                    for one in (down, right, twice)
-                )
-                self._ramps = [[start + place for place in pair] for pair in ramp_places]
-                self._between, self._tiles = start + between, start + tiles
-                self._base = _Picture(start + base, height, width)
-                self._canvases = [
-                    _Picture(start + place, *level.extent) for place, level in zip(drawn, levels, strict=True)
-                ]
-                self._planes = [start + place for place in planes]
-                for offset, content in places.written:
-                    memory.upload(start + offset, content)
-                memory.device.clear(start + drawn[0], places.size - drawn[0], memory.stream)
-                memory.queued()
-            except BaseException:
-                memory.take_back(start)
-                raise
+        self._frame, self._levels, self._size = frame, levels, frame.size
+        self._layout = layout = _Layout(frame, levels)
         self._number = -1
         self._painted: set[tuple[int, int]] = set()
+        with memory.in_use():
+            memory.device.load_kernels()
+            self._start = memory.lend(layout.bytes, "the levels of a cascade")
+            try:
+                for offset, content in layout.tables:
+                    memory.upload(self._start + offset, content)
+                memory.device.clear(self._start + layout.zeros, layout.bytes - layout.zeros, memory.stream)
+                memory.queued()
+            except BaseException:
+                self.close()
+                raise
 
     def __enter__(self) -> DeviceCascade:
         return self
@@ -139,7 +131,7 @@ class DeviceCascade:
 
     def close(self) -> None:
         """Gives the memory back. Safe to call twice, and after the session was closed."""
-        self._memory.take_back(self._address)
+        self._memory.take_back(self._start)
 
     # -- the levels
 
@@ -151,14 +143,16 @@ class DeviceCascade:
         mask: NDArray[np.uint8],
     ) -> None:
         """The edit of the whole window at the model's size, a batch of one, from which the first level starts."""
-        memory, frame, base = self._memory, self._frame, self._base
+        memory, frame, layout = self._memory, self._frame, self._layout
+        base, halfway = layout.base, self._start + layout.halfway
         with memory.in_use():
             self._stage(image=image, labels=labels, instances=instances, mask=mask)
             self._edit(1)
             edited, row = memory.address("unrounded"), self._size * 3
             across = frame.height * base.width * 3
-            self._resample(self._between, edited, self._right, row, 3, across, clip=False)
-            self._resample(base.address, self._between, self._down, 0, base.width * 3, base.numbers, clip=True)
+            self._resample(halfway, edited, layout.right, row, 3, across, clip=False)
+            into = self._start + base.offset
+            self._resample(into, halfway, layout.down, 0, base.width * 3, base.numbers, clip=True)
             memory.queued()
 
     def begin(self) -> None:
@@ -189,12 +183,13 @@ class DeviceCascade:
 
     def levels(self) -> Iterator[PaintedLevel]:
         """What became of the levels, the coarsest first. Here and nowhere else pictures come back to the host."""
-        for level, canvas, plane in zip(self._levels, self._canvases, self._planes, strict=True):
+        layout = self._layout
+        for level, canvas, plane in zip(self._levels, layout.canvases, layout.planes, strict=True):
             picture = np.empty((canvas.height, canvas.width, 3), np.float32)
             distances = np.empty((level.region.height, level.region.width), np.float32)
             with self._memory.in_use():
-                self._memory.download(canvas.address, picture.reshape(-1).view(np.uint8))
-                self._memory.download(plane, distances.reshape(-1).view(np.uint8))
+                self._memory.download(self._start + canvas.offset, picture.reshape(-1).view(np.uint8))
+                self._memory.download(self._start + plane, distances.reshape(-1).view(np.uint8))
             yield PaintedLevel(picture, float(distances.sum(dtype=np.float64)))
 
     # -- inside `in_use`
@@ -225,7 +220,7 @@ class DeviceCascade:
 
     def _tile(self, row: int, column: int) -> int:
         """Where a tile's picture is kept for its neighbours: those of two rows are."""
-        return self._tiles + ((row % 2) * len(self._level.columns) + column) * 12 * self._size**2
+        return self._start + self._layout.tiles + ((row % 2) * len(self._level.columns) + column) * 12 * self._size**2
 
     @property
     def _level(self) -> Level:
@@ -233,41 +228,40 @@ class DeviceCascade:
 
     def _cut(self, out: int, tile: Tile) -> None:
         """What the level before shows of a tile, at half size."""
-        half, before, top, left = self._size // 2, self._base, 0, 0
+        half, before, top, left = self._size // 2, self._layout.base, 0, 0
         if self._number > 0:
-            before, region = self._canvases[self._number - 1], self._levels[self._number - 1].region
+            before, region = self._layout.canvases[self._number - 1], self._levels[self._number - 1].region
             top, left = region.top, region.left
         top, left = tile.top // 2 - top, tile.left // 2 - left
         assert top >= 0 and left >= 0, (tile, top, left)
         rows, columns = min(half, before.height - top), min(half, before.width - left)
-        self._kernel("cut", half * half * 3, out, before.address, before.width, top, left, rows, columns, half)
+        source = self._start + before.offset
+        self._kernel("cut", half * half * 3, out, source, before.width, top, left, rows, columns, half)
 
     def _enlarge(self, out: int, half: int) -> None:
-        size = self._size
-        self._resample(self._between, half, self._twice, size // 2 * 3, 3, size // 2 * size * 3, clip=False)
-        self._resample(out, self._between, self._twice, 0, size * 3, size * size * 3, clip=True)
+        size, twice, halfway = self._size, self._layout.twice, self._start + self._layout.halfway
+        self._resample(halfway, half, twice, size // 2 * 3, 3, size // 2 * size * 3, clip=False)
+        self._resample(out, halfway, twice, 0, size * 3, size * size * 3, clip=True)
 
     def _resample(self, out: int, source: int, by: _Taps, row: int, inner: int, count: int, clip: bool) -> None:
         numbers = (by.taps, by.last, row, inner, by.length, int(clip))
-        self._kernel("resample", count, out, source, by.first, by.weights, *numbers)
+        tables = self._start + by.first, self._start + by.weights
+        self._kernel("resample", count, out, source, *tables, *numbers)
 
     def _blend(self, tile: Tile, picture: int, image: int, mask: int) -> None:
-        region, canvas, size = self._level.region, self._canvases[self._number], self._size
+        region, canvas, size = self._level.region, self._layout.canvases[self._number], self._size
         top, left = tile.top - region.top, tile.left - region.left
         rows, columns = min(size, canvas.height - top), min(size, canvas.width - left)
-        down, right = (
-            place + number * size * 4
-            for place, number in zip(self._ramps[self._number], (tile.row, tile.column), strict=True)
-        )
-        place = (canvas.width, top * canvas.width + left)
-        self._kernel(
-            "blend", rows * columns * 3, canvas.address, picture, image, mask, down, right, *place, columns, size
-        )
+        ramp_of_row, ramp_of_column = (self._start + place for place in self._layout.ramps[self._number])
+        down, right = ramp_of_row + tile.row * size * 4, ramp_of_column + tile.column * size * 4
+        pointers = self._start + canvas.offset, picture, image, mask, down, right
+        numbers = canvas.width, top * canvas.width + left, columns, size
+        self._kernel("blend", rows * columns * 3, *pointers, *numbers)
 
     def _compare(self, tile: Tile, picture: int, mask: int) -> None:
         """With the tiles on the left and above."""
         level, size = self._level, self._size
-        region, plane = level.region, self._planes[self._number]
+        region, plane = level.region, self._start + self._layout.planes[self._number]
         at = (tile.top - region.top) * region.width + tile.left - region.left
         for row, column, down, right in level.neighbours(tile):
             if (row, column) in self._painted:
@@ -278,9 +272,3 @@ class DeviceCascade:
 
     def _kernel(self, name: str, threads: int, *arguments: int) -> None:
         self._memory.device.kernel(name, threads, self._memory.stream, *arguments)
-
-
-def _table(places: _Places, have: int, reach: float, length: int) -> _Taps:
-    """By offsets instead of addresses."""
-    first, weights = canvas_taps(have, reach, length)
-    return _Taps(places.table(first), places.table(weights), weights.shape[1], length, have - 1)

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spmdeploy.tiling.blending import ramps
+from spmdeploy.tiling.frames import Frame
 from spmdeploy.tiling.pieces import Mask, bounding_box
 from spmdeploy.tiling.windows import MIN_MARGIN, NATIVE_SIZE, Window
 
@@ -101,6 +102,16 @@ def plan_levels(window: Window, hole: Mask, size: int = NATIVE_SIZE, overlap: fl
     factors = [2**power for power in range(_doublings(max(window.height, window.width), size))]
     shared = 2 * round(size * overlap / 2)
     return tuple(_level(window, hole, factor, size, shared) for factor in reversed(factors))
+
+
+def base_extent(frame: Frame, first: Level) -> tuple[int, int, float, float]:
+    """Height and width of the picture that the first level starts from, at half its size, and the rows and columns of
+    the coarse edit that it shows. frame: the window in the model's input."""
+    window, factor = frame.window, 2 * first.factor
+    height, width = (-(-side // factor) for side in (window.height, window.width))
+    # A pixel of it is `factor` photo pixels, which the window's sides need not be multiples of.
+    rows, columns = height * factor / window.height, width * factor / window.width
+    return height, width, rows * frame.height, columns * frame.width
 
 
 def _doublings(longer: int, size: int) -> int:
