@@ -31,7 +31,8 @@ class Run:
 
     whole: float
     phases: dict[str, float]
-    """start (the interpreter, what the command line imports), open (libraries, graph), edit (files to file), end."""
+    """start (the interpreter, what the command line imports), open (libraries, graph; the files are read beside it),
+    edit (to a file), end."""
     peak_bytes: int | None
 
 
@@ -46,7 +47,7 @@ class ColdStart:
         self._runs: list[Run] = []
 
     def first(self) -> First:
-        """Starts it once, which fills the page cache."""
+        """Starts it once, which fills the page cache and compiles what is not compiled yet."""
         run = self._start()
         photo, picture = (images.read_photo(path).pixels[None] for path in (self._files.image, self._files.output))
         return First(photo, picture, run.whole / 1000, {})
@@ -100,7 +101,9 @@ class ColdStart:
 
     def _process(self, *interpreter: str) -> subprocess.Popen[bytes]:
         command = [sys.executable, *interpreter, "-m", "spmdeploy", *self._words]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=_HERE)
+        # Compiled modules are what pip installs; from a checkout the first start writes them, unless forbidden here.
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=_HERE, env=environment)
 
 
 def import_times(text: str) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -41,6 +42,15 @@ def test_a_failing_command_says_why(tmp_path: Path) -> None:
     start = ColdStart(write_case(case, tmp_path), ["--model", str(tmp_path / "missing.spm")])
     with pytest.raises(SpmDeployError, match=r"ended with 6: .*missing\.spm"):
         start.first()
+
+
+def test_modules_may_be_compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    started: dict[str, Any] = {}
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    monkeypatch.setenv("SPMDEPLOY_CACHE", "elsewhere")
+    monkeypatch.setattr("subprocess.Popen", lambda command, **options: started.update(options))
+    ColdStart(write_case(edit_case(STREET, 256, "small"), tmp_path), [])._process()
+    assert started["env"]["SPMDEPLOY_CACHE"] == "elsewhere" and "PYTHONDONTWRITEBYTECODE" not in started["env"]
 
 
 def test_import_times() -> None:
