@@ -14,9 +14,10 @@ _MODULE = re.compile(r"\.(features|context_\w+?|layout_\w+?|to_rgb)(?=/|$)")
 _LAYER = re.compile(r"\.(?:encoder|decoder)\.\d+")
 # What `to_cpu` adds to compute in the box around the mask, and to put that into the whole; at the end what it did once.
 _BOX = re.compile(
-    r"^box/|/(?:around|borders|wide|inside|changed)(?:/|$)|/(?:padded|rows|base|base_box|change|changes|everywhere)$"
+    r"^(?:box|classes)/|/(?:around|borders|wide|inside|changed)(?:/|$)|/(?:padded|rows|base|base_box|change|changes|everywhere)$"
 )
 _KINDS = {"features": "main convolution", "context": "context modulation", "layout": "layout branch", "to": "to RGB"}
+_ARITHMETIC = "modulation arithmetic"
 _OPERATORS = {
     "InstanceNormalization": "normalisation",
     "instance_norm": "normalisation",
@@ -89,15 +90,18 @@ def kind_of(name: str, operator: str) -> str:
         return "around the mask"
     if module := _MODULE.search(name):
         return _KINDS[module[1].partition("_")[0]]
-    if operator == "Conv":  # fused with the activation behind it, whose name it has taken
+    if operator in ("Conv", "FusedConv"):  # fused with the activation behind it, whose name it has taken
         return _fused_kind(name.rpartition("/")[2])
     if _LAYER.search(name):
-        return "modulation arithmetic"
+        return _ARITHMETIC
     return "skips and compositing" if _STAGE.search(name) else "conditioning and compositing"
 
 
 def _fused_kind(activation: str) -> str:
-    """`modulation.py` applies two ReLUs in each layer: to the context first, then to the layout."""
+    """`modulation.py` applies two ReLUs in each layer: to the context first, then to the layout. Before its last
+    activation `to_cpu` has a convolution that changes nothing."""
     if activation == "Relu":
         return _KINDS["context"]
+    if activation in ("LeakyRelu", "same"):
+        return _ARITHMETIC
     return _KINDS["layout"] if activation.startswith("Relu") else _KINDS["to"]

@@ -70,7 +70,7 @@ def graph_facts(model: onnx.ModelProto) -> GraphFacts:
 
 
 def _shape_of_weight(name: str, weights: dict[str, TensorProto], graph: onnx.GraphProto) -> list[int]:
-    """The kernel's shape, also when the weights are stored as halves behind a cast."""
-    if name not in weights:
+    """The kernel's shape, also when the weights are stored as halves behind a cast, or some of them are gathered."""
+    while name not in weights:
         name = next(node.input[0] for node in graph.node if name in node.output)
     return list(weights[name].dims)

@@ -1,6 +1,6 @@
 """FP32 graph to the graph for CPUs: the same pictures, without work that the mask makes superfluous.
 
-On a CPU time follows the operations, and more than half of them (the layout branch) read labels and mask only. Two
+On a CPU time follows the operations, and more than half of them (the layout branch) read labels and mask only. Three
 facts make most of that superfluous at the larger sizes, exactly and not approximately:
 
 - Where no masked pixel is within reach, the layout input is zero, and what the branch answers depends on the weights
@@ -9,6 +9,7 @@ facts make most of that superfluous at the larger sizes, exactly and not approxi
   it is computed in the box around the mask and added, as is what the padding changes on the ring.
 - The picture of a stage counts under the mask alone. Of its last layer only the statistics need the whole; modulations
   and picture are computed inside the box.
+- Of the classes only those matter that lie under the mask. The others' channels of the layout are zero.
 
 Beside the convolutions an edit is passes over maps, of which each takes as long as a tenth of a convolution: what can
 be said of a channel once, or in the box, is not done to every pixel.
@@ -75,7 +76,9 @@ class _Restriction:
         self._shapes = {
             value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in model.graph.value_info
         }
-        self._producers = {output: node for node in model.graph.node for output in node.output}
+        self._producers: dict[str, onnx.NodeProto] = {
+            output: node for node in model.graph.node for output in node.output
+        }
         self._layers = _layers(model.graph)
         self._nodes: list[onnx.NodeProto] = []
         self._constants: dict[str, onnx.TensorProto] = {}
@@ -95,6 +98,10 @@ class _Restriction:
                     self._layer_around_mask(layer)
             elif node.op_type == "Tanh":
                 self._picture(node)
+            elif node.op_type == "Transpose" and self._producers.get(node.input[0], node).op_type == "Tanh":
+                self._add("Identity", node.input, node.name)  # `_result` transposes at the end
+            elif node.op_type == "Where":
+                self._result(node)
             elif _LAYER.match(node.name) is None:
                 self._nodes.append(node)
         rebuilt = onnx.ModelProto()
@@ -193,7 +200,7 @@ class _Restriction:
                 heads |= {part: self._head(layer, part, hidden, inside=True) for part in parts}
         whole = self._normalised(layer)
         inside = self._add("Slice", [whole, f"{box}/start", f"{box}/end", self._axes()], f"{name}/normalised")
-        self._activated(layer, self._modulated(inside, heads, name))
+        self._nodes.append(_copy(layer.activation, self._modulated(inside, heads, name)))
 
     def _picture(self, tanh: onnx.NodeProto) -> None:
         """The picture of a stage, of which `tanh` makes what lies in the box: zeros around it."""
@@ -202,12 +209,28 @@ class _Restriction:
         self._nodes.append(_copy(tanh, output=f"{output}/box"))
         self._add("Pad", [f"{output}/box", f"{box}/around"], f"{tanh.name}/around", output)
 
+    def _result(self, where: onnx.NodeProto) -> None:
+        """What `where` gives, chosen by channels: by pixels, whose mask holds for three bytes each, takes longer."""
+        _, levels, given = where.input
+        edit = self._producers[self._mask()].input[0]
+        planes = next(node for node in self._model.graph.node if node.op_type == "Transpose" and given in node.input)
+        chosen = self._add("Where", [edit, levels, planes.output[0]], f"{where.name}/planes")
+        self._add("Transpose", [chosen], where.name, where.output[0], perm=[0, 2, 3, 1])
+
     def _normalised(self, layer: _Layer) -> str:
         self._nodes += [layer.convolutions["features"], layer.norm]
         return str(layer.norm.output[0])
 
     def _activated(self, layer: _Layer, value: str) -> None:
-        self._nodes.append(_copy(layer.activation, value))
+        """Ends a layer in ONNX Runtime's blocked layout.
+
+        Its next readers are convolutions and what stands between layers, which all know that layout, but not how to get
+        into it: a convolution that leaves every channel what it is takes them there and the activation with it.
+        """
+        channels = self._shapes[layer.activation.input[0]][1]
+        ones = self._constant(f"ones/{channels}", np.ones((channels, 1, 1, 1), np.float32))
+        same = self._add("Conv", [value, ones], f"{layer.activation.name}/same", group=channels, kernel_shape=[1, 1])
+        self._nodes.append(_copy(layer.activation, same))
 
     def _modulated(self, normalised: str, heads: Mapping[str, str], name: str) -> str:
         """The equation of the layer, for heads that hold what it adds to them."""
@@ -230,9 +253,13 @@ class _Restriction:
 
     def _hidden_in_box(self, layer: _Layer, part: str) -> str:
         """The first convolution of a branch, on its input around the box."""
-        node = layer.convolutions[part]
         size = self._size(layer)
-        self._nodes.append(_copy(node, self._around(node.input[0], size), pads=(0, 0, 0, 0)))
+        node = _copy(layer.convolutions[part], pads=(0, 0, 0, 0))
+        node.input[0] = self._around(node.input[0], size)
+        if part == "layout_shared":
+            weights = [node.input[1], self._present_channels()]
+            node.input[1] = self._add("Gather", weights, f"{layer.name}.{part}/present", axis=1)
+        self._nodes.append(node)
         # What the convolution answers beyond the picture is not zero, but what the second must see there is.
         relu = self._relu(layer, part)
         return self._add("Mul", [relu, f"{self._box(size)}/picture"], f"{relu}/inside")
@@ -254,7 +281,7 @@ class _Restriction:
     def _around(self, value: str, size: int) -> str:
         """`value` (B, C, size, size) around the box; beyond the picture lie zeros.
 
-        A layout is made there, from its single-channel maps.
+        A layout is made there, from its single-channel maps, and with the channels of `_present_channels` only.
         """
         name, node = f"{value}/around", self._producers[value]
         if name in self._made:
@@ -263,7 +290,8 @@ class _Restriction:
         if self._shapes[value][1] > 1 and node.op_type in ("Concat", "Mul", "Cast", "Equal"):
             copy = _copy(node, output=name)
             copy.name = f"{node.name}/around"
-            copy.input[:] = [self._around(it, size) if it in self._producers else it for it in node.input]
+            ids = self._present_classes()
+            copy.input[:] = [self._around(it, size) if it in self._producers else ids for it in node.input]
             self._nodes.append(copy)
             return name
         box = self._box(size)
@@ -346,8 +374,50 @@ class _Restriction:
 
     def _mask(self) -> str:
         """The mask as float (B, 1, S, S): the last channel of the layout of the largest pictures."""
+        return str(self._whole_layout().input[-1])
+
+    def _whole_layout(self) -> onnx.NodeProto:
+        """What puts the layout of the largest pictures together: one-hot labels, edges, mask."""
         largest = next(layer for layer in self._layers if self._size(layer) == NATIVE_SIZE)
-        return str(self._producers[largest.convolutions["layout_shared"].input[0]].input[-1])
+        return self._producers[largest.convolutions["layout_shared"].input[0]]
+
+    # -- the classes under the mask
+
+    def _present_channels(self) -> str:
+        """The channels of the layout that are not zero everywhere: int64 (k + 2,), those of the classes first."""
+        self._present_classes()
+        return "classes/channels"
+
+    def _present_classes(self) -> str:
+        """The ids of the classes that any pixel under the batch's masks has: int32 (1, k, 1, 1).
+
+        Of dozens a mask holds a few, and a convolution of a few channels is faster than a better arranged one of all.
+        Class 0 is always among them, so that there is one.
+        """
+        if "classes" not in self._made:
+            self._made.add("classes")
+            layout = self._producers[self._whole_layout().input[0]]
+            one_hot, mask = layout.input
+            labels, ids = self._producers[self._producers[one_hot].input[0]].input
+            count = self._weight(ids).size
+            flat = self._number(-1)
+            edit = self._add("Cast", [mask], "classes/edit", to=onnx.TensorProto.BOOL)
+            none = self._constant("classes/none", np.array(count, np.int32))
+            found = self._add("Where", [edit, labels, none], "classes/found")
+            within = self._add("Min", [found, none], "classes/within")
+            places = self._add("Reshape", [within, flat], "classes/places")
+            marks = self._add("Reshape", [mask, flat], "classes/marks")
+            first = self._constant("classes/first", np.eye(1, count + 1, dtype=np.float32)[0])
+            marked = self._add("ScatterElements", [first, places, marks], "classes/marked", axis=0)
+            known = self._add("Slice", [marked, self._number(0), self._number(count)], "classes/known")
+            numbers = self._add("NonZero", [known], "classes/numbers")
+            numbers = self._add("Reshape", [numbers, flat], "classes/present")
+            others = self._constant("classes/others", _ints(count, count + 1))  # edges and mask
+            self._add("Concat", [numbers, others], "classes/channels", axis=0)
+            along = self._constant("classes/shape", _ints(1, -1, 1, 1))
+            numbers = self._add("Reshape", [numbers, along], "classes/along")
+            self._add("Cast", [numbers], "classes/ids", to=onnx.TensorProto.INT32)
+        return "classes/ids"
 
     # -- nodes and constants
 
@@ -358,7 +428,7 @@ class _Restriction:
         self._nodes.append(helper.make_node(operator, list(inputs), [output or name], name=name, **attributes))
         return output or name
 
-    def _constant(self, name: str, value: NDArray[np.int64] | NDArray[np.float32]) -> str:
+    def _constant(self, name: str, value: NDArray[Any]) -> str:
         if name not in self._constants:
             self._constants[name] = numpy_helper.from_array(np.ascontiguousarray(value), name)
         return name

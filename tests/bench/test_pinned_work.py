@@ -23,7 +23,7 @@ WORK = {
 GRAPHS = {
     "edit.fp32": (1112, {"Conv": 381, "InstanceNormalization": 42, "Resize": 22, "Cast": 21, "Slice": 50}),
     "edit.fp16": (1204, {"Conv": 381, "InstanceNormalization": 42, "Resize": 22, "Cast": 113, "Slice": 50}),
-    "edit_cpu.fp32": (1954, {"Conv": 381, "InstanceNormalization": 42, "Pad": 36, "Gather": 120, "Slice": 179}),
+    "edit_cpu.fp32": (2023, {"Conv": 420, "InstanceNormalization": 42, "Pad": 36, "Gather": 138, "Slice": 180}),
 }
 
 
