@@ -584,11 +584,12 @@ def resize_canvas(
     """
     more = [(0, max(math.ceil(need) - have, 0)) for need, have in zip((rows, columns), canvas.shape, strict=False)]
     padded = np.pad(canvas, [*more, (0, 0)], mode="edge")
-    box = (0, 0, columns, rows)
-    channels = [
-        np.asarray(Image.fromarray(np.ascontiguousarray(padded[..., channel])).resize((width, height), _BICUBIC, box))
-        for channel in range(3)
-    ]
+    channels = []
+    for channel in range(3):
+        picture = Image.fromarray(np.ascontiguousarray(padded[..., channel]))
+        # One axis after the other: from version 13 on Pillow chooses which comes first, and the last bits go by that.
+        wide = picture.resize((width, picture.height), _BICUBIC, (0, 0, columns, picture.height))
+        channels.append(np.asarray(wide.resize((width, height), _BICUBIC, (0, 0, width, rows))))
     resized: NDArray[np.float32] = np.clip(np.stack(channels, axis=2), 0, 255)
     return resized
 

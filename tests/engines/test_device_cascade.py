@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,12 @@ def test_windows_of_any_shape(mask: np.ndarray, batch: int, smooth: bool, sessio
     assert [window.to_json() | {"between_levels": None} for window in found.report.windows] == [
         window.to_json() | {"between_levels": None} for window in expected.report.windows
     ]
+
+
+@pytest.mark.parametrize(("height", "width"), [(17, 100), (100, 9), (40, 41), (7, 70)])
+def test_levels_smaller_than_a_tile(height: int, width: int, session: TensorRtSession) -> None:
+    """What a tile is made from is then continued by mirroring, more than once where it must be."""
+    assert_same(*(edit(one, height, width) for one in (session, OnHost(session))))
 
 
 def test_smooth_levels_are_enlarged_on_the_device_too(gpu: SimulatedGpu, session: TensorRtSession) -> None:
@@ -263,6 +270,25 @@ def test_other_threads_edit_between_the_tiles(gpu: SimulatedGpu, session: Tensor
     assert np.array_equal(edit(session, 75, 90, progress=others).image, expected.image)
 
 
+def test_several_threads_carry_up_at_once(gpu: SimulatedGpu, session: TensorRtSession) -> None:
+    sizes = [(75, 90), (60, 100), (110, 40)]
+    expected = [edit(session, *size).image for size in sizes]
+    left, found = gpu.left_behind, {}
+
+    def work(place: int) -> None:
+        found[place] = edit(session, *sizes[place], batch_size=2)
+
+    threads = [threading.Thread(target=work, args=(place,)) for place in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for place, image in enumerate(expected):
+        assert np.array_equal(found[place].image, image)
+        assert {window.between_levels for window in found[place].report.windows} == {"device"}
+    assert gpu.left_behind["memory"] == left["memory"]
+
+
 def test_a_session_closed_in_the_middle(gpu: SimulatedGpu, tmp_path: Path) -> None:
     session = opened(gpu, tmp_path)
     with pytest.raises(UnavailableError, match="closed"):
@@ -356,18 +382,32 @@ def test_onnx_runtime_on_a_cpu_has_no_device(gpu: SimulatedGpu, monkeypatch: pyt
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.integers(1, 60), st.floats(0.2, 3), st.floats(-1.5, 1.5), st.integers(0, 9))
-def test_the_taps_are_those_of_resizing(have: int, scale: float, more: float, seed: int) -> None:
-    reach = max(have + more, 0.5)
-    length = max(round(reach * scale), 1)
-    line = np.random.default_rng(seed).uniform(0, 255, (1, have, 3)).astype(np.float32)
-    first, weights = canvas_taps(have, reach, length)
-    place = np.minimum(first[:, None] + np.arange(weights.shape[1]), have - 1)
-    found = np.zeros((length, 3))
+@given(
+    st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    st.tuples(st.floats(0.1, 3), st.floats(0.1, 3)),
+    st.tuples(st.floats(-1.5, 1.5), st.floats(-1.5, 1.5)),
+    st.integers(0, 9),
+)
+def test_the_taps_are_those_of_resizing(
+    have: tuple[int, int], scale: tuple[float, float], more: tuple[float, float], seed: int
+) -> None:
+    """Columns first, whichever axis shrinks more."""
+    picture = np.random.default_rng(seed).uniform(0, 255, (*have, 3)).astype(np.float32)
+    reach = [max(there + beyond, 0.5) for there, beyond in zip(have, more, strict=True)]
+    height, width = (max(round(part * by), 1) for part, by in zip(reach, scale, strict=True))
+    found = resampled(resampled(picture, 1, reach[1], width), 0, reach[0], height)
+    wanted = resize_canvas(picture, height, width, *reach)
+    assert np.array_equal(np.clip(found, 0, 255), wanted)
+
+
+def resampled(picture: np.ndarray, axis: int, reach: float, length: int) -> np.ndarray:
+    lines = np.moveaxis(picture, axis, 0)
+    first, weights = canvas_taps(len(lines), reach, length)
+    place = np.minimum(first[:, None] + np.arange(weights.shape[1]), len(lines) - 1)
+    total = np.zeros((length, *lines.shape[1:]))
     for tap in range(weights.shape[1]):
-        found += line[0, place[:, tap]].astype(np.float64) * weights[:, tap, None]
-    wanted = resize_canvas(line, 1, length, 1, reach)[0]
-    assert np.array_equal(np.clip(found.astype(np.float32), 0, 255), wanted)
+        total += lines[place[:, tap]].astype(np.float64) * weights[:, tap, None, None]
+    return np.moveaxis(total.astype(np.float32), 0, axis)
 
 
 def test_nvidias_assembler_takes_the_kernels(tmp_path: Path) -> None:
