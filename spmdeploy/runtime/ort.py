@@ -207,7 +207,7 @@ class _Halves:
 # loading takes a fifth less (onnxruntime 1.32). What folds constants and blocks the convolutions stays on.
 _IDLE_PASSES = (
     *("CommonSubexpressionElimination", "ConstantSharing", "TransposeOptimizer", "PropagateCastOps", "ReshapeFusion"),
-    *("Level2_RuleBasedTransformer", "FreeDimensionOverrideTransformer"),
+    *("Level1_RuleBasedTransformer", "Level2_RuleBasedTransformer", "FreeDimensionOverrideTransformer"),
     *("DoubleQDQPairsRemover", "QDQPropagationTransformer", "EnsureUniqueDQForNodeUnit", "WhereDummyDq"),
     *("MatMulAddFusion", "GemmActivationFusion", "ConvAddActivationFusion"),
 )
