@@ -177,18 +177,23 @@ def _loaded(bundle: Bundle) -> onnx.ModelProto:
 
 
 def with_plain_weights(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Weights that are stored as halves and cast, as the FP32 weights that they become: the quantiser wants those."""
+    """What is computed of weights alone, halves cast and ones added to biases, as the weights that it is: the quantiser
+    wants those."""
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
-    for node in [node for node in model.graph.node if node.op_type == "Cast" and node.input[0] in weights]:
-        values = numpy_helper.to_array(weights[node.input[0]]).astype(np.float32)
-        model.graph.initializer.append(numpy_helper.from_array(values, node.output[0]))
-        model.graph.initializer.remove(weights[node.input[0]])
-        model.graph.node.remove(node)
+    for node in [node for node in model.graph.node if node.op_type in ("Cast", "Add")]:
+        if weights.keys() >= set(node.input):
+            values = sum(numpy_helper.to_array(weights[name]).astype(np.float32) for name in node.input)
+            weights[node.output[0]] = numpy_helper.from_array(np.asarray(values), node.output[0])
+            model.graph.node.remove(node)
+    read = {name for node in model.graph.node for name in node.input}
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(tensor for name, tensor in weights.items() if name in read)
     return model
 
 
 def quantised(model: onnx.ModelProto, words: tuple[str, ...], cases: list[EditBatch]) -> bytes:
-    chosen = [it.name for it in model.graph.node if it.op_type == "Conv" and any(word in it.name for word in words)]
+    convolutions = [it.name for it in model.graph.node if it.op_type == "Conv" and "LeakyRelu" not in it.name]
+    chosen = [name for name in convolutions if any(word in name for word in words)]  # above: those that change nothing
     assert chosen, words
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder) / "plain.onnx", Path(folder) / "quantised.onnx"

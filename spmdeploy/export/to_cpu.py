@@ -5,14 +5,14 @@ facts make most of that superfluous at the larger sizes, exactly and not approxi
 
 - Where no masked pixel is within reach, the layout input is zero, and what the branch answers depends on the weights
   alone: one value a channel, but for the outermost ring of pixels, where the zero padding of the convolutions shows.
-  That is known when the graph is written. A layer is computed with those values everywhere; what the layout changes of
-  it is computed in the box around the mask and added, as is what the padding changes on the ring.
+  That is known when the graph is written. A layer is computed with one value a channel and column everywhere, which
+  leaves the first and the last row to be put right, and what the layout changes is computed in the box around the mask.
 - The picture of a stage counts under the mask alone. Of its last layer only the statistics need the whole; modulations
   and picture are computed inside the box.
 - Of the classes only those matter that lie under the mask. The others' channels of the layout are zero.
 
-Beside the convolutions an edit is passes over maps, of which each takes as long as a tenth of a convolution: what can
-be said of a channel once, or in the box, is not done to every pixel.
+What is not a convolution is passes over maps, which take long where they are large: whatever can be said of a channel
+once, or in the box alone, is not done to every pixel.
 
 The box is found in the graph, around the masks of the whole batch. Shapes then depend on data, which ONNX Runtime
 allows and TensorRT does not: engines are built from the plain graph, where launches and not operations are what costs.

@@ -58,14 +58,16 @@ def test_the_page_shows_the_committed_result(quantisation: ModuleType) -> None:
 def test_halves_become_the_weights_that_they_stand_for(quantisation: ModuleType) -> None:
     half = np.array([1 / 3, -2], np.float16)
     nodes = [
-        helper.make_node("Cast", ["w.half"], ["w"], to=TensorProto.FLOAT),
+        helper.make_node("Cast", ["w.half"], ["w.cast"], to=TensorProto.FLOAT),
+        helper.make_node("Add", ["w.cast", "one"], ["w"]),
         helper.make_node("Cast", ["x"], ["y"], to=TensorProto.FLOAT),
         helper.make_node("Add", ["w", "y"], ["z"]),
     ]
     ends = [helper.make_tensor_value_info(name, kind, [2]) for name, kind in (("x", 10), ("z", 1))]
-    graph = helper.make_graph(nodes, "small", ends[:1], ends[1:], [numpy_helper.from_array(half, "w.half")])
+    stored = [numpy_helper.from_array(half, "w.half"), numpy_helper.from_array(np.ones(1, np.float32), "one")]
+    graph = helper.make_graph(nodes, "small", ends[:1], ends[1:], stored)
     plain = quantisation.with_plain_weights(helper.make_model(graph)).graph
-    assert [node.output[0] for node in plain.node] == ["y", "z"]  # only casts of weights are gone
+    assert [node.output[0] for node in plain.node] == ["y", "z"]  # only what computes weights is gone
     (weight,) = plain.initializer
     assert weight.name == "w" and weight.data_type == onnx.TensorProto.FLOAT
-    np.testing.assert_array_equal(numpy_helper.to_array(weight), half.astype(np.float32))
+    np.testing.assert_array_equal(numpy_helper.to_array(weight), half.astype(np.float32) + 1)
