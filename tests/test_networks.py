@@ -236,11 +236,27 @@ def test_refining_what_the_stage_before_the_last_gave_is_the_edit() -> None:
     coarse: list[Tensor] = []
     generator.stages[1].register_forward_hook(lambda stage, given, raw: coarse.append(raw))
     with torch.inference_mode():
-        edited, unrounded = EditGraph(generator)(*inputs)
+        edited = EditGraph(generator)(*inputs)[0]
         levels = (coarse[0].permute(0, 2, 3, 1) + 1) * 127.5
-        refined, unrounded_refined = RefineGraph(generator)(*inputs, levels)
+        refined = RefineGraph(generator)(*inputs, levels)[0]
     assert torch.equal(refined, edited)
-    assert torch.allclose(unrounded_refined, unrounded, rtol=0, atol=0.02)
+
+
+def test_what_is_refined_further_has_the_light_of_the_coarse_picture() -> None:
+    *inputs, mask = _deploy_inputs()
+    mask[:, 96:192, 64:224] = 1
+    light = torch.full((2, 128, 128, 3), 60.0)
+    light[:, :, 64:] = 190
+    with torch.inference_mode():
+        edited, lit = RefineGraph(_tiny())(*inputs, mask, light)
+    blocks = lit[:, 96:192, 64:224].reshape(2, 12, 8, 20, 8, 3).mean(dim=(2, 4))
+    for side, level in ((blocks[:, 1:-1, 1:6], 60), (blocks[:, 1:-1, -6:-1], 190)):
+        assert (side - level).abs().median() < 2
+    plain = edited[:, 96:192, 64:224].float().reshape(2, 12, 8, 20, 8, 3).mean(dim=(2, 4))
+    assert (plain[:, :, -6:-1] - 190).abs().mean() > 30, "it had that light by itself"
+    sharp, flat = (picture.float().diff(dim=2)[:, 100:190, 70:120].std() for picture in (lit, edited))
+    assert torch.isclose(sharp, flat, rtol=0.1), "detail was lost"
+    assert torch.equal(lit[mask == 0], inputs[0][mask == 0].float())
 
 
 def test_refining_reads_known_pixels_of_the_image_and_hidden_ones_of_the_coarse_picture() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from spmdeploy.networks.conditioning import LayoutPyramid
 from spmdeploy.networks.generator import Generator
@@ -17,6 +18,10 @@ NATIVE_SIZE = 256
 
 COARSE_SIZE = NATIVE_SIZE // 2
 """Height and width of the coarser picture that the `refine` graph carries up."""
+
+LIGHT_BLOCK = 8
+"""Pixels of a block whose mean colour a refined picture takes over. Measured in docs/tiling.md: 4 costs sharpness, larger
+ones leave more of the bands of light between tiles."""
 
 EDIT_INPUTS = ("image", "labels", "instances", "mask")
 REFINE_INPUTS = (*EDIT_INPUTS, "coarse")
@@ -46,9 +51,10 @@ class EditGraph(nn.Module):
 class RefineGraph(nn.Module):
     """The last stage alone: carries a result up to twice its size.
 
-    Inputs and outputs of `EditGraph`, and coarse: float32 (B, H/2, W/2, 3) RGB in 0..255, the result at half size. Of
-    `image` only what lies outside the mask is read, of `coarse` what lies under it and one pixel around. Fed with the
-    raw picture of the stage before the last, it gives what `EditGraph` gives.
+    Inputs of `EditGraph`, and coarse: float32 (B, H/2, W/2, 3) RGB in 0..255, the result at half size. Of `image` only
+    what lies outside the mask is read, of `coarse` what lies under it and one pixel around. Returns edited, as
+    `EditGraph` does and equal to its own if fed with the raw picture of the stage before the last; and unrounded, for
+    the next doubling: float32 (B, H, W, 3) RGB in 0..255, the same in the light of `coarse` (`_in_light_of`).
 
     coarse is float32 and not uint8, because a cascade of levels would otherwise round once a level, and where a tile is
     flat the instance norms enlarge the steps; at half size it has the bytes of `image`.
@@ -65,7 +71,8 @@ class RefineGraph(nn.Module):
         given = _Given(image, labels, instances, mask, self.generator.config.classes)
         last = len(self.generator.stages) - 1
         start = self.generator.stage_input(last, given.picture, given.layout, _to_picture(coarse))
-        return given.edited_to(self.generator.stages[last](start, given.layout))
+        edited, plain = given.edited_to(self.generator.stages[last](start, given.layout))
+        return edited, _in_light_of(coarse, plain, given.layout.mask)
 
 
 class _Given:
@@ -84,6 +91,25 @@ class _Given:
         levels = torch.clamp((generated.permute(0, 2, 3, 1) + 1) * 127.5, 0, 255)
         unrounded = torch.where(self._edit.unsqueeze(3), levels, self._pixels)
         return torch.round(unrounded).to(torch.uint8), unrounded
+
+
+def _in_light_of(coarse: Tensor, refined: Tensor, mask: Tensor) -> Tensor:
+    """`refined` with the mean colours that `coarse` has under the mask, in blocks whose means pass over into each other.
+
+    Instance norms go by what they see: of two tiles that share a sky, the one with less street in it greys that sky.
+    `coarse` is one picture for both.
+
+    coarse: float (B, H/2, W/2, 3), refined: float (B, H, W, 3), both in 0..255. mask: float (B, 1, H, W).
+    """
+    doubled = F.interpolate(coarse.permute(0, 3, 1, 2), scale_factor=2, mode="bilinear", align_corners=False)
+    refined = refined.permute(0, 3, 1, 2)
+    missing = _spread_by_blocks((doubled - refined) * mask) / _spread_by_blocks(mask).clamp(min=1e-3)
+    return (refined + missing * mask).clamp(0, 255).permute(0, 2, 3, 1)
+
+
+def _spread_by_blocks(x: Tensor) -> Tensor:
+    """float (B, C, H, W): the means of blocks, interpolated."""
+    return F.interpolate(F.avg_pool2d(x, LIGHT_BLOCK), scale_factor=LIGHT_BLOCK, mode="bilinear", align_corners=False)
 
 
 def _to_picture(levels: Tensor) -> Tensor:

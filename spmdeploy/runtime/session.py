@@ -82,7 +82,7 @@ class Session(Protocol):
         mask: NDArray[np.uint8],
         coarse: NDArray[np.float32],
     ) -> NDArray[np.float32]:
-        """Carries a result up to twice its size: `run_unrounded`, but its content comes from `coarse`.
+        """Carries a result up to twice its size: `run_unrounded`, but content and light come from `coarse`.
 
         coarse: float32 (B, size/2, size/2, 3) RGB in 0..255, the result at half size; read under the mask and one of
         its pixels around it. `image` is read outside the mask only. The graph is loaded at the first call. Raises
