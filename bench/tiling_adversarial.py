@@ -3,8 +3,8 @@
     python bench/tiling_adversarial.py --data CAMVID --output bench/results/tiling_adversarial.json --sheet FILE.jpg
 
 Long thin, frame-shaped, the whole photo but a corner, a sky that is nothing but a gradient, a street at night; photos
-of CamVid's test split enlarged to 960×720, under their own labels. Each as the editor does it, and with the norms
-going by the statistics of the coarse edit (see tiling_seams.py). null: the picture overflowed.
+of CamVid's test split enlarged to 960×720, under their own labels. Each as the editor does it, and with tiles that keep
+a light of their own (see tiling_seams.py).
 """
 
 from __future__ import annotations
@@ -17,15 +17,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from tiling_norms import Network
-from tiling_scenes import NIGHT, SKY, STREET, camvid, ellipses, finite, write_results, write_sheet
+from tiling_scenes import NIGHT, SKY, STREET, camvid, ellipses, write_results, write_sheet
 
 import spmdeploy
 from spmdeploy.editor import Editor
 from spmdeploy.images import write_picture
 from spmdeploy.labels import class_table
+from spmdeploy.networks.deploy_graph import LIGHT_BLOCK
 from spmdeploy.sheets import with_mask
-from spmdeploy.tiling.frames import frame_of
-from spmdeploy.tiling.windows import plan_windows
 
 HEIGHT, WIDTH = 720, 960
 Case = tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.bool_]]
@@ -46,21 +45,16 @@ def main() -> None:
     pictures = []
     for name, (photo, labels, mask) in cases(options.data).items():
         pictures.append({name: with_mask(photo, mask)})
-        (site,) = plan_windows(mask)
-        frame = frame_of(site.window)
-        network.content = (frame.height, frame.width)
-        for statistics in ("tile", "coarse"):
-            network.statistics = statistics
-            with np.errstate(invalid="ignore"):
-                result = editor.edit(photo, labels, mask, tiling="cascade")
-            pictures[-1][f"statistics: {statistics}"] = result.image
+        for light, network.light in (("its own", 0), ("of the coarse picture", LIGHT_BLOCK)):
+            result = editor.edit(photo, labels, mask, tiling="cascade")
+            pictures[-1][f"light: {light}"] = result.image
             if options.pictures:
                 options.pictures.mkdir(parents=True, exist_ok=True)
-                file = f"{name}_{statistics}.png".replace(" ", "_")
+                file = f"{name}_{light}.png".replace(" ", "_")
                 write_picture(options.pictures / file, result.image, overwrite=True)
             (window,) = result.report.windows
-            rows.setdefault(name, {})[statistics] = [finite(level.to_json()) for level in window.measured]
-            print(name, statistics, rows[name][statistics], flush=True)
+            rows.setdefault(name, {})[light] = [level.to_json() for level in window.measured]
+            print(name, light, rows[name][light], flush=True)
     write_sheet(options.sheet, pictures)
     command = "python bench/tiling_adversarial.py --data CAMVID --model WEIGHTS --output FILE --sheet FILE.jpg"
     write_results(options.output, "adversarial", options.model, rows, command=command)

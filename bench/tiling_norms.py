@@ -1,4 +1,4 @@
-"""The two graphs in eager PyTorch, with a choice of what the instance norms of the last stage go by."""
+"""The two graphs in eager PyTorch, with a choice of what the instance norms of the last stage go by, and its light."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
 
 import numpy as np
@@ -14,8 +15,8 @@ from numpy.typing import NDArray
 from tiling_scenes import read_generator
 from torch import Tensor
 
-from spmdeploy.networks import modulation
-from spmdeploy.networks.deploy_graph import EditGraph, RefineGraph
+from spmdeploy.networks import deploy_graph, modulation
+from spmdeploy.networks.deploy_graph import LIGHT_BLOCK, EditGraph, RefineGraph
 from spmdeploy.tiling.levels import Level
 
 Canvas = NDArray[np.float32]
@@ -26,12 +27,17 @@ Moments = tuple[Tensor, Tensor]
 # all maps given, pictures overflow.
 SMALLEST = 16
 
+# A tile's own variance is at most so many times what given statistics are bounded to.
+BOUND = 4.0
+
 
 class Network:
     """A session. norms: one for each call of the last stage, as long as there are any; else:
 
     statistics "tile": the norms go by the tile, as in the shipped graphs; "coarse": by what the last stage's norms saw
-    in the coarse edit before, in the upper left `content` of its rows and columns: the rest is padding.
+    in the coarse edit before, in the upper left `content` of its rows and columns (the rest is padding); "bounded": by
+    these, as far as `bounded` lets them.
+    light: side of the blocks whose mean colours are those of the level before; 0: the last stage's own.
     """
 
     backend, device, precision, provider, notes = "torch", "cpu", "fp32", "eager", ()
@@ -42,7 +48,8 @@ class Network:
         generator = read_generator(path)
         self._edit, self._last_stage = EditGraph(generator).eval(), RefineGraph(generator).eval()
         self._norms_of_last = len(generator.stages[-1].encoder) + len(generator.stages[-1].decoder)
-        self.statistics: Literal["tile", "coarse"] = "tile"
+        self.statistics: Literal["tile", "coarse", "bounded"] = "tile"
+        self.light = LIGHT_BLOCK
         self.content = (self.size, self.size)
         self.norms: Iterator[AbstractContextManager[None]] = iter(())
         self.coarse: list[Moments | None] = []
@@ -64,9 +71,16 @@ class Network:
         return self._outputs(self._edit, *inputs)
 
     def refine(self, *inputs: NDArray[Any]) -> Canvas:
-        by_default = replayed(self.coarse) if self.statistics == "coarse" else nullcontext()
-        with next(self.norms, by_default):
+        by_default = {
+            "tile": nullcontext(),
+            "coarse": replayed(self.coarse),
+            "bounded": replayed(self.coarse, bound=BOUND),
+        }[self.statistics]
+        with next(self.norms, by_default), replaced(deploy_graph, *self._lighting()):
             return self._outputs(self._last_stage, *inputs)
+
+    def _lighting(self) -> tuple[str, Any]:
+        return ("LIGHT_BLOCK", self.light) if self.light else ("_in_light_of", lambda coarse, refined, mask: refined)
 
     def _outputs(self, graph: torch.nn.Module, *inputs: NDArray[Any]) -> Canvas:
         """float32 (B, H, W, 3), unrounded."""
@@ -79,13 +93,13 @@ class Network:
 
 
 @contextmanager
-def replaced_norm(norm: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    own = modulation.instance_norm
-    modulation.instance_norm = norm
+def replaced(module: ModuleType, name: str, value: Any) -> Iterator[None]:
+    own = getattr(module, name)
+    setattr(module, name, value)
     try:
         yield
     finally:
-        modulation.instance_norm = own
+        setattr(module, name, own)
 
 
 def normalised(x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
@@ -108,7 +122,7 @@ def pooled(level: Level) -> AbstractContextManager[None]:
         mean = (share * x).sum(dim=(0, 2, 3), keepdim=True)
         return normalised(x, mean, (share * (x - mean) ** 2).sum(dim=(0, 2, 3), keepdim=True))
 
-    return replaced_norm(norm)
+    return replaced(modulation, "instance_norm", norm)
 
 
 def weights_of(level: Level) -> Tensor:
@@ -117,18 +131,29 @@ def weights_of(level: Level) -> Tensor:
 
 
 def replayed(
-    moments: Sequence[Moments | None], watch: Callable[[int, Tensor], None] = lambda *_: None
+    moments: Sequence[Moments | None],
+    watch: Callable[[int, Tensor], None] = lambda *_: None,
+    bound: float | None = None,
 ) -> AbstractContextManager[None]:
     """What the norms are given, in their order; None and beyond the end: a tile's own statistics. watch(number, x) is
-    shown what each sees."""
+    shown what each sees. bound: see `bounded`."""
     given = enumerate(itertools.chain(moments, itertools.repeat(None)))
 
     def norm(x: Tensor) -> Tensor:
         number, found = next(given)
         watch(number, x)
-        return normalised(x, *(found or moments_of(x)))
+        own = moments_of(x)
+        return normalised(x, *(own if found is None else found if bound is None else bounded(found, own, bound)))
 
-    return replaced_norm(norm)
+    return replaced(modulation, "instance_norm", norm)
+
+
+def bounded(given: Moments, own: Moments, bound: float) -> Moments:
+    """`given`, brought so near to a tile's `own` that no norm makes much more of the tile than its own would: variances
+    differ by a factor of `bound` at most, means by the root of that times the tile's deviation."""
+    (mean, variance), (own_mean, own_variance) = given, own
+    reach = (bound * own_variance).sqrt()
+    return mean.clamp(own_mean - reach, own_mean + reach), variance.clamp(own_variance / bound, own_variance * bound)
 
 
 class Sums:

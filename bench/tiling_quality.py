@@ -2,11 +2,12 @@
 
     python bench/tiling_quality.py --data CAMVID --output bench/results/tiling_quality.json
 
-Holes in photos of CamVid's test split under their own labels, filled by `cascade`, by the same with the norms going by
-the coarse edit and its padding (see tiling_seams.py), by `crop` and by plain resizing (the whole photo edited at 256,
-enlarged, of which only the hole is taken). Three kinds of photo: as they are (480×360), 2×2 mosaics of them (960×720),
-and enlarged to 960×720. Per kind and size of hole, means over the photos: LPIPS and mean absolute error under the mask,
-and sharpness there (mean absolute Laplacian) over the photo's own and over that of the known pixels around.
+Holes in photos of CamVid's test split under their own labels, filled by `cascade`, by the same with tiles that keep a
+light of their own or norms that go by the coarse edit (see tiling_seams.py), by `crop` and by plain resizing (the whole
+photo edited at 256, enlarged, of which only the hole is taken). Three kinds of photo: as they are (480×360), 2×2
+mosaics of them (960×720), and enlarged to 960×720. Per kind and size of hole, means over the photos: LPIPS and mean
+absolute error under the mask, and sharpness there (mean absolute Laplacian) over the photo's own and over that of the
+known pixels around.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from spmdeploy.editor import Editor
 from spmdeploy.images import resize_labels, resize_mask_covering, resize_photo, write_picture
 from spmdeploy.labels import class_table
 from spmdeploy.model_inputs import Scene
+from spmdeploy.networks.deploy_graph import LIGHT_BLOCK
 from spmdeploy.tiling.windows import plan_windows
 from spmdeploy.training.perceptual import Lpips
 
@@ -94,9 +96,9 @@ def hole(height: int, width: int, side: float) -> NDArray[np.bool_]:
     return ellipses(height, width, (0.5, 0.5, 0.375 * side / height, 0.5 * side / width))
 
 
-def by_editor(tiling: Any, statistics: Any = "tile") -> Callable[[Editor, Scene], Picture]:
+def by_editor(tiling: Any, statistics: Any = "tile", light: int = LIGHT_BLOCK) -> Callable[[Editor, Scene], Picture]:
     def fill(editor: Editor, scene: Scene) -> Picture:
-        editor.session.statistics = statistics
+        editor.session.statistics, editor.session.light = statistics, light
         return editor.edit(scene.picture, scene.labels, scene.mask, tiling=tiling).image
 
     return fill
@@ -113,7 +115,8 @@ def by_resizing(editor: Editor, scene: Scene) -> Picture:
 
 METHODS: dict[str, Callable[[Editor, Scene], Picture]] = {
     "cascade": by_editor("cascade"),
-    "cascade, statistics of the coarse edit": by_editor("cascade", "coarse"),
+    "cascade, light of the tiles": by_editor("cascade", light=0),
+    "cascade, statistics of the coarse edit, bounded": by_editor("cascade", "bounded", light=0),
     "crop": by_editor("crop"),
     "resizing": by_resizing,
 }

@@ -21,13 +21,14 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tiling_norms import SMALLEST, Canvas, Moments, Network, Sums, gathered, pooled, replayed, sweep
+from tiling_norms import SMALLEST, Canvas, Network, Sums, gathered, pooled, replayed, sweep
 from tiling_scenes import NIGHT, SKY, STREET, camvid, ellipses, finite, lpips_under, write_results, write_sheet
 
 import spmdeploy
 from spmdeploy.cascade import base_of, carry_up
 from spmdeploy.images import resize_labels, resize_photo, write_picture
 from spmdeploy.model_inputs import Scene, model_input, stacked
+from spmdeploy.networks.deploy_graph import LIGHT_BLOCK
 from spmdeploy.tally import Tally
 from spmdeploy.tiling import blending
 from spmdeploy.tiling import levels as geometry
@@ -50,10 +51,12 @@ class Remedy:
     """How tiles pass over into each other; "cut": within a pixel."""
     shared: bool = True
     """Whether tiles start from the level before; else each is an edit of its own."""
-    statistics: Literal["tile", "pooled", "swept", "coarse", "padded"] = "tile"
+    statistics: Literal["tile", "pooled", "swept", "coarse", "bounded"] = "tile"
     """What the last stage's norms go by: the tile; all tiles of the level, layer by layer; the same as seen in a sweep
-    before, in which each went by its own; the coarse edit; the same and the padding that makes it square."""
+    before, in which each went by its own; the coarse edit; the same, bounded (see tiling_norms.py)."""
     smallest: int = SMALLEST
+    light: int = 0
+    """Side of the blocks whose mean colours are those of the level before; 0: tiles keep their own."""
 
 
 REMEDIES = {
@@ -69,10 +72,20 @@ REMEDIES = {
     "statistics pooled in a sweep before": Remedy(statistics="swept"),
     "statistics pooled in a sweep before, all maps": Remedy(statistics="swept", smallest=1),
     "statistics of the coarse edit": Remedy(statistics="coarse"),
-    "statistics of the coarse edit, overlap 128": Remedy(statistics="coarse", overlap=0.5),
-    "statistics of the coarse edit, padding included": Remedy(statistics="padded"),
+    "statistics of the coarse edit, bounded": Remedy(statistics="bounded"),
+    "light of the coarse picture, blocks of 4": Remedy(light=4),
+    "light of the coarse picture, blocks of 8": Remedy(light=8),
+    "light of the coarse picture, blocks of 16": Remedy(light=16),
+    "light of the coarse picture, blocks of 32": Remedy(light=32),
+    "pooled layer by layer, and light": Remedy(statistics="pooled", light=8),
+    "of the coarse edit, bounded, and light": Remedy(statistics="bounded", light=8),
 }
-SHOWN = ("untiled", "independent tiles, half-sine", "shared coarse picture, half-sine", "statistics of the coarse edit")
+SHOWN = (
+    "untiled",
+    "independent tiles, half-sine",
+    "shared coarse picture, half-sine",
+    "light of the coarse picture, blocks of 8",
+)
 
 
 def main() -> None:
@@ -120,12 +133,10 @@ def filled(network: Network, scene: Scene) -> dict[str, dict[str, Any]]:
     *coarser, last = plan_levels(window, scene.mask)
     frame = frame_of(window)
     inputs = stacked([model_input(scene, frame.height, frame.width, 256)])
-    given = {}
-    for name, network.content in (("padded", (256, 256)), ("coarse", (frame.height, frame.width))):
-        edited = network.run_unrounded(*inputs)[0]
-        given[name] = network.coarse
+    network.content = (frame.height, frame.width)
+    edited = network.run_unrounded(*inputs)[0]
     half, _ = carry_up(network, tuple(coarser), base_of(frame, edited, coarser[0]), scene, BATCH, Tally())
-    started = time.process_time()
+    started, network.light = time.process_time(), 0
     whole = network.refine(*(part[None, :HEIGHT] for part in model_input(scene, HEIGHT, WIDTH, WIDTH)), half[None])[0]
     seconds = time.process_time() - started
     lines = border_lines(last.rows, 256), border_lines(last.columns, 256)
@@ -133,17 +144,15 @@ def filled(network: Network, scene: Scene) -> dict[str, dict[str, Any]]:
     found = {"untiled": {"canvas": whole, "distance": 0.0, "seam": seam, "seconds": seconds}}
     for name, remedy in REMEDIES.items():
         network.runs, started = 0, time.process_time()
-        canvas, report = tiled(network, remedy, scene, half, given.get(remedy.statistics, []))
+        canvas, report = tiled(network, remedy, scene, half)
         more = {"runs": network.runs, "seconds": time.process_time() - started}
         distance = float(np.abs(canvas - whole).mean(axis=2)[scene.mask].mean())
         found[name] = {"canvas": canvas, "distance": distance, **report, **more}
     return found
 
 
-def tiled(
-    network: Network, remedy: Remedy, scene: Scene, half: Canvas, given: list[Moments | None]
-) -> tuple[Canvas, dict[str, Any]]:
-    """The whole window, and what its last level reports. given: statistics for the norms, if the remedy has some."""
+def tiled(network: Network, remedy: Remedy, scene: Scene, half: Canvas) -> tuple[Canvas, dict[str, Any]]:
+    """The whole window, and what its last level reports."""
     geometry.ramps = ramps_of(remedy.ramp)
     level = plan_levels(whole_photo(HEIGHT, WIDTH), scene.mask, overlap=remedy.overlap)[-1]
     batch, session = BATCH, network if remedy.shared else Independent(network)
@@ -154,10 +163,11 @@ def tiled(
         network.norms = sweep(sums, level, batch)
         carry_up(network, (level,), half, scene, batch, Tally())
         network.norms = (replayed(gathered(sums, remedy.smallest)) for _ in level.tiles)
-    elif given:
-        network.norms = (replayed(given) for _ in level.tiles)
+    elif remedy.statistics != "tile":
+        network.statistics = remedy.statistics
+    network.light = remedy.light
     canvas, (report,) = carry_up(session, (level,), half, scene, batch, Tally())
-    network.norms = iter(())
+    network.norms, network.statistics, network.light = iter(()), "tile", LIGHT_BLOCK
     return canvas, {"seam": report.seam_score, "mismatch": report.tile_mismatch}
 
 

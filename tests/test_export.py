@@ -222,7 +222,8 @@ def test_refining_what_the_stage_before_the_last_gave_is_the_edit(
     edits = _edits(2)
     raw: list[torch.Tensor] = []
     hook = generator.stages[1].register_forward_hook(lambda stage, given, picture: raw.append(picture))
-    expected = TorchSession(generator).run_unrounded(*edits)
+    by_torch = TorchSession(generator)
+    expected = by_torch.run_unrounded(*edits)
     hook.remove()
     coarse = (raw[0].permute(0, 2, 3, 1).numpy() + 1) * 127.5
     inputs = dict(zip(REFINE_INPUTS, (*edits, coarse), strict=True))
@@ -231,8 +232,8 @@ def test_refining_what_the_stage_before_the_last_gave_is_the_edit(
         refined, unrounded = LoadedGraph(GraphFiles(model.SerializeToString()), "refine").run(OUTPUTS, inputs)
         assert not measure_drift(refined, rounded, edits[3]).faults(limits)
         assert np.array_equal(refined[edits[3] == 0], edits[0][edits[3] == 0])
-        lit = TorchSession(generator).refine(*edits, coarse)
-        assert not measure_drift(np.rint(unrounded).astype(np.uint8), np.rint(lit).astype(np.uint8), edits[3]).faults(limits)
+        lit, expected_lit = (np.rint(made).astype(np.uint8) for made in (unrounded, by_torch.refine(*edits, coarse)))
+        assert not measure_drift(lit, expected_lit, edits[3]).faults(limits)
 
 
 def test_labels_instances_and_mask_all_matter(fp32: onnx.ModelProto) -> None:

@@ -20,8 +20,8 @@ COARSE_SIZE = NATIVE_SIZE // 2
 """Height and width of the coarser picture that the `refine` graph carries up."""
 
 LIGHT_BLOCK = 8
-"""Pixels of a block whose mean colour a refined picture takes over. Measured in docs/tiling.md: 4 costs sharpness, larger
-ones leave more of the bands of light between tiles."""
+"""Side of the blocks whose mean colours a refined picture takes over. As measured in docs/tiling.md, 4 costs sharpness,
+and larger ones leave more of the bands of light between tiles."""
 
 EDIT_INPUTS = ("image", "labels", "instances", "mask")
 REFINE_INPUTS = (*EDIT_INPUTS, "coarse")
@@ -94,7 +94,7 @@ class _Given:
 
 
 def _in_light_of(coarse: Tensor, refined: Tensor, mask: Tensor) -> Tensor:
-    """`refined` with the mean colours that `coarse` has under the mask, in blocks whose means pass over into each other.
+    """`refined` with the mean colours of `coarse` under the mask, by blocks that pass over into each other.
 
     Instance norms go by what they see: of two tiles that share a sky, the one with less street in it greys that sky.
     `coarse` is one picture for both.
