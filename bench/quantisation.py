@@ -5,7 +5,8 @@
 PHOTOS: a folder as training takes it (`{train,test}/{images,labels}`); its train photos calibrate, its test photos
 judge. Static quantisation of ONNX Runtime: QuantizeLinear and DequantizeLinear around convolutions, weights per
 channel, the range of each activation from the photos. Drift is that of the edited pixels from FP32 in PyTorch, speed is
-against eager PyTorch, in turns. Nothing of this ships: it answers whether it should.
+against eager PyTorch, in turns; where the time goes tells ONNX Runtime's profiler, which slows things down. Nothing of
+this ships: it answers whether it should.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ from spmdeploy.bundle import Bundle, open_bundle
 from spmdeploy.manifest import EDIT, ON_CPU
 from spmdeploy.networks.session import TorchSession, bundled_generator
 from spmdeploy.runtime.golden import measure_drift
+from spmdeploy.runtime.ort import GraphFiles
+from spmdeploy.runtime.ort_profile import profiled_nodes
 
 SCHEMA = "spmdeploy.quantisation/1"
 BEGIN, END = "<!-- quantisation: written by `make figures` from bench/results -->", "<!-- end of quantisation -->"
@@ -45,6 +48,13 @@ LEAST_PSNR = 35.0
 CALIBRATING, JUDGING = 8, 9
 SHARES = (0.05, 0.12, 0.25)
 Run = Callable[[EditBatch], NDArray[np.uint8]]
+
+PROFILED = 10
+PARTS = {
+    "convolutions": ("Conv", "FusedConv", "QLinearConv"),
+    "conversions": ("QuantizeLinear", "DequantizeLinear", "Transpose", "ReorderInput", "ReorderOutput"),
+}
+"""Operators that only bring numbers into another form, and those that the rest is for."""
 
 # What is quantised: the convolutions whose name holds one of these words.
 VARIANTS: dict[str, tuple[str, ...]] = {
@@ -63,7 +73,8 @@ def main() -> int:
     options = parser.parse_args()
     bundle = open_bundle(options.bundle or spmdeploy.default_model())
     meter, machine = LoadMeter(), describe_machine()
-    runs = dict(contestants(bundle, photos(options.data / "train", bundle, CALIBRATING)))
+    graphs = dict(quantised_graphs(bundle, photos(options.data / "train", bundle, CALIBRATING)))
+    runs = dict(by_torch(bundle)) | {name: _session(graph) for name, graph in graphs.items()}
     judged = [*photos(options.data / "test", bundle, JUDGING)]
     expected = [runs["torch fp32"](case) for case in judged]
     rows = []
@@ -71,13 +82,16 @@ def main() -> int:
         rows.append({"name": name} | drift(run, judged, expected))
         print(rows[-1], file=sys.stderr)
     if options.seconds:
-        samples = in_turns(runs, edit_batch(bundle.manifest.classes, 256, "large", 1), options.seconds)
+        case = edit_batch(bundle.manifest.classes, 256, "large", 1)
+        samples = in_turns(runs, case, options.seconds)
         base = statistics.median(samples["torch fp32"])
         for row in rows:
             times = samples[row["name"]]
             middle = statistics.median(times)
             row |= {"n": len(times), "p50_ms": round(middle, 2), "times_as_fast": round(base / middle, 3)}
             row["samples_ms"] = [round(value, 3) for value in times]
+            if row["name"] in graphs:
+                row["parts_ms"] = parts(graphs[row["name"]], case)
     told = {
         "schema": SCHEMA,
         "command": f"python bench/quantisation.py --data camvid --seconds {options.seconds:g}",
@@ -109,13 +123,18 @@ def table(told: dict[str, Any]) -> str:
 
 def _lines(told: dict[str, Any]) -> Iterator[str]:
     timed = "p50_ms" in told["rows"][0]
-    yield "| | lowest and median PSNR under the mask | largest difference | an edit | against eager PyTorch |"
-    yield "|---|---|---|---|---|"
+    yield (
+        "| | lowest and median PSNR under the mask | largest difference | an edit | against eager PyTorch "
+        "| profiled: convolutions, conversions, rest |"
+    )
+    yield "|---|---|---|---|---|---|"
     for row in told["rows"]:
         psnr = "identical" if row["psnr_db"] is None else f"{row['psnr_db']:.1f} dB, {row['median_psnr_db']:.1f} dB"
         fails = row["psnr_db"] is not None and row["psnr_db"] < told["least_psnr_db"]
         speed = (f"{row['p50_ms']:.0f} ms", f"{row['times_as_fast']:.2f}×") if timed else ("", "")
-        yield f"| {row['name']} | {psnr}{' **too far**' * fails} | {row['max_grey']} | {' | '.join(speed)} |"
+        spent = ", ".join(f"{value:.0f}" for value in row.get("parts_ms", {}).values())
+        cells = (row["name"], psnr + " **too far**" * fails, row["max_grey"], *speed, spent and f"{spent} ms")
+        yield f"| {' | '.join(map(str, cells))} |"
 
 
 # ------------------------------------------------------------------------------------------------------------- photos
@@ -150,7 +169,7 @@ class _Photos(CalibrationDataReader):  # type: ignore[misc]
 # -------------------------------------------------------------------------------------------------------- contestants
 
 
-def contestants(bundle: Bundle, calibration: Iterator[EditBatch]) -> Iterator[tuple[str, Run]]:
+def by_torch(bundle: Bundle) -> Iterator[tuple[str, Run]]:
     reference = TorchSession(bundled_generator(bundle))
     yield "torch fp32", lambda case: reference.run(*case.arrays)
 
@@ -159,11 +178,15 @@ def contestants(bundle: Bundle, calibration: Iterator[EditBatch]) -> Iterator[tu
             return reference.run(*case.arrays)
 
     yield "torch bf16 (autocast)", in_bf16
+
+
+def quantised_graphs(bundle: Bundle, calibration: Iterator[EditBatch]) -> Iterator[tuple[str, bytes]]:
+    """For ONNX Runtime; the first is not quantised."""
     plain = with_plain_weights(_loaded(bundle))
-    yield "onnxruntime fp32", _session(plain.SerializeToString())
+    yield "onnxruntime fp32", plain.SerializeToString()
     cases = list(calibration)
     for name, words in VARIANTS.items():
-        yield name, _session(quantised(plain, words, cases))
+        yield name, quantised(plain, words, cases)
 
 
 def _loaded(bundle: Bundle) -> onnx.ModelProto:
@@ -237,6 +260,18 @@ def drift(run: Run, cases: list[EditBatch], expected: list[NDArray[np.uint8]]) -
         "median_psnr_db": round(float(np.median(levels)), 2) if finite else None,
         "max_grey": max(it.max_grey for it in drifts),
     }
+
+
+def parts(graph: bytes, case: EditBatch) -> dict[str, float]:
+    """Milliseconds of an edit by kind of operator, each node at its quickest of `PROFILED` runs."""
+    nodes = profiled_nodes(GraphFiles(graph), "CPUExecutionProvider", case.named, PROFILED)
+    count = len(nodes) // PROFILED
+    totals = dict.fromkeys((*PARTS, "rest"), 0.0)
+    for place in range(count):
+        operator = nodes[place]["args"]["op_name"]
+        kind = next((name for name, operators in PARTS.items() if operator in operators), "rest")
+        totals[kind] += min(float(node["dur"]) for node in nodes[place::count]) / 1000
+    return {name: round(value, 2) for name, value in totals.items()}
 
 
 def in_turns(runs: dict[str, Run], case: EditBatch, seconds: float) -> dict[str, list[float]]:

@@ -37,7 +37,8 @@ def told(psnr: float | None, **more: Any) -> dict[str, Any]:
 def test_what_drifts_too_far_is_marked(quantisation: ModuleType) -> None:
     assert "34.9 dB, 34.9 dB **too far**" in quantisation.table(told(34.9))
     assert "too far" not in quantisation.table(told(35.0)) + quantisation.table(told(None))
-    assert "| 70 ms | 4.20× |" in quantisation.table(told(40.0, p50_ms=70.2, times_as_fast=4.2))
+    row = told(40.0, p50_ms=70.2, times_as_fast=4.2, parts_ms={"convolutions": 40.4, "conversions": 9.6, "rest": 20})
+    assert "| 70 ms | 4.20× | 40, 10, 20 ms |" in quantisation.table(row)
 
 
 def test_the_table_stands_between_the_markers(quantisation: ModuleType) -> None:
