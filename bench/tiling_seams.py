@@ -3,10 +3,10 @@
     python bench/tiling_seams.py --data CAMVID --output bench/results/tiling_seams.json --sheet FILE.jpg
 
 Three photos of CamVid's test split, cut and enlarged to 896×640, half of it to be edited, under their own labels: the
-last doubling alone, from one picture of half that size. The network is fully convolutional, so that a picture whose
-sides are multiples of 128 can be run in one piece. Means over the photos: distance to that run under the mask, error
-and LPIPS to the photo there, seam score, tile mismatch, runs of the network on 256×256, and CPU seconds of one thread.
-null: the picture overflowed.
+last doubling alone, from one picture of half that size, by the network whether there is detail or not. The network is
+fully convolutional, so that a picture whose sides are multiples of 128 can be run in one piece. Means over the photos:
+distance to that run under the mask, error and LPIPS to the photo there, seam score, tile mismatch, runs of the network
+on 256×256, and CPU seconds of one thread. null: the picture overflowed.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from tiling_norms import SMALLEST, Canvas, Network, Sums, gathered, pooled, repl
 from tiling_scenes import NIGHT, SKY, STREET, camvid, ellipses, finite, lpips_under, write_results, write_sheet
 
 import spmdeploy
+from spmdeploy import cascade
 from spmdeploy.cascade import base_of, carry_up
 from spmdeploy.images import resize_labels, resize_photo, write_picture
 from spmdeploy.model_inputs import Scene, model_input, stacked
@@ -153,7 +154,7 @@ def filled(network: Network, scene: Scene) -> dict[str, dict[str, Any]]:
 
 def tiled(network: Network, remedy: Remedy, scene: Scene, half: Canvas) -> tuple[Canvas, dict[str, Any]]:
     """The whole window, and what its last level reports."""
-    geometry.ramps = ramps_of(remedy.ramp)
+    geometry.ramps, cascade.LEAST_DETAIL = ramps_of(remedy.ramp), 0
     level = plan_levels(whole_photo(HEIGHT, WIDTH), scene.mask, overlap=remedy.overlap)[-1]
     batch, session = BATCH, network if remedy.shared else Independent(network)
     if remedy.statistics == "pooled":
