@@ -177,6 +177,7 @@ class Editor:
         tally.begin(sum(1 + window.tiles for window in plan.windows))
         done = []
         for step, window in zip(steps, plan.windows, strict=True):
+            scene.mask[step.fresh.slices] = True  # what the step before made beyond its own part
             if window.levels:
                 done.append(self._edit_in_levels(window, scene, feather, batch_size, tally))
             else:

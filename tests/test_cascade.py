@@ -456,7 +456,7 @@ def test_steps_cost_the_same_however_far_a_picture_grows() -> None:
 
 def test_the_report_of_an_extension_names_windows_of_the_grown_picture() -> None:
     report = extend(Session(64), noise(100, 100), Sides(0, 0, 120, 0)).report
-    assert [entry.site.window for entry in report.windows] == [Window(0, left, 100, 100) for left in (40, 80, 120)]
+    assert [entry.site.window for entry in report.windows] == [Window(0, left, 100, 100) for left in (46, 86, 120)]
     assert (report.tiling, report.tiling_reason) == ("cascade", "3 of 3 windows larger than 96 pixels")
 
 

@@ -13,6 +13,11 @@ from spmdeploy.tiling.pieces import Mask
 from spmdeploy.tiling.windows import NATIVE_SIZE, Site, Window
 
 
+# The last pixels before a window's far border, this part of its side, are made once more by the next step: zero padding
+# darkens what the network paints at its borders, and each step would go on from that.
+_AHEAD = 16
+
+
 class Sides(NamedTuple):
     """Pixels to grow by, on each side."""
 
@@ -24,7 +29,10 @@ class Sides(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One window of the grown picture, and the part of it that is made in this step; the rest is there already."""
+    """One window of the grown picture, and the part of it that is made in this step; the rest is there already.
+
+    Where the picture grows on, what lies at the window's far border is made once more by the next step.
+    """
 
     window: Window
     fresh: Window
@@ -56,7 +64,7 @@ def plan_extension(height: int, width: int, sides: Sides, native: int = NATIVE_S
     """The steps that grow a photo, each beside what is there by then: left and right of it, then above and below.
 
     A window spans the side that grows, but at most twice the photo's depth there and at least `native`; no more than
-    half of it is made in one step. Its size depends on the photo and not on how far it grows.
+    half of it is made for good in one step. Its size depends on the photo and not on how far it grows.
     """
     whole = sides.left + width + sides.right
     for step in _steps(width, height, sides.left, native):
@@ -72,12 +80,14 @@ def plan_extension(height: int, width: int, sides: Sides, native: int = NATIVE_S
 def _steps(depth: int, band: int, length: int, native: int) -> Iterator[Step]:
     """Those that grow a picture of `band` rows and `depth` columns by `length` columns on its right."""
     side = max(native, min(band, 2 * depth))
+    ahead = side // _AHEAD
     for near, far in pairwise(_spread(depth, depth + length, side // 2)):
-        start, made = max(far - side, 0), 0
+        right, made = min(far + ahead, depth + length), 0
+        start = max(right - side, 0)
         for end in _spread(min(side, band), band, side // 2):
             top = max(end - side, 0)
-            window = Window(top, start, end - top, far - start)
-            yield Step(window, Window(made, near, end - made, far - near))
+            window = Window(top, start, end - top, right - start)
+            yield Step(window, Window(made, near, end - made, right - near))
             made = end
 
 
