@@ -31,7 +31,7 @@ def test_every_new_pixel_is_made_from_what_is_there_and_at_a_far_border_twice(
         times += fresh
         assert times.max() <= 2
         again = np.argwhere(fresh & there)
-        assert not again.size or min(np.ptp(again, axis=0)) < max(step.window.height, step.window.width) // 16
+        assert not again.size or min(np.ptp(again, axis=0)) < max(native, step.window.height, step.window.width) // 16
         assert (window & ~fresh <= there).all(), "nothing else in the window is still to come"
         assert (window & there).any()
         there |= fresh

@@ -12,7 +12,6 @@ import numpy as np
 from spmdeploy.tiling.pieces import Mask
 from spmdeploy.tiling.windows import NATIVE_SIZE, Site, Window
 
-
 # The last pixels before a window's far border, this part of its side, are made once more by the next step: zero padding
 # darkens what the network paints at its borders, and each step would go on from that.
 _AHEAD = 16
