@@ -49,7 +49,7 @@ MAX_BATCH = 64
 
 FP16_SHARE = 0.5
 """Least share of the floating-point layers that must compute in FP16 for an engine to be called FP16. The typed graphs
-state 0.9 and more; where TensorRT may choose, it leaves in FP32 what is faster so, but that is never most of a
+state 0.88 and more; where TensorRT may choose, it leaves in FP32 what is faster so, but that is never most of a
 convolutional network."""
 
 
