@@ -1,7 +1,7 @@
 PYTHON ?= python3
 DEMO := .venv-demo/bin
 DEV := .venv/bin
-SAMPLE := spmdeploy/samples/car_away
+SAMPLE := spmdeploy/assets/samples/car_away
 
 .PHONY: demo test train-smoke test-slow lint bench quantisation figures gpu-check clean
 

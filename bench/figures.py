@@ -7,7 +7,7 @@ from pathlib import Path
 
 from quantisation import with_table
 
-from spmdeploy.bench.record import read_record
+from spmdeploy.bench.results import read_record
 from spmdeploy.bench.tables import with_figures
 
 HERE = Path(__file__).parent

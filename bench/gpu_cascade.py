@@ -12,15 +12,15 @@ import numpy as np
 from gpu_contenders import Contender, free_bytes
 from numpy.typing import NDArray
 
-from spmdeploy.bundle import Bundle
-from spmdeploy.edit_report import EditReport
-from spmdeploy.editor import Editor, EditResult
-from spmdeploy.manifest import ParityLimits
-from spmdeploy.model_inputs import Scene
-from spmdeploy.runtime.cuda_device import Device
-from spmdeploy.runtime.device_cascade import DeviceCascade, PaintedLevel
-from spmdeploy.runtime.golden import GoldenPictures, measure_drift
-from spmdeploy.runtime.session import CascadesOnDevice
+from spmdeploy.backends.base import CascadesOnDevice
+from spmdeploy.backends.device_pyramid import DeviceCascade, PaintedLevel
+from spmdeploy.backends.verify import GoldenPictures, measure_drift
+from spmdeploy.bundle.bundle import Bundle
+from spmdeploy.bundle.manifest import ParityLimits
+from spmdeploy.editing.editor import Editor, EditResult
+from spmdeploy.editing.preprocess import Scene
+from spmdeploy.editing.report import EditReport
+from spmdeploy.gpu.device import Device
 
 REPEATS = 10
 REFERENCE = "torch fp32"

@@ -36,11 +36,11 @@ from gpu_cascade import cascade
 from gpu_contenders import Contender, Runner, contenders, free_bytes
 from numpy.typing import NDArray
 
+from spmdeploy.backends.verify import GoldenPictures, measure_drift, read_golden
 from spmdeploy.bench.machine import describe_machine, read_state
-from spmdeploy.bundle import Bundle, open_bundle
+from spmdeploy.bundle.bundle import Bundle, open_bundle
 from spmdeploy.errors import SpmDeployError, UnavailableError
-from spmdeploy.runtime.cuda import visible_gpus
-from spmdeploy.runtime.golden import GoldenPictures, measure_drift, read_golden
+from spmdeploy.gpu.driver import visible_gpus
 
 SCHEMA = "spmdeploy.gpu-check/2"
 FAILED, NOT_PREPARED = 5, 4
@@ -137,7 +137,7 @@ def prepare(options: argparse.Namespace) -> dict[str, Any]:
     """The two bundles in the work folder, made anew; returns the proof that the second one's activations overflow."""
     from large_activations import PEAK, enlarge, proof
 
-    from spmdeploy.networks.session import bundled_generator
+    from spmdeploy.backends.pytorch import bundled_generator
 
     options.work.mkdir(parents=True, exist_ok=True)
     plain_path = options.work / "plain.spm"
@@ -166,7 +166,7 @@ def _export_seeded(options: argparse.Namespace, path: Path) -> None:
     import torch
 
     from spmdeploy.labels import class_table
-    from spmdeploy.networks.generator import Generator, GeneratorConfig
+    from spmdeploy.model.generator import Generator, GeneratorConfig
 
     classes, width, hidden = PRESETS[options.preset]
     table = class_table(classes)
@@ -176,7 +176,7 @@ def _export_seeded(options: argparse.Namespace, path: Path) -> None:
 
 def _export(generator: Any, table: Any, path: Path) -> None:
     from spmdeploy.export.pipeline import ExportOptions, export_bundle
-    from spmdeploy.networks.weights import save_generator
+    from spmdeploy.model.checkpoint import save_generator
 
     checkpoint = path.with_suffix(".safetensors")
     checkpoint.unlink(missing_ok=True)

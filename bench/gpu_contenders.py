@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from spmdeploy.bundle import Bundle
+from spmdeploy.bundle.bundle import Bundle
 from spmdeploy.errors import UnavailableError
 
 _EMPTY = (((3,), np.uint8), ((), np.uint8), ((), np.int32), ((), np.uint8))
@@ -51,8 +51,8 @@ class Contender:
 def _torch(bundle: Bundle, device: str, half: bool = False, compiled: bool = False) -> Iterator[Runner]:
     import torch
 
+    from spmdeploy.backends.pytorch import TorchSession, bundled_generator
     from spmdeploy.bench.torch_backends import AutocastSession, CompiledSession
-    from spmdeploy.networks.session import TorchSession, bundled_generator
 
     if device != "cpu" and not torch.cuda.is_available():
         raise UnavailableError(f"torch {torch.__version__} sees no GPU", "install a build of PyTorch with CUDA")
@@ -90,7 +90,7 @@ def _torch(bundle: Bundle, device: str, half: bool = False, compiled: bool = Fal
 @contextmanager
 def _session(bundle: Bundle, device: str, backend: str, precision: str) -> Iterator[Runner]:
     """Whatever `open_session` opens by name; engines are built first, by the pipeline that `spmdeploy build` uses."""
-    from spmdeploy.runtime.session import open_session
+    from spmdeploy.backends.base import open_session
 
     facts: dict[str, Any] = {}
     if device != "cpu":
@@ -117,7 +117,7 @@ def _session(bundle: Bundle, device: str, backend: str, precision: str) -> Itera
 
 
 def _need_gpu() -> None:
-    from spmdeploy.runtime.cuda import visible_gpus
+    from spmdeploy.gpu.driver import visible_gpus
 
     try:
         count = visible_gpus()
@@ -128,7 +128,7 @@ def _need_gpu() -> None:
 
 
 def _build(bundle: Bundle, runtime: str, precision: str) -> dict[str, Any]:
-    from spmdeploy.export.to_engine import EngineOptions, build_engines
+    from spmdeploy.engines.build import EngineOptions, build_engines
 
     options = EngineOptions(runtime=runtime, precision=precision, place="bundle")  # type: ignore[arg-type]
     kept = ("version", "gpu", "targets", "flags", "fallback", "batch", "computes_in", "build_seconds")
@@ -170,7 +170,7 @@ def contenders(gpu: bool) -> list[Contender]:
 def free_bytes() -> int | None:
     """Free memory of the first GPU; None where nothing can tell."""
     from spmdeploy.errors import SpmDeployError
-    from spmdeploy.runtime.cuda_device import Device
+    from spmdeploy.gpu.device import Device
 
     try:
         device = Device()

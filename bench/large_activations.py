@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from spmdeploy.networks.deploy_graph import EditGraph
-from spmdeploy.networks.generator import Generator
-from spmdeploy.networks.modulation import StylePreservedModulation
-from spmdeploy.runtime.golden import GoldenPictures
+from spmdeploy.backends.verify import GoldenPictures
+from spmdeploy.model.deploy import EditGraph
+from spmdeploy.model.generator import Generator
+from spmdeploy.model.modulation import StylePreservedModulation
 
 PEAK = 8192.0
 """A quarter of what a half holds: another photo may go higher and must still be representable."""

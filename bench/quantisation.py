@@ -31,15 +31,15 @@ from onnx import numpy_helper
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
 import spmdeploy
-from spmdeploy import images
-from spmdeploy.bench.cases import EditBatch, edit_batch, scaled_mask
+from spmdeploy.backends.onnxruntime import GraphFiles
+from spmdeploy.backends.onnxruntime_profile import profiled_nodes
+from spmdeploy.backends.pytorch import TorchSession, bundled_generator
+from spmdeploy.backends.verify import measure_drift
 from spmdeploy.bench.machine import LoadMeter, describe_machine
-from spmdeploy.bundle import Bundle, open_bundle
-from spmdeploy.manifest import EDIT, ON_CPU
-from spmdeploy.networks.session import TorchSession, bundled_generator
-from spmdeploy.runtime.golden import measure_drift
-from spmdeploy.runtime.ort import GraphFiles
-from spmdeploy.runtime.ort_profile import profiled_nodes
+from spmdeploy.bench.workloads import EditBatch, edit_batch, scaled_mask
+from spmdeploy.bundle.bundle import Bundle, open_bundle
+from spmdeploy.bundle.manifest import EDIT, ON_CPU
+from spmdeploy.imaging import files as images
 
 SCHEMA = "spmdeploy.quantisation/1"
 BEGIN, END = "<!-- quantisation: written by `make figures` from bench/results -->", "<!-- end of quantisation -->"

@@ -20,11 +20,11 @@ from tiling_norms import Network
 from tiling_scenes import NIGHT, SKY, STREET, camvid, ellipses, write_results, write_sheet
 
 import spmdeploy
-from spmdeploy.editor import Editor
-from spmdeploy.images import write_picture
+from spmdeploy.editing.editor import Editor
+from spmdeploy.imaging.contact_sheet import with_mask
+from spmdeploy.imaging.files import write_picture
 from spmdeploy.labels import class_table
-from spmdeploy.networks.deploy_graph import LIGHT_BLOCK
-from spmdeploy.sheets import with_mask
+from spmdeploy.model.deploy import LIGHT_BLOCK
 
 HEIGHT, WIDTH = 720, 960
 Case = tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.bool_]]

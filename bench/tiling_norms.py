@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from tiling_scenes import read_generator
 from torch import Tensor
 
-from spmdeploy.networks import deploy_graph, modulation
-from spmdeploy.networks.deploy_graph import LIGHT_BLOCK, EditGraph, RefineGraph
-from spmdeploy.tiling.levels import Level
+from spmdeploy.model import deploy as deploy_graph
+from spmdeploy.model import modulation
+from spmdeploy.model.deploy import LIGHT_BLOCK, EditGraph, RefineGraph
+from spmdeploy.tiling.pyramid import Level
 
 Canvas = NDArray[np.float32]
 Moments = tuple[Tensor, Tensor]

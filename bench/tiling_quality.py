@@ -33,11 +33,11 @@ from tiling_scenes import (
 )
 
 import spmdeploy
-from spmdeploy.editor import Editor
-from spmdeploy.images import resize_labels, resize_mask_covering, resize_photo, write_picture
+from spmdeploy.editing.editor import Editor
+from spmdeploy.editing.preprocess import Scene
+from spmdeploy.imaging.files import resize_labels, resize_mask_covering, resize_photo, write_picture
 from spmdeploy.labels import class_table
-from spmdeploy.model_inputs import Scene
-from spmdeploy.networks.deploy_graph import LIGHT_BLOCK
+from spmdeploy.model.deploy import LIGHT_BLOCK
 from spmdeploy.tiling.windows import plan_windows
 from spmdeploy.training.perceptual import Lpips
 

@@ -13,15 +13,15 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from spmdeploy.backends.pytorch import bundled_generator
 from spmdeploy.bench.machine import describe_machine
-from spmdeploy.bundle import open_bundle
-from spmdeploy.images import read_labels, read_photo, resize_labels, resize_photo
-from spmdeploy.model_inputs import Scene
-from spmdeploy.networks import CHECKPOINT_SUFFIXES
-from spmdeploy.networks.generator import Generator
-from spmdeploy.networks.session import bundled_generator
-from spmdeploy.networks.weights import load_checkpoint
-from spmdeploy.sheets import sheet
+from spmdeploy.bundle.bundle import open_bundle
+from spmdeploy.editing.preprocess import Scene
+from spmdeploy.imaging.contact_sheet import sheet
+from spmdeploy.imaging.files import read_labels, read_photo, resize_labels, resize_photo
+from spmdeploy.model import CHECKPOINT_SUFFIXES
+from spmdeploy.model.checkpoint import load_checkpoint
+from spmdeploy.model.generator import Generator
 from spmdeploy.training.perceptual import Lpips
 
 Mask = NDArray[np.bool_]
@@ -81,14 +81,14 @@ def sharpness(picture: NDArray[Any], where: Mask) -> float:
 
 def ring_around(mask: Mask, width: int) -> Mask:
     """The known pixels at most so many rows and columns away from the mask."""
-    from spmdeploy.edit_files import grow_mask
+    from spmdeploy.editing.run import grow_mask
 
     return grow_mask(mask, width) & ~grow_mask(mask, 2)
 
 
 def inside(mask: Mask, margin: int) -> Mask:
     """The masked pixels more than so many rows and columns away from known ones."""
-    from spmdeploy.edit_files import grow_mask
+    from spmdeploy.editing.run import grow_mask
 
     return ~grow_mask(~mask, margin)
 

@@ -25,16 +25,16 @@ from tiling_norms import SMALLEST, Canvas, Network, Sums, gathered, pooled, repl
 from tiling_scenes import NIGHT, SKY, STREET, camvid, ellipses, finite, lpips_under, write_results, write_sheet
 
 import spmdeploy
-from spmdeploy import cascade
-from spmdeploy.cascade import base_of, carry_up
-from spmdeploy.images import resize_labels, resize_photo, write_picture
-from spmdeploy.model_inputs import Scene, model_input, stacked
-from spmdeploy.networks.deploy_graph import LIGHT_BLOCK
-from spmdeploy.tally import Tally
+from spmdeploy.editing import pyramid as cascade
+from spmdeploy.editing.preprocess import Scene, model_input, stacked
+from spmdeploy.editing.pyramid import base_of, carry_up
+from spmdeploy.editing.tally import Tally
+from spmdeploy.imaging.files import resize_labels, resize_photo, write_picture
+from spmdeploy.model.deploy import LIGHT_BLOCK
 from spmdeploy.tiling import blending
-from spmdeploy.tiling import levels as geometry
-from spmdeploy.tiling.frames import frame_of
-from spmdeploy.tiling.levels import plan_levels
+from spmdeploy.tiling import pyramid as geometry
+from spmdeploy.tiling.letterbox import frame_of
+from spmdeploy.tiling.pyramid import plan_levels
 from spmdeploy.tiling.seams import border_lines, seam_score
 from spmdeploy.tiling.windows import whole_photo
 from spmdeploy.training.perceptual import Lpips

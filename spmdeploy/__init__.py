@@ -14,20 +14,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spmdeploy.errors import SpmDeployError
+from spmdeploy.version import __version__
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from spmdeploy.editor import Editor
+    from spmdeploy.editing.editor import Editor
     from spmdeploy.labels import ClassTable
 
 __all__ = ["Editor", "SpmDeployError", "__version__", "default_model", "open_editor"]
-__version__ = "0.1.0"
 
 
 def default_model() -> Path:
     """The bundle inside the package: `street`, for photos of streets (see its card.md for data and licence)."""
-    return Path(__file__).parent / "models" / "street.spm"
+    return Path(__file__).parent / "assets" / "models" / "street.spm"
 
 
 def open_editor(
@@ -51,20 +51,20 @@ def open_editor(
     Raises BundleError (not a sound bundle, not signed as required), UnavailableError (this machine cannot), UsageError
     (no such option).
     """
-    from spmdeploy.bundle import open_bundle
-    from spmdeploy.signature import read_public_key
+    from spmdeploy.bundle.bundle import open_bundle
+    from spmdeploy.bundle.signature import read_public_key
 
     key = None if require_signature is None else read_public_key(require_signature)
     bundle = open_bundle(default_model() if model is None else model, key)
     if backend == "torch":
-        from spmdeploy.networks.session import open_torch_session
+        from spmdeploy.backends.pytorch import open_torch_session
 
         opened = open_torch_session(bundle, backend, device, precision)
     else:
-        from spmdeploy.runtime.session import open_session
+        from spmdeploy.backends.base import open_session
 
         opened = open_session(bundle, backend, device, precision, lambda: meanwhile(bundle.manifest.classes))
-    from spmdeploy.editor import Editor  # not before: what `meanwhile` started may have imported it by now
+    from spmdeploy.editing.editor import Editor  # not before: what `meanwhile` started may have imported it by now
 
     signer = (f"signature by the key {bundle.signature.key}: {bundle.signature.comment}",) if bundle.signature else ()
     return Editor(opened.session, bundle.manifest.classes, (*signer, *opened.choices))
@@ -72,7 +72,7 @@ def open_editor(
 
 def __getattr__(name: str) -> Any:
     if name == "Editor":
-        from spmdeploy.editor import Editor
+        from spmdeploy.editing.editor import Editor
 
         return Editor
     raise AttributeError(f"module 'spmdeploy' has no attribute {name!r}")

@@ -12,14 +12,14 @@ from typing import Any, TypeAlias, TypeGuard
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import InputError
+from spmdeploy.errors import InputError
 
 Colour: TypeAlias = tuple[int, int, int]
 
 # Label maps are 8-bit, so no table can tell more classes apart.
 MOST_CLASSES = 256
 # Where the built-in tables lie: NAME.json, the same form as a table given by path.
-BUILT_IN = Path(__file__).with_name("class_tables")
+BUILT_IN = Path(__file__).parent / "assets" / "classes"
 VOID_COLOUR: Colour = (0, 0, 0)
 # What `colourise` paints where an id has no class. White is no class's colour in the built-in tables.
 UNKNOWN_COLOUR: Colour = (255, 255, 255)

@@ -61,8 +61,8 @@ def _export(checkpoint: Path, bundle: Path) -> None:
     import torch
 
     from spmdeploy.labels import class_table
-    from spmdeploy.networks.generator import Generator, GeneratorConfig
-    from spmdeploy.networks.weights import save_generator
+    from spmdeploy.model.checkpoint import save_generator
+    from spmdeploy.model.generator import Generator, GeneratorConfig
 
     with torch.random.fork_rng():
         torch.manual_seed(2)

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import importlib.util
 
-from spmdeploy.bench.record import Ran
-from spmdeploy.bundle import Bundle
+from spmdeploy.backends.base import Session, check_device, open_session
+from spmdeploy.backends.onnxruntime import OnnxRuntimeSession
+from spmdeploy.backends.tensorrt import TensorRtSession
+from spmdeploy.bench.results import Ran
+from spmdeploy.bundle.bundle import Bundle
+from spmdeploy.bundle.manifest import EDIT, ON_CPU, GraphRecord
 from spmdeploy.errors import UnavailableError
-from spmdeploy.manifest import EDIT, ON_CPU, GraphRecord
-from spmdeploy.runtime.cuda import visible_gpus
-from spmdeploy.runtime.ort import OnnxRuntimeSession
-from spmdeploy.runtime.session import Session, check_device, open_session
-from spmdeploy.runtime.trt import TensorRtSession
+from spmdeploy.gpu.driver import visible_gpus
 
 EAGER = "torch"
 """The plain generator in eager PyTorch, in FP32: what every other picture and every speed is held against."""
@@ -94,8 +94,8 @@ def _device_of(name: str, device: str) -> str:
 
 def _open_torch(bundle: Bundle, name: str, device: str, precision: str) -> Session:
     try:
+        from spmdeploy.backends.pytorch import open_torch_session
         from spmdeploy.bench.torch_backends import open_compiled_session
-        from spmdeploy.networks.session import open_torch_session
     except ModuleNotFoundError as error:
         raise UnavailableError(f"this needs the package {error.name}", 'pip install "spmdeploy[export]"') from error
     if name == EAGER:

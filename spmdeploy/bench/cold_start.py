@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spmdeploy import images
-from spmdeploy.bench.contest import Turn
 from spmdeploy.bench.racer import Crashed, First, Memory
-from spmdeploy.edit_request import EditFiles
+from spmdeploy.bench.schedule import Turn
+from spmdeploy.editing.options import EditFiles
 from spmdeploy.errors import SpmDeployError
+from spmdeploy.imaging import files as images
 
 _HERE = Path(__file__).parents[2]
 """Where the package was imported from. `python -m` looks here first, so that the command is that of the same one."""

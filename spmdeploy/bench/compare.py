@@ -6,11 +6,11 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from spmdeploy.bench import words
+from spmdeploy.bench import format as words
 from spmdeploy.bench.machine import differences
-from spmdeploy.bench.record import Record, Row
-from spmdeploy.bench.statistics import Ratio, ratio_of_runs
+from spmdeploy.bench.results import Record, Row
 from spmdeploy.errors import InputError
+from spmdeploy.stats import Ratio, ratio_of_runs
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from spmdeploy.manifest import ParityLimits
-from spmdeploy.runtime.golden import Drift, GoldenResult, measure_drift
+from spmdeploy.backends.verify import Drift, GoldenResult, measure_drift
+from spmdeploy.bundle.manifest import ParityLimits
 
 IN_THIS_RUN = "eager PyTorch in FP32, in this run"
 GOLDEN = "the bundle's golden edits, made by PyTorch in FP32 at export"

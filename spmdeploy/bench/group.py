@@ -12,19 +12,19 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from numpy.typing import NDArray
 
+from spmdeploy.backends.verify import GoldenResult
 from spmdeploy.bench.backends import cold_start_options
-from spmdeploy.bench.cases import EditBatch, edit_batch, edit_case, stacked, write_case
 from spmdeploy.bench.cold_start import ColdStart
-from spmdeploy.bench.contest import Enough, Turn, take_turns, warm_up
 from spmdeploy.bench.fidelity import Parity, judge, judge_by_golden
 from spmdeploy.bench.racer import Crashed, First, Memory, Racer
-from spmdeploy.bench.record import Ran, Row, RowMemory, Scope, Status
-from spmdeploy.bench.statistics import Turns, ratio_of_medians, summarise
+from spmdeploy.bench.results import Ran, Row, RowMemory, Scope, Status
+from spmdeploy.bench.schedule import Enough, Turn, take_turns, warm_up
 from spmdeploy.bench.worker import Worker
-from spmdeploy.bundle import Bundle
+from spmdeploy.bench.workloads import EditBatch, edit_batch, edit_case, stacked, write_case
+from spmdeploy.bundle.bundle import Bundle
+from spmdeploy.bundle.manifest import ParityLimits
 from spmdeploy.errors import SpmDeployError, UnavailableError
-from spmdeploy.manifest import ParityLimits
-from spmdeploy.runtime.golden import GoldenResult
+from spmdeploy.stats import Turns, ratio_of_medians, summarise
 
 Talk = Callable[[str, float], None]
 """Told what is going on, and which share of it is done, 0..1."""

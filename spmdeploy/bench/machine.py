@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spmdeploy.bench.nvml import GpuRecord, GpuState, Nvml, NvmlMissing, hash_of
-from spmdeploy.runtime.cuda import gpu_facts, gpu_uuid, visible_gpus
+from spmdeploy.gpu.driver import gpu_facts, gpu_uuid, visible_gpus
 
 LIBRARIES = (
     "numpy",

@@ -6,11 +6,11 @@ import os
 import secrets
 from pathlib import Path
 
-from spmdeploy import images
 from spmdeploy.bench.plot import plot
-from spmdeploy.bench.record import Record, record_text
+from spmdeploy.bench.results import Record, record_text
 from spmdeploy.bench.tables import markdown
 from spmdeploy.errors import InputError
+from spmdeploy.imaging import files as images
 
 
 def check_outputs(record: Path | None, picture: Path | None, report: Path | None, overwrite: bool) -> None:

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from spmdeploy.bench import words
-from spmdeploy.bench.record import Record, Row
+from spmdeploy.bench import format as words
+from spmdeploy.bench.results import Record, Row
 
 WIDTH, LOWEST = 1600, 900
 """Pixels; 16:9 unless there is more to show than fits."""

@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from spmdeploy.bench.contest import Contestant
+from spmdeploy.bench.schedule import Contestant
 from spmdeploy.errors import SpmDeployError
 
 

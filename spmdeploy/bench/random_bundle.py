@@ -8,9 +8,9 @@ import torch
 
 from spmdeploy.export.pipeline import ExportOptions, export_bundle
 from spmdeploy.labels import class_table
-from spmdeploy.manifest import Precision
-from spmdeploy.networks.generator import PRESETS, Generator, GeneratorConfig
-from spmdeploy.networks.weights import save_generator
+from spmdeploy.model.checkpoint import save_generator
+from spmdeploy.model.generator import PRESETS, Generator, GeneratorConfig
+from spmdeploy.types import Precision
 
 SEED = 0
 CLASSES = {"paper": "cityscapes", "small": "street"}

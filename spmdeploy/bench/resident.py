@@ -15,13 +15,13 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from spmdeploy.bench.cases import EditBatch
+from spmdeploy.backends.base import Session
+from spmdeploy.backends.onnxruntime import OnnxRuntimeSession
+from spmdeploy.backends.tensorrt import TensorRtSession
+from spmdeploy.bench.workloads import EditBatch
 from spmdeploy.errors import UnavailableError
-from spmdeploy.runtime.cuda_device import Device
-from spmdeploy.runtime.device_arrays import DeviceArray
-from spmdeploy.runtime.ort import OnnxRuntimeSession
-from spmdeploy.runtime.session import Session
-from spmdeploy.runtime.trt import TensorRtSession
+from spmdeploy.gpu.arrays import DeviceArray
+from spmdeploy.gpu.device import Device
 
 
 class ResidentEdit(Protocol):
@@ -41,8 +41,8 @@ def resident_edit(session: Session, batch: EditBatch, device: Device, stack: Exi
     if isinstance(session, TensorRtSession | OnnxRuntimeSession):
         return _ResidentArrays(session, batch, device, stack)
     if session.backend.startswith("torch"):
+        from spmdeploy.backends.pytorch import TorchSession
         from spmdeploy.bench.torch_backends import ResidentTorchEdit
-        from spmdeploy.networks.session import TorchSession
 
         assert isinstance(session, TorchSession)
         return ResidentTorchEdit(session, batch)

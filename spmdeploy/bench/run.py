@@ -13,19 +13,20 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TypeVar
 
-import spmdeploy
-from spmdeploy.bench import contest
+from spmdeploy import default_model
+from spmdeploy.bench import schedule as contest
 from spmdeploy.bench.backends import BACKENDS, EAGER, has_torch, left_out
-from spmdeploy.bench.cases import MASK_RULE, edit_batch
-from spmdeploy.bench.contest import Enough
-from spmdeploy.bench.floor import Rates, best_of, floor_of, numpy_rates
 from spmdeploy.bench.group import Case, Entrant, Group, Talk, without_folders
 from spmdeploy.bench.machine import LoadMeter, OtherLoad, State, describe_machine, read_state
-from spmdeploy.bench.record import Protocol, Record, Row, Scope, Subject
+from spmdeploy.bench.results import Protocol, Record, Row, Scope, Subject
+from spmdeploy.bench.roofline import Rates, best_of, floor_of, numpy_rates
+from spmdeploy.bench.schedule import Enough
 from spmdeploy.bench.worker import Worker
-from spmdeploy.bundle import Bundle, open_bundle
+from spmdeploy.bench.workloads import MASK_RULE, edit_batch
+from spmdeploy.bundle.bundle import Bundle, open_bundle
 from spmdeploy.errors import SpmDeployError, UnavailableError, VerificationError
-from spmdeploy.manifest import Precision
+from spmdeploy.types import Precision
+from spmdeploy.version import __version__
 
 T = TypeVar("T")
 
@@ -105,7 +106,7 @@ def run_bench(options: Options, talk: Talk = lambda what, share: None) -> Record
         others, after = meter.other_load(), read_state()  # our processes have ended: their time is known
         rows = [_with_floor(row, bundle, rates) for row in rows]
         return Record(
-            spmdeploy=spmdeploy.__version__,
+            spmdeploy=__version__,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             subject=_subject(bundle, options.preset),
             protocol=_protocol(options),
@@ -169,7 +170,7 @@ def warnings(rows: Sequence[Row], baseline: str, states: Sequence[State], others
 
 def _opened(options: Options, talk: Talk, stack: ExitStack) -> Bundle:
     if options.preset is None:
-        return open_bundle(options.bundle or spmdeploy.default_model())
+        return open_bundle(options.bundle or default_model())
     if not has_torch():
         raise UnavailableError("exporting random weights needs torch and onnx", 'pip install "spmdeploy[export]"')
     talk(f"exporting random weights of the {options.preset} preset", 0.0)

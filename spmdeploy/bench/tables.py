@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from spmdeploy.bench import words
-from spmdeploy.bench.record import Record, Row
+from spmdeploy.bench import format as words
+from spmdeploy.bench.results import Record, Row
 
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 """Heading and rows."""

@@ -9,14 +9,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from spmdeploy.bench.cases import EditBatch
-from spmdeploy.bench.floor import COPIED_BYTES, MATRIX_SIDE, Rates, best_seconds, rates_from
-from spmdeploy.bundle import Bundle
+from spmdeploy.backends.base import LayoutRun
+from spmdeploy.backends.pytorch import TorchSession, bundled_generator
+from spmdeploy.bench.roofline import COPIED_BYTES, MATRIX_SIDE, Rates, best_seconds, rates_from
+from spmdeploy.bench.workloads import EditBatch
+from spmdeploy.bundle.bundle import Bundle
 from spmdeploy.errors import UnavailableError, UsageError
-from spmdeploy.manifest import Precision
-from spmdeploy.networks.generator import Generator
-from spmdeploy.networks.session import TorchSession, bundled_generator
-from spmdeploy.runtime.session import LayoutRun
+from spmdeploy.model.generator import Generator
+from spmdeploy.types import Precision
 
 
 class CompiledSession(TorchSession):

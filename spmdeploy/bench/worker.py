@@ -24,26 +24,26 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from spmdeploy import images
+from spmdeploy.backends.base import KeepsLayouts, Session
+from spmdeploy.backends.onnxruntime import OnnxRuntimeSession
+from spmdeploy.backends.tensorrt import TensorRtSession
+from spmdeploy.backends.verify import GoldenResult, verify_edits
 from spmdeploy.bench.backends import EAGER, describe, loaded_bytes, open_backend
-from spmdeploy.bench.cases import EditBatch, EditCase, write_case
-from spmdeploy.bench.contest import Turn
 from spmdeploy.bench.nvml import GpuMeter, Nvml
-from spmdeploy.bench.ort_parts import profiled_in_onnxruntime
-from spmdeploy.bench.parts import Profile
+from spmdeploy.bench.onnxruntime_profile import profiled_in_onnxruntime
+from spmdeploy.bench.profile import Profile
 from spmdeploy.bench.racer import Crashed, First, Memory
-from spmdeploy.bench.record import Ran
 from spmdeploy.bench.resident import ResidentEdit, device_milliseconds, resident_edit
-from spmdeploy.bundle import open_bundle
-from spmdeploy.edit_files import FileEdit, edit_files
-from spmdeploy.editor import Editor
+from spmdeploy.bench.results import Ran
+from spmdeploy.bench.schedule import Turn
+from spmdeploy.bench.workloads import EditBatch, EditCase, write_case
+from spmdeploy.bundle.bundle import open_bundle
+from spmdeploy.editing.editor import Editor
+from spmdeploy.editing.run import FileEdit, edit_files
 from spmdeploy.errors import OutOfMemory, SpmDeployError, UnavailableError, VerificationError
-from spmdeploy.runtime.cuda import gpu_uuid
-from spmdeploy.runtime.cuda_device import Device
-from spmdeploy.runtime.golden import GoldenResult, verify_edits
-from spmdeploy.runtime.ort import OnnxRuntimeSession
-from spmdeploy.runtime.session import KeepsLayouts, Session
-from spmdeploy.runtime.trt import TensorRtSession
+from spmdeploy.gpu.device import Device
+from spmdeploy.gpu.driver import gpu_uuid
+from spmdeploy.imaging import files as images
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -189,7 +189,7 @@ class Bench:
         if session.backend == "onnxruntime":
             return profiled_in_onnxruntime(self._bundle, session, batch)
         if session.backend == EAGER:
-            from spmdeploy.bench.torch_parts import profiled_in_torch
+            from spmdeploy.bench.torch_profile import profiled_in_torch
 
             return profiled_in_torch(session, batch)
         raise UnavailableError(f"{session.backend} is not profiled by part", "profile onnxruntime or torch")

@@ -16,7 +16,7 @@ from spmdeploy.cli.talk import in_columns, print_result, say, step_line
 from spmdeploy.errors import UsageError
 
 if TYPE_CHECKING:
-    from spmdeploy.bench.record import Record
+    from spmdeploy.bench.results import Record
 
 
 class _BenchGroup(TyperGroup):
@@ -154,9 +154,9 @@ def bench_compare(
 
     Times as medians, the change with its 95% interval. Records of different machines are refused.
     """
-    from spmdeploy.bench import words
+    from spmdeploy.bench import format as words
     from spmdeploy.bench.compare import compare
-    from spmdeploy.bench.record import read_record
+    from spmdeploy.bench.results import read_record
 
     names = (str(before), str(after))
     comparison = compare(read_record(before), read_record(after), names, force)
@@ -178,7 +178,8 @@ def _values(choices: Sequence[StrEnum]) -> tuple[Any, ...]:
 
 
 def _record_lines(record: Record) -> list[str]:
-    from spmdeploy.bench import tables, words
+    from spmdeploy.bench import format as words
+    from spmdeploy.bench import tables
 
     lines = tables.heading(record)
     for title, rows in words.groups(record.rows):

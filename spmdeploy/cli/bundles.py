@@ -24,8 +24,8 @@ from spmdeploy.cli.talk import in_columns, print_result, progress_bar, say_notes
 from spmdeploy.errors import UsageError, VerificationError
 
 if TYPE_CHECKING:
-    from spmdeploy.bundle import Bundle
-    from spmdeploy.signature import PublicKey, SecretKey
+    from spmdeploy.bundle.bundle import Bundle
+    from spmdeploy.bundle.signature import PublicKey, SecretKey
 
 bundle_app = typer.Typer(help="Pack, sign, unpack and slim bundles for devices.", rich_markup_mode=None)
 
@@ -48,7 +48,7 @@ def inspect(
 
     Read off the files themselves, after their hashes have been checked. No engine is loaded.
     """
-    from spmdeploy.inspection import inspect_path
+    from spmdeploy.export.inspect import inspect_path
 
     facts = inspect_path(path)
     in_words = {"bundle": _bundle_lines, "engine": _engine_lines, "checkpoint": _checkpoint_lines}
@@ -67,8 +67,8 @@ def verify(
 
     All hashes are checked first. Drift is the distance from PyTorch in FP32 under the mask, in grey levels of 255.
     """
-    from spmdeploy.bundle import open_bundle
-    from spmdeploy.runtime.golden import verify as repeat_golden_edits
+    from spmdeploy.backends.verify import verify as repeat_golden_edits
+    from spmdeploy.bundle.bundle import open_bundle
 
     opened = open_bundle(bundle or spmdeploy.default_model(), _public_key(require_signature))
     opened.check_all()
@@ -107,8 +107,8 @@ def bundle_pack(
     Every file is hashed on the way; the same bundle gives the same bytes. Engines that this machine built for itself
     stay behind: `slim --engine` takes chosen ones along.
     """
-    from spmdeploy.bundle import open_bundle
-    from spmdeploy.packing import pack
+    from spmdeploy.bundle.bundle import open_bundle
+    from spmdeploy.engines.pack import pack
 
     opened, key = open_bundle(bundle), _secret_key(sign)
     say_notes([f"{name} stays behind: no hash covers it" for name in opened.surplus])
@@ -130,8 +130,8 @@ def bundle_unpack(
 
     Everything is checked before anything is written; nothing is re-made, so a signature still fits afterwards.
     """
-    from spmdeploy.bundle import open_bundle
-    from spmdeploy.packing import unpack
+    from spmdeploy.bundle.bundle import open_bundle
+    from spmdeploy.engines.pack import unpack
 
     opened = open_bundle(file, _public_key(require_signature))
     say_notes([f"{name} stays behind: no hash covers it" for name in opened.surplus])
@@ -169,8 +169,8 @@ def bundle_slim(
     and the card say of the others goes. An engine that is taken along is part of the bundle from then on: hashed, and
     signed with it.
     """
-    from spmdeploy.bundle import open_bundle
-    from spmdeploy.packing import slim
+    from spmdeploy.bundle.bundle import open_bundle
+    from spmdeploy.engines.pack import slim
 
     opened, key = open_bundle(bundle), _secret_key(sign)
     with progress_bar("packing") as show:
@@ -203,7 +203,7 @@ def bundle_keygen(
     In minisign's format: its tools can use them, and --sign takes keys that minisign made. Keep NAME.key to yourself;
     NAME.pub goes onto every device.
     """
-    from spmdeploy.signature import new_key, write_key_pair
+    from spmdeploy.bundle.signature import new_key, write_key_pair
 
     key = new_key()
     secret, public = write_key_pair(name, key, None if no_password else _password(name, new=True))
@@ -222,8 +222,8 @@ def doctor(
 
     And for what it cannot: why not, and what to do.
     """
-    from spmdeploy import doctor as examination
-    from spmdeploy.bundle import open_bundle
+    from spmdeploy.backends import doctor as examination
+    from spmdeploy.bundle.bundle import open_bundle
 
     opened = open_bundle(bundle or spmdeploy.default_model())
     findings, machine = examination.examine(opened), examination.machine()
@@ -240,13 +240,13 @@ def doctor(
 
 
 def _public_key(given: str | None) -> PublicKey | None:
-    from spmdeploy.signature import read_public_key
+    from spmdeploy.bundle.signature import read_public_key
 
     return None if given is None else read_public_key(given)
 
 
 def _secret_key(path: Path | None) -> SecretKey | None:
-    from spmdeploy.signature import read_secret_key
+    from spmdeploy.bundle.signature import read_secret_key
 
     return None if path is None else read_secret_key(path, lambda: _password(path))
 

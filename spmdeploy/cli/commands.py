@@ -7,14 +7,14 @@ from typing import Annotated
 
 import typer
 
-import spmdeploy
 from spmdeploy.cli.benchmarks import bench_app
 from spmdeploy.cli.bundles import bundle_app, doctor, inspect, verify
 from spmdeploy.cli.edits import batch, edit
 from spmdeploy.cli.exports import build, export, export_triton
-from spmdeploy.cli.label_maps import labels_app
+from spmdeploy.cli.labels import labels_app
 from spmdeploy.cli.training import dataset_app, evaluate, train
 from spmdeploy.errors import UsageError
+from spmdeploy.version import __version__
 
 app = typer.Typer(
     name="spmdeploy",
@@ -44,7 +44,7 @@ def root(
     context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
 ) -> None:
     if version:
-        print(spmdeploy.__version__)
+        print(__version__)
     elif context.invoked_subcommand is None:
         print(context.get_help())
 

@@ -112,7 +112,7 @@ def batch(
     or extend; and if you like output, instances and grow. Its paths are relative to it; outputs are relative to the
     output folder, and without one the result is named like the image, as PNG.
     """
-    from spmdeploy.batch import STATUS_FILE, ItemStatus, read_manifest, run_batch
+    from spmdeploy.editing.batch import STATUS_FILE, ItemStatus, read_manifest, run_batch
 
     items = read_manifest(manifest, output_dir, overwrite, match_surroundings)
     with (

@@ -16,10 +16,10 @@ from spmdeploy.cli.talk import in_columns, needs, print_result, say, say_notes
 from spmdeploy.errors import UsageError
 
 if TYPE_CHECKING:
-    from spmdeploy.bundle import Bundle
+    from spmdeploy.bundle.bundle import Bundle
+    from spmdeploy.engines.build import EngineOptions, EnginePlan
     from spmdeploy.export.pipeline import ExportOptions
-    from spmdeploy.export.to_engine import EngineOptions, EnginePlan
-    from spmdeploy.manifest import Precision
+    from spmdeploy.types import Precision
 
 
 class GraphPrecision(StrEnum):
@@ -154,8 +154,8 @@ def build(
     On the machine that will run them, or with TensorRT-RTX ahead of time for listed targets. What is there already is
     kept. Precision is read back: FP16 that came out as FP32 is an error.
     """
-    from spmdeploy.bundle import open_bundle
-    from spmdeploy.runtime.engine_store import clean_engines
+    from spmdeploy.bundle.bundle import open_bundle
+    from spmdeploy.engines.store import clean_engines
 
     opened = open_bundle(bundle, _public_key(require_signature))
     if clean:
@@ -165,7 +165,7 @@ def build(
         ]
         print_result("build", {"bundle": str(opened.path), "removed": removed}, lines or ["nothing to remove"], as_json)
         return
-    from spmdeploy.export.to_engine import EngineOptions
+    from spmdeploy.engines.build import EngineOptions
 
     options = EngineOptions(
         runtime=runtime.value,
@@ -212,9 +212,9 @@ def export_triton(
     gives what the graph does: bytes in, bytes out.
     """
     with needs("export"):
-        from spmdeploy.bundle import open_bundle
-        from spmdeploy.export.to_triton import TritonOptions
-        from spmdeploy.export.to_triton import export_triton as write_model
+        from spmdeploy.bundle.bundle import open_bundle
+        from spmdeploy.export.triton import TritonOptions
+        from spmdeploy.export.triton import export_triton as write_model
 
     options = TritonOptions(name, graph.value, precision.value, device.value, engine, max_batch, instances, overwrite)
     model = write_model(open_bundle(bundle), repository, options)
@@ -233,7 +233,7 @@ def _engines_of_export(
         return None, None
     if export.cpu_only:
         raise UsageError("no engine can be built from the graph for CPUs", "leave out --cpu-only or --engine")
-    from spmdeploy.export.to_engine import EngineOptions, plan_engines
+    from spmdeploy.engines.build import EngineOptions, plan_engines
 
     precision: Precision = "fp16" if "fp16" in export.precisions else "fp32"
     options = EngineOptions(precision=precision, targets=tuple(targets))
@@ -244,7 +244,7 @@ def _build_engines(
     bundle: Bundle, options: EngineOptions, plan: EnginePlan | None = None
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Builds and talks meanwhile; the engines as JSON and in words."""
-    from spmdeploy.export.to_engine import build_engines
+    from spmdeploy.engines.build import build_engines
 
     def tell(words: str, seconds: float) -> None:
         say(f"[{seconds // 60:.0f}:{seconds % 60:02.0f}] {words}" if seconds else words)

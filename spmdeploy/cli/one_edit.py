@@ -14,9 +14,9 @@ import spmdeploy
 from spmdeploy.cli.talk import needs, print_result, progress_bar, say, say_notes
 
 if TYPE_CHECKING:
-    from spmdeploy.edit_files import EditInputs
-    from spmdeploy.edit_request import EditFiles
-    from spmdeploy.editor import Editor, Tiling
+    from spmdeploy.editing.editor import Editor, Tiling
+    from spmdeploy.editing.options import EditFiles
+    from spmdeploy.editing.run import EditInputs
     from spmdeploy.labels import ClassTable
 
 
@@ -48,7 +48,7 @@ class EditOptions:
 
 def run_edit(options: EditOptions) -> None:
     """Edits, and prints the result."""
-    from spmdeploy.edit_request import EditFiles, parse_sides
+    from spmdeploy.editing.options import EditFiles, parse_sides
 
     started = time.perf_counter()
     output, sheet, explain = options.output, options.sheet, options.explain
@@ -79,7 +79,7 @@ def run_edit(options: EditOptions) -> None:
         ) as editor,
     ):
         opened = time.perf_counter()
-        from spmdeploy.edit_files import edit_files
+        from spmdeploy.editing.run import edit_files
 
         ahead.start(editor.classes)
         with progress_bar("editing") as show:
@@ -141,7 +141,7 @@ class _ReadAhead(AbstractContextManager["_ReadAhead"]):
 
     def _read(self, classes: ClassTable) -> None:
         try:
-            from spmdeploy.edit_files import read_inputs
+            from spmdeploy.editing.run import read_inputs
 
             self._inputs = read_inputs(self._files, classes)
         except BaseException as error:  # of which kind is for the caller

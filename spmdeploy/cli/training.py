@@ -118,10 +118,10 @@ def train(
     """
     with needs("train"):
         from spmdeploy.training import config as settings
-        from spmdeploy.training import processes
-        from spmdeploy.training.loop import train as run_training
+        from spmdeploy.training import distributed as processes
         from spmdeploy.training.progress import progress_line
-        from spmdeploy.training.run_state import RunDirectory
+        from spmdeploy.training.run_dir import RunDirectory
+        from spmdeploy.training.trainer import train as run_training
 
     if resume:
         _alone(context, "resume", "output", "device", "as_json")
@@ -203,11 +203,11 @@ def evaluate(
     they differ.
     """
     with needs("train"):
-        from spmdeploy.training import evaluation
-        from spmdeploy.training.adherence import Segmenter
-        from spmdeploy.training.dataset import read_classes
-        from spmdeploy.training.inception import FidInception
-        from spmdeploy.training.models import named_models
+        from spmdeploy.datasets.folder import read_classes
+        from spmdeploy.evaluation import evaluate as evaluation
+        from spmdeploy.evaluation.fid import FidInception
+        from spmdeploy.evaluation.models import named_models
+        from spmdeploy.evaluation.segmentation import Segmenter
 
     if (segmenter is None) != (segmenter_classes is None):
         raise UsageError("--segmenter and --segmenter-classes belong together", "give both or none")
@@ -246,9 +246,9 @@ def dataset_check(
     Missing pairs, wrong sizes, unknown ids, colour maps, near-empty classes.
     """
     with needs("train"):
-        from spmdeploy.images import check_output, write_picture
-        from spmdeploy.training.check import check_dataset
-        from spmdeploy.training.samples import hole_sheet
+        from spmdeploy.datasets.check import check_dataset
+        from spmdeploy.imaging.files import check_output, write_picture
+        from spmdeploy.training.contact_sheets import hole_sheet
 
     if holes is not None:
         check_output(holes, overwrite)
@@ -283,7 +283,7 @@ def dataset_prepare(
     Run it again after an interruption: what is complete is kept.
     """
     with needs("train"):
-        from spmdeploy.training.prepare import prepare
+        from spmdeploy.datasets.prepare import prepare
 
     with progress_bar("preparing") as show:
         prepared = prepare(kind.value, source, target, jobs, show)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from spmdeploy.manifest import GeneratorFacts, GraphRecord, Manifest
+from spmdeploy.bundle.manifest import GeneratorFacts, GraphRecord, Manifest
 
 
 def bundle_card(manifest: Manifest, sizes: Mapping[str, int]) -> str:

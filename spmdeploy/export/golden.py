@@ -7,11 +7,11 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
+from spmdeploy.assets.samples import SAMPLE_EDITS
+from spmdeploy.backends.pytorch import TorchSession
+from spmdeploy.backends.verify import GoldenPictures
 from spmdeploy.labels import ClassTable
-from spmdeploy.networks.deploy_graph import NATIVE_SIZE
-from spmdeploy.networks.session import TorchSession
-from spmdeploy.runtime.golden import GoldenPictures
-from spmdeploy.samples import SAMPLE_EDITS
+from spmdeploy.model.deploy import NATIVE_SIZE
 
 
 def golden_edits(reference: TorchSession, table: ClassTable) -> dict[str, GoldenPictures]:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from spmdeploy.manifest import EDIT, REFINE, ParityLimits
-from spmdeploy.networks.deploy_graph import EDIT_INPUTS, OUTPUTS, REFINE_INPUTS
-from spmdeploy.runtime.golden import GoldenPictures, GoldenResult, judge
-from spmdeploy.runtime.ort import LoadedGraph
+from spmdeploy.backends.onnxruntime import LoadedGraph
+from spmdeploy.backends.verify import GoldenPictures, GoldenResult, judge
+from spmdeploy.bundle.manifest import EDIT, REFINE, ParityLimits
+from spmdeploy.model.deploy import EDIT_INPUTS, OUTPUTS, REFINE_INPUTS
 
 # FP32 backends add in another order. That flips roundings (1 level); a few pixels sit where an instance norm divides
 # by nearly nothing, which amplifies the last bits: up to 0.3 levels before rounding on random weights. Hence 2.

@@ -14,20 +14,11 @@ import onnx
 import onnxruntime
 import torch
 
-import spmdeploy
-from spmdeploy import images
-from spmdeploy.bundle import Bundle, BundleWriter
-from spmdeploy.errors import InputError, UsageError, VerificationError
-from spmdeploy.export.card import bundle_card
-from spmdeploy.export.golden import golden_edits
-from spmdeploy.export.graph_facts import graph_facts
-from spmdeploy.export.parity import FP32_LIMITS, HALF_LIMITS, check_graph, worst
-from spmdeploy.export.to_cpu import restrict_to_mask
-from spmdeploy.export.to_fp16 import store_weights_as_halves, to_fp16
-from spmdeploy.export.to_onnx import export_edit, export_refine
-from spmdeploy.export.weight_store import WeightStore
-from spmdeploy.labels import ClassTable
-from spmdeploy.manifest import (
+from spmdeploy.assets.samples import ATTRIBUTION
+from spmdeploy.backends.pytorch import TorchSession
+from spmdeploy.backends.verify import GoldenPictures
+from spmdeploy.bundle.bundle import Bundle, BundleWriter
+from spmdeploy.bundle.manifest import (
     EDIT,
     ON_CPU,
     REFINE,
@@ -36,17 +27,25 @@ from spmdeploy.manifest import (
     GraphRecord,
     Manifest,
     ParityLimits,
-    Precision,
     SourceFacts,
-    WeightsDtype,
 )
-from spmdeploy.networks.complexity import edit_gflop
-from spmdeploy.networks.deploy_graph import NATIVE_SIZE
-from spmdeploy.networks.generator import Generator
-from spmdeploy.networks.session import TorchSession
-from spmdeploy.networks.weights import Checkpoint, load_checkpoint
-from spmdeploy.runtime.golden import GoldenPictures
-from spmdeploy.samples import ATTRIBUTION
+from spmdeploy.errors import InputError, UsageError, VerificationError
+from spmdeploy.export.card import bundle_card
+from spmdeploy.export.cpu import restrict_to_mask
+from spmdeploy.export.external_data import WeightStore
+from spmdeploy.export.fp16 import store_weights_as_halves, to_fp16
+from spmdeploy.export.golden import golden_edits
+from spmdeploy.export.graph_stats import graph_facts
+from spmdeploy.export.onnx import export_edit, export_refine
+from spmdeploy.export.parity import FP32_LIMITS, HALF_LIMITS, check_graph, worst
+from spmdeploy.imaging import files as images
+from spmdeploy.labels import ClassTable
+from spmdeploy.model.checkpoint import Checkpoint, load_checkpoint
+from spmdeploy.model.deploy import NATIVE_SIZE
+from spmdeploy.model.flops import edit_gflop
+from spmdeploy.model.generator import Generator
+from spmdeploy.types import Precision, WeightsDtype
+from spmdeploy.version import __version__
 
 UNSTATED_LICENCE = "not stated by whoever exported this bundle"
 
@@ -256,7 +255,7 @@ def _bundle_name(output: Path) -> str:
 
 def _tool_versions() -> dict[str, str]:
     return {
-        "spmdeploy": spmdeploy.__version__,
+        "spmdeploy": __version__,
         "torch": str(torch.__version__),
         "onnx": onnx.__version__,
         "onnxruntime": onnxruntime.__version__,

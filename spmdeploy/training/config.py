@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from spmdeploy.datasets.config import DataConfig, require
 from spmdeploy.errors import InputError
-from spmdeploy.manifest import Modulation, StageCount
-from spmdeploy.networks.generator import PRESETS
+from spmdeploy.model.generator import PRESETS
+from spmdeploy.types import Modulation, StageCount
 
 SCHEMA = "spmdeploy.training/1"
 
@@ -23,62 +24,6 @@ UNCHANGED: Options = {}
 Part = TypeVar("Part", "DataConfig", "LossConfig", "Phase")
 
 PerceptualNetwork = Literal["vgg19", "vgg16"]
-HoleKind = Literal["strokes", "extension", "outpainting", "class", "instance"]
-HOLE_KINDS: tuple[HoleKind, ...] = typing.get_args(HoleKind)
-
-LARGEST_SCALE = 8
-"""A crop enlarged further is a few pixels wide."""
-
-
-@dataclass(frozen=True)
-class ExtraData:
-    """A second data folder whose classes are mapped onto the first one's."""
-
-    root: str
-    """Folder in the same layout as the main one."""
-    share: float
-    """Part of all training samples that come from this folder, 0..1."""
-    rename: dict[str, str] = field(default_factory=dict)
-    """Its class name -> the main folder's class name, for those that are not called the same."""
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Where samples come from and how they are cut."""
-
-    root: str
-    """Folder with train/{images,labels,inst_map|inst_map_cc} and labels.json."""
-    extra: tuple[ExtraData, ...] = ()
-    """Further folders to mix in."""
-    crop: int = 256
-    """Side of the square that the network sees; a multiple of 128."""
-    smallest_scale: float = 1.0
-    """Crops come from squares of crop/scale pixels, scale drawn from here to `largest_scale`; the paper has 1."""
-    largest_scale: float = 1.0
-    """Above 1 the network also sees pictures enlarged, as its last stage does where it refines large ones."""
-    relighting: float = 0.0
-    """Training photos are brightened, tinted and given another contrast by factors up to e to this power, so that
-    colours must be read off the known pixels instead of being remembered for each class; the paper has 0."""
-    holes: tuple[HoleKind, ...] = HOLE_KINDS
-    """The kinds of holes, one drawn for each sample."""
-    validation: int = 32
-    """Training pictures held out for validation, as blocks of neighbours (frames of a film are near duplicates)."""
-    validation_blocks: int = 8
-    """How many such blocks, spread evenly over the sorted names; the neighbours of a block are not used at all."""
-
-    def __post_init__(self) -> None:
-        _require(self.crop > 0 and self.crop % 128 == 0, "data.crop", self.crop, "a multiple of 128")
-        _require(self.smallest_scale > 0, "data.smallest_scale", self.smallest_scale, "more than 0")
-        _require(
-            self.smallest_scale <= self.largest_scale <= LARGEST_SCALE,
-            "data.largest_scale",
-            self.largest_scale,
-            f"from the smallest, {self.smallest_scale}, to {LARGEST_SCALE}",
-        )
-        _require(0 <= self.relighting <= 1, "data.relighting", self.relighting, "in [0, 1]")
-        _require(bool(self.holes), "data.holes", self.holes, "at least one kind")
-        _require(self.validation >= 0, "data.validation", self.validation, "zero or more pictures")
-        _require(self.validation_blocks >= 1, "data.validation_blocks", self.validation_blocks, "at least one block")
 
 
 @dataclass(frozen=True)
@@ -123,16 +68,16 @@ class Phase:
     """Side of the square around a masked pixel that is compared; 0 compares the whole picture."""
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             bool(self.stages) and self.stages == tuple(range(self.stages[0], self.stages[-1] + 1)),
             "schedule.stages",
             self.stages,
             "neighbouring stages in order",
         )
-        _require(self.images >= 1, "schedule.images", self.images, "at least one")
-        _require(self.batch >= 1, "schedule.batch", self.batch, "at least one")
-        _require(0 <= self.decay_from <= 1, "schedule.decay_from", self.decay_from, "0 to 1")
-        _require(1 <= self.perceptual_blocks <= 5, "schedule.perceptual_blocks", self.perceptual_blocks, "1 to 5")
+        require(self.images >= 1, "schedule.images", self.images, "at least one")
+        require(self.batch >= 1, "schedule.batch", self.batch, "at least one")
+        require(0 <= self.decay_from <= 1, "schedule.decay_from", self.decay_from, "0 to 1")
+        require(1 <= self.perceptual_blocks <= 5, "schedule.perceptual_blocks", self.perceptual_blocks, "1 to 5")
 
 
 @dataclass(frozen=True)
@@ -173,11 +118,11 @@ class TrainConfig:
     """Samples between validations, each with a sample sheet."""
 
     def __post_init__(self) -> None:
-        _require(self.ema_half_life >= 0, "ema_half_life", self.ema_half_life, "zero or more samples")
-        _require(bool(self.schedule), "schedule", self.schedule, "at least one phase")
+        require(self.ema_half_life >= 0, "ema_half_life", self.ema_half_life, "zero or more samples")
+        require(bool(self.schedule), "schedule", self.schedule, "at least one phase")
         for phase in self.schedule:
             there = phase.stages[0] >= 0 and phase.stages[-1] < self.stages
-            _require(there, "schedule.stages", phase.stages, f"stages from 0 to {self.stages - 1}")
+            require(there, "schedule.stages", phase.stages, f"stages from 0 to {self.stages - 1}")
 
 
 def joint_schedule(images: int, stages: int = 3) -> tuple[Phase, ...]:
@@ -225,15 +170,15 @@ def configured(
     """
     if images is None:
         images = PAPER_EPOCHS * sum(1 for _ in (data / "train/images").glob("*.*"))
-        _require(images > 0, "data", str(data), "a folder with pictures in train/images")
+        require(images > 0, "data", str(data), "a folder with pictures in train/images")
     if schedule == "staged":
-        _require(stages == 3, "stages", stages, "3 for a staged schedule: a single stage is trained by the joint one")
+        require(stages == 3, "stages", stages, "3 for a staged schedule: a single stage is trained by the joint one")
         first, second, third = (max(1, round(images * share)) for share in STAGED_SHARES)
         phases = staged_schedule((first, second, third))
     else:
         phases = joint_schedule(images, stages)
     phases = tuple(_changed(phase, of_phases) for phase in phases)
-    _require(preset in PRESETS, "preset", preset, f"one of {', '.join(PRESETS)}")
+    require(preset in PRESETS, "preset", preset, f"one of {', '.join(PRESETS)}")
     sizes = PRESETS[preset]
     return TrainConfig(
         data=_changed(DataConfig(str(data)), of_data),
@@ -288,31 +233,26 @@ def _read(kind: Any, value: Any, name: str) -> Any:
         return _read_dataclass(kind, value, name)
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is tuple:
-        _require(isinstance(value, list | tuple), name, value, "a list")
+        require(isinstance(value, list | tuple), name, value, "a list")
         return tuple(_read(arguments[0], item, f"{name}[{index}]") for index, item in enumerate(value))
     if origin is Literal:
         known = any(type(value) is type(choice) and value == choice for choice in arguments)  # True is 1 to Python
-        _require(known, name, value, f"one of {', '.join(map(str, arguments))}")
+        require(known, name, value, f"one of {', '.join(map(str, arguments))}")
         return value
     if origin is types.UnionType:
         return None if value is None else _read(arguments[0], value, name)
     plain = dict if origin is dict else kind
     fits = isinstance(value, int | float) and not isinstance(value, bool) if plain is float else type(value) is plain
-    _require(fits, name, value, f"of type {plain.__name__}")
+    require(fits, name, value, f"of type {plain.__name__}")
     return value
 
 
 def _read_dataclass(kind: Any, value: Any, name: str) -> Any:
-    _require(isinstance(value, dict), name, value, "an object")
+    require(isinstance(value, dict), name, value, "an object")
     hints = typing.get_type_hints(kind)
     unknown = value.keys() - hints.keys()
-    _require(not unknown, name, sorted(unknown), f"fields out of {', '.join(hints)}")
+    require(not unknown, name, sorted(unknown), f"fields out of {', '.join(hints)}")
     try:
         return kind(**{key: _read(hints[key], item, f"{name}.{key}") for key, item in value.items()})
     except TypeError as error:  # a field without default is missing
         raise InputError(f"{name}: {error}") from error
-
-
-def _require(holds: bool, name: str, value: Any, expected: str) -> None:
-    if not holds:
-        raise InputError(f"{name} is {value!r}, expected {expected}")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
-from spmdeploy.networks.conditioning import LayoutPyramid
+from spmdeploy.model.layout import LayoutPyramid
 
 WIDTHS = (1, 2, 4, 4, 4)
 """Widths of all layers but the last, in multiples of the discriminator's width."""

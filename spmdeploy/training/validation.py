@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from spmdeploy.training.dataset import Batch, Sample, collate
+from spmdeploy.datasets.folder import Batch, Sample, collate
 from spmdeploy.training.perceptual import Lpips
 
 BATCH = 4

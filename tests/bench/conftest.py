@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from spmdeploy.bench.contest import WarmUp
 from spmdeploy.bench.fidelity import IN_THIS_RUN, Parity
-from spmdeploy.bench.floor import Floor, Rates
 from spmdeploy.bench.machine import Cpu, Machine, OtherLoad, State
 from spmdeploy.bench.nvml import GpuRecord, GpuState
-from spmdeploy.bench.parts import Part
-from spmdeploy.bench.record import Protocol, Ran, Record, Row, RowMemory, Subject
-from spmdeploy.bench.statistics import ratio_of_medians, summarise
+from spmdeploy.bench.profile import Part
+from spmdeploy.bench.results import Protocol, Ran, Record, Row, RowMemory, Subject
+from spmdeploy.bench.roofline import Floor, Rates
+from spmdeploy.bench.schedule import WarmUp
+from spmdeploy.stats import ratio_of_medians, summarise
 
 SLOW, FAST = [[800.0, 810.0], [805.0], [790.0, 820.0]], [[400.0, 405.0], [402.0], [395.0, 410.0]]
 

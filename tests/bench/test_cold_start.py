@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from spmdeploy.bench.cases import edit_case, write_case
 from spmdeploy.bench.cold_start import ColdStart, import_times
+from spmdeploy.bench.workloads import edit_case, write_case
 from spmdeploy.errors import SpmDeployError
 from spmdeploy.labels import class_table
 

@@ -10,7 +10,7 @@ import pytest
 
 from spmdeploy import cli
 from spmdeploy.bench.compare import Comparison, compare
-from spmdeploy.bench.record import Record, record_text
+from spmdeploy.bench.results import Record, record_text
 from spmdeploy.errors import InputError
 
 from .conftest import FAST, SLOW, empty_row, measured_row, record_of

@@ -11,17 +11,17 @@ import numpy as np
 import pytest
 
 import spmdeploy
-from spmdeploy.bench.cases import EditBatch
-from spmdeploy.bench.contest import Enough, Turn
+from spmdeploy.backends.verify import Drift, GoldenResult
 from spmdeploy.bench.fidelity import GOLDEN, IN_THIS_RUN
 from spmdeploy.bench.group import Case, Entrant, Group, limits_of, without_folders
 from spmdeploy.bench.racer import Crashed, First, Memory
-from spmdeploy.bench.record import Ran, Row
+from spmdeploy.bench.results import Ran, Row
 from spmdeploy.bench.run import failure
+from spmdeploy.bench.schedule import Enough, Turn
 from spmdeploy.bench.worker import Worker
-from spmdeploy.bundle import open_bundle
+from spmdeploy.bench.workloads import EditBatch
+from spmdeploy.bundle.bundle import open_bundle
 from spmdeploy.errors import OutOfMemory, SpmDeployError, UnavailableError, VerificationError
-from spmdeploy.runtime.golden import Drift, GoldenResult
 
 from .conftest import record_of
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import onnx
 import pytest
 
-from spmdeploy.export.graph_facts import graph_facts
-from spmdeploy.networks.complexity import Work, edit_work
-from spmdeploy.networks.generator import PRESETS, GeneratorConfig
+from spmdeploy.export.graph_stats import graph_facts
+from spmdeploy.model.flops import Work, edit_work
+from spmdeploy.model.generator import PRESETS, GeneratorConfig
 
 WORK = {
     ("paper", 34): Work(gflop=93.773426688, weight_bytes=296_387_968, written_bytes=1_045_246_160, operators=1226),

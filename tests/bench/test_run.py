@@ -18,19 +18,19 @@ import spmdeploy
 from spmdeploy import cli
 from spmdeploy.bench import run as bench_run
 from spmdeploy.bench.backends import BACKENDS, cold_start_options, left_out, open_backend
-from spmdeploy.bench.cases import edit_batch, edit_case
-from spmdeploy.bench.contest import WarmUp
 from spmdeploy.bench.fidelity import GOLDEN
-from spmdeploy.bench.floor import BYTES_PER_PIXEL, Rates, best_of, floor_of, numpy_rates
 from spmdeploy.bench.machine import OtherLoad
 from spmdeploy.bench.nvml import GpuState
 from spmdeploy.bench.racer import Crashed
-from spmdeploy.bench.record import Record, read_record
+from spmdeploy.bench.results import Record, read_record
+from spmdeploy.bench.roofline import BYTES_PER_PIXEL, Rates, best_of, floor_of, numpy_rates
 from spmdeploy.bench.run import Options, cases, warnings
+from spmdeploy.bench.schedule import WarmUp
 from spmdeploy.bench.worker import Worker
-from spmdeploy.bundle import open_bundle
+from spmdeploy.bench.workloads import edit_batch, edit_case
+from spmdeploy.bundle.bundle import open_bundle
 from spmdeploy.errors import SpmDeployError, UnavailableError
-from spmdeploy.images import read_photo
+from spmdeploy.imaging.files import read_photo
 from spmdeploy.labels import class_table
 
 from .conftest import FAST, measured_row, record_of
@@ -117,7 +117,7 @@ def test_the_shipped_model_on_a_device_without_torch(
 def test_nothing_runs_here(street_bundle: Path, capfd: pytest.CaptureFixture[str]) -> None:
     words = ["bench", str(street_bundle), "--backend", "onnxruntime-cuda", "--mask", "small", "--duration", "0.1"]
     try:
-        from spmdeploy.runtime.cuda import visible_gpus
+        from spmdeploy.gpu.driver import visible_gpus
 
         if visible_gpus():
             pytest.skip("there is a GPU")

@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spmdeploy.bench import tables, words
+from spmdeploy.bench import format as words
+from spmdeploy.bench import tables
 from spmdeploy.bench.fidelity import IN_THIS_RUN, Parity
 from spmdeploy.bench.plot import LOWEST, WIDTH, plot
-from spmdeploy.bench.record import Record, read_record
-from spmdeploy.bench.statistics import Interval
+from spmdeploy.bench.results import Record, read_record
+from spmdeploy.stats import Interval
 
 from .conftest import FAST, empty_row, measured_row, record_of
 

@@ -13,12 +13,19 @@ from typing import Any
 
 import pytest
 
-from spmdeploy.bundle import Bundle, BundleWriter, open_bundle
-from spmdeploy.bundle_files import GOLDEN_PICTURES, MANIFEST, SUMS
+from spmdeploy.bundle.bundle import Bundle, BundleWriter, open_bundle
+from spmdeploy.bundle.manifest import (
+    GeneratorFacts,
+    GoldenEdit,
+    GraphRecord,
+    Manifest,
+    ParityLimits,
+    SourceFacts,
+)
+from spmdeploy.bundle.storage import GOLDEN_PICTURES, MANIFEST, SUMS
+from spmdeploy.engines.pack import pack
 from spmdeploy.errors import BundleError
 from spmdeploy.labels import ClassTable
-from spmdeploy.manifest import GeneratorFacts, GoldenEdit, GraphRecord, Manifest, ParityLimits, SourceFacts
-from spmdeploy.packing import pack
 
 GRAPHS = {"fp32": b"not really a graph" * 100, "fp16": b"half of one" * 90}
 CLASSES = [{"id": 0, "name": "road", "color": [128, 64, 128]}, {"id": 1, "name": "sky", "color": [70, 130, 180]}]

@@ -19,11 +19,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spmdeploy.bundle import BundleWriter, open_bundle
-from spmdeploy.bundle_files import GOLDEN_PICTURES, MANIFEST, SUMS, is_inside
+from spmdeploy.bundle.bundle import BundleWriter, open_bundle
+from spmdeploy.bundle.manifest import GoldenEdit, Manifest
+from spmdeploy.bundle.storage import GOLDEN_PICTURES, MANIFEST, SUMS
+from spmdeploy.engines.pack import pack
 from spmdeploy.errors import BundleError, InputError, VerificationError
-from spmdeploy.manifest import GoldenEdit, Manifest
-from spmdeploy.packing import pack
+from spmdeploy.files import is_inside
 
 from .conftest import (
     GRAPHS,

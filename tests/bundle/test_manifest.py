@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from spmdeploy.bundle_files import MANIFEST, SUMS
+from spmdeploy.bundle.manifest import Manifest
+from spmdeploy.bundle.storage import MANIFEST, SUMS
 from spmdeploy.errors import BundleError
-from spmdeploy.manifest import Manifest
 
 from .conftest import (
     GRAPHS,
@@ -169,7 +169,10 @@ def test_another_schema_is_no_bundle(street: Path, schema: object) -> None:
     ("text", "words"),
     [
         ('{"schema": "spmdeploy.bundle/1", "name": ', "not valid JSON"),
-        ('{"schema": "spmdeploy.bundle/1", "schema": "spmdeploy.bundle/1"}', "the key 'schema' is there twice"),
+        (
+            '{"schema": "spmdeploy.bundle/1", "schema": "spmdeploy.bundle/1"}',
+            "the key 'schema' is there twice",
+        ),
         ('{"schema": "spmdeploy.bundle/1", "gflop": NaN}', "NaN is not JSON"),
         ("[" * 100_000, "nested too deeply"),
         ("\udcff", "not valid JSON"),

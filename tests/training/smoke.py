@@ -17,13 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from spmdeploy.images import resize_labels, resize_photo, write_picture
+from spmdeploy.assets.samples import SAMPLE_EDITS
+from spmdeploy.datasets.config import DataConfig
+from spmdeploy.imaging.files import resize_labels, resize_photo, write_picture
 from spmdeploy.labels import class_table
-from spmdeploy.samples import SAMPLE_EDITS
-from spmdeploy.training.config import DataConfig, LossConfig, Phase, TrainConfig
-from spmdeploy.training.loop import train
+from spmdeploy.training.config import LossConfig, Phase, TrainConfig
 from spmdeploy.training.progress import progress_line
-from spmdeploy.training.run_state import RunDirectory
+from spmdeploy.training.run_dir import RunDirectory
+from spmdeploy.training.trainer import train
 
 SIDE = 128
 STEPS = 80

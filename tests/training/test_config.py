@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 
+from spmdeploy.datasets.config import DataConfig, ExtraData
 from spmdeploy.errors import InputError
 from spmdeploy.training.config import (
-    DataConfig,
-    ExtraData,
     LossConfig,
     Phase,
     TrainConfig,

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from spmdeploy.networks.conditioning import LayoutPyramid
+from spmdeploy.model.layout import LayoutPyramid
 from spmdeploy.training.discriminator import Discriminator, reference_state
 
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from spmdeploy.networks.modulation import instance_norm
+from spmdeploy.model.modulation import instance_norm
 
 
 def test_training_and_inference_normalise_alike() -> None:

@@ -1,0 +1,186 @@
+"""What this machine can run, and if not, why not and what to do."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from spmdeploy.backends.onnxruntime import import_onnxruntime, missing_cuda_library
+from spmdeploy.backends.select_engine import fitting_engine
+from spmdeploy.bundle.bundle import Bundle
+from spmdeploy.bundle.manifest import ON_CPU
+from spmdeploy.engines.library import import_engine_library
+from spmdeploy.engines.record import ENGINE_RUNTIMES, EngineRuntime
+from spmdeploy.errors import UnavailableError
+from spmdeploy.gpu.cuda_bindings import open_binding
+from spmdeploy.gpu.driver import visible_gpus
+
+# The bare names, and those of the packages that they bring.
+_PACKAGES: dict[EngineRuntime, tuple[str, ...]] = {
+    "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
+    "tensorrt-rtx": ("tensorrt-rtx", "tensorrt-rtx-cu13", "tensorrt-rtx-cu12"),
+}
+_STUB_REMEDY = (
+    "the package on PyPI is a stub that fetches the libraries from NVIDIA's own index while it is installed: install "
+    "it again where that can be reached, or use the TensorRT of JetPack or of a container"
+)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One capability of this machine."""
+
+    name: str
+    usable: bool
+    reason: str
+    remedy: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {"name": self.name, "usable": self.usable, "reason": self.reason, "remedy": self.remedy}
+
+
+def examine(bundle: Bundle) -> list[Finding]:
+    """Every capability, in the order of preference at run time, then what is needed to export.
+
+    bundle: whose engines are looked for.
+    """
+    gpu = _gpu()
+    binding = _cuda_binding(gpu)
+    engines = [_engine_library(runtime, gpu, binding) for runtime in ENGINE_RUNTIMES]
+    others = [_onnxruntime_cuda(gpu), _onnxruntime_cpu(), _torch(), _export()]
+    return [gpu, binding, *engines, _engines(bundle), *others]
+
+
+def machine() -> dict[str, Any]:
+    """Facts about this machine that a bug report needs."""
+    return {
+        "system": platform.platform(),
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+    }
+
+
+def _gpu() -> Finding:
+    try:
+        count = visible_gpus()
+    except OSError as error:
+        return Finding("NVIDIA GPU", False, str(error), "install NVIDIA's driver, or edit on the CPU")
+    if not count:
+        return Finding("NVIDIA GPU", False, "the driver shows no GPU", "check CUDA_VISIBLE_DEVICES and nvidia-smi")
+    return Finding("NVIDIA GPU", True, f"{count} visible")
+
+
+def _cuda_binding(gpu: Finding) -> Finding:
+    name = "CUDA for Python"
+    try:
+        return Finding(name, gpu.usable, open_binding().name, gpu.remedy)
+    except ImportError as error:
+        remedy = "pip install cuda-python; on Jetson PyCUDA is part of most images"
+        return Finding(name, False, str(error), remedy)
+    except OSError as error:
+        return Finding(name, False, str(error) if gpu.usable else gpu.reason, gpu.remedy or "check nvidia-smi")
+
+
+def _engine_library(runtime: EngineRuntime, gpu: Finding, binding: Finding) -> Finding:
+    """Whether engines can be run with it: the library, a GPU and something to talk to the GPU with."""
+    try:
+        library = import_engine_library(runtime)
+    except UnavailableError as error:
+        return Finding(runtime, False, *_why_not_imported(runtime, error))
+    if not hasattr(library, "Runtime"):
+        return Finding(runtime, False, f"the module {library.__name__} is empty: leftovers of a package", _STUB_REMEDY)
+    version = f"{runtime} {library.__version__}"
+    for needed in (gpu, binding):
+        if not needed.usable:
+            builds = "; it can build engines for other machines" if runtime == "tensorrt-rtx" else ""
+            return Finding(runtime, False, f"{version}, but no usable {needed.name}{builds}", needed.remedy)
+    return Finding(runtime, True, f"{version} with {binding.reason}")
+
+
+def _why_not_imported(runtime: EngineRuntime, error: UnavailableError) -> tuple[str, str | None]:
+    """Reason and remedy, told apart: not there, there without its libraries, or a library of CUDA missing."""
+    package = next((name for name in _PACKAGES[runtime] if any(importlib.metadata.distributions(name=name))), None)
+    if package is None:
+        return f"{package or runtime} is not installed", error.hint
+    version = importlib.metadata.version(package)
+    if missing := re.search(r"(lib[\w.+-]+\.so[\w.]*|[\w.+-]+\.dll)", error.problem):
+        remedy = f"install what brings {missing[1]}: CUDA's libraries, in the version that this package was built for"
+        return f"{package} {version} is installed, but the library {missing[1]} is missing", remedy
+    return f"{package} {version} is installed without its libraries: {error.problem}", _STUB_REMEDY
+
+
+def _engines(bundle: Bundle) -> Finding:
+    name = f"engines of {bundle.manifest.name}"
+    if all(graph.graph in ON_CPU.values() for graph in bundle.manifest.graphs):
+        remedy = "export it again from its checkpoint, without --cpu-only"
+        return Finding(name, False, "the bundle holds graphs for CPUs only, of which no engine can be built", remedy)
+    engine, reason = fitting_engine(bundle)
+    return Finding(name, engine is not None, reason, None if engine else "spmdeploy build BUNDLE, on this machine")
+
+
+def _onnxruntime_cpu() -> Finding:
+    name = "onnxruntime on cpu"
+    try:
+        library = import_onnxruntime()
+    except UnavailableError as error:
+        return Finding(name, False, error.problem, error.hint)
+    return Finding(name, True, f"onnxruntime {library.__version__}{_mixed_packages()}")
+
+
+def _onnxruntime_cuda(gpu: Finding) -> Finding:
+    name = "onnxruntime on cuda"
+    both = {"onnxruntime", "onnxruntime-gpu"} & _installed()
+    if len(both) == 2:
+        return Finding(
+            name,
+            False,
+            "onnxruntime and onnxruntime-gpu are both installed and have overwritten each other's files",
+            'pip uninstall onnxruntime onnxruntime-gpu, then pip install "spmdeploy[gpu]"',
+        )
+    try:
+        library = import_onnxruntime()
+    except UnavailableError as error:
+        return Finding(name, False, error.problem, 'pip install "spmdeploy[gpu]"')
+    if "CUDAExecutionProvider" not in library.get_available_providers():
+        reason = f"the installed onnxruntime {library.__version__} is built without CUDA"
+        return Finding(name, False, reason, 'pip uninstall onnxruntime, then pip install "spmdeploy[gpu]"')
+    if not gpu.usable:
+        return Finding(name, False, gpu.reason, gpu.remedy)
+    if missing := missing_cuda_library(library):
+        remedy = 'pip install "onnxruntime-gpu[cuda,cudnn]", or install CUDA and cuDNN for the whole system'
+        return Finding(name, False, f"onnxruntime {library.__version__} lacks a library of CUDA: {missing}", remedy)
+    return Finding(name, True, f"onnxruntime {library.__version__}; `spmdeploy verify --device cuda:0` proves it")
+
+
+def _torch() -> Finding:
+    missing = _missing("torch", "onnx")
+    if missing:
+        return Finding("torch", False, f"{missing} is not installed", 'pip install "spmdeploy[export]"')
+    return Finding("torch", True, f"torch {importlib.metadata.version('torch')}")
+
+
+def _export() -> Finding:
+    missing = _missing("torch", "onnx", "onnxscript", "safetensors", "onnxruntime")
+    if missing:
+        return Finding("export", False, f"{missing} is not installed", 'pip install "spmdeploy[export,cpu]"')
+    return Finding("export", True, f"onnx {importlib.metadata.version('onnx')}")
+
+
+def _mixed_packages() -> str:
+    return " (mixed with onnxruntime-gpu)" if {"onnxruntime", "onnxruntime-gpu"} <= _installed() else ""
+
+
+def _installed() -> set[str]:
+    names = ("onnxruntime", "onnxruntime-gpu")
+    return {name for name in names if any(importlib.metadata.distributions(name=name))}
+
+
+def _missing(*modules: str) -> str:
+    """The first of these modules that is not installed, or nothing; without importing any."""
+    return next((name for name in modules if importlib.util.find_spec(name) is None), "")

@@ -1,0 +1,378 @@
+"""ONNX Runtime, on the CPU or on a CUDA device, proved to be where it says it is."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import io
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spmdeploy.backends.base import Lack
+from spmdeploy.backends.layout_split import Halves, split_by_layout
+from spmdeploy.bundle.bundle import GraphFiles
+from spmdeploy.bundle.manifest import EDIT, REFINE
+from spmdeploy.errors import BundleError, OutOfMemory, UnavailableError
+from spmdeploy.gpu.arrays import DeviceArray
+from spmdeploy.gpu.driver import visible_gpus
+from spmdeploy.types import Precision
+
+if TYPE_CHECKING:
+    from spmdeploy.backends.base import LayoutRun
+    from spmdeploy.backends.device_pyramid import DeviceCascade
+    from spmdeploy.backends.onnxruntime_pyramid import OrtCascades
+    from spmdeploy.tiling.letterbox import Frame
+    from spmdeploy.tiling.pyramid import Level
+
+_INPUTS = {
+    "image": "tensor(uint8)",
+    "labels": "tensor(uint8)",
+    "instances": "tensor(int32)",
+    "mask": "tensor(uint8)",
+    "coarse": "tensor(float)",
+}
+
+Graph = Path | GraphFiles
+"""An ONNX file, its weights beside it where it holds them not itself; or all of that in memory."""
+Arrays = Mapping[str, NDArray[Any]]
+
+
+class OnnxRuntimeSession:
+    """The `edit` graph in ONNX Runtime, and the `refine` graph from its first use on; may be used from several threads
+    at once."""
+
+    backend = "onnxruntime"
+    notes: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        edit: Graph,
+        precision: Precision,
+        device: str = "cpu",
+        threads: int = 0,
+        refine: Callable[[], Graph] | None = None,
+        read_again: Callable[[], GraphFiles] | None = None,
+    ) -> None:
+        """device: cpu or cuda:N. threads: 0 = one per core (CPU only). refine: gets the graph when it is needed.
+
+        read_again: gets `edit` into memory for `keep_layout`; without it no layout is kept.
+        """
+        self.device = device
+        self.precision = precision
+        self._threads = threads
+        self._edit: LoadedGraph | None = LoadedGraph(edit, EDIT, device, threads)
+        self._refine: LoadedGraph | None = None
+        self._halves: _Halves | None = None
+        self._cascades: OrtCascades | None = None
+        self._get_refine = refine
+        self._read_again = read_again
+        self.refines = refine is not None
+        problem = f"the bundle holds no refine graph in {precision} for {device}"
+        self.lacks_refine = None if self.refines else Lack(problem, "export it again with one")
+        self._loading = threading.Lock()
+        self.provider, self.size = self._edit.provider, self._edit.size
+
+    def run(
+        self,
+        image: NDArray[np.uint8],
+        labels: NDArray[np.uint8],
+        instances: NDArray[np.int32],
+        mask: NDArray[np.uint8],
+    ) -> NDArray[np.uint8]:
+        inputs: Arrays = {"image": image, "labels": labels, "instances": instances, "mask": mask}
+        edited: NDArray[np.uint8] = _open(self._edit).run(["edited"], inputs)[0]
+        return edited
+
+    def run_unrounded(
+        self,
+        image: NDArray[np.uint8],
+        labels: NDArray[np.uint8],
+        instances: NDArray[np.int32],
+        mask: NDArray[np.uint8],
+    ) -> NDArray[np.float32]:
+        inputs: Arrays = {"image": image, "labels": labels, "instances": instances, "mask": mask}
+        unrounded: NDArray[np.float32] = _open(self._edit).run(["unrounded"], inputs)[0]
+        return unrounded
+
+    def refine(
+        self,
+        image: NDArray[np.uint8],
+        labels: NDArray[np.uint8],
+        instances: NDArray[np.int32],
+        mask: NDArray[np.uint8],
+        coarse: NDArray[np.float32],
+    ) -> NDArray[np.float32]:
+        inputs: Arrays = {"image": image, "labels": labels, "instances": instances, "mask": mask, "coarse": coarse}
+        unrounded: NDArray[np.float32] = self._refining().run(["unrounded"], inputs)[0]
+        return unrounded
+
+    def _refining(self) -> LoadedGraph:
+        with self._loading:
+            if self._refine is None:
+                _open(self._edit)
+                if self._get_refine is None:
+                    assert self.lacks_refine is not None
+                    raise BundleError(*self.lacks_refine)
+                self._refine = LoadedGraph(self._get_refine(), REFINE, self.device, self._threads)
+            return self._refine
+
+    @property
+    def loaded(self) -> tuple[str, ...]:
+        """The graphs that are: `refine` is from its first use on."""
+        return tuple(name for name, graph in ((EDIT, self._edit), (REFINE, self._refine)) if graph is not None)
+
+    def keep_layout(
+        self, labels: NDArray[np.uint8], instances: NDArray[np.int32], mask: NDArray[np.uint8]
+    ) -> LayoutRun:
+        """On CPUs the graph is split in two at the first call; the halves take the memory of its weights once more.
+
+        On a GPU, where launches and not operations are what costs, the layout goes with every image.
+        """
+        if self._read_again is None or self.device != "cpu":
+            return lambda image: self.run(image, labels, instances, mask)
+        with self._loading:
+            _open(self._edit)
+            if self._halves is None:
+                graph = self._read_again()
+                self._halves = _Halves(split_by_layout(graph.content), graph.weights, self._threads)
+        return self._halves.kept({"labels": labels, "instances": instances, "mask": mask})
+
+    def bound(self, inputs: Mapping[str, DeviceArray], outputs: Mapping[str, DeviceArray]) -> Callable[[], None]:
+        """A call that runs the graph on arrays in the memory of this session's GPU, and returns when it is done."""
+        return _open(self._edit).bound(inputs, outputs)
+
+    def device_cascade(self, frame: Frame, levels: tuple[Level, ...], batch: int) -> DeviceCascade | None:
+        """On a GPU, carries a window up without its picture leaving its memory; see `CascadesOnDevice`."""
+        if self.device == "cpu":
+            return None
+        refine = self._refining()
+        from spmdeploy.backends.onnxruntime_pyramid import (
+            OrtCascades,  # late: nobody else needs it, least of all on a CPU
+        )
+
+        with self._loading:
+            edit = _open(self._edit)
+            if self._cascades is None:
+                self._cascades = OrtCascades(int(self.device.removeprefix("cuda:")), self.size)
+        return self._cascades.open(edit, refine, frame, levels, batch)
+
+    def close(self) -> None:
+        with self._loading:
+            self._edit = self._refine = self._halves = None
+            if self._cascades is not None:
+                self._cascades.close()
+
+
+def _open(graph: LoadedGraph | None) -> LoadedGraph:
+    if graph is None:
+        raise UnavailableError("the session was closed", "open another")
+    return graph
+
+
+class _Halves:
+    """Both halves of a graph, loaded on the CPU."""
+
+    def __init__(self, halves: Halves, weights: Mapping[str, bytes], threads: int) -> None:
+        """weights: those of the whole graph, where they are not in it."""
+        self._layout_inputs, self._picture_inputs, self._kept = halves.layout_inputs, halves.picture_inputs, halves.kept
+        library = import_onnxruntime()
+        try:
+            self._layout, self._picture = (
+                inference_session(
+                    library, GraphFiles(half, weights), _options(library, threads), ["CPUExecutionProvider"]
+                )
+                for half in (halves.layout, halves.picture)
+            )
+        except Exception as error:
+            raise _translated(error, "cpu") from error
+
+    def kept(self, layout: Arrays) -> LayoutRun:
+        values = self._outputs(self._layout, self._kept, {name: layout[name] for name in self._layout_inputs})
+        known = {name: layout[name] for name in self._picture_inputs if name in layout}
+        known |= dict(zip(self._kept, values, strict=True))
+        return lambda image: self._outputs(self._picture, ["edited"], {**known, "image": image})[0]
+
+    @staticmethod
+    def _outputs(half: Any, outputs: Sequence[str], inputs: dict[str, NDArray[Any]]) -> list[NDArray[Any]]:
+        try:
+            results: list[NDArray[Any]] = half.run(list(outputs), inputs)
+        except Exception as error:
+            raise _translated(error, "cpu") from error
+        return results
+
+
+# Passes over the graph that find nothing to gain in ours: the pictures are the same bit for bit, edits as fast, and
+# loading takes a fifth less (onnxruntime 1.32). What folds constants and blocks the convolutions stays on.
+_IDLE_PASSES = (
+    *("CommonSubexpressionElimination", "ConstantSharing", "TransposeOptimizer", "PropagateCastOps", "ReshapeFusion"),
+    *("Level1_RuleBasedTransformer", "Level2_RuleBasedTransformer", "FreeDimensionOverrideTransformer"),
+    *("DoubleQDQPairsRemover", "QDQPropagationTransformer", "EnsureUniqueDQForNodeUnit", "WhereDummyDq"),
+    *("MatMulAddFusion", "GemmActivationFusion", "ConvAddActivationFusion"),
+)
+
+
+def inference_session(library: Any, graph: Graph, options: Any, providers: list[Any]) -> Any:
+    """ONNX Runtime's own session. options: its SessionOptions, to which weights in memory are added."""
+    without = {"disabled_optimizers": list(_IDLE_PASSES)} if providers == ["CPUExecutionProvider"] else {}
+    if isinstance(graph, Path):
+        return library.InferenceSession(str(graph), options, providers=providers, **without)
+    names, contents = list(graph.weights), list(graph.weights.values())
+    if names:  # from onnxruntime 1.24 on
+        options.add_external_initializers_from_files_in_memory(names, contents, [len(content) for content in contents])
+    return library.InferenceSession(graph.content, options, providers=providers, **without)
+
+
+def _options(library: Any, threads: int) -> Any:
+    options = library.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    return options
+
+
+class LoadedGraph:
+    """One graph in ONNX Runtime, proved to be where it was wanted and to be what it should be."""
+
+    def __init__(self, content: Graph, graph: str, device: str = "cpu", threads: int = 0) -> None:
+        """graph: EDIT or REFINE, whose inputs and outputs it must have."""
+        library = import_onnxruntime()
+        self._device = device
+        options = _options(library, threads)
+        providers = _providers(library, device)
+        if device != "cpu":
+            _preload_cuda(library)
+            # Without this ONNX Runtime moves to the CPU whatever a GPU cannot do, or everything, and says nothing.
+            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        try:
+            self._session: Any = inference_session(library, content, options, providers)
+        except Exception as error:
+            raise _translated(error, device) from error
+        self.provider = f"{self._proved_provider(providers)} (onnxruntime {library.__version__})"
+        self.outputs = frozenset(value.name for value in self._session.get_outputs())
+        self.size = self._checked_size(graph)
+
+    def run(self, outputs: Sequence[str], inputs: Arrays) -> list[NDArray[Any]]:
+        if not self.outputs.issuperset(outputs):
+            raise BundleError(
+                "the graph gives no unrounded result, which tiles are made from", "export the bundle again"
+            )
+        try:
+            results: list[NDArray[Any]] = self._session.run(list(outputs), dict(inputs))
+        except Exception as error:
+            raise _translated(error, self._device) from error
+        return results
+
+    def bound(self, inputs: Mapping[str, DeviceArray], outputs: Mapping[str, DeviceArray]) -> Callable[[], None]:
+        """A call that runs the graph on arrays in the memory of its GPU, and returns when it is done."""
+        binding = self._session.io_binding()
+        number = int(self._device.removeprefix("cuda:"))
+        for bind, arrays in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
+            for name, array in arrays.items():
+                bind(name, "cuda", number, np.dtype(array.dtype).type, array.shape, array.address)
+
+        def run() -> None:
+            try:
+                self._session.run_with_iobinding(binding)
+            except Exception as error:
+                raise _translated(error, self._device) from error
+
+        return run
+
+    def _proved_provider(self, asked: list[Any]) -> str:
+        """The provider that the session really has, which must be the first one asked for."""
+        wanted = asked[0][0] if isinstance(asked[0], tuple) else asked[0]
+        have: str = self._session.get_providers()[0]
+        if have != wanted:
+            raise UnavailableError(
+                f"asked for {wanted} on {self._device}, but ONNX Runtime would run on {have}",
+                "see `spmdeploy doctor`, or ask for --device cpu",
+            )
+        return have
+
+    def _checked_size(self, graph: str) -> int:
+        """Height and width of the pictures that the graph takes. Raises BundleError when it is another graph."""
+        inputs = {value.name: (value.type, value.shape[1:]) for value in self._session.get_inputs()}
+        outputs = {value.name: value.type for value in self._session.get_outputs()}
+        size = inputs["mask"][1][0] if inputs.get("mask", ("", []))[1] else 0
+        if not isinstance(size, int) or inputs != _ports(graph, size) or outputs.get("edited") != "tensor(uint8)":
+            raise BundleError(
+                f"the graph is no {graph} graph: it takes {inputs} and gives {outputs}", "export the bundle again"
+            )
+        return size
+
+
+def _ports(graph: str, size: int) -> dict[str, tuple[str, list[int]]]:
+    """Types and shapes of the inputs, the batch left out."""
+    shapes = {"image": [size, size, 3], "labels": [size, size], "instances": [size, size], "mask": [size, size]}
+    if graph == REFINE:
+        shapes["coarse"] = [size // 2, size // 2, 3]
+    return {name: (_INPUTS[name], shape) for name, shape in shapes.items()}
+
+
+def import_onnxruntime() -> Any:
+    """The onnxruntime module, or UnavailableError with the command that installs it."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise UnavailableError(
+            f"ONNX Runtime cannot be imported: {error}",
+            'install it: pip install "spmdeploy[cpu]", or "spmdeploy[gpu]" for an NVIDIA GPU (never both)',
+        ) from error
+    return onnxruntime
+
+
+def missing_cuda_library(library: Any) -> str | None:
+    """What the loader says when a library that the CUDA provider needs is not there; None when all are."""
+    _preload_cuda(library)
+    provider = Path(str(library.__file__)).parent / "capi" / "libonnxruntime_providers_cuda.so"
+    if not provider.exists():
+        return None
+    try:
+        ctypes.CDLL(str(provider))
+    except OSError as error:
+        return str(error) if "cannot open shared object" in str(error) else None  # what else fails here may work there
+    return None
+
+
+def _preload_cuda(library: Any) -> None:
+    """Loads CUDA and cuDNN from their pip packages, where there are any; without this only a system's are found."""
+    if hasattr(library, "preload_dlls"):  # from onnxruntime 1.21 on
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find
+            library.preload_dlls()
+
+
+def best_device() -> tuple[str, str]:
+    """The device that `auto` means, and why."""
+    if "CUDAExecutionProvider" not in import_onnxruntime().get_available_providers():
+        return "cpu", "this ONNX Runtime is built without CUDA"
+    try:
+        gpus = visible_gpus()
+    except OSError as error:
+        return "cpu", str(error)
+    return ("cuda:0", "the first GPU that the driver shows") if gpus else ("cpu", "the driver shows no GPU")
+
+
+def _providers(library: Any, device: str) -> list[Any]:
+    if device == "cpu":
+        return ["CPUExecutionProvider"]
+    available = library.get_available_providers()
+    if "CUDAExecutionProvider" not in available:
+        raise UnavailableError(
+            f"{device} was asked for, but this ONNX Runtime has only {', '.join(available)}",
+            'pip uninstall onnxruntime, then pip install "spmdeploy[gpu]"; or ask for --device cpu',
+        )
+    return [("CUDAExecutionProvider", {"device_id": int(device.removeprefix("cuda:"))})]
+
+
+def _translated(error: Exception, device: str) -> Exception:
+    """ONNX Runtime's exceptions as ours; they share no base class, only the words differ."""
+    text = " ".join(str(error).split())[:400]
+    if isinstance(error, MemoryError) or "allocate memory" in text or "out of memory" in text.lower():
+        return OutOfMemory(f"ONNX Runtime ran out of memory on {device}: {text}", "close other programs")
+    if device != "cpu":
+        return UnavailableError(f"ONNX Runtime cannot use {device}: {text}", "see `spmdeploy doctor`")
+    return BundleError(f"ONNX Runtime refused the graph: {text}", "export the bundle again")

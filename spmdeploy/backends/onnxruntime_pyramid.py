@@ -1,0 +1,55 @@
+"""Cascades of ONNX Runtime on a GPU: its graphs run where the kernels between levels left their inputs."""
+
+from __future__ import annotations
+
+from spmdeploy.backends.device_pyramid import Batch, DeviceCascade
+from spmdeploy.backends.onnxruntime import LoadedGraph
+from spmdeploy.backends.tensorrt import graph_ports
+from spmdeploy.backends.tensorrt_engine import item_bytes
+from spmdeploy.bundle.manifest import EDIT, REFINE
+from spmdeploy.engines.record import Port
+from spmdeploy.gpu.arrays import DeviceArray
+from spmdeploy.gpu.buffers import EngineMemory
+from spmdeploy.gpu.device import Device
+from spmdeploy.tiling.letterbox import Frame
+from spmdeploy.tiling.pyramid import Level
+
+
+class OrtCascades:
+    """Inputs and outputs on the GPU for both graphs of a session, which has memory of its own for the rest.
+
+    ONNX Runtime computes in a stream of its own and waits for it, so that tiles are not prepared meanwhile.
+    """
+
+    def __init__(self, ordinal: int, size: int) -> None:
+        """Raises UnavailableError where neither PyCUDA nor cuda-python is installed."""
+        self._memory, self._size, self._room = EngineMemory(Device(ordinal)), size, 0
+
+    def open(
+        self, edit: LoadedGraph, refine: LoadedGraph, frame: Frame, levels: tuple[Level, ...], batch: int
+    ) -> DeviceCascade:
+        """Raises OutOfMemory, UnavailableError."""
+        sizes = {name: item_bytes(port) for name, port in graph_ports(REFINE, self._size).items()}
+        with self._memory.in_use():
+            if batch > self._room:
+                self._memory.reserve(sizes, batch)
+                self._room = batch
+        return DeviceCascade(self._memory, self._run(edit, EDIT), self._run(refine, REFINE), batch, frame, levels)
+
+    def close(self) -> None:
+        self._memory.close()
+
+    def _run(self, graph: LoadedGraph, name: str) -> Batch:
+        memory, ports = self._memory, graph_ports(name, self._size)
+        outputs = {"unrounded": ports.pop("unrounded")}
+        del ports["edited"]
+
+        def run(batch: int) -> None:
+            def placed(port: Port) -> DeviceArray:
+                return DeviceArray(memory.address(port.name), (batch, *port.shape[1:]), port.dtype)
+
+            call = graph.bound(*({key: placed(port) for key, port in some.items()} for some in (ports, outputs)))
+            memory.device.synchronise(memory.stream)  # what is queued there writes to the inputs
+            call()
+
+        return run

@@ -1,0 +1,230 @@
+"""Which engine runs a bundle here, and the proof, before its results are trusted, that it gives the right pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import replace
+from datetime import date
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from spmdeploy.backends.base import Lack, Opened
+from spmdeploy.bundle.bundle import Bundle
+from spmdeploy.bundle.manifest import EDIT, REFINE
+from spmdeploy.engines.library import import_engine_library, this_host
+from spmdeploy.engines.record import BUILD_AGAIN, EngineHost, EngineRecord, EngineRuntime, Gpu, Verification
+from spmdeploy.engines.store import FoundEngine, cache_folder, find_engines
+from spmdeploy.errors import BundleError, InputError, SpmDeployError, UnavailableError, VerificationError
+from spmdeploy.gpu.driver import gpu_facts
+
+if TYPE_CHECKING:
+    from spmdeploy.backends.verify import GoldenResult
+
+BUILD_FIRST = "build one on this machine: spmdeploy build BUNDLE"
+BUILD_EDIT_TOO = "build it too, on this machine: spmdeploy build BUNDLE --graph edit"
+
+
+def open_named_engine(bundle: Bundle, runtime: EngineRuntime, ordinal: int, precision: str) -> Opened:
+    """The engine of this library that fits. precision: auto, fp32 or fp16.
+
+    Raises UnavailableError without library or GPU, BundleError naming everything that speaks against each engine,
+    OutOfMemory, VerificationError when the golden edits come out differently.
+    """
+    version = str(import_engine_library(runtime).__version__)
+    try:
+        facts = gpu_facts(ordinal)
+    except OSError as error:
+        raise UnavailableError(f"{runtime} needs an NVIDIA GPU: {error}", "see `spmdeploy doctor`") from error
+    host = EngineHost.with_gpu(Gpu(facts.name, facts.compute_capability), {runtime: version})
+    there = [engine for engine in find_engines(bundle, host, hashing=False) if _speaks_of(engine, runtime)]
+    fit = _fitting(there, precision)
+    if not fit:
+        hint = BUILD_EDIT_TOO if _fitting(there, precision, REFINE) else BUILD_AGAIN if there else BUILD_FIRST
+        raise BundleError(f"{bundle.path}: {_reasons(there, precision)}", hint)
+    return _open(bundle, fit[0], there, ordinal, precision)
+
+
+def open_fitting_engine(bundle: Bundle, ordinal: int, precision: str) -> tuple[Opened | None, str]:
+    """A session on the best engine that fits and works, or why there is none: any failure is a reason."""
+    there = find_engines(bundle, None if ordinal == 0 else this_host(ordinal), hashing=False)
+    fit = _fitting(there, precision)
+    if not fit:
+        hint = f"; {BUILD_EDIT_TOO}" if _fitting(there, precision, REFINE) else ""
+        return None, _reasons(there, precision) + hint
+    failures = []
+    for engine in fit:
+        try:
+            opened = _open(bundle, engine, there, ordinal, precision)
+        except SpmDeployError as error:
+            failures.append(error.problem)
+            continue
+        tried = "".join(f"; tried first: {problem}" for problem in failures)
+        return replace(opened, choices=(f"{opened.choices[0]}{tried}", *opened.choices[1:])), ""
+    return None, f"no engine for this bundle works here: {'; '.join(failures)}"
+
+
+def fitting_engine(bundle: Bundle) -> tuple[FoundEngine | None, str]:
+    """The engine that would be tried first on the first GPU, and what it is; or None, and why none fits."""
+    there = find_engines(bundle, hashing=False)
+    fit = _fitting(there, "auto")
+    if not fit:
+        return None, _reasons(there, "auto")
+    refine = _refine_beside(bundle, fit[0], there)
+    crops = f"; it cannot cascade, {refine.problem}" if isinstance(refine, Lack) else ""
+    return fit[0], f"{fit[0].path.parent.name}, built for {fit[0].require_fit().made_for}{crops}"
+
+
+def _open(bundle: Bundle, engine: FoundEngine, there: list[FoundEngine], ordinal: int, precision: str) -> Opened:
+    from spmdeploy.backends.tensorrt import TensorRtSession
+    from spmdeploy.backends.verify import verify_edits, verify_refinements  # late: without an engine nobody needs them
+
+    record = engine.require_fit()
+    refine = _refine_beside(bundle, engine, there)
+    library = import_engine_library(record.runtime)
+    session = TensorRtSession(library, engine, refine, bundle.manifest.native_size, ordinal)
+    try:
+        proof = _proof(engine, lambda: verify_edits(session, bundle), ordinal)
+        if not isinstance(refine, Lack):
+            _proof(refine, lambda: verify_refinements(session, bundle), ordinal)
+    except BaseException:
+        session.close()
+        raise
+    choices = [f"backend {record.runtime}: {engine.path} was built for {record.made_for}; {proof}"]
+    if precision == "auto":
+        why = "faster on a GPU, within the bundle's limits of FP32" if record.precision == "fp16" else "no other fits"
+        choices.append(f"precision {record.precision}: {why}")
+    return Opened(session, tuple(choices))
+
+
+# ---------------------------------------------------------------------------------------------------------- choosing
+
+
+def _fitting(engines: Iterable[FoundEngine], precision: str, graph: str = EDIT) -> list[FoundEngine]:
+    """Those that fit, the best first: FP16, TensorRT (which measured on this GPU) before RTX, larger batches, newer."""
+
+    def rank(engine: FoundEngine) -> tuple[bool, bool, int, date]:
+        record = engine.require_fit()
+        return record.precision == "fp16", record.runtime == "tensorrt", record.batch.max, record.created
+
+    found = [engine for engine in engines if engine.fit and _is_of(engine, precision, graph)]
+    return sorted(found, key=rank, reverse=True)
+
+
+def _is_of(engine: FoundEngine, precision: str, graph: str) -> bool:
+    record = engine.record
+    return record is not None and record.graph == graph and precision in ("auto", record.precision)
+
+
+def _speaks_of(engine: FoundEngine, runtime: EngineRuntime) -> bool:
+    return engine.record is None or engine.record.runtime == runtime
+
+
+def _same_library(one: FoundEngine, other: FoundEngine) -> bool:
+    return one.require_fit().runtime == other.require_fit().runtime
+
+
+def _reasons(engines: list[FoundEngine], precision: str) -> str:
+    """Why no engine of the edit graph is taken."""
+    against = _against(engines, EDIT, lambda record: f"it computes in {record.precision}, not {precision}")
+    if against:
+        return f"no engine fits this machine: {against}"
+    if _fitting(engines, precision, REFINE):
+        return "a refine engine fits this machine, but no edit engine was built, without which it is of no use"
+    return "no engine was built for this bundle"
+
+
+def _refine_beside(bundle: Bundle, engine: FoundEngine, there: list[FoundEngine]) -> FoundEngine | Lack:
+    """The refine engine that goes with an edit engine, or why none does and what to do about it."""
+    edit = engine.require_fit()
+    for other in _fitting(there, edit.precision, REFINE):
+        if _same_library(other, engine):
+            return other
+    if not any((graph.graph, graph.precision) == (REFINE, edit.precision) for graph in bundle.manifest.graphs):
+        return Lack(f"the bundle holds no refine graph in {edit.precision}", "export it again with one, then build it")
+    against = _against(
+        there,
+        REFINE,
+        lambda other: (
+            f"{other.runtime} in {other.precision}, beside an edit engine of {edit.runtime} in {edit.precision}"
+        ),
+    )
+    problem = f"no refine engine fits: {against}" if against else "an edit engine was built, but no refine engine"
+    how = f"--graph refine --runtime {edit.runtime} --precision {edit.precision}"
+    return Lack(problem, f"build one on this machine: spmdeploy build BUNDLE {how}")
+
+
+def _against(engines: list[FoundEngine], graph: str, unwanted: Callable[[EngineRecord], str]) -> str:
+    """Everything that speaks against each engine of a graph, and against files that nobody can tell about. unwanted:
+    what does against one that fits this machine."""
+    words = []
+    for engine in engines:
+        if engine.record is None or _is_of(engine, "auto", graph):
+            reasons = (unwanted(engine.require_fit()),) if engine.fit else engine.reasons
+            words.append(f"{engine.path.parent.name}/{engine.path.name}: {', '.join(reasons)}")
+    return "; ".join(words)
+
+
+# ----------------------------------------------------------------------------------------------------------- proving
+
+
+def _proof(engine: FoundEngine, verify: Callable[[], list[GoldenResult]], ordinal: int) -> str:
+    """Why its pictures are to be trusted: the golden edits came out right with this GPU and driver, now or before."""
+    record = engine.require_fit()
+    facts = gpu_facts(ordinal)
+    here = f"{facts.name}, driver {facts.driver or 'unknown'}"
+    for known in (record, _kept(record)):
+        proof = known and known.verification
+        if proof and proof.passed and proof.gpu == here:
+            return f"its golden edits came out right here on {proof.on}"
+    results = verify()
+    verification = _verification(results, here)
+    lost = _keep(engine, verification)
+    faults = [f"{result.name}: {fault}" for result in results for fault in result.faults]
+    if faults:
+        raise VerificationError(
+            f"{engine.path} does not give the pictures that it should: {'; '.join(faults)}",
+            "build it again with --overwrite; if it stays so, use another backend and report it",
+        )
+    return "its golden edits came out right just now" + (f", which cannot be noted: {lost}" if lost else "")
+
+
+def _verification(results: list[GoldenResult], gpu: str) -> Verification:
+    drifts = [result.drift for result in results]
+    worst = min(drifts, key=lambda drift: drift.psnr_db).to_json()["psnr_db"]
+    return Verification(
+        passed=all(result.passed for result in results),
+        on=date.today(),
+        gpu=gpu,
+        max_grey=max(drift.max_grey for drift in drifts),
+        mean_grey=max(drift.mean_grey for drift in drifts),
+        psnr_db=worst,
+    )
+
+
+def _keep(engine: FoundEngine, verification: Verification) -> str | None:
+    """Notes it in the engine's record, or in the cache where the bundle cannot be written to; or says why not."""
+    with suppress(InputError):
+        engine.with_verification(verification)
+        return None
+    record = replace(engine.require_fit(), verification=verification)
+    try:
+        path = _kept_path(record)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path.write_bytes(record.to_bytes())
+    except (OSError, UnavailableError) as error:
+        return str(error)
+    return None
+
+
+def _kept(record: EngineRecord) -> EngineRecord | None:
+    """The record as it was noted in the cache, if it is of this very engine."""
+    with suppress(OSError, SpmDeployError):
+        kept = EngineRecord.from_bytes(_kept_path(record).read_bytes(), "the cache")
+        if replace(kept, verification=None) == replace(record, verification=None):
+            return kept
+    return None
+
+
+def _kept_path(record: EngineRecord) -> Path:
+    return cache_folder().parent / "verified" / f"{record.key}.json"

@@ -1,0 +1,194 @@
+"""Does this session give the pictures that torch in FP32 gave? The golden edits of a bundle answer it anywhere."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spmdeploy.backends.base import Session
+from spmdeploy.bundle.bundle import Bundle
+from spmdeploy.bundle.manifest import GoldenEdit, ParityLimits
+from spmdeploy.bundle.storage import GOLDEN_INSTANCES, GOLDEN_REFINED
+from spmdeploy.errors import BundleError, InputError
+from spmdeploy.imaging import files as images
+
+Picture = TypeVar("Picture")
+
+EXPORT_AGAIN = "export the bundle again"
+
+
+@dataclass(frozen=True)
+class GoldenPictures:
+    """One edit at the graph's own size, as a batch of one, and the pictures that torch in FP32 makes of it.
+
+    image, expected: uint8 (1, S, S, 3) RGB. labels: uint8 (1, S, S). instances: int32 (1, S, S). mask: uint8 (1, S, S),
+    0 = keep. refined: uint8 (1, S, S, 3), what becomes of `coarse` when it is refined; None where nothing refines.
+    """
+
+    image: NDArray[np.uint8]
+    labels: NDArray[np.uint8]
+    instances: NDArray[np.int32]
+    mask: NDArray[np.uint8]
+    expected: NDArray[np.uint8]
+    refined: NDArray[np.uint8] | None = None
+
+    @property
+    def coarse(self) -> NDArray[np.float32]:
+        """What the golden refinement starts from, the expected picture at half size: float32 (1, S/2, S/2, 3)."""
+        batch, height, width, channels = self.expected.shape
+        fours = self.expected.reshape(batch, height // 2, 2, width // 2, 2, channels)
+        coarse: NDArray[np.float32] = fours.mean(axis=(2, 4), dtype=np.float32)
+        return coarse
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How far two pictures of the same edit are apart under the mask, in grey levels (0..255)."""
+
+    max_grey: int
+    mean_grey: float
+    psnr_db: float
+    """Infinite for equal pictures."""
+
+    def faults(self, limits: ParityLimits) -> list[str]:
+        """What exceeds the limits, in words; empty when nothing does."""
+        return [
+            text
+            for exceeded, text in (
+                (self.max_grey > limits.max_grey, f"largest difference {self.max_grey} > {limits.max_grey:g}"),
+                (self.mean_grey > limits.mean_grey, f"mean difference {self.mean_grey:.3f} > {limits.mean_grey:g}"),
+                (self.psnr_db < limits.min_psnr_db, f"PSNR {self.psnr_db:.1f} dB < {limits.min_psnr_db:g} dB"),
+            )
+            if exceeded
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values; the PSNR of equal pictures is null."""
+        psnr = None if math.isinf(self.psnr_db) else round(self.psnr_db, 2)
+        return {"max_grey": self.max_grey, "mean_grey": round(self.mean_grey, 4), "psnr_db": psnr}
+
+
+@dataclass(frozen=True)
+class GoldenResult:
+    """One golden edit, repeated."""
+
+    name: str
+    """That of the edit, or NAME refined."""
+    drift: Drift
+    known_pixels_intact: bool
+    faults: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        return not self.faults
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "passed": self.passed,
+            **self.drift.to_json(),
+            "known_pixels_intact": self.known_pixels_intact,
+            "faults": list(self.faults),
+        }
+
+
+def read_golden(bundle: Bundle, edit: GoldenEdit) -> GoldenPictures:
+    """The pictures of one golden edit. Raises BundleError when one is missing, altered or no picture of the edit."""
+
+    def picture(read: Callable[[str, bytes], Picture], name: str) -> Picture:
+        file = f"{edit.folder}/{name}"
+        try:
+            return read(str(bundle.path / file), bundle.read(file))
+        except InputError as error:
+            raise BundleError(error.problem, EXPORT_AGAIN) from error
+
+    labels = picture(images.read_labels, "labels.png")
+    has_instances = f"{edit.folder}/{GOLDEN_INSTANCES}" in bundle.files()
+    instances = picture(images.read_instances, GOLDEN_INSTANCES) if has_instances else labels.astype(np.int32)
+    has_refined = f"{edit.folder}/{GOLDEN_REFINED}" in bundle.files()
+    pictures = GoldenPictures(
+        image=picture(images.read_photo, "image.png").pixels[None],
+        labels=labels[None],
+        instances=instances[None],
+        mask=picture(images.read_mask, "mask.png").astype(np.uint8)[None],
+        expected=picture(images.read_photo, "expected.png").pixels[None],
+        refined=picture(images.read_photo, GOLDEN_REFINED).pixels[None] if has_refined else None,
+    )
+    size = bundle.manifest.native_size
+    shapes = {name: array.shape[1:3] for name, array in vars(pictures).items() if array is not None}
+    wrong = next((name for name, shape in shapes.items() if shape != (size, size)), None)
+    if wrong or not pictures.mask.any():
+        fault = f"its {wrong} is {shapes[wrong]}, not {size}×{size}" if wrong else "its mask is empty"
+        raise BundleError(f"{bundle.path / edit.folder}: not a golden edit: {fault}", EXPORT_AGAIN)
+    return pictures
+
+
+def measure_drift(picture: NDArray[np.uint8], reference: NDArray[np.uint8], mask: NDArray[np.uint8]) -> Drift:
+    """picture, reference: uint8 (B, S, S, 3). mask: (B, S, S), not 0 = compared."""
+    difference = picture.astype(np.int16)[mask != 0] - reference.astype(np.int16)[mask != 0]
+    square = float(np.mean(np.square(difference, dtype=np.float64)))
+    psnr = 10 * math.log10(255**2 / square) if square else math.inf
+    distance = np.abs(difference)
+    return Drift(int(distance.max()), float(distance.mean()), psnr)
+
+
+def repeat_golden(session: Session, golden: GoldenPictures, name: str, limits: ParityLimits) -> GoldenResult:
+    """Runs one golden edit and judges the result."""
+    edited = session.run(golden.image, golden.labels, golden.instances, golden.mask)
+    return judge(edited, golden.expected, golden, name, limits)
+
+
+def repeat_refinement(session: Session, golden: GoldenPictures, name: str, limits: ParityLimits) -> GoldenResult:
+    """Refines the result of one golden edit, which must have a `refined` picture, and judges that."""
+    assert golden.refined is not None, name
+    unrounded = session.refine(golden.image, golden.labels, golden.instances, golden.mask, golden.coarse)
+    refined = np.clip(np.rint(unrounded), 0, 255).astype(np.uint8)
+    return judge(refined, golden.refined, golden, f"{name} refined", limits)
+
+
+def judge(
+    picture: NDArray[np.uint8],
+    expected: NDArray[np.uint8],
+    golden: GoldenPictures,
+    name: str,
+    limits: ParityLimits,
+) -> GoldenResult:
+    """How far a picture made from the golden edit is from the expected one, and what is wrong with it."""
+    drift = measure_drift(picture, expected, golden.mask)
+    keep = golden.mask == 0
+    intact = bool(np.array_equal(picture[keep], golden.image[keep]))
+    faults = drift.faults(limits) + ([] if intact else ["pixels outside the mask were changed"])
+    return GoldenResult(name, drift, intact, tuple(faults))
+
+
+def verify(session: Session, bundle: Bundle) -> list[GoldenResult]:
+    """Repeats every golden edit of the bundle within the limits that it states for the session's precision.
+
+    Where the session refines, what becomes of the edits when they are refined follows.
+
+    Raises BundleError when there is none: nothing would be proved.
+    """
+    return verify_edits(session, bundle) + (verify_refinements(session, bundle) if session.refines else [])
+
+
+def verify_edits(session: Session, bundle: Bundle) -> list[GoldenResult]:
+    """The golden edits, repeated. Raises BundleError when there is none."""
+    if not bundle.manifest.golden:
+        raise BundleError(f"{bundle.path}: holds no golden edits, so nothing can be verified", EXPORT_AGAIN)
+    limits = bundle.manifest.limits[session.precision]
+    return [repeat_golden(session, read_golden(bundle, edit), edit.name, limits) for edit in bundle.manifest.golden]
+
+
+def verify_refinements(session: Session, bundle: Bundle) -> list[GoldenResult]:
+    """What becomes of the golden edits when they are refined. Raises BundleError when the bundle holds none of it."""
+    limits = bundle.manifest.limits[session.precision]
+    golden = {edit.name: read_golden(bundle, edit) for edit in bundle.manifest.golden}
+    refined = {name: pictures for name, pictures in golden.items() if pictures.refined is not None}
+    if not refined:
+        raise BundleError(f"{bundle.path}: holds no refined golden edits, so nothing can be verified", EXPORT_AGAIN)
+    return [repeat_refinement(session, pictures, name, limits) for name, pictures in refined.items()]

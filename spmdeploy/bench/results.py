@@ -1,0 +1,271 @@
+"""What a run of the benchmark leaves: everything that was measured, every sample, and where. docs/bench.md explains it.
+
+The dataclasses are the schema: written field by field, read back strictly by their types.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union
+
+from spmdeploy.bench.fidelity import Parity
+from spmdeploy.bench.machine import Machine, OtherLoad, State
+from spmdeploy.bench.profile import Part
+from spmdeploy.bench.roofline import Floor, Rates
+from spmdeploy.bench.schedule import WarmUp
+from spmdeploy.errors import InputError
+from spmdeploy.serialization import WrongField, as_count, as_flag, as_number, as_object, as_text, parse, refuse
+from spmdeploy.serialization import schema_version as version_of
+from spmdeploy.stats import Ratio, Summary
+
+SCHEMA_FAMILY, SCHEMA_VERSION = "spmdeploy.bench/", 1
+SCHEMA = f"{SCHEMA_FAMILY}{SCHEMA_VERSION}"
+
+Scope = Literal["engine", "frame", "edit", "cold-start"]
+Status = Literal["measured", "unavailable", "differs", "crashed"]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What was edited with."""
+
+    name: str
+    weights: str
+    """Where they are from: a bundle, or random ones of a preset."""
+    graphs: dict[str, str]
+    """SHA-256 of each graph by name and precision."""
+    classes: int
+    width: int
+    hidden: int
+    parameters: int
+    gflop: float
+    """Counted operations of one 256×256 edit of the plain generator, in units of 1e9."""
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How it was measured; the constants are those of `contest`."""
+
+    command: str
+    """To be typed for the same run; paths are left out."""
+    masks: str
+    """The rule by which masks were made."""
+    warm_up: str
+    measuring: str
+    seconds: float | None
+    """Asked for with --duration; None: 200 iterations (20 cold starts) and 10 seconds, whichever is longer."""
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What really computes, as the session says."""
+
+    device: str
+    precision: str
+    provider: str
+    threads: int | None
+    """Of one call, where the library says; else its default, a thread for each core."""
+    file_bytes: int | None
+    """Of the graph or engine that was loaded."""
+    weights_bytes: int
+    """Of all parameters, in the precision of the arithmetic."""
+
+
+@dataclass(frozen=True)
+class RowMemory:
+    """Bytes; None where nobody tells."""
+
+    ready: int | None
+    """Resident set of the backend's own process when it had loaded and run nothing."""
+    peak: int | None
+    """Largest resident set of that process while the row was measured."""
+    device: int | None
+    """Of that process on the GPU, by NVML."""
+    activations: int | None
+    """What the library says it needs beside the weights: TensorRT always, ONNX Runtime and PyTorch with --profile."""
+    loaded: int | None = None
+    """The files of the graphs or engines that were loaded by then: `refine` among them once a large edit used it."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One backend in one case. Unless it was measured, it holds a reason and no time."""
+
+    scope: Scope
+    backend: str
+    asked_precision: str
+    size: int
+    """Height and width of the picture."""
+    mask: str
+    batch: int
+    streams: int
+    status: Status
+    reason: str | None
+    ran: Ran | None
+    masked_share: float | None
+    parity: Parity | None
+    first_ms: float | None
+    """The very first run, which may compile."""
+    warm_up: WarmUp | None
+    latency_ms: Summary | None
+    ratio: Ratio | None
+    edits_per_second: float | None
+    megapixels_per_second: float | None
+    joules_per_edit: float | None
+    memory: RowMemory | None
+    floor: Floor | None
+    phases_ms: dict[str, float]
+    """Medians by phase."""
+    notes: dict[str, str | int]
+    parts: tuple[Part, ...]
+    samples_ms: tuple[tuple[float, ...], ...]
+    """Every iteration, in the turns in which they were taken."""
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """What two rows must share to be the same case."""
+        return self.scope, self.backend, self.asked_precision, self.size, self.mask, self.batch, self.streams
+
+    @property
+    def case(self) -> tuple[object, ...]:
+        """What rows of one group share."""
+        return self.scope, self.size, self.mask, self.batch, self.streams
+
+
+@dataclass(frozen=True)
+class Record:
+    """One run."""
+
+    spmdeploy: str
+    created: str
+    """Date and time, UTC."""
+    subject: Subject
+    protocol: Protocol
+    machine: Machine
+    before: State
+    after: State
+    others: OtherLoad
+    rates: tuple[Rates, ...]
+    rows: tuple[Row, ...]
+    warnings: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """What `from_json` reads."""
+        return {"schema": SCHEMA, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_json(cls, value: object, source: str) -> Record:
+        """Raises InputError naming `source` and the field."""
+        version = version_of(value, SCHEMA_FAMILY)
+        if version is None:
+            found = value.get("schema") if isinstance(value, dict) else None
+            raise InputError(f"{source}: no benchmark record: its schema is {found!r}, not {SCHEMA}", MEASURE)
+        if version > SCHEMA_VERSION:
+            raise InputError(f"{source}: its schema is newer than {SCHEMA}, which this version reads", "upgrade")
+        try:
+            return as_dataclass(cls)(value, "")
+        except WrongField as error:
+            raise InputError(f"{source}: {error}", MEASURE) from error
+
+
+MEASURE = "write records with `spmdeploy bench --output FILE.json`"
+
+
+def read_record(path: Path) -> Record:
+    """Raises InputError."""
+    try:
+        value = parse(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}", MEASURE) from error
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON: {error}", MEASURE) from error
+    return Record.from_json(value, str(path))
+
+
+def record_text(record: Record) -> str:
+    """The file: a line a field, but for the samples, where a row's turns share a line."""
+    rows = [row.samples_ms for row in record.rows]
+    value = record.to_json()
+    for place, row in enumerate(value["rows"]):
+        row["samples_ms"] = str(place)
+    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
+    for place, samples in enumerate(rows):
+        # Inside a text the quotes would be escaped, so that this finds the field and nothing else.
+        text = text.replace(f'"samples_ms": "{place}"', f'"samples_ms": {json.dumps(samples)}')
+    return text + "\n"
+
+
+# ----------------------------------------------------------------------------------------------------- reading by type
+
+T = TypeVar("T")
+Reader = Callable[[object, str], Any]
+_PLAIN: dict[object, Reader] = {str: as_text, int: as_count, float: as_number, bool: as_flag, object: lambda v, w: v}
+
+
+def as_dataclass(kind: type[T]) -> Callable[[object, str], T]:
+    """A reader of JSON objects whose fields are those of a dataclass, by their annotations. Others are passed over, and
+    those with a default, which came later than the schema, may be missing."""
+    hints = typing.get_type_hints(kind)
+    later = {field.name for field in dataclasses.fields(kind) if field.default is not dataclasses.MISSING}  # type: ignore[arg-type]
+
+    def read(value: object, where: str) -> T:
+        given = as_object(value, where or "the record")
+        missing = next((name for name in hints if name not in given and name not in later), None)
+        if missing:
+            raise WrongField(f"{where}{'.' if where else ''}{missing} is missing")
+        prefix = f"{where}." if where else ""
+        there = {name: hint for name, hint in hints.items() if name in given}
+        return kind(**{name: _reader(hint)(given[name], prefix + name) for name, hint in there.items()})
+
+    return read
+
+
+def _reader(hint: Any) -> Reader:
+    """For the annotations that the records use; any other is a mistake of ours."""
+    if hint in _PLAIN:
+        return _PLAIN[hint]
+    if dataclasses.is_dataclass(hint):
+        return as_dataclass(typing.cast(type, hint))
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        return _union(arguments)
+    if origin is Literal:
+        return lambda value, where: value if value in arguments else refuse(value, where, " or ".join(arguments))
+    if origin is tuple and arguments[1:] == (...,):
+        return _sequence(_reader(arguments[0]))
+    if origin is dict and arguments[0] is str:
+        read = _reader(arguments[1])
+        return lambda value, where: {key: read(item, f"{where}.{key}") for key, item in as_object(value, where).items()}
+    raise AssertionError(hint)
+
+
+def _union(arguments: tuple[Any, ...]) -> Reader:
+    """`X | None`, or `str | int`."""
+    readers = [_reader(argument) for argument in arguments if argument is not type(None)]
+
+    def read(value: object, where: str) -> Any:
+        if value is None and type(None) in arguments:
+            return None
+        for reader in readers[:-1]:
+            try:
+                return reader(value, where)
+            except WrongField:
+                continue
+        return readers[-1](value, where)
+
+    return read
+
+
+def _sequence(read_item: Reader) -> Reader:
+    def read(value: object, where: str) -> tuple[Any, ...]:
+        if not isinstance(value, list):
+            refuse(value, where, "a list")
+        return tuple(read_item(item, f"{where}[{place}]") for place, item in enumerate(value))
+
+    return read

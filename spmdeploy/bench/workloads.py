@@ -1,0 +1,152 @@
+"""What is edited in a benchmark: the photos that ship with the package, under a small, a medium and a large mask.
+
+The rule for all of them: the largest square of the photo around the edit, resized to the wanted size; the sample's own
+mask, scaled about the middle of its box until it covers the wanted share of the square (its box moved as little as
+needed to stay inside). Nothing is random.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spmdeploy.assets.samples import SAMPLE_EDITS, SampleEdit
+from spmdeploy.editing.options import EditFiles
+from spmdeploy.imaging.files import resize_labels, resize_photo, write_picture
+from spmdeploy.labels import ClassTable
+
+MASK_SHARES = {"small": 0.05, "medium": 0.12, "large": 0.25}
+MASK_RULE = (
+    "the sample's own mask, scaled about the middle of its box until it covers "
+    + ", ".join(f"{share:.0%} ({name})" for name, share in MASK_SHARES.items())
+    + " of the square around the edit"
+)
+
+
+@dataclass(frozen=True)
+class EditCase:
+    """One edit. photo: uint8 (S, S, 3) RGB. labels: uint8 (S, S). mask: bool (S, S), True = edit."""
+
+    photo: NDArray[np.uint8]
+    labels: NDArray[np.uint8]
+    mask: NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class EditBatch:
+    """What an edit graph takes: see `Session.run`."""
+
+    image: NDArray[np.uint8]
+    labels: NDArray[np.uint8]
+    instances: NDArray[np.int32]
+    mask: NDArray[np.uint8]
+
+    @property
+    def named(self) -> dict[str, NDArray[Any]]:
+        """By the names of the graph's inputs."""
+        return {"image": self.image, "labels": self.labels, "instances": self.instances, "mask": self.mask}
+
+    @property
+    def arrays(self) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.int32], NDArray[np.uint8]]:
+        return self.image, self.labels, self.instances, self.mask
+
+    @property
+    def masked_share(self) -> float:
+        return float(np.mean(self.mask != 0))
+
+
+def edit_case(table: ClassTable, size: int, mask: str, sample: SampleEdit = SAMPLE_EDITS[0]) -> EditCase:
+    """One sample at `size`×`size` in the classes of `table`. mask: a key of `MASK_SHARES`."""
+    photo, labels, own_mask = sample.read(table)
+    square = _square_around(own_mask)
+    own_mask = resize_labels(own_mask[square].astype(np.uint8), size, size) != 0
+    return EditCase(
+        photo=resize_photo(photo[square], size, size),
+        labels=resize_labels(labels[square], size, size),
+        mask=scaled_mask(own_mask, MASK_SHARES[mask]),
+    )
+
+
+def edit_batch(table: ClassTable, size: int, mask: str, batch: int) -> EditBatch:
+    """`batch` edits for one call of a graph: the samples one after the other, again from the first after the last."""
+    samples = [SAMPLE_EDITS[place % len(SAMPLE_EDITS)] for place in range(batch)]
+    return stacked([edit_case(table, size, mask, sample) for sample in samples])
+
+
+def stacked(cases: Sequence[EditCase]) -> EditBatch:
+    labels = np.stack([case.labels for case in cases])
+    return EditBatch(
+        image=np.stack([case.photo for case in cases]),
+        labels=labels,
+        instances=labels.astype(np.int32),
+        mask=np.stack([case.mask for case in cases]).astype(np.uint8),
+    )
+
+
+def scaled_mask(mask: NDArray[np.bool_], share: float) -> NDArray[np.bool_]:
+    """The mask made larger or smaller until it covers `share` of the picture, as nearly as whole pixels allow.
+
+    mask: bool (S, S), not empty, without holes. What would leave the picture is cut off, and the rest grows on.
+    """
+    smallest, largest = 1e-3, 1e3
+    for _ in range(30):  # halves the interval on a logarithmic scale until pixels no longer change
+        middle = (smallest * largest) ** 0.5
+        if _magnified(mask, middle).mean() < share:
+            smallest = middle
+        else:
+            largest = middle
+    return min(
+        (_magnified(mask, factor) for factor in (smallest, largest)), key=lambda it: abs(float(it.mean()) - share)
+    )
+
+
+def _magnified(mask: NDArray[np.bool_], factor: float) -> NDArray[np.bool_]:
+    """Every pixel shows what lies at the place that it came from; beyond the picture lies nothing."""
+    rows, columns = (_origins(np.any(mask, axis=axis), factor) for axis in (1, 0))
+    inside = ((rows >= 0) & (rows < len(mask)))[:, None] & (columns >= 0) & (columns < mask.shape[1])
+    picked = mask[np.clip(rows, 0, len(mask) - 1)[:, None], np.clip(columns, 0, mask.shape[1] - 1)]
+    grown: NDArray[np.bool_] = picked & inside
+    return grown
+
+
+def _origins(occupied: NDArray[np.bool_], factor: float) -> NDArray[np.int64]:
+    """For each pixel of an axis, the pixel it is taken from: int64 (S,), which may lie outside."""
+    length = len(occupied)
+    places = np.flatnonzero(occupied)
+    middle, reach = (places[0] + places[-1] + 1) / 2, (places[-1] + 1 - places[0]) / 2 * factor
+    # The box stays inside where it fits, else it lies in the middle.
+    moved = length / 2 if 2 * reach >= length else float(np.clip(middle, reach, length - reach))
+    origins: NDArray[np.float64] = np.floor(middle + (np.arange(length) + 0.5 - moved) / factor)
+    return np.clip(origins, -1, length).astype(np.int64)
+
+
+def _square_around(mask: NDArray[np.bool_]) -> tuple[slice, slice]:
+    """The largest square of the picture whose centre is nearest to that of the mask's box."""
+    side = min(mask.shape)
+
+    def span(occupied: NDArray[np.bool_]) -> slice:
+        places = np.flatnonzero(occupied)
+        start = int(np.clip((places[0] + places[-1] + 1 - side) // 2, 0, len(occupied) - side))
+        return slice(start, start + side)
+
+    return span(np.any(mask, axis=1)), span(np.any(mask, axis=0))
+
+
+def write_case(case: EditCase, folder: Path) -> EditFiles:
+    """The case as files, the photo as JPEG."""
+    files = EditFiles(
+        image=folder / "photo.jpg",
+        output=folder / "edited.png",
+        labels=folder / "labels.png",
+        mask=folder / "mask.png",
+        overwrite=True,
+    )
+    write_picture(files.image, case.photo)
+    write_picture(folder / "labels.png", case.labels)
+    write_picture(folder / "mask.png", case.mask.astype(np.uint8) * 255)
+    return files

@@ -1,0 +1,1 @@
+"""The .spm bundle: manifest, storage, hashes, signature."""

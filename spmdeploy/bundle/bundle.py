@@ -1,0 +1,505 @@
+"""The `.spm` bundle: what is in it, what proves it whole, and how one is written.
+
+A bundle is a folder, or an uncompressed zip of one:
+
+    manifest.json      what it is (`Manifest`)
+    graphs/*.onnx      the product
+    graphs/*.weights   weights of several graphs, stored once
+    golden/NAME/       an edit to repeat: image, labels, mask, expected, perhaps instances and refined, all PNG
+    card.md            for people
+    engines/           caches that a device builds for itself, with records of their own, and engines that were shipped
+    SHA256SUMS         `sha256sum -c SHA256SUMS` covers every file but itself, its signature and the caches
+    SHA256SUMS.minisig perhaps: a signature over SHA256SUMS, and so over all that is shipped
+
+Opening checks structure, names and sizes; content is hashed when it is read, and the bytes that were hashed are the
+bytes handed out. The hashes find damage and mix-ups: whoever can rewrite SHA256SUMS can rewrite the rest with it. Only
+the signature finds that, where it is asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO, NamedTuple
+
+from spmdeploy.bundle.manifest import (
+    ON_CPU,
+    REFINE,
+    GraphRecord,
+    Manifest,
+    check_version,
+)
+from spmdeploy.bundle.signature import PublicKey, Signature, check_signature
+from spmdeploy.bundle.storage import (
+    ASIDE,
+    BUILDING,
+    COPY_AGAIN,
+    ENGINES,
+    GOLDEN_PICTURES,
+    GOLDEN_REFINED,
+    MANIFEST,
+    MAX_FILE_BYTES,
+    SIGNATURE,
+    SUMS,
+    FileStore,
+    FolderStore,
+    damaged,
+    find_store,
+)
+from spmdeploy.errors import BundleError, InputError
+from spmdeploy.files import is_inside
+
+MAX_TEXT_BYTES = 4 << 20  # manifest.json and SHA256SUMS, read before anything is trusted
+
+
+class GraphFiles(NamedTuple):
+    """A graph in memory."""
+
+    content: bytes
+    weights: Mapping[str, bytes] = {}
+    """The files beside it that it keeps weights in, by the names that it has for them."""
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle; made by `open_bundle`. It holds no open file and may be used from several threads."""
+
+    path: Path
+    manifest: Manifest
+    sums: bytes = field(repr=False)
+    """SHA256SUMS as it is: what a signature covers."""
+    signature: Signature | None
+    """The signature that was asked for when opening; None: none was asked for, there may still be one."""
+    _store: FileStore = field(repr=False)
+    _digests: Mapping[str, str] = field(repr=False)
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether the files have paths (`path_of`); those in a zip have none."""
+        return isinstance(self._store, FolderStore)
+
+    def files(self) -> dict[str, int]:
+        """The files that SHA256SUMS covers and their sizes in bytes, sorted by name."""
+        return {name: self._store.sizes[name] for name in sorted(self._digests)}
+
+    def digest(self, name: str) -> str:
+        """The SHA-256 that SHA256SUMS lists for a file. Raises BundleError if it lists none."""
+        if name not in self._digests:
+            raise BundleError(f"{self.path}: its {SUMS} lists no {name!r}", "spmdeploy inspect lists what there is")
+        return self._digests[name]
+
+    @property
+    def surplus(self) -> tuple[str, ...]:
+        """Files that SHA256SUMS does not cover, its signature and engines/ apart. Nothing reads them."""
+        known = {SUMS, SIGNATURE, *self._digests}
+        return tuple(sorted(name for name in self._store.sizes if name not in known and not name.startswith(ENGINES)))
+
+    def graph(self, graph: str, precision: str) -> GraphRecord:
+        """The record of one graph. Raises BundleError listing those that there are."""
+        for record in self.manifest.graphs:
+            if (record.graph, record.precision) == (graph, precision):
+                return record
+        there = ", ".join(f"{record.graph} {record.precision}" for record in self.manifest.graphs) or "none at all"
+        raise BundleError(
+            f"{self.path}: no graph {graph!r} in {precision}; there is {there}",
+            f"ask for one that is there, or export again with --precision {precision} and without --cpu-only",
+        )
+
+    def read(self, name: str) -> bytes:
+        """The content of a file that SHA256SUMS covers: exactly the bytes that were hashed. Raises BundleError."""
+        expected = self.digest(name)
+        with _bundle_errors(self.path / name), self._store.open(name) as stream:
+            content = stream.read(self._store.sizes[name])
+        _compare(self.path / name, hashlib.sha256(content).hexdigest(), expected)
+        return content
+
+    def read_graph(self, record: GraphRecord) -> GraphFiles:
+        """A graph, and the weights beside it, as `read` gives them. Raises BundleError, also for a graph that asks for
+        weights in any other file: libraries open whatever file a graph names."""
+        content = self.read(record.file)
+        self._check_locations(record, BytesIO(content))
+        weights = {} if record.weights is None else {PurePosixPath(record.weights).name: self.read(record.weights)}
+        return GraphFiles(content, weights)
+
+    def path_of_graph(self, record: GraphRecord) -> Path:
+        """The path of a graph, its weights beside it; checked as by `read_graph` and used as by `path_of`."""
+        path = self.path_of(record.file)
+        with _bundle_errors(path), self._store.open(record.file) as stream:
+            self._check_locations(record, stream)
+        for name in record.files[1:]:
+            self.path_of(name)
+        return path
+
+    def _check_locations(self, record: GraphRecord, stream: BinaryIO) -> None:
+        """Without a parser, which devices need not have: the key of an ONNX file's entry for a file name is `location`,
+        and no such word may be in the graph but in entries as they are written for the one file that it may name."""
+        name = b"" if record.weights is None else PurePosixPath(record.weights).name.encode()
+        length = bytes([min(len(name), 255)])  # from 128 on it would be written otherwise: such names are refused
+        entry = b"\x0a\x08" + _LOCATION + b"\x12" + length + name
+        keys, entries = _occurrences(stream, self._store.sizes[record.file], (_LOCATION, entry))
+        if keys != (entries if name else 0):
+            may = f"other files than {record.weights}" if name else "files that the manifest does not name"
+            raise damaged(self.path / record.file, f"asks for weights in {may}")
+
+    def read_signature(self) -> bytes | None:
+        """The signature file in the bundle, checked or not."""
+        with _bundle_errors(self.path / SIGNATURE):
+            return _read_text(self._store, SIGNATURE) if SIGNATURE in self._store.sizes else None
+
+    def path_of(self, name: str) -> Path:
+        """The path of a file, hashed just now, for libraries that cannot take bytes. Only of a bundle that is a folder.
+
+        Between the hash and the use somebody may replace the file: prefer `read`.
+        """
+        if not isinstance(self._store, FolderStore):
+            raise BundleError(f"{self.path}: {name} lies inside a zip and has no path", "unpack the zip into a folder")
+        self._check(name)
+        return self._store.root / name
+
+    def check_all(self) -> tuple[str, ...]:
+        """Hashes every file and returns the surplus ones. Raises one BundleError that names every damaged file."""
+        faults = []
+        for name in self._digests:
+            try:
+                self._check(name)
+            except BundleError as exc:
+                faults.append(exc.problem)
+        if faults:
+            raise BundleError("; ".join(faults), COPY_AGAIN)
+        return self.surplus
+
+    def _check(self, name: str) -> None:
+        expected = self.digest(name)
+        with _bundle_errors(self.path / name), self._store.open(name) as stream:
+            actual = _digest(stream, self._store.sizes[name])
+        _compare(self.path / name, actual, expected)
+
+
+def open_bundle(path: str | Path, signed_with: PublicKey | None = None) -> Bundle:
+    """Opens a folder or an uncompressed zip and checks everything that is cheap to check.
+
+    That is: names, links, zip headers, the manifest and its hash, and that every file it needs is there in the size it
+    should have. Graphs and pictures are hashed when they are read. With `signed_with` the signature over all hashes
+    comes first: without a fitting one nothing else is looked at. Raises BundleError.
+    """
+    path = Path(path)
+    with _bundle_errors(path):
+        return _open_store(find_store(path), signed_with)
+
+
+def _open_store(store: FileStore, signed_with: PublicKey | None = None) -> Bundle:
+    shown = store.shown / MANIFEST
+    content = _read_text(store, MANIFEST)
+    if signed_with is None:  # else the signature comes before everything
+        check_version(content, str(shown))  # first: a later version may keep its hashes differently
+    sums = _read_text(store, SUMS)
+    signature = None if signed_with is None else _check_signature(store, sums, signed_with)
+    digests = _parse_sums(sums, store.shown / SUMS)
+    if MANIFEST not in digests:
+        raise damaged(store.shown / SUMS, f"does not list {MANIFEST}")
+    _compare(shown, hashlib.sha256(content).hexdigest(), digests[MANIFEST])
+    manifest = Manifest.from_bytes(content, str(shown))
+    _check_presence(store, digests)
+    _check_graphs(store, digests, manifest)
+    _check_golden(store, digests, manifest)
+    return Bundle(store.shown, manifest, sums, signature, store, digests)
+
+
+def _check_signature(store: FileStore, sums: bytes, key: PublicKey) -> Signature:
+    if SIGNATURE not in store.sizes:
+        raise BundleError(
+            f"{store.shown}: not signed, but a signature by the key {key.name} is required",
+            "get the signed bundle, or sign it: spmdeploy bundle pack BUNDLE OUT.spm --sign KEY",
+        )
+    return check_signature(sums, _read_text(store, SIGNATURE), key, store.shown / SIGNATURE)
+
+
+def _read_text(store: FileStore, name: str) -> bytes:
+    if name not in store.sizes:
+        raise damaged(store.shown / name, "missing")
+    if store.sizes[name] > MAX_TEXT_BYTES:
+        raise damaged(store.shown / name, f"{store.sizes[name]} bytes, more than {MAX_TEXT_BYTES}")
+    with store.open(name) as stream:
+        return stream.read(store.sizes[name])
+
+
+def _parse_sums(written: bytes, shown: Path) -> dict[str, str]:
+    """The digests in a SHA256SUMS, by name."""
+    digests: dict[str, str] = {}
+    for number, line in enumerate(written.decode("utf-8", "replace").removesuffix("\n").split("\n"), start=1):
+        parsed = re.fullmatch(r"([0-9a-f]{64}) [ *](.+)", line)
+        if parsed is None or not is_inside(parsed[2]) or parsed[2] in digests:
+            raise damaged(shown, f"line {number} is {line[:100]!r}: no SHA-256, an unsafe name, or one twice")
+        digests[parsed[2]] = parsed[1]
+    return digests
+
+
+def _check_presence(store: FileStore, digests: Mapping[str, str]) -> None:
+    for name in digests:
+        if name not in store.sizes:
+            raise damaged(store.shown / name, f"missing, though {SUMS} lists it")
+        if store.sizes[name] > MAX_FILE_BYTES:
+            raise damaged(store.shown / name, f"{store.sizes[name]} bytes, more than {MAX_FILE_BYTES}")
+
+
+def _check_graphs(store: FileStore, digests: Mapping[str, str], manifest: Manifest) -> None:
+    for record in manifest.graphs:
+        for name in record.files:
+            if name not in digests:
+                raise damaged(store.shown / name, f"named in {MANIFEST}, but {SUMS} does not list it")
+        shown = store.shown / record.file
+        size = store.sizes[record.file]
+        if size != record.bytes:
+            words = "truncated" if size < record.bytes else "tampered with or damaged"
+            raise damaged(shown, f"{words}: {size} bytes, but {MANIFEST} says {record.bytes}")
+        _compare(shown, digests[record.file], record.sha256, MANIFEST)
+
+
+def _check_golden(store: FileStore, digests: Mapping[str, str], manifest: Manifest) -> None:
+    refines = any(record.graph in (REFINE, ON_CPU[REFINE]) for record in manifest.graphs)
+    for edit in manifest.golden:
+        for picture in (*GOLDEN_PICTURES, *([GOLDEN_REFINED] if refines else [])):
+            if f"{edit.folder}/{picture}" not in digests:
+                raise damaged(store.shown / edit.folder / picture, f"missing from the golden edit {edit.name}")
+
+
+def _compare(shown: Path, actual: str, expected: str, said_by: str = SUMS) -> None:
+    if actual != expected:
+        words = f"SHA-256 is {actual[:12]}…, but {said_by} says {expected[:12]}…"
+        raise damaged(shown, f"tampered with or damaged: {words}")
+
+
+def _digest(stream: BinaryIO, size: int) -> str:
+    """SHA-256 of the next `size` bytes."""
+    digest = hashlib.sha256()
+    while size > 0 and (chunk := stream.read(min(size, 1 << 20))):
+        digest.update(chunk)
+        size -= len(chunk)
+    return digest.hexdigest()
+
+
+_LOCATION = b"location"
+
+
+def _occurrences(stream: BinaryIO, size: int, words: tuple[bytes, bytes]) -> tuple[int, int]:
+    """How often each word stands in the next `size` bytes; piece by piece, as graphs may be large."""
+    first, second, seen = 0, 0, b""
+    longest = max(map(len, words))
+    while size > 0 and (chunk := stream.read(min(size, 1 << 20))):
+        size -= len(chunk)
+        window = seen + chunk
+        first += window.count(words[0]) - seen.count(words[0])
+        second += window.count(words[1]) - seen.count(words[1])
+        seen = window[-(longest - 1) :]
+    return first, second
+
+
+def _measure(path: Path) -> tuple[int, str]:
+    with open(path, "rb") as stream:
+        size = os.fstat(stream.fileno()).st_size
+        return size, _digest(stream, size)
+
+
+@contextmanager
+def _bundle_errors(subject: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as exc:
+        raise damaged(exc.filename or subject, f"cannot be read: {exc.strerror or exc}") from exc
+
+
+# ---------------------------------------------------------------------------------------------------------- writing
+
+
+class BundleWriter:
+    """Builds a bundle in a hidden folder beside `target`, which appears whole or not at all.
+
+        with BundleWriter(target) as writer:
+            onnx.save(model, writer.path("graphs/edit.fp32.onnx"))
+            size, digest = writer.measure("graphs/edit.fp32.onnx")
+            bundle = writer.finish(manifest)
+
+    Without `finish` the block leaves nothing behind, exception or not, but what `keep_rejected` moved out.
+    An existing target is refused; with `overwrite` it is replaced if it is an intact bundle and nothing else.
+    Raises InputError where the target cannot be written, BundleError for a manifest that does not fit the files.
+    """
+
+    def __init__(self, target: str | Path, overwrite: bool = False) -> None:
+        self.target = _real_target(target)
+        self.overwrite = overwrite
+        self._folder = _hidden_beside(self.target)
+
+    def __enter__(self) -> BundleWriter:
+        _check_vacant(self.target, self.overwrite)
+        with _write_errors(self.target):
+            self._folder.mkdir()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def path(self, name: str) -> Path:
+        """Where to write the file `name`; the folders above it are made."""
+        if not is_inside(name) or name in (MANIFEST, SUMS):
+            raise BundleError(f"{self.target}: no file in it may be named {name!r}", "use a plain relative name")
+        path = self._folder / name
+        with _write_errors(self.target):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def add_bytes(self, name: str, content: bytes) -> None:
+        """Writes a new file. Raises BundleError if the name is taken."""
+        with _write_errors(self.target), open(self._vacant_path(name), "xb") as stream:
+            stream.write(content)
+
+    def add_file(self, name: str, source: str | Path) -> None:
+        """Copies the content of `source` into a new file. Raises BundleError if the name is taken."""
+        path = self._vacant_path(name)
+        with _write_errors(self.target):
+            shutil.copyfile(source, path)
+
+    def measure(self, name: str) -> tuple[int, str]:
+        """Size in bytes and SHA-256 of a file as it is now, for its record in the manifest."""
+        with _write_errors(self.target):
+            return _measure(self.path(name))
+
+    def keep_rejected(self, name: str) -> Path:
+        """Moves a file that must not ship out to `TARGET.FILE.rejected`, for a look at it; replaces an earlier one."""
+        kept = self.target.with_name(f"{self.target.name}.{PurePosixPath(name).name}.rejected")
+        with _write_errors(kept):
+            os.replace(self.path(name), kept)
+        return kept
+
+    def finish(self, manifest: Manifest) -> Bundle:
+        """Writes manifest and SHA256SUMS, opens the result as a reader would, and puts it at the target."""
+        with _write_errors(self.target):
+            Manifest.from_json(manifest.to_json(), str(self.target / MANIFEST))  # what is written can be read
+            (self._folder / MANIFEST).write_bytes(manifest.to_bytes())
+            self._write_sums()
+            _open_store(FolderStore(self._folder, shown=self.target))
+            _put_in_place(self._folder, self.target, self.overwrite)
+        return open_bundle(self.target)
+
+    def _vacant_path(self, name: str) -> Path:
+        path = self.path(name)
+        if path.exists():
+            raise BundleError(f"{self.target}: {name} is in it already", "add every file once")
+        return path
+
+    def _write_sums(self) -> None:
+        digests = {}
+        for name in FolderStore(self._folder, shown=self.target).sizes:
+            if not name.startswith(ENGINES):
+                digests[name] = _measure(self._folder / name)[1]
+                _flush_to_disk(self._folder / name)
+        (self._folder / SUMS).write_bytes(sums_of(digests))
+        _flush_to_disk(self._folder / SUMS)
+
+
+def check_replaceable(target: Path) -> None:
+    """Raises InputError unless an intact bundle with nothing else in it is at `target`."""
+    try:
+        surplus = open_bundle(target).surplus
+    except BundleError as exc:
+        raise InputError(f"{target}: not replaced, no intact bundle: {exc.problem}", "remove it yourself") from exc
+    if surplus:
+        raise InputError(f"{target}: not replaced, {surplus[0]} is no part of the bundle in it", "move that file away")
+
+
+@contextmanager
+def replacing(
+    target: str | Path, overwrite: bool = False, check: Callable[[Path], None] = check_replaceable
+) -> Iterator[Path]:
+    """A hidden path beside `target` to write a folder or a file to, which is renamed to it at the end.
+
+    An exception in the block leaves nothing behind. What is at the target already is refused; with `overwrite` it is
+    replaced if `check` raises nothing. Raises InputError where nothing can be written.
+    """
+    target = _real_target(target)
+    building = _hidden_beside(target)
+    _check_vacant(target, overwrite, check)
+    try:
+        with _write_errors(target):
+            yield building
+            for written in (building, *building.rglob("*")):
+                _flush_to_disk(written)
+            _put_in_place(building, target, overwrite, check)
+    finally:
+        _remove(building)
+
+
+def sums_of(digests: Mapping[str, str]) -> bytes:
+    """SHA256SUMS for these digests by name."""
+    return "".join(f"{digests[name]}  {name}\n" for name in sorted(digests)).encode()
+
+
+def _real_target(path: str | Path) -> Path:
+    """Absolute; behind a link, what it points to, so that this is replaced and the link stays."""
+    return Path(os.path.realpath(path) if os.path.islink(path) else os.path.abspath(path))
+
+
+def _hidden_beside(target: Path) -> Path:
+    return target.with_name(f".{target.name}.{os.urandom(4).hex()}{BUILDING}")
+
+
+def _check_vacant(target: Path, overwrite: bool, check: Callable[[Path], None] = check_replaceable) -> None:
+    """Raises InputError unless `target` is free or, with `overwrite`, what `check` has nothing against."""
+    if not os.path.lexists(target):
+        return
+    if not overwrite:
+        raise InputError(f"{target}: exists already", "choose another name, or pass --overwrite to replace it")
+    check(target)
+
+
+def _put_in_place(
+    built: Path, target: Path, overwrite: bool, check: Callable[[Path], None] = check_replaceable
+) -> None:
+    """Renames `built` to `target`. The old one is moved aside before and deleted after: one is always whole."""
+    _check_vacant(target, overwrite, check)  # again: somebody else may have written it while this one was built
+    aside = built.with_suffix(ASIDE)
+    replaces = os.path.lexists(target)
+    if replaces:
+        os.rename(target, aside)
+    try:
+        os.rename(built, target)
+    except BaseException:
+        if replaces:
+            os.rename(aside, target)
+        raise
+    _flush_to_disk(target.parent)
+    if replaces:
+        _remove(aside)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)  # what cannot be deleted stays, hidden; the new bundle is in place
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _flush_to_disk(path: Path) -> None:
+    """Without it a power cut after an overwrite could leave a bundle of empty files, and the old one deleted."""
+    if os.name != "posix":  # elsewhere folders and files opened for reading cannot be flushed
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _write_errors(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as exc:
+        hint = "does the folder exist, may you write there, and is there room?"
+        raise InputError(f"{target}: cannot be written: {exc}", hint) from exc

@@ -1,0 +1,251 @@
+"""Where the files of a bundle lie: a folder, or an uncompressed zip of one, and under which names.
+
+Nothing here is trusted: names that lead outside, links, and whatever a zip can hide are refused before a byte is read.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import stat
+import struct
+import zipfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import BinaryIO, NamedTuple, Protocol
+
+from spmdeploy.errors import BundleError
+from spmdeploy.files import MAX_NAME_LENGTH, is_inside
+
+MANIFEST, SUMS, ENGINES = "manifest.json", "SHA256SUMS", "engines/"
+SIGNATURE = f"{SUMS}.minisig"  # optional: the name that `minisign -S -m SHA256SUMS` gives it
+GOLDEN_PICTURES = ("image.png", "labels.png", "mask.png", "expected.png")
+GOLDEN_REFINED = "refined.png"  # where there is a refine graph
+GOLDEN_INSTANCES = "instances.png"  # optional: without it the labels stand in
+BUILDING, ASIDE = ".building", ".previous"  # end the names of hidden neighbours while a bundle is written
+
+MAX_ENTRIES = 4096  # a bundle has dozens; more is somebody's home folder, or an attack
+MAX_FILE_BYTES = (2 << 30) - 1  # an ONNX file cannot be larger: the limit of protobuf
+
+COPY_AGAIN = "copy the bundle again from where it came from, or export it again"
+EXPORT_FIRST = "turn weights into a bundle: spmdeploy export CHECKPOINT --output NAME.spm --classes cityscapes"
+WHOLE_BUNDLE = "this is one part of a bundle; give the .spm folder that it came from"
+PACK_AGAIN = "make the zip inside the bundle's folder: zip -0 -X -r ../NAME.spm.zip ."
+
+
+def damaged(subject: str | Path, problem: object) -> BundleError:
+    return BundleError(f"{subject}: {problem}", COPY_AGAIN)
+
+
+# ------------------------------------------------------------------------------------------------ what a path leads to
+
+
+class FileStore(Protocol):
+    """Where a bundle's bytes lie. `sizes` has every file by its name, in bytes; nothing in it is trusted."""
+
+    shown: Path
+    """The path to name in messages."""
+    sizes: dict[str, int]
+
+    def open(self, name: str) -> AbstractContextManager[BinaryIO]:
+        """A stream that stands at the first byte of a file in `sizes`; it may go on behind the last one."""
+
+
+WHAT_IT_IS = {
+    ".onnx": ("one graph", WHOLE_BUNDLE),
+    ".engine": ("one engine", WHOLE_BUNDLE),
+    ".plan": ("one engine", WHOLE_BUNDLE),
+    ".trt": ("one engine", WHOLE_BUNDLE),
+    ".json": ("a JSON file", WHOLE_BUNDLE),
+    ".safetensors": ("a checkpoint", EXPORT_FIRST),
+    ".pth": ("a checkpoint", EXPORT_FIRST),
+    ".pt": ("a checkpoint", EXPORT_FIRST),
+}
+
+
+def find_store(path: Path) -> FileStore:
+    """Folder or zip. Raises BundleError, saying what else it is where that can be told."""
+    if path.is_dir():
+        if not os.path.lexists(path / MANIFEST):
+            raise _no_manifest(path, os.listdir(path))
+        return FolderStore(path)
+    if not path.is_file():
+        raise BundleError(f"{path}: no such bundle", _interrupted_overwrite(path))
+    if path.suffix.lower() in WHAT_IT_IS:
+        what, hint = WHAT_IT_IS[path.suffix.lower()]
+        raise BundleError(f"{path}: {what}, not a bundle", hint)
+    with open(path, "rb") as stream:
+        start = stream.read(4)
+    if start in (b"PK\3\4", b"PK\5\6"):
+        return ZipStore(path)
+    raise BundleError(f"{path}: not a bundle: neither a folder nor a zip (starts with {start!r})", EXPORT_FIRST)
+
+
+def _interrupted_overwrite(path: Path) -> str:
+    aside = next(path.parent.glob(f".{glob.escape(path.name)}.*{ASIDE}"), None)
+    return EXPORT_FIRST if aside is None else f"an interrupted overwrite left the old one at {aside}: move it back"
+
+
+def _no_manifest(path: Path, names: list[str]) -> BundleError:
+    if SUMS in names:
+        return damaged(path / MANIFEST, "missing")
+    if any(name.endswith(f"/{MANIFEST}") for name in names):
+        return BundleError(f"{path}: not a bundle: the {MANIFEST} lies one folder too deep", PACK_AGAIN)
+    what = "without a manifest.json" if names else "empty"
+    return BundleError(f"{path}: not a bundle: it is {what}", EXPORT_FIRST)
+
+
+# ------------------------------------------------------------------------------------------------------------- folder
+
+
+class FolderStore:
+    """A folder. Links are followed as long as they stay inside; `shown` is what messages call it."""
+
+    def __init__(self, root: Path, shown: Path | None = None) -> None:
+        self.root, self.shown = root, shown or root
+        self.sizes = dict(self._listing())
+
+    @contextmanager
+    def open(self, name: str) -> Iterator[BinaryIO]:
+        with open(self.root / name, "rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            if size != self.sizes[name]:
+                raise damaged(self.shown / name, f"{size} bytes, but {self.sizes[name]} when the bundle was opened")
+            yield stream
+
+    def _listing(self) -> Iterator[tuple[str, int]]:
+        pending, seen = [self.root], 0
+        while pending:
+            with os.scandir(pending.pop()) as entries:
+                found = list(islice(entries, MAX_ENTRIES + 1 - seen))
+            seen += len(found)
+            if seen > MAX_ENTRIES:
+                raise BundleError(f"{self.shown}: more than {MAX_ENTRIES} files", "give the .spm folder alone")
+            for entry in found:
+                if entry.is_dir(follow_symlinks=False):
+                    pending.append(Path(entry.path))
+                else:
+                    yield self._name(entry), entry.stat().st_size
+
+    def _name(self, entry: os.DirEntry[str]) -> str:
+        name = Path(entry.path).relative_to(self.root).as_posix()
+        target = Path(os.path.realpath(entry.path))  # Path.resolve raises RuntimeError for a link to itself
+        if Path(os.path.realpath(self.root)) not in target.parents:
+            raise BundleError(f"{self.shown / name}: a link to {target}, outside the bundle", COPY_AGAIN)
+        if not target.is_file():
+            raise BundleError(f"{self.shown / name}: no regular file", "take it out of the bundle")
+        return name
+
+
+# ---------------------------------------------------------------------------------------------------------------- zip
+
+
+class ZipStore:
+    """An uncompressed zip: each file is one stretch of the archive, found once and read without zipfile after that.
+
+    The central directory and the local headers must tell the same story, and no two entries may share a byte: programs
+    that trust one or the other would see different files, and overlaps are how zip bombs are made.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.shown = path
+        with open(path, "rb") as archive:
+            directory_start = _directory_start(archive, path)
+            entries = _read_directory(archive, path)
+            spans = sorted(_span(archive, entry, path) for entry in entries)
+        _check_spans(spans, directory_start, path)
+        self._starts = {span.name: span.data for span in spans if not span.name.endswith("/")}
+        self.sizes = {span.name: span.end - span.data for span in spans if span.name in self._starts}
+
+    @contextmanager
+    def open(self, name: str) -> Iterator[BinaryIO]:
+        with open(self.shown, "rb") as stream:
+            stream.seek(self._starts[name])
+            yield stream
+
+
+class _Span(NamedTuple):
+    """Offsets in the archive: `header` to `data` is the local header, `data` to `end` the content."""
+
+    header: int
+    data: int
+    end: int
+    name: str
+
+
+def _zip_fault(path: Path, problem: str, entry: str | None = None) -> BundleError:
+    return BundleError(f"{path}: {problem}" if entry is None else f"{path}: entry {entry!r} {problem}", PACK_AGAIN)
+
+
+def _directory_start(archive: BinaryIO, path: Path) -> int:
+    """Where the central directory starts. Read before zipfile loads all of it: a hostile one can fill the memory."""
+    size = archive.seek(0, os.SEEK_END)
+    archive.seek(max(0, size - 42))
+    locator, _, record = archive.read(42).rpartition(b"PK\5\6")
+    if len(record) != 18:
+        raise damaged(path, "truncated, or something follows the zip: it does not end with its directory")
+    length, start, comment = (int(number) for number in struct.unpack("<2LH", record[8:]))
+    if locator[:4] == b"PK\6\7" or comment or start + length != size - 22:
+        raise _zip_fault(path, "more than 4 GiB, or something precedes the zip in the file")
+    if length > MAX_ENTRIES * (MAX_NAME_LENGTH + 128):
+        raise _zip_fault(path, f"more than {MAX_ENTRIES} entries")
+    return start
+
+
+def _read_directory(archive: BinaryIO, path: Path) -> list[zipfile.ZipInfo]:
+    try:
+        with zipfile.ZipFile(archive) as opened:
+            entries = opened.infolist()
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as exc:
+        raise _zip_fault(path, f"the directory of the zip cannot be read: {exc}") from exc
+    names = [entry.orig_filename for entry in entries]
+    if MANIFEST not in names:
+        raise _no_manifest(path, names)
+    if len(names) > MAX_ENTRIES:
+        raise _zip_fault(path, f"more than {MAX_ENTRIES} entries")
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise _zip_fault(path, "is there twice", twice[0])
+    return entries
+
+
+def _check_entry(entry: zipfile.ZipInfo, path: Path) -> None:
+    """What the central directory says of an entry. orig_filename: zipfile itself cuts names at a NUL."""
+    name, kind = entry.orig_filename, stat.S_IFMT(entry.external_attr >> 16)
+    faults = (
+        (not is_inside(name.removesuffix("/")), "has a name that leads outside or is not plain"),
+        (entry.flag_bits & 0x2041, "is encrypted"),
+        (kind not in (0, stat.S_IFREG, stat.S_IFDIR), "is a link or a device, not a file"),
+        (entry.compress_type != zipfile.ZIP_STORED, "is compressed; a bundle's zip is not"),
+        (entry.compress_size != entry.file_size, f"has {entry.compress_size} bytes for {entry.file_size} uncompressed"),
+        (entry.file_size > MAX_FILE_BYTES, f"claims {entry.file_size} bytes, more than {MAX_FILE_BYTES}"),
+        (name.endswith("/") and entry.file_size, "is a folder with content"),
+    )
+    for wrong, words in faults:
+        if wrong:
+            raise _zip_fault(path, words, name)
+
+
+def _span(archive: BinaryIO, entry: zipfile.ZipInfo, path: Path) -> _Span:
+    """Where an entry lies, after its local header has been compared with the central directory."""
+    _check_entry(entry, path)
+    archive.seek(entry.header_offset)
+    header = archive.read(30)
+    if len(header) < 30 or header[:4] != b"PK\3\4":
+        raise _zip_fault(path, "has no header where the directory says", entry.orig_filename)
+    flags, method, crc, packed, size, name_length, extra_length = struct.unpack("<6x2H4x3L2H", header)
+    name = archive.read(name_length).decode("utf-8" if flags & 0x800 else "cp437", "replace")
+    told = (entry.flag_bits, entry.compress_type, entry.CRC, entry.compress_size, entry.file_size, entry.orig_filename)
+    if (flags, method, crc, packed, size, name) != told:
+        raise _zip_fault(path, "has a header that differs from the directory", entry.orig_filename)
+    data = entry.header_offset + 30 + name_length + extra_length
+    return _Span(entry.header_offset, data, data + size, name)
+
+
+def _check_spans(spans: list[_Span], directory_start: int, path: Path) -> None:
+    following = [span.header for span in spans[1:]] + [directory_start]
+    for span, limit in zip(spans, following, strict=True):
+        if span.end > limit:
+            raise _zip_fault(path, "runs into the entry behind it or the directory", span.name)

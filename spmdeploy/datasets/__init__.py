@@ -1,0 +1,1 @@
+"""Labeled image folders for training: reading, masks, preparation, checks."""

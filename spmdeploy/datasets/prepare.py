@@ -1,0 +1,391 @@
+"""Builds a data folder from the official downloads of Cityscapes and ADE20K, at the paper's sizes.
+
+What was decided, and why:
+
+- The official validation split becomes `test`; the official test splits have no public labels.
+- Photos are written as PNG although JPEG would take a third of the room (about 0.9 GB for Cityscapes, 4 GB for ADE20K):
+  JPEG artefacts would be learnt as texture, and they shift every distance between features that models are judged by.
+- Cityscapes becomes 512×256. ADE20K keeps its proportions: the longer side at most 384 and the shorter at least 256.
+  Both cannot hold beyond 3:2; there the shorter side wins, since training cuts squares of 256 and would enlarge what is
+  narrower. A photo is enlarged only when its shorter side is below 256.
+- Every id stays a class like any other, void included, as in the paper. Cityscapes draws nothing for licence plates (id
+  -1), so the vehicle around them shows; tools that write -1 into 8 bits make it 255, which becomes car here.
+- Instance ids keep their meaning: Cityscapes class * 1000 + number, below 1000 the class; ADE20K 0 = none, 1, 2, 3, ...
+  within the picture, which `"instances": "numbered"` in labels.json says.
+- labels.json is written last: a folder without it is not finished.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from spmdeploy.errors import InputError, SpmDeployError, UsageError
+from spmdeploy.imaging import files as images
+from spmdeploy.labels import check_labels, class_table
+
+Kind = Literal["cityscapes", "ade20k"]
+Progress = Callable[[int, int], None]
+"""Called with (pictures done, pictures in all), those of earlier runs included."""
+
+CITYSCAPES_SIZE = (256, 512)
+"""(height, width) of every prepared Cityscapes picture (paper, section 4)."""
+ADE20K_LONGER, ADE20K_SHORTER = 384, 256
+# The 100 classes of the instance track of the Places Challenge 2017, by their ids among the 150.
+# fmt: off
+ADE20K_THINGS = (
+    8, 9, 11, 13, 15, 16, 19, 20, 21, 23, 24, 25, 28, 31, 32, 33, 34, 36, 37, 38, 39, 40, 42, 43, 44, 45, 46, 48, 50,
+    51, 54, 56, 57, 58, 59, 63, 65, 66, 67, 68, 70, 71, 72, 73, 74, 75, 76, 77, 79, 81, 82, 83, 84, 86, 87, 88, 89, 90,
+    91, 93, 94, 96, 98, 99, 103, 104, 105, 108, 109, 111, 112, 113, 116, 117, 119, 120, 121, 122, 124, 125, 126, 127,
+    128, 130, 131, 133, 134, 135, 136, 137, 138, 139, 140, 143, 144, 145, 147, 148, 149, 150,
+)
+# fmt: on
+# person, rider, car, truck, bus, caravan, trailer, train, motorcycle, bicycle
+CITYSCAPES_THINGS = tuple(range(24, 34))
+LICENCE_PLATE, CAR = 255, 26
+FOLDERS = ("images", "labels", "inst_map")
+PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"\0\0\0\0IEND\xaeB`\x82"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What `prepare` did."""
+
+    pictures: dict[str, int]
+    """Split -> pictures in it."""
+    made: int
+    """Pictures written by this run; the others were complete."""
+    notes: tuple[str, ...]
+    """What was left out, a sentence each."""
+
+    def to_json(self) -> dict[str, Any]:
+        return {"schema": "spmdeploy.dataset-prepare/1", **vars(self), "notes": list(self.notes)}
+
+
+def prepare(
+    kind: Kind, source: Path, target: Path, jobs: int | None = None, progress: Progress | None = None
+) -> Prepared:
+    """Writes TARGET/{train,test}/{images,labels,inst_map} and, when all are there, TARGET/labels.json.
+
+    source: for cityscapes the folder that holds leftImg8bit and gtFine; for ade20k the one that holds images,
+    annotations and, where instances are wanted, annotations_instance. jobs: processes, by default one a core; with
+    more than one, a script that calls this needs the usual `if __name__ == "__main__"`.
+
+    Run again after an interruption, it makes what is missing or incomplete; not meant for two runs at once. InputError
+    for missing folders and files before anything is written, and for damaged ones after the others were prepared.
+    """
+    if jobs is not None and jobs < 1:
+        raise UsageError(f"{jobs} processes cannot prepare anything", "use 1 or more")
+    pictures, notes = _find(kind, source, target)
+    _check_target(kind, target)
+    _make_folders(target)
+    left = [picture for picture in pictures if not all(map(_is_whole, picture.outputs().values()))]
+    done = len(pictures) - len(left)
+    problems = []
+    for problem in _all_prepared(left, jobs or os.cpu_count() or 1):
+        done += 1
+        if problem is not None:
+            problems.append(problem)
+        if progress is not None:
+            progress(done, len(pictures))
+    if problems:
+        raise InputError(
+            f"{len(problems)} of {len(pictures)} pictures cannot be prepared: {_some(problems)}",
+            "the others are done; put these right and run it again",
+        )
+    _write_class_table(kind, target)
+    return Prepared(dict(Counter(picture.folder.name for picture in pictures)), len(left), notes)
+
+
+# ------------------------------------------------------------------------------------------------------ the downloads
+
+
+@dataclass(frozen=True)
+class _Files:
+    """One kind of file of a download: FOLDER/SPLIT/.../STEM + suffix."""
+
+    folder: str
+    suffix: str
+    origin: str
+    """Where to get it, in words."""
+
+
+@dataclass(frozen=True)
+class _Download:
+    """What an official download looks like."""
+
+    splits: dict[str, str]
+    """Its name for a split -> ours."""
+    photos: _Files
+    labels: _Files
+    instances: _Files
+    instances_needed: bool
+    size: Callable[[int, int], tuple[int, int]]
+    thing_ids: tuple[int, ...]
+    """Classes with instances; for pictures without an instance map."""
+    labels_json: dict[str, str]
+    """Further entries of labels.json."""
+
+
+def ade20k_size(height: int, width: int) -> tuple[int, int]:
+    """The (height, width) that an ADE20K picture is brought to: see the top of this module."""
+    scale = min(1.0, ADE20K_LONGER / max(height, width))
+    scale = max(scale, ADE20K_SHORTER / min(height, width))
+    return round(height * scale), round(width * scale)
+
+
+def cityscapes_size(height: int, width: int) -> tuple[int, int]:
+    """512×256. InputError where that would distort or enlarge."""
+    if width != 2 * height or height < CITYSCAPES_SIZE[0]:
+        raise InputError(f"{width}×{height} is no size of Cityscapes, whose photos are 2048×1024")
+    return CITYSCAPES_SIZE
+
+
+_GT_FINE = "gtFine_trainvaltest.zip on the Cityscapes site, after registration"
+_SCENE_PARSING = "ADEChallengeData2016.zip of the MIT Scene Parsing Benchmark"
+_DOWNLOADS: dict[Kind, _Download] = {
+    "cityscapes": _Download(
+        splits={"train": "train", "val": "test"},
+        photos=_Files(
+            "leftImg8bit",
+            "_leftImg8bit.png",
+            "leftImg8bit_trainvaltest.zip on the Cityscapes site, after registration",
+        ),
+        labels=_Files("gtFine", "_gtFine_labelIds.png", _GT_FINE),
+        instances=_Files("gtFine", "_gtFine_instanceIds.png", _GT_FINE),
+        instances_needed=True,
+        size=cityscapes_size,
+        thing_ids=CITYSCAPES_THINGS,
+        labels_json={},
+    ),
+    "ade20k": _Download(
+        splits={"training": "train", "validation": "test"},
+        photos=_Files("images", ".jpg", _SCENE_PARSING),
+        labels=_Files("annotations", ".png", _SCENE_PARSING),
+        instances=_Files("annotations_instance", ".png", "annotations_instance.tar of the Places Challenge 2017"),
+        instances_needed=False,
+        size=ade20k_size,
+        thing_ids=ADE20K_THINGS,
+        labels_json={"instances": "numbered"},
+    ),
+}
+
+
+@dataclass(frozen=True)
+class _Picture:
+    """One picture of a download, and where it goes."""
+
+    kind: Kind
+    photo: Path
+    labels: Path
+    instances: Path | None
+    stem: str
+    folder: Path
+    """TARGET/SPLIT."""
+
+    def outputs(self) -> dict[str, Path]:
+        kinds = FOLDERS if self.instances is not None else FOLDERS[:2]
+        return {kind: self.folder / kind / f"{self.stem}.png" for kind in kinds}
+
+
+def _find(kind: Kind, source: Path, target: Path) -> tuple[list[_Picture], tuple[str, ...]]:
+    """The pictures of both splits, and notes. InputError when folders, photos or annotations are missing."""
+    download = _DOWNLOADS[kind]
+    found = [
+        _files(download, files, source, official)
+        for official in download.splits
+        for files in (download.photos, download.labels, download.instances)
+    ]
+    photos, labels, instances = ({k: v for split in found[at::3] for k, v in split.items()} for at in range(3))
+    notes = []
+    _refuse_missing(photos, labels, source / download.labels.folder, download.labels)
+    if download.instances_needed:
+        _refuse_missing(photos, instances, source / download.instances.folder, download.instances)
+    elif missing := photos.keys() - instances.keys():
+        notes.append(
+            f"{len(missing)} of {len(photos)} photos have no instance map in {source / download.instances.folder}; "
+            "there, connected pieces of a class count as instances"
+        )
+    if alone := labels.keys() - photos.keys():
+        names = _some(name for _, name in sorted(alone))
+        notes.append(f"{len(alone)} label maps have no photo and are left out: {names}")
+    return [
+        _Picture(kind, photo, labels[key], instances.get(key), Path(key[1]).name, target / download.splits[key[0]])
+        for key, photo in sorted(photos.items())
+    ], tuple(notes)
+
+
+_Key = tuple[str, str]
+"""(the download's name of the split, the path below it without suffix): the same for a photo and its annotations."""
+
+
+def _files(download: _Download, files: _Files, source: Path, split: str) -> dict[_Key, Path]:
+    folder = source / files.folder / split
+    needed = files is not download.instances or download.instances_needed
+    if needed and not folder.is_dir():
+        top = sorted({download.photos.folder, download.labels.folder})
+        raise InputError(
+            f"{folder}: no such folder",
+            f"name the folder that holds {' and '.join(top)}; {files.folder} is in {files.origin}",
+        )
+    names = {path: path.relative_to(folder).as_posix() for path in sorted(folder.rglob(f"*{files.suffix}"))}
+    if files is download.photos and not names:
+        raise InputError(f"{folder} holds no *{files.suffix}", f"unpack {files.origin} again")
+    return {(split, name.removesuffix(files.suffix)): path for path, name in names.items()}
+
+
+def _refuse_missing(photos: dict[_Key, Path], others: dict[_Key, Path], folder: Path, files: _Files) -> None:
+    if missing := sorted(photos.keys() - others.keys()):
+        raise InputError(
+            f"{folder}: {len(missing)} of {len(photos)} photos have no *{files.suffix}: "
+            f"{_some('/'.join(key) for key in missing)}",
+            f"unpack {files.origin} again",
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------- the target
+
+
+def _check_target(kind: Kind, target: Path) -> None:
+    """InputError when the folder holds other data: pictures of two data sets would be mixed."""
+    if not (target / "labels.json").exists():
+        return
+    name = class_table(target / "labels.json").name
+    if name != kind:
+        raise InputError(f"{target} holds {name} already, not {kind}", "name another folder")
+
+
+def _make_folders(target: Path) -> None:
+    """The folders, without what a killed run left in them."""
+    for folder in (target / split / kind for split in ("train", "test") for kind in FOLDERS):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{folder} cannot be made: {error.strerror}") from error
+        for left_over in folder.glob(".*.tmp"):  # how `images` calls a file until it is whole
+            left_over.unlink(missing_ok=True)
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a PNG is there from its first bytes to its last. Without a crash of the machine, one that exists is."""
+    try:
+        with path.open("rb") as stream:
+            start = stream.read(len(PNG_START))
+            stream.seek(-len(PNG_END), os.SEEK_END)
+            return start == PNG_START and stream.read() == PNG_END
+    except OSError:  # there is none, or it is shorter than a PNG's end
+        return False
+
+
+def _write_class_table(kind: Kind, target: Path) -> None:
+    table, download = class_table(kind), _DOWNLOADS[kind]
+    fields = {
+        "dataset": kind,
+        "void_id": table.void_id,
+        "thing_ids": download.thing_ids,
+        **download.labels_json,
+        "labels": table.to_json()["classes"],
+    }
+    staging = target / ".labels.json.tmp"
+    staging.write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
+    os.replace(staging, target / "labels.json")
+
+
+# -------------------------------------------------------------------------------------------------------- the pictures
+
+
+def _all_prepared(pictures: Sequence[_Picture], jobs: int) -> Iterator[str | None]:
+    """Prepares the pictures in order, each result that of `_prepare_one`."""
+    jobs = min(jobs, len(pictures))
+    if jobs <= 1:
+        yield from map(_prepare_one, pictures)
+        return
+    # Not forked: the caller may run threads (PyTorch does), whose locks a fork would copy as they are.
+    context = multiprocessing.get_context("spawn")
+    try:
+        with ProcessPoolExecutor(jobs, context, _start_worker) as pool:
+            yield from pool.map(_prepare_one, pictures)
+    except BrokenProcessPool as error:
+        raise SpmDeployError(
+            "a process that prepared pictures was ended from outside, perhaps for want of memory",
+            "run it again with fewer jobs; it goes on where it stopped",
+        ) from error
+
+
+def _start_worker() -> None:
+    """Leaves Ctrl-C to the parent, which stops the pool, and ends when the parent is gone, however it went."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _prepare_one(picture: _Picture) -> str | None:
+    """Writes the files of one picture; returns what is wrong with its sources, None when nothing is.
+
+    Raises InputError when the target cannot be written: it would go wrong for every picture.
+    """
+    try:
+        photo, labels, instances = _read(picture)
+        height, width = _target_size(picture, labels)
+    except InputError as error:
+        return error.problem
+    outputs = picture.outputs()
+    images.write_picture(outputs["images"], images.resize_photo(photo, height, width), overwrite=True)
+    images.write_picture(outputs["labels"], images.resize_labels(labels, height, width), overwrite=True)
+    if instances is not None:
+        images.write_instances(outputs["inst_map"], images.resize_labels(instances, height, width), overwrite=True)
+    return None
+
+
+def _read(picture: _Picture) -> tuple[images.Pixels, images.Pixels, npt.NDArray[np.int32] | None]:
+    """The picture at its full size: uint8 (H, W, 3), uint8 (H, W), int32 (H, W) or None."""
+    photo, labels = images.read_photo(picture.photo).pixels, images.read_labels(picture.labels)
+    _check_same_size(picture.labels, labels, picture.photo, photo)
+    if picture.kind == "cityscapes":
+        labels = np.where(labels == LICENCE_PLATE, np.uint8(CAR), labels)
+    check_labels(labels, class_table(picture.kind), str(picture.labels))
+    if picture.instances is None:
+        return photo, labels, None
+    instances = images.read_instances(picture.instances)
+    _check_same_size(picture.instances, instances, picture.photo, photo)
+    return photo, labels, instances
+
+
+def _target_size(picture: _Picture, labels: images.Pixels) -> tuple[int, int]:
+    try:
+        return _DOWNLOADS[picture.kind].size(*labels.shape)
+    except InputError as error:
+        raise InputError(f"{picture.photo}: {error.problem}") from error
+
+
+def _check_same_size(path: Path, values: npt.NDArray[Any], photo_path: Path, photo: images.Pixels) -> None:
+    if values.shape != photo.shape[:2]:
+        raise InputError(
+            f"{path} is {values.shape[1]}×{values.shape[0]}, {photo_path.name} is {photo.shape[1]}×{photo.shape[0]}"
+        )
+
+
+def _some(words: Iterable[str], most: int = 8) -> str:
+    """The first few, and how many more there are."""
+    words = list(words)
+    more = f" and {len(words) - most} more" if len(words) > most else ""
+    return "; ".join(words[:most]) + more

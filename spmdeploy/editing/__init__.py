@@ -1,0 +1,1 @@
+"""Edits of images of any size: options, planning, inference, compositing, reports."""

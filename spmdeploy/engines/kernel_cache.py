@@ -1,0 +1,53 @@
+"""The kernels that TensorRT-RTX compiles on the device, kept for the next start.
+
+They are code for the GPU that no hash in a bundle covers, so they are kept in the user's own cache and nowhere else.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from spmdeploy.engines.record import EngineRecord
+from spmdeploy.engines.store import cache_folder
+from spmdeploy.errors import UnavailableError
+
+MAX_BYTES = 1 << 30
+
+
+class KernelCache:
+    """The library's runtime cache (`cache`) with its file. A cache that does not fit is the library's to refuse."""
+
+    def __init__(self, cache: Any, record: EngineRecord) -> None:
+        """cache: an IRuntimeCache, empty. A CUDA context must be current: the library compares the cache with it."""
+        self.cache = cache
+        self._content = b""
+        self._path: Path | None = None
+        with suppress(UnavailableError, OSError):
+            self._path = cache_folder().parent / "kernels" / record.key
+            if self._path.stat().st_size <= MAX_BYTES:
+                content = self._path.read_bytes()
+                self._content = content if cache.deserialize(content) else b""
+
+    def save(self) -> list[str]:
+        """Writes the kernels if there are new ones; in words, why that did not go."""
+        if self._path is None:
+            return ["compiled kernels are lost: no cache folder is known, SPMDEPLOY_CACHE names one"]
+        serialized = self.cache.serialize()
+        content = b"" if serialized is None else bytes(serialized)
+        if content in (b"", self._content):
+            return []
+        beside = self._path.with_name(f".{self._path.name}.{os.urandom(4).hex()}")
+        try:
+            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            beside.write_bytes(content)
+            os.replace(beside, self._path)
+        except OSError as error:
+            return [f"compiled kernels are lost, {self._path} cannot be written: {error.strerror or error}"]
+        finally:
+            with suppress(OSError):
+                beside.unlink(missing_ok=True)
+        self._content = content
+        return []

@@ -1,0 +1,113 @@
+"""What an engine computes in: counted in the typed network before the build, and in the engine after it."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+from spmdeploy.engines.library import library_logger, listening
+
+MOVERS = frozenset(
+    {
+        *("CONSTANT", "CAST", "IDENTITY", "SHAPE", "SHUFFLE", "SLICE", "CONCATENATION", "GATHER", "PADDING"),
+        *("UNSQUEEZE", "SQUEEZE"),
+    }
+)
+"""Layer types of a network that only move values, by name: `LayerType` grew between versions."""
+
+IDLE = frozenset({"Reformat", "NoOp", "Constant", "Shuffle", "Cast", "ShapeHostToDevice", "Signal", "Wait"})
+"""The same among the layers of an engine, as the inspector names them."""
+
+
+def network_fp16_share(network: Any) -> float:
+    """Of the layers that compute in floating point, the share in FP16, 0..1: read off the types of their outputs."""
+    counts: Counter[str] = Counter()
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        if layer.num_outputs and layer.type.name not in MOVERS:
+            counts[layer.get_output(0).dtype.name] += 1
+    return _share(counts["HALF"], counts["FLOAT"]) or 0.0
+
+
+def engine_fp16_share(library: Any, content: bytes, batch: int) -> tuple[float | None, str | None]:
+    """The same of a built engine by the library's inspector; or None, and why it cannot tell. Needs the GPU.
+
+    batch: a size within the engine's profile.
+    """
+    errors: list[str] = []
+
+    def note(severity: str, text: str) -> None:
+        if severity.endswith("ERROR"):
+            errors.append(" ".join(text.split()))
+
+    try:
+        with listening(library, note):
+            text = _inspect(library, content, batch)
+    except Exception as exc:  # the bindings raise what they like, and a build of an hour must not be lost for it
+        return None, f"the inspector failed: {exc!r}"[:300]
+    if text is None:
+        return None, f"the engine cannot be loaded here: {errors[0] if errors else 'no reason given'}"[:300]
+    return inspected_fp16_share(text)
+
+
+def _inspect(library: Any, content: bytes, batch: int) -> str | None:
+    """What the inspector writes of the engine as JSON; None when the engine cannot be loaded."""
+    runtime = library.Runtime(library_logger(library))
+    engine = runtime.deserialize_cuda_engine(content)
+    if engine is None:
+        return None
+    inspector = engine.create_engine_inspector()
+    context = engine.create_execution_context()
+    if context is not None:  # with the shapes known, the inspector tells formats that it withholds otherwise
+        for index in range(engine.num_io_tensors):
+            name = engine.get_tensor_name(index)
+            if engine.get_tensor_mode(name) == library.TensorIOMode.INPUT:
+                context.set_input_shape(name, (batch, *tuple(engine.get_tensor_shape(name))[1:]))
+        inspector.execution_context = context
+    return str(inspector.get_engine_information(library.LayerInformationFormat.JSON))
+
+
+def inspected_fp16_share(text: str) -> tuple[float | None, str | None]:
+    """Share of FP16 in the inspector's JSON, or None and why it cannot be told.
+
+    A layer with weights computes in their type; for others the type of the output counts. TensorRT 10 writes
+    "Format/Datatype" (and "N/A due to dynamic shapes" where it cannot tell, which is not the same as none), TensorRT 11
+    "DataType" ("Migrating IEngineInspector Usage from TensorRT 10.x to 11.x").
+    """
+    try:
+        entries = json.loads(text).get("Layers", [])
+    except (ValueError, AttributeError):
+        return None, "the inspector's answer is not JSON"
+    counts = Counter(_inspected_type(entry) for entry in entries if isinstance(entry, dict))
+    share = _share(counts["fp16"], counts["fp32"])
+    if share is None:
+        return None, f"the inspector shows {len(entries)} layers, but of none the type that it computes in"
+    return share, None
+
+
+def _inspected_type(entry: dict[str, Any]) -> str | None:
+    if entry.get("LayerType") in IDLE:
+        return None
+    weights = entry.get("Weights")
+    if isinstance(weights, dict) and (kind := _float_type([weights.get("Type")])):
+        return kind
+    outputs = [output for output in entry.get("Outputs") or [] if isinstance(output, dict)]
+    return _float_type(output.get("DataType") or output.get("Format/Datatype") for output in outputs)
+
+
+def _float_type(words: Iterable[object]) -> str | None:
+    """fp16 or fp32 as the inspector may call them; None for other types and for what is not known."""
+    for text in (str(word).lower() for word in words):
+        if "bf16" in text or "bfloat" in text:
+            continue
+        if "half" in text or "fp16" in text or "float16" in text:
+            return "fp16"
+        if "float" in text or "fp32" in text:
+            return "fp32"
+    return None
+
+
+def _share(fp16: int, fp32: int) -> float | None:
+    return fp16 / (fp16 + fp32) if fp16 + fp32 else None

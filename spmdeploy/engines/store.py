@@ -1,0 +1,469 @@
+"""Where engines lie: in the bundle's engines/, or in this user's cache where a bundle cannot be written to.
+
+Either holds a folder for each engine, named by the key of its record, with the engine, engine.json and the log of the
+build. ONNX is the product and engines can always be built again: what does not fit is never loaded, and `clean` says
+why before it removes anything.
+
+A bundle may be shipped with engines: SHA256SUMS lists them then, and nothing here changes, adds to or removes them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from spmdeploy.bundle.bundle import Bundle
+from spmdeploy.bundle.storage import ASIDE, BUILDING, ENGINES, SUMS, FileStore, FolderStore, find_store
+from spmdeploy.engines.library import this_host
+from spmdeploy.engines.record import (
+    BUILD_AGAIN,
+    ENGINE_SUFFIX,
+    RECORD_FILE,
+    EngineHost,
+    EngineRecord,
+    Verification,
+    differences,
+    lasting_differences,
+    operating_system,
+)
+from spmdeploy.errors import BundleError, InputError, UnavailableError, UsageError
+
+LOG_FILE = "build.log"
+MAX_RECORD_BYTES = 1 << 20
+PACKAGE = Path(os.path.realpath(__file__)).parents[1]
+
+Place = Literal["bundle", "cache"]
+
+
+@dataclass(frozen=True)
+class FoundEngine:
+    """An engine file, or what is left of one, judged without loading it."""
+
+    path: Path
+    """For messages; it leads nowhere if the bundle is a zip."""
+    place: Place
+    record: EngineRecord | None
+    """None where there is none that can be read."""
+    faults: tuple[str, ...]
+    """Why nobody should load it: damaged, renamed, or built from a graph that the bundle no longer holds."""
+    differences: tuple[str, ...]
+    """Why it cannot run on the machine that it was judged for."""
+    lasting: tuple[str, ...]
+    """Of these, those that nothing but another engine can mend."""
+    shipped: bool
+    """Whether SHA256SUMS lists it: then it is part of the bundle, and no cache."""
+    _store: FileStore = field(repr=False)
+    _folder: str = field(repr=False)
+
+    @property
+    def fit(self) -> bool:
+        return not self.faults and not self.differences
+
+    def to_json(self) -> dict[str, Any]:
+        record = None if self.record is None else self.record.to_json()
+        verdict = {
+            "shipped": self.shipped,
+            "fit": self.fit,
+            "faults": list(self.faults),
+            "differences": list(self.differences),
+        }
+        return {"path": str(self.path), "place": self.place, **verdict, "record": record}
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Everything that speaks against it."""
+        return self.faults + self.differences
+
+    def read(self) -> bytes:
+        """The engine, hashed just now: exactly the bytes that the record lists. Only of one that is `fit`.
+
+        Raises BundleError with every reason against it.
+        """
+        self.require_fit()
+        return self.content()
+
+    def content(self) -> bytes:
+        """The same, for whatever machine the engine is. Raises BundleError for its faults."""
+        if self.record is None or self.faults:
+            raise _unfit(self.path, self.faults)
+        record = self.record
+        name = self._folder + record.engine.file
+        try:
+            with self._store.open(name) as stream:
+                content = stream.read(record.engine.bytes)
+        except OSError as exc:
+            raise _unfit(self.path, (f"it cannot be read: {exc.strerror or exc}",)) from exc
+        if fault := _content_fault(record, len(content), hashlib.sha256(content).hexdigest()):
+            raise _unfit(self.path, (fault,))
+        return content
+
+    def require_fit(self) -> EngineRecord:
+        """The record of an engine that is fit. Raises BundleError with every reason against it."""
+        if self.record is None or not self.fit:
+            raise _unfit(self.path, self.reasons)
+        return self.record
+
+    def with_verification(self, verification: Verification) -> FoundEngine:
+        """Notes in engine.json how the golden edits went. Raises InputError where that cannot be written."""
+        record = replace(self.require_fit(), verification=verification)
+        path = self.path.with_name(RECORD_FILE)
+        if self.shipped:
+            raise InputError(f"{path}: cannot be written: it was shipped with the bundle", "what is shipped stays")
+        beside = path.with_name(f".{RECORD_FILE}.{os.urandom(4).hex()}")
+        try:
+            beside.write_bytes(record.to_bytes())
+            os.replace(beside, path)
+        except OSError as exc:
+            raise InputError(f"{path}: cannot be written: {exc}", "may you write there, and is there room?") from exc
+        finally:
+            with suppress(OSError):  # inside a zip there is no such folder
+                beside.unlink(missing_ok=True)
+        return replace(self, record=record)
+
+
+def _unfit(path: Path, reasons: tuple[str, ...]) -> BundleError:
+    return BundleError(f"{path} does not fit: {'; '.join(reasons)}", BUILD_AGAIN)
+
+
+# ---------------------------------------------------------------------------------------------------------- finding
+
+
+def find_engines(bundle: Bundle, host: EngineHost | None = None, hashing: bool = True) -> list[FoundEngine]:
+    """Every engine in the bundle and every one of it in the cache, fit or not, sorted by path.
+
+    host: the machine to judge for; None: this one, looked at only when there is an engine. hashing: whether to hash the
+    engines here; `FoundEngine.read` does it in any case. Engines of other bundles in the cache are passed over.
+    Raises BundleError where they cannot be looked for.
+    """
+    found: list[FoundEngine] = []
+    for store, prefix, place in _stores(bundle):
+        for folder, names in _folders(store, prefix):
+            host = host or this_host()
+            judged = _judge_folder(bundle, store, folder, names, host, hashing, place)
+            found += [engine for engine in judged if place == "bundle" or _concerns(bundle, engine.record)]
+    return sorted(found, key=lambda engine: engine.path)
+
+
+def named_engines(bundle: Bundle, words: Sequence[str]) -> list[FoundEngine]:
+    """The engines that `words` name, for whatever machines they are, each key once, sorted by key.
+
+    A word is a whole key or a part between its dashes: sm86, edit, fp16, tensorrt_rtx, b8. Raises UsageError for a word
+    that names none, listing those that there are.
+    """
+    found = find_engines(bundle, EngineHost({}, None, *operating_system()), hashing=False)
+    found.sort(key=lambda engine: (not engine.faults, engine.place == "bundle"))  # of equal keys the last one counts
+    by_key = {engine.record.key: engine for engine in found if engine.record}
+    named: dict[str, FoundEngine] = {}
+    for word in words:
+        keys = [key for key in by_key if word == key or word in key.split("-")]
+        if not keys:
+            there = ", ".join(sorted(by_key)) or "none at all"
+            raise UsageError(f"{bundle.path}: no engine is {word!r}; there is {there}", "build it: spmdeploy build")
+        named |= {key: by_key[key] for key in keys}
+    return [named[key] for key in sorted(named)]
+
+
+def _stores(bundle: Bundle) -> list[tuple[FileStore, str, Place]]:
+    """What to look through, and below which prefix."""
+    stores: list[tuple[FileStore, str, Place]] = []
+    try:
+        stores.append((find_store(bundle.path), ENGINES, "bundle"))
+        with suppress(UnavailableError):
+            cache = cache_folder()
+            if cache.is_dir():
+                stores.append((FolderStore(cache), "", "cache"))
+    except OSError as exc:
+        raise BundleError(f"{exc.filename or bundle.path}: cannot be read: {exc.strerror or exc}", "try again") from exc
+    return stores
+
+
+def _folders(store: FileStore, prefix: str) -> Iterator[tuple[str, list[str]]]:
+    """Folders below `prefix` that hold an engine or a record, with the names in them; both "" or end with a slash."""
+    folders: dict[str, list[str]] = {}
+    for path in store.sizes:
+        folder, _, name = path.rpartition("/")
+        hidden = any(part.startswith(".") for part in path.removeprefix(prefix).split("/"))
+        if path.startswith(prefix) and not hidden and (name == RECORD_FILE or name.endswith(ENGINE_SUFFIX)):
+            folders.setdefault(folder and folder + "/", []).append(name)
+    yield from sorted(folders.items())
+
+
+def judge_engine(path: Path, host: EngineHost | None = None) -> FoundEngine:
+    """One engine by its path, wherever it lies; whether it is stale only its bundle could tell. Raises InputError."""
+    if not path.is_file():
+        raise InputError(f"there is no {path}", "give an engine with its engine.json beside it")
+    try:
+        store = FolderStore(path.parent)
+    except OSError as exc:
+        raise InputError(f"{path.parent}: cannot be read: {exc}", "may you read that folder?") from exc
+    names = [name for name in store.sizes if name == RECORD_FILE or name.endswith(ENGINE_SUFFIX)]
+    judged = _judge_folder(None, store, "", names, host or this_host(), True, "bundle")
+    return next(engine for engine in judged if engine.path == path)
+
+
+def _judge_folder(
+    bundle: Bundle | None,
+    store: FileStore,
+    folder: str,
+    names: list[str],
+    host: EngineHost,
+    hashing: bool,
+    place: Place,
+) -> Iterator[FoundEngine]:
+    """The engine that the folder's record speaks of, then engine files that it does not speak of."""
+    shown = store.shown / folder
+    engines = sorted(name for name in names if name.endswith(ENGINE_SUFFIX))
+    covered = () if bundle is None or place == "cache" else bundle.files()
+    shipped = any(folder + name in covered for name in names)
+    record, fault = _read_record(store, folder) if RECORD_FILE in names else (None, f"no {RECORD_FILE} beside it")
+    if record is None:
+        for name in engines or [RECORD_FILE]:
+            yield FoundEngine(shown / name, place, None, (str(fault),), (), (), shipped, store, folder)
+        return
+    faults = tuple(_faults(bundle, store, folder, record, hashing))
+    if bundle is not None and place == "bundle":
+        faults += tuple(_uncovered(bundle, store, folder, record))
+    if others := [name for name in engines if name != record.engine.file]:
+        if record.engine.file not in engines:
+            faults = (f"{record.engine.file} is missing; was it renamed to {', '.join(others)}?", *faults)
+    elif not engines:
+        faults = (f"{record.engine.file} is missing", *faults)
+    against, lasting = differences(record, host), lasting_differences(record, host)
+    yield FoundEngine(shown / record.engine.file, place, record, faults, against, lasting, shipped, store, folder)
+    for name in others:
+        unlisted = f"{RECORD_FILE} beside it speaks of {record.engine.file}, not of it"
+        yield FoundEngine(shown / name, place, None, (unlisted,), (), (), shipped, store, folder)
+
+
+def _read_record(store: FileStore, folder: str) -> tuple[EngineRecord | None, str | None]:
+    """The record, or why it cannot be read."""
+    name = folder + RECORD_FILE
+    if store.sizes[name] > MAX_RECORD_BYTES:
+        return None, f"{RECORD_FILE} has {store.sizes[name]} bytes, more than {MAX_RECORD_BYTES}"
+    try:
+        with store.open(name) as stream:
+            return EngineRecord.from_bytes(stream.read(store.sizes[name]), RECORD_FILE), None
+    except BundleError as exc:
+        return None, exc.problem
+    except OSError as exc:
+        return None, f"{RECORD_FILE} cannot be read: {exc.strerror or exc}"
+
+
+def _faults(bundle: Bundle | None, store: FileStore, folder: str, record: EngineRecord, hashing: bool) -> Iterator[str]:
+    if (store.shown / folder).absolute().name != record.key:
+        yield f"{RECORD_FILE} belongs to the folder {record.key}: moved or altered"
+    if bundle is not None:
+        yield from _stale(bundle, record)
+    name = folder + record.engine.file
+    if name in store.sizes:
+        size = store.sizes[name]
+        digest = _digest(store, name) if hashing and size == record.engine.bytes else record.engine.sha256
+        if fault := _content_fault(record, size, digest):
+            yield fault
+
+
+def _uncovered(bundle: Bundle, store: FileStore, folder: str, record: EngineRecord) -> Iterator[str]:
+    """What SHA256SUMS has against an engine in the bundle. What it does not list is a cache, unless it is signed."""
+    covered = bundle.files()
+    digests = {folder + RECORD_FILE: _digest(store, folder + RECORD_FILE)}
+    digests[folder + record.engine.file] = record.engine.sha256
+    if covered.keys().isdisjoint(digests):
+        if bundle.signature is not None:
+            yield f"the signature that is required does not cover it: {SUMS} does not list it"
+        return
+    for name, digest in digests.items():
+        if name not in covered or bundle.digest(name) != digest:
+            yield f"tampered with or damaged: {SUMS} lists another {name.removeprefix(folder)}"
+
+
+def _stale(bundle: Bundle, record: EngineRecord) -> Iterator[str]:
+    there = bundle.files()
+    for source in (record.onnx, record.weights):
+        if source is None:
+            continue
+        now = bundle.digest(source.file) if source.file in there else None
+        if now is None:
+            yield f"stale: built from {source.file}, which the bundle does not hold"
+        elif now != source.sha256:
+            yield f"stale: built from another {source.file}: SHA-256 {source.sha256[:12]}…, here {now[:12]}…"
+
+
+def _content_fault(record: EngineRecord, size: int, digest: str) -> str | None:
+    if size != record.engine.bytes:
+        words = "truncated" if size < record.engine.bytes else "tampered with or damaged"
+        return f"{words}: {size} bytes, but {RECORD_FILE} says {record.engine.bytes}"
+    if digest != record.engine.sha256:
+        said = f"{RECORD_FILE} says {record.engine.sha256[:12]}…"
+        return f"tampered with or damaged: SHA-256 is {digest[:12]}…, but {said}"
+    return None
+
+
+def _digest(store: FileStore, name: str) -> str:
+    digest, left = hashlib.sha256(), store.sizes[name]
+    try:
+        with store.open(name) as stream:
+            while left and (chunk := stream.read(min(left, 1 << 20))):
+                digest.update(chunk)
+                left -= len(chunk)
+    except OSError as exc:
+        return f"unreadable ({exc.strerror})"
+    return digest.hexdigest()
+
+
+def _concerns(bundle: Bundle, record: EngineRecord | None) -> bool:
+    """Whether an engine in the cache is this bundle's: of its graphs, of one so named, or nobody's."""
+    if record is None or record.bundle == bundle.manifest.name:
+        return True
+    return record.onnx.sha256 in {graph.sha256 for graph in bundle.manifest.graphs}
+
+
+# ---------------------------------------------------------------------------------------------------------- writing
+
+
+def cache_folder() -> Path:
+    """Where engines of bundles that cannot be written to are kept. Raises UnavailableError where no home is known.
+
+    $SPMDEPLOY_CACHE, else spmdeploy/ in $XDG_CACHE_HOME (which the XDG specification ignores unless it is absolute),
+    else ~/.cache/spmdeploy.
+    """
+    if chosen := os.environ.get("SPMDEPLOY_CACHE"):
+        return Path(chosen).absolute() / "engines"
+    xdg = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    caches = xdg if xdg.is_absolute() else Path(os.path.expanduser("~/.cache"))
+    if not caches.is_absolute():
+        raise UnavailableError("no home folder is known to keep engines in", "set SPMDEPLOY_CACHE to a folder")
+    return caches / "spmdeploy" / "engines"
+
+
+@dataclass(frozen=True)
+class EnginePlace:
+    """Where new engines go."""
+
+    folder: Path
+    place: Place
+    why: str
+
+    @property
+    def words(self) -> str:
+        return f"engines go into the {self.place}, {self.folder}: {self.why}"
+
+
+def choose_place(bundle: Bundle, wanted: Place | None = None) -> EnginePlace:
+    """The bundle where it takes engines, else the cache. Raises UsageError when the bundle is wanted and takes none."""
+    obstacle = _obstacle(bundle)
+    if wanted == "bundle" and obstacle:
+        raise UsageError(f"{bundle.path} takes no engines: {obstacle}", "let them go into the cache: --into cache")
+    if wanted == "cache" or obstacle:
+        return EnginePlace(cache_folder(), "cache", obstacle if obstacle else "as asked")
+    return EnginePlace(bundle.path / ENGINES, "bundle", "as asked" if wanted else "it can be written to")
+
+
+def _obstacle(bundle: Bundle) -> str | None:
+    """Why no engine can be added to the bundle."""
+    if not bundle.is_folder:
+        return "the bundle is a zip"
+    if PACKAGE in Path(os.path.realpath(bundle.path)).parents:
+        return "the bundle is part of the installed package"
+    if bundle.read_signature() is not None:
+        return "the bundle is signed, and the signature would not cover them"
+    if any(name.startswith(ENGINES) for name in bundle.files()):
+        return "the bundle was shipped with engines, which stay what they are"
+    folder = bundle.path / ENGINES
+    return None if os.access(folder if folder.is_dir() else bundle.path, os.W_OK) else "the bundle cannot be written to"
+
+
+class EngineWriter:
+    """A hidden folder in which one engine is prepared; `finish` puts it in place, whole or not at all.
+
+    Without `finish` nothing stays but the log of the build, as `failed_log`. Raises InputError where the place cannot
+    be written to.
+    """
+
+    def __init__(self, place: EnginePlace, name: str) -> None:
+        """name: of graph and precision, for the log of a build that fails."""
+        self._place = place
+        self._folder = place.folder / f".{name}.{os.urandom(4).hex()}{BUILDING}"
+        self.log = self._folder / LOG_FILE
+        self.failed_log = place.folder / f"{name}.failed.log"
+
+    def __enter__(self) -> EngineWriter:
+        # What lies in the cache is run: nobody else may put anything there.
+        mode = 0o700 if self._place.place == "cache" else 0o777
+        with _write_errors(self._place.folder):
+            self._place.folder.mkdir(mode, parents=True, exist_ok=True)
+            self._folder.mkdir()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        if kind is not None and self.log.exists():
+            with suppress(OSError):
+                os.replace(self.log, self.failed_log)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def finish(self, record: EngineRecord, content: bytes) -> Path:
+        """Writes engine and record; an engine of the same key is replaced. Returns the path of the engine."""
+        target = self._place.folder / record.key
+        aside = self._folder.with_suffix(ASIDE)
+        with _write_errors(target):
+            _write_flushed(self._folder / record.engine.file, content)
+            _write_flushed(self._folder / RECORD_FILE, record.to_bytes())
+            if target.exists():
+                os.rename(target, aside)
+            os.rename(self._folder, target)
+            shutil.rmtree(aside, ignore_errors=True)
+            self.failed_log.unlink(missing_ok=True)
+        return target / record.engine.file
+
+
+def _write_flushed(path: Path, content: bytes) -> None:
+    with open(path, "xb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+@contextmanager
+def _write_errors(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as exc:
+        hint = "may you write there, and is there room? SPMDEPLOY_CACHE names another cache"
+        raise InputError(f"{target}: cannot be written: {exc}", hint) from exc
+
+
+# ---------------------------------------------------------------------------------------------------------- removing
+
+
+def clean_engines(bundle: Bundle, host: EngineHost | None = None) -> list[FoundEngine]:
+    """Removes engines that nobody should load and those that will never run here again; returns what they were.
+
+    That an engine is for targets, or that library or driver are missing at the moment, is no reason. What was shipped
+    with the bundle stays, and a zip keeps what is in it. Raises InputError where something cannot be removed.
+    """
+    removed = []
+    for engine in find_engines(bundle, host):
+        if engine.shipped or not (engine.faults or engine.lasting):
+            continue
+        if engine.place == "bundle" and not bundle.is_folder:
+            continue
+        with _write_errors(engine.path):
+            _remove(engine)
+        removed.append(engine)
+    return removed
+
+
+def _remove(engine: FoundEngine) -> None:
+    """The file, and record, log and folder with the last engine in it; nothing else that lies there."""
+    folder = engine.path.parent
+    engine.path.unlink(missing_ok=True)
+    if engine.record is not None or not any(folder.glob(f"*{ENGINE_SUFFIX}")):
+        for name in (RECORD_FILE, LOG_FILE):
+            (folder / name).unlink(missing_ok=True)
+        with suppress(OSError):  # somebody else's files are in it
+            folder.rmdir()

@@ -1,0 +1,55 @@
+"""What `evaluate` compares: the models it is given, and the baselines that any of them must beat."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from spmdeploy.backends.base import open_session
+from spmdeploy.backends.pytorch import TorchSession
+from spmdeploy.bundle.bundle import open_bundle
+from spmdeploy.datasets.folder import PictureFolder, read_classes, read_instance_rules
+from spmdeploy.errors import InputError
+from spmdeploy.evaluation.baselines import ClassMeanColour, Telea, mean_colours
+from spmdeploy.evaluation.evaluate import Edits
+from spmdeploy.model import CHECKPOINT_SUFFIXES
+from spmdeploy.model.checkpoint import load_checkpoint
+
+
+def named_models(paths: Iterable[Path], data: Path) -> dict[str, Edits]:
+    """The models in `paths` by their names, then the baselines `telea` and `class mean`.
+
+    data: the folder whose training pictures give the mean colours. Raises InputError when two models have one name or
+    a model knows another number of classes than the folder, and what `open_model` raises.
+    """
+    folder = PictureFolder(data, "train", read_instance_rules(data))
+    classes = len(read_classes(data))
+    models: dict[str, Edits] = {}
+    for path in paths:
+        if path.stem in models:
+            raise InputError(f"two models are called {path.stem}: {path}", "give them different file names")
+        models[path.stem] = open_model(path, classes)
+    pictures = ((folder[name].image, folder[name].labels) for name in folder.names)
+    return models | {"telea": Telea(), "class mean": ClassMeanColour(mean_colours(pictures, classes))}
+
+
+def open_model(path: Path, classes: int) -> Edits:
+    """What a path holds, ready to be judged: a checkpoint, a run directory (its exported weights) or a bundle.
+
+    Raises InputError or BundleError naming the file, InputError when it does not know `classes` classes.
+    """
+    exported = path / "export" / "generator.safetensors"
+    if exported.is_file():
+        path = exported
+    elif (path / "config.json").is_file():
+        raise InputError(f"{path}: this run has not saved any weights yet", "they come with its first checkpoint")
+    session: Edits
+    if path.suffix.lower() in CHECKPOINT_SUFFIXES:
+        generator = load_checkpoint(path).generator
+        known, session = generator.config.classes, TorchSession(generator)
+    else:
+        bundle = open_bundle(path)
+        known, session = len(bundle.manifest.classes), open_session(bundle).session
+    if known != classes:
+        raise InputError(f"{path} knows {known} classes, the data folder {classes}", "evaluate it on data of its own")
+    return session

@@ -1,0 +1,145 @@
+"""Whether an edit shows what its labels say, in the eyes of a segmentation network that the user gives.
+
+The contract is small, so that almost any exported network meets it:
+
+- an ONNX file with one input, float32 [1 or N, 3, H, W], RGB, in ImageNet's normalisation unless the table says
+  otherwise; H and W free, or fixed, then pictures are brought to that size;
+- its first output are class scores, float [1 or N, C, h, w], at any resolution; the largest one wins;
+- a JSON table {"classes": {"7": "road", "8": "sidewalk", ...}} from the network's class number to the name (or id) in
+  the data folder's labels.json; several may go to one. Optional: "mean" and "std", three numbers each, for 0..1.
+
+Numbers that the table leaves out are never right. Labels that no number goes to (void, say) are not judged.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.nn import functional as F
+
+from spmdeploy.backends.onnxruntime import import_onnxruntime
+from spmdeploy.errors import InputError
+from spmdeploy.labels import ClassTable
+from spmdeploy.training.perceptual import IMAGENET_MEAN, IMAGENET_STD
+
+Pixels = npt.NDArray[np.uint8]
+Counts = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class SegmenterTable:
+    """What the JSON beside the network says."""
+
+    classes: dict[int, int]
+    """The network's class number -> the data folder's id."""
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+
+
+class Segmenter:
+    """The user's network: pictures to ids of the data folder's class table."""
+
+    def __init__(self, network: Path, table: Path, classes: ClassTable) -> None:
+        """Raises InputError naming the file, UnavailableError without ONNX Runtime."""
+        self.name = network.name
+        self._table = read_segmenter_table(table, classes)
+        self._classes = len(classes)
+        library = import_onnxruntime()
+        try:
+            content = network.read_bytes()
+            self._session: Any = library.InferenceSession(content, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime raises classes of its own on whatever is no graph
+            raise InputError(f"{network}: not a network that ONNX Runtime reads: {str(error)[:200]}") from error
+        self.sha256 = hashlib.sha256(content).hexdigest()
+        inputs = self._session.get_inputs()
+        if [(given.type, len(given.shape)) for given in inputs] != [("tensor(float)", 4)] or inputs[0].shape[1] != 3:
+            found = ", ".join(f"{given.name} {given.type} {given.shape}" for given in inputs)
+            raise InputError(
+                f"{network}: its inputs are {found}; one of float32 [N, 3, H, W] is needed",
+                "export the network with one picture as its input and the class scores as its first output",
+            )
+        self._input = inputs[0].name
+        height, width = inputs[0].shape[2:]  # a name or None where it is free
+        self._size = (height, width) if isinstance(height, int) and isinstance(width, int) else None
+
+    @property
+    def judged(self) -> npt.NDArray[np.bool_]:
+        """(K,): which ids of the class table the network can find at all."""
+        judged = np.zeros(self._classes, bool)
+        judged[list(self._table.classes.values())] = True
+        return judged
+
+    def find(self, picture: Pixels) -> Pixels:
+        """uint8 (H, W, 3) RGB to the ids found, uint8 (H, W); 255 where the network sees what the table leaves out."""
+        x = torch.from_numpy(picture).permute(2, 0, 1)[None].float() / 255
+        mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (self._table.mean, self._table.std))
+        if self._size is not None:
+            x = F.interpolate(x, size=self._size, mode="bilinear", align_corners=False)
+        scores = self._session.run(None, {self._input: ((x - mean) / std).numpy()})[0]
+        if scores.ndim != 4 or scores.shape[1] <= max(self._table.classes):
+            raise InputError(
+                f"{self.name}: its first output has the shape {list(scores.shape)}; "
+                f"[N, C, h, w] with C above {max(self._table.classes)} is needed",
+                "the table's numbers count the network's score channels from 0",
+            )
+        full = F.interpolate(
+            torch.from_numpy(scores).float(), size=picture.shape[:2], mode="bilinear", align_corners=False
+        )
+        numbers = full[0].argmax(dim=0).numpy()
+        lookup = np.full(scores.shape[1], 255, np.uint8)
+        for number, label in self._table.classes.items():
+            lookup[number] = label
+        found: Pixels = lookup[numbers]
+        return found
+
+
+def read_segmenter_table(path: Path, classes: ClassTable) -> SegmenterTable:
+    """Raises InputError naming the file and the entry."""
+    hint = 'write {"classes": {"0": "road", ...}}: the network\'s class number to a name in labels.json'
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        names = fields["classes"]
+        numbers = {int(number): str(name) for number, name in names.items()}
+        if not numbers or min(numbers) < 0:
+            raise ValueError(f"classes is {names!r}")
+        given = {name: tuple(float(value) for value in fields[name]) for name in ("mean", "std") if name in fields}
+        if any(len(values) != 3 for values in given.values()) or 0 in given.get("std", ()):
+            raise ValueError(f"mean and std are {given}, expected three numbers each, std not 0")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(f"{path}: not a table of a segmentation network's classes: {error!r}", hint) from error
+    return SegmenterTable({number: classes.find(name).id for number, name in numbers.items()}, **given)
+
+
+def confusion(labels: Pixels, found: Pixels, mask: npt.NDArray[np.bool_], judged: npt.NDArray[np.bool_]) -> Counts:
+    """How often each label under the mask was found as what: int64 (K, K + 1), the last column for none of them.
+
+    labels, found: uint8 (H, W). mask: bool (H, W). judged: bool (K,); other labels are left out.
+    """
+    classes = len(judged)
+    counted = mask & (labels < classes)
+    counted[counted] = judged[labels[counted]]
+    rows, columns = labels[counted].astype(np.int64), np.minimum(found[counted], classes)
+    counts = np.bincount(rows * (classes + 1) + columns, minlength=classes * (classes + 1))
+    return counts.reshape(classes, classes + 1)
+
+
+def accuracy(counts: npt.NDArray[np.float64] | Counts) -> float:
+    """Share of the judged pixels that show their label; counts as of `confusion`. NaN when nothing is judged."""
+    total = counts.sum()
+    return float(np.trace(counts[:, :-1]) / total) if total else float("nan")
+
+
+def mean_iou(counts: npt.NDArray[np.float64] | Counts) -> float:
+    """Intersection over union, mean over the labels that occur; NaN when none does."""
+    square = counts[:, :-1]
+    right, wanted = np.diagonal(square), counts.sum(axis=1)
+    union = wanted + square.sum(axis=0) - right
+    there = wanted > 0
+    return float((right[there] / union[there]).mean()) if there.any() else float("nan")

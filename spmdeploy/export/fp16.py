@@ -1,0 +1,128 @@
+"""FP32 graph to FP16, by types written into the graph.
+
+TensorRT 11 and TensorRT-RTX know no precision flags: an engine computes in the types that the graph states. So
+precision is decided here and can be read off the file. What stays in FP32, and why:
+
+- instance normalisation: the squares of a 256×256 channel overflow half precision;
+- the deploy graph's own arithmetic on 8-bit pixels: a half holds integers to 2048 exactly, but not the 1/127.5 steps
+  between them, and known pixels must come out untouched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from spmdeploy.bundle.manifest import EDIT, REFINE
+from spmdeploy.export.onnx import with_shapes
+
+FP32_OPERATORS = frozenset({"InstanceNormalization"})
+FP32_LAYERS = (EDIT, REFINE, "generator")  # pixel arithmetic and the composites between the stages
+
+_DATA_INPUTS = {"Resize": 1, "Pad": 1, "InstanceNormalization": 1}
+"""Operators whose later float inputs are parameters that the standard wants as they are."""
+
+_WEIGHT_ELEMENTS = 1024
+"""Smaller constants are not worth storing as halves."""
+
+
+@dataclass
+class _Typing:
+    """Which precision each float value has so far, and the casts that were needed between them."""
+
+    elem_types: dict[str, int]
+    halves: dict[str, onnx.TensorProto]
+    nodes: list[onnx.NodeProto] = field(default_factory=list)
+    casts: dict[tuple[str, int], str] = field(default_factory=dict)
+
+    def as_type(self, value: str, wanted: int) -> str:
+        """The name under which `value` can be read in the wanted precision; adds a cast where there is none yet."""
+        have = self.elem_types.get(value)
+        if have not in (TensorProto.FLOAT, TensorProto.FLOAT16) or have == wanted:
+            return value
+        if wanted == TensorProto.FLOAT16 and value in self.halves:
+            return self.halves[value].name
+        if (value, wanted) not in self.casts:
+            name = f"{value}/{'Half' if wanted == TensorProto.FLOAT16 else 'Float'}"
+            self.nodes.append(helper.make_node("Cast", [value], [name], name=name, to=wanted))
+            self.casts[value, wanted] = name
+        return self.casts[value, wanted]
+
+
+def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy of the FP32 `model` that computes in FP16 but for the exceptions above. Inputs and outputs stay."""
+    graph = model.graph
+    elem_types = _elem_types(graph)
+    floats = {tensor.name: tensor for tensor in graph.initializer if tensor.data_type == TensorProto.FLOAT}
+    typing = _Typing(elem_types, {name: _halved(tensor) for name, tensor in floats.items()})
+
+    for node in graph.node:
+        wanted = TensorProto.FLOAT if _stays_fp32(node) else TensorProto.FLOAT16
+        copy = onnx.NodeProto()
+        copy.CopyFrom(node)
+        data_inputs = _DATA_INPUTS.get(node.op_type, len(node.input))
+        copy.input[:data_inputs] = [typing.as_type(value, wanted) for value in node.input[:data_inputs]]
+        if node.op_type == "Cast" and elem_types[node.output[0]] == TensorProto.FLOAT:
+            copy.ClearField("attribute")
+            copy.attribute.append(helper.make_attribute("to", wanted))
+        for output in node.output:
+            if elem_types.get(output) == TensorProto.FLOAT:
+                elem_types[output] = wanted
+        typing.nodes.append(copy)
+
+    return _rebuilt(model, typing.nodes, (*typing.halves.values(), *graph.initializer))
+
+
+def store_weights_as_halves(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy of the FP32 `model` that computes the same in FP32, from weights rounded to FP16 and stored as such.
+
+    Half the file. Every runtime folds the casts when it loads the graph.
+    """
+    large = [
+        tensor
+        for tensor in model.graph.initializer
+        if tensor.data_type == TensorProto.FLOAT and np.prod(tensor.dims) >= _WEIGHT_ELEMENTS
+    ]
+    halves = [_halved(tensor) for tensor in large]
+    casts = [
+        helper.make_node("Cast", [half.name], [tensor.name], name=f"{tensor.name}/Cast", to=TensorProto.FLOAT)
+        for half, tensor in zip(halves, large, strict=True)
+    ]
+    replaced = {tensor.name for tensor in large}
+    kept = [tensor for tensor in model.graph.initializer if tensor.name not in replaced]
+    return _rebuilt(model, [*casts, *model.graph.node], (*halves, *kept))
+
+
+def _stays_fp32(node: onnx.NodeProto) -> bool:
+    return node.op_type in FP32_OPERATORS or node.name.rpartition("/")[0] in FP32_LAYERS
+
+
+def _elem_types(graph: onnx.GraphProto) -> dict[str, int]:
+    types = {v.name: v.type.tensor_type.elem_type for v in (*graph.input, *graph.value_info, *graph.output)}
+    return types | {tensor.name: tensor.data_type for tensor in graph.initializer}
+
+
+def _halved(tensor: onnx.TensorProto) -> onnx.TensorProto:
+    return numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float16), f"{tensor.name}.half")
+
+
+def _rebuilt(
+    model: onnx.ModelProto, nodes: Iterable[onnx.NodeProto], initializers: Iterable[onnx.TensorProto]
+) -> onnx.ModelProto:
+    """`model` with other nodes, the initializers that these read, and shapes and types inferred anew."""
+    nodes = list(nodes)
+    read = {value for node in nodes for value in node.input}
+    graph = helper.make_graph(
+        nodes,
+        model.graph.name,
+        model.graph.input,
+        model.graph.output,
+        [tensor for tensor in initializers if tensor.name in read],
+    )
+    rebuilt = helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
+    rebuilt.producer_name, rebuilt.producer_version = model.producer_name, model.producer_version
+    return with_shapes(rebuilt)

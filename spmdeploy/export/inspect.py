@@ -1,0 +1,93 @@
+"""What is in a bundle, an engine or a checkpoint, read off the files themselves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from spmdeploy.bundle.bundle import Bundle, open_bundle
+from spmdeploy.engines.record import BUILD_AGAIN, ENGINE_SUFFIX
+from spmdeploy.engines.store import find_engines, judge_engine
+from spmdeploy.errors import BundleError, InputError, UnavailableError
+from spmdeploy.model import CHECKPOINT_SUFFIXES
+
+
+def inspect_path(path: Path) -> dict[str, Any]:
+    """Facts about a bundle (folder or zip), an engine (.engine) or a checkpoint (.pth, .safetensors), as JSON values.
+
+    Raises BundleError or InputError for what is neither or unsound, UnavailableError when torch is needed and missing.
+    """
+    if not path.exists():
+        raise InputError(f"there is no {path}", "give a bundle, an engine or a checkpoint")
+    if path.is_file() and path.suffix.lower() in CHECKPOINT_SUFFIXES:
+        return _checkpoint_facts(path)
+    if path.is_file() and path.suffix.lower() == ENGINE_SUFFIX:
+        return _engine_facts(path)
+    return _bundle_facts(open_bundle(path))
+
+
+def _bundle_facts(bundle: Bundle) -> dict[str, Any]:
+    surplus = bundle.check_all()
+    manifest = bundle.manifest.to_json()
+    sizes = bundle.files()
+    for graph in manifest["graphs"]:
+        graph["counted"] = _counted(bundle, graph["file"])
+    engines = [engine.to_json() for engine in find_engines(bundle)]
+    facts = {"kind": "bundle", "path": str(bundle.path), "bytes": sum(sizes.values()), "surplus": surplus}
+    return {**facts, "signed": bundle.read_signature() is not None, "engines": engines, **manifest}
+
+
+def _engine_facts(path: Path) -> dict[str, Any]:
+    engine = judge_engine(path)
+    if engine.faults:
+        raise BundleError(f"{path}: {'; '.join(engine.faults)}", BUILD_AGAIN)
+    return {"kind": "engine", **engine.to_json()}
+
+
+def _counted(bundle: Bundle, file: str) -> dict[str, Any] | None:
+    """What the graph itself says of its precision and work; None without the onnx package."""
+    try:
+        import onnx
+
+        from spmdeploy.export.graph_stats import graph_facts
+    except ImportError:
+        return None
+    content = bundle.read(file)
+    try:
+        facts = graph_facts(onnx.load_from_string(content))
+    except Exception as error:  # onnx and protobuf raise anything on bytes that are no graph
+        raise BundleError(f"{bundle.path / file}: not a graph of ours: {error!r}", "export the bundle again") from error
+    return {
+        "nodes": facts.nodes,
+        "gflop": round(facts.gflop, 2),
+        "fp16_share": round(facts.fp16_share, 4),
+        "fp16_operations": facts.fp16_operations,
+        "fp32_operations": facts.fp32_operations,
+        "weights_dtype": facts.weights_dtype,
+    }
+
+
+def _checkpoint_facts(path: Path) -> dict[str, Any]:
+    try:
+        from spmdeploy.model.checkpoint import load_checkpoint
+        from spmdeploy.model.flops import edit_gflop
+    except ImportError as error:
+        raise UnavailableError(f"{path} is a checkpoint, and {error.name} is not installed", _EXTRA) from error
+    checkpoint = load_checkpoint(path)
+    config = checkpoint.generator.config
+    return {
+        "kind": "checkpoint",
+        "path": str(path),
+        "format": checkpoint.format,
+        "channel_order": checkpoint.colour_order,
+        "classes": config.classes,
+        "width": config.width,
+        "hidden": config.hidden,
+        "modulation": config.modulation,
+        "stages": config.stages,
+        "parameters": sum(parameter.numel() for parameter in checkpoint.generator.parameters()),
+        "gflop": round(edit_gflop(config), 2),
+    }
+
+
+_EXTRA = 'pip install "spmdeploy[export]"'

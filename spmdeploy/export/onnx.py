@@ -1,0 +1,158 @@
+"""Deploy graph to ONNX: one file, dynamic batch, names that say which layer a node belongs to."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import logging
+import os
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+import onnx
+import torch
+from onnx import numpy_helper
+from torch import nn
+
+from spmdeploy.bundle.manifest import EDIT, REFINE
+from spmdeploy.model.deploy import (
+    COARSE_SIZE,
+    EDIT_INPUTS,
+    NATIVE_SIZE,
+    OUTPUTS,
+    REFINE_INPUTS,
+    EditGraph,
+    RefineGraph,
+)
+from spmdeploy.model.generator import Generator
+
+OPSET = 18
+"""The newest opset that brings anything the graph needs; TensorRT 10.3 on JetPack 6 parses up to 20."""
+MAX_IR_VERSION = 10
+MAX_BATCH = 64
+"""Upper end of the dynamic batch that the exporter is told of; engines choose their own limit below it."""
+
+_GENERATOR_PREFIX = "generator."
+
+
+def export_edit(generator: Generator) -> onnx.ModelProto:
+    """The `edit` graph of architecture.md in FP32. Weights keep their names in `Generator`."""
+    return _export(generator, EditGraph(generator), EDIT, EDIT_INPUTS)
+
+
+def export_refine(generator: Generator) -> onnx.ModelProto:
+    """The `refine` graph likewise; the weights are those of the last stage."""
+    return _export(generator, RefineGraph(generator), REFINE, REFINE_INPUTS)
+
+
+def _export(generator: Generator, graph: nn.Module, name: str, inputs: Sequence[str]) -> onnx.ModelProto:
+    """The graph in FP32, its own nodes under `name`."""
+    size, batch = NATIVE_SIZE, 2  # a batch of one would be taken for a constant
+    examples = {
+        "image": torch.zeros(batch, size, size, 3, dtype=torch.uint8),
+        "labels": torch.zeros(batch, size, size, dtype=torch.uint8),
+        "instances": torch.zeros(batch, size, size, dtype=torch.int32),
+        "mask": torch.zeros(batch, size, size, dtype=torch.uint8),
+        "coarse": torch.zeros(batch, COARSE_SIZE, COARSE_SIZE, 3),
+    }
+    dynamic_batch = {0: torch.export.Dim("batch", min=1, max=MAX_BATCH)}
+    with _quiet(), torch.no_grad():  # weights that still learn would bring their own form of the norms
+        program = torch.onnx.export(
+            graph.eval(),
+            tuple(examples[value] for value in inputs),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=list(inputs),
+            output_names=list(OUTPUTS),
+            dynamic_shapes=[dynamic_batch] * len(inputs),
+            verbose=False,
+        )
+    assert program is not None
+    model = program.model_proto
+    _rename(model.graph, name)
+    _restore_weights(model.graph, generator)
+    _strip_traces(model)
+    assert model.ir_version <= MAX_IR_VERSION, model.ir_version
+    return with_shapes(model)
+
+
+def with_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
+    """`model` checked, with the type and shape of every value in it."""
+    del model.graph.value_info[:]
+    model = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
+    for value in model.graph.value_info:
+        dims = value.type.tensor_type.shape.dim
+        if len(dims) >= 3 and dims[0].dim_param:  # inference loses the name at each Resize
+            dims[0].dim_param = "batch"
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+def _rename(graph: onnx.GraphProto, outermost: str) -> None:
+    """Names nodes `layer/Operator` and their outputs likewise, after the module that they come from."""
+    fixed = {value.name for value in (*graph.input, *graph.output)}
+    names: dict[str, str] = {}
+    seen: Counter[str] = Counter()
+    for initializer in graph.initializer:
+        names[initializer.name] = initializer.name.removeprefix(_GENERATOR_PREFIX)
+        initializer.name = names[initializer.name]
+    for node in graph.node:
+        name = f"{_layer(node) or outermost}/{node.op_type}"
+        seen[name] += 1
+        node.name = name if seen[name] == 1 else f"{name}_{seen[name]}"
+        for index, output in enumerate(node.output):
+            names[output] = output if output in fixed else node.name + (f":{index}" if index else "")
+    for node in graph.node:
+        node.input[:] = [names.get(value, value) for value in node.input]
+        node.output[:] = [names[value] for value in node.output]
+
+
+def _restore_weights(graph: onnx.GraphProto, generator: Generator) -> None:
+    """Gives each convolution the weights of its layer, under their own names.
+
+    The exporter keeps one of several equal tensors and leaves out biases of zeros: stages that have not learnt yet have
+    nothing else.
+    """
+    weights = {name: value.detach().numpy() for name, value in generator.state_dict().items()}
+    stored = {tensor.name for tensor in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "Conv":
+            names = [f"{node.name.removesuffix('/Conv')}.{part}" for part in ("weight", "bias")]
+            node.input[1:] = [name for name in names if name in weights]
+    read = {name for node in graph.node for name in node.input}
+    graph.initializer.extend(numpy_helper.from_array(weights[name], name) for name in weights if name in read - stored)
+
+
+def _layer(node: onnx.NodeProto) -> str:
+    """The path of the module that the exporter made this node for; empty for the deploy graph itself."""
+    scopes = next((entry.value for entry in node.metadata_props if entry.key == "pkg.torch.onnx.name_scopes"), "[]")
+    modules = [scope for scope in ast.literal_eval(scopes)[:-1] if scope]
+    return modules[-1].removeprefix(_GENERATOR_PREFIX) if modules else ""
+
+
+def _strip_traces(model: onnx.ModelProto) -> None:
+    """Removes the exporter's notes: source paths of the machine that exported have no place in a product."""
+    for holder in (model, model.graph, *model.graph.node, *model.graph.input, *model.graph.output):
+        del holder.metadata_props[:]
+        holder.doc_string = ""
+    for initializer in model.graph.initializer:
+        del initializer.metadata_props[:]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences what torch 2.13's exporter says about itself; its errors still come as exceptions."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with (
+            warnings.catch_warnings(),
+            open(os.devnull, "w", encoding="utf-8") as nowhere,
+            contextlib.redirect_stdout(nowhere),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

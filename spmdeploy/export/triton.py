@@ -1,0 +1,302 @@
+"""A graph of a bundle, or a TensorRT engine of it, as a model repository of the Triton Inference Server.
+
+    REPOSITORY/NAME/config.pbtxt    the model's configuration (model_config.proto, message ModelConfig)
+    REPOSITORY/NAME/1/model.onnx    the graph, and the files that it keeps weights in, under the names it asks for
+    REPOSITORY/NAME/1/model.plan    or the engine
+    REPOSITORY/NAME/warmup/         a golden edit, which every instance computes before it serves anybody
+
+Clients send and get what the graph takes and gives: bytes in, bytes out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spmdeploy.backends.verify import EXPORT_AGAIN, read_golden
+from spmdeploy.bundle.bundle import Bundle, replacing
+from spmdeploy.bundle.manifest import EDIT, ON_CPU, GraphRecord
+from spmdeploy.engines.record import BATCH, Port
+from spmdeploy.engines.store import named_engines
+from spmdeploy.errors import BundleError, InputError, UsageError
+
+TritonDevice = Literal["gpu", "cpu"]
+CONFIG, VERSION, WARMUP = "config.pbtxt", "1", "warmup"
+HEADING = "# Written by spmdeploy export-triton"
+MAX_BATCH = 64
+"""What the graphs are exported for."""
+QUEUE_DELAY = 1000
+"""Microseconds that a request waits for others to share its batch: little beside any edit."""
+
+_TYPES = {"uint8": "TYPE_UINT8", "int32": "TYPE_INT32", "float16": "TYPE_FP16", "float32": "TYPE_FP32"}
+
+
+@dataclass(frozen=True)
+class TritonOptions:
+    """How to serve it."""
+
+    name: str | None = None
+    """Of the model, and of its folder; None: the bundle's, for `refine` with _refine behind it."""
+    graph: str = EDIT
+    """Or `REFINE`."""
+    precision: str = "auto"
+    device: TritonDevice = "gpu"
+    engine: str | None = None
+    """The key of a TensorRT engine, or a part of it that names one alone; None: the graph."""
+    max_batch: int | None = None
+    """None: what the engine takes, or 8."""
+    instances: int = 1
+    """Copies of the model on each device, for requests at the same time."""
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class TritonModel:
+    """A model that is in place."""
+
+    folder: Path
+    name: str
+    backend: str
+    """Triton's."""
+    source: str
+    """What is served: a file of the bundle."""
+    needs: str
+    """What the server must have, in words."""
+    max_batch: int
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    files: dict[str, int]
+    """Sizes in bytes, by name inside the folder."""
+
+    def to_json(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "folder": str(self.folder)}
+
+
+@dataclass(frozen=True)
+class _Served:
+    """The files of the version folder, and what the configuration says of them."""
+
+    backend: str
+    file: str
+    source: str
+    sha256: str
+    needs: str
+    max_batch: int
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    contents: Mapping[str, bytes]
+
+
+def export_triton(bundle: Bundle, repository: Path, options: TritonOptions) -> TritonModel:
+    """Writes a model into a repository, which is made where there is none; other models in it are left alone.
+
+    Raises UsageError, BundleError for a graph that Triton could not batch, InputError where nothing can be written.
+    """
+    name = options.name
+    if name is None:
+        name = bundle.manifest.name if options.graph == EDIT else f"{bundle.manifest.name}_{options.graph}"
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+        raise UsageError(f"{name!r} is no name for a model", "give one of letters, digits, _ . and - with --name")
+    if options.engine is None:
+        served = _served_graph(bundle, _chosen_graph(bundle, options), options)
+    else:
+        served = _served_engine(bundle, options.engine, options)
+    sample = _warmup_sample(bundle, served.inputs, served.source)
+    folder = repository / name
+    _make_repository(repository)
+    with replacing(folder, options.overwrite, _check_written_by_us) as building:
+        for file, content in served.contents.items():
+            _write_new(building / VERSION / file, content)
+        for file, array in sample.items():
+            _write_new(building / WARMUP / file, array.tobytes())
+        _write_new(building / CONFIG, _config(name, bundle, served, options).encode())
+    files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    return TritonModel(
+        folder=folder,
+        name=name,
+        backend=served.backend,
+        source=served.source,
+        needs=served.needs,
+        max_batch=served.max_batch,
+        inputs=served.inputs,
+        outputs=served.outputs,
+        files=dict(sorted(files.items())),
+    )
+
+
+# ------------------------------------------------------------------------------------------------- what is to be served
+
+
+def _chosen_graph(bundle: Bundle, options: TritonOptions) -> GraphRecord:
+    """The graph for CPUs on CPUs, where there is one; FP16 on GPUs, FP32 on CPUs unless something else is asked for."""
+    precision = options.precision
+    if precision == "auto":
+        precision = "fp32" if options.device == "cpu" else "fp16"
+    for record in bundle.manifest.graphs:
+        if (record.graph, record.precision, options.device) == (ON_CPU[options.graph], precision, "cpu"):
+            return record
+    return bundle.graph(options.graph, precision)
+
+
+def _served_graph(bundle: Bundle, record: GraphRecord, options: TritonOptions) -> _Served:
+    max_batch = _batch(options, 8, MAX_BATCH, f"the graphs take 1 to {MAX_BATCH}")
+    content, weights = bundle.read_graph(record)
+    shown = bundle.path / record.file
+    inputs, outputs = _read_graph(content, shown)
+    for port in (*inputs, *outputs):
+        if port.shape[:1] != (BATCH,) or BATCH in port.shape[1:] or port.dtype not in _TYPES:
+            raise BundleError(f"{shown}: Triton cannot batch its {port.name} {port.dtype}{port.shape}", EXPORT_AGAIN)
+    contents = {"model.onnx": content, **weights}
+    needs = "the onnxruntime backend" + ("" if options.device == "cpu" else " and a GPU")
+    return _Served("onnxruntime", "model.onnx", record.file, record.sha256, needs, max_batch, inputs, outputs, contents)
+
+
+def _served_engine(bundle: Bundle, word: str, options: TritonOptions) -> _Served:
+    named = named_engines(bundle, [word])
+    found = [engine for engine in named if engine.record and engine.record.graph == options.graph]
+    if len(found) != 1:
+        keys = ", ".join(engine.record.key for engine in found if engine.record) or "none"
+        raise UsageError(
+            f"{word!r} does not name one engine of the {options.graph} graph, but {keys}", "give the whole key"
+        )
+    (engine,) = found
+    record = engine.record
+    assert record is not None
+    if record.runtime != "tensorrt":
+        raise UsageError(
+            f"{record.key} is an engine for {record.runtime}, and Triton loads those of TensorRT alone",
+            "build one there: spmdeploy build BUNDLE --runtime tensorrt; or leave --engine out and serve the graph",
+        )
+    if options.device == "cpu" or options.precision not in ("auto", record.precision):
+        asked = "a CPU" if options.device == "cpu" else options.precision
+        raise UsageError(f"{record.key} is a {record.precision} engine for a GPU, and {asked} was asked for", None)
+    max_batch = _batch(options, record.batch.max, record.batch.max, f"the engine takes {record.batch}")
+    return _Served(
+        backend="tensorrt",
+        file="model.plan",
+        source=f"engines/{record.key}/{record.engine.file}",
+        sha256=record.engine.sha256,
+        needs=f"TensorRT {record.version} and {record.made_for}",
+        max_batch=max_batch,
+        inputs=record.inputs,
+        outputs=record.outputs,
+        contents={"model.plan": engine.content()},
+    )
+
+
+def _batch(options: TritonOptions, default: int, most: int, limits: str) -> int:
+    max_batch = default if options.max_batch is None else options.max_batch
+    if not 1 <= max_batch <= most or options.instances < 1:
+        words = f"batches up to {max_batch} on {options.instances} instances cannot be"
+        raise UsageError(words, f"{limits}, and there must be an instance")
+    return max_batch
+
+
+def _read_graph(content: bytes, shown: Path) -> tuple[tuple[Port, ...], tuple[Port, ...]]:
+    """Inputs and outputs."""
+    import onnx
+    from onnx.helper import tensor_dtype_to_np_dtype
+
+    def port(value: onnx.ValueInfoProto) -> Port:
+        kind = value.type.tensor_type
+        shape = tuple(BATCH if dim.dim_param else dim.dim_value for dim in kind.shape.dim)
+        return Port(value.name, str(tensor_dtype_to_np_dtype(kind.elem_type)), shape)
+
+    try:
+        graph = onnx.load_from_string(content).graph
+        return tuple(map(port, graph.input)), tuple(map(port, graph.output))
+    except Exception as error:  # onnx and protobuf raise anything on bytes that are no graph
+        raise BundleError(f"{shown}: not a graph of ours: {error!r}", EXPORT_AGAIN) from error
+
+
+def _warmup_sample(bundle: Bundle, inputs: Sequence[Port], shown: str) -> dict[str, NDArray[Any]]:
+    """One golden edit, by the names of the inputs: each (1, ...)."""
+    if not bundle.manifest.golden:
+        raise BundleError(f"{bundle.path}: holds no golden edit to warm a server up with", EXPORT_AGAIN)
+    pictures = read_golden(bundle, bundle.manifest.golden[0])
+    golden = {**vars(pictures), "coarse": pictures.coarse}
+    for port in inputs:
+        there = golden.get(port.name)
+        if there is None or Port(port.name, str(there.dtype), (BATCH, *there.shape[1:])) != port:
+            raise BundleError(
+                f"{bundle.path}: {shown} takes {port.name} {port.dtype}{port.shape}, as no graph of ours does",
+                EXPORT_AGAIN,
+            )
+    return {port.name: np.ascontiguousarray(golden[port.name]) for port in inputs}
+
+
+# ---------------------------------------------------------------------------------------------------- the configuration
+
+
+def _config(name: str, bundle: Bundle, served: _Served, options: TritonOptions) -> str:
+    """config.pbtxt. Dimensions go without the batch, which max_batch_size stands for."""
+    kind = "KIND_CPU" if options.device == "cpu" else "KIND_GPU"
+    warm_batches = sorted({1, served.max_batch})
+    lines = [
+        f"{HEADING}: {served.source} of the bundle {bundle.manifest.name},",
+        f"# SHA-256 {served.sha256}; the server needs {served.needs}",
+        f'name: "{name}"',
+        f'backend: "{served.backend}"',
+        f'default_model_filename: "{served.file}"',
+        f"max_batch_size: {served.max_batch}",
+        *_ports("input", served.inputs),
+        *_ports("output", served.outputs),
+        f"instance_group [ {{ kind: {kind} count: {options.instances} }} ]",
+        f"dynamic_batching {{ max_queue_delay_microseconds: {QUEUE_DELAY} }}",
+        *(line for batch in warm_batches for line in _warmup(batch, served.inputs)),
+    ]
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _ports(field: str, ports: Sequence[Port]) -> Iterator[str]:
+    for port in ports:
+        yield f'{field} {{ name: "{port.name}" {_type_and_dims(port)} }}'
+
+
+def _warmup(batch: int, inputs: Sequence[Port]) -> Iterator[str]:
+    """The sample is one edit; Triton repeats it to fill the batch."""
+    yield "model_warmup {"
+    yield f'  name: "batch {batch}" batch_size: {batch}'
+    for port in inputs:
+        yield f'  inputs {{ key: "{port.name}" value {{ {_type_and_dims(port)} input_data_file: "{port.name}" }} }}'
+    yield "}"
+
+
+def _type_and_dims(port: Port) -> str:
+    return f"data_type: {_TYPES[port.dtype]} dims: {list(port.shape[1:])}"
+
+
+# ------------------------------------------------------------------------------------------------------ the repository
+
+
+def _make_repository(repository: Path) -> None:
+    try:
+        repository.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{repository}: cannot be made: {error.strerror}", "name another folder") from error
+
+
+def _check_written_by_us(folder: Path) -> None:
+    """Raises InputError unless the folder is a model that was written here, with nothing else in it."""
+    try:
+        heading, names = (folder / CONFIG).read_bytes()[: len(HEADING)], set(os.listdir(folder))
+    except OSError:
+        heading, names = b"", set()
+    strange = sorted(names - {CONFIG, VERSION, WARMUP})
+    if heading != HEADING.encode() or strange:
+        words = f"{folder}: not replaced, {strange[0] if strange else 'it'} was not written by export-triton"
+        raise InputError(words, "remove it yourself, or give another --name")
+
+
+def _write_new(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "xb") as stream:
+        stream.write(content)

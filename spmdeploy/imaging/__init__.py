@@ -1,0 +1,1 @@
+"""Image files, resizing and contact sheets."""

@@ -1,0 +1,112 @@
+"""Pictures to look at: before, labels, mask and after side by side."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+from spmdeploy.imaging.files import resize_labels
+from spmdeploy.labels import ClassTable, colourise, count_labels
+
+CELL_SIDE = 640
+"""Longer side that a cell of a sheet is shrunk to when it is larger."""
+_GAP, _CAPTION, _FONT_SIZE = 10, 28, 16
+_PAPER, _INK = (255, 255, 255), (40, 40, 40)
+MASK_TINT = (255, 40, 70)
+_OUTLINE = (255, 255, 255)
+
+Rgb = NDArray[np.uint8]
+Colour = tuple[int, int, int]
+
+
+def edit_sheet(photo: Rgb, labels: NDArray[np.uint8], mask: NDArray[np.bool_], edited: Rgb, classes: ClassTable) -> Rgb:
+    """One row: before / labels / mask / after. photo, edited: uint8 (H, W, 3). labels: uint8 (H, W). mask: bool (H, W).
+
+    Labels are drawn over a faded photo where the mask keeps it: there they have no influence. Below is what the colours
+    stand for.
+    """
+    used = [classes.classes[i] for i in count_labels(labels[mask]) if i < len(classes)]
+    before, after = fitted(photo), fitted(edited)
+    labels, mask = resize_labels(labels, *before.shape[:2]), resize_labels(mask, *before.shape[:2])
+    layout = np.where(mask[..., None], colourise(labels, classes), _faded(before))
+    layout[_outline(mask)] = _OUTLINE
+    tinted = with_mask(before, mask)
+    cells = {"before": before, "labels under the mask": layout, "mask": tinted, "after": after}
+    return sheet([cells], [(entry.name, entry.color) for entry in used])
+
+
+def sheet(
+    rows: list[dict[str, Rgb]], legend: list[tuple[str, Colour]] | None = None, cell_side: int = CELL_SIDE
+) -> Rgb:
+    """A grid of captioned pictures, one dict of caption: uint8 (H, W, 3) per row. Returns uint8 (H, W, 3) RGB.
+
+    legend: names and the RGB colours that stand for them, written below the pictures. cell_side: pictures with a longer
+    side are shrunk to it.
+    """
+    drawn = [[(caption, _fitted(picture, cell_side)) for caption, picture in row.items()] for row in rows]
+    width = max(sum(picture.width + _GAP for _, picture in row) for row in drawn) + _GAP
+    heights = [max(picture.height for _, picture in row) + _CAPTION + _GAP for row in drawn]
+    key = _legend(legend or [], width)
+    page = Image.new("RGB", (width, sum(heights) + _GAP + key.height), _PAPER)
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default(size=_FONT_SIZE)
+    top = _GAP
+    for row, height in zip(drawn, heights, strict=True):
+        left = _GAP
+        for caption, picture in row:
+            draw.text((left, top), caption, fill=_INK, font=font)
+            page.paste(picture, (left, top + _CAPTION))
+            left += picture.width + _GAP
+        top += height
+    page.paste(key, (0, top))
+    return np.asarray(page)
+
+
+def with_mask(photo: Rgb, mask: NDArray[np.bool_]) -> Rgb:
+    """The photo with the mask tinted and outlined. photo: uint8 (H, W, 3). mask: bool (H, W)."""
+    tinted = photo.copy()
+    tinted[mask] = (0.5 * photo[mask] + 0.5 * np.array(MASK_TINT, np.float32)).astype(np.uint8)
+    tinted[_outline(mask)] = _OUTLINE
+    return tinted
+
+
+def fitted(picture: Rgb, side: int = CELL_SIDE) -> Rgb:
+    """The picture, shrunk where its longer side is more than that. uint8 (H, W, 3)."""
+    return np.asarray(_fitted(picture, side))
+
+
+def _legend(entries: list[tuple[str, Colour]], width: int) -> Image.Image:
+    """A square of each colour with its name behind it, in as many lines as `width` makes necessary."""
+    font = ImageFont.load_default(size=_FONT_SIZE)
+    places, left, top = [], _GAP, 0
+    for name, colour in entries:
+        length = _FONT_SIZE + 6 + int(font.getlength(name))
+        if left > _GAP and left + length > width:
+            left, top = _GAP, top + _CAPTION
+        places.append((left, top, name, colour))
+        left += length + 2 * _GAP
+    key = Image.new("RGB", (width, top + _CAPTION if entries else 0), _PAPER)
+    draw = ImageDraw.Draw(key)
+    for left, top, name, colour in places:
+        draw.rectangle((left, top + 2, left + _FONT_SIZE, top + 2 + _FONT_SIZE), fill=colour, outline=_INK)
+        draw.text((left + _FONT_SIZE + 6, top), name, fill=_INK, font=font)
+    return key
+
+
+def _faded(photo: Rgb) -> Rgb:
+    """The photo in pale grey. uint8 (H, W, 3)."""
+    grey = photo.astype(np.uint16).sum(axis=2) // 3
+    return np.repeat((128 + grey * 3 // 8).astype(np.uint8)[..., None], 3, axis=2)
+
+
+def _outline(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Pixels of the mask beside a pixel that is not in it. bool (H, W)."""
+    inside = Image.fromarray(mask.astype(np.uint8)).filter(ImageFilter.MinFilter(3))
+    outline: NDArray[np.bool_] = mask & (np.asarray(inside) == 0)
+    return outline
+
+
+def _fitted(picture: Rgb, side: int) -> Image.Image:
+    image = Image.fromarray(picture)
+    image.thumbnail((side, side), Image.Resampling.BOX)
+    return image

@@ -1,1 +1,0 @@
-"""What a machine needs to run an exported graph. Nothing here ever imports torch or onnx."""

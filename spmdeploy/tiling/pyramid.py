@@ -1,0 +1,157 @@
+"""The sizes through which a cascade carries a window up, and the tiles of each.
+
+Levels double: a pixel of a level stands for `factor` by `factor` pixels of the photo, 1 at the last level. Tiles lie at
+even places, so that what a tile is made from, the level before at half the size, begins at a whole pixel too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spmdeploy.tiling.blending import ramps
+from spmdeploy.tiling.letterbox import Frame
+from spmdeploy.tiling.pieces import Mask, bounding_box
+from spmdeploy.tiling.windows import MIN_MARGIN, NATIVE_SIZE, Window
+
+# What neighbouring tiles share at least, as a part of a tile's side.
+OVERLAP = 0.25
+# The coarse edit is made at the model's size, and enlarged at most so far before the first doubling.
+BASE_ENLARGED = 1.25
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """A square of a level: the numbers of its row and its column in the grid, its place in pixels of the level."""
+
+    row: int
+    column: int
+    top: int
+    left: int
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """One size of a window. rows, columns: tops and lefts of the grid, in pixels of the level, even and ascending."""
+
+    window: Window
+    factor: int
+    """Photo pixels along one pixel of the level, a power of two."""
+    rows: tuple[int, ...]
+    columns: tuple[int, ...]
+    tiles: tuple[Tile, ...]
+    """The tiles that touch the mask, row by row: no other is run."""
+    size: int
+    """Of a tile."""
+
+    @property
+    def height(self) -> int:
+        """Of the whole window in this level; the last row may lie half outside the window."""
+        return -(-self.window.height // self.factor)
+
+    @property
+    def width(self) -> int:
+        return -(-self.window.width // self.factor)
+
+    @property
+    def region(self) -> Window:
+        """What the grid covers, in pixels of the level; a level smaller than a tile lies at its upper left."""
+        height, width = (places[-1] + self.size - places[0] for places in (self.rows, self.columns))
+        return Window(self.rows[0], self.columns[0], height, width)
+
+    @property
+    def extent(self) -> tuple[int, int]:
+        """Height and width of the region, as far as the window has it."""
+        region = self.region
+        return min(region.height, self.height - region.top), min(region.width, self.width - region.left)
+
+    def place(self, tile: Tile) -> tuple[slice, slice]:
+        """Cuts the tile out of an array of the region; of its extent, what is there of the tile."""
+        region = self.region
+        return Window(tile.top - region.top, tile.left - region.left, self.size, self.size).slices
+
+    def neighbours(self, tile: Tile) -> list[tuple[int, int, int, int]]:
+        """The places in the grid on the left of a tile and above it: row and column, and how far below and to the right
+        of each the tile begins."""
+        before = ((tile.row, tile.column - 1), (tile.row - 1, tile.column))
+        return [
+            (row, column, tile.top - self.rows[row], tile.left - self.columns[column])
+            for row, column in before
+            if row >= 0 and column >= 0
+        ]
+
+    def weights(self, tile: Tile) -> NDArray[np.float32]:
+        """float32 (size, size): how much the tile counts at each place. Over all tiles of the grid they sum to one."""
+        down, right = (ramps(starts, self.size) for starts in (self.rows, self.columns))
+        return np.outer(down[tile.row], right[tile.column])
+
+    def photo_block(self, tile: Tile) -> Window:
+        """What the tile shows of the window, in photo pixels from the window's corner; it may reach beyond its end."""
+        side = self.size * self.factor
+        return Window(tile.top * self.factor, tile.left * self.factor, side, side)
+
+
+def plan_levels(window: Window, hole: Mask, size: int = NATIVE_SIZE, overlap: float = OVERLAP) -> tuple[Level, ...]:
+    """The levels of a window from the coarsest to its own resolution; none where the window fits into the model.
+
+    hole: bool (height, width) of the window, not empty. The grid of a level covers it and a margin around it, not the
+    window.
+    """
+    factors = [2**power for power in range(_doublings(max(window.height, window.width), size))]
+    shared = 2 * round(size * overlap / 2)
+    return tuple(_level(window, hole, factor, size, shared) for factor in reversed(factors))
+
+
+def base_extent(frame: Frame, first: Level) -> tuple[int, int, float, float]:
+    """Height and width of the picture that the first level starts from, at half its size, and the rows and columns of
+    the coarse edit that it shows. frame: the window in the model's input."""
+    window, factor = frame.window, 2 * first.factor
+    height, width = (-(-side // factor) for side in (window.height, window.width))
+    # A pixel of it is `factor` photo pixels, which the window's sides need not be multiples of.
+    rows, columns = height * factor / window.height, width * factor / window.width
+    return height, width, rows * frame.height, columns * frame.width
+
+
+def _doublings(longer: int, size: int) -> int:
+    """The fewest that bring a coarse edit, enlarged no further than BASE_ENLARGED, to `longer` pixels."""
+    count = 0 if longer <= size else 1
+    while longer > size * BASE_ENLARGED * 2**count:
+        count += 1
+    return count
+
+
+def _level(window: Window, hole: Mask, factor: int, size: int, overlap: int) -> Level:
+    bounds = bounding_box(hole)
+    assert bounds is not None, window
+    top, left, bottom, right = bounds
+    rows = spread_tiles(top // factor, -(-bottom // factor), -(-window.height // factor), size, overlap)
+    columns = spread_tiles(left // factor, -(-right // factor), -(-window.width // factor), size, overlap)
+    whole = Level(window, factor, rows, columns, (), size)
+    tiles = (Tile(i, j, y, x) for i, y in enumerate(rows) for j, x in enumerate(columns))
+    return replace(whole, tiles=tuple(tile for tile in tiles if hole[whole.photo_block(tile).slices].any()))
+
+
+def spread_tiles(first: int, end: int, length: int, size: int, overlap: int) -> tuple[int, ...]:
+    """Where tiles begin that cover first..end of a line and a margin, as few as the overlap allows, evenly spread.
+
+    All are even and inside 0..length, but that a line of odd length may be exceeded by one, and a line shorter than a
+    tile has one that begins at 0.
+    """
+    room = _even_above(length)
+    if room <= size:
+        return (0,)
+    first, end = _even_below(max(first - MIN_MARGIN, 0)), _even_above(min(end + MIN_MARGIN, room))
+    span = max(end - first, size)
+    start = _even_below(min(max(first - (span - (end - first)) // 2, 0), room - span))
+    steps = -(-(span - size) // (size - overlap))
+    return tuple(start + _even_below(step * (span - size) // max(steps, 1)) for step in range(steps + 1))
+
+
+def _even_below(number: int) -> int:
+    return number - number % 2
+
+
+def _even_above(number: int) -> int:
+    return number + number % 2

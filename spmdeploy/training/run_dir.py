@@ -1,0 +1,140 @@
+"""The run directory: configuration, metrics, checkpoints and exports; a kill at any moment is harmless.
+
+RUN/config.json          the configuration, as given
+RUN/metrics.jsonl        one JSON object per line: training and validation figures
+RUN/checkpoint.pt        everything needed to go on, replaced atomically
+RUN/tensorboard/         the same for TensorBoard, when asked for
+RUN/samples/*.png        sample sheets
+RUN/export/              averaged weights of the last checkpoint: generator.safetensors and .json
+RUN/best/                the same for the lowest validation figure
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import pickle
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spmdeploy.errors import InputError, UsageError
+from spmdeploy.model.checkpoint import save_generator
+from spmdeploy.model.generator import Generator
+from spmdeploy.training.config import TrainConfig, from_json, to_json
+
+CHECKPOINT_SCHEMA = "spmdeploy.checkpoint/1"
+
+
+class RunDirectory:
+    """Paths and atomic writes of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._config = path / "config.json"
+        self._metrics = path / "metrics.jsonl"
+        self.checkpoint = path / "checkpoint.pt"
+
+    def start(self, config: TrainConfig) -> None:
+        """Begins a run. Raises UsageError when the folder already holds one."""
+        if self._config.exists():
+            raise UsageError(f"{self.path} already holds a run", "continue it with --resume, or choose another folder")
+        (self.path / "samples").mkdir(parents=True, exist_ok=True)
+        _write_atomically(self._config, lambda path: _write_json(path, to_json(config)))
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keeps all other processes from training here, until this one ends in whatever way.
+
+        A launcher that is killed leaves its workers behind: a second run beside them would mix two into one folder.
+        Raises UsageError when somebody is there already.
+        """
+        folder = os.open(self.path, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                problem = f"another process is training in {self.path}"
+                raise UsageError(problem, "wait for its end or end it; workers outlive a killed torchrun") from error
+            yield
+        finally:
+            os.close(folder)
+
+    def config(self) -> TrainConfig:
+        """The run's configuration. Raises InputError when there is none."""
+        try:
+            fields = json.loads(self._config.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{self._config}: no run to resume: {error}", "start one without --resume") from error
+        return from_json(fields, str(self._config))
+
+    def sample_sheet(self, images: int) -> Path:
+        """Where the sample sheet after so many images goes."""
+        return self.path / "samples" / f"{images:08d}.png"
+
+    # -- metrics
+
+    def log(self, **fields: Any) -> None:
+        with self._metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(fields) + "\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All complete lines; the last one may have been cut by a kill."""
+        if not self._metrics.exists():
+            return []
+        lines = []
+        for line in self._metrics.read_text(encoding="utf-8").splitlines():
+            try:
+                lines.append(json.loads(line))
+            except ValueError:
+                break
+        return lines
+
+    def drop_metrics_after(self, images: int) -> None:
+        """Forgets what was logged between the last checkpoint and the kill: those steps run again."""
+        kept = "".join(json.dumps(line) + "\n" for line in self.metrics() if line["images"] <= images)
+        _write_atomically(self._metrics, lambda path: path.write_text(kept, encoding="utf-8"))
+
+    # -- checkpoints
+
+    def save_checkpoint(self, state: dict[str, Any]) -> None:
+        _write_atomically(self.checkpoint, lambda path: torch.save({"schema": CHECKPOINT_SCHEMA, **state}, path))
+
+    def load_checkpoint(self) -> dict[str, Any] | None:
+        """The last checkpoint, None when the run was ended before its first. Raises InputError naming the file."""
+        if not self.checkpoint.exists():
+            return None
+        try:
+            state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise InputError(f"{self.checkpoint}: not readable: {' '.join(str(error).split())[:300]}") from error
+        if not isinstance(state, dict) or state.get("schema") != CHECKPOINT_SCHEMA:
+            raise InputError(f"{self.checkpoint}: not a checkpoint of this program", f"expected {CHECKPOINT_SCHEMA}")
+        return state
+
+    def export(self, generator: Generator, folder: str) -> Path:
+        """Writes the generator as RUN/`folder`/generator.safetensors with its .json."""
+        target = self.path / folder / "generator.safetensors"
+        target.parent.mkdir(exist_ok=True)
+        staging = target.with_name("incoming.safetensors")
+        save_generator(generator, staging)
+        os.replace(staging.with_suffix(".json"), target.with_suffix(".json"))
+        os.replace(staging, target)
+        return target
+
+
+def _write_atomically(target: Path, write: Callable[[Path], object]) -> None:
+    """Writes beside `target`, flushes to the disk, then renames: a reader sees the old file or the new one."""
+    staging = target.with_name(f"{target.name}.incoming")
+    write(staging)
+    with staging.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(staging, target)
+
+
+def _write_json(path: Path, fields: dict[str, Any]) -> None:
+    path.write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,369 @@
+"""The doctor in machines that are simulated: what is usable, why not, and what to do."""
+
+from __future__ import annotations
+
+import builtins
+import importlib
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from spmdeploy import cli, default_model
+from spmdeploy.backends import doctor
+from spmdeploy.bundle.bundle import Bundle, open_bundle
+from spmdeploy.engines.store import FoundEngine
+from spmdeploy.gpu import driver as cuda
+from tests.bundle.conftest import write_street
+from tests.simulators.records import SAMPLE
+
+
+class Machine:
+    """What is installed and plugged in, for the doctor to find; change it, then `examine`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, bundle: Bundle) -> None:
+        self.patch, self.bundle = monkeypatch, bundle
+        self.gpus(OSError("no NVIDIA driver (libcuda.so.1: no such file)"))
+        self.onnxruntime(["CPUExecutionProvider"], {"onnxruntime"})
+        self.binding(ImportError("neither PyCUDA (No module named 'pycuda') nor cuda-python (No module named 'cuda')"))
+        for runtime in ("tensorrt", "tensorrt-rtx"):
+            self.engine_library(runtime, ImportError(f"No module named '{runtime}'"))
+        self.engines([])
+
+    def gpus(self, answer: int | OSError) -> None:
+        def visible_gpus() -> int:
+            if isinstance(answer, OSError):
+                raise answer
+            return answer
+
+        self.patch.setattr(doctor, "visible_gpus", visible_gpus)
+
+    def onnxruntime(self, providers: list[str] | None, packages: set[str]) -> None:
+        library = SimpleNamespace(
+            __version__="9.9", __spec__="here", __file__="/nowhere", get_available_providers=lambda: providers
+        )
+        # None in sys.modules makes an import fail, as if the package were not there.
+        self.patch.setitem(sys.modules, "onnxruntime", None if providers is None else library)
+        self.patch.setattr(doctor, "_installed", lambda: packages)
+
+    def binding(self, answer: str | Exception) -> None:
+        def open_binding() -> Any:
+            if isinstance(answer, Exception):
+                raise answer
+            return SimpleNamespace(name=answer)
+
+        self.patch.setattr(doctor, "open_binding", open_binding)
+
+    def engine_library(self, runtime: str, found: ModuleType | Exception, *packages: str) -> None:
+        """A module that can be imported or cannot, and the packages that say that they are installed."""
+        name = runtime.replace("-", "_")
+        real_import, real_found = importlib.import_module, importlib.metadata.distributions
+
+        def import_module(wanted: str, package: str | None = None) -> Any:
+            if wanted != name:
+                return real_import(wanted, package)
+            if isinstance(found, Exception):
+                raise found
+            return found
+
+        def distributions(**query: str) -> Any:
+            asked = query.get("name", "")
+            if asked.startswith(runtime) and (asked.startswith("tensorrt-rtx") == (runtime == "tensorrt-rtx")):
+                return [SimpleNamespace(version="10.16.1")] if asked in packages else []
+            return real_found(**query)
+
+        self.patch.setattr("spmdeploy.engines.library.importlib.import_module", import_module)
+        self.patch.setattr(doctor.importlib.metadata, "distributions", distributions)
+        self.patch.setattr(doctor.importlib.metadata, "version", lambda package: "10.16.1")
+
+    def engines(self, found: list[FoundEngine]) -> None:
+        self.patch.setattr("spmdeploy.backends.select_engine.find_engines", lambda bundle, hashing: found)
+
+    def without(self, *packages: str) -> None:
+        real = doctor.importlib.util.find_spec
+        self.patch.setattr(
+            doctor.importlib.util, "find_spec", lambda name, package=None: None if name in packages else real(name)
+        )
+
+    def examine(self) -> dict[str, doctor.Finding]:
+        return {finding.name: finding for finding in doctor.examine(self.bundle)}
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Machine:
+    return Machine(monkeypatch, write_street(tmp_path / "street.spm"))
+
+
+CUDA = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+
+
+def test_a_plain_computer(machine: Machine) -> None:
+    found = machine.examine()
+    assert found["onnxruntime on cpu"].usable and found["onnxruntime on cpu"].reason == "onnxruntime 9.9"
+    gpu, on_cuda = found["NVIDIA GPU"], found["onnxruntime on cuda"]
+    assert not gpu.usable and "no NVIDIA driver" in gpu.reason and "driver" in str(gpu.remedy)
+    assert not on_cuda.usable and "built without CUDA" in on_cuda.reason and "spmdeploy[gpu]" in str(on_cuda.remedy)
+
+
+def test_nothing_that_runs_graphs(machine: Machine) -> None:
+    machine.onnxruntime(None, set())
+    found = machine.examine()
+    for name in ("onnxruntime on cpu", "onnxruntime on cuda"):
+        assert not found[name].usable and "onnxruntime" in found[name].reason
+    assert 'pip install "spmdeploy[cpu]"' in str(found["onnxruntime on cpu"].remedy)
+
+
+def test_both_packages_at_once(machine: Machine) -> None:
+    machine.onnxruntime(CUDA, {"onnxruntime", "onnxruntime-gpu"})
+    machine.gpus(1)
+    found = machine.examine()
+    on_cuda = found["onnxruntime on cuda"]
+    assert not on_cuda.usable and "both installed" in on_cuda.reason
+    assert str(on_cuda.remedy).startswith("pip uninstall onnxruntime onnxruntime-gpu")
+    assert "mixed with onnxruntime-gpu" in found["onnxruntime on cpu"].reason
+
+
+@pytest.mark.parametrize("answer", [0, OSError("the NVIDIA driver answered cuInit with error 100")], ids=str)
+def test_a_cuda_build_without_a_gpu(answer: int | OSError, machine: Machine) -> None:
+    machine.onnxruntime(CUDA, {"onnxruntime-gpu"})
+    machine.gpus(answer)
+    found = machine.examine()
+    assert not found["onnxruntime on cuda"].usable
+    assert found["onnxruntime on cuda"].reason == found["NVIDIA GPU"].reason
+    assert found["onnxruntime on cpu"].usable
+
+
+def test_a_gpu_and_the_package_for_it(machine: Machine) -> None:
+    machine.onnxruntime(CUDA, {"onnxruntime-gpu"})
+    machine.gpus(2)
+    found = machine.examine()
+    assert found["NVIDIA GPU"].usable and found["NVIDIA GPU"].reason == "2 visible"
+    assert found["onnxruntime on cuda"].usable and "verify --device cuda:0" in found["onnxruntime on cuda"].reason
+
+
+@pytest.mark.parametrize(
+    ("missing", "name"), [("torch", "torch"), ("onnx", "torch"), ("onnxscript", "export"), ("safetensors", "export")]
+)
+def test_what_export_needs(missing: str, name: str, machine: Machine) -> None:
+    machine.without(missing)
+    finding = machine.examine()[name]
+    assert not finding.usable and finding.reason == f"{missing} is not installed" and "export" in str(finding.remedy)
+
+
+def test_examining_imports_nothing_heavy(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    imported: list[str] = []
+    real = builtins.__import__
+
+    def remember(name: str, *arguments: Any, **options: Any) -> Any:
+        imported.append(name)
+        return real(name, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "__import__", remember)
+    machine.examine()
+    assert {"torch", "onnx"}.isdisjoint(imported) and "onnxruntime" in imported
+
+
+def test_the_command(machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:
+    machine.onnxruntime(None, set())
+    assert cli.main(["doctor"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("onnxruntime on cpu   not usable") for line in lines)
+    assert any(line.startswith("onnxruntime on cpu: ") and "pip install" in line for line in lines)
+    assert cli.main(["doctor", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["schema"] == "spmdeploy.backends.doctor/1" and set(told) == {"schema", "machine", "findings"}
+    assert {"system", "machine", "python", "cores"} <= set(told["machine"])
+    assert set(told["findings"][0]) == {"name", "usable", "reason", "remedy"}
+
+
+def test_the_table_of_backends(machine: Machine) -> None:
+    assert list(machine.examine()) == [
+        "NVIDIA GPU",
+        "CUDA for Python",
+        "tensorrt",
+        "tensorrt-rtx",
+        "engines of street",
+        "onnxruntime on cuda",
+        "onnxruntime on cpu",
+        "torch",
+        "export",
+    ]
+    for finding in machine.examine().values():
+        assert finding.usable or (finding.reason and finding.remedy), finding
+
+
+# ------------------------------------------------------------------------------------------------------------- engines
+
+
+def library(version: str = "10.16.1") -> ModuleType:
+    module = ModuleType("tensorrt")
+    module.__version__, module.Runtime = version, object  # type: ignore[attr-defined]
+    return module
+
+
+def test_a_machine_for_engines(machine: Machine) -> None:
+    machine.gpus(1)
+    machine.binding("PyCUDA 2025.1.2")
+    machine.engine_library("tensorrt", library(), "tensorrt")
+    found = machine.examine()
+    assert found["CUDA for Python"].reason == "PyCUDA 2025.1.2"
+    assert found["tensorrt"].usable and found["tensorrt"].reason == "tensorrt 10.16.1 with PyCUDA 2025.1.2"
+
+
+def test_a_library_that_is_not_installed(machine: Machine) -> None:
+    found = machine.examine()
+    for runtime in ("tensorrt", "tensorrt-rtx"):
+        assert found[runtime].reason == f"{runtime} is not installed"
+        assert f'pip install "spmdeploy[{runtime}]"' in str(found[runtime].remedy)
+
+
+@pytest.mark.parametrize("module", [ImportError("cannot import name 'tensorrt_libs'"), ModuleType("tensorrt")], ids=str)
+def test_a_stub_without_its_libraries(module: Any, machine: Machine) -> None:
+    machine.engine_library("tensorrt", module, "tensorrt")
+    finding = machine.examine()["tensorrt"]
+    assert not finding.usable and "stub" in str(finding.remedy)
+    assert "installed without its libraries" in finding.reason or "is empty" in finding.reason
+
+
+def test_a_library_of_cuda_that_is_missing(machine: Machine) -> None:
+    error = OSError("libcudart.so.12: cannot open shared object file: No such file or directory")
+    machine.engine_library("tensorrt", error, "tensorrt-cu12")
+    finding = machine.examine()["tensorrt"]
+    assert finding.reason == "tensorrt-cu12 10.16.1 is installed, but the library libcudart.so.12 is missing"
+    assert "libcudart.so.12" in str(finding.remedy)
+
+
+def test_an_engine_library_without_a_gpu_or_a_binding(machine: Machine) -> None:
+    for runtime in ("tensorrt", "tensorrt-rtx"):
+        machine.engine_library(runtime, library("9.9"), runtime)
+    machine.binding("cuda-python 13.5.0")
+    found = machine.examine()
+    assert found["tensorrt"].reason == "tensorrt 9.9, but no usable NVIDIA GPU"
+    assert found["tensorrt-rtx"].reason.endswith("no usable NVIDIA GPU; it can build engines for other machines")
+    assert found["tensorrt"].remedy == found["NVIDIA GPU"].remedy
+    machine.gpus(1)
+    machine.binding(ImportError("neither PyCUDA nor cuda-python"))
+    found = machine.examine()
+    assert found["tensorrt"].reason == "tensorrt 9.9, but no usable CUDA for Python"
+    assert "pip install cuda-python" in str(found["tensorrt"].remedy)
+
+
+def test_a_driver_that_the_binding_cannot_use(machine: Machine) -> None:
+    machine.gpus(1)
+    machine.binding(OSError("the NVIDIA driver answered cuInit with error 803"))
+    finding = machine.examine()["CUDA for Python"]
+    assert not finding.usable and "error 803" in finding.reason and finding.remedy
+
+
+def found_engine(**changes: Any) -> FoundEngine:
+    path = Path("engines/edit-fp16-b8/edit.fp16.engine")
+    engine = FoundEngine(path, "bundle", SAMPLE, (), (), (), False, None, "")  # type: ignore[arg-type]
+    return replace(engine, **changes)
+
+
+def test_engines_of_a_bundle(machine: Machine) -> None:
+    finding = machine.examine()["engines of street"]
+    assert not finding.usable and finding.reason == "no engine was built for this bundle"
+    assert "spmdeploy build" in str(finding.remedy)
+    reasons = ("GPU: built on NVIDIA A10 (sm86), here none", "tensorrt: built with 10.3, here not installed")
+    machine.engines([found_engine(differences=reasons), found_engine(faults=("truncated: 3 bytes",), record=None)])
+    finding = machine.examine()["engines of street"]
+    assert not finding.usable and all(reason in finding.reason for reason in (*reasons, "truncated: 3 bytes"))
+    machine.engines([found_engine(differences=reasons), found_engine()])
+    finding = machine.examine()["engines of street"]
+    there = "edit-fp16-b8, built for NVIDIA GeForce RTX 3060 (sm86)"
+    assert finding.usable and finding.reason.startswith(f"{there}; it cannot cascade, the bundle holds no refine graph")
+    machine.engines([found_engine(), found_engine(record=replace(SAMPLE, graph="refine"))])
+    assert machine.examine()["engines of street"].reason == there
+
+
+def test_a_bundle_for_cpus_alone(machine: Machine) -> None:
+    machine.bundle = open_bundle(default_model())
+    finding = machine.examine()["engines of street"]
+    assert not finding.usable and "for CPUs only" in finding.reason and "without --cpu-only" in str(finding.remedy)
+
+
+def test_onnxruntime_that_lacks_a_library_of_cuda(machine: Machine, tmp_path: Path) -> None:
+    machine.onnxruntime(CUDA, {"onnxruntime-gpu"})
+    machine.gpus(1)
+    (tmp_path / "capi").mkdir()
+    (tmp_path / "capi/libonnxruntime_providers_cuda.so").write_bytes(b"")
+    loaded = sys.modules["onnxruntime"]
+    loaded.__file__ = str(tmp_path / "__init__.py")
+    loaded.preload_dlls = lambda: print("Failed to load libcublas.so.13")  # type: ignore[attr-defined]
+
+    def load(words: str) -> None:
+        def fail(name: str) -> None:
+            raise OSError(words)
+
+        machine.patch.setattr("spmdeploy.backends.onnxruntime.ctypes.CDLL", fail)
+
+    load("libcudnn.so.9: cannot open shared object file: No such file or directory")
+    finding = machine.examine()["onnxruntime on cuda"]
+    assert not finding.usable and "libcudnn.so.9" in finding.reason and "cudnn" in str(finding.remedy)
+    load("undefined symbol: Provider_GetHost")  # which ONNX Runtime itself will bring
+    assert machine.examine()["onnxruntime on cuda"].usable
+
+
+# --------------------------------------------------------------------------------------------------- asking the driver
+
+
+class Driver:
+    """libcuda with the answers it is to give."""
+
+    def __init__(self, started: int = 0, counted: int = 0, count: int = 0) -> None:
+        self.cuInit = lambda flags: started
+        self.counted, self.count = counted, count
+
+    def cuDeviceGetCount(self, pointer: Any) -> int:  # noqa: N802 (NVIDIA's name)
+        pointer._obj.value = self.count
+        return self.counted
+
+    def cuDeviceGet(self, pointer: Any, index: int) -> int:  # noqa: N802
+        pointer._obj.value = index
+        return 0 if index < self.count else 101
+
+    def cuDeviceGetName(self, name: Any, size: int, device: Any) -> int:  # noqa: N802
+        name.value = f"GPU {device}".encode()[:size]
+        return 0
+
+    def cuDeviceGetAttribute(self, pointer: Any, attribute: int, device: Any) -> int:  # noqa: N802
+        pointer._obj.value = {75: 8, 76: 6}[attribute]
+        return 0
+
+    def cuDriverGetVersion(self, pointer: Any) -> int:  # noqa: N802
+        pointer._obj.value = 12080
+        return 0
+
+
+def test_the_driver_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    for driver, answer in ((Driver(count=3), 3), (Driver(), 0)):
+        monkeypatch.setattr(cuda.ctypes, "CDLL", lambda name, driver=driver: driver)
+        assert cuda.visible_gpus() == answer
+    for driver, words in ((Driver(started=100), "cuInit with error 100"), (Driver(counted=3), "error 3")):
+        monkeypatch.setattr(cuda.ctypes, "CDLL", lambda name, driver=driver: driver)
+        with pytest.raises(OSError, match=words):
+            cuda.visible_gpus()
+
+
+def test_the_driver_describes_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(cuda.ctypes, "CDLL", lambda name: Driver(count=2))
+    monkeypatch.setattr(cuda, "_KERNEL_MODULE_VERSION", tmp_path / "version")
+    assert cuda.gpu_facts(1) == cuda.GpuFacts("GPU 1", "8.6", "12.8", None)
+    (tmp_path / "version").write_text("580.95.05\n")
+    assert cuda.gpu_facts().driver == "580.95.05"
+    with pytest.raises(OSError, match="cuDeviceGet with error 101"):
+        cuda.gpu_facts(2)
+
+
+def test_no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str) -> None:
+        raise OSError(f"{name}: no such file")
+
+    monkeypatch.setattr(cuda.ctypes, "CDLL", fail)
+    with pytest.raises(OSError, match="no NVIDIA driver"):
+        cuda.visible_gpus()

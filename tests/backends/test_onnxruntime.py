@@ -1,0 +1,544 @@
+"""Sessions that are where they say they are, and golden edits that prove it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
+from PIL import Image
+
+import spmdeploy
+from spmdeploy import cli
+from spmdeploy.assets.samples import SAMPLE_EDITS
+from spmdeploy.backends import onnxruntime as ort
+from spmdeploy.backends.base import open_session
+from spmdeploy.backends.verify import GoldenPictures, measure_drift, read_golden, repeat_golden, verify
+from spmdeploy.bundle.bundle import Bundle, GraphFiles, open_bundle
+from spmdeploy.bundle.manifest import ParityLimits
+from spmdeploy.engines.pack import pack
+from spmdeploy.errors import BundleError, OutOfMemory, UnavailableError, UsageError
+
+CUDA = "CUDAExecutionProvider"
+SQUARE = ["batch", 256, 256]
+
+
+# -------------------------------------------------------------------------- an ONNX Runtime that is not to be trusted
+
+
+class FakeOnnxRuntime:
+    """Stands in for the module `onnxruntime`: built with CUDA, and runs where `runs_on` says whatever is asked."""
+
+    __version__ = "9.9"
+
+    def __init__(self, runs_on: str = "CPUExecutionProvider") -> None:
+        self.runs_on = runs_on
+        self.fails: Exception | None = None
+        self.asked: list[Any] = []
+        self.entries: dict[str, str] = {}
+
+    def get_available_providers(self) -> list[str]:
+        return [CUDA, "CPUExecutionProvider"]
+
+    def SessionOptions(self) -> Any:  # noqa: N802 (ONNX Runtime's name)
+        return SimpleNamespace(add_session_config_entry=self.entries.__setitem__)
+
+    def InferenceSession(self, graph: object, options: object, providers: list[Any], **_: Any) -> Any:  # noqa: N802
+        self.asked = providers
+        if self.fails:
+            raise self.fails
+        shapes = {"image": [*SQUARE, 3], "labels": SQUARE, "instances": SQUARE, "mask": SQUARE}
+        return SimpleNamespace(
+            get_providers=lambda: [self.runs_on],
+            get_inputs=lambda: [
+                SimpleNamespace(name=name, shape=shape, type=ort._INPUTS[name]) for name, shape in shapes.items()
+            ],
+            get_outputs=lambda: [SimpleNamespace(name="edited", type="tensor(uint8)")],
+            run=self.run,
+        )
+
+    def run(self, names: list[str], feed: dict[str, Any]) -> list[Any]:
+        raise RuntimeError("Failed to allocate memory for requested buffer of size 1")
+
+
+@pytest.fixture
+def library(monkeypatch: pytest.MonkeyPatch) -> FakeOnnxRuntime:
+    fake = FakeOnnxRuntime()
+    monkeypatch.setitem(sys.modules, "onnxruntime", fake)  # type: ignore[arg-type]
+    return fake
+
+
+def edit_on_cuda(bundle: Path, output: Path) -> int:
+    sample = SAMPLE_EDITS[0]
+    words = ["edit", sample.photo, "--labels", sample.labels, "--mask", sample.mask, "--output", output]
+    return cli.main([str(word) for word in [*words, "--model", bundle, "--device", "cuda:0", "--json"]])
+
+
+def test_a_silent_move_to_the_cpu_is_an_error(
+    street_bundle: Path, library: FakeOnnxRuntime, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert edit_on_cuda(street_bundle, tmp_path / "edited.png") == 4
+    told = json.loads(capsys.readouterr().out)
+    assert told["exit_code"] == 4 and "would run on CPUExecutionProvider" in told["error"]
+    assert library.asked == [(CUDA, {"device_id": 0})]  # the CPU is not even offered
+    assert library.entries["session.disable_cpu_ep_fallback"] == "1"
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_gpu_that_fails_is_an_error(
+    street_bundle: Path, library: FakeOnnxRuntime, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    library.fails = RuntimeError("CUDA failure 35: driver version is insufficient")
+    assert edit_on_cuda(street_bundle, tmp_path / "edited.png") == 4
+    assert "driver version is insufficient" in json.loads(capsys.readouterr().out)["error"]
+    library.fails, library.runs_on = None, CUDA
+    assert edit_on_cuda(street_bundle, tmp_path / "edited.png") == 8  # it opens, but has no memory to run
+    assert "ran out of memory on cuda:0" in json.loads(capsys.readouterr().out)["error"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_session_says_where_it_is(street_bundle: Path, library: FakeOnnxRuntime) -> None:
+    library.runs_on = CUDA
+    opened = open_session(open_bundle(street_bundle), device="cuda:3")
+    session = opened.session
+    assert library.asked == [(CUDA, {"device_id": 3})]
+    assert (session.backend, session.device, session.precision, session.size) == ("onnxruntime", "cuda:3", "fp16", 256)
+    assert session.provider == f"{CUDA} (onnxruntime 9.9)"
+    assert [choice.split(":")[0] for choice in opened.choices] == ["backend onnxruntime", "precision fp16"]
+
+
+def test_cuda_from_pip_packages_is_loaded_first_and_in_silence(
+    library: FakeOnnxRuntime, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loaded: list[str] = []
+    library.runs_on = CUDA
+    library.preload_dlls = lambda: (loaded.append(library.runs_on), print("Failed to load libcudnn.so.9"))  # type: ignore[attr-defined]
+    ort.OnnxRuntimeSession(GraphFiles(b""), "fp16", "cuda:0")
+    assert loaded == [CUDA] and capsys.readouterr().out == ""
+    library.runs_on = "CPUExecutionProvider"
+    ort.OnnxRuntimeSession(GraphFiles(b""), "fp32", "cpu")
+    assert loaded == [CUDA]
+
+
+def test_a_build_without_cuda(street_bundle: Path, library: FakeOnnxRuntime) -> None:
+    library.get_available_providers = lambda: ["CPUExecutionProvider"]  # type: ignore[method-assign]
+    with pytest.raises(UnavailableError, match="cuda:0 was asked for, but this ONNX Runtime has only CPU"):
+        open_session(open_bundle(street_bundle), device="cuda:0")
+    assert ort.best_device() == ("cpu", "this ONNX Runtime is built without CUDA")
+
+
+@pytest.mark.parametrize(
+    ("gpus", "device", "why"),
+    [(2, "cuda:0", "first GPU"), (0, "cpu", "shows no GPU"), (OSError("no NVIDIA driver"), "cpu", "no NVIDIA driver")],
+    ids=str,
+)
+def test_what_auto_means(
+    gpus: int | OSError, device: str, why: str, library: FakeOnnxRuntime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def visible_gpus() -> int:
+        if isinstance(gpus, OSError):
+            raise gpus
+        return gpus
+
+    monkeypatch.setattr(ort, "visible_gpus", visible_gpus)
+    chosen, reason = ort.best_device()
+    assert chosen == device and why in reason
+
+
+def test_auto_goes_on_to_the_cpu_and_says_why(
+    street_bundle: Path, library: FakeOnnxRuntime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ort, "visible_gpus", lambda: 1)
+    bundle = open_bundle(street_bundle)
+    opened = open_session(bundle)  # the fake claims CUDA and runs on the CPU
+    assert (opened.session.device, opened.session.precision) == ("cpu", "fp32")
+    assert any("cuda:0 was tried first" in choice and "would run on CPU" in choice for choice in opened.choices)
+
+    library.runs_on = CUDA
+    assert open_session(bundle).session.device == "cuda:0"
+
+    library.runs_on = "CPUExecutionProvider"
+    graphs = tuple(record for record in bundle.manifest.graphs if record.graph == "edit_cpu")
+    only = dataclasses.replace(bundle, manifest=dataclasses.replace(bundle.manifest, graphs=graphs))
+    assert "device cpu: the bundle holds a graph for CPUs only" in open_session(only).choices
+    with pytest.raises(BundleError, match="no graph 'edit'"):
+        open_session(only, device="cuda:0")
+
+
+def test_onnxruntime_that_is_not_installed(street_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(UnavailableError) as error:
+        spmdeploy.open_editor(street_bundle)
+    assert 'pip install "spmdeploy[cpu]"' in str(error.value.hint)
+
+
+# ----------------------------------------------------------------------------------------------------- the real one
+
+
+def test_the_python_interface(street_bundle: Path) -> None:
+    with spmdeploy.open_editor(str(street_bundle), device="cpu", precision="fp32") as editor:
+        assert isinstance(editor, spmdeploy.Editor)
+        photo, labels, mask = SAMPLE_EDITS[1].read(editor.classes)
+        result = editor.edit(photo, labels, mask)
+    assert np.array_equal(result.image[~mask], photo[~mask]) and not np.array_equal(result.image, photo)
+    assert (result.report.backend, result.report.device, result.report.precision) == ("onnxruntime", "cpu", "fp32")
+    assert [choice.split(":")[0] for choice in editor.choices] == ["backend onnxruntime"]
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    code = "import sys, spmdeploy; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
+    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "spmdeploy" in modules and {"numpy", "PIL", "onnxruntime", "torch", "onnx", "typer"}.isdisjoint(modules)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"backend": "tensorflow"}, "'tensorflow'"),
+        ({"device": "cuda"}, "'cuda'"),
+        ({"device": "cuda:-1"}, "'cuda:-1'"),
+        ({"device": "cuda:0\n"}, "device"),
+        ({"device": "CPU"}, "'CPU'"),
+        ({"precision": "int8"}, "'int8'"),
+    ],
+    ids=str,
+)
+def test_options_that_do_not_exist(options: dict[str, str], words: str, street_bundle: Path) -> None:
+    with pytest.raises(UsageError, match=words):
+        spmdeploy.open_editor(street_bundle, **options)
+
+
+def test_precision_is_that_of_the_graph_or_an_error(street_bundle: Path) -> None:
+    bundle = open_bundle(street_bundle)
+    assert open_session(bundle, device="cpu").session.precision == "fp32"
+    assert open_session(bundle, device="cpu", precision="fp16").session.precision == "fp16"
+    halves = tuple(record for record in bundle.manifest.graphs if record.precision == "fp16")
+    only = dataclasses.replace(bundle, manifest=dataclasses.replace(bundle.manifest, graphs=halves))
+    opened = open_session(only, device="cpu")
+    assert opened.session.precision == "fp16" and "holds no fp32 graph" in opened.choices[-1]
+    with pytest.raises(BundleError, match="no graph 'edit' in fp32"):
+        open_session(only, device="cpu", precision="fp32")
+
+
+def test_a_zip_runs_like_its_folder(street_bundle: Path, tmp_path: Path) -> None:
+    folder = open_bundle(street_bundle)
+    zipped = open_bundle(pack(folder, tmp_path / "tiny.spm.zip"))
+    pictures = read_golden(folder, folder.manifest.golden[0])
+    inputs = (pictures.image, pictures.labels, pictures.instances, pictures.mask)
+    first, second = (open_session(bundle, device="cpu").session.run(*inputs) for bundle in (folder, zipped))
+    assert np.array_equal(first, second)
+
+
+# ---------------------------------------------------------------------------------------------------------- refining
+
+
+def coarse_edit(bundle: Bundle) -> tuple[GoldenPictures, tuple[NDArray[Any], ...]]:
+    """A golden edit, and what refines it."""
+    golden = read_golden(bundle, bundle.manifest.golden[0])
+    return golden, (golden.image, golden.labels, golden.instances, golden.mask, golden.coarse)
+
+
+def test_refining_gives_what_torch_gives_and_keeps_known_pixels(street_bundle: Path, tmp_path: Path) -> None:
+    folder = open_bundle(street_bundle)
+    golden, inputs = coarse_edit(folder)
+    assert golden.refined is not None and golden.coarse.shape == (1, 128, 128, 3)
+    for bundle in (folder, open_bundle(pack(folder, tmp_path / "tiny.spm.zip"))):
+        session = open_session(bundle, device="cpu").session
+        assert session.refines
+        refined = session.refine(*inputs)
+        assert (refined.dtype, refined.shape) == (np.float32, (1, 256, 256, 3))
+        assert np.array_equal(refined[golden.mask == 0], golden.image[golden.mask == 0].astype(np.float32))
+        assert np.abs(refined - golden.refined)[golden.mask != 0].max() < 2.5
+        assert (refined[golden.mask != 0] % 1 != 0).any()
+
+
+def test_the_edit_before_rounding(street_bundle: Path) -> None:
+    bundle = open_bundle(street_bundle)
+    _, inputs = coarse_edit(bundle)
+    session = open_session(bundle, device="cpu").session
+    unrounded = session.run_unrounded(*inputs[:4])
+    assert np.array_equal(np.rint(unrounded), session.run(*inputs[:4])) and (unrounded % 1 != 0).any()
+
+
+def test_the_refine_graph_is_loaded_once_and_only_when_it_is_used(
+    street_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[str] = []
+
+    class Noting(ort.LoadedGraph):
+        def __init__(self, content: ort.Graph, graph: str, *others: Any) -> None:
+            loaded.append(graph)
+            super().__init__(content, graph, *others)
+
+    monkeypatch.setattr(ort, "LoadedGraph", Noting)
+    bundle = open_bundle(street_bundle)
+    _, inputs = coarse_edit(bundle)
+    session = open_session(bundle, device="cpu").session
+    session.run(*inputs[:4])
+    assert loaded == ["edit"]
+    with ThreadPoolExecutor(3) as threads:
+        first, *others = threads.map(lambda _: session.refine(*inputs), range(3))
+    assert loaded == ["edit", "refine"]
+    assert all(np.array_equal(first, other) for other in others)
+    session.close()
+    session.close()
+    for use in (lambda: session.run(*inputs[:4]), lambda: session.refine(*inputs)):
+        with pytest.raises(UnavailableError, match="was closed"):
+            use()
+
+
+def test_without_a_refine_graph(street_bundle: Path) -> None:
+    bundle = open_bundle(street_bundle)
+    _, inputs = coarse_edit(bundle)
+    graphs = tuple(r for r in bundle.manifest.graphs if r.graph[:4] == "edit" or r.precision == "fp16")
+    only = dataclasses.replace(bundle, manifest=dataclasses.replace(bundle.manifest, graphs=graphs))
+    session = open_session(only, device="cpu", precision="fp32").session
+    assert not session.refines and open_session(only, device="cpu", precision="fp16").session.refines
+    assert len(verify(session, only)) == 3
+    with pytest.raises(BundleError, match="no refine graph in fp32 for cpu"):
+        session.refine(*inputs)
+
+
+def test_a_graph_from_before_there_was_refining(tmp_path: Path) -> None:
+    session = ort.OnnxRuntimeSession(graph_file(tmp_path / "old.onnx", 64), "fp32")
+    maps = np.zeros((1, 64, 64), np.uint8)
+    inputs = (np.zeros((1, 64, 64, 3), np.uint8), maps, maps.astype(np.int32), maps)
+    assert session.run(*inputs).shape == (1, 64, 64, 3)
+    with pytest.raises(BundleError, match="no unrounded result"):
+        session.run_unrounded(*inputs)
+
+
+def graph_file(path: Path, size: object = 256, instances: int = TensorProto.INT32, output: str = "edited") -> Path:
+    """A graph that hands its picture on, with the inputs of the `edit` graph or some that are not."""
+    byte = TensorProto.UINT8
+    square = ["batch", size, size]
+    image = helper.make_tensor_value_info("image", byte, [*square, 3])
+    others = [
+        helper.make_tensor_value_info(name, kind, square)
+        for name, kind in (("labels", byte), ("instances", instances), ("mask", byte))
+    ]
+    result = helper.make_tensor_value_info(output, byte, [*square, 3])
+    node = helper.make_node("Identity", ["image"], [output])
+    graph = helper.make_graph([node], "g", [image, *others], [result])
+    onnx.save(helper.make_model(graph, ir_version=10, opset_imports=[helper.make_opsetid("", 18)]), path)
+    return path
+
+
+def test_graphs_that_are_no_edit_graphs(tmp_path: Path) -> None:
+    assert ort.OnnxRuntimeSession(graph_file(tmp_path / "good.onnx", 64), "fp32").size == 64
+    for changes in ({"size": "free"}, {"instances": TensorProto.INT64}, {"output": "picture"}):
+        with pytest.raises(BundleError, match="no edit graph"):
+            ort.OnnxRuntimeSession(graph_file(tmp_path / "bad.onnx", **changes), "fp32")  # type: ignore[arg-type]
+    (tmp_path / "garbage.onnx").write_bytes(b"garbage")
+    with pytest.raises(BundleError, match="refused the graph"):
+        ort.OnnxRuntimeSession(tmp_path / "garbage.onnx", "fp32")
+
+
+@pytest.mark.parametrize(
+    ("error", "device", "becomes"),
+    [
+        (RuntimeError("bad_alloc: Failed to allocate memory"), "cpu", OutOfMemory),
+        (RuntimeError("CUDA out of memory"), "cuda:0", OutOfMemory),
+        (MemoryError(), "cpu", OutOfMemory),
+        (RuntimeError("CUDNN_STATUS_NOT_INITIALIZED"), "cuda:0", UnavailableError),
+        (RuntimeError("INVALID_GRAPH"), "cpu", BundleError),
+    ],
+)
+def test_foreign_exceptions_become_ours(error: Exception, device: str, becomes: type[Exception]) -> None:
+    assert type(ort._translated(error, device)) is becomes
+
+
+# ------------------------------------------------------------------------------------------------------ golden edits
+
+
+def test_drift_is_measured_under_the_mask() -> None:
+    mask = np.zeros((1, 4, 4), np.uint8)
+    mask[0, 0, :2] = 1
+    reference = np.full((1, 4, 4, 3), 100, np.uint8)
+    picture = reference.copy()
+    picture[0, 0, 0] = (103, 100, 100)
+    picture[0, 3, 3] = 255  # not under the mask
+    drift = measure_drift(picture, reference, mask)
+    assert (drift.max_grey, drift.mean_grey) == (3, 0.5)
+    assert drift.psnr_db == pytest.approx(10 * math.log10(255**2 / 1.5))
+    same = measure_drift(reference, reference, mask)
+    assert same.to_json() == {"max_grey": 0, "mean_grey": 0.0, "psnr_db": None}
+
+
+@pytest.mark.parametrize(
+    ("limits", "words"),
+    [
+        (ParityLimits(2, 9, 0), "largest difference 3 > 2"),
+        (ParityLimits(9, 0.4, 0), "mean difference 0.500 > 0.4"),
+        (ParityLimits(9, 9, 60), "PSNR"),
+    ],
+)
+def test_every_limit_counts(limits: ParityLimits, words: str) -> None:
+    reference = np.full((1, 1, 2, 3), 100, np.uint8)
+    picture = reference.copy()
+    picture[0, 0, 0, 0] = 103
+    drift = measure_drift(picture, reference, np.ones((1, 1, 2), np.uint8))
+    (fault,) = drift.faults(limits)
+    assert words in fault
+    assert drift.faults(ParityLimits(3, 0.5, drift.psnr_db)) == []
+
+
+class Touching:
+    """A session that gives the expected picture, but changes a pixel outside the mask."""
+
+    backend, device, precision, provider, size = "onnxruntime", "cpu", "fp32", "touching", 256
+    refines = False
+
+    def __init__(self, expected: NDArray[np.uint8]) -> None:
+        self.expected = expected.copy()
+        self.expected[0, 0, 0] ^= 1
+
+    def run(self, *inputs: NDArray[Any]) -> NDArray[np.uint8]:
+        return self.expected
+
+    def close(self) -> None:
+        pass
+
+
+def test_known_pixels_must_stay(street_bundle: Path) -> None:
+    bundle = open_bundle(street_bundle)
+    pictures = read_golden(bundle, bundle.manifest.golden[0])
+    assert not pictures.mask[0, 0, 0]
+    result = repeat_golden(Touching(pictures.expected), pictures, "x", bundle.manifest.limits["fp32"])  # type: ignore[arg-type]
+    assert not result.passed and result.faults == ("pixels outside the mask were changed",)
+
+
+def test_without_golden_edits_nothing_is_verified(street_bundle: Path) -> None:
+    bundle = open_bundle(street_bundle)
+    bare = dataclasses.replace(bundle, manifest=dataclasses.replace(bundle.manifest, golden=()))
+    with pytest.raises(BundleError, match="no golden edits"):
+        verify(open_session(bundle, device="cpu").session, bare)
+
+
+# --------------------------------------------------------------------------------------------------- the command verify
+
+
+def run_verify(bundle: Path, capsys: pytest.CaptureFixture[str], *options: str) -> tuple[int, dict[str, Any]]:
+    code = cli.main(["verify", str(bundle), "--json", *options])
+    (line,) = capsys.readouterr().out.splitlines()
+    return code, json.loads(line)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_sound_bundle(precision: str, street_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, told = run_verify(street_bundle, capsys, "--precision", precision)
+    assert code == 0 and told["precision"] == precision and told["provider"].startswith("CPUExecutionProvider")
+    names = [sample.name for sample in SAMPLE_EDITS]
+    assert [edit["name"] for edit in told["golden"]] == [*names, *(f"{name} refined" for name in names)]
+    assert all(edit["passed"] and edit["known_pixels_intact"] for edit in told["golden"])
+
+
+def test_torch_gives_the_very_pictures(street_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, told = run_verify(street_bundle, capsys, "--backend", "torch")
+    assert code == 0 and {edit["max_grey"] for edit in told["golden"]} <= {0, 1} and told["backend"] == "torch"
+
+
+@pytest.fixture
+def copied(street_bundle: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(street_bundle, tmp_path / "b.spm"))
+
+
+def reseal(bundle: Path) -> None:
+    """Makes SHA256SUMS fit the files as they are now."""
+    names = [line[66:] for line in (bundle / "SHA256SUMS").read_text().splitlines()]
+    lines = [f"{hashlib.sha256((bundle / name).read_bytes()).hexdigest()}  {name}\n" for name in names]
+    (bundle / "SHA256SUMS").write_text("".join(lines))
+
+
+def flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def newer(path: Path) -> None:
+    path.write_text(path.read_text().replace("spmdeploy.bundle/1", "spmdeploy.bundle/2"))
+
+
+def halve(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    ("name", "harm"),
+    [
+        ("graphs/edit.fp32.onnx", flip_a_byte),
+        ("graphs/edit.fp16.onnx", flip_a_byte),
+        ("graphs/edit.fp32.onnx", halve),
+        ("graphs/edit.fp32.onnx", Path.unlink),
+        ("graphs/refine_cpu.fp32.onnx", flip_a_byte),
+        ("graphs/refine.fp16.onnx", Path.unlink),
+        ("golden/car_away/expected.png", flip_a_byte),
+        ("golden/car_away/refined.png", Path.unlink),
+        ("golden/tree_planted/mask.png", Path.unlink),
+        ("card.md", flip_a_byte),
+        ("manifest.json", flip_a_byte),
+        ("manifest.json", halve),
+        ("manifest.json", Path.unlink),
+        ("manifest.json", newer),
+        ("SHA256SUMS", Path.unlink),
+    ],
+)
+def test_harm_done_to_a_bundle(
+    name: str, harm: Callable[[Path], None], copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    harm(copied / name)
+    code, told = run_verify(copied, capsys)
+    assert code == told["exit_code"] == 6 and f"b.spm/{name}" in told["error"]
+    assert ("upgrade spmdeploy" in told["hint"]) == (harm is newer)
+
+
+def repaint(path: Path, change: Callable[[NDArray[np.uint8]], NDArray[np.uint8]]) -> None:
+    with Image.open(path) as image:
+        pixels = np.array(image)
+    Image.fromarray(change(pixels)).save(path)
+
+
+def test_pictures_that_differ_too_much(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    repaint(copied / "golden/tree_planted/expected.png", lambda pixels: pixels ^ 8)
+    reseal(copied)
+    code, told = run_verify(copied, capsys)
+    assert code == told["exit_code"] == 5 and told["schema"] == "spmdeploy.verify/1"
+    # The expected picture is what the golden refinement starts from.
+    assert [edit["passed"] for edit in told["golden"]] == [True, False, True, True, False, True]
+    assert told["error"].startswith("tree_planted: largest difference ")
+    assert cli.main(["verify", str(copied)]) == 5
+    printed = capsys.readouterr()
+    assert re.search(r"tree_planted +FAILED", printed.out) and "error: tree_planted: " in printed.err
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("mask.png", lambda pixels: pixels * 0, "mask is empty"),
+        ("image.png", lambda pixels: pixels[:255], "image is (255, 256), not 256×256"),
+        ("labels.png", lambda pixels: np.dstack([pixels] * 3), "labels.png is a colour picture"),
+    ],
+)
+def test_golden_edits_that_are_none(
+    name: str, change: Any, words: str, copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    repaint(copied / "golden/car_away" / name, change)
+    reseal(copied)
+    code, told = run_verify(copied, capsys)
+    assert code == told["exit_code"] == 6 and words in told["error"] and "golden/car_away" in told["error"]

@@ -1,0 +1,408 @@
+"""Which engine runs a bundle, why none does, and that none is trusted before its golden edits came out right."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import zipfile
+from dataclasses import replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import spmdeploy
+from spmdeploy import cli
+from spmdeploy.backends.base import Opened, open_session
+from spmdeploy.backends.verify import GoldenPictures
+from spmdeploy.bundle.bundle import Bundle, BundleWriter, open_bundle
+from spmdeploy.bundle.manifest import REFINE
+from spmdeploy.engines import library as engine_library
+from spmdeploy.engines.pack import pack
+from spmdeploy.engines.record import EngineFile, EngineRecord, Gpu, SourceFile
+from spmdeploy.engines.store import EngineWriter, choose_place, find_engines
+from spmdeploy.errors import BundleError, SpmDeployError, UnavailableError, UsageError, VerificationError
+from spmdeploy.imaging import files as images
+from tests.bundle.conftest import GRAPHS, fill, manifest_of
+
+from .records import A10, for_targets
+from .simulated_gpu import Code, SimulatedGpu, plug_in
+from .simulated_tensorrt import edited_like, engine_content, simulated_library
+from .test_trt import SIZE, inputs_for, record_of
+
+GOLDEN = inputs_for(1, seed=5)
+
+
+class Machine:
+    """A machine with a GPU and both libraries; `libraries` are the simulated modules."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, folder: Path) -> None:
+        self.patch, self.gpu = patch, SimulatedGpu()
+        plug_in(patch, self.gpu)
+        patch.setenv("SPMDEPLOY_CACHE", str(folder / "cache"))
+        patch.setattr(engine_library, "_loggers", {})
+        versions = {"tensorrt": "10.16.1", "tensorrt-rtx": "1.7.1.116"}
+        self.libraries = {
+            runtime: simulated_library(self.gpu, runtime, version) for runtime, version in versions.items()
+        }
+        for runtime, library in self.libraries.items():
+            patch.setitem(sys.modules, runtime.replace("-", "_"), library)
+
+    def without(self, runtime: str) -> None:
+        self.patch.setitem(sys.modules, runtime.replace("-", "_"), None)
+
+    def without_driver(self) -> None:
+        def missing(name: str) -> None:
+            raise OSError(f"{name}: no such file")
+
+        self.patch.setattr("spmdeploy.gpu.driver.ctypes.CDLL", missing)
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Machine:
+    return Machine(monkeypatch, tmp_path)
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Bundle:
+    """A bundle whose golden edit, and what becomes of it, is what simulated engines compute."""
+    pictures = {**{name: GOLDEN[name][0] for name in ("image", "labels")}, "expected": edited_like(GOLDEN)["edited"][0]}
+    pictures["mask"] = GOLDEN["mask"][0] * 255
+    coarse = GoldenPictures(**GOLDEN, expected=pictures["expected"][None]).coarse
+    pictures["refined"] = np.rint(edited_like({**GOLDEN, "coarse": coarse})["unrounded"][0]).astype(np.uint8)
+    with BundleWriter(tmp_path / "street.spm") as writer:
+        graphs = fill(writer)
+        for name, picture in pictures.items():
+            writer.path(f"golden/tree/{name}.png").unlink(missing_ok=True)
+            images.write_picture(writer.path(f"golden/tree/{name}.png"), picture)
+        images.write_picture(writer.path("golden/tree/instances.png"), GOLDEN["instances"][0].astype(np.uint8))
+        return writer.finish(manifest_of(graphs, native_size=SIZE))
+
+
+def add(bundle: Bundle, record: EngineRecord, place: Any = None, **changes: Any) -> Path:
+    """Puts an engine of that record in place, as a build does. changes: to the engine's facts."""
+    content = engine_content(record, **changes)
+    onnx = f"graphs/edit.{record.precision}.onnx"
+    record = replace(
+        record,
+        bundle="street",
+        onnx=SourceFile(onnx, hashlib.sha256(GRAPHS[record.precision]).hexdigest()),
+        engine=EngineFile(f"{record.graph}.engine", len(content), hashlib.sha256(content).hexdigest()),
+    )
+    with EngineWriter(place or choose_place(bundle), "x") as writer:
+        return writer.finish(record, content)
+
+
+def edit_once(opened: Opened) -> None:
+    """The session runs, and is closed."""
+    given = inputs_for(3, 1)
+    assert np.array_equal(opened.session.run(**given), edited_like(given)["edited"])
+    opened.session.close()
+
+
+def fallen_back(bundle: Bundle, patch: pytest.MonkeyPatch, **options: str) -> list[str]:
+    """The choices of `auto` where ONNX Runtime is taken; it is simulated, as the graphs are made up."""
+    made: list[tuple[Any, ...]] = []
+    patch.setattr("spmdeploy.backends.onnxruntime.OnnxRuntimeSession", lambda *arguments, **_: made.append(arguments))
+    opened = open_session(bundle, **options)
+    assert len(made) == 1 and opened.session is None
+    return list(opened.choices)
+
+
+# ---------------------------------------------------------------------------------------------------------------- auto
+
+
+def test_an_engine_that_fits_is_taken_first(machine: Machine, bundle: Bundle) -> None:
+    path = add(bundle, record_of())
+    opened = open_session(bundle)
+    assert (opened.session.backend, opened.session.device, opened.session.precision) == ("tensorrt", "cuda:0", "fp16")
+    backend, device, precision = opened.choices
+    assert backend.startswith(
+        f"backend tensorrt: {path} was built for NVIDIA GeForce RTX 3060 (sm86); its golden edits"
+    )
+    assert device.startswith("device cuda:0: ") and precision.startswith("precision fp16: faster")
+    edit_once(opened)
+    assert open_session(bundle, device="cuda:0", precision="fp16").choices[1:] == ()
+    assert machine.gpu.left_behind != {}
+
+
+def test_the_best_of_several_is_taken(machine: Machine, bundle: Bundle) -> None:
+    for record in (
+        replace(for_targets("sm86"), **ports_of(record_of())),
+        record_of(most=4),
+        replace(record_of(), precision="fp32"),
+        record_of(most=8),
+        replace(record_of(most=16), gpu=A10),
+    ):
+        add(bundle, record)
+    opened = open_session(bundle)
+    assert (opened.session.backend, opened.session.precision) == ("tensorrt", "fp16")
+    assert opened.session.max_batch == 8  # type: ignore[attr-defined]
+    assert open_session(bundle, precision="fp32").session.precision == "fp32"
+    assert open_session(bundle, "tensorrt-rtx").session.backend == "tensorrt-rtx"
+
+
+def ports_of(record: EngineRecord) -> dict[str, Any]:
+    return {"inputs": record.inputs, "outputs": record.outputs}
+
+
+def test_refine_engines_come_with_it(machine: Machine, bundle: Bundle) -> None:
+    add(bundle, record_of())
+    with_one = open_session(bundle).session
+    assert not with_one.refines
+    add(bundle, replace(record_of(graph=REFINE), precision="fp32"))  # another precision than the edit engine's
+    assert not open_session(bundle).session.refines
+    add(bundle, record_of(graph=REFINE))
+    opened = open_session(bundle)
+    given = inputs_for(2, coarse=True)
+    assert opened.session.refines
+    assert np.array_equal(opened.session.refine(**given), edited_like(given)["unrounded"])
+
+
+def test_a_missing_refine_engine_is_named_with_the_command_that_builds_it(machine: Machine, bundle: Bundle) -> None:
+    add(bundle, record_of())
+    lack = open_session(bundle).session.lacks_refine
+    assert lack is not None and lack.problem == "the bundle holds no refine graph in fp16"
+    (graph,) = (record for record in bundle.manifest.graphs if record.precision == "fp16")
+    both = replace(bundle.manifest, graphs=(*bundle.manifest.graphs, replace(graph, graph=REFINE)))
+    whole = replace(bundle, manifest=both)
+    lack = open_session(whole).session.lacks_refine
+    assert lack is not None and lack.problem == "an edit engine was built, but no refine engine"
+    assert lack.hint.endswith("spmdeploy build BUNDLE --graph refine --runtime tensorrt --precision fp16")
+    add(bundle, replace(record_of(graph=REFINE), precision="fp32"))
+    add(bundle, replace(record_of(graph=REFINE), gpu=A10))
+    lack = open_session(whole).session.lacks_refine
+    assert lack is not None and "built on NVIDIA A10" in lack.problem
+    assert "tensorrt in fp32, beside an edit engine of tensorrt in fp16" in lack.problem
+    add(bundle, record_of(graph=REFINE))
+    assert open_session(whole).session.lacks_refine is None
+
+
+def test_a_refine_engine_without_an_edit_engine(
+    machine: Machine, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add(bundle, record_of(graph=REFINE))
+    words = "a refine engine fits this machine, but no edit engine was built"
+    (choice, *_) = fallen_back(bundle, monkeypatch)
+    assert words in choice and "spmdeploy build BUNDLE --graph edit" in choice
+    with pytest.raises(BundleError, match=words) as caught:
+        open_session(bundle, "tensorrt")
+    assert "--graph edit" in str(caught.value.hint)
+
+
+def test_why_no_engine_is_taken(machine: Machine, bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert fallen_back(bundle, monkeypatch)[0] == "backend onnxruntime: no engine was built for this bundle"
+    add(bundle, replace(record_of(), gpu=A10, version="10.3.0"))
+    why = fallen_back(bundle, monkeypatch)[0]
+    assert why.startswith("backend onnxruntime: no engine fits this machine: edit-fp16-b8-")
+    assert "tensorrt: built with 10.3.0, here 10.16.1, GPU: built on NVIDIA A10 (sm86), here NVIDIA GeForce" in why
+    add(bundle, record_of())
+    assert "it computes in fp16, not fp32" in fallen_back(bundle, monkeypatch, precision="fp32")[0]
+    assert fallen_back(bundle, monkeypatch, device="cpu")[0] == "backend onnxruntime: engines do not run on the CPU"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda machine: machine.gpu.fails.update(cuMemAlloc=Code.CUDA_ERROR_OUT_OF_MEMORY), "has no room for"),
+        (lambda machine: setattr(machine.libraries["tensorrt"], "_refuses", "Cuda failure"), "Cuda failure"),
+        (lambda machine: setattr(machine.libraries["tensorrt"], "_computes", painted_black), "does not give the pict"),
+        (lambda machine: plug_in(machine.patch, machine.gpu, ""), "neither PyCUDA"),
+    ],
+)
+def test_an_engine_that_does_not_work_is_passed_over_by_auto_alone(
+    spoil: Any, words: str, machine: Machine, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add(bundle, record_of())
+    spoil(machine)
+    why = fallen_back(bundle, monkeypatch)[0]
+    assert why.startswith("backend onnxruntime: no engine for this bundle works here: ") and words in why
+    with pytest.raises(SpmDeployError, match=words):
+        open_session(bundle, "tensorrt")
+    machine.gpu.fails.clear()
+    assert machine.gpu.left_behind == {} and machine.gpu.contexts == []
+
+
+def test_auto_takes_the_next_engine_and_says_what_was_wrong_with_the_first(machine: Machine, bundle: Bundle) -> None:
+    add(bundle, record_of(most=8), weights=1 << 40)
+    add(bundle, record_of(most=4))
+    opened = open_session(bundle)
+    assert opened.session.max_batch == 4  # type: ignore[attr-defined]
+    assert "came out right just now; tried first: " in opened.choices[0] and "has no room" in opened.choices[0]
+
+
+# ------------------------------------------------------------------------------------------------------------- by name
+
+
+def test_by_name_it_is_done_or_refused(machine: Machine, bundle: Bundle) -> None:
+    with pytest.raises(BundleError, match="no engine was built for this bundle") as caught:
+        open_session(bundle, "tensorrt")
+    assert caught.value.exit_code == 6 and "spmdeploy build" in str(caught.value.hint)
+    add(bundle, replace(record_of(), gpu=Gpu("NVIDIA A10", "8.0"), version="10.3.0"))
+    with pytest.raises(
+        BundleError, match=r"built with 10\.3\.0, here 10\.16\.1, GPU: built on NVIDIA A10 \(sm80\), here"
+    ):
+        open_session(bundle, "tensorrt")
+    with pytest.raises(BundleError, match="no engine was built for this bundle"):
+        open_session(bundle, "tensorrt-rtx")  # the engine that there is concerns TensorRT alone
+    for options in ({"device": "cpu"}, {"precision": "int8"}, {"device": "gpu"}):
+        with pytest.raises(UsageError):
+            open_session(bundle, "tensorrt", **options)
+
+
+def test_without_library_or_gpu(machine: Machine, bundle: Bundle) -> None:
+    add(bundle, record_of())
+    machine.without("tensorrt")
+    with pytest.raises(UnavailableError, match="tensorrt cannot be imported") as caught:
+        open_session(bundle, "tensorrt")
+    assert caught.value.exit_code == 4 and "pip install" in str(caught.value.hint)
+    machine.without_driver()
+    with pytest.raises(UnavailableError, match=r"tensorrt-rtx needs an NVIDIA GPU: no NVIDIA driver"):
+        open_session(bundle, "tensorrt-rtx")
+
+
+def test_a_gpu_that_is_not_there(machine: Machine, bundle: Bundle) -> None:
+    add(bundle, record_of())
+    with pytest.raises(UnavailableError, match="cuDeviceGet with error 101"):
+        open_session(bundle, "tensorrt", "cuda:3")
+
+
+# --------------------------------------------------------------------------------------------------------------- proof
+
+
+def painted_black(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Right outside the mask, black under it."""
+    black = np.where(inputs["mask"][..., None] != 0, 0, inputs["image"])
+    return {"edited": black, "unrounded": black.astype(np.float32)}
+
+
+def proof_of(opened: Opened) -> str:
+    opened.session.close()
+    return opened.choices[0].rpartition("; ")[2]
+
+
+def test_an_engine_is_proved_at_its_first_use_and_not_again(machine: Machine, bundle: Bundle) -> None:
+    add(bundle, record_of())
+    assert proof_of(open_session(bundle)) == "its golden edits came out right just now"
+    (found,) = find_engines(bundle)
+    assert found.record is not None and found.record.verification is not None
+    noted = found.record.verification
+    assert noted.passed and noted.gpu.startswith("NVIDIA GeForce RTX 3060, driver ") and noted.max_grey == 0
+    machine.gpu.calls.clear()
+    assert proof_of(open_session(bundle)) == f"its golden edits came out right here on {date.today()}"
+    assert "execute_async_v3" not in machine.gpu.calls
+
+
+def test_on_another_gpu_or_driver_it_is_proved_again(machine: Machine, bundle: Bundle, tmp_path: Path) -> None:
+    machine.patch.setattr("spmdeploy.gpu.driver._KERNEL_MODULE_VERSION", tmp_path / "version")
+    add(bundle, replace(for_targets("sm86"), **ports_of(record_of())))
+    for version, expected in (("580.1", "just now"), ("580.1", "right here on"), ("590.2", "just now")):
+        (tmp_path / "version").write_text(version)
+        assert expected in proof_of(open_session(bundle))
+    machine.gpu.name = "NVIDIA RTX A4000"
+    plug_in(machine.patch, machine.gpu)
+    assert "just now" in proof_of(open_session(bundle))
+
+
+def test_wrong_pictures_are_an_error_now_and_later(
+    machine: Machine, bundle: Bundle, capsys: pytest.CaptureFixture[str]
+) -> None:
+    add(bundle, record_of())
+    machine.libraries["tensorrt"]._computes = painted_black
+    for _ in range(2):
+        with pytest.raises(VerificationError, match="tree: largest difference") as caught:
+            open_session(bundle, "tensorrt")
+        assert caught.value.exit_code == 5
+    (found,) = find_engines(bundle)
+    assert found.record is not None and found.record.verification is not None and not found.record.verification.passed
+    assert cli.main(["verify", str(bundle.path), "--backend", "tensorrt", "--json"]) == 5
+    assert "does not give the pictures" in json.loads(capsys.readouterr().out)["error"]
+    machine.libraries["tensorrt"]._computes = edited_like
+    assert "just now" in proof_of(open_session(bundle, "tensorrt"))
+
+
+def test_a_refine_engine_is_proved_by_itself(machine: Machine, bundle: Bundle) -> None:
+    add(bundle, record_of())
+    assert "just now" in proof_of(open_session(bundle, "tensorrt"))
+    refine = add(bundle, record_of(graph=REFINE))
+
+    def black_when_refined(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return painted_black(inputs) if "coarse" in inputs else edited_like(inputs)
+
+    machine.libraries["tensorrt"]._computes = black_when_refined
+    with pytest.raises(VerificationError, match="tree refined: largest difference") as caught:
+        open_session(bundle, "tensorrt")
+    assert caught.value.problem.startswith(str(refine))
+    machine.libraries["tensorrt"]._computes = edited_like
+    assert "right here on" in proof_of(open_session(bundle, "tensorrt"))
+    noted = {found.record.graph: found.record.verification for found in find_engines(bundle) if found.record}
+    assert all(proof is not None and proof.passed for proof in noted.values()) and len(noted) == 2
+    machine.gpu.calls.clear()
+    proof_of(open_session(bundle, "tensorrt"))
+    assert "execute_async_v3" not in machine.gpu.calls
+
+
+def test_the_proof_of_what_cannot_be_written_to_is_kept_in_the_cache(
+    machine: Machine, bundle: Bundle, tmp_path: Path
+) -> None:
+    add(bundle, record_of())
+
+    with zipfile.ZipFile(tmp_path / "z.spm.zip", "w") as archive:
+        for file in sorted(file for file in bundle.path.rglob("*") if file.is_file()):
+            archive.write(file, file.relative_to(bundle.path).as_posix())
+    zipped = open_bundle(tmp_path / "z.spm.zip")
+    assert proof_of(open_session(zipped)) == "its golden edits came out right just now"
+    assert "right here on" in proof_of(open_session(zipped))
+    (kept,) = (tmp_path / "cache" / "verified").iterdir()
+    kept.write_bytes(kept.read_bytes().replace(b'"edit"', b'"refine"', 1))
+    assert "just now" in proof_of(open_session(zipped))  # that was of another engine
+    kept.write_text("rubbish")
+    assert "just now" in proof_of(open_session(zipped))
+
+
+def test_a_proof_that_cannot_be_kept_is_said(machine: Machine, bundle: Bundle, tmp_path: Path) -> None:
+    zipped = open_bundle(pack(bundle, tmp_path / "z.spm.zip"))
+    add(zipped, record_of())  # into the cache
+    (tmp_path / "cache" / "verified").write_text("a file where the folder should be")
+    machine.patch.setattr("spmdeploy.engines.store.FoundEngine.with_verification", refuse_to_write)
+    assert "came out right just now, which cannot be noted: " in open_session(zipped).choices[0]
+
+
+def refuse_to_write(self: object, verification: object) -> None:
+    from spmdeploy.errors import InputError
+
+    raise InputError("no room", "make some")
+
+
+# ---------------------------------------------------------------------------------------------------- the command line
+
+
+def test_verify_and_edit_on_an_engine(
+    machine: Machine, bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    add(bundle, record_of(), capturable=False)
+    assert cli.main(["verify", str(bundle.path), "--backend", "tensorrt", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["backend"], told["device"], told["precision"]) == ("tensorrt", "cuda:0", "fp16")
+    assert told["provider"].startswith("TensorRT 10.16.1 on NVIDIA GeForce RTX 3060 (cuda-python")
+
+    images.write_picture(tmp_path / "photo.png", np.zeros((SIZE, SIZE, 3), np.uint8))
+    images.write_picture(tmp_path / "mask.png", np.pad(np.full((2, 2), 255, np.uint8), SIZE // 2 - 1))
+    words = ["edit", tmp_path / "photo.png", "--fill", "sky", "--mask", tmp_path / "mask.png", "--json"]
+    more = ["--output", tmp_path / "out.png", "--model", bundle.path, "--backend", "tensorrt"]
+    assert cli.main([str(word) for word in [*words, *more]]) == 0
+    assert json.loads(capsys.readouterr().out)["report"]["backend"] == "tensorrt"
+    assert machine.gpu.left_behind == {}
+
+
+def test_what_could_not_be_captured_is_in_the_report(machine: Machine, bundle: Bundle) -> None:
+    add(bundle, record_of(), capturable=False)
+    mask = np.zeros((SIZE, SIZE), bool)
+    mask[4:8, 4:8] = True
+    with spmdeploy.open_editor(bundle.path) as editor:
+        for _ in range(2):
+            result = editor.edit(np.zeros((SIZE, SIZE, 3), np.uint8), np.ones((SIZE, SIZE), np.uint8), mask)
+    assert any("without CUDA graphs" in note for note in result.report.notes)

@@ -1,0 +1,637 @@
+"""Sessions on simulated engines: right pictures for any batch, right calls in the right order, nothing left behind."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from spmdeploy.backends.tensorrt import TensorRtSession, graph_ports
+from spmdeploy.bundle.manifest import REFINE
+from spmdeploy.bundle.storage import FolderStore
+from spmdeploy.engines import library as engine_library
+from spmdeploy.engines.record import BatchRange, EngineFile, EngineRecord, Port
+from spmdeploy.engines.store import FoundEngine
+from spmdeploy.errors import BundleError, InputError, OutOfMemory, SpmDeployError, UnavailableError, UsageError
+from spmdeploy.gpu.arrays import DeviceArray
+
+from .records import sample
+from .simulated_gpu import PACKAGES, Code, SimulatedGpu, host_context, plug_in
+from .simulated_tensorrt import edited_like, engine_content, offered, simulated_library
+
+SIZE = 16
+LIBRARIES = [("tensorrt", "10.3.0"), ("tensorrt", "10.16.1"), ("tensorrt", "11.4.1"), ("tensorrt-rtx", "1.7.1.116")]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SPMDEPLOY_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(engine_library, "_loggers", {})
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> SimulatedGpu:
+    made = SimulatedGpu()
+    plug_in(monkeypatch, made)
+    return made
+
+
+def record_of(runtime: str = "tensorrt", version: str = "10.16.1", graph: str = "edit", most: int = 8) -> EngineRecord:
+    ports = graph_ports(graph, SIZE)
+    outputs = tuple(ports[name] for name in ("edited", "unrounded"))
+    inputs = tuple(port for name, port in ports.items() if port not in outputs)
+    batch = BatchRange(1, 1, most)
+    return sample(runtime=runtime, version=version, graph=graph, inputs=inputs, outputs=outputs, batch=batch)
+
+
+def engine_file(folder: Path, record: EngineRecord, content: bytes | None = None, **changes: Any) -> FoundEngine:
+    """An engine that was found fit; `content` or what the record says, but for the changes."""
+    content = engine_content(record, **changes) if content is None else content
+    name = f"{record.graph}.engine"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_bytes(content)
+    record = replace(record, engine=EngineFile(name, len(content), hashlib.sha256(content).hexdigest()))
+    return FoundEngine(folder / name, "bundle", record, (), (), (), False, FolderStore(folder), "")
+
+
+def inputs_for(batch: int, seed: int = 0, coarse: bool = False) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(seed)
+    ports = graph_ports(REFINE if coarse else "edit", SIZE)
+    drawn = {}
+    for name, port in ports.items():
+        if name not in ("edited", "unrounded"):
+            most = {"mask": 2, "labels": 12}.get(name, 256)
+            drawn[name] = random.integers(0, most, (batch, *port.shape[1:])).astype(port.dtype)
+    return drawn
+
+
+@pytest.fixture
+def session(gpu: SimulatedGpu, tmp_path: Path) -> Iterator[TensorRtSession]:
+    with opened(gpu, tmp_path) as made:
+        yield made
+
+
+def opened(gpu: SimulatedGpu, folder: Path, runtime: str = "tensorrt", version: str = "10.16.1", **changes: Any) -> Any:
+    """A session with both engines. changes: to the engine's facts."""
+    library = simulated_library(gpu, runtime, version)
+    edit, refine = (
+        engine_file(folder / graph, record_of(runtime, version, graph), **changes) for graph in ("edit", "refine")
+    )
+    return TensorRtSession(library, edit, refine, size=SIZE)
+
+
+# -------------------------------------------------------------------------------------------------------------- results
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+@pytest.mark.parametrize(("runtime", "version"), LIBRARIES)
+def test_both_graphs_give_what_the_engines_compute(
+    runtime: str, version: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = SimulatedGpu()
+    plug_in(monkeypatch, gpu, package)
+    with host_context(gpu), opened(gpu, tmp_path, runtime, version) as session:
+        assert (session.backend, session.device, session.precision, session.size) == (runtime, "cuda:0", "fp16", SIZE)
+        assert session.provider.startswith(f"{'TensorRT-RTX' if runtime.endswith('rtx') else 'TensorRT'} {version} on ")
+        for seed in range(3):  # enqueued, captured, launched
+            edit, refine = inputs_for(2, seed), inputs_for(2, seed, coarse=True)
+            assert np.array_equal(session.run(**edit), edited_like(edit)["edited"])
+            assert np.array_equal(session.run_unrounded(**edit), edited_like(edit)["unrounded"])
+            assert session.refines and np.array_equal(session.refine(**refine), edited_like(refine)["unrounded"])
+        assert session.notes == ()
+    assert gpu.left_behind == {} and not any("without a context" in call for call in gpu.calls)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(batches=st.lists(st.integers(1, 20), min_size=1, max_size=5), unrounded=st.booleans())
+def test_any_batch_is_split_into_what_the_engine_takes(
+    batches: list[int], unrounded: bool, session: TensorRtSession
+) -> None:
+    """The same session all along: whatever batches came before, and in whatever order."""
+    for seed, batch in enumerate(batches):
+        given = inputs_for(batch, seed)
+        result = session.run_unrounded(**given) if unrounded else session.run(**given)
+        assert np.array_equal(result, edited_like(given)["unrounded" if unrounded else "edited"])
+
+
+def test_results_stay_when_the_next_batch_comes(session: TensorRtSession) -> None:
+    first, second = inputs_for(1, 1), inputs_for(1, 2)
+    kept = session.run(**first)
+    session.run(**second)
+    assert np.array_equal(kept, edited_like(first)["edited"])
+
+
+def test_threads_wait_for_each_other(session: TensorRtSession) -> None:
+    wrong: list[int] = []
+
+    def work(seed: int) -> None:
+        for batch in (1, 3, 9):
+            given = inputs_for(batch, seed)
+            if not np.array_equal(session.run(**given), edited_like(given)["edited"]):
+                wrong.append(seed)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_several_sessions_at_once(gpu: SimulatedGpu, tmp_path: Path) -> None:
+    given = inputs_for(2)
+    with opened(gpu, tmp_path / "a") as first, opened(gpu, tmp_path / "b", "tensorrt-rtx", "1.7.1.116") as second:
+        for _ in range(3):
+            assert np.array_equal(first.run(**given), second.run(**given))
+        first.close()
+        assert np.array_equal(second.run(**given), edited_like(given)["edited"])
+    assert gpu.left_behind == {}
+
+
+# ---------------------------------------------------------------------------------------------------- calls and memory
+
+TRANSFERS = {"cuMemcpyHtoDAsync", "cuMemcpyDtoHAsync", "execute_async_v3", "cuGraphLaunch", "cuStreamSynchronize"}
+
+
+def calls_of(gpu: SimulatedGpu, session: TensorRtSession, batch: int) -> list[str]:
+    gpu.calls.clear()
+    session.run(**inputs_for(batch))
+    assert (gpu.calls[0], gpu.calls[-1]) == ("cuCtxPushCurrent", "cuCtxPopCurrent")
+    return list(gpu.calls)
+
+
+def test_the_order_of_calls(gpu: SimulatedGpu, session: TensorRtSession) -> None:
+    first, second, third = (calls_of(gpu, session, 2) for _ in range(3))
+    enqueued = ["cuMemcpyHtoDAsync"] * 4 + ["execute_async_v3", "cuMemcpyDtoHAsync"]
+    assert [call for call in first if call in TRANSFERS - {"cuStreamSynchronize"}] == enqueued
+    addressed = [first.index(f"set_tensor_address {name}") for name in graph_ports("edit", SIZE)]
+    assert max(*addressed, first.index("set_device_memory")) < first.index("execute_async_v3")
+    assert first.index("cuMemcpyDtoHAsync") < len(first) - 1 - first[::-1].index("cuStreamSynchronize")
+
+    capture = second[second.index("cuStreamBeginCapture") : second.index("cuStreamEndCapture")]
+    assert [call for call in capture if call in TRANSFERS] == enqueued
+    assert second.index("cuStreamEndCapture") < second.index("cuGraphInstantiate") < second.index("cuGraphLaunch")
+    assert third == ["cuCtxPushCurrent", "cuGraphLaunch", "cuStreamSynchronize", "cuCtxPopCurrent"]
+
+
+def test_a_graph_for_each_batch_size_and_each_output(gpu: SimulatedGpu, session: TensorRtSession) -> None:
+    for _ in range(3):
+        for batch in (1, 2, 3):
+            session.run(**inputs_for(batch))
+        session.run_unrounded(**inputs_for(3))
+    assert gpu.calls.count("cuStreamBeginCapture") == gpu.calls.count("cuGraphInstantiate") == 4
+    assert gpu.calls.count("create_execution_context") == 3  # one for each: a graph's context must stay as it was
+
+
+def test_time_by_the_clock_of_the_device(gpu: SimulatedGpu, session: TensorRtSession) -> None:
+    for _ in range(3):
+        gpu.calls.clear()
+        assert session.timed_run(**inputs_for(2)) == gpu.milliseconds
+        records = [place for place, call in enumerate(gpu.calls) if call == "cuEventRecord"]
+        queued = [place for place, call in enumerate(gpu.calls) if call in TRANSFERS - {"cuStreamSynchronize"}]
+        assert len(records) == 2 and records[0] < queued[-1] < records[1]
+    assert records[0] < queued[0] and "events" not in gpu.left_behind
+    given = inputs_for(2)
+    assert np.array_equal(session.run(**given), edited_like(given)["edited"])
+
+
+def test_memory_is_allocated_once(gpu: SimulatedGpu, session: TensorRtSession) -> None:
+    session.run(**inputs_for(8))
+    session.refine(**inputs_for(8, coarse=True))
+    before = dict(gpu.memory)
+    for batch in (1, 8, 20, 5):
+        session.run(**inputs_for(batch))
+        session.refine(**inputs_for(batch, coarse=True))
+    assert gpu.memory.keys() == before.keys()
+    # Weights twice; inputs, outputs and activations once: the engines share them.
+    assert len(gpu.memory) == 4 and len(gpu.host) == 1
+
+
+def test_larger_activations_make_older_graphs_anew(gpu: SimulatedGpu, session: TensorRtSession) -> None:
+    for batch in (1, 1, 1, 6, 6, 6, 1, 1, 1):
+        given = inputs_for(batch, batch)
+        assert np.array_equal(session.run(**given), edited_like(given)["edited"])
+    assert gpu.calls.count("cuGraphInstantiate") == 3 and len(gpu.graphs) == 2
+
+
+def test_what_cannot_be_captured_is_said_and_runs_all_the_same(gpu: SimulatedGpu, tmp_path: Path) -> None:
+    for runtime, version in LIBRARIES:
+        with opened(gpu, tmp_path, runtime, version, capturable=False) as session:
+            for seed in range(3):
+                given = inputs_for(2, seed)
+                assert np.array_equal(session.run(**given), edited_like(given)["edited"])
+            (note,) = session.notes
+            assert "edit: without CUDA graphs" in note and "capture" in note
+    assert gpu.left_behind == {}
+
+
+def test_other_failures_while_capturing_are_errors(gpu: SimulatedGpu, session: TensorRtSession) -> None:
+    session.run(**inputs_for(1))
+    gpu.fails["cuGraphInstantiate"] = Code.CUDA_ERROR_ILLEGAL_ADDRESS
+    with pytest.raises(UnavailableError, match="cuGraphInstantiate"):
+        session.run(**inputs_for(1))
+    assert session.notes == ()
+
+
+@pytest.mark.parametrize("call", ["cuMemcpyHtoDAsync", "cuStreamSynchronize", "cuMemAlloc", "cuGraphLaunch"])
+def test_after_a_failure_the_context_is_off_and_the_session_works_again(
+    call: str, gpu: SimulatedGpu, session: TensorRtSession
+) -> None:
+    given = inputs_for(1)
+    session.run(**given)
+    session.run(**given)
+    with host_context(gpu):
+        gpu.fails[call] = Code.CUDA_ERROR_ILLEGAL_ADDRESS
+        with pytest.raises(SpmDeployError):
+            session.run(
+                **(given if call == "cuGraphLaunch" else inputs_for(2))
+            )  # a new batch size needs everything else
+        gpu.fails.clear()
+        assert np.array_equal(session.run(**given), edited_like(given)["edited"])
+
+
+# -------------------------------------------------------------------------------------------------------- out of memory
+
+
+def test_too_little_memory_names_the_batch_that_would_fit(gpu: SimulatedGpu, session: TensorRtSession) -> None:
+    gpu.capacity = gpu.used + 4_500
+    with pytest.raises(OutOfMemory) as caught:
+        session.run(**inputs_for(8))
+    assert caught.value.exit_code == 8
+    assert "no 8,000 bytes for activations: 4,500 of" in caught.value.problem
+    assert "a batch of 8 is too large" in caught.value.problem and "a batch of 4 would fit" in str(caught.value.hint)
+    given = inputs_for(4)
+    for _ in range(3):
+        assert np.array_equal(session.run(**given), edited_like(given)["edited"])
+    gpu.capacity = gpu.used - 4_000 + 500
+    with pytest.raises(OutOfMemory, match="no 5,000 bytes"):
+        session.run(**inputs_for(5))
+    with pytest.raises(OutOfMemory) as caught:
+        session.run(**inputs_for(1))
+    assert "no smaller batch would fit" in str(caught.value.hint)
+
+
+def test_too_little_memory_for_weights_and_for_pictures(gpu: SimulatedGpu, tmp_path: Path) -> None:
+    item = 2 * SIZE * SIZE * 3 + 2 * SIZE * SIZE + 4 * SIZE * SIZE + 4 * SIZE * SIZE * 3
+    gpu.capacity = 4_000
+    with pytest.raises(OutOfMemory, match=r"no room for the .* bytes of .*: 4,000 of 4,000 bytes are free"):
+        opened(gpu, tmp_path)
+    gpu.capacity = 5_000 + 3 * item
+    with pytest.raises(OutOfMemory, match=rf"no {8 * item:,} bytes for inputs and outputs") as caught:
+        opened(gpu, tmp_path)
+    assert "there is room for batches of 3: --max-batch 3" in str(caught.value.hint)
+    assert gpu.left_behind == {} and gpu.contexts == [] and gpu.retained == 0
+
+
+# ------------------------------------------------------------------------------------------------------------ refusals
+
+
+def test_engines_are_read_before_anything_is_loaded(gpu: SimulatedGpu, tmp_path: Path) -> None:
+    found = engine_file(tmp_path, record_of())
+    found.path.write_bytes(found.path.read_bytes()[:-1] + b" ")
+    with pytest.raises(BundleError, match="SHA-256") as caught:
+        TensorRtSession(simulated_library(gpu), found, size=SIZE)
+    assert caught.value.exit_code == 6 and "deserialize_cuda_engine" not in gpu.calls and gpu.left_behind == {}
+    unfit = replace(engine_file(tmp_path, record_of()), differences=("GPU: built on X, here Y", "tensorrt: 1, here 2"))
+    with pytest.raises(BundleError, match=r"GPU: built on X, here Y; tensorrt: 1, here 2"):
+        TensorRtSession(simulated_library(gpu), unfit, size=SIZE)
+
+
+def test_what_the_library_cannot_load_is_refused_in_its_words(gpu: SimulatedGpu, tmp_path: Path) -> None:
+    found = engine_file(tmp_path, record_of(), b"not an engine")
+    with pytest.raises(BundleError, match=r"cannot be loaded by tensorrt 10\.16\.1: Serialization assertion") as caught:
+        TensorRtSession(simulated_library(gpu), found, size=SIZE)
+    assert "not what it is about" not in caught.value.problem and "spmdeploy build" in str(caught.value.hint)
+    assert gpu.left_behind == {} and gpu.contexts == [] and gpu.retained == 0
+
+
+def test_a_driver_that_the_library_cannot_use_is_no_fault_of_the_engine(gpu: SimulatedGpu, tmp_path: Path) -> None:
+    gpu.fails["cuMemAlloc"] = Code.CUDA_ERROR_NO_DEVICE
+    with pytest.raises(UnavailableError, match=r"cannot use cuda:0 .*: Error Code 1: Cuda Runtime") as caught:
+        opened(gpu, tmp_path)
+    assert caught.value.exit_code == 4 and "driver" in str(caught.value.hint) and gpu.left_behind == {}
+
+
+def swapped(ports: tuple[Port, ...], changed_port: str, changes: dict[str, Any]) -> list[list[Any]]:
+    changed = [replace(port, **changes) if port.name == changed_port else port for port in ports]
+    return [[port.name, port.dtype, list(port.shape)] for port in changed]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"inputs": ("instances", {"dtype": "int64"})}, r"instances: int64 .* in the engine, int32 .* in its record"),
+        (
+            {"inputs": ("mask", {"shape": (-1, 8, 8)})},
+            r"mask: uint8 \[-1, 8, 8\] in the engine, .* in the graph",
+        ),
+        ({"inputs": ("labels", {"name": "classes"})}, "classes: .* in the engine, nothing in its record"),
+        ({"outputs": ("edited", {"dtype": "float32"})}, "edited: float32"),
+        ({"batch": [1, 1, 4]}, "image: batches of 1 to 4, 1 to 8 in its record"),
+        ({"profiles": 2}, "2 optimisation profiles"),
+    ],
+)
+def test_an_engine_that_takes_something_else(
+    changes: dict[str, Any], words: str, gpu: SimulatedGpu, tmp_path: Path
+) -> None:
+    record = record_of()
+    facts = {
+        kind: swapped(getattr(record, kind), *change) if isinstance(change, tuple) else change
+        for kind, change in changes.items()
+    }
+    with pytest.raises(BundleError, match=words):
+        TensorRtSession(simulated_library(gpu), engine_file(tmp_path, record, **facts), size=SIZE)
+    assert gpu.left_behind == {} and gpu.contexts == []
+
+
+def test_an_engine_of_another_graph_than_it_says(gpu: SimulatedGpu, tmp_path: Path) -> None:
+    record = record_of()
+    record = replace(record, inputs=(*record.inputs, Port("coarse", "float32", (-1, 8, 8, 3))))
+    with pytest.raises(BundleError, match=r"coarse: float32 .* in the engine, nothing in the graph"):
+        TensorRtSession(simulated_library(gpu), engine_file(tmp_path, record), size=SIZE)
+
+
+def test_a_library_that_refuses_to_run(gpu: SimulatedGpu, tmp_path: Path) -> None:
+    library = simulated_library(gpu)
+    with TensorRtSession(library, engine_file(tmp_path, record_of()), size=SIZE) as session:
+        library._refuses = "Error Code 1: Cuda Runtime (invalid resource handle)"
+        with pytest.raises(UnavailableError, match="on a batch of 3: Error Code 1: Cuda Runtime"):
+            session.run(**inputs_for(3))
+        library._refuses, library._no_contexts = "", True
+        with pytest.raises(UnavailableError, match="makes no context"):
+            session.run(**inputs_for(2))
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil", "words"),
+    [
+        ("labels", lambda array: array.astype(np.int64), r"labels is int64 \(2, 16, 16\), but the graph has uint8"),
+        ("mask", lambda array: array[:1], r"mask is uint8 \(1, 16, 16\), but the graph has uint8 \(2, 16, 16\)"),
+        ("image", lambda array: array[:0], r"image is uint8 \(0, 16, 16, 3\), .* uint8 \(B, 16, 16, 3\)"),
+        ("image", lambda array: array[0], "image is uint8"),
+        ("image", lambda array: array[0, 0, 0, 0], "image is uint8"),
+        ("instances", lambda array: array[..., None], "instances is int32"),
+    ],
+)
+def test_arrays_that_do_not_fit(name: str, spoil: Any, words: str, session: TensorRtSession) -> None:
+    with pytest.raises(InputError, match=words):
+        session.run(**{**inputs_for(2), name: spoil(inputs_for(2)[name])})
+
+
+def test_without_a_refine_engine(gpu: SimulatedGpu, tmp_path: Path) -> None:
+    with TensorRtSession(simulated_library(gpu), engine_file(tmp_path, record_of()), size=SIZE) as session:
+        assert not session.refines and session.lacks_refine is not None
+        with pytest.raises(BundleError, match="no refine engine") as caught:
+            session.refine(**inputs_for(1, coarse=True))
+    assert "spmdeploy build BUNDLE --graph refine" in str(caught.value.hint)
+
+
+def test_a_closed_session(gpu: SimulatedGpu, tmp_path: Path) -> None:
+    session = opened(gpu, tmp_path)
+    session.run(**inputs_for(2))
+    session.close()
+    session.close()
+    assert gpu.left_behind == {} and gpu.contexts == [] and gpu.retained == 0
+    with pytest.raises(UnavailableError, match="was closed"):
+        session.run(**inputs_for(2))
+
+
+def test_a_session_that_is_closed_on_a_broken_device_frees_what_it_can(gpu: SimulatedGpu, tmp_path: Path) -> None:
+    session = opened(gpu, tmp_path)
+    session.run(**inputs_for(2))
+    gpu.fails["cuStreamSynchronize"] = Code.CUDA_ERROR_ILLEGAL_ADDRESS
+    session.close()
+    assert gpu.left_behind == {} and gpu.contexts == []
+
+
+# -------------------------------------------------------------------------------------------------- kernels of RTX
+
+
+def rtx(gpu: SimulatedGpu, folder: Path) -> Any:
+    return opened(gpu, folder, "tensorrt-rtx", "1.7.1.116")
+
+
+def test_the_second_start_compiles_nothing(gpu: SimulatedGpu, tmp_path: Path, cache: Path) -> None:
+    for expected in (["compile 2", "compile 3"], [], []):
+        gpu.calls.clear()
+        with rtx(gpu, tmp_path) as session:
+            for batch in (2, 3, 2, 3):
+                session.run(**inputs_for(batch))
+        assert [call for call in gpu.calls if call.startswith("compile")] == expected
+        assert session.notes == ()
+    (kept,) = (cache / "kernels").iterdir()
+    assert kept.stat().st_mode & 0o077 == 0 or (cache / "kernels").stat().st_mode & 0o077 == 0  # nobody else's business
+
+
+def test_kernels_of_another_version_are_made_anew(gpu: SimulatedGpu, tmp_path: Path, cache: Path) -> None:
+    with rtx(gpu, tmp_path) as session:
+        session.run(**inputs_for(2))
+    (kept,) = (cache / "kernels").iterdir()
+    kept.write_bytes(b"kernels of another version:2")
+    gpu.calls.clear()
+    with rtx(gpu, tmp_path) as session:
+        session.run(**inputs_for(2))
+    assert "compile 2" in gpu.calls and b"1.7.1.116:2" in kept.read_bytes()
+
+
+def test_kernels_that_cannot_be_kept_are_said_to_be_lost(gpu: SimulatedGpu, tmp_path: Path, cache: Path) -> None:
+    cache.write_text("a file where the folder should be")
+    with rtx(gpu, tmp_path) as session:
+        session.run(**inputs_for(2))
+    (note,) = session.notes
+    assert "compiled kernels are lost" in note and str(cache) in note
+
+
+# ------------------------------------------------------------------------------------------------------- on the device
+
+
+class OnGpu:
+    """Somebody's array on the GPU, with the attribute that says so."""
+
+    def __init__(self, gpu: SimulatedGpu, array: np.ndarray, **changes: Any) -> None:
+        self.address = gpu.address()
+        gpu.memory[self.address] = array.reshape(-1).view(np.uint8).copy()
+        self.array = gpu.memory[self.address].view(array.dtype).reshape(array.shape)
+        self.interface = {
+            "data": (self.address, False),
+            "shape": array.shape,
+            "typestr": array.dtype.str,
+            "version": 3,
+            "strides": None,
+            **changes,
+        }
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        return self.interface
+
+
+def on_gpu(gpu: SimulatedGpu, given: dict[str, np.ndarray]) -> tuple[dict[str, OnGpu], dict[str, OnGpu]]:
+    outputs = {name: OnGpu(gpu, np.zeros_like(array)) for name, array in edited_like(given).items()}
+    return {name: OnGpu(gpu, array) for name, array in given.items()}, outputs
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+@pytest.mark.parametrize("batch", [1, 3, 8, 19])
+def test_arrays_on_the_device_stay_there(
+    batch: int, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = SimulatedGpu()
+    plug_in(monkeypatch, gpu, package)
+    with opened(gpu, tmp_path) as session:
+        stream = gpu.foreign_stream()
+        for seed in range(2):
+            edit, refine = inputs_for(batch, seed), inputs_for(batch, seed, coarse=True)
+            for graph, given in (("edit", edit), (REFINE, refine)):
+                inputs, outputs = on_gpu(gpu, given)
+                gpu.calls.clear()
+                session.run_device(inputs, outputs, stream, graph)
+                assert not {"cuMemcpyHtoDAsync", "cuMemcpyDtoHAsync"} & set(gpu.calls)
+                assert seed == 0 or "cuStreamSynchronize" not in gpu.calls  # at first there may be memory to make
+                assert not outputs["edited"].array.any()  # queued only
+                gpu.streams[stream].drain()
+                for name, expected in edited_like(given).items():
+                    assert np.array_equal(outputs[name].array, expected)
+            assert np.array_equal(session.run(**edit), edited_like(edit)["edited"])
+        del gpu.streams[stream]
+    assert set(gpu.left_behind) == {"memory"}  # the caller's
+
+
+def test_one_output_is_enough_and_pointers_do(gpu: SimulatedGpu, session: TensorRtSession) -> None:
+    given = inputs_for(2)
+    inputs, outputs = on_gpu(gpu, given)
+    pointers = {
+        name: DeviceArray(value.address, value.array.shape, value.array.dtype.name) for name, value in inputs.items()
+    }
+    stream = gpu.foreign_stream()
+    session.run_device(pointers, {"unrounded": outputs["unrounded"]}, stream)
+    gpu.streams[stream].drain()
+    assert np.array_equal(outputs["unrounded"].array, edited_like(given)["unrounded"])
+
+
+def test_work_on_the_device_and_from_the_host_do_not_meet(gpu: SimulatedGpu, session: TensorRtSession) -> None:
+    """They share activations: whoever comes later waits, on the device."""
+    first, second = inputs_for(3, 1), inputs_for(3, 2)
+    inputs, outputs = on_gpu(gpu, first)
+    session.run_device(inputs, outputs, stream := gpu.foreign_stream())
+    assert np.array_equal(session.run(**second), edited_like(second)["edited"])
+    assert np.array_equal(outputs["edited"].array, edited_like(first)["edited"])  # was done before
+    assert not gpu.streams[stream].queue
+
+
+def test_work_in_two_streams_does_not_meet(gpu: SimulatedGpu, session: TensorRtSession) -> None:
+    streams = gpu.foreign_stream(), gpu.foreign_stream()
+    made = [on_gpu(gpu, inputs_for(3, seed)) for seed in range(2)]
+    for stream, (inputs, outputs) in zip(streams, made, strict=True):
+        session.run_device(inputs, outputs, stream)
+    gpu.streams[streams[1]].drain()
+    assert not gpu.streams[streams[0]].queue  # was waited for
+
+
+def test_memory_that_grows_is_not_taken_from_under_work(gpu: SimulatedGpu, session: TensorRtSession) -> None:
+    small, large = inputs_for(1), inputs_for(8)
+    inputs, outputs = on_gpu(gpu, small)
+    session.run_device(inputs, outputs, gpu.foreign_stream())
+    assert np.array_equal(session.run(**large), edited_like(large)["edited"])
+    assert np.array_equal(outputs["edited"].array, edited_like(small)["edited"])
+
+
+def test_it_waits_for_the_stream_that_an_array_names(gpu: SimulatedGpu, session: TensorRtSession) -> None:
+    given = inputs_for(1)
+    inputs, outputs = on_gpu(gpu, {**given, "image": given["image"] * 0})
+    theirs, stream = gpu.foreign_stream(), gpu.foreign_stream()
+    gpu.streams[theirs].add(lambda: inputs["image"].array.__setitem__(slice(None), given["image"]))
+    inputs["image"].interface["stream"] = theirs
+    session.run_device(inputs, outputs, stream)
+    gpu.streams[stream].drain()
+    assert np.array_equal(outputs["edited"].array, edited_like(given)["edited"])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda gpu, arrays: arrays.update(mask=np.zeros((1, SIZE, SIZE), np.uint8)), "mask is no array on a GPU"),
+        (lambda gpu, arrays: arrays["mask"].interface.update(strides=(1, 2, 3)), "mask is masked or not C-contiguous"),
+        (lambda gpu, arrays: arrays["mask"].interface.update(mask=object()), "mask is masked"),
+        (lambda gpu, arrays: arrays["mask"].interface.update(typestr="<i8"), "mask is int64"),
+        (lambda gpu, arrays: arrays["mask"].interface.update(shape=(1, SIZE, 8)), r"mask is uint8 \(1, 16, 8\)"),
+        (lambda gpu, arrays: arrays["mask"].interface.update(data=(0, False)), "mask is not in a GPU's memory"),
+        (lambda gpu, arrays: arrays["mask"].interface.update(data=(12345, False)), "mask is not in a GPU's memory"),
+        (
+            lambda gpu, arrays: arrays["mask"].interface.update(data=(arrays["mask"].address + 4, False)),
+            "multiple of 256",
+        ),
+        (lambda gpu, arrays: arrays["edited"].interface.update(data=(arrays["edited"].address, True)), "read-only"),
+        (lambda gpu, arrays: arrays.pop("mask"), "edit takes image, labels, instances, mask and gives edited or"),
+        (lambda gpu, arrays: arrays.update(coarse=arrays["mask"]), "not .*coarse"),
+    ],
+)
+def test_arrays_on_the_device_that_do_not_fit(
+    change: Any, words: str, gpu: SimulatedGpu, session: TensorRtSession
+) -> None:
+    inputs, outputs = on_gpu(gpu, inputs_for(1))
+    arrays: dict[str, Any] = {**inputs, "edited": outputs["edited"]}
+    change(gpu, arrays)
+    written = {"edited": arrays.pop("edited")}
+    with pytest.raises(InputError, match=words):
+        session.run_device(arrays, written, gpu.foreign_stream())
+    assert "execute_async_v3" not in gpu.calls
+
+
+def test_arrays_of_another_gpu_and_graphs_that_do_not_exist(
+    gpu: SimulatedGpu, session: TensorRtSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs, outputs = on_gpu(gpu, inputs_for(1))
+    with pytest.raises(UsageError, match="no graph 'edits'"):
+        session.run_device(inputs, outputs, 0, "edits")
+    with pytest.raises(InputError, match=r"not .* and nothing"):
+        session.run_device(inputs, {}, 0)
+    monkeypatch.setattr(session._memory.device, "device_of", lambda address: 1)
+    with pytest.raises(InputError, match="image is on cuda:1, but the session is on cuda:0"):
+        session.run_device(inputs, outputs, 0)
+
+
+def test_strides_that_are_contiguous_all_the_same(gpu: SimulatedGpu, session: TensorRtSession) -> None:
+    given = inputs_for(1)
+    inputs, outputs = on_gpu(gpu, given)
+    inputs["mask"].interface["strides"] = (99, SIZE, 1)  # of an axis of length 1 they do not matter
+    session.run_device(inputs, outputs, stream := gpu.foreign_stream())
+    gpu.streams[stream].drain()
+    assert np.array_equal(outputs["edited"].array, edited_like(given)["edited"])
+
+
+# --------------------------------------------------------------------------------------------- fakes and real libraries
+
+
+@pytest.mark.parametrize("version", ["10.3", "10.16", "11.4"])
+def test_tensorrt_really_has_what_the_simulated_one_offers(version: str, shared: Path) -> None:
+    """So whatever the session touches is there: the simulated classes have no other public members."""
+    real = json.loads((shared / f"tensorrt-api/tensorrt-{version}.json").read_text())
+    for name, members in offered(simulated_library(SimulatedGpu(), "tensorrt", f"{version}.0")).items():
+        assert members <= set(real[name]), f"{name}: {sorted(members - set(real[name]))}"
+
+
+def test_tensorrt_rtx_really_has_what_the_simulated_one_offers() -> None:
+    real = pytest.importorskip("tensorrt_rtx")
+    for name, members in offered(simulated_library(SimulatedGpu(), "tensorrt-rtx", "1.7.1")).items():
+        missing = {member for member in members if not hasattr(getattr(real, name), member)}
+        assert not missing, f"{name}: {sorted(missing)}"
+
+
+def test_nothing_is_imported_before_a_session_is_opened() -> None:
+    heavy = {"tensorrt", "tensorrt_rtx", "pycuda", "cuda", "cuda.bindings"}
+    code = "import sys, spmdeploy.backends.tensorrt; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert heavy.isdisjoint(loaded)

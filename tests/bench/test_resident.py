@@ -1,0 +1,111 @@
+"""Edits that are timed where they lie: right pictures, the clock stopped after the stream, nothing left behind."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from spmdeploy.bench.resident import device_milliseconds, resident_edit
+from spmdeploy.bench.worker import Bench
+from spmdeploy.bench.workloads import EditBatch
+from spmdeploy.bundle.bundle import Bundle
+from spmdeploy.bundle.manifest import REFINE
+from spmdeploy.errors import OutOfMemory, VerificationError
+from spmdeploy.gpu.device import Device
+
+from .simulated_gpu import PACKAGES, Code, SimulatedGpu, plug_in
+from .simulated_tensorrt import edited_like
+from .test_engine_session import Machine, add, bundle, machine
+from .test_trt import inputs_for, opened, record_of
+
+__all__ = ["bundle", "machine"]  # fixtures of the neighbour
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_an_edit_is_timed_on_its_stream(package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = SimulatedGpu()
+    plug_in(monkeypatch, gpu, package)
+    given = inputs_for(3)
+    with opened(gpu, tmp_path) as session:
+        device = Device(0)
+        with ExitStack() as stack:
+            edit = resident_edit(session, EditBatch(**given), device, stack)
+            device_milliseconds(edit, device)  # the first one prepares the batch size
+            for _ in range(3):
+                before = len(gpu.calls)
+                passed, launching = device_milliseconds(edit, device)
+                assert passed >= 0 and launching > 0
+                # An event, the edit, an event, and then the stream comes to rest; no copy from or to the host.
+                calls = gpu.calls[before:]
+                order = [call for call in calls if call in ("cuEventRecord", "cuStreamSynchronize")]
+                assert order[0] == "cuEventRecord" and order[-2:] == ["cuEventRecord", "cuStreamSynchronize"]
+                assert order.count("cuStreamSynchronize") == 1 and order.count("cuEventRecord") == 4
+                assert not any(call.startswith("cuMemcpy") for call in calls)
+            assert np.array_equal(edit.fetch(), edited_like(given)["edited"])
+        device.close()
+    assert gpu.left_behind == {} and not any("without a context" in call for call in gpu.calls)
+
+
+def test_too_little_memory_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = SimulatedGpu()
+    plug_in(monkeypatch, gpu)
+    with opened(gpu, tmp_path) as session:
+        device = Device(0)
+        gpu.fails["cuMemAlloc"] = Code.CUDA_ERROR_OUT_OF_MEMORY
+        with ExitStack() as stack, pytest.raises(OutOfMemory):
+            resident_edit(session, EditBatch(**inputs_for(1)), device, stack)
+        device.close()
+    assert gpu.left_behind == {}
+
+
+# ------------------------------------------------------------------------------------------------------ several streams
+
+
+def test_several_streams_have_a_session_each_and_nothing_is_left_of_them(machine: Machine, bundle: Bundle) -> None:
+    gpu, given = machine.gpu, inputs_for(2)
+    add(bundle, record_of())
+    bench = Bench(bundle.path, "tensorrt", "cuda:0", "fp16")
+    alone = len(gpu.streams)
+    first = bench.prepare_engine(EditBatch(**given), 3)
+    assert np.array_equal(first.picture, edited_like(given)["edited"])
+    assert len(gpu.streams) == 3 * (alone + 1)  # of each session its own, and the one that it is timed on
+    gpu.calls.clear()
+    turn = bench.turn(0.0, 4)
+    assert len(turn.samples) == 3 * 4 == gpu.calls.count("execute_async_v3") and turn.seconds > 0
+    assert not any(call.startswith("cuMemcpy") for call in gpu.calls)
+    assert set(turn.samples) == {gpu.milliseconds}
+    bench.prepare_engine(EditBatch(**given), 1)
+    assert len(gpu.streams) == alone + 1 and len(bench.turn(0.0, 4).samples) == 4
+    bench.close()
+    assert gpu.left_behind == {} and gpu.contexts == []
+
+
+def test_streams_that_disagree_are_not_timed(machine: Machine, bundle: Bundle) -> None:
+    add(bundle, record_of())
+    bench = Bench(bundle.path, "tensorrt", "cuda:0", "fp16")
+    runs = iter(range(100))
+
+    def another_every_time(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        made = edited_like(inputs)
+        return made | {"edited": made["edited"] ^ np.uint8(next(runs) % 2)}
+
+    machine.libraries["tensorrt"]._computes = another_every_time
+    with pytest.raises(VerificationError, match="differently in another stream"):
+        bench.prepare_engine(EditBatch(**inputs_for(1)), 2)
+    bench.close()
+    assert machine.gpu.left_behind == {}
+
+
+def test_the_memory_of_a_row_counts_refine_once_it_is_loaded(machine: Machine, bundle: Bundle) -> None:
+    edit, refine = (add(bundle, record_of(graph=graph)) for graph in ("edit", REFINE))
+    bench = Bench(bundle.path, "tensorrt", "cuda:0", "fp16")
+    sizes = [next(path.parent.glob("*.engine")).stat().st_size for path in (edit, refine)]
+    bench.verify()
+    bench._session.run(**inputs_for(1))
+    loaded = bench.memory().loaded
+    bench._session.refine(**inputs_for(1, coarse=True))
+    assert bench.memory().loaded == sum(sizes) and loaded in (sizes[0], sum(sizes))
+    bench.close()

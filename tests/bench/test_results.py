@@ -1,0 +1,103 @@
+"""The record: what is written is read, what is wrong is refused by its path."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spmdeploy.bench.results import Record, read_record, record_text
+from spmdeploy.errors import InputError
+
+from .conftest import FAST, empty_row, measured_row, record_of
+
+
+def a_record() -> Record:
+    unavailable = empty_row("tensorrt", "unavailable", "no NVIDIA driver")
+    return record_of(measured_row(), measured_row("onnxruntime", FAST), unavailable)
+
+
+def test_it_survives_its_file(tmp_path: Path) -> None:
+    (tmp_path / "r.json").write_text(record_text(a_record()), encoding="utf-8")
+    assert read_record(tmp_path / "r.json") == a_record()
+
+
+def test_the_file_is_json_with_a_schema_and_every_sample() -> None:
+    value = json.loads(record_text(a_record()))
+    assert value["schema"] == "spmdeploy.bench/1"
+    assert value == json.loads(json.dumps(a_record().to_json()))
+    assert value["rows"][0]["samples_ms"] == [[800.0, 810.0], [805.0], [790.0, 820.0]]
+
+
+def test_a_row_of_samples_is_a_line() -> None:
+    assert '   "samples_ms": [[800.0, 810.0], [805.0], [790.0, 820.0]]' in record_text(a_record()).splitlines()
+
+
+def test_text_that_looks_like_a_placeholder_stays(tmp_path: Path) -> None:
+    record = record_of(measured_row(), measured_row(reason='"samples_ms": "0"'))
+    (tmp_path / "r.json").write_text(record_text(record), encoding="utf-8")
+    assert read_record(tmp_path / "r.json") == record
+
+
+def test_further_fields_are_passed_over() -> None:
+    value = json.loads(record_text(a_record()))
+    value["mood"] = value["rows"][0]["mood"] = "good"
+    assert Record.from_json(value, "r.json") == a_record()
+
+
+@pytest.mark.parametrize(
+    ("path", "wrong", "words"),
+    [
+        ("spmdeploy", 1, r"r.json: spmdeploy is 1, not text"),
+        ("rows", {}, r"rows is \{\}, not a list"),
+        ("rows/0/status", "fine", r"rows\[0\]\.status is 'fine', not measured or"),
+        ("rows/0/latency_ms/p50", "fast", r"rows\[0\]\.latency_ms\.p50 is 'fast', not a finite number"),
+        ("rows/0/latency_ms/n", -1, r"rows\[0\]\.latency_ms\.n is -1"),
+        ("rows/0/samples_ms", [[math.inf]], r"rows\[0\]\.samples_ms\[0\]\[0\] is inf"),
+        ("rows/0/latency_ms/unstable", 0, r"unstable is 0, not true or false"),
+        ("rows/1/notes", {"windows": []}, r"rows\[1\]\.notes\.windows is \[\]"),
+        ("machine/cpu", ..., r"machine\.cpu is missing"),
+        ("schema", "spmdeploy.bench/2", "newer than spmdeploy.bench/1"),
+        ("schema", "spmdeploy.bundle/1", "no benchmark record"),
+        ("schema", ..., "no benchmark record"),
+    ],
+)
+def test_wrong_fields_are_refused(path: str, wrong: Any, words: str) -> None:
+    value: Any = json.loads(record_text(a_record()))
+    *above, last = [int(part) if part.isdigit() else part for part in path.split("/")]
+    place = value
+    for part in above:
+        place = place[part]
+    if wrong is ...:
+        del place[last]
+    else:
+        place[last] = wrong
+    with pytest.raises(InputError, match=words):
+        Record.from_json(value, "r.json")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "NaN", '{"schema": "spmdeploy.bench/1"}'])
+def test_rubbish_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "r.json").write_text(text)
+    with pytest.raises(InputError, match=r"r\.json"):
+        read_record(tmp_path / "r.json")
+    with pytest.raises(InputError, match="cannot be read"):
+        read_record(tmp_path / "missing.json")
+
+
+def test_rows_know_their_case() -> None:
+    torch, other = measured_row(), measured_row("onnxruntime", FAST)
+    assert torch.case == other.case and torch.identity != other.identity
+    assert replace(other, batch=4).case != other.case
+
+
+def test_a_record_from_before_a_figure_was_added() -> None:
+    value = json.loads(json.dumps(a_record().to_json()))
+    for row in value["rows"]:
+        if row["memory"]:
+            del row["memory"]["loaded"]
+    assert Record.from_json(value, "r.json") == a_record()

@@ -1,0 +1,259 @@
+"""`spmdeploy build`: which library it takes for which GPU, what it refuses, what it prints and cleans."""
+
+from __future__ import annotations
+
+import enum
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from spmdeploy import cli, default_model
+from spmdeploy.engines import build as to_engine
+from spmdeploy.engines import library as engine_library
+from spmdeploy.engines.build import EngineOptions, plan_engines
+from spmdeploy.engines.record import Gpu
+from spmdeploy.errors import UnavailableError, UsageError
+from spmdeploy.export import pipeline
+from spmdeploy.gpu.driver import GpuFacts
+from tests.bundle.conftest import write_street
+
+from .recording_tensorrt import recording_tensorrt
+from .test_engine_builder import VERSIONS
+
+ORIN = GpuFacts("Orin", "8.7", "12.6", None)
+RTX_3060 = GpuFacts("NVIDIA GeForce RTX 3060", "8.6", "13.0", "580.95.05")
+
+
+class Machine:
+    """Which GPU is plugged in and which libraries are installed."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.patch = monkeypatch
+        self.gpu(None)
+        self.install("tensorrt", None)
+        targets = enum.IntEnum("ComputeCapability", ["NONE", "CURRENT", "SM75", "SM120", "SM86"])  # type: ignore[misc]
+        self.rtx = SimpleNamespace(__version__="1.7.1.116", __spec__="here", ComputeCapability=targets)
+        self.install("tensorrt_rtx", self.rtx)
+
+    def gpu(self, facts: GpuFacts | None) -> None:
+        def answer(device: int = 0) -> GpuFacts:
+            if facts is None:
+                raise OSError("no NVIDIA driver")
+            return facts
+
+        self.patch.setattr(to_engine, "gpu_facts", answer)
+        self.patch.setattr(engine_library, "gpu_facts", answer)
+
+    def install(self, module: str, library: Any) -> None:
+        """None: it is not installed."""
+        self.patch.setitem(sys.modules, module, library)
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Machine:
+    monkeypatch.setenv("SPMDEPLOY_CACHE", str(tmp_path / "cache"))
+    return Machine(monkeypatch)
+
+
+@pytest.fixture(params=VERSIONS)
+def tensorrt(request: pytest.FixtureRequest, shared: Path) -> Any:
+    version = request.param
+    api = json.loads((shared / f"tensorrt-api/tensorrt-{version}.json").read_text())
+    library = recording_tensorrt(version, api)
+    library.__spec__ = "here"
+    return library
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, dict[str, Any], str]:
+    code = cli.main([*map(str, words), "--json"])
+    captured = capsys.readouterr()
+    (line,) = captured.out.splitlines()
+    return code, json.loads(line), captured.err
+
+
+# ---------------------------------------------------------------------------------------------------------- planning
+
+
+def test_auto_takes_tensorrt_where_there_is_a_gpu_for_it(machine: Machine) -> None:
+    machine.gpu(ORIN)
+    machine.install("tensorrt", SimpleNamespace(__version__="10.3.0", __spec__="here"))
+    plan = plan_engines(EngineOptions())
+    assert (plan.runtime, plan.version, plan.targets, plan.built_for) == ("tensorrt", "10.3.0", (), Gpu("Orin", "8.7"))
+    assert plan.words.startswith("tensorrt 10.3.0 for Orin (sm87): ")
+    plan = plan_engines(EngineOptions(targets=("sm86",)))
+    assert (plan.runtime, plan.targets, plan.built_for) == ("tensorrt-rtx", ("sm86",), None)
+
+
+def test_auto_takes_rtx_otherwise_and_says_why(machine: Machine) -> None:
+    machine.gpu(RTX_3060)
+    plan = plan_engines(EngineOptions())
+    assert (plan.runtime, plan.targets, plan.built_for) == ("tensorrt-rtx", ("sm86",), None)
+    assert plan.why == "TensorRT is not installed"
+    machine.install("tensorrt", SimpleNamespace(__version__="10.3.0", __spec__="here"))
+    machine.gpu(None)
+    with pytest.raises(UsageError, match="no GPU here to build for"):
+        plan_engines(EngineOptions())
+
+
+def test_auto_passes_over_a_broken_tensorrt_and_says_so(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine.gpu(RTX_3060)
+    machine.install("tensorrt", SimpleNamespace(__spec__="here"))
+    real = engine_library.importlib.import_module
+
+    def broken(name: str) -> Any:
+        if name == "tensorrt":
+            raise OSError("libnvinfer.so.10: cannot open shared object file")
+        return real(name)
+
+    monkeypatch.setattr(engine_library.importlib, "import_module", broken)
+    plan = plan_engines(EngineOptions())
+    assert plan.runtime == "tensorrt-rtx" and "libnvinfer.so.10" in plan.why
+    machine.install("tensorrt_rtx", None)
+    with pytest.raises(UnavailableError, match="tensorrt cannot be imported"):
+        plan_engines(EngineOptions())
+
+
+def test_rtx_builds_for_a_gpu_that_is_no_listed_target_as_it_is(machine: Machine) -> None:
+    machine.gpu(ORIN)
+    plan = plan_engines(EngineOptions(runtime="tensorrt-rtx"))
+    assert (plan.targets, plan.built_for) == ((), Gpu("Orin", "8.7"))
+
+
+def test_targets_are_sorted_and_named_once(machine: Machine) -> None:
+    assert plan_engines(EngineOptions(targets=("sm120", "sm86", "sm120"))).targets == ("sm86", "sm120")
+
+
+REFUSED: list[tuple[dict[str, Any], type[Exception], str, str]] = [
+    ({"targets": ("sm90",)}, UsageError, "no target 'sm90'.*builds for sm75, sm86, sm120", "runtime tensorrt"),
+    ({"targets": ("sm86", "sm87")}, UsageError, "no target 'sm87'", "Jetson"),
+    ({"targets": ("current",)}, UsageError, "no target 'current'", "itself"),
+    ({"targets": ("",)}, UsageError, "no target ''", "itself"),
+    ({}, UsageError, "no GPU here", "--target sm86; .*sm75, sm86, sm120"),
+    ({"runtime": "tensorrt"}, UnavailableError, "tensorrt cannot be imported", "JetPack"),
+    ({"runtime": "tensorrt", "targets": ("sm86",)}, UsageError, "GPU at hand alone", "--target"),
+    ({"runtime": "onnxruntime"}, UsageError, "unknown runtime 'onnxruntime'", "tensorrt-rtx"),
+    ({"targets": ("sm86",), "timing_cache": Path("t")}, UsageError, "keeps no timing cache", "leave --timing-cache"),
+    ({"max_batch": 65}, UsageError, "1 to 65", "at most 64"),
+    ({"max_batch": 0}, UsageError, "1 to 0", "at most 64"),
+    ({"max_batch": 2, "opt_batch": 3}, UsageError, "best at 3", "among them"),
+]
+
+
+@pytest.mark.parametrize(("options", "kind", "words", "hint"), REFUSED)
+def test_what_cannot_be_built_is_refused_before_any_work(
+    machine: Machine, options: dict[str, Any], kind: type[Exception], words: str, hint: str
+) -> None:
+    with pytest.raises(kind, match=words) as caught:
+        plan_engines(EngineOptions(**options))
+    assert re.search(hint, str(caught.value.hint)), caught.value.hint
+
+
+def test_tensorrt_without_a_gpu(machine: Machine) -> None:
+    machine.install("tensorrt", SimpleNamespace(__version__="10.3.0", __spec__="here"))
+    with pytest.raises(UnavailableError, match="GPU at hand, and there is none: no NVIDIA driver"):
+        plan_engines(EngineOptions(runtime="tensorrt"))
+
+
+def test_neither_library(machine: Machine) -> None:
+    machine.install("tensorrt_rtx", None)
+    with pytest.raises(UnavailableError, match="neither TensorRT nor TensorRT-RTX") as caught:
+        plan_engines(EngineOptions())
+    assert "spmdeploy[tensorrt-rtx]" in str(caught.value.hint)
+
+
+# ------------------------------------------------------------------------------------------------------- the command
+
+
+def test_building_inspecting_cleaning(
+    machine: Machine, tensorrt: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    bundle = write_street(tmp_path / "street.spm").path
+    machine.gpu(ORIN)
+    machine.install("tensorrt", tensorrt)
+    code, told, talk = run(capsys, "build", bundle)
+    assert code == 0 and told["schema"] == "spmdeploy.build/1"
+    (engine,) = told["engines"]
+    assert engine["built"] and engine["precision"] == "fp16" and engine["gpu"]["name"] == "Orin"
+    assert f"tensorrt {tensorrt.__version__} for Orin (sm87)" in talk and "engines go into the bundle" in talk
+    assert "edit.fp16: Timing tactics" in talk
+    assert not run(capsys, "build", bundle)[1]["engines"][0]["built"]
+
+    code, facts, _ = run(capsys, "inspect", engine["path"])
+    assert code == 0 and facts["kind"] == "engine" and facts["fit"] and facts["record"]["version"] == engine["version"]
+    assert cli.main(["inspect", engine["path"]]) == 0
+    words = capsys.readouterr().out
+    assert "fits this machine" in words and "100% FP16, read back from the engine; not yet verified" in words
+
+    machine.gpu(RTX_3060)
+    code, facts, _ = run(capsys, "inspect", engine["path"])
+    assert code == 0 and not facts["fit"] and "Orin" in facts["differences"][0] and "3060" in facts["differences"][0]
+    code, told, _ = run(capsys, "build", bundle, "--clean")
+    assert code == 0 and [removed["path"] for removed in told["removed"]] == [engine["path"]]
+    assert told["removed"][0]["differences"] == facts["differences"] and not Path(engine["path"]).exists()
+    assert cli.main(["build", str(bundle), "--clean"]) == 0
+    assert capsys.readouterr().out == "nothing to remove\n"
+
+
+def test_a_damaged_engine_is_inspected_with_exit_6(
+    machine: Machine, tensorrt: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    machine.gpu(ORIN)
+    machine.install("tensorrt", tensorrt)
+    path = Path(run(capsys, "build", write_street(tmp_path / "street.spm").path)[1]["engines"][0]["path"])
+    path.write_bytes(path.read_bytes()[:-1])
+    code, told, _ = run(capsys, "inspect", path)
+    assert code == 6 and "truncated" in told["error"]
+    alone = shutil.copy(path, tmp_path / "alone.engine")
+    code, told, _ = run(capsys, "inspect", alone)
+    assert code == 6 and "no engine.json beside it" in told["error"]
+
+
+def test_the_built_in_model_says_what_to_do(machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:
+    code, told, _ = run(capsys, "build", default_model(), "--target", "sm86")
+    assert code == 6 and "only the graph for CPUs" in told["error"] and "without --cpu-only" in told["hint"]
+
+
+def test_a_graph_or_precision_that_is_not_there(
+    machine: Machine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = write_street(tmp_path / "street.spm").path
+    code, told, _ = run(capsys, "build", bundle, "--graph", "refine", "--target", "sm86")
+    assert code == 6 and "no graph 'refine' in fp16; there is edit fp32, edit fp16" in told["error"]
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["--cpu-only", "--engine"], "from the graph for CPUs"),
+        (["--target", "sm86"], "--target is for engines"),
+        (["--engine", "--target", "sm90"], "no target 'sm90'"),
+        (["--engine"], "no GPU here"),
+    ],
+)
+def test_an_export_with_engines_that_cannot_be_is_refused_before_it_starts(
+    machine: Machine, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], problem: str
+) -> None:
+    export = ["export", tmp_path / "absent.pth", "--output", tmp_path / "b.spm", "--classes", "street", *words]
+    code, told, _ = run(capsys, *export)
+    assert code == 2 and problem in told["error"]
+
+
+def test_an_export_builds_engines_right_away(
+    machine: Machine, tensorrt: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine.gpu(ORIN)
+    machine.install("tensorrt", tensorrt)
+    bundle = write_street(tmp_path / "street.spm")
+    monkeypatch.setattr(pipeline, "export_bundle", lambda *arguments: pipeline.Export(bundle, (), 1.0))
+    words = ["export", "x.pth", "--output", bundle.path, "--classes", "street", "--engine"]
+    for precision in ([], ["--precision", "fp32"]):
+        code, told, talk = run(capsys, *words, *precision)
+        (engine,) = told["engines"]
+        assert code == 0 and engine["precision"] == ("fp32" if precision else "fp16") and Path(engine["path"]).exists()
+        assert "for Orin (sm87)" in talk

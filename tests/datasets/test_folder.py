@@ -1,0 +1,208 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from spmdeploy.datasets import folder as dataset
+from spmdeploy.datasets.config import DataConfig, ExtraData
+from spmdeploy.datasets.folder import Picture, Sample, TrainingSamples, collate, random_crop, relit, split_validation
+from spmdeploy.errors import InputError
+from tests.toy_dataset import COLOURS, write_data_folder
+
+
+def same(first: Sample, second: Sample) -> bool:
+    return all(np.array_equal(getattr(first, part), getattr(second, part)) for part in vars(first))
+
+
+def samples(root: Path, seed: int = 0, **options: object) -> TrainingSamples:
+    return TrainingSamples(DataConfig(str(root), crop=128, validation=0, **options), seed)  # type: ignore[arg-type]
+
+
+def test_a_sample_follows_from_seed_and_position_alone(data_folder: Path) -> None:
+    first, second = samples(data_folder), samples(data_folder)
+    backwards = [second.at(position) for position in reversed(range(14))]
+    for position, sample in zip(range(14), reversed(backwards), strict=True):
+        assert same(first.at(position), sample)
+    assert not same(first.at(0), samples(data_folder, seed=1).at(0))
+    assert not same(first.at(0), first.at(first.epoch_length))
+
+
+def test_an_epoch_shows_every_picture_once(data_folder: Path) -> None:
+    drawn = samples(data_folder)
+    names = [name for _, name in drawn._epoch(3)]
+    assert sorted(names) == [f"{index:03d}" for index in range(6)]
+    assert names != [name for _, name in drawn._epoch(4)]
+
+
+@pytest.mark.parametrize("smallest_scale", [1.0, 0.8])
+def test_image_and_labels_stay_together(data_folder: Path, smallest_scale: float) -> None:
+    drawn = samples(data_folder, smallest_scale=smallest_scale)
+    for position in range(12):
+        sample = drawn.at(position)
+        assert sample.image.shape == (128, 128, 3)
+        agree = (np.abs(sample.image.astype(int) - np.array(COLOURS)[sample.labels]).max(axis=2) < 3).mean()
+        assert agree == 1 if smallest_scale == 1 else agree > 0.9  # shrinking blends along the borders of classes
+        assert set(np.unique(sample.instances)) <= {0, 1, 2000}
+
+
+def test_scales_are_drawn_from_their_range(data_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Below 1 a crop covers more of the picture than it has pixels, above 1 less: the picture is enlarged."""
+    sides: list[float] = []
+
+    def recorded(picture: Picture, side: int, scale: float, *rest: Any) -> Picture:
+        sides.append(side / scale)
+        return random_crop(picture, side, scale, *rest)
+
+    monkeypatch.setattr(dataset, "random_crop", recorded)
+    drawn = samples(data_folder, smallest_scale=0.95, largest_scale=4.0)
+    pictures = [drawn.at(position).image for position in range(30)]
+    assert 128 / 4 <= min(sides) < 50 and 120 < max(sides) <= 128 / 0.95
+    assert all(picture.shape == (128, 128, 3) for picture in pictures)
+
+
+def test_flips_and_crops_vary(data_folder: Path) -> None:
+    drawn = samples(data_folder)
+    assert len({drawn.at(position).labels.tobytes() for position in range(30)}) > 20
+
+
+def test_a_picture_smaller_than_the_crop_is_enlarged() -> None:
+    picture = Picture(np.zeros((50, 90, 3), np.uint8), np.zeros((50, 90), np.uint8), np.zeros((50, 90), np.int32))
+    cut = random_crop(picture, 128, 1.0, False, np.random.default_rng(0))
+    assert cut.image.shape == (128, 128, 3)
+    assert cut.labels.shape == cut.instances.shape == (128, 128)
+
+
+def test_relighting_changes_photos_alone_and_never_those_for_validation(data_folder: Path) -> None:
+    plain, relighted = (samples(data_folder, relighting=strength) for strength in (0.0, 0.3))
+    for position in range(6):
+        before, after = plain.at(position), relighted.at(position)
+        assert np.array_equal(before.labels, after.labels)
+        assert not np.array_equal(before.image, after.image)
+    held_out = [
+        TrainingSamples(DataConfig(str(data_folder), crop=128, validation=2, relighting=s), 0) for s in (0, 0.3)
+    ]
+    assert all(map(same, *(drawn.validation_samples() for drawn in held_out)))
+
+
+@given(st.floats(0.01, 1), st.integers(0, 2**32))
+def test_relighting_keeps_the_order_of_levels_and_its_bounds(strength: float, seed: int) -> None:
+    ramp = np.repeat(np.arange(256, dtype=np.uint8)[None, :, None], 3, axis=2)
+    changed = relit(ramp, strength, np.random.default_rng(seed))
+    assert changed.dtype == np.uint8 and changed.shape == ramp.shape
+    assert (np.diff(changed.astype(int), axis=1) >= 0).all()
+    brightest = 255 * np.exp(-strength * 4 / 3)  # the weakest gain and the strongest tint against it
+    assert (changed[0, 0] == 0).all() and (changed[0, -1] >= np.floor(brightest)).all()
+
+
+def test_validation_is_held_out_with_its_neighbours() -> None:
+    names = tuple(f"{index:03d}" for index in range(100))
+    training, held = split_validation(names, 8, 4)
+    assert len(held) == 8
+    taken = {int(name) for name in held}
+    assert all(abs(int(name) - other) > 1 for name in training for other in taken)
+    assert len(training) == 100 - 4 * 4
+    assert sum(index + 1 in taken for index in taken) == 4  # four runs of two
+
+
+def test_holding_everything_out_is_refused() -> None:
+    with pytest.raises(InputError, match="2 pictures are too few"):
+        split_validation(("a", "b"), 2, 1)
+
+
+def test_validation_samples_are_fixed(data_folder: Path) -> None:
+    config = DataConfig(str(data_folder), crop=128, validation=2, validation_blocks=1)
+    first, second = TrainingSamples(config, 0), TrainingSamples(config, 0)
+    assert first.validation_names == ["002", "003"]
+    assert first.epoch_length == 2
+    pairs = zip(first.validation_samples(), second.validation_samples(), strict=True)
+    assert all(same(one, other) for one, other in pairs)
+
+
+def test_an_extra_folder_is_mapped_by_name(data_folder: Path, tmp_path: Path) -> None:
+    extra = write_data_folder(tmp_path / "extra", 4, classes=("road", "sky", "lorry"))
+    config = DataConfig(
+        str(data_folder), crop=128, validation=0, extra=(ExtraData(str(extra), 0.25, {"lorry": "car"}),)
+    )
+    drawn = TrainingSamples(config, 0)
+    assert drawn.epoch_length == 6 + 2
+    folder, name = drawn._extra[0][0]
+    labels = folder[name].labels
+    assert labels[0, 0] == 1  # its class 0 is called road
+    assert labels[-1, -1] == 0
+    assert 2 in labels
+    assert folder[name].instances.max() == 2000
+
+
+def test_an_unmapped_class_is_named(data_folder: Path, tmp_path: Path) -> None:
+    extra = write_data_folder(tmp_path / "extra", 1, classes=("road", "sky", "lorry"))
+    with pytest.raises(InputError, match="class 'lorry' has no counterpart named 'lorry'"):
+        TrainingSamples(DataConfig(str(data_folder), validation=0, extra=(ExtraData(str(extra), 0.2),)), 0)
+
+
+def test_annotated_instances_win(data_folder: Path, tmp_path: Path) -> None:
+    root = shutil.copytree(data_folder, tmp_path / "copy")
+    (root / "train" / "inst_map").mkdir()
+    for path in (root / "train" / "labels").iterdir():
+        values = np.full((140, 180), 26007, np.uint16)
+        Image.fromarray(values).save(root / "train" / "inst_map" / path.name)
+    assert (samples(root).at(0).instances == 26007).all()
+
+
+def test_missing_label_maps_are_counted(data_folder: Path, tmp_path: Path) -> None:
+    root = shutil.copytree(data_folder, tmp_path / "copy")
+    (root / "train" / "labels" / "004.png").unlink()
+    with pytest.raises(InputError, match="1 images have no label map, the first is 004"):
+        samples(root)
+
+
+def test_what_does_not_fit_into_memory_is_read_again(data_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dataset, "KEPT_BYTES", 2 * 140 * 180 * (3 + 1 + 4))
+    drawn, again = samples(data_folder), samples(data_folder)
+    found = [drawn.at(position) for position in range(12)]
+    assert len(drawn._main[0][0]._kept) == 2
+    assert all(same(sample, again.at(position)) for position, sample in enumerate(found))
+
+
+def test_no_sample_has_a_hole_of_void(data_folder: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(data_folder, tmp_path / "copy"))
+    table = json.loads((root / "labels.json").read_text())
+    (root / "labels.json").write_text(json.dumps(table | {"void_id": 255}))
+    for path in (root / "train" / "labels").iterdir():
+        labels = np.array(Image.open(path))
+        labels[:60] = 255  # most of the sky
+        Image.fromarray(labels).save(path)
+    drawn = samples(root, holes=("class",))
+    holes = [drawn.at(position) for position in range(12)]
+    assert all(255 not in sample.labels[sample.mask] for sample in holes)
+    assert any(255 in sample.labels for sample in holes)
+
+
+def test_sizes_that_differ_are_named(data_folder: Path, tmp_path: Path) -> None:
+    root = shutil.copytree(data_folder, tmp_path / "copy")
+    for path in (root / "train" / "labels").iterdir():
+        Image.fromarray(np.zeros((20, 30), np.uint8)).save(path)
+    with pytest.raises(InputError, match=r"\.png is 30×20, its image is 180×140"):
+        samples(root).at(0)
+
+
+def test_a_bad_class_table_is_named(tmp_path: Path) -> None:
+    root = write_data_folder(tmp_path / "bad", 1)
+    (root / "labels.json").write_text(json.dumps({"labels": []}))
+    with pytest.raises(InputError, match=r"labels\.json"):
+        samples(root)
+
+
+def test_batches_are_rgb_from_minus_one_to_one(data_folder: Path) -> None:
+    sample = samples(data_folder).at(0)
+    batch = collate([sample, sample])
+    assert batch.image.shape == (2, 3, 128, 128)
+    assert batch.image[0, :, 5, 7].tolist() == pytest.approx((sample.image[5, 7] / 127.5 - 1).tolist())
+    assert set(batch.mask.unique().tolist()) == {0, 1}

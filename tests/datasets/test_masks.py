@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+from collections import deque
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from spmdeploy.datasets.config import HOLE_KINDS, HoleKind
+from spmdeploy.datasets.masks import connected_components, random_hole, strokes
+
+
+def street() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int32]]:
+    labels = np.zeros((256, 256), np.uint8)
+    labels[128:] = 1
+    labels[120:160, 30:90] = 2
+    return labels, connected_components(labels, (2,))
+
+
+def hole(kind: HoleKind, seed: int) -> npt.NDArray[np.bool_]:
+    return random_hole(kind, *street(), 3, np.random.default_rng(seed))
+
+
+@pytest.mark.parametrize("kind", HOLE_KINDS)
+def test_a_seed_fixes_the_hole(kind: HoleKind) -> None:
+    holes = [hole(kind, seed) for seed in range(8)]
+    assert all(np.array_equal(mask, hole(kind, seed)) for seed, mask in enumerate(holes))
+    if kind not in ("extension", "instance"):  # these two have only one answer here
+        assert any(not np.array_equal(holes[0], mask) for mask in holes[1:])
+
+
+@pytest.mark.parametrize("kind", HOLE_KINDS)
+@given(seed=st.integers(0, 2**32), side=st.sampled_from([16, 64, 128, 256]))
+@settings(max_examples=15, deadline=None)
+def test_no_hole_is_empty_or_full(kind: HoleKind, seed: int, side: int) -> None:
+    labels, instances = street()
+    mask = random_hole(kind, labels[:side, :side], instances[:side, :side], 3, np.random.default_rng(seed))
+    assert mask.shape == (side, side)
+    assert mask.dtype == np.bool_
+    assert mask.any()
+    assert not mask.all()
+
+
+def test_extension_is_the_right_half() -> None:
+    mask = hole("extension", 0)
+    assert mask[:, 128:].all()
+    assert not mask[:, :128].any()
+
+
+def test_outpainting_keeps_a_box_of_half_the_side() -> None:
+    rows, columns = np.nonzero(~hole("outpainting", 3))
+    assert rows.size == 128 * 128
+    assert np.ptp(rows) == np.ptp(columns) == 127
+
+
+def test_class_hole_is_all_of_one_class() -> None:
+    labels, _ = street()
+    for seed in range(5):
+        mask = hole("class", seed)
+        (only,) = np.unique(labels[mask])
+        assert np.array_equal(mask, labels == only)
+
+
+def test_class_hole_is_never_void() -> None:
+    """An id outside the class table has no channel: such a hole would ask for nothing."""
+    labels, instances = street()
+    labels[:100] = 255
+    kinds = {int(np.unique(labels[mask])[0]) for mask in (class_hole(labels, instances, seed) for seed in range(30))}
+    assert kinds == {0, 1, 2}
+    everywhere = np.full_like(labels, 255)
+    everywhere[:5, :5] = 1  # too little to be edited
+    strokes_instead = class_hole(everywhere, instances, 0)
+    assert not np.array_equal(strokes_instead, everywhere == 255)
+    assert 0.02 < strokes_instead.mean() < 1
+
+
+def class_hole(labels: npt.NDArray[np.uint8], instances: npt.NDArray[np.int32], seed: int) -> npt.NDArray[np.bool_]:
+    return random_hole("class", labels, instances, 3, np.random.default_rng(seed))
+
+
+def test_instance_hole_is_the_bounding_box_of_a_thing() -> None:
+    rows, columns = np.nonzero(hole("instance", 0))
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (120, 159, 30, 89)
+    assert rows.size == 40 * 60
+
+
+def test_strokes_take_the_place_of_a_missing_instance() -> None:
+    labels = np.zeros((256, 256), np.uint8)
+    mask = random_hole("instance", labels, labels.astype(np.int32), 3, np.random.default_rng(1))
+    assert 0.02 < mask.mean() < 1
+
+
+def test_strokes_scale_with_the_picture() -> None:
+    shares = {
+        side: np.mean([strokes(side, side, np.random.default_rng(s)).mean() for s in range(40)]) for side in (64, 256)
+    }
+    assert shares[64] == pytest.approx(shares[256], rel=0.15)
+
+
+@given(arrays.arrays(np.uint8, st.tuples(st.integers(1, 9), st.integers(1, 9)), elements=st.integers(0, 2)))
+@settings(max_examples=60, deadline=None)
+def test_components_are_those_of_a_flood_fill(labels: npt.NDArray[np.uint8]) -> None:
+    found = connected_components(labels, (2,))
+    assert np.array_equal(found[labels != 2], labels[labels != 2])
+    wanted = flood_fill(labels == 2)
+    assert np.array_equal(found[labels == 2], 2000 + wanted[labels == 2])
+
+
+def flood_fill(region: npt.NDArray[np.bool_]) -> npt.NDArray[np.int32]:
+    """8-connected pieces numbered from 0 in reading order of their first pixel; -1 outside."""
+    number = np.full(region.shape, -1, np.int32)
+    count = 0
+    for start in zip(*np.nonzero(region), strict=True):
+        if number[start] >= 0:
+            continue
+        queue = deque([start])
+        number[start] = count
+        while queue:
+            y, x = queue.popleft()
+            for dy in (-1, 0, 1):
+                for dx in (-1, 0, 1):
+                    near = (y + dy, x + dx)
+                    inside = 0 <= near[0] < region.shape[0] and 0 <= near[1] < region.shape[1]
+                    if inside and region[near] and number[near] < 0:
+                        number[near] = count
+                        queue.append(near)
+        count += 1
+    return number

@@ -1,0 +1,363 @@
+"""Batches: what a manifest may hold, what becomes of each row, and what a killed run leaves to the next."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from spmdeploy import cli
+from spmdeploy.backends.base import Lack
+from spmdeploy.editing.batch import STATUS_FILE, ItemStatus, read_manifest, run_batch
+from spmdeploy.editing.editor import Editor
+from spmdeploy.errors import InputError, OutOfMemory, UsageError
+from spmdeploy.labels import class_table
+
+
+class Painter:
+    """A session that paints each class in a grey of its own; `before` is called first in every run."""
+
+    backend, device, precision, provider, size = "onnxruntime", "cpu", "fp32", "paint", 256
+    refines, lacks_refine = False, Lack("the model has no refine graph", "export it again")
+    notes = ()
+
+    def __init__(self, before: Callable[[int], None] = lambda run: None) -> None:
+        self.before, self.runs = before, 0
+
+    def run(
+        self,
+        image: NDArray[np.uint8],
+        labels: NDArray[np.uint8],
+        instances: NDArray[np.int32],
+        mask: NDArray[np.uint8],
+    ) -> NDArray[np.uint8]:
+        self.runs += 1
+        self.before(self.runs)
+        return np.where(mask[..., None] != 0, labels[..., None] * np.uint8(20), image)
+
+    def close(self) -> None:
+        pass
+
+
+def painting(before: Callable[[int], None] = lambda run: None) -> Editor:
+    return Editor(Painter(before), class_table("street"))  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Photos a.png, b.png, c.png of 40x30, with labels.png (road) and mask.png, and a folder `out`."""
+    noise = np.random.default_rng(3)
+    for name in "abc":
+        save(tmp_path / f"{name}.png", noise.integers(0, 256, (30, 40, 3), np.uint8))
+    save(tmp_path / "labels.png", np.full((30, 40), 3, np.uint8))
+    mask = np.zeros((30, 40), np.uint8)
+    mask[5:15, 10:30] = 255
+    save(tmp_path / "mask.png", mask)
+    (tmp_path / "out").mkdir()
+    return tmp_path
+
+
+def save(path: Path, pixels: NDArray[Any]) -> Path:
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def csv(folder: Path, *rows: str, heading: str = "image,labels,mask,output") -> Path:
+    path = folder / "edits.csv"
+    path.write_text("\n".join([heading, *rows]) + "\n", encoding="utf-8")
+    return path
+
+
+def jsonl(folder: Path, *rows: dict[str, Any]) -> Path:
+    path = folder / "edits.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    return path
+
+
+ROWS = [f"{name}.png,labels.png,mask.png," for name in "abc"]
+
+
+def edit_all(manifest: Path, editor: Editor | None = None, **options: Any) -> list[ItemStatus]:
+    out = manifest.parent / "out"
+    overwrite = options.pop("overwrite", False)
+    return run_batch(editor or painting(), read_manifest(manifest, out, overwrite), out, **options)
+
+
+def words(statuses: list[ItemStatus]) -> list[str]:
+    return [status.status for status in statuses]
+
+
+def recorded(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "out" / STATUS_FILE).read_text().splitlines()]
+
+
+def results(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted((folder / "out").glob("*.png"))}
+
+
+# --------------------------------------------------------------------------------------------------------- manifests
+
+
+def test_csv_and_jsonl_say_the_same(folder: Path) -> None:
+    rows = [
+        {"image": "a.png", "labels": "labels.png", "mask": "mask.png"},
+        {"image": "b.png", "fill": "tree", "mask": "mask.png", "grow": 2, "output": "deep/b.webp"},
+    ]
+    heading = "image,labels,fill,mask,grow,output"
+    lines = ["a.png,labels.png,,mask.png,,", "b.png,,tree,mask.png,2,deep/b.webp"]
+    out = folder / "out"
+    from_csv = read_manifest(csv(folder, *lines, heading=heading), out)
+    assert from_csv == read_manifest(jsonl(folder, *rows), out)
+    files = [item.files for item in from_csv]
+    assert files[0] is not None and files[0].image == folder / "a.png" and files[0].output == out / "a.png"
+    assert files[1] is not None and files[1].grow == 2 and files[1].output == out / "deep/b.webp"
+    assert not list(out.iterdir())  # reading makes nothing
+
+
+def test_names_may_hold_what_csv_and_json_can_quote(folder: Path) -> None:
+    name = 'x\u2028y, "z"\nw.png'
+    quoted = name.replace('"', '""')
+    for manifest in (
+        csv(folder, f'"{quoted}",labels.png,mask.png,'),
+        jsonl(folder, {"image": name, "labels": "labels.png", "mask": "mask.png"}),
+    ):
+        (item,) = read_manifest(manifest, folder / "out")
+        assert item.files is not None and item.files.image == folder / name
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "word"),
+    [
+        ("m.csv", "", "no rows"),
+        ("m.csv", "image,mask\n", "no rows"),
+        ("m.csv", "image;mask\na;b\n", "'image;mask'"),
+        ("m.csv", "image,mask,mask\na,b,c\n", "'mask' 2 times"),
+        ("m.csv", "image,mask,prompt\na,b,c\n", "'prompt'"),
+        ("m.csv", "image,mask\na,b,c\n", "line 2"),
+        ("m.csv", 'image,mask\n"a,b\n', "line"),
+        ("m.csv", b"image\n\xff\xfe\n", "UTF-8"),
+        ("m.jsonl", "\n\n", "no rows"),
+        ("m.jsonl", '{"image": "a"}\n{"image": \n', "line 2 is not JSON"),
+        ("m.jsonl", "[1]\n", "line 1 is not an object"),
+        ("m.jsonl", "[" * 100_000, "line 1 is not JSON"),
+        ("m.jsonl", '{"picture": "a.png"}\n', "'picture'"),
+        ("m.txt", "image\n", ".csv nor .jsonl"),
+        ("m.csv", None, "cannot be read"),
+    ],
+)
+def test_manifests_that_cannot_be_read(name: str, text: str | bytes | None, word: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    if text is not None:
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(InputError) as error:
+        read_manifest(path, tmp_path)
+    assert name in error.value.problem and word in f"{error.value.problem} {error.value.hint}"
+
+
+def test_two_rows_never_write_the_same_file(folder: Path) -> None:
+    save(folder / "a.webp", np.zeros((30, 40, 3), np.uint8))
+    for rows in (
+        ["a.png,labels.png,mask.png,", "a.webp,labels.png,mask.png,"],
+        ["a.png,labels.png,mask.png,x.png", "b.png,labels.png,mask.png,y/../x.png"],
+    ):
+        with pytest.raises(InputError, match=r"rows 1 and 2 would both write .*\.png") as error:
+            read_manifest(csv(folder, *rows), folder / "out")
+        assert error.value.hint == "give them different names in the output column"
+
+
+@pytest.mark.parametrize("output", ["../x.png", "/x.png", "y/../../x.png", "link/x.png", "x\0.png", "", "."])
+def test_outputs_stay_in_the_output_folder(output: str, folder: Path) -> None:
+    (folder / "out/link").symlink_to(folder)
+    row = {"image": "a.png", "labels": "labels.png", "mask": "mask.png", "output": output}
+    (item,) = read_manifest(jsonl(folder, row), folder / "out")
+    assert item.files is None and item.fault is not None and "leads out of the output folder" in item.fault.problem
+
+
+# ---------------------------------------------------------------------------------------------------------- running
+
+
+def test_a_bad_row_stops_no_other(folder: Path) -> None:
+    rows = [
+        ROWS[0],
+        "missing.png,labels.png,mask.png,",
+        "b.png,labels.png,,",
+        ROWS[1],
+        "c.png,labels.png,mask.png,c.gif",
+        "c.png,labels.png,mask.png,../c.png",
+    ]
+    statuses = edit_all(csv(folder, *rows))
+    assert words(statuses) == ["done", "failed", "failed", "done", "failed", "failed"]
+    assert [status.row for status in statuses] == [1, 2, 3, 4, 5, 6]
+    assert "missing.png" in str(statuses[1].error)
+    assert set(results(folder)) == {"a.png", "b.png"}
+    log = [record for record in recorded(folder) if record["status"] != "started"]
+    assert sorted(log, key=lambda record: record["row"]) == [status.to_json() for status in statuses]
+
+
+def test_a_defect_in_one_edit_stops_no_other(folder: Path) -> None:
+    def fail(run: int) -> None:
+        if run == 2:
+            raise ZeroDivisionError("by 0")
+
+    statuses = edit_all(csv(folder, *ROWS), painting(fail))
+    assert words(statuses) == ["done", "failed", "done"]
+    assert statuses[1].error == "unexpected ZeroDivisionError: by 0"
+
+
+@pytest.mark.parametrize("error", [OutOfMemory("too large"), MemoryError()], ids=["device", "host"])
+def test_running_out_of_memory_stops_all(error: Exception, folder: Path) -> None:
+    def fail(run: int) -> None:
+        if run == 2:
+            raise error
+
+    with pytest.raises(type(error)):
+        edit_all(csv(folder, *ROWS), painting(fail))
+    assert set(results(folder)) == {"a.png"}
+    assert words(edit_all(csv(folder, *ROWS), resume=True)) == ["skipped", "done", "done"]
+
+
+def test_three_jobs_give_the_bytes_of_one(folder: Path) -> None:
+    edit_all(csv(folder, *ROWS), jobs=1)
+    alone = results(folder)
+    assert len(alone) == 3
+    assert words(edit_all(csv(folder, *ROWS), jobs=3, overwrite=True)) == ["done"] * 3
+    assert results(folder) == alone
+
+
+def test_jobs_are_counted_from_one(folder: Path) -> None:
+    with pytest.raises(UsageError):
+        edit_all(csv(folder, *ROWS), jobs=0)
+
+
+def test_existing_outputs_are_left_alone(folder: Path) -> None:
+    (folder / "out/b.png").write_bytes(b"dear")
+    statuses = edit_all(csv(folder, *ROWS))
+    assert words(statuses) == ["done", "failed", "done"] and "exists already" in str(statuses[1].error)
+    assert words(edit_all(csv(folder, *ROWS), resume=True)) == ["skipped", "failed", "skipped"]
+    assert (folder / "out/b.png").read_bytes() == b"dear"
+
+
+def test_an_output_folder_that_cannot_be(folder: Path) -> None:
+    (folder / "file").write_text("")
+    items = read_manifest(csv(folder, *ROWS), folder / "file")
+    with pytest.raises(InputError, match="file"):
+        run_batch(painting(), items, folder / "file")
+    rows = ["a.png,labels.png,mask.png,deep/a.png", ROWS[1]]
+    (folder / "out/deep").write_text("")
+    statuses = edit_all(csv(folder, *rows))
+    assert words(statuses) == ["failed", "done"] and "deep" in str(statuses[0].error)
+
+
+# --------------------------------------------------------------------------------------------------------- resuming
+
+
+def test_resuming_skips_what_is_done_and_there(folder: Path) -> None:
+    manifest = csv(folder, *ROWS)
+    assert words(edit_all(manifest)) == ["done"] * 3
+    (folder / "out/b.png").unlink()
+    editor = painting()
+    assert words(edit_all(manifest, editor, resume=True)) == ["skipped", "done", "skipped"]
+    assert words(edit_all(manifest, editor, resume=True)) == ["skipped"] * 3
+    assert editor.session.runs == 1  # type: ignore[attr-defined]
+
+
+def test_resuming_from_elsewhere(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert words(edit_all(csv(folder, *ROWS))) == ["done"] * 3
+    (folder / "out").rename(folder / "moved")
+    monkeypatch.chdir(folder)
+    items = read_manifest(Path("edits.csv"), Path("moved"))
+    assert words(run_batch(painting(), items, Path("moved"), resume=True)) == ["skipped"] * 3
+
+
+@pytest.mark.parametrize("kept", [1, 20, -1, -30])
+def test_resuming_after_a_line_was_cut_off(kept: int, folder: Path) -> None:
+    edit_all(csv(folder, ROWS[0]))
+    log = folder / "out" / STATUS_FILE
+    before, last = log.read_bytes().splitlines(keepends=True)
+    log.write_bytes(before + last[:kept])
+    first = "skipped" if kept == -1 else "done"  # without its newline the record is whole; else a.png is made again
+    assert words(edit_all(csv(folder, *ROWS), resume=True)) == [first, "done", "done"]
+    assert words(edit_all(csv(folder, *ROWS), resume=True)) == ["skipped"] * 3
+
+
+def test_a_status_file_of_garbage(folder: Path) -> None:
+    (folder / "out" / STATUS_FILE).write_bytes(b'\xff\xfe{"output"\n[1]\n{"output": ["a.png"], "status": "done"}\nnull')
+    assert words(edit_all(csv(folder, *ROWS), resume=True)) == ["done"] * 3
+    assert words(edit_all(csv(folder, *ROWS), resume=True)) == ["skipped"] * 3
+
+
+# ------------------------------------------------------------------------------------------------- the command itself
+
+
+def command(folder: Path, bundle: Path, *options: object) -> list[str]:
+    words = ["batch", folder / "edits.csv", "--output-dir", folder / "out", "--model", bundle, "--json", *options]
+    return [str(word) for word in words]
+
+
+def test_the_command_tells_how_many_failed(
+    folder: Path, street_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    csv(folder, ROWS[0], "b.png,labels.png,mask.png,../b.png", ROWS[2])
+    assert cli.main(command(folder, street_bundle, "--jobs", 2)) == 3
+    printed = capsys.readouterr()
+    told = json.loads(printed.out)
+    assert told["schema"] == "spmdeploy.editing.batch/1" and told["exit_code"] == 3
+    assert told["counts"] == {"done": 2, "skipped": 0, "failed": 1}
+    assert [item["status"] for item in told["items"]] == ["done", "failed", "done"]
+    assert "row 2: output '../b.png' leads out" in printed.err
+    edit = np.asarray(Image.open(folder / "mask.png")) != 0
+    for name in ("a.png", "c.png"):
+        before, after = (np.asarray(Image.open(path / name)) for path in (folder, folder / "out"))
+        assert np.array_equal(before[~edit], after[~edit]) and not np.array_equal(before, after)
+    csv(folder, ROWS[0], ROWS[2])
+    assert cli.main(command(folder, street_bundle, "--resume")) == 0
+    assert json.loads(capsys.readouterr().out)["counts"] == {"done": 0, "skipped": 2, "failed": 0}
+
+
+def test_jobs_share_one_real_session(folder: Path, street_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    csv(folder, *ROWS)
+    assert cli.main(command(folder, street_bundle)) == 0
+    alone = results(folder)
+    assert cli.main(command(folder, street_bundle, "--jobs", 3, "--overwrite")) == 0
+    assert results(folder) == alone and len(alone) == 3
+    capsys.readouterr()
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs POSIX signals")
+@pytest.mark.parametrize("number", ["SIGINT", "SIGKILL"])
+def test_a_killed_batch_is_resumed(
+    number: str, folder: Path, street_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    csv(folder, *ROWS)
+    driver = (
+        "import os, signal, spmdeploy.cli, spmdeploy.imaging.files as images\n"
+        "write = images.write_photo\n"
+        "def write_and_die(path, *_, **__):\n"
+        "    notes = write(path, *_, **__)\n"
+        f"    if path.name == 'b.png': os.kill(os.getpid(), signal.{number})\n"
+        "    return notes\n"
+        "images.write_photo = write_and_die\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "spmdeploy.cli.entry()"
+    )
+    words = [sys.executable, "-c", driver, *command(folder, street_bundle)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if number == "SIGINT":
+        assert (done.returncode, json.loads(done.stdout)["exit_code"]) == (130, 130)
+    else:
+        assert done.returncode == -signal.SIGKILL
+    assert set(results(folder)) == {"a.png", "b.png"}
+    assert cli.main(command(folder, street_bundle, "--resume")) == 0
+    counts = json.loads(capsys.readouterr().out)["counts"]
+    assert counts["failed"] == 0 and counts["skipped"] == (2 if number == "SIGINT" else 1)
+    assert set(results(folder)) == {"a.png", "b.png", "c.png"}
+    assert not [path for path in (folder / "out").iterdir() if path.suffix == ".tmp"]

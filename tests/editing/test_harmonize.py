@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spmdeploy.editing.harmonize import BAND, match_colours, match_grain, match_surroundings
+
+SIDES = st.integers(40, 90)
+
+
+def two_classes(height: int, width: int) -> np.ndarray:
+    """Class 1 above class 2."""
+    labels = np.full((height, width), 2, np.uint8)
+    labels[: height // 2] = 1
+    return labels
+
+
+def hole(height: int, width: int) -> np.ndarray:
+    mask = np.zeros((height, width), np.bool_)
+    mask[8:-8, 8 : width // 2] = True
+    return mask
+
+
+@settings(max_examples=25, deadline=None)
+@given(SIDES, SIDES, st.tuples(*[st.integers(-40, 40)] * 3))
+def test_a_cast_on_an_even_surface_is_taken_out(height: int, width: int, cast: tuple[int, int, int]) -> None:
+    labels, mask = two_classes(height, width), hole(height, width)
+    photo = np.where(labels[..., None] == 1, np.uint8([200, 180, 160]), np.uint8([60, 70, 80])).astype(np.uint8)
+    edited = photo.copy()
+    edited[mask] = edited[mask] + np.array(cast)
+    match_colours(edited, labels, mask)
+    assert np.abs(edited.astype(int) - photo).max() <= 1
+
+
+def test_each_class_is_judged_by_its_own_surroundings() -> None:
+    labels, mask = two_classes(80, 80), hole(80, 80)
+    edited = np.full((80, 80, 3), 100, np.uint8)
+    edited[mask & (labels == 1)] = 120
+    match_colours(edited, labels, mask)
+    assert (edited == 100).all()
+
+
+def test_known_pixels_and_classes_without_a_border_stay_as_they_are() -> None:
+    rng = np.random.default_rng(0)
+    labels, mask = two_classes(80, 80), hole(80, 80)
+    labels[30:50, 15:30] = 3  # under the mask alone
+    edited = rng.integers(0, 256, (80, 80, 3), dtype=np.uint8)
+    before = edited.copy()
+    match_colours(edited, labels, mask)
+    same = (edited == before).all(axis=2)
+    assert same[~mask].all() and same[labels == 3].all()
+    assert not same[mask].all()
+
+
+def test_another_object_of_the_class_is_not_copied() -> None:
+    labels, mask = np.ones((80, 80), np.uint8), hole(80, 80)
+    edited = np.where(mask[..., None], np.uint8(0), np.uint8(250)).astype(np.uint8)
+    edited = np.repeat(edited[..., :1], 3, axis=2)
+    match_colours(edited, labels, mask)
+    assert edited[mask].max() == 48  # the largest shift
+
+
+def test_detail_under_the_mask_is_kept() -> None:
+    rng = np.random.default_rng(1)
+    labels, mask = np.ones((96, 96), np.uint8), hole(96, 96)
+    texture = rng.normal(0, 12, (96, 96, 1)).repeat(3, axis=2)
+    edited = np.clip(128 + texture - 30 * mask[..., None], 0, 255).astype(np.uint8)
+    before = edited.astype(float)
+    match_colours(edited, labels, mask)
+    inner = np.s_[8 + BAND : -8 - BAND, 8 + BAND : 40]
+    change = edited[inner] - before[inner]
+    assert change.mean() == pytest.approx(30, abs=4)
+    assert change.std() < 4  # against 12 of the texture
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(520, 700), st.integers(100, 700))
+def test_large_pictures_are_measured_on_cells(height: int, width: int) -> None:
+    labels, mask = two_classes(height, width), hole(height, width)
+    edited = np.full((height, width, 3), 100, np.uint8)
+    edited[mask] = 90
+    match_colours(edited, labels, mask)
+    assert np.abs(edited.astype(int) - 100).max() <= 1
+
+
+def test_an_even_class_passes_its_grain_on() -> None:
+    rng = np.random.default_rng(2)
+    labels, mask = np.ones((96, 96), np.uint8), hole(96, 96)
+    grain = np.clip(128 + rng.normal(0, 3, (96, 96, 1)), 0, 255).astype(np.uint8).repeat(3, axis=2)
+    edited = np.where(mask[..., None], np.uint8(128), grain).astype(np.uint8)
+    match_grain(edited, labels, mask)
+    assert edited[mask].std() == pytest.approx(3, rel=0.25)
+    assert edited[mask].mean() == pytest.approx(128, abs=0.5)
+    assert (edited[~mask] == grain[~mask]).all()
+    again = edited.copy()
+    match_grain(again, labels, mask)
+    assert edited[mask].std() == pytest.approx(again[mask].std(), rel=0.25)  # what has grain gets little more
+
+
+def test_structure_is_not_taken_for_grain() -> None:
+    rng = np.random.default_rng(3)
+    labels, mask = np.ones((96, 96), np.uint8), hole(96, 96)
+    wall = rng.integers(0, 256, (96, 96, 1), dtype=np.uint8).repeat(3, axis=2)
+    wall[mask] = 128
+    before = wall.copy()
+    match_grain(wall, labels, mask)
+    assert (wall == before).all()
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 70), st.integers(1, 70), st.integers(0, 2**32))
+def test_anything_may_be_matched(height: int, width: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    picture = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+    labels, mask = rng.integers(0, 3, (height, width)), rng.random((height, width)) < 0.5
+    first, second = picture.copy(), picture.copy()
+    match_surroundings(first, labels, mask)
+    match_surroundings(second, labels, mask)
+    assert (first == second).all() and (first[~mask] == picture[~mask]).all()

@@ -1,0 +1,279 @@
+"""`Editor.prepare`: the pictures of `Editor.edit`, from sessions that are told the layout once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto, helper, numpy_helper
+from test_editor import CLASSES, FakeSession, everything_mixed, labels_for, noise, partial_masks
+
+import spmdeploy
+from spmdeploy.backends.base import KeepsLayouts, open_session
+from spmdeploy.backends.layout_split import split_by_layout
+from spmdeploy.backends.onnxruntime import OnnxRuntimeSession
+from spmdeploy.backends.pytorch import TorchSession
+from spmdeploy.bench.workloads import edit_batch
+from spmdeploy.bundle.bundle import open_bundle
+from spmdeploy.editing.editor import Editor
+from spmdeploy.errors import BundleError, InputError, UsageError
+from spmdeploy.model.generator import Generator, GeneratorConfig
+
+
+class KeepingSession(FakeSession):
+    """Keeps layouts, and remembers how often it was told one; edits in no other way."""
+
+    def __init__(self, **more: Any) -> None:
+        super().__init__(everything_mixed, **more)
+        self.kept = 0
+
+    def run(self, *inputs: np.ndarray) -> np.ndarray:
+        raise AssertionError("the layout was told with an image")
+
+    def keep_layout(self, *layout: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+        self.kept += 1
+        return lambda image: self.run_unrounded(image, *layout).astype(np.uint8)
+
+
+@given(partial_masks(), st.sampled_from([64, 256]), st.booleans(), st.booleans(), st.integers(1, 5))
+@settings(max_examples=15, deadline=None)
+def test_prepared_edits_are_edits(mask: np.ndarray, size: int, refines: bool, match: bool, batch_size: int) -> None:
+    labels, options = labels_for(mask), {"match_surroundings": match, "batch_size": batch_size}
+    instances = labels.astype(np.int64) * 3 if size == 64 else None
+    editor = Editor(FakeSession(everything_mixed, size, refines), CLASSES)
+    keeping = KeepingSession(size=size, refines=refines)
+    plans = [one.prepare(labels, mask, instances, **options) for one in (editor, Editor(keeping, CLASSES))]
+    told = keeping.kept
+    for seed in range(2):
+        image = noise(*mask.shape, seed=seed)
+        expected = editor.edit(image, labels, mask, instances, **options)
+        for plan in plans:
+            prepared = plan.edit(image)
+            np.testing.assert_array_equal(prepared.image, expected.image)
+            told_of, wanted = prepared.report, expected.report
+            assert [it.frame for it in told_of.windows] == [it.frame for it in wanted.windows]
+            assert (told_of.tiling, told_of.tiles, told_of.batches) == (wanted.tiling, wanted.tiles, wanted.batches)
+    assert keeping.kept == told
+
+
+def test_every_batch_of_windows_is_kept_once() -> None:
+    mask = np.zeros((300, 2000), bool)
+    mask[100:120, [100, 600, 1100, 1600, 1900]] = True
+    session = KeepingSession()
+    plan = Editor(session, CLASSES).prepare(labels_for(mask), mask, batch_size=2)
+    windows = len(plan.edit(noise(*mask.shape)).report.windows)
+    assert windows > 2 and session.kept == -(-windows // 2) == len(session.calls)
+
+
+def test_what_changes_after_preparing_changes_nothing() -> None:
+    mask = np.zeros((300, 400), bool)
+    mask[50:90, 60:200] = True
+    labels, image = labels_for(mask), noise(300, 400)
+    editor = Editor(FakeSession(everything_mixed), CLASSES)
+    expected = editor.edit(image, labels, mask, labels.astype(np.int32)).image
+    given = labels.copy(), mask.copy(), labels.astype(np.int32)
+    plan = editor.prepare(*given)
+    for array in given:
+        array[:] = 0
+    untouched = image.copy()
+    np.testing.assert_array_equal(plan.edit(image).image, expected)
+    np.testing.assert_array_equal(image, untouched)
+
+
+def test_progress_is_told_for_every_image() -> None:
+    mask = np.zeros((300, 400), bool)
+    mask[50:90, 60:200] = True
+    plan = Editor(FakeSession(everything_mixed), CLASSES).prepare(labels_for(mask), mask)
+    for _ in range(2):
+        steps: list[tuple[int, int]] = []
+        plan.edit(noise(300, 400), progress=lambda *step, steps=steps: steps.append(step))
+        assert steps == [(0, 1), (1, 1)]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"labels": np.zeros((9, 8), np.uint8)}, InputError, "mask: 400×300, but labels: 8×9"),
+        ({"mask": np.zeros((300, 400), bool)}, InputError, "mask"),
+        ({"labels": np.full((300, 400), 77, np.uint8)}, InputError, "77"),
+        ({"instances": np.zeros((2, 2), np.int32)}, InputError, "instances: 2×2, but labels: 400×300"),
+        ({"tiling": "off"}, InputError, "400×300"),
+        ({"tiling": "cascade"}, BundleError, "refine"),
+        ({"batch_size": 0}, UsageError, "batch size 0"),
+    ],
+)
+def test_bad_layouts_are_refused_at_once(change: dict[str, Any], error: type[Exception], words: str) -> None:
+    mask = np.zeros((300, 400), bool)
+    mask[50:90, 60:200] = True
+    with pytest.raises(error, match=words):
+        Editor(FakeSession(everything_mixed), CLASSES).prepare(**({"labels": labels_for(mask), "mask": mask} | change))
+
+
+@pytest.mark.parametrize(
+    ("image", "words"),
+    [
+        (noise(400, 300), "image: 300×400, but labels: 400×300"),
+        (noise(300, 400)[..., 0], "expected .height, width, 3."),
+        (noise(300, 400).astype(np.float32), "float32"),
+        ("photo.png", "expected a numpy array"),
+    ],
+)
+def test_bad_images_are_refused(image: Any, words: str) -> None:
+    mask = np.zeros((300, 400), bool)
+    mask[50:90, 60:200] = True
+    plan = Editor(FakeSession(everything_mixed), CLASSES).prepare(labels_for(mask), mask)
+    with pytest.raises(InputError, match=words):
+        plan.edit(image)
+
+
+# ---- sessions that keep layouts ----
+
+
+@pytest.fixture(scope="module")
+def real(street_bundle: Path) -> dict[str, OnnxRuntimeSession]:
+    """Both FP32 graphs of a real bundle."""
+    bundle = open_bundle(street_bundle)
+    graphs = {name: bundle.read_graph(bundle.graph(name, "fp32")) for name in ("edit", "edit_cpu")}
+    return {
+        name: OnnxRuntimeSession(graph, "fp32", threads=1, read_again=lambda graph=graph: graph)
+        for name, graph in graphs.items()
+    }
+
+
+@pytest.mark.parametrize("graph", ["edit", "edit_cpu"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_onnxruntime_draws_the_same(real: dict[str, OnnxRuntimeSession], graph: str, batch: int) -> None:
+    session = real[graph]
+    given = edit_batch(spmdeploy.open_editor().classes, 256, "medium", batch)
+    run = session.keep_layout(given.labels, given.instances, given.mask)
+    for image in (given.image, given.image[:, ::-1].copy()):
+        expected = session.run(image, given.labels, given.instances, given.mask)
+        assert not np.array_equal(expected, image)
+        np.testing.assert_array_equal(run(image), expected)
+
+
+def test_two_layouts_do_not_disturb_each_other(real: dict[str, OnnxRuntimeSession]) -> None:
+    session, table = real["edit_cpu"], spmdeploy.open_editor().classes
+    cases = [edit_batch(table, 256, mask, 1) for mask in ("small", "large")]
+    runs = [session.keep_layout(case.labels, case.instances, case.mask) for case in cases]
+    for case, run in zip(cases, runs, strict=True):
+        np.testing.assert_array_equal(run(case.image), session.run(*case.arrays))
+
+
+def test_an_editor_on_a_bundle_keeps_layouts(street_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = open_bundle(street_bundle)
+    session = open_session(bundle, "onnxruntime", "cpu").session
+    assert isinstance(session, KeepsLayouts)
+    given = edit_batch(bundle.manifest.classes, 256, "small", 1)
+    editor = Editor(session, bundle.manifest.classes)
+    expected = editor.edit(given.image[0], given.labels[0], given.mask[0]).image
+    plan = editor.prepare(given.labels[0], given.mask[0])
+    monkeypatch.setattr(session, "run", lambda *_: pytest.fail("the whole graph ran"))
+    np.testing.assert_array_equal(plan.edit(given.image[0]).image, expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"modulation": "spade"}, {"stages": 1}])
+def test_torch_draws_the_same(options: dict[str, Any]) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        generator = Generator(GeneratorConfig(12, 2, 4, **options)).eval().requires_grad_(False)
+    session = TorchSession(generator)
+    given = edit_batch(spmdeploy.open_editor().classes, 256, "medium", 2)
+    expected = session.run(*given.arrays)
+    run = session.keep_layout(given.labels, given.instances, given.mask)
+    convolutions: list[str] = []
+    for name, module in generator.named_modules():
+        module.register_forward_hook(lambda *_, name=name: convolutions.append(name))
+    np.testing.assert_array_equal(run(given.image), expected)
+    assert not any("layout_" in name for name in convolutions)
+    np.testing.assert_array_equal(session.run(*given.arrays), expected)  # the generator itself is as it was
+
+
+# ---- the split ----
+
+
+def test_halves_are_sound_and_hold_every_weight_once(street_bundle: Path) -> None:
+    content = onnx.load(street_bundle / "graphs/edit_cpu.fp32.onnx").SerializeToString()  # its weights within
+    halves = split_by_layout(content)
+    layout, picture = (onnx.load_from_string(half) for half in (halves.layout, halves.picture))
+    for half in (layout, picture):
+        onnx.checker.check_model(half, full_check=True)
+    assert {value.name for value in layout.graph.input} == {"labels", "instances", "mask"}
+    assert {value.name for value in picture.graph.input} == {"image", *halves.kept}
+    assert [value.name for value in layout.graph.output] == list(halves.kept)
+    weights = [
+        {it.name for it in half.graph.initializer if it.name.startswith("stages.")} for half in (layout, picture)
+    ]
+    whole = onnx.load_from_string(content)
+    assert weights[0] | weights[1] == {it.name for it in whole.graph.initializer if it.name.startswith("stages.")}
+    assert not weights[0] & weights[1]
+    assert {name.split(".")[4].partition("_")[0] for name in weights[0]} == {"layout"}
+    assert not any(".layout_" in name for name in weights[1])
+    assert whole.opset_import == layout.opset_import == picture.opset_import
+
+
+def model(*nodes: onnx.NodeProto, weights: tuple[onnx.TensorProto, ...] = ()) -> onnx.ModelProto:
+    """out = f(image, labels), all float[2]; every value's type is told."""
+    values = {name: helper.make_tensor_value_info(name, TensorProto.FLOAT, [2]) for name in ("image", "labels", "out")}
+    inner = {name for node in nodes for name in node.output} - {"out"}
+    graph = helper.make_graph(
+        list(nodes),
+        "small",
+        [values["image"], values["labels"]],
+        [values["out"]],
+        list(weights),
+        value_info=[helper.make_tensor_value_info(name, TensorProto.FLOAT, [2]) for name in inner],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+
+
+def test_constants_go_where_they_are_read() -> None:
+    two, three = (numpy_helper.from_array(np.full(2, value, np.float32), f"{value}") for value in (2, 3))
+    whole = model(
+        helper.make_node("Neg", ["2"], ["minus two"]),
+        helper.make_node("Mul", ["labels", "minus two"], ["product"]),
+        helper.make_node("Add", ["product", "3"], ["sum"]),
+        helper.make_node("Mul", ["image", "minus two"], ["other"]),
+        helper.make_node("Add", ["other", "labels"], ["both"]),
+        helper.make_node("Add", ["both", "sum"], ["out"]),
+        weights=(two, three),
+    )
+    halves = split_by_layout(whole.SerializeToString())
+    layout, picture = (onnx.load_from_string(half).graph for half in (halves.layout, halves.picture))
+    assert [node.output[0] for node in layout.node] == ["minus two", "product", "sum"] and halves.kept == ("sum",)
+    assert [node.output[0] for node in picture.node] == ["minus two", "other", "both", "out"]
+    assert [it.name for it in layout.initializer] == ["2", "3"] and [it.name for it in picture.initializer] == ["2"]
+    assert halves.layout_inputs == ("labels",) and halves.picture_inputs == ("image", "labels")
+
+
+def test_what_cannot_be_split_is_said() -> None:
+    with pytest.raises(BundleError, match="operator If"):
+        split_by_layout(model(helper.make_node("If", ["image"], ["out"])).SerializeToString())
+    untyped = model(helper.make_node("Neg", ["labels"], ["n"]), helper.make_node("Add", ["image", "n"], ["out"]))
+    del untyped.graph.value_info[:]
+    with pytest.raises(BundleError, match="'n'"):
+        split_by_layout(untyped.SerializeToString())
+
+
+@given(st.binary(max_size=60) | st.integers(0, 10_000), st.integers(0, 255))
+@settings(max_examples=200, deadline=None)
+def test_damage_is_a_bundle_error_or_none(place: bytes | int, value: int) -> None:
+    sound = model(
+        helper.make_node("Neg", ["labels"], ["n"]), helper.make_node("Add", ["image", "n"], ["out"])
+    ).SerializeToString()
+    if isinstance(place, bytes):
+        damaged = place
+    else:
+        damaged = bytearray(sound)
+        damaged[place % len(sound)] = value
+        damaged = bytes(damaged)
+    with suppress(BundleError):
+        split_by_layout(damaged)

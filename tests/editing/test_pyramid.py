@@ -1,0 +1,493 @@
+"""Carrying a coarse result up: that every pixel ends where it belongs, whatever the session paints."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spmdeploy.backends.base import Lack
+from spmdeploy.editing.editor import Editor, EditResult
+from spmdeploy.editing.preprocess import Scene
+from spmdeploy.editing.pyramid import base_of, carry_up
+from spmdeploy.editing.report import report_notes
+from spmdeploy.editing.tally import Tally
+from spmdeploy.errors import BundleError, InputError, UsageError
+from spmdeploy.labels import ClassTable, LabelClass
+from spmdeploy.tiling.letterbox import frame_of
+from spmdeploy.tiling.outpaint import Sides, grown_size, new_pixels
+from spmdeploy.tiling.pyramid import plan_levels
+from spmdeploy.tiling.windows import Window, plan_windows, whole_photo
+
+quick = settings(max_examples=25, deadline=None)
+CLASSES = ClassTable("four", tuple(LabelClass(i, f"class {i}", (i, i, i)) for i in range(4)), 255)
+
+
+class Session:
+    """Paints each masked pixel in the colour of its instance; without colours, what `coarse` shows of it, enlarged."""
+
+    backend, device, provider, notes = "fake", "cpu", "none", ()
+    precision: Literal["fp32", "fp16"] = "fp32"
+
+    def __init__(self, size: int, colours: np.ndarray | None = None, refines: bool = True) -> None:
+        """colours: uint8 (instances, 3)."""
+        self.size, self.colours, self.refines = size, colours, refines
+        self.lacks_refine = None if refines else Lack("the model has no refine graph", "export it again")
+        self.batches: list[int] = []
+
+    def run(self, *inputs: np.ndarray) -> np.ndarray:
+        return self.run_unrounded(*inputs).astype(np.uint8)
+
+    def run_unrounded(
+        self, image: np.ndarray, labels: np.ndarray, instances: np.ndarray, mask: np.ndarray
+    ) -> np.ndarray:
+        colours = np.zeros((1, 3), np.uint8) if self.colours is None else self.colours
+        return np.where(mask[..., None] != 0, colours[instances % len(colours)], image).astype(np.float32)
+
+    def refine(
+        self, image: np.ndarray, labels: np.ndarray, instances: np.ndarray, mask: np.ndarray, coarse: np.ndarray
+    ) -> np.ndarray:
+        assert self.refines
+        assert coarse.shape == (len(image), self.size // 2, self.size // 2, 3) and coarse.dtype == np.float32
+        self.batches.append(len(image))
+        if self.colours is not None:
+            return self.run_unrounded(image, labels, instances, mask)
+        return np.where(mask[..., None] != 0, doubled(coarse), image).astype(np.float32)
+
+    def close(self) -> None:
+        pass
+
+
+def doubled(coarse: np.ndarray) -> np.ndarray:
+    """(B, h, w, 3) to twice the size, bilinear as the network does it."""
+    for axis in (1, 2):
+        padded = np.concatenate([coarse.take([0], axis), coarse, coarse.take([-1], axis)], axis=axis)
+        before, after = (
+            padded.take(range(padded.shape[axis] - 1), axis),
+            padded.take(range(1, padded.shape[axis]), axis),
+        )
+        pairs = np.stack([0.75 * before + 0.25 * after, 0.25 * before + 0.75 * after], axis=axis + 1)
+        shape = (*coarse.shape[:axis], 2 * (coarse.shape[axis] + 1), *coarse.shape[axis + 1 :])
+        coarse = pairs.reshape(shape).take(range(1, shape[axis] - 1), axis)
+    return coarse
+
+
+def edit(session: Session, image: np.ndarray, mask: np.ndarray, **more: Any) -> EditResult:
+    numbers = np.arange(mask.size, dtype=np.int32).reshape(mask.shape)
+    more = {"tiling": "cascade", "feather": 0} | more
+    return Editor(session, CLASSES).edit(image, np.zeros(mask.shape, np.uint8), mask, numbers, **more)
+
+
+def noise(height: int, width: int) -> np.ndarray:
+    return np.random.default_rng(height * width).integers(0, 256, (height, width, 3), np.uint8)
+
+
+@st.composite
+def holes(draw: st.DrawFn) -> tuple[np.ndarray, int]:
+    """A mask with a few rectangles, neither empty nor full, and the size of a model that needs levels for it."""
+    height, width = draw(st.integers(2, 400)), draw(st.integers(2, 400))
+    mask = np.zeros((height, width), bool)
+    for _ in range(draw(st.integers(1, 3))):
+        top, left = draw(st.integers(0, height - 1)), draw(st.integers(0, width - 1))
+        mask[top : top + draw(st.integers(1, 250)), left : left + draw(st.integers(1, 250))] = True
+    if draw(st.booleans()):
+        mask = ~mask
+    mask.flat[0], mask.flat[-1] = True, False
+    return mask, draw(st.sampled_from([32, 48, 64]))
+
+
+# ---- what is painted where ----
+
+
+@quick
+@given(holes(), st.integers(1, 7))
+def test_a_session_that_knows_what_was_hidden_gives_the_photo_back(hole: tuple[np.ndarray, int], batch: int) -> None:
+    """Bit for bit: every tile is told of its own pixels, put where they belong, and the weights sum to one."""
+    mask, size = hole
+    image = noise(*mask.shape)
+    result = edit(Session(size, image.reshape(-1, 3)), image, mask, batch_size=batch)
+    np.testing.assert_array_equal(result.image, image)
+
+
+@quick
+@given(holes())
+def test_known_pixels_come_back_through_all_levels(hole: tuple[np.ndarray, int]) -> None:
+    mask, size = hole
+    image = noise(*mask.shape)
+    result = edit(Session(size, np.zeros((1, 3), np.uint8)), image, mask)
+    np.testing.assert_array_equal(result.image, np.where(mask[..., None], 0, image))
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(200, 600), st.integers(33, 600), st.integers(0, 2**32 - 1))
+def test_each_level_lies_exactly_over_the_one_before(height: int, width: int, seed: int) -> None:
+    """A slope stays the same slope through all doublings, whatever the size of the window."""
+    size, rng = 64, np.random.default_rng(seed)
+    slope = rng.uniform(-1, 1, 2) * 200 / (height + width)
+
+    def value(y: np.ndarray, x: np.ndarray) -> np.ndarray:
+        plane = 128 + slope[0] * (y - height / 2) + slope[1] * (x - width / 2)
+        return np.repeat(plane[..., None], 3, axis=2).astype(np.float32)
+
+    window = whole_photo(height, width)
+    mask = np.ones((height, width), bool)
+    mask[0, 0] = False
+    levels, frame = plan_levels(window, mask, size), frame_of(window, size)
+    y, x = np.mgrid[:size, :size] + 0.5
+    edited = value(y * height / frame.height, x * width / frame.width)
+    scene = Scene(np.zeros((height, width, 3), np.uint8), np.zeros_like(mask, np.uint8), mask, None)
+    base = base_of(frame, edited, levels[0])
+    canvas, _ = carry_up(Session(size), levels, base, scene, 4, Tally())
+    y, x = np.mgrid[:height, :width] + 0.5
+    rim = 4 * 2 ** len(levels)  # at the window's end there is nothing to continue the slope from
+    inner = np.s_[rim:-rim, rim:-rim]
+    assert canvas.shape == (height, width, 3)
+    np.testing.assert_allclose(canvas[inner], value(y, x)[inner], atol=0.1)
+
+
+def test_the_picture_between_levels_is_not_rounded() -> None:
+    """A slope of a tenth of a grey level a pixel has no steps wider than a grey level's own."""
+    mask = np.ones((1000, 1000), bool)
+    mask[0, 0] = False
+    window = whole_photo(1000, 1000)
+    levels, frame = plan_levels(window, mask), frame_of(window)
+    edited = np.linspace(100, 120, 256, dtype=np.float32)[None, :, None].repeat(256, axis=0).repeat(3, axis=2)
+    scene = Scene(np.zeros((1000, 1000, 3), np.uint8), np.zeros_like(mask, np.uint8), mask, None)
+    canvas, _ = carry_up(Session(256), levels, base_of(frame, edited, levels[0]), scene, 4, Tally())
+    steps = np.diff(canvas[500, 32:-32, 0])
+    assert steps.min() > 0 and steps.max() < 2 * steps.min()
+
+
+def test_tiles_see_the_photo_as_it_is_and_labels_of_their_own_pixels() -> None:
+    class Watching(Session):
+        def refine(self, *inputs: np.ndarray) -> np.ndarray:
+            self.seen = [array[0] for array in inputs]
+            return super().refine(*inputs)
+
+    image = noise(300, 300)
+    mask = np.zeros((300, 300), bool)
+    mask[100:200, 100:160] = True
+    session = Watching(64, image.reshape(-1, 3))
+    result = edit(session, image, mask, batch_size=1)
+    (entry,) = result.report.windows
+    last = entry.levels[-1]
+    top, left = last.window.top + last.tiles[-1].top, last.window.left + last.tiles[-1].left
+    place = np.s_[top : top + 64, left : left + 64]
+    seen_image, _, seen_instances, seen_mask, _ = session.seen
+    np.testing.assert_array_equal(seen_mask != 0, mask[place])
+    np.testing.assert_array_equal(seen_image[~mask[place]], image[place][~mask[place]])
+    np.testing.assert_array_equal(seen_instances, np.arange(90_000).reshape(300, 300)[place])
+
+
+# ---- what it costs ----
+
+
+def test_tiles_go_through_in_batches_of_one_level() -> None:
+    mask = np.zeros((400, 400), bool)
+    mask[50:350, 50:350] = True
+    session = Session(64)
+    told: list[tuple[int, int]] = []
+    report = edit(session, noise(400, 400), mask, batch_size=4, progress=lambda *at: told.append(at)).report
+    (entry,) = report.windows
+    counts = [len(level.tiles) for level in entry.levels]
+    assert session.batches == [size for count in counts for size in [4] * (count // 4) + [count % 4] * (count % 4 > 0)]
+    assert report.tiles == sum(counts) and report.batches == 1 + len(session.batches)
+    total = 1 + sum(counts)
+    assert told[0] == (0, total) and told[-1] == (total, total)
+    assert all(0 < after - before <= 4 for (before, _), (after, _) in pairwise(told))
+
+
+def test_the_same_settings_give_the_same_bytes_whatever_the_batch() -> None:
+    mask = np.zeros((500, 700), bool)
+    mask[80:420, 90:640] = True
+    image = noise(500, 700)
+    first = edit(Session(64), image, mask, batch_size=1).image
+    for batch in (1, 3, 100):
+        np.testing.assert_array_equal(edit(Session(64), image, mask, batch_size=batch).image, first)
+
+
+def test_batches_and_threads_change_a_real_network_by_a_grey_level_at_most() -> None:
+    import torch
+
+    from spmdeploy.backends.pytorch import TorchSession
+    from spmdeploy.model.generator import Generator, GeneratorConfig
+
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        session = TorchSession(Generator(GeneratorConfig(len(CLASSES), width=2, hidden=4)))
+    mask = np.zeros((260, 500), bool)
+    mask[60:200, 70:440] = True
+    image, labels = noise(260, 500), np.random.default_rng(3).integers(0, 4, (260, 500), np.uint8)
+    threads = torch.get_num_threads()
+    pictures = []
+    try:
+        for batch, used in ((2, 1), (2, 1), (1, 1), (2, 2)):
+            torch.set_num_threads(used)
+            result = Editor(session, CLASSES).edit(image, labels, mask, tiling="cascade", batch_size=batch)
+            assert result.report.tiles == 2
+            pictures.append(result.image.astype(int))
+    finally:
+        torch.set_num_threads(threads)
+    first, again, *others = pictures
+    np.testing.assert_array_equal(again, first)
+    assert np.abs(np.diff(first[mask], axis=0)).max() > 3, "a flat picture would agree whatever happens"
+    assert all(np.abs(other - first).max() <= 1 for other in others)
+
+
+# ---- which windows ----
+
+
+def two_holes() -> np.ndarray:
+    """One whose window is 256 pixels, one whose window is 600."""
+    mask = np.zeros((1000, 2000), bool)
+    mask[100, 100] = True
+    mask[300:700, 1000:1400] = True
+    return mask
+
+
+def test_auto_cascades_windows_beyond_the_limit_only() -> None:
+    report = edit(Session(256), noise(1000, 2000), two_holes(), tiling="auto").report
+    assert (report.tiling, report.tiling_reason) == ("cascade", "1 of 2 windows larger than 384 pixels")
+    assert [(len(entry.levels), entry.scale) for entry in report.windows] == [(0, 1.0), (1, 1.0)]
+    assert report.notes == ()
+
+
+@pytest.mark.parametrize(("side", "mode"), [(256, "crop"), (257, "cascade")])
+def test_the_limit_is_a_longer_side_of_384(side: int, mode: str) -> None:
+    mask = np.zeros((900, 900), bool)
+    mask[300 : 300 + side, 400] = True
+    (site,) = plan_windows(mask)
+    assert (site.window.height <= 384) == (mode == "crop")
+    assert edit(Session(256), noise(900, 900), mask, tiling="auto").report.tiling == mode
+
+
+def test_asked_for_by_name_every_window_larger_than_the_model_cascades() -> None:
+    mask = np.zeros((300, 300), bool)
+    mask[20:200, 20:200] = True
+    report = edit(Session(256), noise(300, 300), mask).report
+    assert (report.tiling, report.tiling_reason, report.tiles > 0) == ("cascade", "asked for", True)
+
+
+def test_without_a_refine_graph_auto_crops_and_says_so() -> None:
+    report = edit(Session(256, refines=False), noise(1000, 2000), two_holes(), tiling="auto").report
+    assert report.tiling == "crop"
+    assert report.tiling_reason == "1 of 2 windows larger than 384 pixels, but the model has no refine graph"
+    assert report.notes == (
+        "1 of 2 windows larger than 384 pixels are not carried up to their own size: the model has no refine graph; "
+        "export it again",
+        "window 2 of 2 is 600×600 pixels and is edited at 256×256: detail is lost",
+    )
+    small = np.zeros((300, 300), bool)
+    small[:200, :200] = True
+    assert edit(Session(256, refines=False), noise(300, 300), small, tiling="auto").report.notes == ()
+    cropped = edit(Session(256, refines=False), noise(1000, 2000), two_holes(), tiling="crop").report
+    assert len(cropped.notes) == 1  # it was asked for
+
+
+def test_without_a_refine_graph_a_cascade_is_refused() -> None:
+    with pytest.raises(BundleError, match="no refine graph") as caught:
+        edit(Session(256, refines=False), noise(1000, 2000), two_holes())
+    assert str(caught.value.hint).startswith("export it again; or use")
+
+
+def test_crop_by_name_never_refines() -> None:
+    session = Session(256)
+    assert edit(session, noise(1000, 2000), two_holes(), tiling="crop").report.tiling == "crop"
+    assert not session.batches
+
+
+# ---- what is reported ----
+
+
+def test_the_report_tells_of_every_level() -> None:
+    mask = np.zeros((400, 400), bool)
+    mask[80:360, 40:320] = True
+    report = edit(Session(64), noise(400, 400), mask).report
+    told = json.loads(json.dumps(report.to_json()))
+    (window,) = told["windows"]
+    assert window["cascade"] and window["scale"] == 1
+    assert [(level["height"], level["width"]) for level in window["levels"]] == [(100, 100), (200, 200), (400, 400)]
+    assert told["tiles"] == sum(level["tiles"] for level in window["levels"])
+    assert all({"seam_score", "tile_mismatch"} <= set(level) for level in window["levels"])
+
+
+def test_tiles_that_differ_show_it_as_mismatch() -> None:
+    class Flickering(Session):
+        """Every tile ten grey levels brighter than the one before; the first at 0."""
+
+        calls = 0
+
+        def refine(self, image: np.ndarray, *others: np.ndarray) -> np.ndarray:
+            grey = 10.0 * (self.calls + np.arange(len(image)))
+            self.calls += len(image)
+            return np.where(others[2][..., None] != 0, grey[:, None, None, None], image).astype(np.float32)
+
+    mask = np.zeros((200, 110), bool)
+    mask[5:100, 5:105] = True
+    black = np.zeros((1, 3), np.uint8)
+    (agreeing,) = edit(Session(64, black), noise(200, 110), mask).report.windows
+    (differing,) = edit(Flickering(64, black), noise(200, 110), mask).report.windows
+    assert [level.tile_mismatch for level in agreeing.measured] == [0, 0]
+    assert all((level.tile_mismatch or 0) >= 10 for level in differing.measured)
+
+
+def test_borders_that_show_and_tiles_that_disagree_are_told() -> None:
+    mask = np.zeros((400, 400), bool)
+    mask[80:360, 40:320] = True
+    (plain,) = edit(Session(64), noise(400, 400), mask).report.windows
+
+    def notes(seam_score: float, tile_mismatch: float) -> tuple[str, ...]:
+        last = replace(plain.measured[-1], seam_score=seam_score, tile_mismatch=tile_mismatch)
+        return report_notes([replace(plain, measured=(*plain.measured[:-1], last))])
+
+    assert report_notes([plain]) == () == notes(2.0, 12.0)
+    assert notes(2.14, 3) == ("window 1 of 1: steps at the borders of tiles exceed others by 2.1 grey levels",)
+    (told,) = notes(0.1, 15.6)
+    assert told.startswith("window 1 of 1: its tiles differed by 16 grey levels")
+
+
+def test_a_level_of_a_smooth_photo_is_enlarged_and_not_refined() -> None:
+    mask = np.zeros((400, 400), bool)
+    mask[80:360, 40:320] = True
+    fine = noise(400, 400)
+    blurred = fine[::4, ::4].repeat(4, 0).repeat(4, 1)
+    for _ in range(6):
+        blurred = (blurred + np.roll(blurred, 1, 0) // 2 + np.roll(blurred, -1, 0) // 2) // 2
+        blurred = (blurred + np.roll(blurred, 1, 1) // 2 + np.roll(blurred, -1, 1) // 2) // 2
+    sharp, smooth = Session(64), Session(64)
+    (all_refined,) = edit(sharp, fine, mask).report.windows
+    result = edit(smooth, blurred, mask)
+    (window,) = result.report.windows
+    assert [level.refined for level in all_refined.measured] == [True, True, True]
+    assert [level.refined for level in window.measured] == [True, True, False]
+    assert sum(smooth.batches) == sum(level.tiles for level in window.measured[:2])
+    assert result.report.notes == (
+        "window 1 of 1: 1 of its 3 doublings is enlarged only: the photo is smooth at that size",
+    )
+    assert np.array_equal(result.image[~mask], blurred[~mask])
+
+
+def test_windows_that_are_carried_up_one_after_the_other_keep_apart() -> None:
+    mask = np.zeros((700, 1800), bool)
+    mask[200:500, 200:500] = mask[200:500, 1300:1600] = True
+    image = noise(700, 1800)
+    result = edit(Session(256, image.reshape(-1, 3)), image, mask)
+    assert [entry.site.window for entry in result.report.windows] == [
+        Window(125, 125, 450, 450),
+        Window(125, 1225, 450, 450),
+    ]
+    np.testing.assert_array_equal(result.image, image)
+
+
+# ---- growing a picture ----
+
+
+def extend(session: Session, image: np.ndarray, sides: Sides, **more: Any) -> EditResult:
+    shape = grown_size(image.shape, sides)
+    numbers = np.arange(shape[0] * shape[1], dtype=np.int32).reshape(shape)
+    more = {"feather": 0} | more
+    return Editor(session, CLASSES).extend(image, np.zeros(shape, np.uint8), sides, numbers, **more)
+
+
+growth = st.sampled_from([0, 0, 1, 30, 200])
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(20, 150), st.integers(20, 150), st.builds(Sides, growth, growth, growth, growth))
+def test_a_session_that_knows_what_is_beyond_gives_the_whole_picture(height: int, width: int, sides: Sides) -> None:
+    """Bit for bit, in every direction, over as many windows as it takes."""
+    if not any(sides):
+        return
+    whole = noise(*grown_size((height, width), sides))
+    photo = whole[sides.top : sides.top + height, sides.left : sides.left + width]
+    for tiling in ("cascade", "auto"):
+        session = Session(64, whole.reshape(-1, 3))
+        result = extend(session, photo, sides, tiling=tiling)
+        if tiling == "cascade" or all(window.scale == 1 for window in result.report.windows):
+            np.testing.assert_array_equal(result.image, whole)
+        np.testing.assert_array_equal(result.image[new_pixels(photo.shape, sides) == 0], photo.reshape(-1, 3))
+        assert result.report.edited_pixels == whole[..., 0].size - height * width
+
+
+def test_each_window_sees_what_the_one_before_made() -> None:
+    class Continuing(Session):
+        """Paints one more than the brightest known pixel that it sees."""
+
+        def run_unrounded(self, image: np.ndarray, *others: np.ndarray) -> np.ndarray:
+            hole = others[-1][..., None] != 0
+            return np.where(hole, np.where(hole, 0, image).max() + 1, image).astype(np.float32)
+
+    photo = np.full((64, 64, 3), 10, np.uint8)
+    result = extend(Continuing(64), photo, Sides(70, 0, 100, 0), tiling="crop")
+    strips = [int(column) for column in result.image[0, :, 0]]
+    assert strips[:70] == [13] * 24 + [12] * 23 + [11] * 23  # towards the left, in three steps
+    assert strips[70:134] == [10] * 64
+    assert strips[134:] == [11] * 25 + [12] * 25 + [13] * 25 + [14] * 25
+
+
+def test_what_is_still_to_come_never_reaches_the_session() -> None:
+    class Strict(Session):
+        def run_unrounded(self, image: np.ndarray, *others: np.ndarray) -> np.ndarray:
+            known = image[others[-1] == 0]
+            assert (known == 200).all(), "black, the canvas before anything is made, would be seen"
+            return np.full(image.shape, 200, np.float32)
+
+    photo = np.full((50, 80, 3), 200, np.uint8)
+    assert (extend(Strict(64), photo, Sides(90, 70, 110, 130), tiling="crop", feather=3).image == 200).all()
+
+
+def test_steps_cost_the_same_however_far_a_picture_grows() -> None:
+    told: list[tuple[int, int]] = []
+    photo = noise(64, 64)
+    near, far = (
+        extend(Session(64), photo, Sides(0, 0, length, 0), progress=lambda *at: told.append(at)).report
+        for length in (96, 960)
+    )
+    assert {entry.frame.height for entry in near.windows} == {entry.frame.height for entry in far.windows} == {64}
+    assert (len(near.windows), len(far.windows)) == (3, 30)
+    assert told[-1] == (30, 30) and told[0] == (0, 3)
+
+
+def test_the_report_of_an_extension_names_windows_of_the_grown_picture() -> None:
+    report = extend(Session(64), noise(100, 100), Sides(0, 0, 120, 0)).report
+    assert [entry.site.window for entry in report.windows] == [Window(0, left, 100, 100) for left in (46, 86, 120)]
+    assert (report.tiling, report.tiling_reason) == ("cascade", "3 of 3 windows larger than 96 pixels")
+
+
+@pytest.mark.parametrize(
+    ("sides", "words"),
+    [
+        (Sides(0, 0, 0, 0), "0 pixels on every side"),
+        (Sides(0, -3, 9, 0), "cannot grow by -3"),
+        (Sides(0, 0, 10**9, 0), "1000000008×6, 6000 megapixels; at most 200"),
+    ],
+)
+def test_extensions_that_make_no_sense_are_refused(sides: Sides, words: str) -> None:
+    photo = noise(6, 8)
+    with pytest.raises(UsageError, match=words) as caught:
+        Editor(Session(64), CLASSES).extend(photo, np.zeros((6, 8), np.uint8), sides)
+    assert caught.value.hint
+
+
+def test_labels_of_an_extension_have_the_grown_size() -> None:
+    photo, labels = noise(6, 8), np.zeros((6, 8), np.uint8)
+    with pytest.raises(InputError, match="labels: 8×6, but image grows to 10×6"):
+        Editor(Session(64), CLASSES).extend(photo, labels, Sides(0, 0, 2, 0))
+    grown = np.zeros((6, 10), np.uint8)
+    with pytest.raises(InputError, match="instances: 8×6, but image grows to 10×6"):
+        Editor(Session(64), CLASSES).extend(photo, grown, Sides(0, 0, 2, 0), labels)
+    with pytest.raises(InputError, match=r"4 \(12 pixels\)"):
+        Editor(Session(64), CLASSES).extend(photo, grown + np.uint8(4), Sides(0, 0, 2, 0))
+    with pytest.raises(InputError, match="labels is a list"):
+        Editor(Session(64), CLASSES).extend(photo, [[0]], Sides(0, 0, 2, 0))  # type: ignore[arg-type]
+
+
+def test_an_extension_always_runs_in_windows() -> None:
+    with pytest.raises(UsageError, match="without tiling"):
+        extend(Session(64), noise(64, 64), Sides(0, 0, 1, 0), tiling="off")

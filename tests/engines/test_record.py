@@ -1,0 +1,167 @@
+"""engine.json: what is written is read, wrong fields are refused by name, and a record is judged against a machine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import date
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from spmdeploy.engines.record import (
+    BatchRange,
+    EngineRecord,
+    Gpu,
+    SourceFile,
+    Verification,
+    differences,
+    operating_system,
+)
+from spmdeploy.errors import BundleError
+from spmdeploy.files import is_inside
+
+from .records import A10, HOST, SAMPLE, for_targets, sample
+
+VERIFIED = Verification(True, date(2026, 11, 23), "NVIDIA GeForce RTX 3060", 3, 0.2, None)
+
+
+@pytest.mark.parametrize("record", [SAMPLE, for_targets("sm86", "sm120"), sample(verification=VERIFIED)])
+def test_a_record_survives_json(record: EngineRecord) -> None:
+    assert EngineRecord.from_bytes(record.to_bytes(), "engine.json") == record
+    assert json.loads(record.to_bytes())["schema"] == "spmdeploy.engine/1"
+
+
+def changed(path: str, value: object) -> bytes:
+    content: Any = sample(weights=SourceFile("graphs/w.data", "c" * 64), verification=VERIFIED).to_json()
+    place = json.loads(json.dumps(content))
+    whole = place
+    *above, last = [int(part) if part.isdigit() else part for part in path.split("/")]
+    for part in above:
+        place = place[part]
+    place[last] = value
+    return json.dumps(whole).encode()
+
+
+def paths(content: Any, above: str = "") -> Iterator[str]:
+    for key, item in content.items() if isinstance(content, dict) else enumerate(content):
+        yield f"{above}{key}"
+        if isinstance(item, dict | list):
+            yield from paths(item, f"{above}{key}/")
+
+
+@pytest.mark.parametrize("field", list(paths(json.loads(changed("schema", "spmdeploy.engine/1")))))
+def test_no_field_takes_whatever_comes(field: str) -> None:
+    with pytest.raises(BundleError, match=r"e\.json") as caught:
+        EngineRecord.from_bytes(changed(field, [[]]), "e.json")
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("schema", "spmdeploy.engine/2", "is newer than spmdeploy.engine/1"),
+        ("schema", "spmdeploy.bundle/1", "not the record of an engine"),
+        ("runtime", "onnxruntime", "runtime is 'onnxruntime', not tensorrt or tensorrt-rtx"),
+        ("engine/file", "../edit.engine", "engine.file is"),
+        ("engine/file", "edit.so", "not .*engine"),
+        ("onnx/file", "/etc/passwd", "onnx.file is"),
+        ("gpu", None, "both a GPU and targets, or neither"),
+        ("targets", ["sm86"], "both a GPU and targets, or neither"),
+        ("batch/min", 0, "batch sizes are 0 to 8"),
+        ("batch/opt", 9, "batch sizes are 1 to 8, best at 9"),
+        ("inputs/0/shape/0", -2, r"inputs\[0\].shape\[0\] is -2"),
+        ("strongly_typed", 1, "strongly_typed is 1, not true or false"),
+    ],
+)
+def test_a_wrong_field_is_named_with_its_value(field: str, value: object, words: str) -> None:
+    with pytest.raises(BundleError, match=words):
+        EngineRecord.from_bytes(changed(field, value), "e.json")
+
+
+def test_targets_are_for_rtx_only() -> None:
+    with pytest.raises(BundleError, match="TensorRT builds for the GPU at hand"):
+        EngineRecord.from_bytes(for_targets("sm86", runtime="tensorrt").to_bytes(), "e.json")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"schema": NaN}', b"[" * 100_000, b"\xff"])
+def test_what_is_no_record(content: bytes) -> None:
+    with pytest.raises(BundleError, match=r"e\.json"):
+        EngineRecord.from_bytes(content, "e.json")
+
+
+# ---------------------------------------------------------------------------------------------------- on a machine
+
+
+def test_an_engine_fits_the_machine_that_built_it() -> None:
+    assert differences(SAMPLE, HOST) == ()
+    assert differences(for_targets("sm86", "sm120"), HOST) == ()
+
+
+def test_every_difference_is_named_with_both_values() -> None:
+    elsewhere = replace(HOST, versions={"tensorrt": "10.3.0"}, gpu=A10, os="Windows", architecture="aarch64")
+    assert differences(SAMPLE, elsewhere) == (
+        "tensorrt: built with 10.16.1, here 10.3.0",
+        "GPU: built on NVIDIA GeForce RTX 3060 (sm86), here NVIDIA A10 (sm86)",
+        "operating system: built on Linux, here Windows",
+        "architecture: built on x86_64, here aarch64",
+    )
+    assert differences(SAMPLE, replace(HOST, gpu=None)) == ("GPU: built on NVIDIA GeForce RTX 3060 (sm86), here none",)
+
+
+def test_engines_for_targets_ask_for_version_and_compute_capability() -> None:
+    record = for_targets("sm86", "sm120")
+    for gpu in (A10, Gpu("NVIDIA GeForce RTX 5090", "12.0")):
+        assert differences(record, replace(HOST, gpu=gpu, os="Windows")) == ()
+    host = replace(HOST, gpu=Gpu("NVIDIA H100", "9.0"), versions={})
+    assert differences(record, host) == (
+        "tensorrt-rtx: built with 1.7.1.116, here not installed",
+        "GPU: built for sm86, sm120, here NVIDIA H100 (sm90)",
+    )
+    assert differences(record, replace(HOST, gpu=None)) == ("GPU: built for sm86, sm120, here none",)
+
+
+def test_platforms_have_one_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    for machine, name in (("AMD64", "x86_64"), ("x86_64", "x86_64"), ("arm64", "aarch64"), ("aarch64", "aarch64")):
+        monkeypatch.setattr("platform.machine", lambda machine=machine: machine)
+        assert operating_system()[1] == name
+
+
+# ---------------------------------------------------------------------------------------------------------------- key
+
+
+DISTINCT = [
+    {},
+    {"version": "10.16.2"},
+    {"gpu": A10},
+    {"gpu": Gpu(A10.name, "8.9")},
+    {"precision": "fp32"},
+    {"graph": "refine"},
+    {"batch": BatchRange(1, 1, 4)},
+    {"batch": BatchRange(1, 4, 8)},
+    {"onnx": SourceFile("graphs/edit.fp16.onnx", "d" * 64)},
+    {"weights": SourceFile("graphs/fp16.data", "d" * 64)},
+    {"builder": replace(SAMPLE.builder, os="Windows")},
+    {"builder": replace(SAMPLE.builder, architecture="aarch64")},
+]
+
+
+def test_whatever_tells_engines_apart_changes_the_key() -> None:
+    records = [sample(**changes) for changes in DISTINCT] + [for_targets("sm86"), for_targets("sm86", "sm89")]
+    assert len({record.key for record in records}) == len(records)
+    assert SAMPLE.key.startswith("edit-fp16-b8-tensorrt-10.16.1-nvidia_geforce_rtx_3060-")
+
+
+def test_what_was_only_measured_does_not_change_the_key() -> None:
+    measured = {"build_seconds": 99.0, "created": date(2027, 1, 1), "verification": VERIFIED, "timing_cache": True}
+    assert sample(**measured).key == SAMPLE.key
+    assert replace(SAMPLE, builder=replace(SAMPLE.builder, driver="1", cuda=None)).key == SAMPLE.key
+
+
+@given(st.text(), st.text(), st.lists(st.text(), max_size=40))
+def test_a_key_is_a_plain_name_whatever_the_record_holds(name: str, version: str, targets: list[str]) -> None:
+    for record in (sample(gpu=Gpu(name, "8.6"), version=version), for_targets(*targets, version=version)):
+        assert is_inside(record.key) and "/" not in record.key and not record.key.startswith(".")

@@ -1,0 +1,358 @@
+"""Engines where they lie: found, refused for the right reason, written whole or not at all, and cleaned away."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import stat
+import zipfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from spmdeploy import default_model
+from spmdeploy.bundle.bundle import Bundle, open_bundle
+from spmdeploy.engines import store as engine_store
+from spmdeploy.engines.pack import pack
+from spmdeploy.engines.record import EngineFile, EngineRecord, SourceFile
+from spmdeploy.engines.store import (
+    EnginePlace,
+    EngineWriter,
+    FoundEngine,
+    cache_folder,
+    choose_place,
+    clean_engines,
+    find_engines,
+)
+from spmdeploy.errors import BundleError, InputError, UnavailableError, UsageError
+from tests.bundle.conftest import GRAPHS, write_street
+
+from .records import A10, HOST, SAMPLE, for_targets, sample
+from .test_engine_record import VERIFIED
+
+CONTENT = b"not really an engine"
+FP16 = SourceFile("graphs/edit.fp16.onnx", hashlib.sha256(GRAPHS["fp16"]).hexdigest())
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SPMDEPLOY_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "engines"
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Bundle:
+    return write_street(tmp_path / "street.spm")
+
+
+def own(record: EngineRecord) -> EngineRecord:
+    """The record as of an engine that was built from the bundle's FP16 graph."""
+    file = EngineFile("edit.fp16.engine", len(CONTENT), hashlib.sha256(CONTENT).hexdigest())
+    return replace(record, bundle="street", onnx=FP16, engine=file)
+
+
+def add(place: EnginePlace, record: EngineRecord = SAMPLE) -> Path:
+    with EngineWriter(place, "edit.fp16") as writer:
+        writer.log.write_text("[INFO] built\n")
+        return writer.finish(own(record), CONTENT)
+
+
+def in_bundle(bundle: Bundle) -> EnginePlace:
+    return choose_place(bundle, "bundle")
+
+
+def zip_all(bundle: Bundle, path: Path) -> Bundle:
+    """The bundle with its engines as a zip."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in sorted(file for file in bundle.path.rglob("*") if file.is_file()):
+            archive.write(file, file.relative_to(bundle.path).as_posix())
+    return open_bundle(path)
+
+
+def only(bundle: Bundle) -> FoundEngine:
+    (found,) = find_engines(bundle, HOST)
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------- found and fit
+
+
+def test_an_engine_that_fits_is_read_as_it_was_written(bundle: Bundle) -> None:
+    before = bundle.check_all()
+    path = add(in_bundle(bundle))
+    found = only(bundle)
+    assert (found.path, found.place, found.reasons, found.fit) == (path, "bundle", (), True)
+    assert found.read() == CONTENT and found.record == own(SAMPLE)
+    assert sorted(file.name for file in path.parent.iterdir()) == ["build.log", "edit.fp16.engine", "engine.json"]
+    again = open_bundle(bundle.path)
+    assert again.check_all() == before == () and again.files() == bundle.files()  # the product is what it was
+
+
+def test_engines_in_the_cache_are_found_with_their_bundle_only(bundle: Bundle, tmp_path: Path, cache: Path) -> None:
+    zipped = open_bundle(pack(bundle, tmp_path / "street.spm.zip"))
+    path = add(choose_place(zipped))
+    assert path.is_relative_to(cache) and only(zipped).place == only(bundle).place == "cache"
+    assert only(zipped).read() == CONTENT
+    other = write_street(tmp_path / "other.spm", name="other")
+    assert only(other).fit  # the same graph under another name: the engine is as good
+    with EngineWriter(choose_place(zipped), "x") as writer:
+        writer.finish(replace(own(SAMPLE), bundle="third", onnx=SourceFile(FP16.file, "9" * 64)), CONTENT)
+    assert [found.path for found in find_engines(other, HOST)] == [path]
+
+
+def test_engines_inside_a_zip_are_read_from_it(bundle: Bundle, tmp_path: Path) -> None:
+    path = add(in_bundle(bundle))
+    found = only(zip_all(bundle, tmp_path / "z.spm.zip"))
+    assert found.path == tmp_path / "z.spm.zip" / path.relative_to(bundle.path)
+    assert found.read() == CONTENT
+
+
+def test_the_machine_is_looked_at_only_when_there_is_an_engine(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[int] = []
+    monkeypatch.setattr(engine_store, "this_host", lambda: looked.append(1) or HOST)
+    assert find_engines(bundle) == [] and not looked
+    add(in_bundle(bundle))
+    assert find_engines(bundle)[0].fit and looked == [1]
+
+
+def test_all_differences_stop_it_from_being_read(bundle: Bundle) -> None:
+    add(in_bundle(bundle))
+    (found,) = find_engines(bundle, replace(HOST, versions={"tensorrt": "10.3.0"}, gpu=A10))
+    assert not found.fit and not found.faults and len(found.reasons) == 2
+    with pytest.raises(BundleError, match=r"built with 10\.16\.1, here 10\.3\.0; GPU: .*RTX 3060.*A10") as caught:
+        found.read()
+    assert caught.value.exit_code == 6
+
+
+# ---------------------------------------------------------------------------------------------------------- faults
+
+
+def truncate(engine: Path) -> None:
+    engine.write_bytes(CONTENT[:-1])
+
+
+def tamper(engine: Path) -> None:
+    engine.write_bytes(b"N" + CONTENT[1:])
+
+
+def extend(engine: Path) -> None:
+    engine.write_bytes(CONTENT + b"!")
+
+
+def rename(engine: Path) -> None:
+    engine.rename(engine.with_name("mine.engine"))
+
+
+def take_away(engine: Path) -> None:
+    engine.unlink()
+
+
+def garble_record(engine: Path) -> None:
+    engine.with_name("engine.json").write_text("{")
+
+
+def swell_record(engine: Path) -> None:
+    engine.with_name("engine.json").write_bytes(b" " * (2 << 20))
+
+
+def take_record_away(engine: Path) -> None:
+    engine.with_name("engine.json").unlink()
+
+
+def claim_another_gpu(engine: Path) -> None:
+    record = engine.with_name("engine.json")
+    record.write_text(record.read_text().replace("NVIDIA GeForce RTX 3060", "NVIDIA A10"))
+
+
+FAULTS: dict[Callable[[Path], None], str] = {
+    truncate: "truncated: 19 bytes, but engine.json says 20",
+    tamper: "tampered with or damaged: SHA-256 is ",
+    extend: "tampered with or damaged: 21 bytes",
+    rename: "edit.fp16.engine is missing; was it renamed to mine.engine?",
+    take_away: "edit.fp16.engine is missing",
+    garble_record: "not valid JSON",
+    swell_record: "engine.json has 2097152 bytes",
+    take_record_away: "no engine.json beside it",
+    claim_another_gpu: "engine.json belongs to the folder edit-fp16-b8-tensorrt-10.16.1-nvidia_a10",
+}
+
+
+@pytest.mark.parametrize("damage", FAULTS)
+def test_a_damaged_engine_is_refused_for_the_right_reason(bundle: Bundle, damage: Callable[[Path], None]) -> None:
+    path = add(in_bundle(bundle))
+    damage(path)
+    found = find_engines(bundle, replace(HOST, gpu=A10) if damage is claim_another_gpu else HOST)
+    assert FAULTS[damage] in "; ".join(found[0].faults)
+    for engine in found:
+        with pytest.raises(BundleError, match="does not fit"):
+            engine.read()
+    assert {engine.path for engine in clean_engines(bundle, HOST)} == {engine.path for engine in found}
+    assert find_engines(bundle, HOST) == [] and not path.parent.exists()
+
+
+def test_damage_after_it_was_found_is_seen_too(bundle: Bundle) -> None:
+    path = add(in_bundle(bundle))
+    for damage in (tamper, truncate, take_away):
+        found = find_engines(bundle, HOST, hashing=False)[0]
+        assert found.fit
+        damage(path)
+        with pytest.raises(BundleError):
+            found.read()
+        path.write_bytes(CONTENT)
+
+
+def test_without_hashing_the_size_is_still_compared(bundle: Bundle) -> None:
+    path = add(in_bundle(bundle))
+    tamper(path)
+    assert find_engines(bundle, HOST, hashing=False)[0].fit
+    truncate(path)
+    assert not find_engines(bundle, HOST, hashing=False)[0].fit
+
+
+def test_an_engine_that_the_record_does_not_speak_of_is_never_read(bundle: Bundle) -> None:
+    path = add(in_bundle(bundle))
+    other = path.with_name("other.engine")
+    other.write_bytes(CONTENT)
+    known, unknown = find_engines(bundle, HOST)
+    assert known.read() == CONTENT and unknown.path == other
+    assert unknown.faults == ("engine.json beside it speaks of edit.fp16.engine, not of it",)
+    assert [engine.path for engine in clean_engines(bundle, HOST)] == [other]
+    assert only(bundle).fit
+
+
+def test_a_new_export_makes_engines_stale(bundle: Bundle) -> None:
+    add(in_bundle(bundle))
+    stale = replace(own(SAMPLE), onnx=replace(FP16, sha256="9" * 64))
+    gone = replace(own(SAMPLE), onnx=SourceFile("graphs/gone.onnx", "8" * 64))
+    weights = replace(own(SAMPLE), weights=SourceFile("graphs/edit.fp32.onnx", "9" * 64))
+    for record in (stale, gone, weights):
+        with EngineWriter(in_bundle(bundle), "x") as writer:
+            writer.finish(record, CONTENT)
+    reasons = sorted(reason for engine in find_engines(bundle, HOST) for reason in engine.reasons)
+    assert len(reasons) == 3
+    assert reasons[0].startswith("stale: built from another graphs/edit.fp16.onnx: SHA-256 999999999999…")
+    assert reasons[1].startswith("stale: built from another graphs/edit.fp32.onnx")
+    assert reasons[2] == "stale: built from graphs/gone.onnx, which the bundle does not hold"
+    assert len(clean_engines(bundle, HOST)) == 3 and only(bundle).fit
+
+
+# --------------------------------------------------------------------------------------------------------- cleaning
+
+
+def test_cleaning_leaves_what_may_still_be_of_use(bundle: Bundle) -> None:
+    here, for_fleet = add(in_bundle(bundle)), add(in_bundle(bundle), for_targets("sm75"))
+    outdated = add(in_bundle(bundle), sample(version="10.3.0"))
+    elsewhere = add(in_bundle(bundle), sample(gpu=A10))
+    no_driver = replace(HOST, versions={}, gpu=None)
+    assert clean_engines(bundle, no_driver) == []
+    removed = clean_engines(bundle, HOST)
+    assert {engine.path for engine in removed} == {outdated, elsewhere}
+    assert all(engine.lasting for engine in removed)
+    assert here.exists() and for_fleet.exists() and not outdated.parent.exists()
+
+
+def test_cleaning_takes_nobody_elses_files(bundle: Bundle) -> None:
+    path = add(in_bundle(bundle), sample(gpu=A10))
+    path.with_name("notes.txt").write_text("mine")
+    clean_engines(bundle, HOST)
+    assert [file.name for file in path.parent.iterdir()] == ["notes.txt"]
+
+
+def test_a_zip_is_never_cleaned(bundle: Bundle, tmp_path: Path) -> None:
+    truncate(add(in_bundle(bundle)))
+    zipped = zip_all(bundle, tmp_path / "z.spm.zip")
+    assert only(zipped).faults and clean_engines(zipped, HOST) == []
+
+
+# ---------------------------------------------------------------------------------------------------------- writing
+
+
+def test_a_failed_build_leaves_its_log_alone(bundle: Bundle) -> None:
+    place = in_bundle(bundle)
+    writer = EngineWriter(place, "edit.fp16")
+
+    def build() -> None:
+        with writer:
+            writer.log.write_text("[ERROR] no such layer\n")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        build()
+    assert [file.name for file in place.folder.iterdir()] == ["edit.fp16.failed.log"] == [writer.failed_log.name]
+    add(place)
+    assert not writer.failed_log.exists() and only(bundle).fit
+
+
+def test_building_again_replaces_the_engine(bundle: Bundle) -> None:
+    assert add(in_bundle(bundle)) == add(in_bundle(bundle))
+    assert only(bundle).fit
+    assert len(list((bundle.path / "engines").iterdir())) == 1
+
+
+def test_a_verification_is_noted_in_the_record(bundle: Bundle) -> None:
+    path = add(in_bundle(bundle))
+    noted = only(bundle).with_verification(VERIFIED)
+    assert only(bundle).record == noted.record and noted.record is not None
+    assert noted.record.verification == VERIFIED and noted.read() == CONTENT
+    assert sorted(file.name for file in path.parent.iterdir()) == ["build.log", "edit.fp16.engine", "engine.json"]
+    shutil.rmtree(path.parent)
+    with pytest.raises(InputError, match=r"engine\.json: cannot be written"):
+        noted.with_verification(VERIFIED)
+
+
+def test_engines_go_into_the_bundle_or_into_the_cache(bundle: Bundle, tmp_path: Path, cache: Path) -> None:
+    assert choose_place(bundle).folder == bundle.path / "engines"
+    assert choose_place(bundle, "cache").folder == cache
+    assert "as asked" in choose_place(bundle, "cache").words
+    for other, why in (
+        (pack(bundle, tmp_path / "street.spm.zip"), "is a zip"),
+        (default_model(), "part of the installed package"),
+    ):
+        place = choose_place(open_bundle(other))
+        assert (place.folder, place.place) == (cache, "cache") and why in place.why
+        with pytest.raises(UsageError, match=why):
+            choose_place(open_bundle(other), "bundle")
+    assert not cache.exists()  # nothing is made before there is something to put in
+
+
+def test_a_bundle_that_cannot_be_written_to(bundle: Bundle, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere, and tests may run as root
+    assert choose_place(bundle).folder == cache and "cannot be written to" in choose_place(bundle).why
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
+def test_nobody_else_may_put_engines_into_the_cache(bundle: Bundle, cache: Path) -> None:
+    add(choose_place(bundle, "cache"))
+    assert stat.S_IMODE(cache.stat().st_mode) & 0o077 == 0
+
+
+def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("SPMDEPLOY_CACHE")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    assert cache_folder() == tmp_path / ".cache/spmdeploy/engines"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "x"))
+    assert cache_folder() == tmp_path / "x/spmdeploy/engines"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    with pytest.raises(UnavailableError, match="no home"):
+        cache_folder()
+
+
+def test_a_place_that_cannot_be_written_to(bundle: Bundle, cache: Path) -> None:
+    cache.parent.mkdir()
+    cache.write_text("a file")
+    with pytest.raises(InputError, match="cannot be written"):
+        add(choose_place(bundle, "cache"))
+
+
+def test_a_link_out_of_the_cache_is_not_followed(bundle: Bundle, cache: Path, tmp_path: Path) -> None:
+    path = add(choose_place(bundle, "cache"))
+    outside = tmp_path / "outside.engine"
+    path.rename(outside)
+    path.symlink_to(outside)
+    with pytest.raises(BundleError, match="a link to"):
+        find_engines(bundle, HOST)

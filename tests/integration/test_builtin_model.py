@@ -1,0 +1,67 @@
+"""The model inside the package: whole, small enough to ship, and giving the pictures that it gave when it was made."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+
+import spmdeploy
+from spmdeploy.assets.samples import SAMPLE_EDITS
+from spmdeploy.backends.onnxruntime import OnnxRuntimeSession
+from spmdeploy.backends.verify import verify
+from spmdeploy.bundle.bundle import open_bundle
+from spmdeploy.editing.editor import Editor
+from spmdeploy.imaging.files import read_photo
+from spmdeploy.labels import class_table
+
+# Of SHA256SUMS, and so of every file: a new model is pinned here together with its picture in `expected`.
+BUNDLE_HASH = "44197595c01d8489dcd5cd69609b3e798d181b0f600952095d25b519ce0231ad"
+EXPECTED = Path(__file__).parents[1] / "expected"
+
+
+def test_it_is_whole_and_fits_the_package() -> None:
+    bundle = open_bundle(spmdeploy.default_model())
+    assert bundle.check_all() == ()
+    assert hashlib.sha256((spmdeploy.default_model() / "SHA256SUMS").read_bytes()).hexdigest() == BUNDLE_HASH
+    assert sum(bundle.files().values()) <= 45e6
+    assert bundle.manifest.classes == class_table("street")
+    assert "non-commercial" in bundle.manifest.licence
+    assert "non-commercial" in bundle.read("card.md").decode()
+
+
+def test_it_repeats_its_golden_edits() -> None:
+    with spmdeploy.open_editor() as editor:
+        results = verify(editor.session, open_bundle(spmdeploy.default_model()))
+    names = [sample.name for sample in SAMPLE_EDITS]
+    assert [result.name for result in results] == [*names, *(f"{name} refined" for name in names)]
+    assert all(result.passed for result in results), [result.faults for result in results]
+
+
+def test_its_edit_of_the_sample_stays_what_it_is() -> None:
+    sample = SAMPLE_EDITS[0]
+    with spmdeploy.open_editor() as editor:
+        photo, labels, mask = sample.read(editor.classes)
+        edited = editor.edit(photo, labels, mask).image
+    expected = read_photo(EXPECTED / f"{sample.name}.png").pixels
+    assert np.abs(edited.astype(int) - expected).max() <= 2
+    assert (edited[~mask] == photo[~mask]).all()
+
+
+def test_its_cascade_differs_by_a_grey_level_at_most_whatever_the_batch_and_the_threads() -> None:
+    sample, bundle = SAMPLE_EDITS[0], open_bundle(spmdeploy.default_model())
+    photo, labels, mask = sample.read(bundle.manifest.classes)
+    mask[120:, 60:] = True  # a window of 460 pixels
+    coarse, finer = (bundle.path_of_graph(bundle.graph(name, "fp32")) for name in ("edit_cpu", "refine_cpu"))
+    pictures = []
+    for batch, threads in ((4, 1), (4, 1), (1, 1), (3, 2)):
+        session = OnnxRuntimeSession(coarse, "fp32", threads=threads, refine=lambda: finer)
+        with Editor(session, bundle.manifest.classes) as editor:
+            result = editor.edit(photo, labels, mask, tiling="cascade", batch_size=batch)
+        assert result.report.tiles >= 4
+        pictures.append(result.image.astype(int))
+    first, again, *others = pictures
+    np.testing.assert_array_equal(again, first)
+    assert np.abs(first - photo)[mask].max() > 50
+    assert all(np.abs(other - first).max() <= 1 for other in others)

@@ -1,0 +1,124 @@
+"""The wheel, used as users get it: away from the source tree, in an environment that holds nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import venv
+import zipfile
+from importlib.metadata import PathDistribution
+from pathlib import Path
+
+import pytest
+
+import spmdeploy
+from spmdeploy.assets.samples import SAMPLE_EDITS
+from spmdeploy.labels import built_in_tables
+
+ROOT = Path(__file__).resolve().parents[2]
+# What an edge device must never be made to install: hundreds of megabytes that only export and training need.
+NOT_FOR_THE_EDGE = {"torch", "torchvision", "onnx", "onnxscript", "onnx-ir", "safetensors", "triton", "scipy"}
+
+
+def run(*words: object, cwd: Path, **environment: str) -> str:
+    """Stdout of a command that must succeed, without our own source tree on its path."""
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [str(word) for word in words]
+    done = subprocess.run(
+        command, cwd=cwd, env=inherited | environment, capture_output=True, text=True, errors="replace", check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a copy: setuptools leaves build/ behind, and what is in there would find its way into later wheels."""
+    source, built = tmp_path_factory.mktemp("copy") / "source", tmp_path_factory.mktemp("built")
+    no_source = shutil.ignore_patterns(".*", "build", "dist", "demo", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, source, ignore=no_source)
+    run(sys.executable, "-m", "build", "--wheel", *_isolation(), "--outdir", built, source, cwd=source)
+    (wheel,) = built.glob("*.whl")
+    return wheel
+
+
+def _isolation() -> list[str]:
+    """Building in this environment saves a download, where it has what pyproject.toml asks for."""
+    try:
+        import setuptools
+    except ImportError:
+        return []
+    return ["--no-isolation"] if int(setuptools.__version__.partition(".")[0]) >= 77 else []
+
+
+@pytest.fixture(scope="module")
+def unpacked(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("unpacked")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+    return folder
+
+
+def test_one_top_level_package(unpacked: Path) -> None:
+    names = {path.name for path in unpacked.iterdir()}
+    assert names == {"spmdeploy", f"spmdeploy-{spmdeploy.__version__}.dist-info"}
+
+
+def test_every_file_of_the_package_is_inside(unpacked: Path) -> None:
+    def listing(root: Path) -> set[str]:
+        return {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
+
+    inside = listing(unpacked / "spmdeploy")
+    ours = {name for name in listing(ROOT / "spmdeploy") if "__pycache__" not in name}
+    assert inside == ours
+    tables = {f"class_tables/{name}.json" for name in built_in_tables()}
+    samples = {f"samples/{sample.name}/{file}" for sample in SAMPLE_EDITS for file in ("photo.jpg", "mask.png")}
+    assert {"py.typed", "samples/ATTRIBUTION.txt", *tables, *samples} <= inside and len(tables) >= 3
+
+
+def test_what_the_metadata_says(unpacked: Path) -> None:
+    distribution = PathDistribution(unpacked / f"spmdeploy-{spmdeploy.__version__}.dist-info")
+    requires = distribution.requires or []
+    base = {name.partition(">")[0] for name in requires if "extra ==" not in name}
+    assert base == {"numpy", "pillow", "typer"}
+    assert {"cpu", "gpu", "export"} <= set(distribution.metadata.get_all("Provides-Extra") or [])
+    (script,) = distribution.entry_points
+    assert (script.group, script.name, script.value) == ("console_scripts", "spmdeploy", "spmdeploy.__main__:entry")
+    assert distribution.metadata["License-Expression"] == "MIT" and "LICENSE" in str(distribution.files)
+
+
+def test_the_unpacked_wheel_works_from_elsewhere(unpacked: Path, tmp_path: Path) -> None:
+    driver = (
+        "import spmdeploy; print(spmdeploy.__file__); from spmdeploy.assets import samples; print(samples.__file__)"
+    )
+    for path in run(sys.executable, "-c", driver, cwd=tmp_path, PYTHONPATH=str(unpacked)).splitlines():
+        assert Path(path).is_relative_to(unpacked)
+    words = [sys.executable, "-m", "spmdeploy"]
+    assert run(*words, "--version", cwd=tmp_path, PYTHONPATH=str(unpacked)).strip() == spmdeploy.__version__
+    sample = unpacked / "spmdeploy/assets/samples/car_away/labels.png"
+    told = json.loads(run(*words, "labels", "check", sample, "--json", cwd=tmp_path, PYTHONPATH=str(unpacked)))
+    assert told["table"] == "street"
+
+
+@pytest.mark.slow
+def test_the_edge_install_edits_without_torch(wheel: Path, street_bundle: Path, tmp_path: Path) -> None:
+    venv.create(tmp_path / "env", with_pip=True)
+    scripts = tmp_path / "env" / ("Scripts" if sys.platform == "win32" else "bin")
+    run(scripts / "python", "-m", "pip", "install", "--quiet", f"{wheel}[cpu]", cwd=tmp_path)
+    listed = json.loads(run(scripts / "python", "-m", "pip", "list", "--format", "json", cwd=tmp_path))
+    installed = {entry["name"].lower() for entry in listed}
+    assert {"spmdeploy", "numpy", "pillow", "typer", "onnxruntime"} <= installed
+    assert NOT_FOR_THE_EDGE.isdisjoint(installed) and not [name for name in installed if name.startswith("nvidia")]
+
+    assert run(scripts / "spmdeploy", "--version", cwd=tmp_path).strip() == spmdeploy.__version__
+    sample, output = SAMPLE_EDITS[0], tmp_path / "edited.png"
+    edit = ["edit", sample.photo, "--labels", sample.labels, "--mask", sample.mask, "-o", output, "--json"]
+    told = json.loads(run(scripts / "spmdeploy", *edit, "--model", street_bundle, cwd=tmp_path))
+    assert told["schema"] == "spmdeploy.edit/1" and output.is_file()
+    assert json.loads(run(scripts / "spmdeploy", "verify", street_bundle, "--json", cwd=tmp_path))["golden"]
+    doctor = json.loads(run(scripts / "spmdeploy", "doctor", "--json", cwd=tmp_path))
+    usable = {finding["name"]: finding["usable"] for finding in doctor["findings"]}
+    assert usable["onnxruntime on cpu"] and not usable["torch"] and not usable["export"]

@@ -1,0 +1,66 @@
+"""The README's commands work, in the order in which a reader meets them."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from spmdeploy import cli
+from spmdeploy.assets.samples import SAMPLE_EDITS
+from spmdeploy.imaging.files import read_labels, write_picture
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def reader(tmp_path: Path, street_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the files that the README speaks of."""
+    sample = SAMPLE_EDITS[0]
+    for source, name in ((sample.photo, "photo.jpg"), (sample.labels, "labels.png"), (sample.mask, "mask.png")):
+        shutil.copy(source, tmp_path / name)
+    before = read_labels(sample.labels).copy()
+    before[220:300, 415:470] = 8
+    write_picture(tmp_path / "labels_before.png", before)
+    (tmp_path / "edits.csv").write_text("image,mask,fill\nphoto.jpg,mask.png,road\n", encoding="utf-8")
+    for suffix in (".safetensors", ".json"):
+        shutil.copy(street_bundle.with_name("tiny").with_suffix(suffix), tmp_path / f"generator{suffix}")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_commands(reader: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    commands = re.findall(r"^\$ spmdeploy (.+)$", README, re.MULTILINE)
+    assert len(commands) >= 12
+    for command in commands:
+        assert cli.main(command.split()) == 0, (command, capsys.readouterr().err)
+    for output in re.findall(r"--output (\S+)", " ".join(commands)):
+        assert (reader / output).exists(), output
+
+
+def test_python_example(reader: Path) -> None:
+    from spmdeploy.imaging.files import read_mask, read_photo
+
+    example = re.search(r"```python\n(.+?)```", README, re.DOTALL)
+    assert example is not None
+    names = {
+        "image": read_photo("photo.jpg").pixels,
+        "labels": read_labels("labels.png"),
+        "mask": read_mask("mask.png"),
+    }
+    exec(example[1], names)
+    result = names["result"]
+    assert (result.image[~names["mask"]] == names["image"][~names["mask"]]).all()
+
+
+def test_what_it_points_to_exists() -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in re.findall(r"^make (\S+)", README, re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+    for part in re.findall(r"[├└]── ([\w/]+)", README):
+        assert list((ROOT / "spmdeploy").glob(f"{part.rstrip('/')}*")), part

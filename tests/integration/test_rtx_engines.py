@@ -1,0 +1,275 @@
+"""Real engines: TensorRT-RTX builds them without a GPU. That they run, and what they compute, only a GPU can prove."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from spmdeploy import cli
+from spmdeploy.bundle.bundle import Bundle, BundleWriter, open_bundle
+from spmdeploy.bundle.storage import GOLDEN_PICTURES
+from spmdeploy.engines import build as to_engine
+from spmdeploy.engines import library as engine_library
+from spmdeploy.engines.build import EngineOptions, build_engines, plan_engines
+from spmdeploy.engines.builder import BuildLog, BuildRequest, BuiltEngine, build_engine
+from spmdeploy.engines.progress import BuildWatch
+from spmdeploy.engines.record import BatchRange, EngineHost, EngineRecord, Gpu, Port
+from spmdeploy.engines.store import FoundEngine, find_engines
+from spmdeploy.errors import BundleError, UnavailableError
+from tests.bundle.conftest import graph_record, manifest_of
+
+GOLDEN = Path(__file__).parents[1] / "golden/checkpoint.pth"
+RTX_3060, H100 = Gpu("NVIDIA GeForce RTX 3060", "8.6"), Gpu("NVIDIA H100", "9.0")
+
+rtx = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: engines cannot be built here")
+pytestmark = pytest.mark.xdist_group("engines")  # one process: what is exported and built here takes a while
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_gpu() -> Iterator[None]:
+    """As in a CI job, also where the tests run on a machine with a GPU."""
+
+    def fail(device: int = 0) -> None:
+        raise OSError("no NVIDIA driver")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(to_engine, "gpu_facts", fail)
+        patch.setattr(engine_library, "gpu_facts", fail)
+        yield
+
+
+@pytest.fixture(scope="module")
+def golden_model() -> onnx.ModelProto:
+    """The FP32 graph of the small golden checkpoint."""
+    from spmdeploy.export.onnx import export_edit
+    from spmdeploy.model.checkpoint import load_checkpoint
+
+    return export_edit(load_checkpoint(GOLDEN).generator)
+
+
+@pytest.fixture(scope="module")
+def golden_bundle(golden_model: onnx.ModelProto, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A bundle of its graphs in both precisions; the golden edits in it are none, as no engine runs here."""
+    from spmdeploy.export.fp16 import to_fp16
+
+    records = []
+    with BundleWriter(tmp_path_factory.mktemp("golden") / "golden.spm") as writer:
+        for precision, model in (("fp32", golden_model), ("fp16", to_fp16(golden_model))):
+            name = f"graphs/edit.{precision}.onnx"
+            onnx.save(model, writer.path(name))
+            records.append(graph_record(precision, *writer.measure(name)))
+        for picture in GOLDEN_PICTURES:
+            writer.add_bytes(f"golden/tree/{picture}", b"")
+        return writer.finish(manifest_of(tuple(records)))
+
+
+@pytest.fixture(scope="module")
+def golden_engines(golden_bundle: Bundle) -> dict[str, FoundEngine]:
+    heard: list[str] = []
+    for precision in ("fp16", "fp32"):
+        options = EngineOptions(precision=precision, targets=("sm86", "sm120"), opt_batch=2)  # type: ignore[arg-type]
+        (result,) = build_engines(golden_bundle, options, tell=lambda words, seconds: heard.append(words))
+        assert result.built and result.warnings == 0
+    assert any("Building engine from subgraph" in words for words in heard)
+    host = EngineHost.with_gpu(RTX_3060, {"tensorrt-rtx": rtx.__version__})
+    return {engine.require_fit().precision: engine for engine in find_engines(golden_bundle, host)}
+
+
+@pytest.mark.parametrize("precision", ["fp16", "fp32"])
+def test_the_record_of_a_real_engine(
+    golden_bundle: Bundle, golden_engines: dict[str, FoundEngine], precision: Any
+) -> None:
+    engine = golden_engines[precision]
+    record = engine.require_fit()
+    content = engine.read()
+    assert (record.runtime, record.version, record.gpu) == ("tensorrt-rtx", rtx.__version__, None)
+    assert (record.targets, record.batch) == (("sm86", "sm120"), BatchRange(1, 2, 8))
+    assert record.flags == ("REQUIRE_USER_ALLOCATION",)  # a CUDA graph can be captured from it
+    assert record.onnx.sha256 == golden_bundle.graph("edit", precision).sha256
+    assert record.engine.bytes == len(content) > 1_000_000 and record.build_seconds > 0
+    assert content[4:8] == bytes(4) and content[:4].isalpha()  # the library's own start, nothing put in front
+    reading = record.computes_in
+    assert reading.fp16_share is None and "no GPU here" in str(reading.unread)
+    assert reading.network_fp16_share == 0 if precision == "fp32" else 0.9 < reading.network_fp16_share < 1
+    assert (record.builder.driver, record.builder.cuda, record.verification) == (None, None, None)
+    assert EngineRecord.from_bytes(record.to_bytes(), "engine.json") == record
+
+
+def test_inputs_and_outputs_are_those_of_the_graph(
+    golden_bundle: Bundle, golden_engines: dict[str, FoundEngine]
+) -> None:
+    for precision, engine in golden_engines.items():
+        graph = onnx.load(golden_bundle.path / f"graphs/edit.{precision}.onnx", load_external_data=False).graph
+        record = engine.require_fit()
+        for ports, values in ((record.inputs, graph.input), (record.outputs, graph.output)):
+            assert [port.name for port in ports] == [value.name for value in values]
+            for port, value in zip(ports, values, strict=True):
+                tensor = value.type.tensor_type
+                assert np.dtype(port.dtype) == onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)
+                assert port.shape == tuple(dim.dim_value or -1 for dim in tensor.shape.dim)
+        assert record.inputs[0] == Port("image", "uint8", (-1, 256, 256, 3))
+
+
+@pytest.mark.parametrize(
+    ("gpu", "version", "words"),
+    [
+        (RTX_3060, "1.6.0.10", f"tensorrt-rtx: built with {rtx.__version__}, here 1.6.0.10"),
+        (H100, rtx.__version__, r"GPU: built for sm86, sm120, here NVIDIA H100 \(sm90\)"),
+        (None, rtx.__version__, "GPU: built for sm86, sm120, here none"),
+    ],
+)
+def test_real_engines_are_refused_elsewhere(
+    golden_bundle: Bundle, golden_engines: dict[str, FoundEngine], gpu: Gpu | None, version: str, words: str
+) -> None:
+    for engine in find_engines(golden_bundle, EngineHost.with_gpu(gpu, {"tensorrt-rtx": version})):
+        with pytest.raises(BundleError, match=words):
+            engine.read()
+
+
+def test_the_bundle_is_still_what_was_exported(golden_bundle: Bundle, golden_engines: dict[str, FoundEngine]) -> None:
+    again = open_bundle(golden_bundle.path)
+    assert again.check_all() == () and again.files() == golden_bundle.files()
+
+
+def test_without_a_gpu_rtx_loads_nothing(golden_engines: dict[str, FoundEngine]) -> None:
+    """What is recorded as the reason is what the library says; skipped where it could load the engine."""
+    from spmdeploy.engines.precision import engine_fp16_share
+    from spmdeploy.gpu.driver import visible_gpus
+
+    try:
+        visible_gpus()
+    except OSError:
+        share, unread = engine_fp16_share(rtx, golden_engines["fp16"].read(), 1)
+        assert share is None and "cannot be loaded here" in str(unread)
+    else:
+        pytest.skip("there is a driver here")
+
+
+def test_building_needs_neither_torch_nor_onnx(golden_bundle: Bundle, golden_engines: object, tmp_path: Path) -> None:
+    driver = (
+        "import sys\n"
+        "for name in ('torch', 'onnx', 'onnxscript', 'onnxruntime', 'safetensors'): sys.modules[name] = None\n"
+        "import spmdeploy.cli\n"
+        "spmdeploy.cli.entry()"
+    )
+    words = ["build", str(golden_bundle.path), "--target", "sm86", "--target", "sm120", "--opt-batch", "2", "--json"]
+    done = subprocess.run([sys.executable, "-c", driver, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (engine,) = json.loads(done.stdout)["engines"]
+    assert not engine["built"] and engine["precision"] == "fp16"
+
+
+def test_inspect_lists_real_engines(
+    golden_bundle: Bundle, golden_engines: object, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["inspect", str(golden_bundle.path), "--json"]) == 0
+    engines = json.loads(capsys.readouterr().out)["engines"]
+    assert [engine["record"]["precision"] for engine in engines] == ["fp16", "fp32"]
+    assert all(engine["differences"] == ["GPU: built for sm86, sm120, here none"] for engine in engines)
+    assert cli.main(["inspect", str(golden_bundle.path)]) == 0
+    told = capsys.readouterr().out
+    assert "does not fit: GPU: built for sm86, sm120, here none" in told and "read off the typed network" in told
+
+
+# ----------------------------------------------------------------------------------------------------------- failures
+
+
+def test_an_interrupted_build_stops(golden_bundle: Bundle, tmp_path: Path) -> None:
+    heard: list[str] = []
+
+    def interrupt(words: str, seconds: float) -> None:
+        if threading.current_thread() is threading.main_thread():
+            heard.append(words)
+            if len(heard) == 1:
+                raise KeyboardInterrupt
+
+    watch = BuildWatch(interrupt, heartbeat=0.001)
+    log = BuildLog(tmp_path / "log", tmp_path / "log")
+    graph = golden_bundle.path_of("graphs/edit.fp32.onnx")
+    with pytest.raises(KeyboardInterrupt):
+        build_engine(rtx, BuildRequest(graph, BatchRange(1, 1, 1), ("SM86",)), log, watch)
+    assert watch.cancelled and "canceled by user" in log.words and heard[1] == "cancelling at the next step"
+
+
+@pytest.mark.parametrize(
+    ("content", "kind", "words"),
+    [
+        (b"no graph", BundleError, r"cannot be parsed by tensorrt_rtx .*Failed to parse the ONNX model"),
+        (b"", BundleError, "without inputs or outputs"),
+    ],
+)
+def test_what_is_no_graph(content: bytes, kind: type[Exception], words: str, tmp_path: Path) -> None:
+    with pytest.raises(kind, match=words):
+        build_file(tmp_path, content)
+
+
+def test_a_node_that_does_not_parse_is_named(golden_model: onnx.ModelProto, tmp_path: Path) -> None:
+    from spmdeploy.export.cpu import restrict_to_mask
+
+    cpu = restrict_to_mask(golden_model).SerializeToString()  # its shapes depend on the mask
+    with pytest.raises(BundleError, match=r"at the node box/rows/first \(ArgMax\)"):
+        build_file(tmp_path, cpu)
+
+
+def test_a_target_without_a_place_for_it(golden_bundle: Bundle, tmp_path: Path) -> None:
+    with pytest.raises(UnavailableError, match="cannot build"):
+        build_file(tmp_path, golden_bundle.read("graphs/edit.fp32.onnx"), targets=("CURRENT",))  # there is no GPU
+
+
+def build_file(folder: Path, content: bytes, targets: tuple[str, ...] = ("SM86",)) -> BuiltEngine:
+    graph = folder / "graph.onnx"
+    graph.write_bytes(content)
+    log = BuildLog(folder / "log", folder / "log")
+    request = BuildRequest(graph, BatchRange(1, 1, 8), targets)
+    return build_engine(rtx, request, log, BuildWatch(lambda words, seconds: None))
+
+
+def test_the_targets_that_there_are(no_gpu: None) -> None:
+    for target in ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121"):
+        assert plan_engines(EngineOptions(targets=(target,))).targets == (target,)
+
+
+# ------------------------------------------------------------------------------------------------------- the full size
+
+
+@pytest.fixture(scope="module")
+def paper_engines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, BuiltEngine]:
+    """Engines from the full-size graph with random weights, in both precisions."""
+    import torch
+
+    from spmdeploy.export.fp16 import to_fp16
+    from spmdeploy.export.onnx import export_edit
+    from spmdeploy.model.generator import Generator, GeneratorConfig
+
+    folder = tmp_path_factory.mktemp("paper")
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        generator = Generator(GeneratorConfig(34)).requires_grad_(False)  # as it comes from a checkpoint
+    fp32 = export_edit(generator)
+    engines = {}
+    for precision, make in (("fp32", lambda: fp32), ("fp16", lambda: to_fp16(fp32))):
+        path = folder / f"{precision}.onnx"
+        onnx.save(make(), path)
+        log = BuildLog(folder / f"{precision}.log", folder / f"{precision}.log")
+        request = BuildRequest(path, BatchRange(1, 1, 8), ("SM86", "SM89"))
+        engines[precision] = build_engine(rtx, request, log, BuildWatch(lambda words, seconds: None))
+        path.unlink()
+        assert not log.errors and not log.warnings
+    return engines
+
+
+def test_the_full_size_builds_in_both_precisions(paper_engines: dict[str, BuiltEngine]) -> None:
+    assert paper_engines["fp32"].network_fp16_share == 0
+    assert 0.9 < paper_engines["fp16"].network_fp16_share < 1
+    weights = 74.1e6
+    assert 4 * weights < len(paper_engines["fp32"].content) < 6 * weights
+    assert 2 * weights < len(paper_engines["fp16"].content) < 3 * weights  # stored as halves, as the types say

@@ -1,0 +1,153 @@
+"""A bundle's way to a device on the command line: packed, signed, slimmed, unpacked, checked and used."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from spmdeploy import cli
+from spmdeploy.assets.samples import SAMPLE_EDITS
+from spmdeploy.bundle.bundle import open_bundle
+from spmdeploy.cli.bundles import PASSWORD
+
+SAMPLE = SAMPLE_EDITS[0]
+
+
+class Ran(NamedTuple):
+    """What a command left."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> dict[str, Any]:
+        (line,) = self.out.splitlines()
+        return dict(json.loads(line))
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv(PASSWORD, raising=False)
+
+    def run(*words: object) -> Ran:
+        capfd.readouterr()
+        code = cli.main([str(word) for word in words])
+        return Ran(code, *capfd.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def signed(run: Any, street_bundle: Path, tmp_path: Path) -> Path:
+    """The bundle in one file, signed with ours.key; theirs.pub is a stranger's key."""
+    for name in ("ours", "theirs"):
+        assert run("bundle", "keygen", name, "--no-password").code == 0
+    assert run("bundle", "pack", street_bundle, "tiny.spm", "--sign", "ours.key").code == 0
+    return tmp_path / "tiny.spm"
+
+
+def edit(model: Path | str, *words: str) -> list[str]:
+    sample = ["--labels", str(SAMPLE.labels), "--mask", str(SAMPLE.mask), "--output", "edited.png"]
+    return ["edit", str(SAMPLE.photo), *sample, "--model", str(model), "--overwrite", *words]
+
+
+def test_pack_says_what_it_wrote(run: Any, street_bundle: Path, tmp_path: Path) -> None:
+    ran = run("bundle", "pack", street_bundle, "tiny.spm", "--json")
+    content = (tmp_path / "tiny.spm").read_bytes()
+    assert ran.code == 0 and ran.json["schema"] == "spmdeploy.bundle.bundle-pack/1" and ran.json["signed"] is False
+    assert (ran.json["bytes"], ran.json["sha256"]) == (len(content), hashlib.sha256(content).hexdigest())
+    assert ran.json["files"] == len(open_bundle(street_bundle).files())
+    assert run("bundle", "pack", street_bundle, "tiny.spm").code == 7
+    assert "not signed" in run("bundle", "pack", street_bundle, "tiny.spm", "--overwrite").out
+
+
+def test_unpack_gives_the_folder_back(run: Any, signed: Path, street_bundle: Path, tmp_path: Path) -> None:
+    ran = run("bundle", "unpack", signed, "back.spm", "--require-signature", "ours.pub", "--json")
+    assert ran.code == 0 and ran.json["signature"]["comment"].startswith("spmdeploy bundle tiny of ")
+    assert open_bundle(tmp_path / "back.spm").sums == open_bundle(street_bundle).sums
+    for words in (["--require-signature", "theirs.pub"], ["--require-signature", "nonsense"]):
+        assert run("bundle", "unpack", signed, "other.spm", *words).code in (6, 7)
+        assert not (tmp_path / "other.spm").exists()
+
+
+def test_a_signed_bundle_is_used(run: Any, signed: Path, tmp_path: Path) -> None:
+    ran = run(*edit(signed, "--require-signature", "ours.pub", "--json"))
+    assert ran.code == 0 and ran.json["choices"][0].startswith("signature by the key ")
+    assert ran.json["choices"][0] in ran.err
+    line = (tmp_path / "ours.pub").read_text().splitlines()[1]
+    assert run("verify", signed, "--require-signature", line).code == 0
+    (tmp_path / "edits.csv").write_text(f"image,mask,fill\n{SAMPLE.photo},{SAMPLE.mask},road\n")
+    batch = ["batch", "edits.csv", "--output-dir", "results", "--model", signed, "--require-signature"]
+    assert run(*batch, "ours.pub").code == 0
+    shutil.rmtree(tmp_path / "results")
+    assert run(*batch, "theirs.pub").code == 6 and not (tmp_path / "results").exists()
+    assert "there; --require-signature" in run("inspect", signed).out
+
+
+def test_nothing_is_loaded_without_the_right_signature(
+    run: Any, signed: Path, street_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("spmdeploy.backends.base.open_session", None)
+    tampered = tmp_path / "tampered.spm"
+    content = signed.read_bytes()
+    digest = open_bundle(signed).digest("card.md").encode()
+    tampered.write_bytes(content.replace(digest, digest[::-1]))
+    for model, key, words in (
+        (street_bundle, "ours.pub", "not signed"),
+        (signed, "theirs.pub", "made with the key"),
+        (tampered, "ours.pub", "does not fit"),
+    ):
+        for command in (edit(model, "--require-signature", key), ["verify", model, "--require-signature", key]):
+            ran = run(*command, "--json")
+            assert ran.code == ran.json["exit_code"] == 6 and words in ran.json["error"], command
+    assert run("edit", *edit("x")[1:-3], "--require-signature", "ours.pub").code == 6  # the built-in one is not signed
+    assert not (tmp_path / "edited.png").exists()
+
+
+def test_slim_leaves_what_the_device_needs(run: Any, street_bundle: Path, tmp_path: Path) -> None:
+    ran = run("bundle", "slim", street_bundle, "device.spm", "--keep", "cpu", "--json")
+    assert ran.code == 0
+    graphs = [f"graphs/{name}.{kind}.onnx" for name in ("edit", "refine") for kind in ("fp16", "fp32")]
+    assert ran.json["dropped"] == sorted([*graphs, "graphs/float16.weights"])
+    assert ran.json["bytes"] < ran.json["bytes_before"] and ran.json["added"] == []
+    ran = run("bundle", "slim", street_bundle, "none.spm", "--keep", "fp16", "--engine", "sm86", "--json")
+    assert ran.code == 2 and "no engine is 'sm86'" in ran.json["error"]
+    assert run("verify", "device.spm").code == 0
+    assert run(*edit("device.spm")).code == 0 and (tmp_path / "edited.png").exists()
+    assert run("verify", "device.spm", "--precision", "fp16").code == 6
+    ran = run("bundle", "slim", street_bundle, "none.spm", "--keep", "int8", "--json")
+    assert ran.code == 2 and "edit_cpu.fp32" in ran.json["error"] and not (tmp_path / "none.spm").exists()
+
+
+def test_a_password_is_needed_and_never_shown(run: Any, street_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("spmdeploy.bundle.signature.write_key_pair.__defaults__", (1 << 24,))
+    pack = ["bundle", "pack", street_bundle, "tiny.spm", "--sign", "street.key"]
+    for ran in (run("bundle", "keygen", "street"), run("bundle", "keygen", "street", "--json")):
+        assert ran.code == 2 and "--no-password" in ran.out + ran.err
+    monkeypatch.setenv(PASSWORD, "correct horse")
+    made = run("bundle", "keygen", "street", "--json")
+    assert made.code == 0 and made.json["public_key"] == "street.pub"
+    assert run(*pack).code == 0
+    monkeypatch.setenv(PASSWORD, "battery staple")
+    wrong = run(*pack, "--overwrite", "--json")
+    assert wrong.code == 7 and "the password is wrong" in wrong.json["error"]
+    monkeypatch.delenv(PASSWORD)
+    nobody = run(*pack, "--overwrite", "--json")
+    assert nobody.code == 2 and PASSWORD in nobody.json["hint"]
+    for ran in (made, wrong, nobody):
+        assert "horse" not in ran.out + ran.err and "staple" not in ran.out + ran.err
+
+
+def test_keys_that_are_none(run: Any, street_bundle: Path, signed: Path, tmp_path: Path) -> None:
+    for key in ("absent.key", "ours.pub", "tiny.spm"):
+        assert run("bundle", "pack", street_bundle, "other.spm", "--sign", key).code == 7
+    assert not (tmp_path / "other.spm").exists()
+    ran = run("bundle", "keygen", "ours", "--no-password", "--json")
+    assert ran.code == 7 and "never replaced" in ran.json["error"]

@@ -1,0 +1,440 @@
+"""The network is the published one: recorded outputs of the original, and a second implementation, say so."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import io
+import json
+import os
+import pickle
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from spmdeploy.errors import InputError
+from spmdeploy.imaging.files import read_labels, read_mask, read_photo
+from spmdeploy.model.checkpoint import load_checkpoint, save_generator
+from spmdeploy.model.deploy import EditGraph, RefineGraph
+from spmdeploy.model.flops import edit_gflop
+from spmdeploy.model.generator import PRESETS, Generator, GeneratorConfig
+from spmdeploy.model.layout import LayoutPyramid, instance_edges
+from spmdeploy.model.modulation import StylePreservedModulation, instance_norm
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+def _literal() -> Any:
+    spec = importlib.util.spec_from_file_location("golden_make", GOLDEN / "make.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _run(generator: Generator, image: np.ndarray, labels: np.ndarray, mask: np.ndarray) -> tuple[list[Tensor], Tensor]:
+    """Raw stage outputs in BGR as recorded, and the edited picture in RGB. image uint8 HWC, labels HW, mask HW."""
+    ids = torch.from_numpy(labels.astype(np.int64))[None]
+    holes = torch.from_numpy(mask.astype(np.float32))[None, None]
+    pixels = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
+    with torch.inference_mode():
+        pictures = generator(pixels, LayoutPyramid(ids, ids, holes, generator.config.classes))
+    return [raw.flip(1) for raw in pictures.raw], pictures.edited
+
+
+# ---------------------------------------------------------------------------------------------------------- golden
+
+
+@pytest.mark.parametrize("dataset", ["cityscapes", "ade20k"])
+def test_agrees_with_recorded_outputs_of_the_original(shared: Path, dataset: str) -> None:
+    folder = shared / "golden" / dataset
+    generator = load_checkpoint(folder / "checkpoint.pth").generator
+    pictures = {p.name: p for p in (shared / "data/spmpgan_examples").rglob("*") if p.parent.name not in SIDE_FOLDERS}
+    maps = pictures | {p.name: p for p in (shared / "data/spmpgan_examples").rglob("labels/*")}
+    cases = json.loads((folder / "cases.json").read_text())["cases"]
+    assert cases
+    for name, case in cases.items():
+        image = read_photo(pictures[case["image"]]).pixels
+        mask = read_mask(pictures[case["mask"]])
+        raw, edited = _run(generator, image, read_labels(maps[case["labels"]]), mask)
+        recorded = np.load(folder / f"{name}.npz")
+        first, second, third = (
+            (output - torch.from_numpy(recorded[f"stage{i}"])).abs() for i, output in enumerate(raw, start=1)
+        )
+        assert first.max() <= 1e-4
+        assert second.max() <= 1e-4
+        # Where the last stage divides by a tiny deviation, the last bit of float32 decides: the float64 result is up to
+        # 2.6e-3 away from the recorded float32 one too, in a few dozen of 196608 values. All others keep to 1e-4.
+        assert (third > 1e-4).float().mean() < 5e-4
+        assert third.max() <= 5e-3
+        levels = ((edited[0].permute(1, 2, 0) + 1) * 127.5).round().clamp(0, 255).numpy()
+        assert np.abs(levels - read_photo(folder / f"{name}.png").pixels).max() <= 1
+
+
+SIDE_FOLDERS = ("labels", "inst_map")
+
+
+def test_agrees_with_the_small_golden() -> None:
+    case = np.load(GOLDEN / "case.npz")
+    generator = load_checkpoint(GOLDEN / "checkpoint.pth").generator
+    raw, _ = _run(generator, case["image"], case["labels"], case["mask"])
+    for i, output in enumerate(raw, start=1):
+        torch.testing.assert_close(output, torch.from_numpy(case[f"stage{i}"]), rtol=0, atol=1e-4)
+
+
+def test_the_small_golden_comes_from_an_implementation_that_agrees_with_the_original(shared: Path) -> None:
+    literal = _literal()
+    folder, data = shared / "golden/cityscapes", shared / "data/spmpgan_examples/data_test"
+    state = torch.load(folder / "checkpoint.pth", weights_only=True)["netG"]
+    labels, mask = read_labels(data / "segmap_1.png"), read_mask(data / "mask_1.png")
+    image = torch.from_numpy(read_photo(data / "input.jpg").pixels[..., ::-1].copy()).double().permute(2, 0, 1)[None]
+    outputs = literal.reference_outputs(
+        {key: value.double() for key, value in state.items()},
+        image / 127.5 - 1,
+        literal.condition_of(labels, mask, 34),
+        torch.from_numpy(mask).double()[None, None],
+    )
+    recorded = np.load(folder / "segmap_1.npz")
+    for i, output in enumerate(outputs, start=1):
+        difference = (output - torch.from_numpy(recorded[f"stage{i}"])).abs()
+        assert (difference > 1e-4).double().mean() < 5e-4
+        assert difference.max() <= 5e-3
+
+
+# ----------------------------------------------------------------------------------------------------- conditioning
+
+
+def test_edges_mark_both_pixels_of_a_differing_pair_and_not_the_border() -> None:
+    instances = torch.zeros(1, 5, 6, dtype=torch.int32)
+    instances[0, 2, 3] = 70000
+    edges = instance_edges(instances)[0]
+    expected = torch.zeros(5, 6, dtype=torch.bool)
+    for row, column in ((2, 3), (1, 3), (3, 3), (2, 2), (2, 4)):
+        expected[row, column] = True
+    assert torch.equal(edges, expected)
+
+
+def test_pyramid_equals_resizing_the_full_volume_with_nearest() -> None:
+    torch.manual_seed(0)
+    labels = torch.randint(0, 7, (2, 128, 256))
+    mask = (torch.rand(2, 1, 128, 256) < 0.5).float()
+    pyramid = LayoutPyramid(labels, labels, mask, classes=5)  # ids 5 and 6 belong to no class
+    full = pyramid.at(128, 256)
+    assert full.shape == (2, 7, 128, 256)
+    assert torch.equal(full[:, :5].sum(1, keepdim=True), (labels < 5).float()[:, None] * mask)
+    for step in (2, 4, 32):
+        size = (128 // step, 256 // step)
+        assert torch.equal(pyramid.at(*size), torch.nn.functional.interpolate(full, size=size, mode="nearest"))
+
+
+# -------------------------------------------------------------------------------------------------------- generator
+
+
+@pytest.mark.parametrize(
+    ("classes", "preset", "millions", "gflop"),
+    [(34, "paper", 74.1, 93.8), (151, "paper", 76.9, 124.7), (12, "small", 18.5, 23.1)],
+)
+def test_size_and_work_of_the_presets(classes: int, preset: str, millions: float, gflop: float) -> None:
+    config = GeneratorConfig(classes, **PRESETS[preset])
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in Generator(config).parameters())
+    assert parameters / 1e6 == pytest.approx(millions, abs=0.05)
+    assert edit_gflop(config) == pytest.approx(gflop, abs=0.05)
+
+
+def test_work_of_the_ablations() -> None:
+    """A single scale saves the two smaller stages; spade saves the context branch and two of four layout heads."""
+    whole, single, spade = (
+        edit_gflop(GeneratorConfig(34, **PRESETS["paper"], **switches))  # type: ignore[arg-type]
+        for switches in ({}, {"stages": 1}, {"modulation": "spade"})
+    )
+    assert 0.7 < single / whole < 0.8  # the last stage is three quarters of the work
+    assert 0.3 < spade / whole < 0.7
+
+
+def test_spade_is_spm_without_a_context() -> None:
+    """An SPM layer whose context branch answers zero has only the layout's shifts left: the block of Park et al."""
+    torch.manual_seed(0)
+    full = StylePreservedModulation(3, 4, 5, 6, stride=2)
+    plain = StylePreservedModulation(3, 4, 5, 6, stride=2, modulation="spade")
+    x, layout = torch.randn(2, 3, 16, 16), torch.rand(2, 5, 8, 8)
+    plain.load_state_dict({name: full.state_dict()[name] for name in plain.state_dict()})
+    assert not torch.allclose(full(x, layout), plain(x, layout), atol=1e-3)
+    for head in (full.context_gamma, full.context_beta):
+        torch.nn.init.zeros_(head.weight)
+        torch.nn.init.zeros_(head.bias)  # type: ignore[arg-type]
+    assert torch.equal(full(x, layout), plain(x, layout))
+    normalised = instance_norm(plain.features(x))
+    shared = torch.relu(plain.layout_shared(layout))
+    literal = normalised * (1 + plain.layout_gamma_shift(shared)) + plain.layout_beta_shift(shared)
+    torch.testing.assert_close(plain(x, layout), torch.nn.functional.leaky_relu(literal, 0.2))
+
+
+def test_a_single_scale_is_the_full_size_stage_on_the_picture_with_its_hole() -> None:
+    generator = _tiny(stages=1)
+    image, labels = torch.rand(1, 3, 128, 128) * 2 - 1, torch.zeros(1, 128, 128, dtype=torch.int64)
+    mask = torch.zeros(1, 1, 128, 128)
+    mask[..., 40:90, 30:100] = 1
+    layout = LayoutPyramid(labels, labels, mask, 3)
+    with torch.inference_mode():
+        raw, edited = generator(image, layout)
+        (expected,) = (stage(image * (1 - mask), layout) for stage in generator.stages)
+        hidden = generator(image + mask, layout)  # what is under the mask has no influence
+    assert torch.equal(raw[0], expected)
+    assert torch.equal(edited, torch.where(mask == 1, expected, image))
+    assert torch.equal(hidden.raw[0], raw[0])
+    assert [len(stage.encoder) for stage in generator.stages] == [9]
+
+
+@pytest.mark.parametrize("size", [(128, 128), (128, 384), (256, 128)])
+def test_takes_any_multiple_of_128(size: tuple[int, int]) -> None:
+    generator = _tiny()
+    labels = torch.zeros(1, *size, dtype=torch.int64)
+    mask = torch.zeros(1, 1, *size)
+    mask[..., 30:60, 40:90] = 1
+    image = torch.rand(1, 3, *size) * 2 - 1
+    with torch.inference_mode():
+        raw, edited = generator(image, LayoutPyramid(labels, labels, mask, 3))
+    assert [tuple(output.shape[2:]) for output in raw] == [(size[0] // k, size[1] // k) for k in (4, 2, 1)]
+    assert torch.equal(torch.where(mask == 0, edited, 0), torch.where(mask == 0, image, 0))
+    assert edited.isfinite().all()
+
+
+def test_deploy_graph_keeps_known_pixels_and_repaints_the_others() -> None:
+    image, labels, instances, mask = _deploy_inputs()
+    labels.fill_(200)  # belongs to no class: allowed, conditions nothing
+    with torch.inference_mode():
+        edited, unrounded = EditGraph(_tiny())(image, labels, instances, mask)
+    assert (edited.dtype, unrounded.dtype) == (torch.uint8, torch.float32)
+    assert torch.equal(edited[mask == 0], image[mask == 0])
+    assert torch.equal(unrounded[mask == 0], image[mask == 0].float())
+    assert (edited[mask != 0] != image[mask != 0]).float().mean() > 0.9
+    assert torch.equal(unrounded.round(), edited.float())
+    assert (unrounded != unrounded.round()).any()
+
+
+def _deploy_inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """image, labels, instances and mask of two edits."""
+    rng = np.random.default_rng(0)
+    image = torch.from_numpy(rng.integers(0, 256, (2, 256, 256, 3), dtype=np.uint8))
+    labels = torch.from_numpy(rng.integers(0, 3, (2, 8, 8), dtype=np.uint8).repeat(32, 1).repeat(32, 2))
+    mask = torch.zeros(2, 256, 256, dtype=torch.uint8)
+    mask[0, :40, 200:], mask[1, 100:140, 90:130] = 1, 255
+    return image, labels, labels.to(torch.int32), mask
+
+
+def test_refining_what_the_stage_before_the_last_gave_is_the_edit() -> None:
+    generator = _tiny()
+    inputs = _deploy_inputs()
+    coarse: list[Tensor] = []
+    generator.stages[1].register_forward_hook(lambda stage, given, raw: coarse.append(raw))
+    with torch.inference_mode():
+        edited = EditGraph(generator)(*inputs)[0]
+        levels = (coarse[0].permute(0, 2, 3, 1) + 1) * 127.5
+        refined = RefineGraph(generator)(*inputs, levels)[0]
+    assert torch.equal(refined, edited)
+
+
+def test_what_is_refined_further_has_the_light_of_the_coarse_picture() -> None:
+    *inputs, mask = _deploy_inputs()
+    mask[:, 96:192, 64:224] = 1
+    light = torch.full((2, 128, 128, 3), 60.0)
+    light[:, :, 64:] = 190
+    with torch.inference_mode():
+        edited, lit = RefineGraph(_tiny())(*inputs, mask, light)
+    blocks = lit[:, 96:192, 64:224].reshape(2, 12, 8, 20, 8, 3).mean(dim=(2, 4))
+    for side, level in ((blocks[:, 1:-1, 1:6], 60), (blocks[:, 1:-1, -6:-1], 190)):
+        assert (side - level).abs().median() < 2
+    plain = edited[:, 96:192, 64:224].float().reshape(2, 12, 8, 20, 8, 3).mean(dim=(2, 4))
+    assert (plain[:, :, -6:-1] - 190).abs().mean() > 30, "it had that light by itself"
+    sharp, flat = (picture.float().diff(dim=2)[:, 100:190, 70:120].std() for picture in (lit, edited))
+    assert torch.isclose(sharp, flat, rtol=0.1), "detail was lost"
+    assert torch.equal(lit[mask == 0], inputs[0][mask == 0].float())
+
+
+def test_refining_reads_known_pixels_of_the_image_and_hidden_ones_of_the_coarse_picture() -> None:
+    image, labels, instances, mask = _deploy_inputs()
+    coarse = torch.rand(2, 128, 128, 3) * 255
+    hidden = torch.nn.functional.max_pool2d((mask != 0).float(), 2)
+    near = torch.nn.functional.max_pool2d(hidden, 3, stride=1, padding=1) != 0
+    refine = RefineGraph(_tiny())
+    with torch.inference_mode():
+        edited, unrounded = refine(image, labels, instances, mask, coarse)
+        image[mask != 0] = 77
+        coarse[~near] = 1000
+        again, unrounded_again = refine(image, labels, instances, mask, coarse)
+        coarse[hidden != 0] += 40
+        other = refine(image, labels, instances, mask, coarse)[0]
+    assert torch.equal(edited, again) and torch.equal(unrounded, unrounded_again)
+    assert torch.equal(edited[mask == 0], image[mask == 0])
+    assert (other[mask != 0] != edited[mask != 0]).float().mean() > 0.3
+
+
+@pytest.mark.parametrize(
+    "config",
+    [(0, 1, 1), (256, 1, 1), (3, -1, 1), (3, 1, 2.5), (3, 1, 1, "adain"), (3, 1, 1, "spm", 2), (3, 1, 1, "spm", True)],
+)
+def test_impossible_configurations_are_refused(config: tuple[Any, ...]) -> None:
+    with pytest.raises(ValueError, match="must be"):
+        GeneratorConfig(*config)
+
+
+# ---------------------------------------------------------------------------------------------------------- weights
+
+
+def _tiny(**switches: Any) -> Generator:
+    torch.manual_seed(1)
+    return Generator(GeneratorConfig(classes=3, width=1, hidden=2, **switches)).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("switches", [{}, {"modulation": "spade"}, {"stages": 1}, {"modulation": "spade", "stages": 1}])
+def test_own_format_round_trip(tmp_path: Path, switches: dict[str, Any]) -> None:
+    generator = _tiny(**switches)
+    save_generator(generator, tmp_path / "g.safetensors", training={"images": 7})
+    loaded = load_checkpoint(tmp_path / "g.safetensors")
+    assert loaded.training == {"images": 7}
+    assert (loaded.format, loaded.colour_order, loaded.generator.config) == ("spmdeploy", "RGB", generator.config)
+    for key, tensor in generator.state_dict().items():
+        assert torch.equal(tensor, loaded.generator.state_dict()[key])
+
+
+def test_files_from_before_the_ablations_still_load(tmp_path: Path) -> None:
+    path = tmp_path / "g.safetensors"
+    save_generator(_tiny(), path)
+    fields = json.loads(path.with_suffix(".json").read_text())
+    assert (fields.pop("modulation"), fields.pop("stages")) == ("spm", 3)
+    path.with_suffix(".json").write_text(json.dumps(fields))
+    assert load_checkpoint(path).generator.config == GeneratorConfig(3, 1, 2)
+
+
+def test_the_order_of_the_weights_is_that_of_old_checkpoints() -> None:
+    """An optimiser's state in a run's checkpoint goes by position: another order would mix it up without an error."""
+    parts = [name.rpartition(".")[0] for name, _ in _tiny().stages[0].encoder[0].named_parameters()]
+    assert parts[::2] == [
+        "features", "context_shared", "context_gamma", "context_beta", "layout_shared",
+        "layout_gamma_scale", "layout_gamma_shift", "layout_beta_scale", "layout_beta_shift",
+    ]  # fmt: skip
+    names = "\n".join(name for name, _ in _tiny().named_parameters())
+    assert (
+        hashlib.sha256(names.encode()).hexdigest() == "445a789bd4bd57ac3dd2854b9449d60249e19d3c63901d83df8814b1576ce0dd"
+    )
+
+
+@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"netG": s, "epoch": 3, "netD_1": {}}])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_variants_of_the_reference_format(tmp_path: Path, wrap: Callable[[Any], Any], prefix: str) -> None:
+    state = _reference_state()
+    torch.save(wrap({prefix + key: value for key, value in state.items()}), tmp_path / "c.pth")
+    loaded = load_checkpoint(tmp_path / "c.pth")
+    assert (loaded.format, loaded.colour_order) == ("reference", "BGR")
+    assert loaded.generator.config == GeneratorConfig(5, 1, 4)
+
+
+def _drop(key: str) -> Callable[[dict[str, Any]], None]:
+    return lambda state: state.pop(key)
+
+
+def _put(key: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda state: state.__setitem__(key, value)
+
+
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [
+        (_drop("G2.enc3.mlp_gamma.weight"), "key G2.enc3.mlp_gamma.weight is missing"),
+        (_drop("G1.enc1.conv2d.weight"), "key G1.enc1.conv2d.weight is missing"),
+        (_drop("G3.dec4.gated_conv2d.conv2d.weight_u"), "key G3.dec4.gated_conv2d.conv2d.weight_u is missing"),
+        (_put("G4.enc1.conv2d.bias", torch.zeros(1)), "surplus key G4.enc1.conv2d.bias"),
+        (_put("G2.enc3.mlp_beta.weight", torch.zeros(4, 5, 3, 3)), r"encoder\.2\.context_beta\.weight has shape"),
+        (_put("G3.dec4.gated_conv2d.conv2d.weight_v", torch.zeros(7)), "do not belong together"),
+        (_put("G1.enc1.mlp_shared_2.0.weight", torch.zeros(4)), "expected four dimensions"),
+        (_put("G1.enc2.conv2d.bias", torch.full((2,), float("nan"))), "not finite"),
+        (_put("G1.enc2.conv2d.bias", "no tensor"), "is a str, not a tensor"),
+    ],
+)
+def test_faulty_checkpoints_are_refused_by_key(
+    tmp_path: Path, harm: Callable[[dict[str, Any]], None], words: str
+) -> None:
+    state = _reference_state()
+    harm(state)
+    torch.save({"netG": state}, tmp_path / "c.pth")
+    with pytest.raises(InputError, match=words) as caught:
+        load_checkpoint(tmp_path / "c.pth")
+    assert "c.pth" in caught.value.problem
+
+
+class _Hostile:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, ("pwned",)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_hostile_pickle_is_refused_and_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, legacy: bool) -> None:
+    monkeypatch.chdir(tmp_path)
+    if legacy:
+        Path("c.pth").write_bytes(pickle.dumps({"netG": _Hostile()}))
+    else:
+        torch.save({"netG": _Hostile()}, "c.pth")
+    with pytest.raises(InputError, match=r"refused|not a checkpoint"):
+        load_checkpoint(Path("c.pth"))
+    assert not Path("pwned").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"hello world", b"\x80\x02."])
+@pytest.mark.parametrize("name", ["c.pth", "c.safetensors"])
+def test_garbage_is_refused(tmp_path: Path, content: bytes, name: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"c\."):
+        load_checkpoint(path)
+
+
+def test_a_truncated_checkpoint_is_refused(tmp_path: Path) -> None:
+    whole = (GOLDEN / "checkpoint.pth").read_bytes()
+    for length in (len(whole) // 2, len(whole) - 10):
+        (tmp_path / "c.pth").write_bytes(whole[:length])
+        with pytest.raises(InputError, match="truncated"):
+            load_checkpoint(tmp_path / "c.pth")
+
+
+def test_own_format_is_refused_without_or_with_a_wrong_configuration(tmp_path: Path) -> None:
+    path = tmp_path / "g.safetensors"
+    save_generator(_tiny(), path)
+    config = json.loads(path.with_suffix(".json").read_text())
+    for wrong, words in (
+        (config | {"schema": "spmdeploy.generator/2"}, "schema"),
+        (config | {"width": 2}, "has shape"),
+        (config | {"modulation": "adain"}, "modulation must be spm or spade"),
+        (config | {"modulation": "spade"}, "surplus key"),
+        (config | {"stages": 2}, "stages must be 3 or 1"),
+        (config | {"stages": 1}, "is missing"),
+        (config | {"width": "1"}, "width must be a positive integer"),
+        (config | {"training": 3}, "training is 3"),
+        ([], "no usable generator configuration"),
+    ):
+        path.with_suffix(".json").write_text(json.dumps(wrong))
+        with pytest.raises(InputError, match=words):
+            load_checkpoint(path)
+    path.with_suffix(".json").unlink()
+    with pytest.raises(InputError, match=r"g\.json"):
+        load_checkpoint(path)
+
+
+def test_a_checkpoint_is_a_zip_of_tensors_and_nothing_else_is_opened(tmp_path: Path) -> None:
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("readme.txt", "no checkpoint")
+    (tmp_path / "c.pth").write_bytes(archive.getvalue())
+    with pytest.raises(InputError, match="not a checkpoint"):
+        load_checkpoint(tmp_path / "c.pth")
+
+
+def _reference_state() -> dict[str, Any]:
+    return dict(torch.load(GOLDEN / "checkpoint.pth", weights_only=True)["netG"])

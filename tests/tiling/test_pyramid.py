@@ -1,0 +1,228 @@
+"""Levels, tiles, blend weights and the seam score, by properties: no model, no files."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spmdeploy.tiling.blending import ramps
+from spmdeploy.tiling.pyramid import BASE_ENLARGED, Level, plan_levels, spread_tiles
+from spmdeploy.tiling.seams import border_lines, seam_score
+from spmdeploy.tiling.windows import Window, plan_windows
+
+quick = settings(max_examples=60, deadline=None)
+
+
+# ---- tiles along a line ----
+
+
+@st.composite
+def lines(draw: st.DrawFn) -> tuple[int, int, int, int, int]:
+    """What is masked of a line (first, end), its length, the size of a tile and the least overlap, both even."""
+    length = draw(st.integers(1, 3000))
+    first = draw(st.integers(0, length - 1))
+    size = 2 * draw(st.integers(4, 128))
+    return first, draw(st.integers(first + 1, length)), length, size, 2 * draw(st.integers(1, size // 4))
+
+
+@settings(max_examples=500)
+@given(lines())
+def test_tiles_cover_the_masked_part_and_its_margin(line: tuple[int, int, int, int, int]) -> None:
+    first, end, length, size, overlap = line
+    starts = spread_tiles(first, end, length, size, overlap)
+    assert starts[0] <= max(first - 32, 0) and starts[-1] + size >= min(end + 32, length)
+    assert starts[0] >= 0 and all(start % 2 == 0 for start in starts)
+    assert starts[-1] + size <= max(length + length % 2, size)
+    assert all(0 < after - start <= size - overlap for start, after in pairwise(starts))
+
+
+@settings(max_examples=500)
+@given(lines())
+def test_tiles_are_as_few_as_the_overlap_allows_and_evenly_spread(line: tuple[int, int, int, int, int]) -> None:
+    starts = spread_tiles(*line)
+    *_, size, overlap = line
+    span = starts[-1] + size - starts[0]
+    assert span <= len(starts) * (size - overlap) + overlap
+    assert len(starts) == 1 or span > (len(starts) - 1) * (size - overlap) + overlap
+    gaps = {after - start for start, after in pairwise(starts)}
+    assert not gaps or max(gaps) - min(gaps) <= 2
+
+
+@settings(max_examples=500)
+@given(lines())
+def test_weights_along_a_line_sum_to_one(line: tuple[int, int, int, int, int]) -> None:
+    starts, size = spread_tiles(*line), line[3]
+    weights = ramps(starts, size)
+    assert weights.shape == (len(starts), size) and weights.dtype == np.float32
+    assert (weights >= 0).all()
+    total = np.zeros(starts[-1] + size)
+    for start, part in zip(starts, weights, strict=True):
+        total[start : start + size] += part
+    np.testing.assert_allclose(total[starts[0] :], 1, atol=1e-6)
+
+
+def test_a_tile_fades_out_towards_its_neighbours_only() -> None:
+    first, middle, last = ramps((0, 40, 80), 64)
+    assert (first[:40] == 1).all() and (last[24:] == 1).all()
+    assert (np.diff(first[40:]) < 0).all() and first[-1] < 0.01
+    np.testing.assert_array_equal(middle, middle[::-1])
+    np.testing.assert_allclose(first, last[::-1], atol=1e-7)
+
+
+# ---- levels ----
+
+
+@st.composite
+def holes(draw: st.DrawFn) -> tuple[np.ndarray, int]:
+    """A mask with a few rectangles, and the size of a model so small that its windows need several levels."""
+    height, width = draw(st.integers(1, 500)), draw(st.integers(1, 500))
+    mask = np.zeros((height, width), bool)
+    for _ in range(draw(st.integers(1, 3))):
+        top, left = draw(st.integers(0, height - 1)), draw(st.integers(0, width - 1))
+        mask[top : top + draw(st.integers(1, 300)), left : left + draw(st.integers(1, 300))] = True
+    return mask, draw(st.sampled_from([32, 48, 64]))
+
+
+def planned(mask: np.ndarray, size: int) -> list[tuple[Level, ...]]:
+    return [plan_levels(site.window, mask[site.window.slices], size) for site in plan_windows(mask, size)]
+
+
+@quick
+@given(holes())
+def test_levels_double_up_to_the_windows_own_size(hole: tuple[np.ndarray, int]) -> None:
+    mask, size = hole
+    for site, levels in zip(plan_windows(mask, size), planned(mask, size), strict=True):
+        window = site.window
+        longer = max(window.height, window.width)
+        assert [level.factor for level in levels] == [2**power for power in reversed(range(len(levels)))]
+        assert bool(levels) == (longer > size)
+        if levels:
+            assert (levels[-1].height, levels[-1].width) == (window.height, window.width)
+            assert longer / 2 ** len(levels) <= BASE_ENLARGED * size
+            assert len(levels) == 1 or longer / 2 ** (len(levels) - 1) > BASE_ENLARGED * size
+
+
+@quick
+@given(holes())
+def test_every_masked_pixel_of_every_level_is_blended_from_weights_that_sum_to_one(
+    hole: tuple[np.ndarray, int],
+) -> None:
+    """By the tiles that run; and each of these has something to do."""
+    mask, size = hole
+    for levels in planned(mask, size):
+        for level in levels:
+            total = np.zeros((level.height + 2 * size, level.width + 2 * size))
+            covering = covered_cells(mask[level.window.slices], level.factor)
+            assert covering.shape == (level.height, level.width)
+            for tile in level.tiles:
+                assert (tile.top, tile.left) == (level.rows[tile.row], level.columns[tile.column])
+                assert covering[tile.top : tile.top + size, tile.left : tile.left + size].any()
+                total[tile.top : tile.top + size, tile.left : tile.left + size] += level.weights(tile)
+            np.testing.assert_allclose(total[: level.height, : level.width][covering], 1, atol=1e-6)
+
+
+def covered_cells(mask: np.ndarray, factor: int) -> np.ndarray:
+    """bool: whether each cell of factor by factor pixels holds a masked one."""
+    padded = np.pad(mask, [(0, -length % factor) for length in mask.shape])
+    cells = padded.reshape(padded.shape[0] // factor, factor, padded.shape[1] // factor, factor)
+    return cells.any(axis=(1, 3))
+
+
+@quick
+@given(holes())
+def test_a_level_is_made_from_what_the_one_before_covers(hole: tuple[np.ndarray, int]) -> None:
+    mask, size = hole
+    for levels in planned(mask, size):
+        for coarse, fine in pairwise(levels):
+            for starts, places, length in (
+                (coarse.rows, fine.rows, coarse.height),
+                (coarse.columns, fine.columns, coarse.width),
+            ):
+                assert all(place // 2 >= starts[0] for place in places)
+                assert (places[-1] + size) // 2 <= starts[-1] + size or places[-1] // 2 + size // 2 >= length
+
+
+@quick
+@given(holes(), st.integers(0, 300), st.integers(0, 300))
+def test_translating_photo_and_mask_translates_the_tiles(hole: tuple[np.ndarray, int], down: int, right: int) -> None:
+    """On a photo so large that no window reaches its border."""
+    mask, size = hole
+    height, width = mask.shape
+    one, other = np.zeros((2, height + 1300, width + 1300), bool)
+    one[500 : 500 + height, 500 : 500 + width] = mask
+    other[500 + down : 500 + down + height, 500 + right : 500 + right + width] = mask
+    for before, after in zip(planned(one, size), planned(other, size), strict=True):
+        for level, moved in zip(before, after, strict=True):
+            window = level.window
+            assert moved.window == Window(window.top + down, window.left + right, window.height, window.width)
+            assert (moved.rows, moved.columns, moved.tiles) == (level.rows, level.columns, level.tiles)
+
+
+def test_cost_follows_the_mask_and_not_the_photo() -> None:
+    counts = []
+    for height, width in ((1024, 1024), (2160, 3840), (9000, 11000)):
+        mask = np.zeros((height, width), bool)
+        mask[300:707, 300:707] = True
+        (levels,) = planned(mask, 256)
+        counts.append([len(level.tiles) for level in levels])
+    assert counts == [[9]] * 3
+
+
+def test_a_thin_line_runs_only_the_tiles_along_it() -> None:
+    mask = np.zeros((2000, 2000), bool)
+    mask[np.arange(100, 1900), np.arange(100, 1900)] = True
+    ((*_, last),) = planned(mask, 256)
+    assert len(last.tiles) <= 3 * len(last.rows) < len(last.rows) * len(last.columns)
+
+
+# ---- seams ----
+
+
+def test_borders_are_where_tiles_begin_end_and_pass_over() -> None:
+    assert border_lines((10, 60, 110), 80) == {50, 80, 65, 100, 130, 115}
+    assert border_lines((10,), 80) == frozenset()
+
+
+@quick
+@given(st.integers(0, 2**32 - 1), st.integers(2, 40), st.integers(2, 40))
+def test_the_seam_score_is_what_two_loops_say(seed: int, height: int, width: int) -> None:
+    rng = np.random.default_rng(seed)
+    picture, mask = rng.integers(0, 256, (height, width, 3), np.uint8), rng.random((height, width)) < 0.8
+    rows, columns = frozenset(rng.integers(1, height, 2).tolist()), frozenset(rng.integers(1, width, 2).tolist())
+    found: dict[tuple[str, bool], list[float]] = {}
+    for y, x in np.ndindex(height, width):
+        for axis, (v, u), line in (("down", (y - 1, x), y in rows), ("right", (y, x - 1), x in columns)):
+            if v >= 0 and u >= 0 and mask[y, x] and mask[v, u]:
+                step = float(np.abs(picture[y, x].astype(int) - picture[v, u]).mean())
+                found.setdefault((axis, line), []).append(step)
+    across = [
+        (np.mean(found[axis, True]) - np.mean(found[axis, False]), len(found[axis, True]))
+        for axis in ("down", "right")
+        if (axis, True) in found and (axis, False) in found
+    ]
+    score = seam_score(picture, mask, rows, columns)
+    if across:
+        assert score == pytest.approx(sum(e * n for e, n in across) / sum(n for _, n in across), abs=1e-4)
+    else:
+        assert score is None
+
+
+def test_a_gradient_has_no_seams_and_a_step_is_one() -> None:
+    gradient = np.repeat(np.linspace(0, 200, 600, dtype=np.float32)[None, :, None], 400, axis=0).repeat(3, axis=2)
+    mask = np.ones(gradient.shape[:2], bool)
+    assert seam_score(gradient, mask, frozenset({100}), frozenset({300})) == pytest.approx(0, abs=1e-4)
+    gradient[:, 300:] += 6
+    assert seam_score(gradient, mask, frozenset(), frozenset({300})) == pytest.approx(6, abs=1e-3)
+
+
+def test_known_pixels_say_nothing_about_seams() -> None:
+    picture = np.zeros((50, 50, 3), np.uint8)
+    picture[:, 25:] = 99
+    mask = np.zeros((50, 50), bool)
+    mask[:, :25] = True
+    assert seam_score(picture, mask, frozenset(), frozenset({25})) is None
+    assert seam_score(picture, mask, frozenset(), frozenset({10, 25})) == 0

@@ -1,0 +1,422 @@
+"""Windows, frames and stitching, by properties: no model, no files."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spmdeploy.tiling import letterbox as frames
+from spmdeploy.tiling import pieces, stitching
+from spmdeploy.tiling.letterbox import Frame, frame_of
+from spmdeploy.tiling.pieces import mask_pieces
+from spmdeploy.tiling.windows import Window
+from spmdeploy.tiling.windows import plan_windows as plan_sites
+
+quick = settings(max_examples=60, deadline=None)
+
+
+@st.composite
+def masks(draw: st.DrawFn, longest: int = 1500) -> np.ndarray:
+    """Photos of any shape with up to six rectangles to edit, borders and single pixels included."""
+    height, width = draw(st.integers(1, longest)), draw(st.integers(1, longest))
+    mask = np.zeros((height, width), bool)
+    for _ in range(draw(st.integers(1, 6))):
+        top, left = draw(st.integers(0, height - 1)), draw(st.integers(0, width - 1))
+        mask[top : top + draw(st.integers(1, 300)), left : left + draw(st.integers(1, 300))] = True
+    return mask
+
+
+@st.composite
+def small_masks(draw: st.DrawFn) -> np.ndarray:
+    """Noise of any density, from empty to full."""
+    shape = draw(st.integers(1, 40)), draw(st.integers(1, 40))
+    density = draw(st.sampled_from([0.0, 0.003, 0.03, 0.1, 0.3, 0.6, 0.95, 1.0]))
+    return np.random.default_rng(draw(st.integers(0, 2**32 - 1))).random(shape) < density
+
+
+def brute_pieces(mask: np.ndarray, reach: int) -> list[tuple[int, int, int, int]]:
+    """Bounding boxes of the groups of masked pixels that are linked by steps of at most `reach` rows and columns."""
+    left_over = set(zip(*(axis.tolist() for axis in np.nonzero(mask)), strict=True))
+    boxes = []
+    while left_over:
+        open_ends = [left_over.pop()]
+        piece = list(open_ends)
+        while open_ends:
+            y, x = open_ends.pop()
+            near = [at for at in left_over if abs(at[0] - y) <= reach and abs(at[1] - x) <= reach]
+            left_over.difference_update(near)
+            open_ends += near
+            piece += near
+        rows, columns = zip(*piece, strict=True)
+        boxes.append((min(rows), min(columns), max(rows) + 1, max(columns) + 1))
+    return sorted(boxes)
+
+
+# ---- pieces ----
+
+
+@quick
+@given(small_masks(), st.integers(2, 5))
+def test_pieces_lie_between_touching_pixels_and_pixels_a_block_apart(mask: np.ndarray, block: int) -> None:
+    """No two touching pixels are torn apart, and nothing is joined that lies two blocks apart."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pieces, "BLOCK", block)
+        boxes = {tuple(box) for box in mask_pieces(mask).tolist()}
+    for top, left, bottom, right in brute_pieces(mask, 1):
+        assert any(a <= top and b <= left and c >= bottom and d >= right for a, b, c, d in boxes)
+    for a, b, c, d in boxes:
+        assert any(t <= a and u <= b and v >= c and w >= d for t, u, v, w in brute_pieces(mask, 2 * block - 1))
+
+
+@quick
+@given(small_masks())
+def test_with_blocks_of_one_pixel_the_pieces_are_the_connected_components(mask: np.ndarray) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pieces, "BLOCK", 1)
+        assert sorted(tuple(box) for box in mask_pieces(mask).tolist()) == brute_pieces(mask, 1)
+
+
+def test_pieces_have_exact_boxes_across_many_blocks() -> None:
+    mask = np.zeros((900, 700), bool)
+    mask[3, 5] = mask[100:305, 450:451] = mask[304, 200:451] = True
+    assert mask_pieces(mask).tolist() == [[3, 5, 4, 6], [100, 200, 305, 451]]
+
+
+def test_a_diagonal_line_is_one_piece() -> None:
+    for line in (np.eye(512, dtype=bool), np.eye(512, dtype=bool)[:, ::-1]):
+        assert mask_pieces(line).tolist() == [[0, 0, 512, 512]]
+
+
+def test_hundreds_of_thousands_of_specks_on_a_large_photo() -> None:
+    mask = np.zeros((4000, 6000), bool)
+    mask[::9, ::9] = True
+    assert mask_pieces(mask).tolist() == [[0, 0, 3997, 5995]]
+    assert plan_windows(mask) == [Window(0, 0, 4000, 6000)]
+
+
+@quick
+@given(st.integers(1, 60), st.lists(st.tuples(st.integers(0, 59), st.integers(0, 59)), max_size=60))
+def test_connected_groups_are_those_of_a_plain_search(count: int, links: list[tuple[int, int]]) -> None:
+    links = [(a % count, b % count) for a, b in links]
+    group = list(range(count))
+    for _ in range(count):
+        for a, b in links:
+            group[a] = group[b] = min(group[a], group[b])
+    numbers = {root: number for number, root in enumerate(sorted(set(group)))}
+    first, second = np.array([a for a, _ in links], np.intp), np.array([b for _, b in links], np.intp)
+    assert pieces.connected_groups(count, first, second).tolist() == [numbers[root] for root in group]
+
+
+def test_connected_groups_of_a_long_shuffled_chain() -> None:
+    order = np.random.default_rng(1).permutation(20_000)
+    assert not pieces.connected_groups(20_000, order[:-1], order[1:]).any()
+
+
+# ---- windows ----
+
+
+def plan_windows(mask: np.ndarray) -> list[Window]:
+    return [site.window for site in plan_sites(mask)]
+
+
+@quick
+@given(masks())
+def test_sites_have_every_masked_pixel_once_in_windows_that_are_large_enough(mask: np.ndarray) -> None:
+    height, width = mask.shape
+    covered = np.zeros(mask.shape, np.uint8)
+    for site in plan_sites(mask):
+        window = site.window
+        assert window.top >= 0 and window.left >= 0
+        assert window.top + window.height <= height and window.left + window.width <= width
+        assert window.height >= min(256, height) and window.width >= min(256, width)
+        hole = site.hole(mask)
+        assert hole.any() and not (hole & ~mask[window.slices]).any()
+        covered[window.slices] += hole
+    np.testing.assert_array_equal(covered, mask)
+
+
+@quick
+@given(masks())
+def test_windows_keep_context_around_what_is_edited(mask: np.ndarray) -> None:
+    """Known margins on all sides up to the photo's border, and at least the context factor where the photo has it."""
+    for site in plan_sites(mask):
+        window, hole = site.window, site.hole(mask)
+        rows, columns = np.flatnonzero(hole.any(axis=1)), np.flatnonzero(hole.any(axis=0))
+        longer = max(int(np.ptp(rows)), int(np.ptp(columns))) + 1
+        for used, start, side, photo in (
+            (rows, window.top, window.height, mask.shape[0]),
+            (columns, window.left, window.width, mask.shape[1]),
+        ):
+            assert used[0] >= 32 or start == 0
+            assert used[-1] + 32 < side or start + side == photo
+            assert side >= min(photo, 1.5 * longer)
+
+
+@quick
+@given(masks())
+def test_holes_of_different_sites_never_touch(mask: np.ndarray) -> None:
+    """By far: the feather of one would otherwise be made from what the other still hides."""
+    owner = np.full(mask.shape, -1)
+    for number, site in enumerate(plan_sites(mask)):
+        owner[site.window.slices][site.hole(mask)] = number
+    for axis in (0, 1):
+        for shift in range(1, min(33, mask.shape[axis])):
+            one = owner.take(range(shift, mask.shape[axis]), axis)
+            other = owner.take(range(mask.shape[axis] - shift), axis)
+            assert ((one == other) | (one < 0) | (other < 0)).all()
+
+
+@quick
+@given(masks())
+def test_windows_are_square_where_the_photo_allows_and_come_in_reading_order(mask: np.ndarray) -> None:
+    windows = plan_windows(mask)
+    for window in windows:
+        longer = max(window.height, window.width)
+        assert window.height == min(longer, mask.shape[0]) and window.width == min(longer, mask.shape[1])
+    assert windows == sorted(windows, key=lambda window: (window.top, window.left))
+
+
+@quick
+@given(masks(600), st.integers(0, 700), st.integers(0, 700))
+def test_translating_photo_and_mask_translates_the_plan(mask: np.ndarray, down: int, right: int) -> None:
+    """On a photo so large that no window reaches its border."""
+    height, width = mask.shape
+    one, other = np.zeros((2, height + 3200, width + 3200), bool)
+    one[1000 : 1000 + height, 1000 : 1000 + width] = mask
+    other[1000 + down : 1000 + down + height, 1000 + right : 1000 + right + width] = mask
+    moved = [Window(w.top + down, w.left + right, w.height, w.width) for w in plan_windows(one)]
+    assert plan_windows(other) == moved
+
+
+def test_near_pieces_share_a_window_and_far_ones_do_not() -> None:
+    mask = np.zeros((1000, 3000), bool)
+    mask[500, 200] = mask[500, 400] = mask[500, 2000] = True
+    assert plan_windows(mask) == [Window(350, 150, 302, 302), Window(373, 1873, 256, 256)]
+
+
+def test_merging_goes_on_until_nothing_overlaps() -> None:
+    """Two pieces whose common window reaches a third that neither of them reached alone."""
+    places = (1500, 1000), (1500, 1200), (1235, 1100)
+
+    def windows_of(*chosen: int) -> list[Window]:
+        mask = np.zeros((3000, 3000), bool)
+        for number in chosen:
+            mask[places[number]] = True
+        return [site.window for site in plan_sites(mask, crop_limit=2)]
+
+    assert [len(windows_of(0, 1)), len(windows_of(0, 2)), len(windows_of(1, 2))] == [1, 2, 2]
+    assert windows_of(0, 1, 2) == [Window(1169, 901, 399, 399)]
+
+
+def test_pieces_whose_common_window_would_be_too_large_keep_their_own() -> None:
+    mask = np.zeros((1000, 3000), bool)
+    mask[400:600, 200:400] = mask[400:600, 480:680] = True
+    left, right = plan_sites(mask)
+    assert [left.window, right.window] == [Window(350, 150, 300, 300), Window(350, 430, 300, 300)]
+    assert left.window.overlaps(right.window)
+    assert left.hole(mask).sum() == right.hole(mask).sum() == 40_000
+
+
+def test_specks_all_over_a_photo_are_edited_at_their_own_size() -> None:
+    rng = np.random.default_rng(2)
+    mask = np.zeros((3000, 4000), bool)
+    for top, left in zip(rng.integers(0, 2990, 300).tolist(), rng.integers(0, 3990, 300).tolist(), strict=True):
+        mask[top : top + 6, left : left + 6] = True
+    sites = plan_sites(mask)
+    assert 200 < len(sites) < 300, "some share a window"
+    assert all(max(site.window.height, site.window.width) <= 384 for site in sites)
+
+
+def test_windows_side_by_side_do_not_overlap() -> None:
+    mask = np.zeros((256, 512), bool)
+    mask[128, 127] = mask[128, 384] = True
+    assert plan_windows(mask) == [Window(0, 0, 256, 256), Window(0, 256, 256, 256)]
+    assert not Window(0, 0, 256, 256).overlaps(Window(0, 256, 256, 256))
+    assert Window(0, 0, 256, 257).overlaps(Window(0, 256, 256, 256))
+
+
+def test_thousands_of_pieces_are_all_held() -> None:
+    mask = np.zeros((6000, 6000), bool)
+    mask[100::500, 100::500] = True
+    windows = plan_windows(mask)
+    assert len(windows) == 144
+    assert sum(int(mask[window.slices].sum()) for window in windows) == 144
+
+
+def test_an_empty_mask_has_no_windows() -> None:
+    assert plan_windows(np.zeros((5, 5), bool)) == []
+
+
+# ---- frames ----
+
+
+@quick
+@given(st.integers(1, 9000), st.integers(1, 9000))
+def test_a_frame_shrinks_to_the_model_and_never_enlarges(height: int, width: int) -> None:
+    frame = frame_of(Window(0, 0, height, width), 256)
+    longer = max(height, width)
+    assert 1 <= frame.height <= min(height, 256) and 1 <= frame.width <= min(width, 256)
+    assert max(frame.height, frame.width) == min(longer, 256)
+    assert frame.scale == min(1.0, 256 / longer)
+    assert frame.shrinks == (longer > 256)
+    for side, shrunk in ((height, frame.height), (width, frame.width)):
+        assert abs(side * frame.scale - shrunk) <= 0.5 or shrunk == 1
+
+
+def test_a_narrow_window_is_not_stretched() -> None:
+    assert frame_of(Window(7, 9, 100, 1000), 256) == Frame(Window(7, 9, 100, 1000), 26, 256, 256)
+
+
+@quick
+@given(st.integers(1, 40), st.integers(1, 40))
+def test_padding_mirrors_without_repeating_the_border(height: int, width: int) -> None:
+    ids = np.arange(height * width, dtype=np.int32).reshape(height, width)
+    padded = frames.pad_by_reflection(ids, 40, 50)
+    assert padded.shape == (40, 50) and padded.dtype == ids.dtype
+
+    def mirrored(length: int, to: int) -> list[int]:
+        there_and_back = [*range(length), *range(length - 2, 0, -1)]
+        return [there_and_back[at % len(there_and_back)] for at in range(to)]
+
+    np.testing.assert_array_equal(padded, ids[np.ix_(mirrored(height, 40), mirrored(width, 50))])
+
+
+def test_padding_keeps_colour_channels() -> None:
+    picture = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3)
+    padded = frames.pad_by_reflection(picture, 4, 4)
+    assert padded.shape == (4, 4, 3)
+    np.testing.assert_array_equal(padded[:, :, 1], frames.pad_by_reflection(picture[:, :, 1], 4, 4))
+    np.testing.assert_array_equal(padded[2:, :3], picture[[0, 1]])
+
+
+def covering(mask: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Frame pixels that touch a masked pixel, by looking at each."""
+    covered = np.zeros((height, width), bool)
+    for y, x in np.ndindex(height, width):
+        rows = slice(y * mask.shape[0] // height, -(-(y + 1) * mask.shape[0] // height))
+        columns = slice(x * mask.shape[1] // width, -(-(x + 1) * mask.shape[1] // width))
+        covered[y, x] = mask[rows, columns].any()
+    return covered
+
+
+@quick
+@given(small_masks(), st.integers(1, 40), st.integers(1, 40))
+def test_edited_frame_pixels_take_their_labels_from_under_the_mask(mask: np.ndarray, height: int, width: int) -> None:
+    height, width = min(height, mask.shape[0]), min(width, mask.shape[1])
+    frame_mask = covering(mask, height, width)
+    rows, columns = frames.layout_positions(mask, frame_mask)
+    assert rows.shape == columns.shape == (height, width)
+    np.testing.assert_array_equal(mask[rows, columns], frame_mask)
+    y, x = np.mgrid[:height, :width]  # never from outside the frame pixel's own cell
+    assert (rows + 1 > y * mask.shape[0] / height).all() and (rows < (y + 1) * mask.shape[0] / height).all()
+    assert (columns + 1 > x * mask.shape[1] / width).all() and (columns < (x + 1) * mask.shape[1] / width).all()
+
+
+def test_known_frame_pixels_take_the_nearest_label() -> None:
+    rows, columns = frames.layout_positions(np.zeros((9, 6), bool), np.zeros((3, 2), bool))
+    assert rows.tolist() == [[1, 1], [4, 4], [7, 7]] and columns.tolist() == [[1, 4]] * 3
+
+
+# ---- stitching ----
+
+
+Case = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+@st.composite
+def pictures_with_masks(draw: st.DrawFn) -> Case:
+    """A picture, another of the same size, and any mask, full and empty ones included."""
+    mask = draw(small_masks())
+    seed = draw(st.integers(0, 2**32 - 1))
+    picture, other = np.random.default_rng(seed).integers(0, 256, (2, *mask.shape, 3), np.uint8)
+    return picture, other, mask
+
+
+def distance_to_known(mask: np.ndarray) -> np.ndarray:
+    """Steps of 8-neighbourhood from each pixel to the nearest known one, by looking at each; huge if there is none."""
+    known = np.argwhere(~mask)
+    distance = np.full(mask.shape, 10**6)
+    for y, x in np.ndindex(mask.shape):
+        if len(known):
+            distance[y, x] = np.abs(known - (y, x)).max(axis=1).min()
+    return distance
+
+
+@quick
+@given(pictures_with_masks(), st.integers(0, 5))
+def test_stitching_never_writes_a_known_pixel_and_hides_the_hidden(case: Case, feather: int) -> None:
+    picture, edited, mask = case
+    stitched, hidden_changed = picture.copy(), picture.copy()
+    hidden_changed[mask] ^= 0xFF
+    stitching.stitch(stitched, edited, mask, feather)
+    stitching.stitch(hidden_changed, edited, mask, feather)
+    np.testing.assert_array_equal(stitched[~mask], picture[~mask])
+    np.testing.assert_array_equal(hidden_changed, stitched)
+
+
+@quick
+@given(pictures_with_masks(), st.integers(0, 5))
+def test_beyond_the_feather_lies_the_edit_itself(case: Case, feather: int) -> None:
+    picture, edited, mask = case
+    deep = mask & (distance_to_known(mask) > feather)
+    stitching.stitch(picture, edited, mask, feather)
+    np.testing.assert_array_equal(picture[deep], edited[deep])
+
+
+@quick
+@given(pictures_with_masks(), st.integers(0, 5))
+def test_stitching_a_constant_into_itself_changes_nothing_but_the_hidden(case: Case, feather: int) -> None:
+    _, _, mask = case
+    constant = np.full((*mask.shape, 3), 77, np.uint8)
+    picture = np.where(mask[:, :, None], np.uint8(200), constant)
+    stitching.stitch(picture, constant, mask, feather)
+    assert (picture == 77).all()
+
+
+def test_the_feather_goes_in_equal_steps_from_the_photo_to_the_edit() -> None:
+    picture, edited = np.full((1, 9, 3), 40, np.uint8), np.full((1, 9, 3), 80, np.uint8)
+    mask = np.ones((1, 9), bool)
+    mask[0, 0] = False
+    stitching.stitch(picture, edited, mask, 3)
+    assert picture[0, :, 0].tolist() == [40, 50, 60, 70, 80, 80, 80, 80, 80]
+
+
+@quick
+@given(pictures_with_masks(), st.integers(0, 4))
+def test_rings_are_the_pixels_at_each_distance(case: Case, depth: int) -> None:
+    picture, _, mask = case
+    distance = distance_to_known(mask)
+    before = picture.copy()
+    rings = stitching.extend_known(picture, mask, depth)
+    assert [ring.depth for ring in rings] == [step for step in range(1, depth + 1) if (distance == step).any()]
+    for ring in rings:
+        found = np.zeros(mask.shape, bool)
+        found[ring.rows, ring.columns] = True
+        np.testing.assert_array_equal(found, distance == ring.depth)
+    np.testing.assert_array_equal(picture[distance > depth], before[distance > depth])
+
+
+@quick
+@given(pictures_with_masks(), st.integers(1, 200))
+def test_the_first_ring_is_the_rounded_mean_of_known_neighbours(case: Case, chunk: int) -> None:
+    picture, _, mask = case
+    before = picture.copy()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stitching, "_CHUNK", chunk)
+        rings = stitching.extend_known(picture, mask, 1)
+    for ring in rings:
+        for y, x in zip(ring.rows.tolist(), ring.columns.tolist(), strict=True):
+            around = slice(max(y - 1, 0), y + 2), slice(max(x - 1, 0), x + 2)
+            mean = before[around][~mask[around]].astype(float).mean(axis=0)
+            np.testing.assert_array_equal(picture[y, x], np.floor(mean + 0.5))
+
+
+def test_the_memory_order_of_the_arrays_does_not_matter() -> None:
+    mask = np.random.default_rng(0).random((30, 40)) < 0.7
+    picture, edited = np.random.default_rng(1).integers(0, 256, (2, 30, 40, 3), np.uint8)
+    turned = np.asfortranarray(picture)
+    stitching.stitch(turned, np.asfortranarray(edited), np.asfortranarray(mask), 3)
+    stitching.stitch(picture, edited, mask, 3)
+    np.testing.assert_array_equal(turned, picture)

@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from spmdeploy.errors import InputError, UsageError
+from spmdeploy.model.checkpoint import load_checkpoint
+from spmdeploy.model.generator import Generator, GeneratorConfig
+from spmdeploy.training.config import TrainConfig
+from spmdeploy.training.run_dir import RunDirectory
+
+
+def test_a_run_is_started_once_and_found_again(tmp_path: Path, tiny: TrainConfig) -> None:
+    run = RunDirectory(tmp_path / "run")
+    run.start(tiny)
+    assert RunDirectory(tmp_path / "run").config() == tiny
+    with pytest.raises(UsageError, match="already holds a run"):
+        run.start(tiny)
+
+
+def test_two_processes_never_train_in_one_folder(tmp_path: Path) -> None:
+    held = RunDirectory(tmp_path).held
+    with held(), pytest.raises(UsageError, match="another process is training in"), held():
+        raise AssertionError("both are in")
+    with held():
+        pass
+
+
+def test_no_run_to_resume(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no run to resume"):
+        RunDirectory(tmp_path).config()
+    assert RunDirectory(tmp_path).load_checkpoint() is None
+
+
+def test_metrics_after_the_checkpoint_are_forgotten(tmp_path: Path, tiny: TrainConfig) -> None:
+    run = RunDirectory(tmp_path / "run")
+    run.start(tiny)
+    for images in (2, 4, 6):
+        run.log(images=images)
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"images": 8, "los')  # cut by a kill
+    assert [line["images"] for line in run.metrics()] == [2, 4, 6]
+    run.drop_metrics_after(4)
+    run.log(images=6)
+    assert [line["images"] for line in run.metrics()] == [2, 4, 6]
+
+
+def test_a_checkpoint_replaces_the_last_one_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunDirectory(tmp_path)
+    run.save_checkpoint({"value": torch.ones(3)})
+
+    def killed_halfway(state: object, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", killed_halfway)
+    with pytest.raises(KeyboardInterrupt):
+        run.save_checkpoint({"value": torch.zeros(3)})
+    state = run.load_checkpoint()
+    assert state is not None
+    assert torch.equal(state["value"], torch.ones(3))
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint"])
+def test_a_damaged_checkpoint_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "checkpoint.pt").write_bytes(content)
+    with pytest.raises(InputError, match=r"checkpoint\.pt: not readable"):
+        RunDirectory(tmp_path).load_checkpoint()
+
+
+def test_a_foreign_checkpoint_is_named(tmp_path: Path) -> None:
+    torch.save({"netG": {}}, tmp_path / "checkpoint.pt")
+    with pytest.raises(InputError, match="not a checkpoint of this program"):
+        RunDirectory(tmp_path).load_checkpoint()
+
+
+def test_an_export_is_what_the_loader_reads(tmp_path: Path) -> None:
+    generator = Generator(GeneratorConfig(3, 2, 2))
+    path = RunDirectory(tmp_path).export(generator, "export")
+    assert sorted(file.name for file in path.parent.iterdir()) == ["generator.json", "generator.safetensors"]
+    loaded = load_checkpoint(path).generator
+    assert all(torch.equal(value, generator.state_dict()[name]) for name, value in loaded.state_dict().items())

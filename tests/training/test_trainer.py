@@ -1,0 +1,266 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from spmdeploy.errors import SpmDeployError, UsageError
+from spmdeploy.model.checkpoint import load_checkpoint
+from spmdeploy.model.generator import GeneratorConfig
+from spmdeploy.training.config import Phase, TrainConfig, joint_schedule, to_json
+from spmdeploy.training.ema import training_generator
+from spmdeploy.training.run_dir import RunDirectory
+from spmdeploy.training.trainer import Trainer, train
+from spmdeploy.types import Modulation, StageCount
+
+from . import smoke
+
+LOSSES = ("discriminator", "l1", "adversarial")
+
+# Runs in a process of its own: trains with the configuration given as a file, prints every record.
+SCRIPT = """
+import json, sys, torch
+from pathlib import Path
+from spmdeploy.training.config import (from_json)
+from spmdeploy.training.trainer import train
+torch.set_num_threads(1)
+config, output, resume = from_json(json.loads(Path(sys.argv[1]).read_text()), "given"), Path(sys.argv[2]), sys.argv[3]
+train(config, output, resume == "resume", lambda record: print(json.dumps(record), flush=True))
+"""
+
+
+def losses(run: Path) -> list[tuple[float, ...]]:
+    lines = [line for line in RunDirectory(run).metrics() if line["kind"] == "train"]
+    assert [line["images"] for line in lines] == sorted({line["images"] for line in lines})
+    return [tuple(line[name] for name in LOSSES) for line in lines]
+
+
+def stepped(trainer: Trainer) -> tuple[float, ...]:
+    figures = trainer.step()
+    return tuple(figures[name] for name in LOSSES)
+
+
+def silently(record: dict[str, Any]) -> None:
+    pass
+
+
+def arguments(tmp_path: Path, config: TrainConfig, output: Path, mode: str) -> list[str]:
+    (tmp_path / "train.py").write_text(SCRIPT)
+    (tmp_path / "given.json").write_text(json.dumps(to_json(config)))
+    return [str(tmp_path / "train.py"), str(tmp_path / "given.json"), str(output), mode]
+
+
+def environment() -> dict[str, str]:
+    root = Path(__file__).resolve().parents[2]
+    return {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+
+
+def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path, tiny: TrainConfig) -> None:
+    """SIGKILL twice, in different phases; the losses are those of a run that was never interrupted."""
+    config = dataclasses.replace(tiny, checkpoint_seconds=0)  # after every step
+    train(config, tmp_path / "whole", False, silently)
+    wanted = losses(tmp_path / "whole")
+    assert len(wanted) == 6
+
+    for mode, last in (("start", 2), ("resume", 10)):
+        command = [sys.executable, *arguments(tmp_path, config, tmp_path / "killed", mode)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment())
+        assert process.stdout is not None
+        for line in process.stdout:
+            if json.loads(line)["images"] == last:
+                process.send_signal(signal.SIGKILL)
+                break
+        process.stdout.close()
+        assert process.wait() == -signal.SIGKILL
+        assert len(losses(tmp_path / "killed")) < len(wanted)
+    train(config, tmp_path / "killed", True, silently)
+    assert losses(tmp_path / "killed") == wanted
+    exports = [load_checkpoint(tmp_path / name / "export" / "generator.safetensors") for name in ("whole", "killed")]
+    first, second = (export.generator.state_dict() for export in exports)
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def test_two_processes_give_the_losses_of_one(tmp_path: Path, tiny: TrainConfig) -> None:
+    train(tiny, tmp_path / "one", False, silently)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, *arguments(tmp_path, tiny, tmp_path / "two", "start")]
+    finished = subprocess.run(command, capture_output=True, text=True, env=environment(), check=False)
+    assert finished.returncode == 0, finished.stderr
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert len(one) == len(two) == 6
+    for single, split in zip(one, two, strict=True):
+        assert split == pytest.approx(single, rel=1e-3, abs=1e-4)
+
+
+def test_a_phase_leaves_the_stages_before_it_alone(tmp_path: Path, tiny: TrainConfig) -> None:
+    run = RunDirectory(tmp_path / "run")
+    run.start(tiny)
+    trainer = Trainer(tiny, run, torch.device("cpu"))
+    trainer.step()
+    trainer._next_phase()
+    before = {name: value.clone() for name, value in trainer.averaged.state_dict().items()}
+    trainer.step()
+    changed = {
+        name.split(".")[1] for name, value in trainer.averaged.state_dict().items() if not value.equal(before[name])
+    }
+    assert changed == {"1"}
+    trained = {name.split(".")[1] for name, value in trainer.generator.named_parameters() if value.grad is not None}
+    assert trained == {"1"}
+
+
+def test_rates_fall_at_the_end_of_a_phase(tmp_path: Path, tiny: TrainConfig) -> None:
+    phase = Phase((0,), images=8, batch=2, generator_rate=1e-3, discriminator_rate=1e-3, decay_from=0.5)
+    config = dataclasses.replace(tiny, schedule=(phase,))
+    trainer = Trainer(config, RunDirectory(tmp_path), torch.device("cpu"))
+    rates = []
+    for _ in range(4):
+        trainer.step()
+        rates.append(trainer._generator_optimizer.param_groups[0]["lr"])
+    assert rates[0] == rates[1] == rates[2] == 1e-3
+    assert rates[3] == pytest.approx(1e-3 * (1 - 0.95 / 2))
+
+
+@pytest.mark.parametrize(("modulation", "stages"), [("spade", 3), ("spm", 1), ("spade", 1)])
+def test_ablations_train_resume_and_export(
+    tmp_path: Path, tiny: TrainConfig, modulation: Modulation, stages: StageCount
+) -> None:
+    config = dataclasses.replace(tiny, modulation=modulation, stages=stages, schedule=joint_schedule(2, stages))
+    half = dataclasses.replace(config, schedule=joint_schedule(1, stages))
+    train(config, tmp_path / "whole", False, silently)
+    train(half, tmp_path / "halves", False, silently)
+    (tmp_path / "halves" / "config.json").write_text(json.dumps(to_json(config)))
+    train(config, tmp_path / "halves", True, silently)
+    assert losses(tmp_path / "halves") == losses(tmp_path / "whole")
+    exported = load_checkpoint(tmp_path / "whole" / "export" / "generator.safetensors").generator
+    assert exported.config == GeneratorConfig(3, 2, 2, modulation, stages)
+
+    trainer = Trainer(config, RunDirectory(tmp_path / "whole"), torch.device("cpu"))
+    batch = trainer.samples.batch(range(2))
+    assert len(trainer.discriminators) == len(trainer.edited_by_stage(batch)) == stages
+
+
+def test_a_run_from_before_the_ablations_resumes(tmp_path: Path, tiny: TrainConfig) -> None:
+    """Its config.json has no such fields, its checkpoint has these entries and no others."""
+    config = dataclasses.replace(tiny, schedule=(Phase((0, 1, 2), images=4, batch=2),))
+    train(config, tmp_path / "whole", False, silently)
+    old = RunDirectory(tmp_path / "old")
+    old.start(config)
+    trainer = Trainer(config, old, torch.device("cpu"))
+    trainer.step()
+    trainer.save()
+    state = torch.load(old.checkpoint, weights_only=True)
+    assert state.keys() == {
+        "schema", "progress", "generator", "averaged", "discriminators",
+        "generator_optimizer", "discriminator_optimizer", "random",
+    }  # fmt: skip
+    assert state["progress"].keys() == {"phase", "phase_images", "images", "steps", "phase_seconds", "best"}
+    fields = json.loads((tmp_path / "old" / "config.json").read_text())
+    for name in ("modulation", "stages", "compile"):
+        del fields[name]
+    for name in ("largest_scale", "relighting"):
+        del fields["data"][name]
+    (tmp_path / "old" / "config.json").write_text(json.dumps(fields))
+    train(old.config(), tmp_path / "old", True, silently)
+    assert losses(tmp_path / "old") == losses(tmp_path / "whole")[1:]
+
+
+class _Compiled:
+    """In place of torch.compile: what was compiled how, and how often each was called."""
+
+    def __init__(self) -> None:
+        self.calls: dict[int, int] = {}
+        self.options: list[dict[str, Any]] = []
+        self.kept: list[nn.Module] = []  # an id is a name only as long as its owner lives
+
+    def __call__(self, network: nn.Module, **options: Any) -> Callable[..., torch.Tensor]:
+        self.options.append(options)
+        self.kept.append(network)
+
+        def call(*inputs: Any) -> torch.Tensor:
+            self.calls[id(network)] = self.calls.get(id(network), 0) + 1
+            result: torch.Tensor = network(*inputs)
+            return result
+
+        return call
+
+
+def test_only_what_runs_is_compiled(tmp_path: Path, tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(tiny, tmp_path / "plain", False, silently)
+    compiled = _Compiled()
+    monkeypatch.setattr(torch, "compile", compiled)
+    config = dataclasses.replace(tiny, compile=True, schedule=tiny.schedule[:2])
+    trainer = Trainer(config, RunDirectory(tmp_path / "run"), torch.device("cpu"))
+    found = [stepped(trainer) for _ in range(2)]
+    first, second = trainer.generator.stages[0], trainer.generator.stages[1]
+    assert compiled.calls == {id(first): 2, id(trainer.discriminators[0]): 6}
+    trainer._next_phase()
+    found += [stepped(trainer) for _ in range(2)]
+    assert compiled.calls[id(second)] == compiled.calls[id(trainer.averaged.stages[0])] == 2
+    assert len(compiled.options) == 5 and all(options["dynamic"] is False for options in compiled.options)
+    assert found == losses(tmp_path / "plain")[:4]
+    assert set(trainer.generator.state_dict()) == set(training_generator(trainer.generator.config).state_dict())
+
+
+def test_compiling_for_a_cpu_excludes_channels_last(tmp_path: Path, tiny: TrainConfig) -> None:
+    config = dataclasses.replace(tiny, compile=True, channels_last=True)
+    with pytest.raises(UsageError, match="compile and channels_last exclude each other"):
+        train(config, tmp_path / "run", False, silently)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+# torch 2.13's compiler uses what torch deprecates, and looks for gradients where it knows that there are none.
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning", "ignore:The .grad attribute:UserWarning")
+def test_a_compiled_run_resumes_bit_for_bit(tmp_path: Path, tiny: TrainConfig) -> None:
+    if not shutil.which(os.environ.get("CXX", "g++")):
+        pytest.skip("torch.compile needs a C++ compiler")
+    config = dataclasses.replace(tiny, compile=True, schedule=(Phase((0,), images=6, batch=2),))
+    train(dataclasses.replace(config, compile=False), tmp_path / "plain", False, silently)
+    train(config, tmp_path / "whole", False, silently)
+    half = dataclasses.replace(config, schedule=(Phase((0,), images=2, batch=2),))
+    train(half, tmp_path / "halves", False, silently)
+    (tmp_path / "halves" / "config.json").write_text(json.dumps(to_json(config)))
+    train(config, tmp_path / "halves", True, silently)
+    assert losses(tmp_path / "halves") == losses(tmp_path / "whole")
+    for plain, compiled in zip(losses(tmp_path / "plain"), losses(tmp_path / "whole"), strict=True):
+        assert compiled == pytest.approx(plain, rel=1e-3, abs=1e-4)
+
+
+def test_divergence_stops_with_the_last_good_checkpoint(tmp_path: Path, tiny: TrainConfig) -> None:
+    run = RunDirectory(tmp_path / "run")
+    run.start(tiny)
+    trainer = Trainer(tiny, run, torch.device("cpu"))
+    trainer.step()
+    trainer.save()
+    with torch.no_grad():
+        trainer.generator.stages[0].to_rgb.weight.fill_(float("nan"))
+    with pytest.raises(SpmDeployError, match="loss is nan at step 1, after 2 images") as caught:
+        trainer.train(silently)
+    assert "checkpoint.pt" in (caught.value.hint or "")
+    resumed = Trainer(tiny, run, torch.device("cpu"))
+    resumed.resume()
+    assert resumed.progress.images == 2
+    assert all(value.isfinite().all() for value in resumed.generator.parameters())
+
+
+def test_a_tiny_model_learns_its_pictures(tmp_path: Path) -> None:
+    """`make train-smoke` in a reduced form: the coarsest stage alone. What does not learn does not pass."""
+    data = smoke.write_street_pictures(tmp_path / "data")
+    config = smoke.smoke_config(data, steps=30, stages=(0,), perceptual=0)
+    train(config, tmp_path / "run", False, silently)
+    assert smoke.falls(RunDirectory(tmp_path / "run").metrics(), "l1") < smoke.FALLS_TO["l1"]
+    (phase,) = config.schedule
+    idle = dataclasses.replace(config, schedule=(dataclasses.replace(phase, images=60, generator_rate=0.0),))
+    train(idle, tmp_path / "idle", False, silently)
+    assert smoke.falls(RunDirectory(tmp_path / "idle").metrics(), "l1") > smoke.FALLS_TO["l1"]
