@@ -3,7 +3,7 @@ DEMO := .venv-demo/bin
 DEV := .venv/bin
 SAMPLE := spmdeploy/assets/samples/car_away
 
-.PHONY: demo test train-smoke test-slow lint bench quantisation figures gpu-check clean
+.PHONY: demo test train-smoke test-slow lint bench quantization figures gpu-check clean
 
 demo: .venv-demo/ready
 	@mkdir -p demo
@@ -35,9 +35,9 @@ bench: .venv/ready
 	$(MAKE) figures
 
 # CAMVID names a data folder as for training, in the classes of the built-in model: to calibrate on and to judge by.
-quantisation: .venv/ready
+quantization: .venv/ready
 	@mkdir -p bench/results
-	PYTHONPATH=. $(DEV)/python bench/quantisation.py --data $(CAMVID) --output bench/results/quantisation_street_cpu.json
+	PYTHONPATH=. $(DEV)/python bench/quantization.py --data $(CAMVID) --output bench/results/quantization_street_cpu.json
 	$(MAKE) figures
 
 figures: .venv/ready

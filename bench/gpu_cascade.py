@@ -12,13 +12,13 @@ import numpy as np
 from gpu_contenders import Contender, free_bytes
 from numpy.typing import NDArray
 
-from spmdeploy.backends.base import CascadesOnDevice
-from spmdeploy.backends.device_pyramid import DeviceCascade, PaintedLevel
-from spmdeploy.backends.verify import GoldenPictures, measure_drift
+from spmdeploy.backends.base import SupportsDevicePyramid
+from spmdeploy.backends.device_pyramid import DeviceCascade, LevelResult
+from spmdeploy.backends.verify import GoldenSample, measure_deviation
 from spmdeploy.bundle.bundle import Bundle
 from spmdeploy.bundle.manifest import ParityLimits
 from spmdeploy.editing.editor import Editor, EditResult
-from spmdeploy.editing.preprocess import Scene
+from spmdeploy.editing.preprocess import EditRegion
 from spmdeploy.editing.report import EditReport
 from spmdeploy.gpu.device import Device
 
@@ -26,7 +26,7 @@ REPEATS = 10
 REFERENCE = "torch fp32"
 
 
-def large_edit(golden: GoldenPictures) -> Scene:
+def large_edit(golden: GoldenSample) -> EditRegion:
     """A golden edit's photo side by side with itself, four by five, and a square hole over several of them: it has
     detail in every pixel, so that every level is refined."""
     side = golden.mask.shape[1]
@@ -35,10 +35,10 @@ def large_edit(golden: GoldenPictures) -> Scene:
     )
     mask = np.zeros(labels.shape, np.bool_)
     mask[3 * side // 4 : 13 * side // 4, side : 7 * side // 2] = True
-    return Scene(picture, labels, mask, instances)
+    return EditRegion(picture, labels, mask, instances)
 
 
-def cascade(session: Any, contender: Contender, bundle: Bundle, golden: GoldenPictures, work: Path) -> dict[str, Any]:
+def cascade(session: Any, contender: Contender, bundle: Bundle, golden: GoldenSample, work: Path) -> dict[str, Any]:
     """The check, and beside it the times: of the edit and of its phases, and of the same by way of the host."""
     scene, kept = large_edit(golden), work / "reference.cascade.npz"
     editor = Editor(session, bundle.manifest.classes)
@@ -60,8 +60,8 @@ def cascade(session: Any, contender: Contender, bundle: Bundle, golden: GoldenPi
     }
     repeats = REPEATS if contender.device != "cpu" else 1
     told["milliseconds"] = _times(editor, scene, repeats)
-    if session.device != "cpu" and isinstance(session, CascadesOnDevice):
-        host = Editor(_OnHost(session), bundle.manifest.classes)  # type: ignore[arg-type]
+    if session.device != "cpu" and isinstance(session, SupportsDevicePyramid):
+        host = Editor(_HostRenderer(session), bundle.manifest.classes)  # type: ignore[arg-type]
         if not np.array_equal(_edited(host, scene).image, result.image):
             faults.append("another picture than by way of the host")
         told["milliseconds by way of the host"] = _times(host, scene, repeats)
@@ -73,7 +73,7 @@ def cascade(session: Any, contender: Contender, bundle: Bundle, golden: GoldenPi
     return told | ({"reason": "; ".join(faults)} if faults else {})
 
 
-class _OnHost:
+class _HostRenderer:
     """A session that does not keep pictures on its device."""
 
     def __init__(self, session: Any) -> None:
@@ -85,12 +85,12 @@ class _OnHost:
         return getattr(self._session, name)
 
 
-def _edited(editor: Editor, scene: Scene) -> EditResult:
+def _edited(editor: Editor, scene: EditRegion) -> EditResult:
     return editor.edit(scene.picture, scene.labels, scene.mask, scene.instances, tiling="cascade")
 
 
 def _judged(
-    result: EditResult, scene: Scene, kept: Path, bundle: Bundle, contender: Contender
+    result: EditResult, scene: EditRegion, kept: Path, bundle: Bundle, contender: Contender
 ) -> tuple[list[str], dict[str, Any] | None]:
     faults = []
     if not np.array_equal(result.image[~scene.mask], scene.picture[~scene.mask]):
@@ -99,14 +99,14 @@ def _judged(
         return faults, None
     with np.load(kept) as reference:
         expected: NDArray[np.uint8] = reference["picture"]
-    drift = measure_drift(result.image, expected, scene.mask)
+    drift = measure_deviation(result.image, expected, scene.mask)
     one = bundle.manifest.limits[contender.limits]  # type: ignore[index]
-    # Each level adds to what the one before was off by: measured 42 dB and 40 grey levels in FP16 after two doublings.
+    # Each level adds to what the one before was off by: measured 42 dB and 40 gray levels in FP16 after two doublings.
     limits = ParityLimits(2 * one.max_grey, 2 * one.mean_grey, one.min_psnr_db - 6)
     return faults + [f"from {REFERENCE} here: {fault}" for fault in drift.faults(limits)], drift.to_json()
 
 
-def _times(editor: Editor, scene: Scene, repeats: int) -> dict[str, Any]:
+def _times(editor: Editor, scene: EditRegion, repeats: int) -> dict[str, Any]:
     """Medians: `edit` by the wall clock from arrays to arrays, the phases of the report, and `device` by its own clock,
     from before the coarse edit to after the last level, the host's tiles waited for; null by way of the host."""
     reports: list[EditReport] = []
@@ -137,7 +137,7 @@ def _device_clock() -> Iterator[list[float]]:
             running.append((clock, clock.enter_context(memory.device.timed(memory.stream))))
         coarse(cascade, *inputs)
 
-    def ended(cascade: DeviceCascade) -> Iterator[PaintedLevel]:
+    def ended(cascade: DeviceCascade) -> Iterator[LevelResult]:
         clock, milliseconds = running.pop()
         with cascade._memory.in_use():
             clock.close()

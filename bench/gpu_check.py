@@ -36,7 +36,7 @@ from gpu_cascade import cascade
 from gpu_contenders import Contender, Runner, contenders, free_bytes
 from numpy.typing import NDArray
 
-from spmdeploy.backends.verify import GoldenPictures, measure_drift, read_golden
+from spmdeploy.backends.verify import GoldenSample, measure_deviation, read_golden
 from spmdeploy.bench.machine import describe_machine, read_state
 from spmdeploy.bundle.bundle import Bundle, open_bundle
 from spmdeploy.errors import SpmDeployError, UnavailableError
@@ -225,11 +225,11 @@ def _opened(contender: Contender, bundle: Bundle) -> Iterator[Runner]:
         yield runner
 
 
-def _golden(bundle: Bundle) -> dict[str, GoldenPictures]:
+def _golden(bundle: Bundle) -> dict[str, GoldenSample]:
     return {edit.name: read_golden(bundle, edit) for edit in bundle.manifest.golden}
 
 
-def _inputs(golden: GoldenPictures) -> tuple[NDArray[Any], ...]:
+def _inputs(golden: GoldenSample) -> tuple[NDArray[Any], ...]:
     return golden.image, golden.labels, golden.instances, golden.mask
 
 
@@ -255,7 +255,7 @@ def pictures(runner: Runner, contender: Contender, bundle: Bundle, work: Path) -
             if not np.array_equal(picture[keep], one.image[keep]):
                 faults.append(f"{name_of}: pixels outside the mask were changed")
             for whose, expected in {"torch fp32 here": reference[name_of], "torch at export": at_export}.items():
-                drift = measure_drift(picture, expected, one.mask)
+                drift = measure_deviation(picture, expected, one.mask)
                 drifts.append({"edit": name_of, "from": whose, **drift.to_json()})
                 faults += [f"{name_of}, from {whose}: {fault}" for fault in drift.faults(limits)]
     told = {"name": f"pictures of the {name} bundle", "passed": not faults, "drifts": drifts}

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from spmdeploy.backends.verify import GoldenPictures
+from spmdeploy.backends.verify import GoldenSample
 from spmdeploy.model.deploy import EditGraph
 from spmdeploy.model.generator import Generator
 from spmdeploy.model.modulation import StylePreservedModulation
@@ -37,7 +37,7 @@ class LayerProof:
     """Whether its variance, computed in halves, is infinite or not a number."""
 
 
-def enlarge(generator: Generator, golden: GoldenPictures) -> Generator:
+def enlarge(generator: Generator, golden: GoldenSample) -> Generator:
     """A copy whose convolutions before norms are scaled up to `PEAK` on this edit."""
     enlarged = copy.deepcopy(generator)
     for layer, peak in _read_by_norms(enlarged, golden, lambda values: float(values.abs().max())).items():
@@ -49,7 +49,7 @@ def enlarge(generator: Generator, golden: GoldenPictures) -> Generator:
     return enlarged
 
 
-def proof(generator: Generator, golden: GoldenPictures) -> list[LayerProof]:
+def proof(generator: Generator, golden: GoldenSample) -> list[LayerProof]:
     """For each norm over more than one pixel: how large its values are, and what halves would make of them."""
 
     def judge(values: Tensor) -> LayerProof | None:
@@ -67,7 +67,7 @@ def _overflows(values: Tensor) -> bool:
     return not bool(np.isfinite(variance).all())
 
 
-def _read_by_norms(generator: Generator, golden: GoldenPictures, look: Any) -> dict[str, Any]:
+def _read_by_norms(generator: Generator, golden: GoldenSample, look: Any) -> dict[str, Any]:
     """What `look` makes of the output of each convolution whose only reader is a norm, by the convolution's name."""
     seen: dict[str, Any] = {}
     hooks = []

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tiling_norms import Network
+from tiling_norms import ExperimentSession
 from tiling_scenes import NIGHT, SKY, STREET, camvid, ellipses, write_results, write_sheet
 
 import spmdeploy
@@ -24,7 +24,7 @@ from spmdeploy.editing.editor import Editor
 from spmdeploy.imaging.contact_sheet import with_mask
 from spmdeploy.imaging.files import write_picture
 from spmdeploy.labels import class_table
-from spmdeploy.model.deploy import LIGHT_BLOCK
+from spmdeploy.model.deploy import COLOR_BLOCK
 
 HEIGHT, WIDTH = 720, 960
 Case = tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.bool_]]
@@ -39,13 +39,13 @@ def main() -> None:
     parser.add_argument("--pictures", type=Path, help="folder for the edits themselves")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    network = Network(options.model)
+    network = ExperimentSession(options.model)
     editor = Editor(network, class_table("street"))
     rows: dict[str, Any] = {}
     pictures = []
     for name, (photo, labels, mask) in cases(options.data).items():
         pictures.append({name: with_mask(photo, mask)})
-        for light, network.light in (("its own", 0), ("of the coarse picture", LIGHT_BLOCK)):
+        for light, network.light in (("its own", 0), ("of the coarse picture", COLOR_BLOCK)):
             result = editor.edit(photo, labels, mask, tiling="cascade")
             pictures[-1][f"light: {light}"] = result.image
             if options.pictures:

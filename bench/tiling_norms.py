@@ -17,8 +17,8 @@ from torch import Tensor
 
 from spmdeploy.model import deploy as deploy_graph
 from spmdeploy.model import modulation
-from spmdeploy.model.deploy import LIGHT_BLOCK, EditGraph, RefineGraph
-from spmdeploy.tiling.pyramid import Level
+from spmdeploy.model.deploy import COLOR_BLOCK, EditGraph, RefineGraph
+from spmdeploy.tiling.pyramid import PyramidLevel
 
 Canvas = NDArray[np.float32]
 Moments = tuple[Tensor, Tensor]
@@ -32,17 +32,17 @@ SMALLEST = 16
 BOUND = 4.0
 
 
-class Network:
+class ExperimentSession:
     """A session. norms: one for each call of the last stage, as long as there are any; else:
 
     statistics "tile": the norms go by the tile, as in the shipped graphs; "coarse": by what the last stage's norms saw
     in the coarse edit before, in the upper left `content` of its rows and columns (the rest is padding); "bounded": by
-    these, as far as `bounded` lets them.
-    light: side of the blocks whose mean colours are those of the level before; 0: the last stage's own.
+    these, as far as `clamp_moments` lets them.
+    light: side of the blocks whose mean colors are those of the level before; 0: the last stage's own.
     """
 
     backend, device, precision, provider, notes = "torch", "cpu", "fp32", "eager", ()
-    size, refines, lacks_refine = 256, True, None
+    size, refines, refine_unsupported = 256, True, None
 
     def __init__(self, path: Path) -> None:
         """path: bundle or checkpoint."""
@@ -50,7 +50,7 @@ class Network:
         self._edit, self._last_stage = EditGraph(generator).eval(), RefineGraph(generator).eval()
         self._norms_of_last = len(generator.stages[-1].encoder) + len(generator.stages[-1].decoder)
         self.statistics: Literal["tile", "coarse", "bounded"] = "tile"
-        self.light = LIGHT_BLOCK
+        self.light = COLOR_BLOCK
         self.content = (self.size, self.size)
         self.norms: Iterator[AbstractContextManager[None]] = iter(())
         self.coarse: list[Moments | None] = []
@@ -60,12 +60,12 @@ class Network:
         return np.rint(self.edit(*inputs)).astype(np.uint8)
 
     def run_unrounded(self, *inputs: NDArray[Any]) -> Canvas:
-        sums: dict[int, Sums] = {}
+        sums: dict[int, MomentSums] = {}
         content = torch.zeros(1, 1, self.size, self.size)
         content[..., : self.content[0], : self.content[1]] = 1
-        with replayed([], lambda number, x: sums.setdefault(number, Sums()).add(x, content)):
+        with replay_norms([], lambda number, x: sums.setdefault(number, MomentSums()).add(x, content)):
             picture = self.edit(*inputs)
-        self.coarse = gathered(sums, SMALLEST)[-self._norms_of_last :]
+        self.coarse = collect_moments(sums, SMALLEST)[-self._norms_of_last :]
         return picture
 
     def edit(self, *inputs: NDArray[Any]) -> Canvas:
@@ -74,8 +74,8 @@ class Network:
     def refine(self, *inputs: NDArray[Any]) -> Canvas:
         by_default = {
             "tile": nullcontext(),
-            "coarse": replayed(self.coarse),
-            "bounded": replayed(self.coarse, bound=BOUND),
+            "coarse": replay_norms(self.coarse),
+            "bounded": replay_norms(self.coarse, bound=BOUND),
         }[self.statistics]
         with next(self.norms, by_default), replaced(deploy_graph, *self._lighting()):
             return self._outputs(self._last_stage, *inputs)
@@ -103,16 +103,16 @@ def replaced(module: ModuleType, name: str, value: Any) -> Iterator[None]:
         setattr(module, name, own)
 
 
-def normalised(x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+def normalized(x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
     return (x - mean) * torch.rsqrt(variance + modulation.NORM_EPS)
 
 
-def moments_of(x: Tensor) -> Moments:
+def moments(x: Tensor) -> Moments:
     variance, mean = torch.var_mean(x, dim=(2, 3), keepdim=True, correction=0)
     return mean, variance
 
 
-def pooled(level: Level) -> AbstractContextManager[None]:
+def pool_moments(level: PyramidLevel) -> AbstractContextManager[None]:
     """Mean and exact total variance over all tiles of a level, which must run as one batch, layer by layer, so that
     nothing is estimated."""
     weights = weights_of(level)
@@ -121,35 +121,35 @@ def pooled(level: Level) -> AbstractContextManager[None]:
         share = torch.nn.functional.adaptive_avg_pool2d(weights, x.shape[-2:])
         share = share / share.sum()
         mean = (share * x).sum(dim=(0, 2, 3), keepdim=True)
-        return normalised(x, mean, (share * (x - mean) ** 2).sum(dim=(0, 2, 3), keepdim=True))
+        return normalized(x, mean, (share * (x - mean) ** 2).sum(dim=(0, 2, 3), keepdim=True))
 
     return replaced(modulation, "instance_norm", norm)
 
 
-def weights_of(level: Level) -> Tensor:
+def weights_of(level: PyramidLevel) -> Tensor:
     """float (tiles, 1, size, size), so that each pixel of the level counts once."""
     return torch.from_numpy(np.stack([level.weights(tile) for tile in level.tiles]))[:, None]
 
 
-def replayed(
+def replay_norms(
     moments: Sequence[Moments | None],
     watch: Callable[[int, Tensor], None] = lambda *_: None,
     bound: float | None = None,
 ) -> AbstractContextManager[None]:
     """What the norms are given, in their order; None and beyond the end: a tile's own statistics. watch(number, x) is
-    shown what each sees. bound: see `bounded`."""
+    shown what each sees. bound: see `clamp_moments`."""
     given = enumerate(itertools.chain(moments, itertools.repeat(None)))
 
     def norm(x: Tensor) -> Tensor:
         number, found = next(given)
         watch(number, x)
-        own = moments_of(x)
-        return normalised(x, *(own if found is None else found if bound is None else bounded(found, own, bound)))
+        own = moments(x)
+        return normalized(x, *(own if found is None else found if bound is None else clamp_moments(found, own, bound)))
 
     return replaced(modulation, "instance_norm", norm)
 
 
-def bounded(given: Moments, own: Moments, bound: float) -> Moments:
+def clamp_moments(given: Moments, own: Moments, bound: float) -> Moments:
     """`given`, brought so near to a tile's `own` that no norm makes much more of the tile than its own would: variances
     differ by a factor of `bound` at most, means by the root of that times the tile's deviation."""
     (mean, variance), (own_mean, own_variance) = given, own
@@ -157,7 +157,7 @@ def bounded(given: Moments, own: Moments, bound: float) -> Moments:
     return mean.clamp(own_mean - reach, own_mean + reach), variance.clamp(own_variance / bound, own_variance * bound)
 
 
-class Sums:
+class MomentSums:
     """Of what one norm sees in all tiles of a level: weight, x and x squared, each pixel of the level counted once."""
 
     def __init__(self) -> None:
@@ -177,11 +177,11 @@ class Sums:
         return mean.float(), (self.second / self.weight - mean**2).clamp_min(0).float()
 
 
-def sweep(sums: dict[int, Sums], level: Level, batch_size: int) -> Iterator[AbstractContextManager[None]]:
+def sweep(sums: dict[int, MomentSums], level: PyramidLevel, batch_size: int) -> Iterator[AbstractContextManager[None]]:
     """For the batches of a level, each tile by its own statistics: adds what every norm sees to its sums."""
     for weights in weights_of(level).split(batch_size):
-        yield replayed([], lambda number, x, part=weights: sums.setdefault(number, Sums()).add(x, part))
+        yield replay_norms([], lambda number, x, part=weights: sums.setdefault(number, MomentSums()).add(x, part))
 
 
-def gathered(sums: dict[int, Sums], smallest: int) -> list[Moments | None]:
+def collect_moments(sums: dict[int, MomentSums], smallest: int) -> list[Moments | None]:
     return [found.moments if found.side >= smallest else None for _, found in sorted(sums.items())]

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tiling_norms import Network
+from tiling_norms import ExperimentSession
 from tiling_scenes import (
     camvid,
     ellipses,
@@ -34,10 +34,10 @@ from tiling_scenes import (
 
 import spmdeploy
 from spmdeploy.editing.editor import Editor
-from spmdeploy.editing.preprocess import Scene
-from spmdeploy.imaging.files import resize_labels, resize_mask_covering, resize_photo, write_picture
+from spmdeploy.editing.preprocess import EditRegion
+from spmdeploy.imaging.files import resize_labels, resize_mask_conservative, resize_photo, write_picture
 from spmdeploy.labels import class_table
-from spmdeploy.model.deploy import LIGHT_BLOCK
+from spmdeploy.model.deploy import COLOR_BLOCK
 from spmdeploy.tiling.windows import plan_windows
 from spmdeploy.training.perceptual import Lpips
 
@@ -53,13 +53,13 @@ def main() -> None:
     parser.add_argument("--pictures", type=Path, help="folder for the edits themselves")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    editor = Editor(Network(options.model), class_table("street"))
+    editor = Editor(ExperimentSession(options.model), class_table("street"))
     lpips = Lpips()
     rows = []
     for name, side, photo, labels in photos(options.data, options.photos):
         kind = name.split()[0]
         for part in SIDES[kind]:
-            scene = Scene(photo, labels, hole(*labels.shape, part * side), None)
+            scene = EditRegion(photo, labels, hole(*labels.shape, part * side), None)
             (site,) = plan_windows(scene.mask)
             for method, fill in METHODS.items():
                 found = fill(editor, scene)
@@ -96,24 +96,26 @@ def hole(height: int, width: int, side: float) -> NDArray[np.bool_]:
     return ellipses(height, width, (0.5, 0.5, 0.375 * side / height, 0.5 * side / width))
 
 
-def by_editor(tiling: Any, statistics: Any = "tile", light: int = LIGHT_BLOCK) -> Callable[[Editor, Scene], Picture]:
-    def fill(editor: Editor, scene: Scene) -> Picture:
+def by_editor(
+    tiling: Any, statistics: Any = "tile", light: int = COLOR_BLOCK
+) -> Callable[[Editor, EditRegion], Picture]:
+    def fill(editor: Editor, scene: EditRegion) -> Picture:
         editor.session.statistics, editor.session.light = statistics, light
         return editor.edit(scene.picture, scene.labels, scene.mask, tiling=tiling).image
 
     return fill
 
 
-def by_resizing(editor: Editor, scene: Scene) -> Picture:
+def by_resizing(editor: Editor, scene: EditRegion) -> Picture:
     height, width = scene.mask.shape
     scale = 256 / max(height, width)
     small = round(height * scale), round(width * scale)
-    mask = resize_mask_covering(scene.mask, *small)
+    mask = resize_mask_conservative(scene.mask, *small)
     edited = editor.edit(resize_photo(scene.picture, *small), resize_labels(scene.labels, *small), mask, tiling="crop")
     return np.where(scene.mask[..., None], resize_photo(edited.image, height, width), scene.picture)
 
 
-METHODS: dict[str, Callable[[Editor, Scene], Picture]] = {
+METHODS: dict[str, Callable[[Editor, EditRegion], Picture]] = {
     "cascade": by_editor("cascade"),
     "cascade, light of the tiles": by_editor("cascade", light=0),
     "cascade, statistics of the coarse edit, bounded": by_editor("cascade", "bounded", light=0),
@@ -122,7 +124,7 @@ METHODS: dict[str, Callable[[Editor, Scene], Picture]] = {
 }
 
 
-def measured(lpips: Lpips, found: Picture, scene: Scene, photo: Picture) -> dict[str, float]:
+def measured(lpips: Lpips, found: Picture, scene: EditRegion, photo: Picture) -> dict[str, float]:
     deep, around = inside(scene.mask, 8), ring_around(scene.mask, 48)
     error = np.abs(found.astype(np.float64) - photo).mean(axis=2)[scene.mask].mean()
     return {

@@ -16,7 +16,7 @@ from PIL import Image
 from spmdeploy.backends.pytorch import bundled_generator
 from spmdeploy.bench.machine import describe_machine
 from spmdeploy.bundle.bundle import open_bundle
-from spmdeploy.editing.preprocess import Scene
+from spmdeploy.editing.preprocess import EditRegion
 from spmdeploy.imaging.contact_sheet import sheet
 from spmdeploy.imaging.files import read_labels, read_photo, resize_labels, resize_photo
 from spmdeploy.model import CHECKPOINT_SUFFIXES
@@ -65,7 +65,7 @@ def ellipses(height: int, width: int, *places: tuple[float, float, float, float]
     return mask
 
 
-def lpips_under(lpips: Lpips, found: NDArray[Any], scene: Scene, photo: Picture) -> float:
+def lpips_under(lpips: Lpips, found: NDArray[Any], scene: EditRegion, photo: Picture) -> float:
     """LPIPS (AlexNet) under the mask. found, photo: (H, W, 3) in 0..255."""
     ours, theirs = (torch.from_numpy(part.astype(np.float32)) / 127.5 - 1 for part in (found, photo))
     mask = torch.from_numpy(scene.mask.astype(np.float32))[None, None]
@@ -73,24 +73,24 @@ def lpips_under(lpips: Lpips, found: NDArray[Any], scene: Scene, photo: Picture)
 
 
 def sharpness(picture: NDArray[Any], where: Mask) -> float:
-    """Mean absolute Laplacian, grey levels. picture: (H, W, 3). where: bool (H, W)."""
-    grey = picture.astype(np.float64).mean(axis=2)
-    laplacian = np.abs(4 * grey[1:-1, 1:-1] - grey[:-2, 1:-1] - grey[2:, 1:-1] - grey[1:-1, :-2] - grey[1:-1, 2:])
+    """Mean absolute Laplacian, gray levels. picture: (H, W, 3). where: bool (H, W)."""
+    gray = picture.astype(np.float64).mean(axis=2)
+    laplacian = np.abs(4 * gray[1:-1, 1:-1] - gray[:-2, 1:-1] - gray[2:, 1:-1] - gray[1:-1, :-2] - gray[1:-1, 2:])
     return float(laplacian[where[1:-1, 1:-1]].mean())
 
 
 def ring_around(mask: Mask, width: int) -> Mask:
     """The known pixels at most so many rows and columns away from the mask."""
-    from spmdeploy.editing.run import grow_mask
+    from spmdeploy.editing.run import dilate
 
-    return grow_mask(mask, width) & ~grow_mask(mask, 2)
+    return dilate(mask, width) & ~dilate(mask, 2)
 
 
 def inside(mask: Mask, margin: int) -> Mask:
     """The masked pixels more than so many rows and columns away from known ones."""
-    from spmdeploy.editing.run import grow_mask
+    from spmdeploy.editing.run import dilate
 
-    return ~grow_mask(~mask, margin)
+    return ~dilate(~mask, margin)
 
 
 def write_results(path: Path, name: str, model: Path, rows: Any, **more: Any) -> None:

@@ -21,20 +21,29 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tiling_norms import SMALLEST, Canvas, Network, Sums, gathered, pooled, replayed, sweep
+from tiling_norms import (
+    SMALLEST,
+    Canvas,
+    ExperimentSession,
+    MomentSums,
+    collect_moments,
+    pool_moments,
+    replay_norms,
+    sweep,
+)
 from tiling_scenes import NIGHT, SKY, STREET, camvid, ellipses, finite, lpips_under, write_results, write_sheet
 
 import spmdeploy
 from spmdeploy.editing import pyramid as cascade
-from spmdeploy.editing.preprocess import Scene, model_input, stacked
-from spmdeploy.editing.pyramid import base_of, carry_up
-from spmdeploy.editing.tally import Tally
+from spmdeploy.editing.preprocess import EditRegion, model_input, stacked
+from spmdeploy.editing.pyramid import coarse_canvas, refine_on_host
+from spmdeploy.editing.tally import PhaseTimer
 from spmdeploy.imaging.files import resize_labels, resize_photo, write_picture
-from spmdeploy.model.deploy import LIGHT_BLOCK
+from spmdeploy.model.deploy import COLOR_BLOCK
 from spmdeploy.tiling import blending
 from spmdeploy.tiling import pyramid as geometry
-from spmdeploy.tiling.letterbox import frame_of
-from spmdeploy.tiling.pyramid import plan_levels
+from spmdeploy.tiling.letterbox import fit_letterbox
+from spmdeploy.tiling.pyramid import plan_pyramid
 from spmdeploy.tiling.seams import border_lines, seam_score
 from spmdeploy.tiling.windows import whole_photo
 from spmdeploy.training.perceptual import Lpips
@@ -45,7 +54,7 @@ BATCH = 4
 
 
 @dataclass(frozen=True)
-class Remedy:
+class Variant:
     overlap: float = 0.25
     """Part of a tile."""
     ramp: Literal["cut", "linear", "half-sine"] = "half-sine"
@@ -57,29 +66,29 @@ class Remedy:
     before, in which each went by its own; the coarse edit; the same, bounded (see tiling_norms.py)."""
     smallest: int = SMALLEST
     light: int = 0
-    """Side of the blocks whose mean colours are those of the level before; 0: tiles keep their own."""
+    """Side of the blocks whose mean colors are those of the level before; 0: tiles keep their own."""
 
 
 REMEDIES = {
-    "independent tiles, linear": Remedy(ramp="linear", shared=False),
-    "independent tiles, half-sine": Remedy(shared=False),
-    "shared coarse picture, cut": Remedy(ramp="cut"),
-    "shared coarse picture, linear": Remedy(ramp="linear"),
-    "shared coarse picture, half-sine": Remedy(),
-    "overlap 32": Remedy(overlap=0.125),
-    "overlap 96": Remedy(overlap=0.375),
-    "overlap 128": Remedy(overlap=0.5),
-    "statistics pooled layer by layer": Remedy(statistics="pooled"),
-    "statistics pooled in a sweep before": Remedy(statistics="swept"),
-    "statistics pooled in a sweep before, all maps": Remedy(statistics="swept", smallest=1),
-    "statistics of the coarse edit": Remedy(statistics="coarse"),
-    "statistics of the coarse edit, bounded": Remedy(statistics="bounded"),
-    "light of the coarse picture, blocks of 4": Remedy(light=4),
-    "light of the coarse picture, blocks of 8": Remedy(light=8),
-    "light of the coarse picture, blocks of 16": Remedy(light=16),
-    "light of the coarse picture, blocks of 32": Remedy(light=32),
-    "pooled layer by layer, and light": Remedy(statistics="pooled", light=8),
-    "of the coarse edit, bounded, and light": Remedy(statistics="bounded", light=8),
+    "independent tiles, linear": Variant(ramp="linear", shared=False),
+    "independent tiles, half-sine": Variant(shared=False),
+    "shared coarse picture, cut": Variant(ramp="cut"),
+    "shared coarse picture, linear": Variant(ramp="linear"),
+    "shared coarse picture, half-sine": Variant(),
+    "overlap 32": Variant(overlap=0.125),
+    "overlap 96": Variant(overlap=0.375),
+    "overlap 128": Variant(overlap=0.5),
+    "statistics pooled layer by layer": Variant(statistics="pooled"),
+    "statistics pooled in a sweep before": Variant(statistics="swept"),
+    "statistics pooled in a sweep before, all maps": Variant(statistics="swept", smallest=1),
+    "statistics of the coarse edit": Variant(statistics="coarse"),
+    "statistics of the coarse edit, bounded": Variant(statistics="bounded"),
+    "light of the coarse picture, blocks of 4": Variant(light=4),
+    "light of the coarse picture, blocks of 8": Variant(light=8),
+    "light of the coarse picture, blocks of 16": Variant(light=16),
+    "light of the coarse picture, blocks of 32": Variant(light=32),
+    "pooled layer by layer, and light": Variant(statistics="pooled", light=8),
+    "of the coarse edit, bounded, and light": Variant(statistics="bounded", light=8),
 }
 SHOWN = (
     "untiled",
@@ -98,13 +107,13 @@ def main() -> None:
     parser.add_argument("--pictures", type=Path, help="folder for the edits themselves")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    network, lpips = Network(options.model), Lpips()
+    network, lpips = ExperimentSession(options.model), Lpips()
     rows: dict[str, list[dict[str, Any]]] = {}
     shown: dict[str, NDArray[np.uint8]] = {}
     for name in (SKY, STREET, NIGHT):
         photo, labels = (part[8:351] for part in camvid(options.data, name))  # 7:5
         photo, labels = resize_photo(photo, HEIGHT, WIDTH), resize_labels(labels, HEIGHT, WIDTH)
-        scene = Scene(photo, labels, ellipses(HEIGHT, WIDTH, *HOLE), None)
+        scene = EditRegion(photo, labels, ellipses(HEIGHT, WIDTH, *HOLE), None)
         for remedy, found in filled(network, scene).items():
             picture = np.where(scene.mask[..., None], found.pop("canvas"), photo)
             found["error"] = float(np.abs(picture - photo).mean(axis=2)[scene.mask].mean())
@@ -127,16 +136,18 @@ def main() -> None:
         print(f"{remedy:36}", {key: value for key, value in row.items() if key != "photos"})
 
 
-def filled(network: Network, scene: Scene) -> dict[str, dict[str, Any]]:
+def filled(network: ExperimentSession, scene: EditRegion) -> dict[str, dict[str, Any]]:
     """Every remedy's canvas of the window, and its figures."""
-    geometry.ramps = blending.ramps
+    geometry.blend_windows = blending.blend_windows
     window = whole_photo(HEIGHT, WIDTH)
-    *coarser, last = plan_levels(window, scene.mask)
-    frame = frame_of(window)
+    *coarser, last = plan_pyramid(window, scene.mask)
+    frame = fit_letterbox(window)
     inputs = stacked([model_input(scene, frame.height, frame.width, 256)])
     network.content = (frame.height, frame.width)
     edited = network.run_unrounded(*inputs)[0]
-    half, _ = carry_up(network, tuple(coarser), base_of(frame, edited, coarser[0]), scene, BATCH, Tally())
+    half, _ = refine_on_host(
+        network, tuple(coarser), coarse_canvas(frame, edited, coarser[0]), scene, BATCH, PhaseTimer()
+    )
     started, network.light = time.process_time(), 0
     whole = network.refine(*(part[None, :HEIGHT] for part in model_input(scene, HEIGHT, WIDTH, WIDTH)), half[None])[0]
     seconds = time.process_time() - started
@@ -152,30 +163,32 @@ def filled(network: Network, scene: Scene) -> dict[str, dict[str, Any]]:
     return found
 
 
-def tiled(network: Network, remedy: Remedy, scene: Scene, half: Canvas) -> tuple[Canvas, dict[str, Any]]:
+def tiled(
+    network: ExperimentSession, remedy: Variant, scene: EditRegion, half: Canvas
+) -> tuple[Canvas, dict[str, Any]]:
     """The whole window, and what its last level reports."""
-    geometry.ramps, cascade.LEAST_DETAIL = ramps_of(remedy.ramp), 0
-    level = plan_levels(whole_photo(HEIGHT, WIDTH), scene.mask, overlap=remedy.overlap)[-1]
+    geometry.blend_windows, cascade.LEAST_DETAIL = ramps_of(remedy.ramp), 0
+    level = plan_pyramid(whole_photo(HEIGHT, WIDTH), scene.mask, overlap=remedy.overlap)[-1]
     batch, session = BATCH, network if remedy.shared else Independent(network)
     if remedy.statistics == "pooled":
-        network.norms, batch = iter([pooled(level)]), len(level.tiles)
+        network.norms, batch = iter([pool_moments(level)]), len(level.tiles)
     elif remedy.statistics == "swept":
-        sums: dict[int, Sums] = {}
+        sums: dict[int, MomentSums] = {}
         network.norms = sweep(sums, level, batch)
-        carry_up(network, (level,), half, scene, batch, Tally())
-        network.norms = (replayed(gathered(sums, remedy.smallest)) for _ in level.tiles)
+        refine_on_host(network, (level,), half, scene, batch, PhaseTimer())
+        network.norms = (replay_norms(collect_moments(sums, remedy.smallest)) for _ in level.tiles)
     elif remedy.statistics != "tile":
         network.statistics = remedy.statistics
     network.light = remedy.light
-    canvas, (report,) = carry_up(session, (level,), half, scene, batch, Tally())
-    network.norms, network.statistics, network.light = iter(()), "tile", LIGHT_BLOCK
+    canvas, (report,) = refine_on_host(session, (level,), half, scene, batch, PhaseTimer())
+    network.norms, network.statistics, network.light = iter(()), "tile", COLOR_BLOCK
     return canvas, {"seam": report.seam_score, "mismatch": report.tile_mismatch}
 
 
 class Independent:
     """A session whose tiles know nothing of the level before."""
 
-    def __init__(self, network: Network) -> None:
+    def __init__(self, network: ExperimentSession) -> None:
         self.network = network
 
     def refine(self, *inputs: NDArray[Any]) -> Canvas:
@@ -184,15 +197,15 @@ class Independent:
 
 def ramps_of(kind: str) -> Callable[[tuple[int, ...], int], NDArray[np.float32]]:
     if kind == "half-sine":
-        return blending.ramps
+        return blending.blend_windows
 
-    def ramps(starts: tuple[int, ...], size: int) -> NDArray[np.float32]:
+    def blend_windows(starts: tuple[int, ...], size: int) -> NDArray[np.float32]:
         weights = blending.linear_ramps(starts, size)
         if kind == "cut":
             weights = (np.arange(len(starts))[:, None] == weights.argmax(axis=0)).astype(np.float32)
         return blending.tile_by_tile(weights, starts, size)
 
-    return ramps
+    return blend_windows
 
 
 def mean(samples: list[dict[str, Any]]) -> dict[str, float | None]:

@@ -36,7 +36,7 @@ def open_editor(
     device: str = "auto",
     precision: str = "auto",
     require_signature: str | Path | None = None,
-    meanwhile: Callable[[ClassTable], None] = lambda classes: None,
+    on_loading: Callable[[ClassTable], None] = lambda classes: None,
 ) -> Editor:
     """An `Editor` on a bundle, ready to edit; use it as a context manager or call its `close`.
 
@@ -63,8 +63,8 @@ def open_editor(
     else:
         from spmdeploy.backends.base import open_session
 
-        opened = open_session(bundle, backend, device, precision, lambda: meanwhile(bundle.manifest.classes))
-    from spmdeploy.editing.editor import Editor  # not before: what `meanwhile` started may have imported it by now
+        opened = open_session(bundle, backend, device, precision, lambda: on_loading(bundle.manifest.classes))
+    from spmdeploy.editing.editor import Editor  # not before: what `on_loading` started may have imported it by now
 
     signer = (f"signature by the key {bundle.signature.key}: {bundle.signature.comment}",) if bundle.signature else ()
     return Editor(opened.session, bundle.manifest.classes, (*signer, *opened.choices))

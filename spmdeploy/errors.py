@@ -24,7 +24,7 @@ class UsageError(SpmDeployError):
     exit_code = 2
 
 
-class BatchItemsFailed(SpmDeployError):
+class BatchItemsFailedError(SpmDeployError):
     """A batch ran to its end, but some of its items failed."""
 
     exit_code = 3
@@ -54,7 +54,7 @@ class InputError(SpmDeployError):
     exit_code = 7
 
 
-class OutOfMemory(SpmDeployError):
+class OutOfMemoryError(SpmDeployError):
     """The device or the host has too little memory for what was asked."""
 
     exit_code = 8

@@ -6,7 +6,7 @@ MAX_NAME_LENGTH = 240
 """Characters: unpacks below any folder on every file system."""
 
 
-def is_inside(name: str) -> bool:
+def is_safe_relative_path(name: str) -> bool:
     """Whether `name` is a plain relative path with / between its parts, safe to join to a folder on any system."""
     parts = name.split("/")
     # ":" covers drive letters and NTFS streams; isprintable covers NUL, newlines, lone surrogates, direction overrides.

@@ -1,4 +1,4 @@
-"""Class tables (which id means what, in which colour) and the checks and conversions of label maps that need one."""
+"""Class tables (which id means what, in which color) and the checks and conversions of label maps that need one."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from numpy.typing import NDArray
 
 from spmdeploy.errors import InputError
 
-Colour: TypeAlias = tuple[int, int, int]
+Color: TypeAlias = tuple[int, int, int]
 
 # Label maps are 8-bit, so no table can tell more classes apart.
 MOST_CLASSES = 256
 # Where the built-in tables lie: NAME.json, the same form as a table given by path.
 BUILT_IN = Path(__file__).parent / "assets" / "classes"
-VOID_COLOUR: Colour = (0, 0, 0)
-# What `colourise` paints where an id has no class. White is no class's colour in the built-in tables.
-UNKNOWN_COLOUR: Colour = (255, 255, 255)
+VOID_COLOUR: Color = (0, 0, 0)
+# What `colorise` paints where an id has no class. White is no class's color in the built-in tables.
+UNKNOWN_COLOUR: Color = (255, 255, 255)
 
 
 @dataclass(frozen=True)
 class LabelClass:
-    """One class: its id in label maps, its name, and the RGB colour it is shown in (0..255 each)."""
+    """One class: its id in label maps, its name, and the RGB color it is shown in (0..255 each)."""
 
     id: int
     name: str
-    color: Colour
+    color: Color
 
 
 @dataclass(frozen=True)
@@ -143,50 +143,50 @@ def check_labels(
         raise InputError(
             f"{source} holds ids that {table.name} does not have{place}: {listed}",
             f"ids run from 0 ({table.classes[0].name}) to {last.id} ({last.name}); "
-            "`spmdeploy labels convert` shifts ids or turns class colours into ids",
+            "`spmdeploy labels convert` shifts ids or turns class colors into ids",
         )
 
 
-def colourise(labels: NDArray[np.uint8], table: ClassTable) -> NDArray[np.uint8]:
+def colorise(labels: NDArray[np.uint8], table: ClassTable) -> NDArray[np.uint8]:
     """The map as a picture: uint8 (H, W) ids to uint8 (H, W, 3) RGB.
 
     A void id that is no class is black, any other id that is no class white.
     """
-    colours = np.full((MOST_CLASSES, 3), UNKNOWN_COLOUR, np.uint8)
+    colors = np.full((MOST_CLASSES, 3), UNKNOWN_COLOUR, np.uint8)
     if table.void_id is not None:
-        colours[table.void_id] = VOID_COLOUR
-    colours[: len(table)] = [label.color for label in table.classes]
-    return colours[labels]
+        colors[table.void_id] = VOID_COLOUR
+    colors[: len(table)] = [label.color for label in table.classes]
+    return colors[labels]
 
 
-def labels_from_colours(rgb: NDArray[np.uint8], table: ClassTable, source: str) -> NDArray[np.uint8]:
-    """The ids of a map drawn in class colours: uint8 (H, W, 3) RGB to uint8 (H, W).
+def labels_from_colors(rgb: NDArray[np.uint8], table: ClassTable, source: str) -> NDArray[np.uint8]:
+    """The ids of a map drawn in class colors: uint8 (H, W, 3) RGB to uint8 (H, W).
 
-    A colour that several classes share (`shared_colours`) becomes the first of them. Black becomes the void id where
-    no class is black. InputError lists the colours that belong to no class, with pixel counts.
+    A color that several classes share (`shared_colors`) becomes the first of them. Black becomes the void id where
+    no class is black. InputError lists the colors that belong to no class, with pixel counts.
     """
-    ids = _ids_by_colour(table)[_packed(rgb)]
+    ids = _ids_by_color(table)[_packed(rgb)]
     missing = ids < 0
     if missing.any():
-        colours, counts = np.unique(rgb[missing], axis=0, return_counts=True)
+        colors, counts = np.unique(rgb[missing], axis=0, return_counts=True)
         common = np.argsort(-counts, kind="stable")
-        listed = _some(f"({', '.join(map(str, colours[k]))}) ({_pixels(int(counts[k]))})" for k in common)
+        listed = _some(f"({', '.join(map(str, colors[k]))}) ({_pixels(int(counts[k]))})" for k in common)
         raise InputError(
-            f"{source} holds {len(colours)} colours that no class of {table.name} has: {listed}",
+            f"{source} holds {len(colors)} colors that no class of {table.name} has: {listed}",
             "name the table that the map was drawn with, and export the map without smoothing or JPEG compression",
         )
     return ids.astype(np.uint8)
 
 
-def shared_colours(table: ClassTable) -> dict[Colour, tuple[LabelClass, ...]]:
-    """The colours that more than one class has, so that a coloured map cannot tell these classes apart.
+def shared_colors(table: ClassTable) -> dict[Color, tuple[LabelClass, ...]]:
+    """The colors that more than one class has, so that a colored map cannot tell these classes apart.
 
     Cityscapes shows five void classes in black and pole groups like poles; ADE20K skyscrapers like roads.
     """
-    owners: dict[Colour, tuple[LabelClass, ...]] = {}
+    owners: dict[Color, tuple[LabelClass, ...]] = {}
     for label in table.classes:
         owners[label.color] = (*owners.get(label.color, ()), label)
-    return {colour: labels for colour, labels in owners.items() if len(labels) > 1}
+    return {color: labels for color, labels in owners.items() if len(labels) > 1}
 
 
 def offset_labels(
@@ -227,14 +227,14 @@ def _names_hint() -> str:
 def _label_class(row: object, source: str) -> LabelClass:
     if not isinstance(row, dict):
         raise InputError(f"{source} lists a class that is {row!r}, not an object", _TABLE_HINT)
-    number, name, colour = row.get("id"), row.get("name"), row.get("color")
+    number, name, color = row.get("id"), row.get("name"), row.get("color")
     if not _is_byte(number):
         raise InputError(f"{source} has a class with the id {number!r}; ids are 0 to 255", _TABLE_HINT)
     if not isinstance(name, str) or not name.strip():
         raise InputError(f"{source} has no name for class {number}", _TABLE_HINT)
-    if not isinstance(colour, list) or len(colour) != 3 or not all(map(_is_byte, colour)):
-        raise InputError(f"{source} gives class {number} ({name}) the colour {colour!r}, not [r, g, b]", _TABLE_HINT)
-    return LabelClass(number, name, (colour[0], colour[1], colour[2]))
+    if not isinstance(color, list) or len(color) != 3 or not all(map(_is_byte, color)):
+        raise InputError(f"{source} gives class {number} ({name}) the color {color!r}, not [r, g, b]", _TABLE_HINT)
+    return LabelClass(number, name, (color[0], color[1], color[2]))
 
 
 def _ordered(classes: list[LabelClass], source: str) -> tuple[LabelClass, ...]:
@@ -255,8 +255,8 @@ def _ordered(classes: list[LabelClass], source: str) -> tuple[LabelClass, ...]:
     return tuple(sorted(classes, key=lambda label: label.id))
 
 
-def _ids_by_colour(table: ClassTable) -> NDArray[np.int16]:
-    """int16 (2**24,): the id of every packed colour, -1 where no class has it."""
+def _ids_by_color(table: ClassTable) -> NDArray[np.int16]:
+    """int16 (2**24,): the id of every packed color, -1 where no class has it."""
     ids = np.full(1 << 24, -1, np.int16)
     if table.void_id is not None:
         ids[_packed(np.array(VOID_COLOUR, np.uint8))] = table.void_id

@@ -14,7 +14,7 @@ from contextlib import suppress
 from datetime import date
 from typing import NoReturn, TypeAlias, TypeVar
 
-from spmdeploy.files import is_inside
+from spmdeploy.files import is_safe_relative_path
 
 T = TypeVar("T")
 K = TypeVar("K")
@@ -22,7 +22,7 @@ Reader: TypeAlias = Callable[[object, str], T]
 """Makes a value from JSON into a T; the second argument is its path in the file. Raises WrongField."""
 
 
-class WrongField(Exception):
+class FieldError(Exception):
     """A field that is missing or not what it should be; becomes a BundleError where the file's name is known."""
 
 
@@ -68,7 +68,7 @@ class Fields:
 
     def take(self, name: str, read: Reader[T]) -> T:
         if name not in self._given:
-            raise WrongField(f"{self._prefix}{name} is missing")
+            raise FieldError(f"{self._prefix}{name} is missing")
         return read(self._given[name], self._prefix + name)
 
     def take_optional(self, name: str, read: Reader[T]) -> T | None:
@@ -78,7 +78,7 @@ class Fields:
 
 def refuse(value: object, where: str, expected: str) -> NoReturn:
     shown = repr(value)
-    raise WrongField(f"{where} is {shown if len(shown) <= 60 else shown[:57] + '...'}, not {expected}")
+    raise FieldError(f"{where} is {shown if len(shown) <= 60 else shown[:57] + '...'}, not {expected}")
 
 
 def as_object(value: object, where: str) -> dict[str, object]:
@@ -95,12 +95,12 @@ def as_flag(value: object, where: str) -> bool:
 
 def as_inside_name(value: object, where: str) -> str:
     name = as_text(value, where)
-    return name if is_inside(name) else refuse(value, where, "a relative path inside the bundle")
+    return name if is_safe_relative_path(name) else refuse(value, where, "a relative path inside the bundle")
 
 
 def as_plain_name(value: object, where: str) -> str:
     name = as_text(value, where)
-    return name if is_inside(name) and "/" not in name else refuse(value, where, "a plain name without /")
+    return name if is_safe_relative_path(name) and "/" not in name else refuse(value, where, "a plain name without /")
 
 
 def as_digest(value: object, where: str) -> str:

@@ -1,7 +1,7 @@
 """From samples to figures. No sample is ever removed.
 
 Samples come in turns: a backend runs for a moment, then the next one, and so on in rounds. What disturbs the machine
-disturbs neighbouring samples together, so the bootstrap draws whole turns; and because it draws the same rounds for
+disturbs neighboring samples together, so the bootstrap draws whole turns; and because it draws the same rounds for
 both sides of a ratio, a slow minute that hit both cancels out.
 """
 
@@ -65,12 +65,12 @@ class Ratio:
     interval: Interval
 
 
-def summarise(turns: Turns, seed: int = 0) -> Summary:
+def summarize(turns: Turns, seed: int = 0) -> Summary:
     """At least two samples, all above 0."""
     samples = _flat(turns)
     p50, p90, p95, p99 = np.quantile(samples, (0.5, 0.9, 0.95, 0.99)).tolist()
     mean, std = float(samples.mean()), float(samples.std(ddof=1))
-    medians = resampled_medians(turns, drawn_rounds(len(turns), seed))
+    medians = bootstrap_medians(turns, bootstrap_weights(len(turns), seed))
     return Summary(
         n=len(samples),
         mean=mean,
@@ -90,24 +90,24 @@ def summarise(turns: Turns, seed: int = 0) -> Summary:
 def ratio_of_medians(baseline: Turns, turns: Turns, name: str, seed: int = 0) -> Ratio:
     """baseline and turns: of the same rounds, in the same order. name: the baseline's."""
     assert len(baseline) == len(turns), (len(baseline), len(turns))
-    rounds = drawn_rounds(len(turns), seed)
-    ratios = resampled_medians(baseline, rounds) / resampled_medians(turns, rounds)
+    rounds = bootstrap_weights(len(turns), seed)
+    ratios = bootstrap_medians(baseline, rounds) / bootstrap_medians(turns, rounds)
     return Ratio(name, float(np.median(_flat(baseline)) / np.median(_flat(turns))), _interval(ratios))
 
 
 def ratio_of_runs(before: Turns, after: Turns, name: str, seed: int = 0) -> Ratio:
     """As `ratio_of_medians` for two runs that share no rounds: each is resampled on its own."""
-    first = resampled_medians(before, drawn_rounds(len(before), seed))
-    second = resampled_medians(after, drawn_rounds(len(after), seed + 1))
+    first = bootstrap_medians(before, bootstrap_weights(len(before), seed))
+    second = bootstrap_medians(after, bootstrap_weights(len(after), seed + 1))
     return Ratio(name, float(np.median(_flat(before)) / np.median(_flat(after))), _interval(first / second))
 
 
-def drawn_rounds(rounds: int, seed: int) -> NDArray[np.int64]:
+def bootstrap_weights(rounds: int, seed: int) -> NDArray[np.int64]:
     """How often each round is drawn in each resample: int (RESAMPLES, rounds), every row adds up to `rounds`."""
     return np.random.default_rng(seed).multinomial(rounds, np.full(rounds, 1 / rounds), size=RESAMPLES)
 
 
-def resampled_medians(turns: Turns, draws: NDArray[np.int64]) -> NDArray[np.float64]:
+def bootstrap_medians(turns: Turns, draws: NDArray[np.int64]) -> NDArray[np.float64]:
     """The median of every resample. draws: int (R, turns), how often each turn is in it. Returns float (R,)."""
     samples = _flat(turns)
     order = np.argsort(samples, kind="stable")

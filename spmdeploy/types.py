@@ -1,8 +1,12 @@
-"""Closed choices and constants that the whole package shares."""
+"""Closed choices, array types and constants that the whole package shares."""
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+
+import numpy as np
+from numpy.typing import NDArray
 
 Precision = Literal["fp32", "fp16"]
 WeightsDtype = Literal["float32", "float16"]
@@ -13,3 +17,40 @@ MODULATIONS: tuple[Modulation, ...] = get_args(Modulation)
 StageCount = Literal[3, 1]
 """3: the paper's. 1: its single-scale ablation, the full-size stage alone on the masked image."""
 STAGE_COUNTS: tuple[StageCount, ...] = get_args(StageCount)
+
+NATIVE_SIZE = 256
+"""Height and width of the deploy graph's images (paper, section 4.1)."""
+
+Image: TypeAlias = NDArray[np.uint8]
+"""uint8 (H, W, 3), RGB, 0..255."""
+Mask: TypeAlias = NDArray[np.bool_]
+"""bool (H, W), True = edit."""
+LabelMap: TypeAlias = NDArray[np.integer[Any]]
+"""Integer (H, W): class or instance ids."""
+Boxes: TypeAlias = NDArray[np.int64]
+"""int64 (N, 4): top, left, bottom and right of each box; bottom and right are exclusive."""
+Canvas: TypeAlias = NDArray[np.float32]
+"""float32 (H, W, 3), RGB, 0..255: an image that has not been rounded."""
+Progress: TypeAlias = Callable[[int, int], None]
+"""Called with the number of steps done and the total."""
+
+
+class ModelInput(NamedTuple):
+    """Inputs of the deploy graph, for one image (size, size[, 3]) or a batch (B, size, size[, 3])."""
+
+    image: NDArray[np.uint8]
+    """RGB, 0..255."""
+    labels: NDArray[np.uint8]
+    """Class ids."""
+    instances: NDArray[np.int32]
+    """Instance ids, or the labels where there are no instances."""
+    mask: NDArray[np.uint8]
+    """0 = keep, anything else = edit."""
+
+
+class LayoutInput(NamedTuple):
+    """`ModelInput` without the image."""
+
+    labels: NDArray[np.uint8]
+    instances: NDArray[np.int32]
+    mask: NDArray[np.uint8]

@@ -19,11 +19,11 @@ from spmdeploy.labels import (
     built_in_tables,
     check_labels,
     class_table,
-    colourise,
+    colorise,
     count_labels,
-    labels_from_colours,
+    labels_from_colors,
     offset_labels,
-    shared_colours,
+    shared_colors,
 )
 
 CITYSCAPES = class_table("cityscapes")
@@ -66,10 +66,10 @@ def test_built_in_tables_are_complete() -> None:
         assert len({label.name for label in table.classes}) == len(table)
 
 
-def test_shared_colours_are_the_known_ones() -> None:
-    ids = {colour: [label.id for label in labels] for colour, labels in shared_colours(CITYSCAPES).items()}
+def test_shared_colors_are_the_known_ones() -> None:
+    ids = {color: [label.id for label in labels] for color, labels in shared_colors(CITYSCAPES).items()}
     assert ids == {(0, 0, 0): [0, 1, 2, 3, 4], (153, 153, 153): [17, 18]}
-    assert [[label.id for label in labels] for labels in shared_colours(ADE20K).values()] == [[7, 49]]
+    assert [[label.id for label in labels] for labels in shared_colors(ADE20K).values()] == [[7, 49]]
 
 
 @pytest.mark.parametrize("wanted", ["traffic light", "Traffic_Light", " traffic-light ", "19"])
@@ -129,8 +129,8 @@ def test_the_form_of_data_folders() -> None:
         (json_with(classes=[{"id": 1, "name": "a", "color": [0, 0, 0]}]), "0 to 0, each once; twice or too large: 1"),
         (json_with(classes=TWO.to_json()["classes"] * 2), "twice or too large: 0, 1"),
         (json_with(classes=[{"id": 0, "name": " ", "color": [0, 0, 0]}]), "no name for class 0"),
-        (json_with(classes=[{"id": 0, "name": "a", "color": [0, 0]}]), r"colour \[0, 0\]"),
-        (json_with(classes=[{"id": 0, "name": "a", "color": [0, 0, 256]}]), r"colour \[0, 0, 256\]"),
+        (json_with(classes=[{"id": 0, "name": "a", "color": [0, 0]}]), r"color \[0, 0\]"),
+        (json_with(classes=[{"id": 0, "name": "a", "color": [0, 0, 256]}]), r"color \[0, 0, 256\]"),
         (
             json_with(classes=[{"id": i, "name": n, "color": [0, 0, 0]} for i, n in enumerate(("a b", "A_b"))]),
             "both class 0 and class 1",
@@ -195,31 +195,31 @@ def test_check_labels_of_odd_arrays() -> None:
 
 
 @given(hnp.arrays(np.uint8, (5, 4), elements=st.sampled_from([0, 1, 255])))
-def test_colours_there_and_back(labels: np.ndarray) -> None:
-    picture = colourise(labels, TWO)
+def test_colors_there_and_back(labels: np.ndarray) -> None:
+    picture = colorise(labels, TWO)
     assert picture.shape == (5, 4, 3) and picture.dtype == np.uint8
-    np.testing.assert_array_equal(labels_from_colours(picture, TWO, "x"), labels)
+    np.testing.assert_array_equal(labels_from_colors(picture, TWO, "x"), labels)
 
 
-def test_every_unshared_class_survives_colours() -> None:
+def test_every_unshared_class_survives_colors() -> None:
     for table in (CITYSCAPES, ADE20K):
         ids = np.arange(len(table), dtype=np.uint8)[None]
-        back = labels_from_colours(colourise(ids, table), table, "x")
-        first = {label.id: owners[0].id for owners in shared_colours(table).values() for label in owners}
+        back = labels_from_colors(colorise(ids, table), table, "x")
+        first = {label.id: owners[0].id for owners in shared_colors(table).values() for label in owners}
         assert back.tolist() == [[first.get(i, i) for i in range(len(table))]]
 
 
-def test_colours_of_ids_without_a_class() -> None:
-    picture = colourise(np.array([[255, 9]], np.uint8), TWO)
+def test_colors_of_ids_without_a_class() -> None:
+    picture = colorise(np.array([[255, 9]], np.uint8), TWO)
     assert picture.tolist() == [[[0, 0, 0], [255, 255, 255]]]
 
 
-def test_unknown_colours_are_listed_most_frequent_first() -> None:
+def test_unknown_colors_are_listed_most_frequent_first() -> None:
     rgb = np.zeros((2, 2, 3), np.uint8)
     rgb[0, 0] = 1, 2, 3
     rgb[1] = 9, 9, 9
-    with pytest.raises(InputError, match=r"2 colours .*: \(9, 9, 9\) \(2 pixels\), \(1, 2, 3\) \(1 pixel\)"):
-        labels_from_colours(rgb, TWO, "map.png")
+    with pytest.raises(InputError, match=r"2 colors .*: \(9, 9, 9\) \(2 pixels\), \(1, 2, 3\) \(1 pixel\)"):
+        labels_from_colors(rgb, TWO, "map.png")
 
 
 @given(MAPS, st.integers(-300, 300), st.none() | st.integers(0, 255))

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from spmdeploy.stats import (
     RESAMPLES,
     SAMPLES_FOR_P99,
-    drawn_rounds,
+    bootstrap_medians,
+    bootstrap_weights,
     ratio_of_medians,
     ratio_of_runs,
-    resampled_medians,
-    summarise,
+    summarize,
 )
 
 times = st.floats(0.001, 1e5)
@@ -24,7 +24,7 @@ turns_of = st.lists(st.lists(times, min_size=1, max_size=6), min_size=2, max_siz
 
 
 def test_by_hand() -> None:
-    figures = summarise([[1.0, 2.0], [3.0], [4.0, 10.0]])
+    figures = summarize([[1.0, 2.0], [3.0], [4.0, 10.0]])
     assert (figures.n, figures.mean, figures.min, figures.p50, figures.max) == (5, 4.0, 1.0, 3.0, 10.0)
     assert figures.std == pytest.approx(12.5**0.5)  # (9 + 4 + 1 + 0 + 36) / 4
     assert figures.cv == pytest.approx(12.5**0.5 / 4)
@@ -35,7 +35,7 @@ def test_by_hand() -> None:
 @given(turns_of)
 def test_against_numpy(turns: list[list[float]]) -> None:
     samples = np.concatenate([np.array(turn) for turn in turns])
-    figures = summarise(turns)
+    figures = summarize(turns)
     assert (figures.p50, figures.p90, figures.p95) == pytest.approx(tuple(np.quantile(samples, (0.5, 0.9, 0.95))))
     assert figures.std == pytest.approx(np.std(samples, ddof=1))
     assert figures.p50_interval.low <= figures.p50_interval.high
@@ -44,42 +44,42 @@ def test_against_numpy(turns: list[list[float]]) -> None:
 
 def test_p99_needs_enough_samples() -> None:
     samples = [float(value) for value in range(1, SAMPLES_FOR_P99 + 1)]
-    assert summarise([samples[:-1]]).p99 is None
-    assert summarise([samples]).p99 == pytest.approx(99.01)
+    assert summarize([samples[:-1]]).p99 is None
+    assert summarize([samples]).p99 == pytest.approx(99.01)
 
 
 @pytest.mark.parametrize(("spread", "unstable"), [(0.024, False), (0.026, True)])
 def test_unstable_is_above_two_and_a_half_per_cent(spread: float, unstable: bool) -> None:
     # two values at 1 ± d have a standard deviation of d times the square root of 2
-    figures = summarise([[1 - spread / 2**0.5], [1 + spread / 2**0.5]])
+    figures = summarize([[1 - spread / 2**0.5], [1 + spread / 2**0.5]])
     assert figures.cv == pytest.approx(spread) and figures.unstable is unstable
 
 
 @given(turns_of, st.integers(0, 3))
 @settings(max_examples=30)
 def test_a_resample_is_a_draw_of_whole_turns(turns: list[list[float]], seed: int) -> None:
-    draws = drawn_rounds(len(turns), seed)[:50]
+    draws = bootstrap_weights(len(turns), seed)[:50]
     assert (draws.sum(axis=1) == len(turns)).all()
     expected = [
         np.median(np.concatenate([turn * times for turn, times in zip(turns, row, strict=True) if times]))
         for row in draws
     ]
-    assert resampled_medians(turns, draws) == pytest.approx(np.array(expected))
+    assert bootstrap_medians(turns, draws) == pytest.approx(np.array(expected))
 
 
 def test_resampling_in_pieces_changes_nothing() -> None:
     noise = np.random.default_rng(3)
     turns = [list(noise.random(1000)) for _ in range(5)]
-    draws = drawn_rounds(5, 1)
+    draws = bootstrap_weights(5, 1)
     assert len(draws) == RESAMPLES and RESAMPLES * 5000 > 2 * 4_000_000  # more than one piece
     whole = [np.median(np.concatenate([turn * times for turn, times in zip(turns, row, strict=True)])) for row in draws]
-    assert resampled_medians(turns, draws) == pytest.approx(np.array(whole))
+    assert bootstrap_medians(turns, draws) == pytest.approx(np.array(whole))
 
 
 def test_the_interval_of_the_median_covers_the_truth_about_19_times_in_20() -> None:
     noise = np.random.default_rng(11)
     covered = [
-        summarise([[value] for value in noise.lognormal(0, 0.3, 60)], seed=trial).p50_interval.holds(1.0)
+        summarize([[value] for value in noise.lognormal(0, 0.3, 60)], seed=trial).p50_interval.holds(1.0)
         for trial in range(200)
     ]
     assert 0.9 <= np.mean(covered) <= 0.99
@@ -115,6 +115,6 @@ def test_no_sample_is_dropped() -> None:
     for place in range(4):
         turns = [[1.0, 1.0], [1.0, 1.0]]
         turns[place // 2][place % 2] = 1e4
-        figures = summarise(turns)
+        figures = summarize(turns)
         assert (figures.n, figures.max) == (4, 1e4)
         assert figures.mean == pytest.approx(sum(itertools.chain(*turns)) / 4)

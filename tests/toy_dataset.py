@@ -29,7 +29,7 @@ def _one_thread() -> Iterator[None]:
 def write_data_folder(
     root: Path, pictures: int, classes: tuple[str, ...] = CLASSES, size: tuple[int, int] = (140, 180)
 ) -> Path:
-    """Skies over roads with one car each: every pixel's colour follows from its class."""
+    """Skies over roads with one car each: every pixel's color follows from its class."""
     height, width = size
     for split in ("train", "test"):
         for kind in ("images", "labels"):

@@ -19,13 +19,13 @@ from spmdeploy.types import Precision
 
 if TYPE_CHECKING:
     from spmdeploy.backends.device_pyramid import DeviceCascade
-    from spmdeploy.tiling.letterbox import Frame
-    from spmdeploy.tiling.pyramid import Level
+    from spmdeploy.tiling.letterbox import Letterbox
+    from spmdeploy.tiling.pyramid import PyramidLevel
 
 BACKENDS = ("onnxruntime", "tensorrt", "tensorrt-rtx", "torch")
 
 
-class Lack(NamedTuple):
+class Unsupported(NamedTuple):
     """What a session cannot do, in words, and what to do about it."""
 
     problem: str
@@ -47,7 +47,7 @@ class Session(Protocol):
     """Height and width of the pictures that the graph takes."""
     refines: bool
     """Whether `refine` can be called: the bundle holds a `refine` graph for this device in this precision."""
-    lacks_refine: Lack | None
+    refine_unsupported: Unsupported | None
     """Why it cannot be; None where it can."""
 
     @property
@@ -99,20 +99,20 @@ LayoutRun = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
 
 
 @runtime_checkable
-class KeepsLayouts(Protocol):
+class SupportsLayoutCache(Protocol):
     """A session that can compute once what many images share."""
 
-    def keep_layout(
+    def cache_layout_run(
         self, labels: NDArray[np.uint8], instances: NDArray[np.int32], mask: NDArray[np.uint8]
     ) -> LayoutRun:
         """Computes now what these three decide. The pictures are those of `run` with the same arguments."""
 
 
 @runtime_checkable
-class CascadesOnDevice(Protocol):
+class SupportsDevicePyramid(Protocol):
     """A session that can keep the picture of a cascade in the memory of its GPU from one level to the next."""
 
-    def device_cascade(self, frame: Frame, levels: tuple[Level, ...], batch: int) -> DeviceCascade | None:
+    def device_cascade(self, frame: Letterbox, levels: tuple[PyramidLevel, ...], batch: int) -> DeviceCascade | None:
         """For one window, `batch` tiles at once at most. Pictures and scores are those of the same steps on the host.
         None where the session is on the CPU.
 
@@ -120,17 +120,17 @@ class CascadesOnDevice(Protocol):
         """
 
 
-def layout_run(
+def bind_layout(
     session: Session, labels: NDArray[np.uint8], instances: NDArray[np.int32], mask: NDArray[np.uint8]
 ) -> LayoutRun:
     """The layout kept by the session where it can, else given to it with every image."""
-    if isinstance(session, KeepsLayouts):
-        return session.keep_layout(labels, instances, mask)
+    if isinstance(session, SupportsLayoutCache):
+        return session.cache_layout_run(labels, instances, mask)
     return lambda image: session.run(image, labels, instances, mask)
 
 
 @dataclass(frozen=True)
-class Opened:
+class OpenedBackend:
     """A session, and why it is this one: a line for each choice that the caller left open."""
 
     session: Session
@@ -142,8 +142,8 @@ def open_session(
     backend: str = "auto",
     device: str = "auto",
     precision: str = "auto",
-    meanwhile: Callable[[], None] = lambda: None,
-) -> Opened:
+    on_loading: Callable[[], None] = lambda: None,
+) -> OpenedBackend:
     """Loads the `edit` graph of a bundle; its `refine` graph waits until it is used.
 
     What is asked for by name is done or refused, never replaced.
@@ -161,21 +161,21 @@ def open_session(
     if backend in ("tensorrt", "tensorrt-rtx"):
         return _open_engine(bundle, backend, device, precision)
     if backend == "onnxruntime":
-        return _open_onnxruntime(bundle, device, precision, [], meanwhile)
+        return _open_onnxruntime(bundle, device, precision, [], on_loading)
     if backend != "auto":
         raise UsageError(f"unknown backend {backend!r}", f"choose from auto, {', '.join(BACKENDS)}")
     if device == "cpu":
         why = "backend onnxruntime: engines do not run on the CPU"
-        return _open_onnxruntime(bundle, device, precision, [why], meanwhile)
-    from spmdeploy.backends.select_engine import open_fitting_engine
+        return _open_onnxruntime(bundle, device, precision, [why], on_loading)
+    from spmdeploy.backends.select_engine import open_compatible_engine
 
-    opened, reason = open_fitting_engine(bundle, _ordinal(device), precision)
+    opened, reason = open_compatible_engine(bundle, _ordinal(device), precision)
     if opened is None:
-        return _open_onnxruntime(bundle, device, precision, [f"backend onnxruntime: {reason}"], meanwhile)
+        return _open_onnxruntime(bundle, device, precision, [f"backend onnxruntime: {reason}"], on_loading)
     return _with_device(opened, device)
 
 
-def _open_engine(bundle: Bundle, backend: str, device: str, precision: str) -> Opened:
+def _open_engine(bundle: Bundle, backend: str, device: str, precision: str) -> OpenedBackend:
     """The session on an engine of this library, and on nothing else."""
     from spmdeploy.backends.select_engine import open_named_engine
 
@@ -189,32 +189,34 @@ def _ordinal(device: str) -> int:
     return 0 if device == "auto" else int(device.removeprefix("cuda:"))
 
 
-def _with_device(opened: Opened, device: str) -> Opened:
+def _with_device(opened: OpenedBackend, device: str) -> OpenedBackend:
     backend, *others = opened.choices
     first = [f"device {opened.session.device}: the first GPU that the driver shows"] if device == "auto" else []
-    return Opened(opened.session, (backend, *first, *others))
+    return OpenedBackend(opened.session, (backend, *first, *others))
 
 
 def _open_onnxruntime(
-    bundle: Bundle, device: str, precision: str, choices: list[str], meanwhile: Callable[[], None]
-) -> Opened:
+    bundle: Bundle, device: str, precision: str, choices: list[str], on_loading: Callable[[], None]
+) -> OpenedBackend:
     """The session in ONNX Runtime; what `auto` leaves open goes to a GPU that works, else to the CPU."""
     from spmdeploy.backends import onnxruntime as ort
 
     if device != "auto":
-        return _open_on(bundle, device, precision, choices, meanwhile)
+        return _open_on(bundle, device, precision, choices, on_loading)
     device, reason = ort.best_device()
     if device != "cpu" and not any(_suits(record, device) for record in bundle.manifest.graphs):
         device, reason = "cpu", "the bundle holds a graph for CPUs only"
     if device != "cpu":
         try:
-            return _open_on(bundle, device, precision, [*choices, f"device {device}: {reason}"], meanwhile)
+            return _open_on(bundle, device, precision, [*choices, f"device {device}: {reason}"], on_loading)
         except UnavailableError as error:
             device, reason = "cpu", f"{device} was tried first; {error.problem}"
-    return _open_on(bundle, device, precision, [*choices, f"device {device}: {reason}"], meanwhile)
+    return _open_on(bundle, device, precision, [*choices, f"device {device}: {reason}"], on_loading)
 
 
-def _open_on(bundle: Bundle, device: str, precision: str, choices: list[str], meanwhile: Callable[[], None]) -> Opened:
+def _open_on(
+    bundle: Bundle, device: str, precision: str, choices: list[str], on_loading: Callable[[], None]
+) -> OpenedBackend:
     """The session on exactly this device."""
     from spmdeploy.backends import onnxruntime as ort
 
@@ -223,7 +225,7 @@ def _open_on(bundle: Bundle, device: str, precision: str, choices: list[str], me
         choices = [*choices, f"precision {record.precision}: {why}"]
     finer = _find(bundle, REFINE, record.precision, device)
     get_finer = None if finer is None else lambda: _content(bundle, finer)
-    meanwhile()
+    on_loading()
     session = ort.OnnxRuntimeSession(
         _content(bundle, record),
         record.precision,
@@ -231,7 +233,7 @@ def _open_on(bundle: Bundle, device: str, precision: str, choices: list[str], me
         refine=get_finer,
         read_again=partial(bundle.read_graph, record),
     )
-    return Opened(session, tuple(choices))
+    return OpenedBackend(session, tuple(choices))
 
 
 def _content(bundle: Bundle, record: GraphRecord) -> Path | GraphFiles:

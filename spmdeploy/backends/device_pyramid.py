@@ -17,18 +17,18 @@ from numpy.typing import NDArray
 
 from spmdeploy.gpu.buffers import ALIGNMENT, EngineMemory
 from spmdeploy.imaging.files import canvas_taps
-from spmdeploy.tiling.blending import ramps
-from spmdeploy.tiling.letterbox import Frame
-from spmdeploy.tiling.pyramid import Level, Tile, base_extent
+from spmdeploy.tiling.blending import blend_windows
+from spmdeploy.tiling.letterbox import Letterbox
+from spmdeploy.tiling.pyramid import PyramidLevel, Tile, coarse_size
 from spmdeploy.tiling.windows import Window
 
-Batch = Callable[[int], None]
+EnqueueBatch = Callable[[int], None]
 """Queues so many edits on the inputs in the memory's places; results stay in theirs."""
 
 
-class PaintedLevel(NamedTuple):
+class LevelResult(NamedTuple):
     """canvas: float32 (H, W, 3), the level's region as far as the window has it. mismatch: the distances of
-    neighbouring tiles where both show the same masked pixel, in grey levels, added up."""
+    neighboring tiles where both show the same masked pixel, in gray levels, added up."""
 
     canvas: NDArray[np.float32]
     mismatch: float
@@ -48,7 +48,7 @@ class _Picture:
 
 
 @dataclass(frozen=True)
-class _Taps:
+class _ResampleTable:
     """What `canvas_taps` gives, and the last pixel that there is."""
 
     first: int
@@ -61,15 +61,17 @@ class _Taps:
 class _Layout:
     """Where everything of a cascade lies in one allocation, by offsets in bytes, and what is written there at first."""
 
-    def __init__(self, frame: Frame, levels: tuple[Level, ...]) -> None:
+    def __init__(self, frame: Letterbox, levels: tuple[PyramidLevel, ...]) -> None:
         size = frame.size
         self.bytes = 0
         self.tables: list[tuple[int, NDArray[np.uint8]]] = []
-        height, width, rows, columns = base_extent(frame, levels[0])
+        height, width, rows, columns = coarse_size(frame, levels[0])
         self.down = self._taps(frame.height, rows, height)
         self.right = self._taps(frame.width, columns, width)
         self.twice = self._taps(size // 2, size // 2, size)
-        self.ramps = [tuple(self._table(ramps(starts, size)) for starts in (one.rows, one.columns)) for one in levels]
+        self.blend_windows = [
+            tuple(self._table(blend_windows(starts, size)) for starts in (one.rows, one.columns)) for one in levels
+        ]
         # Between the two axes of a resampling: of the base, or of a tile.
         self.halfway = self._room(4 * 3 * max(frame.height * width, size // 2 * size))
         self.base = _Picture(self._room(4 * 3 * height * width), height, width)
@@ -88,9 +90,9 @@ class _Layout:
         self.tables.append((offset, np.ascontiguousarray(values).view(np.uint8).reshape(-1)))
         return offset
 
-    def _taps(self, have: int, reach: float, length: int) -> _Taps:
+    def _taps(self, have: int, reach: float, length: int) -> _ResampleTable:
         first, weights = canvas_taps(have, reach, length)
-        return _Taps(self._table(first), self._table(weights), weights.shape[1], length, have - 1)
+        return _ResampleTable(self._table(first), self._table(weights), weights.shape[1], length, have - 1)
 
 
 class DeviceCascade:
@@ -100,7 +102,13 @@ class DeviceCascade:
     """
 
     def __init__(
-        self, memory: EngineMemory, edit: Batch, refine: Batch, most: int, frame: Frame, levels: tuple[Level, ...]
+        self,
+        memory: EngineMemory,
+        edit: EnqueueBatch,
+        refine: EnqueueBatch,
+        most: int,
+        frame: Letterbox,
+        levels: tuple[PyramidLevel, ...],
     ) -> None:
         """most: edits that one call of edit and refine takes. Raises OutOfMemory, UnavailableError; nothing is left
         behind then."""
@@ -111,7 +119,7 @@ class DeviceCascade:
         self._painted: set[tuple[int, int]] = set()
         with memory.in_use():
             memory.device.load_kernels()
-            self._start = memory.lend(layout.bytes, "the levels of a cascade")
+            self._start = memory.allocate_temporary(layout.bytes, "the levels of a cascade")
             try:
                 for offset, content in layout.tables:
                     memory.upload(self._start + offset, content)
@@ -131,7 +139,7 @@ class DeviceCascade:
 
     def close(self) -> None:
         """Gives the memory back. Safe to call twice, and after the session was closed."""
-        self._memory.take_back(self._start)
+        self._memory.release_temporary(self._start)
 
     # -- the levels
 
@@ -181,7 +189,7 @@ class DeviceCascade:
                 self._paint(tiles[part], refined)
                 self._memory.queued()
 
-    def levels(self) -> Iterator[PaintedLevel]:
+    def levels(self) -> Iterator[LevelResult]:
         """What became of the levels, the coarsest first. Here and nowhere else pictures come back to the host."""
         layout = self._layout
         for level, canvas, plane in zip(self._levels, layout.canvases, layout.planes, strict=True):
@@ -190,7 +198,7 @@ class DeviceCascade:
             with self._memory.in_use():
                 self._memory.download(self._start + canvas.offset, picture.reshape(-1).view(np.uint8))
                 self._memory.download(self._start + plane, distances.reshape(-1).view(np.uint8))
-            yield PaintedLevel(picture, float(distances.sum(dtype=np.float64)))
+            yield LevelResult(picture, float(distances.sum(dtype=np.float64)))
 
     # -- inside `in_use`
 
@@ -219,11 +227,11 @@ class DeviceCascade:
             self._painted.add((tile.row, tile.column))
 
     def _tile(self, row: int, column: int) -> int:
-        """Where a tile's picture is kept for its neighbours: those of two rows are."""
+        """Where a tile's picture is kept for its neighbors: those of two rows are."""
         return self._start + self._layout.tiles + ((row % 2) * len(self._level.columns) + column) * 12 * self._size**2
 
     @property
-    def _level(self) -> Level:
+    def _level(self) -> PyramidLevel:
         return self._levels[self._number]
 
     def _cut(self, out: int, tile: Tile) -> None:
@@ -243,7 +251,9 @@ class DeviceCascade:
         self._resample(halfway, half, twice, size // 2 * 3, 3, size // 2 * size * 3, clip=False)
         self._resample(out, halfway, twice, 0, size * 3, size * size * 3, clip=True)
 
-    def _resample(self, out: int, source: int, by: _Taps, row: int, inner: int, count: int, clip: bool) -> None:
+    def _resample(
+        self, out: int, source: int, by: _ResampleTable, row: int, inner: int, count: int, clip: bool
+    ) -> None:
         numbers = (by.taps, by.last, row, inner, by.length, int(clip))
         tables = self._start + by.first, self._start + by.weights
         self._kernel("resample", count, out, source, *tables, *numbers)
@@ -252,7 +262,7 @@ class DeviceCascade:
         region, canvas, size = self._level.region, self._layout.canvases[self._number], self._size
         top, left = tile.top - region.top, tile.left - region.left
         rows, columns = min(size, canvas.height - top), min(size, canvas.width - left)
-        ramp_of_row, ramp_of_column = (self._start + place for place in self._layout.ramps[self._number])
+        ramp_of_row, ramp_of_column = (self._start + place for place in self._layout.blend_windows[self._number])
         down, right = ramp_of_row + tile.row * size * 4, ramp_of_column + tile.column * size * 4
         pointers = self._start + canvas.offset, picture, image, mask, down, right
         numbers = canvas.width, top * canvas.width + left, columns, size
@@ -263,7 +273,7 @@ class DeviceCascade:
         level, size = self._level, self._size
         region, plane = level.region, self._start + self._layout.planes[self._number]
         at = (tile.top - region.top) * region.width + tile.left - region.left
-        for row, column, down, right in level.neighbours(tile):
+        for row, column, down, right in level.neighbors(tile):
             if (row, column) in self._painted:
                 both = Window(down, right, size - down, size - right)
                 place = (region.width, at, down, right, both.width, size)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from spmdeploy.backends.onnxruntime import import_onnxruntime, missing_cuda_library
-from spmdeploy.backends.select_engine import fitting_engine
+from spmdeploy.backends.select_engine import compatible_engine
 from spmdeploy.bundle.bundle import Bundle
 from spmdeploy.bundle.manifest import ON_CPU
 from spmdeploy.engines.library import import_engine_library
@@ -32,7 +32,7 @@ _STUB_REMEDY = (
 
 
 @dataclass(frozen=True)
-class Finding:
+class Check:
     """One capability of this machine."""
 
     name: str
@@ -44,7 +44,7 @@ class Finding:
         return {"name": self.name, "usable": self.usable, "reason": self.reason, "remedy": self.remedy}
 
 
-def examine(bundle: Bundle) -> list[Finding]:
+def run_checks(bundle: Bundle) -> list[Check]:
     """Every capability, in the order of preference at run time, then what is needed to export.
 
     bundle: whose engines are looked for.
@@ -66,41 +66,41 @@ def machine() -> dict[str, Any]:
     }
 
 
-def _gpu() -> Finding:
+def _gpu() -> Check:
     try:
         count = visible_gpus()
     except OSError as error:
-        return Finding("NVIDIA GPU", False, str(error), "install NVIDIA's driver, or edit on the CPU")
+        return Check("NVIDIA GPU", False, str(error), "install NVIDIA's driver, or edit on the CPU")
     if not count:
-        return Finding("NVIDIA GPU", False, "the driver shows no GPU", "check CUDA_VISIBLE_DEVICES and nvidia-smi")
-    return Finding("NVIDIA GPU", True, f"{count} visible")
+        return Check("NVIDIA GPU", False, "the driver shows no GPU", "check CUDA_VISIBLE_DEVICES and nvidia-smi")
+    return Check("NVIDIA GPU", True, f"{count} visible")
 
 
-def _cuda_binding(gpu: Finding) -> Finding:
+def _cuda_binding(gpu: Check) -> Check:
     name = "CUDA for Python"
     try:
-        return Finding(name, gpu.usable, open_binding().name, gpu.remedy)
+        return Check(name, gpu.usable, open_binding().name, gpu.remedy)
     except ImportError as error:
         remedy = "pip install cuda-python; on Jetson PyCUDA is part of most images"
-        return Finding(name, False, str(error), remedy)
+        return Check(name, False, str(error), remedy)
     except OSError as error:
-        return Finding(name, False, str(error) if gpu.usable else gpu.reason, gpu.remedy or "check nvidia-smi")
+        return Check(name, False, str(error) if gpu.usable else gpu.reason, gpu.remedy or "check nvidia-smi")
 
 
-def _engine_library(runtime: EngineRuntime, gpu: Finding, binding: Finding) -> Finding:
+def _engine_library(runtime: EngineRuntime, gpu: Check, binding: Check) -> Check:
     """Whether engines can be run with it: the library, a GPU and something to talk to the GPU with."""
     try:
         library = import_engine_library(runtime)
     except UnavailableError as error:
-        return Finding(runtime, False, *_why_not_imported(runtime, error))
+        return Check(runtime, False, *_why_not_imported(runtime, error))
     if not hasattr(library, "Runtime"):
-        return Finding(runtime, False, f"the module {library.__name__} is empty: leftovers of a package", _STUB_REMEDY)
+        return Check(runtime, False, f"the module {library.__name__} is empty: leftovers of a package", _STUB_REMEDY)
     version = f"{runtime} {library.__version__}"
     for needed in (gpu, binding):
         if not needed.usable:
             builds = "; it can build engines for other machines" if runtime == "tensorrt-rtx" else ""
-            return Finding(runtime, False, f"{version}, but no usable {needed.name}{builds}", needed.remedy)
-    return Finding(runtime, True, f"{version} with {binding.reason}")
+            return Check(runtime, False, f"{version}, but no usable {needed.name}{builds}", needed.remedy)
+    return Check(runtime, True, f"{version} with {binding.reason}")
 
 
 def _why_not_imported(runtime: EngineRuntime, error: UnavailableError) -> tuple[str, str | None]:
@@ -115,29 +115,29 @@ def _why_not_imported(runtime: EngineRuntime, error: UnavailableError) -> tuple[
     return f"{package} {version} is installed without its libraries: {error.problem}", _STUB_REMEDY
 
 
-def _engines(bundle: Bundle) -> Finding:
+def _engines(bundle: Bundle) -> Check:
     name = f"engines of {bundle.manifest.name}"
     if all(graph.graph in ON_CPU.values() for graph in bundle.manifest.graphs):
         remedy = "export it again from its checkpoint, without --cpu-only"
-        return Finding(name, False, "the bundle holds graphs for CPUs only, of which no engine can be built", remedy)
-    engine, reason = fitting_engine(bundle)
-    return Finding(name, engine is not None, reason, None if engine else "spmdeploy build BUNDLE, on this machine")
+        return Check(name, False, "the bundle holds graphs for CPUs only, of which no engine can be built", remedy)
+    engine, reason = compatible_engine(bundle)
+    return Check(name, engine is not None, reason, None if engine else "spmdeploy build BUNDLE, on this machine")
 
 
-def _onnxruntime_cpu() -> Finding:
+def _onnxruntime_cpu() -> Check:
     name = "onnxruntime on cpu"
     try:
         library = import_onnxruntime()
     except UnavailableError as error:
-        return Finding(name, False, error.problem, error.hint)
-    return Finding(name, True, f"onnxruntime {library.__version__}{_mixed_packages()}")
+        return Check(name, False, error.problem, error.hint)
+    return Check(name, True, f"onnxruntime {library.__version__}{_mixed_packages()}")
 
 
-def _onnxruntime_cuda(gpu: Finding) -> Finding:
+def _onnxruntime_cuda(gpu: Check) -> Check:
     name = "onnxruntime on cuda"
     both = {"onnxruntime", "onnxruntime-gpu"} & _installed()
     if len(both) == 2:
-        return Finding(
+        return Check(
             name,
             False,
             "onnxruntime and onnxruntime-gpu are both installed and have overwritten each other's files",
@@ -146,30 +146,30 @@ def _onnxruntime_cuda(gpu: Finding) -> Finding:
     try:
         library = import_onnxruntime()
     except UnavailableError as error:
-        return Finding(name, False, error.problem, 'pip install "spmdeploy[gpu]"')
+        return Check(name, False, error.problem, 'pip install "spmdeploy[gpu]"')
     if "CUDAExecutionProvider" not in library.get_available_providers():
         reason = f"the installed onnxruntime {library.__version__} is built without CUDA"
-        return Finding(name, False, reason, 'pip uninstall onnxruntime, then pip install "spmdeploy[gpu]"')
+        return Check(name, False, reason, 'pip uninstall onnxruntime, then pip install "spmdeploy[gpu]"')
     if not gpu.usable:
-        return Finding(name, False, gpu.reason, gpu.remedy)
+        return Check(name, False, gpu.reason, gpu.remedy)
     if missing := missing_cuda_library(library):
         remedy = 'pip install "onnxruntime-gpu[cuda,cudnn]", or install CUDA and cuDNN for the whole system'
-        return Finding(name, False, f"onnxruntime {library.__version__} lacks a library of CUDA: {missing}", remedy)
-    return Finding(name, True, f"onnxruntime {library.__version__}; `spmdeploy verify --device cuda:0` proves it")
+        return Check(name, False, f"onnxruntime {library.__version__} lacks a library of CUDA: {missing}", remedy)
+    return Check(name, True, f"onnxruntime {library.__version__}; `spmdeploy verify --device cuda:0` proves it")
 
 
-def _torch() -> Finding:
+def _torch() -> Check:
     missing = _missing("torch", "onnx")
     if missing:
-        return Finding("torch", False, f"{missing} is not installed", 'pip install "spmdeploy[export]"')
-    return Finding("torch", True, f"torch {importlib.metadata.version('torch')}")
+        return Check("torch", False, f"{missing} is not installed", 'pip install "spmdeploy[export]"')
+    return Check("torch", True, f"torch {importlib.metadata.version('torch')}")
 
 
-def _export() -> Finding:
+def _export() -> Check:
     missing = _missing("torch", "onnx", "onnxscript", "safetensors", "onnxruntime")
     if missing:
-        return Finding("export", False, f"{missing} is not installed", 'pip install "spmdeploy[export,cpu]"')
-    return Finding("export", True, f"onnx {importlib.metadata.version('onnx')}")
+        return Check("export", False, f"{missing} is not installed", 'pip install "spmdeploy[export,cpu]"')
+    return Check("export", True, f"onnx {importlib.metadata.version('onnx')}")
 
 
 def _mixed_packages() -> str:

@@ -27,7 +27,7 @@ _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 
 @dataclass(frozen=True)
-class Halves:
+class GraphPartition:
     """Two ONNX models."""
 
     layout: bytes
@@ -46,8 +46,8 @@ class _Node(NamedTuple):
     outputs: tuple[str, ...]
 
 
-def split_by_layout(model: bytes, image: str = "image") -> Halves:
-    """The halves of a serialised model whose nodes stand in order, as ONNX demands.
+def split_by_layout(model: bytes, image: str = "image") -> GraphPartition:
+    """The halves of a serialized model whose nodes stand in order, as ONNX demands.
 
     Weights that lie in files beside the model stay there. Raises BundleError for what is no such model, or has
     operators with bodies.
@@ -58,7 +58,7 @@ def split_by_layout(model: bytes, image: str = "image") -> Halves:
         raise BundleError(f"the graph cannot be split: {error!r}", "export the bundle again") from error
 
 
-def _split(model: memoryview, image: str) -> Halves:
+def _split(model: memoryview, image: str) -> GraphPartition:
     graph = dict(_fields(model))[_MODEL_GRAPH]
     if not isinstance(graph, memoryview):
         raise KeyError(_MODEL_GRAPH)
@@ -94,7 +94,7 @@ def _split(model: memoryview, image: str) -> Halves:
         rest = [(field, value) for field, values in parts.items() if field not in _SPLIT for value in values]
         return _with_graph(model, _message([*rest, *content]))
 
-    return Halves(
+    return GraphPartition(
         layout=half(layout_nodes, layout_inputs, kept),
         picture=half(picture_nodes, (*picture_inputs, *kept), outputs),
         layout_inputs=layout_inputs,

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from spmdeploy.backends.base import Lack
-from spmdeploy.backends.layout_split import Halves, split_by_layout
+from spmdeploy.backends.base import Unsupported
+from spmdeploy.backends.layout_split import GraphPartition, split_by_layout
 from spmdeploy.bundle.bundle import GraphFiles
 from spmdeploy.bundle.manifest import EDIT, REFINE
-from spmdeploy.errors import BundleError, OutOfMemory, UnavailableError
+from spmdeploy.errors import BundleError, OutOfMemoryError, UnavailableError
 from spmdeploy.gpu.arrays import DeviceArray
 from spmdeploy.gpu.driver import visible_gpus
 from spmdeploy.types import Precision
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from spmdeploy.backends.base import LayoutRun
     from spmdeploy.backends.device_pyramid import DeviceCascade
     from spmdeploy.backends.onnxruntime_pyramid import OrtCascades
-    from spmdeploy.tiling.letterbox import Frame
-    from spmdeploy.tiling.pyramid import Level
+    from spmdeploy.tiling.letterbox import Letterbox
+    from spmdeploy.tiling.pyramid import PyramidLevel
 
 _INPUTS = {
     "image": "tensor(uint8)",
@@ -60,20 +60,20 @@ class OnnxRuntimeSession:
     ) -> None:
         """device: cpu or cuda:N. threads: 0 = one per core (CPU only). refine: gets the graph when it is needed.
 
-        read_again: gets `edit` into memory for `keep_layout`; without it no layout is kept.
+        read_again: gets `edit` into memory for `cache_layout_run`; without it no layout is kept.
         """
         self.device = device
         self.precision = precision
         self._threads = threads
         self._edit: LoadedGraph | None = LoadedGraph(edit, EDIT, device, threads)
         self._refine: LoadedGraph | None = None
-        self._halves: _Halves | None = None
+        self._halves: _SplitGraph | None = None
         self._cascades: OrtCascades | None = None
         self._get_refine = refine
         self._read_again = read_again
         self.refines = refine is not None
         problem = f"the bundle holds no refine graph in {precision} for {device}"
-        self.lacks_refine = None if self.refines else Lack(problem, "export it again with one")
+        self.refine_unsupported = None if self.refines else Unsupported(problem, "export it again with one")
         self._loading = threading.Lock()
         self.provider, self.size = self._edit.provider, self._edit.size
 
@@ -116,8 +116,8 @@ class OnnxRuntimeSession:
             if self._refine is None:
                 _open(self._edit)
                 if self._get_refine is None:
-                    assert self.lacks_refine is not None
-                    raise BundleError(*self.lacks_refine)
+                    assert self.refine_unsupported is not None
+                    raise BundleError(*self.refine_unsupported)
                 self._refine = LoadedGraph(self._get_refine(), REFINE, self.device, self._threads)
             return self._refine
 
@@ -126,7 +126,7 @@ class OnnxRuntimeSession:
         """The graphs that are: `refine` is from its first use on."""
         return tuple(name for name, graph in ((EDIT, self._edit), (REFINE, self._refine)) if graph is not None)
 
-    def keep_layout(
+    def cache_layout_run(
         self, labels: NDArray[np.uint8], instances: NDArray[np.int32], mask: NDArray[np.uint8]
     ) -> LayoutRun:
         """On CPUs the graph is split in two at the first call; the halves take the memory of its weights once more.
@@ -139,15 +139,15 @@ class OnnxRuntimeSession:
             _open(self._edit)
             if self._halves is None:
                 graph = self._read_again()
-                self._halves = _Halves(split_by_layout(graph.content), graph.weights, self._threads)
+                self._halves = _SplitGraph(split_by_layout(graph.content), graph.weights, self._threads)
         return self._halves.kept({"labels": labels, "instances": instances, "mask": mask})
 
     def bound(self, inputs: Mapping[str, DeviceArray], outputs: Mapping[str, DeviceArray]) -> Callable[[], None]:
         """A call that runs the graph on arrays in the memory of this session's GPU, and returns when it is done."""
         return _open(self._edit).bound(inputs, outputs)
 
-    def device_cascade(self, frame: Frame, levels: tuple[Level, ...], batch: int) -> DeviceCascade | None:
-        """On a GPU, carries a window up without its picture leaving its memory; see `CascadesOnDevice`."""
+    def device_cascade(self, frame: Letterbox, levels: tuple[PyramidLevel, ...], batch: int) -> DeviceCascade | None:
+        """On a GPU, carries a window up without its picture leaving its memory; see `SupportsDevicePyramid`."""
         if self.device == "cpu":
             return None
         refine = self._refining()
@@ -174,10 +174,10 @@ def _open(graph: LoadedGraph | None) -> LoadedGraph:
     return graph
 
 
-class _Halves:
+class _SplitGraph:
     """Both halves of a graph, loaded on the CPU."""
 
-    def __init__(self, halves: Halves, weights: Mapping[str, bytes], threads: int) -> None:
+    def __init__(self, halves: GraphPartition, weights: Mapping[str, bytes], threads: int) -> None:
         """weights: those of the whole graph, where they are not in it."""
         self._layout_inputs, self._picture_inputs, self._kept = halves.layout_inputs, halves.picture_inputs, halves.kept
         library = import_onnxruntime()
@@ -372,7 +372,7 @@ def _translated(error: Exception, device: str) -> Exception:
     """ONNX Runtime's exceptions as ours; they share no base class, only the words differ."""
     text = " ".join(str(error).split())[:400]
     if isinstance(error, MemoryError) or "allocate memory" in text or "out of memory" in text.lower():
-        return OutOfMemory(f"ONNX Runtime ran out of memory on {device}: {text}", "close other programs")
+        return OutOfMemoryError(f"ONNX Runtime ran out of memory on {device}: {text}", "close other programs")
     if device != "cpu":
         return UnavailableError(f"ONNX Runtime cannot use {device}: {text}", "see `spmdeploy doctor`")
     return BundleError(f"ONNX Runtime refused the graph: {text}", "export the bundle again")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from spmdeploy.backends.device_pyramid import Batch, DeviceCascade
+from spmdeploy.backends.device_pyramid import DeviceCascade, EnqueueBatch
 from spmdeploy.backends.onnxruntime import LoadedGraph
 from spmdeploy.backends.tensorrt import graph_ports
 from spmdeploy.backends.tensorrt_engine import item_bytes
@@ -11,8 +11,8 @@ from spmdeploy.engines.record import Port
 from spmdeploy.gpu.arrays import DeviceArray
 from spmdeploy.gpu.buffers import EngineMemory
 from spmdeploy.gpu.device import Device
-from spmdeploy.tiling.letterbox import Frame
-from spmdeploy.tiling.pyramid import Level
+from spmdeploy.tiling.letterbox import Letterbox
+from spmdeploy.tiling.pyramid import PyramidLevel
 
 
 class OrtCascades:
@@ -26,7 +26,7 @@ class OrtCascades:
         self._memory, self._size, self._room = EngineMemory(Device(ordinal)), size, 0
 
     def open(
-        self, edit: LoadedGraph, refine: LoadedGraph, frame: Frame, levels: tuple[Level, ...], batch: int
+        self, edit: LoadedGraph, refine: LoadedGraph, frame: Letterbox, levels: tuple[PyramidLevel, ...], batch: int
     ) -> DeviceCascade:
         """Raises OutOfMemory, UnavailableError."""
         sizes = {name: item_bytes(port) for name, port in graph_ports(REFINE, self._size).items()}
@@ -39,7 +39,7 @@ class OrtCascades:
     def close(self) -> None:
         self._memory.close()
 
-    def _run(self, graph: LoadedGraph, name: str) -> Batch:
+    def _run(self, graph: LoadedGraph, name: str) -> EnqueueBatch:
         memory, ports = self._memory, graph_ports(name, self._size)
         outputs = {"unrounded": ports.pop("unrounded")}
         del ports["edited"]
@@ -49,7 +49,7 @@ class OrtCascades:
                 return DeviceArray(memory.address(port.name), (batch, *port.shape[1:]), port.dtype)
 
             call = graph.bound(*({key: placed(port) for key, port in some.items()} for some in (ports, outputs)))
-            memory.device.synchronise(memory.stream)  # what is queued there writes to the inputs
+            memory.device.synchronize(memory.stream)  # what is queued there writes to the inputs
             call()
 
         return run

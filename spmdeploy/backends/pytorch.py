@@ -12,14 +12,14 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 from torch import nn
 
-from spmdeploy.backends.base import Lack, LayoutRun, Opened, check_device
+from spmdeploy.backends.base import LayoutRun, OpenedBackend, Unsupported, check_device
 from spmdeploy.bundle.bundle import Bundle, GraphFiles
 from spmdeploy.bundle.manifest import EDIT, EDIT_ON_CPU
 from spmdeploy.errors import BundleError, UnavailableError, UsageError
-from spmdeploy.model.deploy import NATIVE_SIZE, EditGraph, RefineGraph
+from spmdeploy.model.deploy import EditGraph, RefineGraph
 from spmdeploy.model.generator import Generator, GeneratorConfig
-from spmdeploy.model.known_layout import with_known_layout
-from spmdeploy.types import Precision
+from spmdeploy.model.known_layout import cache_layout
+from spmdeploy.types import NATIVE_SIZE, Precision
 
 
 class TorchSession:
@@ -37,8 +37,10 @@ class TorchSession:
         self.device = device
         self.provider = f"torch {torch.__version__}"
         self.refines = len(generator.stages) > 1
-        lack = Lack("a generator of one stage has nothing to refine", "use --tiling crop, or a model of several stages")
-        self.lacks_refine = None if self.refines else lack
+        lack = Unsupported(
+            "a generator of one stage has nothing to refine", "use --tiling crop, or a model of several stages"
+        )
+        self.refine_unsupported = None if self.refines else lack
         self.edit_graph = EditGraph(generator).to(device).eval()
         self._refine = RefineGraph(generator).to(device).eval() if self.refines else None
 
@@ -71,17 +73,17 @@ class TorchSession:
         coarse: NDArray[np.float32],
     ) -> NDArray[np.float32]:
         if self._refine is None:
-            assert self.lacks_refine is not None
-            raise BundleError(*self.lacks_refine)
+            assert self.refine_unsupported is not None
+            raise BundleError(*self.refine_unsupported)
         unrounded: NDArray[np.float32] = self._outputs(self._refine, image, labels, instances, mask, coarse)[1]
         return unrounded
 
-    def keep_layout(
+    def cache_layout_run(
         self, labels: NDArray[np.uint8], instances: NDArray[np.int32], mask: NDArray[np.uint8]
     ) -> LayoutRun:
         with torch.inference_mode():
             layout = [torch.from_numpy(np.ascontiguousarray(ids)).to(self.device) for ids in (labels, instances, mask)]
-            graph = with_known_layout(self.edit_graph, *layout)
+            graph = cache_layout(self.edit_graph, *layout)
         return lambda image: np.asarray(self._outputs(graph, image, labels, instances, mask)[0])
 
     def _outputs(self, graph: nn.Module, *inputs: NDArray[Any]) -> list[NDArray[Any]]:
@@ -93,7 +95,9 @@ class TorchSession:
         """Nothing to do: the weights go with the object."""
 
 
-def open_torch_session(bundle: Bundle, backend: str = "torch", device: str = "auto", precision: str = "auto") -> Opened:
+def open_torch_session(
+    bundle: Bundle, backend: str = "torch", device: str = "auto", precision: str = "auto"
+) -> OpenedBackend:
     """The bundle's own weights, read back from its FP32 graph, in eager PyTorch.
 
     device: auto, cpu or cuda:N. precision: auto or fp32. Raises UnavailableError, UsageError, BundleError.
@@ -106,7 +110,7 @@ def open_torch_session(bundle: Bundle, backend: str = "torch", device: str = "au
         device = "cuda:0" if torch.cuda.is_available() else "cpu"
         choices.append(f"device {device}: torch.cuda.is_available() is {torch.cuda.is_available()}")
     check_device(device)
-    return Opened(TorchSession(bundled_generator(bundle), device), tuple(choices))
+    return OpenedBackend(TorchSession(bundled_generator(bundle), device), tuple(choices))
 
 
 def bundled_generator(bundle: Bundle) -> Generator:

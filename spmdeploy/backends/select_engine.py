@@ -9,12 +9,12 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spmdeploy.backends.base import Lack, Opened
+from spmdeploy.backends.base import OpenedBackend, Unsupported
 from spmdeploy.bundle.bundle import Bundle
 from spmdeploy.bundle.manifest import EDIT, REFINE
-from spmdeploy.engines.library import import_engine_library, this_host
+from spmdeploy.engines.library import import_engine_library, local_host
 from spmdeploy.engines.record import BUILD_AGAIN, EngineHost, EngineRecord, EngineRuntime, Gpu, Verification
-from spmdeploy.engines.store import FoundEngine, cache_folder, find_engines
+from spmdeploy.engines.store import StoredEngine, cache_folder, find_engines
 from spmdeploy.errors import BundleError, InputError, SpmDeployError, UnavailableError, VerificationError
 from spmdeploy.gpu.driver import gpu_facts
 
@@ -25,7 +25,7 @@ BUILD_FIRST = "build one on this machine: spmdeploy build BUNDLE"
 BUILD_EDIT_TOO = "build it too, on this machine: spmdeploy build BUNDLE --graph edit"
 
 
-def open_named_engine(bundle: Bundle, runtime: EngineRuntime, ordinal: int, precision: str) -> Opened:
+def open_named_engine(bundle: Bundle, runtime: EngineRuntime, ordinal: int, precision: str) -> OpenedBackend:
     """The engine of this library that fits. precision: auto, fp32 or fp16.
 
     Raises UnavailableError without library or GPU, BundleError naming everything that speaks against each engine,
@@ -45,9 +45,9 @@ def open_named_engine(bundle: Bundle, runtime: EngineRuntime, ordinal: int, prec
     return _open(bundle, fit[0], there, ordinal, precision)
 
 
-def open_fitting_engine(bundle: Bundle, ordinal: int, precision: str) -> tuple[Opened | None, str]:
+def open_compatible_engine(bundle: Bundle, ordinal: int, precision: str) -> tuple[OpenedBackend | None, str]:
     """A session on the best engine that fits and works, or why there is none: any failure is a reason."""
-    there = find_engines(bundle, None if ordinal == 0 else this_host(ordinal), hashing=False)
+    there = find_engines(bundle, None if ordinal == 0 else local_host(ordinal), hashing=False)
     fit = _fitting(there, precision)
     if not fit:
         hint = f"; {BUILD_EDIT_TOO}" if _fitting(there, precision, REFINE) else ""
@@ -64,29 +64,31 @@ def open_fitting_engine(bundle: Bundle, ordinal: int, precision: str) -> tuple[O
     return None, f"no engine for this bundle works here: {'; '.join(failures)}"
 
 
-def fitting_engine(bundle: Bundle) -> tuple[FoundEngine | None, str]:
+def compatible_engine(bundle: Bundle) -> tuple[StoredEngine | None, str]:
     """The engine that would be tried first on the first GPU, and what it is; or None, and why none fits."""
     there = find_engines(bundle, hashing=False)
     fit = _fitting(there, "auto")
     if not fit:
         return None, _reasons(there, "auto")
     refine = _refine_beside(bundle, fit[0], there)
-    crops = f"; it cannot cascade, {refine.problem}" if isinstance(refine, Lack) else ""
-    return fit[0], f"{fit[0].path.parent.name}, built for {fit[0].require_fit().made_for}{crops}"
+    crops = f"; it cannot cascade, {refine.problem}" if isinstance(refine, Unsupported) else ""
+    return fit[0], f"{fit[0].path.parent.name}, built for {fit[0].require_compatible().made_for}{crops}"
 
 
-def _open(bundle: Bundle, engine: FoundEngine, there: list[FoundEngine], ordinal: int, precision: str) -> Opened:
+def _open(
+    bundle: Bundle, engine: StoredEngine, there: list[StoredEngine], ordinal: int, precision: str
+) -> OpenedBackend:
     from spmdeploy.backends.tensorrt import TensorRtSession
     from spmdeploy.backends.verify import verify_edits, verify_refinements  # late: without an engine nobody needs them
 
-    record = engine.require_fit()
+    record = engine.require_compatible()
     refine = _refine_beside(bundle, engine, there)
     library = import_engine_library(record.runtime)
     session = TensorRtSession(library, engine, refine, bundle.manifest.native_size, ordinal)
     try:
-        proof = _proof(engine, lambda: verify_edits(session, bundle), ordinal)
-        if not isinstance(refine, Lack):
-            _proof(refine, lambda: verify_refinements(session, bundle), ordinal)
+        proof = _verify_once(engine, lambda: verify_edits(session, bundle), ordinal)
+        if not isinstance(refine, Unsupported):
+            _verify_once(refine, lambda: verify_refinements(session, bundle), ordinal)
     except BaseException:
         session.close()
         raise
@@ -94,37 +96,37 @@ def _open(bundle: Bundle, engine: FoundEngine, there: list[FoundEngine], ordinal
     if precision == "auto":
         why = "faster on a GPU, within the bundle's limits of FP32" if record.precision == "fp16" else "no other fits"
         choices.append(f"precision {record.precision}: {why}")
-    return Opened(session, tuple(choices))
+    return OpenedBackend(session, tuple(choices))
 
 
 # ---------------------------------------------------------------------------------------------------------- choosing
 
 
-def _fitting(engines: Iterable[FoundEngine], precision: str, graph: str = EDIT) -> list[FoundEngine]:
+def _fitting(engines: Iterable[StoredEngine], precision: str, graph: str = EDIT) -> list[StoredEngine]:
     """Those that fit, the best first: FP16, TensorRT (which measured on this GPU) before RTX, larger batches, newer."""
 
-    def rank(engine: FoundEngine) -> tuple[bool, bool, int, date]:
-        record = engine.require_fit()
+    def rank(engine: StoredEngine) -> tuple[bool, bool, int, date]:
+        record = engine.require_compatible()
         return record.precision == "fp16", record.runtime == "tensorrt", record.batch.max, record.created
 
     found = [engine for engine in engines if engine.fit and _is_of(engine, precision, graph)]
     return sorted(found, key=rank, reverse=True)
 
 
-def _is_of(engine: FoundEngine, precision: str, graph: str) -> bool:
+def _is_of(engine: StoredEngine, precision: str, graph: str) -> bool:
     record = engine.record
     return record is not None and record.graph == graph and precision in ("auto", record.precision)
 
 
-def _speaks_of(engine: FoundEngine, runtime: EngineRuntime) -> bool:
+def _speaks_of(engine: StoredEngine, runtime: EngineRuntime) -> bool:
     return engine.record is None or engine.record.runtime == runtime
 
 
-def _same_library(one: FoundEngine, other: FoundEngine) -> bool:
-    return one.require_fit().runtime == other.require_fit().runtime
+def _same_library(one: StoredEngine, other: StoredEngine) -> bool:
+    return one.require_compatible().runtime == other.require_compatible().runtime
 
 
-def _reasons(engines: list[FoundEngine], precision: str) -> str:
+def _reasons(engines: list[StoredEngine], precision: str) -> str:
     """Why no engine of the edit graph is taken."""
     against = _against(engines, EDIT, lambda record: f"it computes in {record.precision}, not {precision}")
     if against:
@@ -134,14 +136,16 @@ def _reasons(engines: list[FoundEngine], precision: str) -> str:
     return "no engine was built for this bundle"
 
 
-def _refine_beside(bundle: Bundle, engine: FoundEngine, there: list[FoundEngine]) -> FoundEngine | Lack:
+def _refine_beside(bundle: Bundle, engine: StoredEngine, there: list[StoredEngine]) -> StoredEngine | Unsupported:
     """The refine engine that goes with an edit engine, or why none does and what to do about it."""
-    edit = engine.require_fit()
+    edit = engine.require_compatible()
     for other in _fitting(there, edit.precision, REFINE):
         if _same_library(other, engine):
             return other
     if not any((graph.graph, graph.precision) == (REFINE, edit.precision) for graph in bundle.manifest.graphs):
-        return Lack(f"the bundle holds no refine graph in {edit.precision}", "export it again with one, then build it")
+        return Unsupported(
+            f"the bundle holds no refine graph in {edit.precision}", "export it again with one, then build it"
+        )
     against = _against(
         there,
         REFINE,
@@ -151,16 +155,16 @@ def _refine_beside(bundle: Bundle, engine: FoundEngine, there: list[FoundEngine]
     )
     problem = f"no refine engine fits: {against}" if against else "an edit engine was built, but no refine engine"
     how = f"--graph refine --runtime {edit.runtime} --precision {edit.precision}"
-    return Lack(problem, f"build one on this machine: spmdeploy build BUNDLE {how}")
+    return Unsupported(problem, f"build one on this machine: spmdeploy build BUNDLE {how}")
 
 
-def _against(engines: list[FoundEngine], graph: str, unwanted: Callable[[EngineRecord], str]) -> str:
+def _against(engines: list[StoredEngine], graph: str, unwanted: Callable[[EngineRecord], str]) -> str:
     """Everything that speaks against each engine of a graph, and against files that nobody can tell about. unwanted:
     what does against one that fits this machine."""
     words = []
     for engine in engines:
         if engine.record is None or _is_of(engine, "auto", graph):
-            reasons = (unwanted(engine.require_fit()),) if engine.fit else engine.reasons
+            reasons = (unwanted(engine.require_compatible()),) if engine.fit else engine.reasons
             words.append(f"{engine.path.parent.name}/{engine.path.name}: {', '.join(reasons)}")
     return "; ".join(words)
 
@@ -168,9 +172,9 @@ def _against(engines: list[FoundEngine], graph: str, unwanted: Callable[[EngineR
 # ----------------------------------------------------------------------------------------------------------- proving
 
 
-def _proof(engine: FoundEngine, verify: Callable[[], list[GoldenResult]], ordinal: int) -> str:
+def _verify_once(engine: StoredEngine, verify: Callable[[], list[GoldenResult]], ordinal: int) -> str:
     """Why its pictures are to be trusted: the golden edits came out right with this GPU and driver, now or before."""
-    record = engine.require_fit()
+    record = engine.require_compatible()
     facts = gpu_facts(ordinal)
     here = f"{facts.name}, driver {facts.driver or 'unknown'}"
     for known in (record, _kept(record)):
@@ -202,12 +206,12 @@ def _verification(results: list[GoldenResult], gpu: str) -> Verification:
     )
 
 
-def _keep(engine: FoundEngine, verification: Verification) -> str | None:
+def _keep(engine: StoredEngine, verification: Verification) -> str | None:
     """Notes it in the engine's record, or in the cache where the bundle cannot be written to; or says why not."""
     with suppress(InputError):
         engine.with_verification(verification)
         return None
-    record = replace(engine.require_fit(), verification=verification)
+    record = replace(engine.require_compatible(), verification=verification)
     try:
         path = _kept_path(record)
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -10,22 +10,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from spmdeploy.backends.base import Lack
+from spmdeploy.backends.base import Unsupported
 from spmdeploy.backends.device_pyramid import DeviceCascade
 from spmdeploy.backends.tensorrt_engine import LoadedEngine
 from spmdeploy.bundle.manifest import EDIT, REFINE
 from spmdeploy.engines.record import BATCH, Port
-from spmdeploy.engines.store import FoundEngine
+from spmdeploy.engines.store import StoredEngine
 from spmdeploy.errors import BundleError, InputError, SpmDeployError, UnavailableError, UsageError
 from spmdeploy.gpu.arrays import ALIGNMENT, DeviceArray, as_device_array
 from spmdeploy.gpu.buffers import EngineMemory
 from spmdeploy.gpu.device import Device
-from spmdeploy.tiling.letterbox import Frame
-from spmdeploy.tiling.pyramid import Level
+from spmdeploy.tiling.letterbox import Letterbox
+from spmdeploy.tiling.pyramid import PyramidLevel
 
 HostArrays = Mapping[str, NDArray[Any]]
 _NAMES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
-_NO_REFINE = Lack("there is no refine engine", "build one: spmdeploy build BUNDLE --graph refine")
+_NO_REFINE = Unsupported("there is no refine engine", "build one: spmdeploy build BUNDLE --graph refine")
 
 
 class TensorRtSession:
@@ -38,8 +38,8 @@ class TensorRtSession:
     def __init__(
         self,
         library: Any,
-        edit: FoundEngine,
-        refine: FoundEngine | Lack = _NO_REFINE,
+        edit: StoredEngine,
+        refine: StoredEngine | Unsupported = _NO_REFINE,
         size: int = 256,
         ordinal: int = 0,
     ) -> None:
@@ -49,13 +49,13 @@ class TensorRtSession:
 
         Raises BundleError (an engine does not fit), UnavailableError (no GPU, driver or package), OutOfMemory.
         """
-        record = edit.require_fit()
+        record = edit.require_compatible()
         self.backend: str = record.runtime
         self.device = f"cuda:{ordinal}"
         self.precision = record.precision
         self.size = size
-        self.lacks_refine = refine if isinstance(refine, Lack) else None
-        self.refines = self.lacks_refine is None
+        self.refine_unsupported = refine if isinstance(refine, Unsupported) else None
+        self.refines = self.refine_unsupported is None
         self.max_batch = record.batch.max
         self._library, self._refine_found = library, refine
         self._engines: dict[str, LoadedEngine] = {}
@@ -174,17 +174,17 @@ class TensorRtSession:
             for name, array in given.items():
                 self._check_place(name, array, written=name in outputs)
             for other in {array.stream for array in given.values()} - {None, stream}:
-                self._memory.device.order_after(stream, int(other or 0))
+                self._memory.device.wait_for_stream(stream, int(other or 0))
             engine = self._engine(graph)
             most = engine.record.batch.max
             for start in range(0, batch, most):
                 addresses = {name: array.address + start * array.bytes_per_item for name, array in given.items()}
                 engine.enqueue_on(addresses, min(most, batch - start), stream)
 
-    def synchronise(self) -> None:
+    def synchronize(self) -> None:
         """Waits for whatever `run_device` has queued: then arrays that it was given may be freed."""
         with self._memory.in_use():
-            self._memory.device.synchronise(self._memory.stream)
+            self._memory.device.synchronize(self._memory.stream)
 
     def _check_place(self, name: str, array: DeviceArray, written: bool) -> None:
         memory, where = self._memory, None
@@ -202,8 +202,8 @@ class TensorRtSession:
 
     # -- engines
 
-    def device_cascade(self, frame: Frame, levels: tuple[Level, ...], batch: int) -> DeviceCascade:
-        """Carries a window up through its levels without its picture leaving the GPU; see `CascadesOnDevice`."""
+    def device_cascade(self, frame: Letterbox, levels: tuple[PyramidLevel, ...], batch: int) -> DeviceCascade:
+        """Carries a window up through its levels without its picture leaving the GPU; see `SupportsDevicePyramid`."""
         with self._memory.in_use():
             edit, refine = self._engine(EDIT), self._engine(REFINE)
             most = min(batch, refine.record.batch.max)
@@ -216,12 +216,12 @@ class TensorRtSession:
         if not self._open:
             raise UnavailableError(f"the session on {self.device} was closed", "open another")
         if graph not in self._engines:
-            if isinstance(self._refine_found, Lack):
+            if isinstance(self._refine_found, Unsupported):
                 raise BundleError(*self._refine_found)
             self._load(graph, self._refine_found)
         return self._engines[graph]
 
-    def _load(self, graph: str, found: FoundEngine) -> None:
+    def _load(self, graph: str, found: StoredEngine) -> None:
         self._engines[graph] = LoadedEngine(self._library, found, graph_ports(graph, self.size), self._memory)
 
     def close(self) -> None:
@@ -231,7 +231,7 @@ class TensorRtSession:
         try:
             with self._memory.in_use():
                 with suppress(SpmDeployError):  # a device that has failed fails again, and all is to be freed
-                    self._memory.device.synchronise(self._memory.stream)
+                    self._memory.device.synchronize(self._memory.stream)
                 for engine in self._engines.values():
                     engine.close()
         finally:

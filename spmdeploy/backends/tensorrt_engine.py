@@ -17,18 +17,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spmdeploy.engines.kernel_cache import KernelCache
-from spmdeploy.engines.library import library_logger, listening
+from spmdeploy.engines.library import capture_log, library_logger
 from spmdeploy.engines.record import BATCH, BUILD_AGAIN, Port
-from spmdeploy.engines.store import FoundEngine
-from spmdeploy.errors import BundleError, OutOfMemory, SpmDeployError, UnavailableError
+from spmdeploy.engines.store import StoredEngine
+from spmdeploy.errors import BundleError, OutOfMemoryError, SpmDeployError, UnavailableError
 from spmdeploy.gpu.buffers import EngineMemory
-from spmdeploy.gpu.device import SEE_DOCTOR, CaptureRefused
+from spmdeploy.gpu.device import SEE_DOCTOR, GraphCaptureError
 
 _DTYPES = {"FLOAT": "float32", "HALF": "float16"}
 _KEPT_MESSAGES = 20
 
 
-class EngineFailure(UnavailableError):
+class EngineError(UnavailableError):
     """The library refused to run an engine that it had loaded."""
 
 
@@ -47,14 +47,14 @@ class _Prepared:
 class LoadedEngine:
     """Everything but the constructor wants to be called inside `memory.in_use()`."""
 
-    def __init__(self, library: Any, found: FoundEngine, ports: Mapping[str, Port], memory: EngineMemory) -> None:
+    def __init__(self, library: Any, found: StoredEngine, ports: Mapping[str, Port], memory: EngineMemory) -> None:
         """found: read, which is to say hashed and compared with this machine, before anything is loaded.
         ports: what the graph takes and gives, by name; the engine must do just that.
 
         Raises BundleError (does not fit, cannot be loaded, is another graph's), OutOfMemory, UnavailableError.
         """
         content = found.read()
-        self.record = found.require_fit()
+        self.record = found.require_compatible()
         self.notes: list[str] = []
         self._library, self._memory, self._path = library, memory, found.path
         self._inputs, self._outputs = self.record.inputs, self.record.outputs
@@ -65,7 +65,7 @@ class LoadedEngine:
         self._engine: Any = None
         self._context_options: Any = None
         self._kernels: KernelCache | None = None
-        with memory.in_use(), listening(library, self._hear):
+        with memory.in_use(), capture_log(library, self._on_log):
             try:
                 self._load(content)
                 self._check_ports(ports)
@@ -86,7 +86,7 @@ class LoadedEngine:
         self._engine = self._runtime.deserialize_cuda_engine(content)
         if self._engine is None:
             self._raise_if_out_of_memory(f"the {len(content):,} bytes of {self._path}")
-            if "cudaerror" in self._said or "cudaruntime" in self._said:  # nothing is wrong with the engine
+            if "cudaerror" in self._log_text or "cudaruntime" in self._log_text:  # nothing is wrong with the engine
                 problem = f"{self._name} cannot use {self._memory.device}: {self._words()}"
                 raise UnavailableError(
                     problem, "is NVIDIA's driver new enough for this library? See `spmdeploy doctor`"
@@ -115,7 +115,7 @@ class LoadedEngine:
 
     def _batch_faults(self) -> list[str]:
         if self._engine.num_optimization_profiles != 1:
-            return [f"{self._engine.num_optimization_profiles} optimisation profiles instead of one"]
+            return [f"{self._engine.num_optimization_profiles} optimization profiles instead of one"]
         batch, faults = self.record.batch, []
         for port in self._inputs:
             least, _, most = (shape[0] for shape in self._engine.get_tensor_profile_shape(port.name, 0))
@@ -137,8 +137,8 @@ class LoadedEngine:
         config.set_execution_context_allocation_strategy(strategies.USER_MANAGED)
         # TensorRT-RTX compiles kernels for a shape when it first comes, by default in the background while slower ones
         # do the work: a CUDA graph would keep the slow ones for ever, and the same edit would give other last bits.
-        specialisation = self._library.DynamicShapesKernelSpecializationStrategy
-        config.dynamic_shapes_kernel_specialization_strategy = specialisation.EAGER
+        specialization = self._library.DynamicShapesKernelSpecializationStrategy
+        config.dynamic_shapes_kernel_specialization_strategy = specialization.EAGER
         self._kernels = KernelCache(config.create_runtime_cache(), self.record)
         config.set_runtime_cache(self._kernels.cache)
 
@@ -147,17 +147,17 @@ class LoadedEngine:
     def run(self, inputs: Mapping[str, NDArray[Any]], output: str) -> NDArray[Any]:
         """One batch of at most `max_batch`, from host arrays of the right shapes and dtypes to a new one."""
         memory, batch = self._memory, len(next(iter(inputs.values())))
-        with listening(self._library, self._hear):
+        with capture_log(self._library, self._on_log):
             prepared = self._staged(inputs, batch, output)
             self._queue(prepared, batch, output)
-            memory.device.synchronise(memory.stream)
+            memory.device.synchronize(memory.stream)
             prepared.ran = True
         return self._host(_by_name(self._outputs)[output], batch).copy()
 
     def timed_run(self, inputs: Mapping[str, NDArray[Any]], output: str) -> float:
         """Milliseconds from the device's first copy in to its last copy out, by its own clock."""
         memory, batch = self._memory, len(next(iter(inputs.values())))
-        with listening(self._library, self._hear):
+        with capture_log(self._library, self._on_log):
             prepared = self._staged(inputs, batch, output)
             with memory.device.timed(memory.stream) as milliseconds:
                 self._queue(prepared, batch, output)
@@ -175,12 +175,12 @@ class LoadedEngine:
 
     def prepare(self, batch: int) -> None:
         """Makes sure that there is room for the intermediate results of so many edits. Raises OutOfMemory."""
-        with listening(self._library, self._hear):
+        with capture_log(self._library, self._on_log):
             self._ready(batch, own=True)
 
     def enqueue_in_place(self, batch: int) -> None:
         """Queues one batch on the inputs that lie in the memory's places by then; the outputs stay in theirs."""
-        with listening(self._library, self._hear):
+        with capture_log(self._library, self._on_log):
             prepared = self._ready(batch, own=True)
             if prepared.ran and None not in prepared.graphs and self._captures:
                 self._capture(prepared, batch, None)
@@ -200,14 +200,14 @@ class LoadedEngine:
         Outputs that are not named go where those of `run` go, and are lost.
         """
         memory = self._memory
-        with listening(self._library, self._hear):
+        with capture_log(self._library, self._on_log):
             prepared = self._ready(batch, own=False)
             self._set_addresses(prepared, addresses)
-            memory.device.order_after(stream, memory.stream)  # whoever had the activations before
+            memory.device.wait_for_stream(stream, memory.stream)  # whoever had the activations before
             try:
                 self._execute(prepared, batch, stream)
             finally:
-                memory.device.order_after(memory.stream, stream)  # and whoever has them next
+                memory.device.wait_for_stream(memory.stream, stream)  # and whoever has them next
 
     def _enqueue(self, prepared: _Prepared, batch: int, output: str | None) -> None:
         memory = self._memory
@@ -224,7 +224,7 @@ class LoadedEngine:
     def _execute(self, prepared: _Prepared, batch: int, stream: int) -> None:
         self._messages.clear()
         if not prepared.context.execute_async_v3(stream):
-            raise EngineFailure(f"{self._name} cannot run {self._path} on a batch of {batch}: {self._words()}")
+            raise EngineError(f"{self._name} cannot run {self._path} on a batch of {batch}: {self._words()}")
 
     def _capture(self, prepared: _Prepared, batch: int, output: str | None) -> None:
         """Captures a graph, or notes why there will be none: everything works without, only slower."""
@@ -232,11 +232,11 @@ class LoadedEngine:
         try:
             # TensorRT-RTX knows beforehand; TensorRT has no such question.
             if hasattr(context, "is_stream_capturable") and not context.is_stream_capturable(memory.stream):
-                raise CaptureRefused("the library says that this engine's work cannot be captured")
+                raise GraphCaptureError("the library says that this engine's work cannot be captured")
             prepared.graphs[output] = memory.device.capture(
                 memory.stream, lambda: self._enqueue(prepared, batch, output)
             )
-        except (CaptureRefused, EngineFailure) as error:
+        except (GraphCaptureError, EngineError) as error:
             self._captures = False
             self.notes.append(f"{self.record.graph}: without CUDA graphs, which costs time at every run: {error}")
 
@@ -268,28 +268,28 @@ class LoadedEngine:
         for port in (*self._inputs, *self._outputs):
             address = addresses.get(port.name, self._memory.address(port.name))
             if not prepared.context.set_tensor_address(port.name, address):
-                raise EngineFailure(f"{self._name} refuses the address of {port.name}: {self._words()}", SEE_DOCTOR)
+                raise EngineError(f"{self._name} refuses the address of {port.name}: {self._words()}", SEE_DOCTOR)
 
     def _context_for(self, batch: int) -> Any:
         self._messages.clear()
         context = self._engine.create_execution_context(self._context_options)
         if context is None:
             self._raise_if_out_of_memory(f"an execution context of {self._path}")
-            raise EngineFailure(f"{self._name} makes no context for {self._path}: {self._words()}", SEE_DOCTOR)
+            raise EngineError(f"{self._name} makes no context for {self._path}: {self._words()}", SEE_DOCTOR)
         for port in self._inputs:
             if not context.set_input_shape(port.name, (batch, *port.shape[1:])):
-                raise EngineFailure(f"{self._path} takes no batch of {batch}: {self._words()}", BUILD_AGAIN)
+                raise EngineError(f"{self._path} takes no batch of {batch}: {self._words()}", BUILD_AGAIN)
         return context
 
     def _activations(self, context: Any, batch: int) -> tuple[int, int]:
         needed = context.update_device_memory_size_for_shapes()
         try:
             return self._memory.activations(needed)
-        except OutOfMemory as error:
+        except OutOfMemoryError as error:
             fits = self._largest_batch_below(batch)
             hint = f"a batch of {fits} would fit" if fits else "no smaller batch would fit"
             problem = f"a batch of {batch} is too large: {error.problem}"
-            raise OutOfMemory(problem, f"{hint}; or close other programs on the GPU") from error
+            raise OutOfMemoryError(problem, f"{hint}; or close other programs on the GPU") from error
 
     def _largest_batch_below(self, batch: int) -> int:
         """The largest for whose activations there is room; 0 where there is none, or it cannot be told."""
@@ -322,13 +322,13 @@ class LoadedEngine:
     def _name(self) -> str:
         return f"{self.record.runtime} {self._library.__version__}"
 
-    def _hear(self, severity: str, text: str) -> None:
+    def _on_log(self, severity: str, text: str) -> None:
         if severity in ("ERROR", "INTERNAL_ERROR"):
             del self._messages[: -_KEPT_MESSAGES + 1]
             self._messages.append(" ".join(text.split()))
 
     @property
-    def _said(self) -> str:
+    def _log_text(self) -> str:
         """All its words, to look for some."""
         return "".join(self._messages).lower().replace(" ", "")
 
@@ -337,10 +337,10 @@ class LoadedEngine:
         return "; ".join(dict.fromkeys(self._messages[:3]))[:600] or (str(error) if error else "no reason given")
 
     def _raise_if_out_of_memory(self, what: str) -> None:
-        if "outofmemory" in self._said or "cudaerrormemoryallocation" in self._said:
+        if "outofmemory" in self._log_text or "cudaerrormemoryallocation" in self._log_text:
             free, total = self._memory.device.memory()
             problem = f"{self._memory.device} has no room for {what}: {free:,} of {total:,} bytes are free"
-            raise OutOfMemory(f"{problem} ({self._words()})", "close other programs on the GPU")
+            raise OutOfMemoryError(f"{problem} ({self._words()})", "close other programs on the GPU")
 
 
 def _by_name(ports: tuple[Port, ...]) -> dict[str, Port]:

@@ -23,7 +23,7 @@ EXPORT_AGAIN = "export the bundle again"
 
 
 @dataclass(frozen=True)
-class GoldenPictures:
+class GoldenSample:
     """One edit at the graph's own size, as a batch of one, and the pictures that torch in FP32 makes of it.
 
     image, expected: uint8 (1, S, S, 3) RGB. labels: uint8 (1, S, S). instances: int32 (1, S, S). mask: uint8 (1, S, S),
@@ -47,8 +47,8 @@ class GoldenPictures:
 
 
 @dataclass(frozen=True)
-class Drift:
-    """How far two pictures of the same edit are apart under the mask, in grey levels (0..255)."""
+class Deviation:
+    """How far two pictures of the same edit are apart under the mask, in gray levels (0..255)."""
 
     max_grey: int
     mean_grey: float
@@ -79,7 +79,7 @@ class GoldenResult:
 
     name: str
     """That of the edit, or NAME refined."""
-    drift: Drift
+    drift: Deviation
     known_pixels_intact: bool
     faults: tuple[str, ...]
 
@@ -97,7 +97,7 @@ class GoldenResult:
         }
 
 
-def read_golden(bundle: Bundle, edit: GoldenEdit) -> GoldenPictures:
+def read_golden(bundle: Bundle, edit: GoldenEdit) -> GoldenSample:
     """The pictures of one golden edit. Raises BundleError when one is missing, altered or no picture of the edit."""
 
     def picture(read: Callable[[str, bytes], Picture], name: str) -> Picture:
@@ -111,7 +111,7 @@ def read_golden(bundle: Bundle, edit: GoldenEdit) -> GoldenPictures:
     has_instances = f"{edit.folder}/{GOLDEN_INSTANCES}" in bundle.files()
     instances = picture(images.read_instances, GOLDEN_INSTANCES) if has_instances else labels.astype(np.int32)
     has_refined = f"{edit.folder}/{GOLDEN_REFINED}" in bundle.files()
-    pictures = GoldenPictures(
+    pictures = GoldenSample(
         image=picture(images.read_photo, "image.png").pixels[None],
         labels=labels[None],
         instances=instances[None],
@@ -128,22 +128,22 @@ def read_golden(bundle: Bundle, edit: GoldenEdit) -> GoldenPictures:
     return pictures
 
 
-def measure_drift(picture: NDArray[np.uint8], reference: NDArray[np.uint8], mask: NDArray[np.uint8]) -> Drift:
+def measure_deviation(picture: NDArray[np.uint8], reference: NDArray[np.uint8], mask: NDArray[np.uint8]) -> Deviation:
     """picture, reference: uint8 (B, S, S, 3). mask: (B, S, S), not 0 = compared."""
     difference = picture.astype(np.int16)[mask != 0] - reference.astype(np.int16)[mask != 0]
     square = float(np.mean(np.square(difference, dtype=np.float64)))
     psnr = 10 * math.log10(255**2 / square) if square else math.inf
     distance = np.abs(difference)
-    return Drift(int(distance.max()), float(distance.mean()), psnr)
+    return Deviation(int(distance.max()), float(distance.mean()), psnr)
 
 
-def repeat_golden(session: Session, golden: GoldenPictures, name: str, limits: ParityLimits) -> GoldenResult:
+def run_golden(session: Session, golden: GoldenSample, name: str, limits: ParityLimits) -> GoldenResult:
     """Runs one golden edit and judges the result."""
     edited = session.run(golden.image, golden.labels, golden.instances, golden.mask)
     return judge(edited, golden.expected, golden, name, limits)
 
 
-def repeat_refinement(session: Session, golden: GoldenPictures, name: str, limits: ParityLimits) -> GoldenResult:
+def run_golden_refine(session: Session, golden: GoldenSample, name: str, limits: ParityLimits) -> GoldenResult:
     """Refines the result of one golden edit, which must have a `refined` picture, and judges that."""
     assert golden.refined is not None, name
     unrounded = session.refine(golden.image, golden.labels, golden.instances, golden.mask, golden.coarse)
@@ -154,12 +154,12 @@ def repeat_refinement(session: Session, golden: GoldenPictures, name: str, limit
 def judge(
     picture: NDArray[np.uint8],
     expected: NDArray[np.uint8],
-    golden: GoldenPictures,
+    golden: GoldenSample,
     name: str,
     limits: ParityLimits,
 ) -> GoldenResult:
     """How far a picture made from the golden edit is from the expected one, and what is wrong with it."""
-    drift = measure_drift(picture, expected, golden.mask)
+    drift = measure_deviation(picture, expected, golden.mask)
     keep = golden.mask == 0
     intact = bool(np.array_equal(picture[keep], golden.image[keep]))
     faults = drift.faults(limits) + ([] if intact else ["pixels outside the mask were changed"])
@@ -181,7 +181,7 @@ def verify_edits(session: Session, bundle: Bundle) -> list[GoldenResult]:
     if not bundle.manifest.golden:
         raise BundleError(f"{bundle.path}: holds no golden edits, so nothing can be verified", EXPORT_AGAIN)
     limits = bundle.manifest.limits[session.precision]
-    return [repeat_golden(session, read_golden(bundle, edit), edit.name, limits) for edit in bundle.manifest.golden]
+    return [run_golden(session, read_golden(bundle, edit), edit.name, limits) for edit in bundle.manifest.golden]
 
 
 def verify_refinements(session: Session, bundle: Bundle) -> list[GoldenResult]:
@@ -191,4 +191,4 @@ def verify_refinements(session: Session, bundle: Bundle) -> list[GoldenResult]:
     refined = {name: pictures for name, pictures in golden.items() if pictures.refined is not None}
     if not refined:
         raise BundleError(f"{bundle.path}: holds no refined golden edits, so nothing can be verified", EXPORT_AGAIN)
-    return [repeat_refinement(session, pictures, name, limits) for name, pictures in refined.items()]
+    return [run_golden_refine(session, pictures, name, limits) for name, pictures in refined.items()]

@@ -10,15 +10,15 @@ import importlib.util
 from spmdeploy.backends.base import Session, check_device, open_session
 from spmdeploy.backends.onnxruntime import OnnxRuntimeSession
 from spmdeploy.backends.tensorrt import TensorRtSession
-from spmdeploy.bench.results import Ran
+from spmdeploy.bench.results import BackendInfo
 from spmdeploy.bundle.bundle import Bundle
 from spmdeploy.bundle.manifest import EDIT, ON_CPU, GraphRecord
 from spmdeploy.errors import UnavailableError
 from spmdeploy.gpu.driver import visible_gpus
 
-EAGER = "torch"
+REFERENCE_BACKEND = "torch"
 """The plain generator in eager PyTorch, in FP32: what every other picture and every speed is held against."""
-BACKENDS = (EAGER, "torch-compile", "onnxruntime", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx")
+BACKENDS = (REFERENCE_BACKEND, "torch-compile", "onnxruntime", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx")
 _ON_GPU_ONLY = frozenset({"onnxruntime-cuda", "tensorrt", "tensorrt-rtx"})
 
 
@@ -28,13 +28,13 @@ def open_backend(bundle: Bundle, name: str, device: str, precision: str) -> Sess
     Raises UnavailableError saying why this machine cannot, BundleError when the bundle does not hold it.
     """
     place = _device_of(name, device)
-    if name in (EAGER, "torch-compile"):
+    if name in (REFERENCE_BACKEND, "torch-compile"):
         return _open_torch(bundle, name, place, precision)
     library = name.removesuffix("-cuda")
     return open_session(bundle, library, place, precision).session
 
 
-def left_out(name: str) -> None:
+def skip_by_default(name: str) -> None:
     """Raises UnavailableError for what is not measured unless asked for by name."""
     if name != "torch-compile":
         return
@@ -58,14 +58,14 @@ def has_torch() -> bool:
     return all(importlib.util.find_spec(name) is not None for name in ("torch", "onnx"))
 
 
-def describe(session: Session, bundle: Bundle) -> Ran:
+def describe(session: Session, bundle: Bundle) -> BackendInfo:
     provider, threads = session.provider, None
-    if session.backend in (EAGER, "torch-compile"):
+    if session.backend in (REFERENCE_BACKEND, "torch-compile"):
         from spmdeploy.bench.torch_backends import compute_settings
 
         threads, setting = compute_settings(session.device)
         provider += setting
-    return Ran(
+    return BackendInfo(
         device=session.device,
         precision=session.precision,
         provider=provider,
@@ -98,8 +98,8 @@ def _open_torch(bundle: Bundle, name: str, device: str, precision: str) -> Sessi
         from spmdeploy.bench.torch_backends import open_compiled_session
     except ModuleNotFoundError as error:
         raise UnavailableError(f"this needs the package {error.name}", 'pip install "spmdeploy[export]"') from error
-    if name == EAGER:
-        return open_torch_session(bundle, EAGER, device, precision).session
+    if name == REFERENCE_BACKEND:
+        return open_torch_session(bundle, REFERENCE_BACKEND, device, precision).session
     return open_compiled_session(bundle, device, precision)
 
 

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spmdeploy.bench.racer import Crashed, First, Memory
-from spmdeploy.bench.schedule import Turn
-from spmdeploy.editing.options import EditFiles
+from spmdeploy.bench.racer import BackendCrashedError, FirstRun, MemoryUsage
+from spmdeploy.bench.schedule import Round
+from spmdeploy.editing.options import EditRequest
 from spmdeploy.errors import SpmDeployError
 from spmdeploy.imaging import files as images
 
@@ -39,30 +39,30 @@ class Run:
 class ColdStart:
     """The command that edits one photo with one backend, to be started again and again."""
 
-    def __init__(self, files: EditFiles, choice: Sequence[str]) -> None:
+    def __init__(self, files: EditRequest, choice: Sequence[str]) -> None:
         """choice: the options for model, backend, device and precision. All paths are absolute."""
         self._files = files
         words = ["edit", files.image, "--labels", files.labels, "--mask", files.mask, "--output", files.output]
         self._words = [*map(str, words), *choice, "--overwrite", "--json"]
         self._runs: list[Run] = []
 
-    def first(self) -> First:
+    def first(self) -> FirstRun:
         """Starts it once, which fills the page cache and compiles what is not compiled yet."""
         run = self._start()
         photo, picture = (images.read_photo(path).pixels[None] for path in (self._files.image, self._files.output))
-        return First(photo, picture, run.whole / 1000, {})
+        return FirstRun(photo, picture, run.whole / 1000, {})
 
     def forget(self) -> None:
         """What was started so far does not count for `medians` and `peak`."""
         self._runs.clear()
 
-    def turn(self, seconds: float, iterations: int) -> Turn:
+    def turn(self, seconds: float, iterations: int) -> Round:
         started = time.perf_counter()
         runs: list[Run] = []
         while len(runs) < iterations or time.perf_counter() - started < seconds:
             runs.append(self._start())
         self._runs += runs
-        return Turn(tuple(run.whole for run in runs), time.perf_counter() - started)
+        return Round(tuple(run.whole for run in runs), time.perf_counter() - started)
 
     def medians(self) -> dict[str, float]:
         """Median milliseconds by phase; then what imports took, which is part of `start` and `open`.
@@ -73,10 +73,10 @@ class ColdStart:
         phases = {name: statistics.median(run.phases[name] for run in self._runs) for name in names}
         return phases | {f"import {name}": spent for name, spent in self._imports().items() if spent >= 1}
 
-    def memory(self) -> Memory:
+    def memory(self) -> MemoryUsage:
         """The largest resident set of all starts."""
         peaks = [run.peak_bytes for run in self._runs if run.peak_bytes is not None]
-        return Memory(None, max(peaks, default=None), None)
+        return MemoryUsage(None, max(peaks, default=None), None)
 
     def _imports(self) -> dict[str, float]:
         with self._process("-X", "importtime") as process:
@@ -129,8 +129,8 @@ def _parsed(told: bytes, code: int, error: str) -> dict[str, Any]:
     try:
         result: dict[str, Any] = json.loads(told)
     except ValueError:
-        raise Crashed(f"`spmdeploy edit` printed no JSON and ended with {code}: {error[-300:]}") from None
+        raise BackendCrashedError(f"`spmdeploy edit` printed no JSON and ended with {code}: {error[-300:]}") from None
     if code:
-        kind = Crashed if code == 1 else SpmDeployError
+        kind = BackendCrashedError if code == 1 else SpmDeployError
         raise kind(f"`spmdeploy edit` ended with {code}: {result.get('error')}", result.get("hint"))
     return result

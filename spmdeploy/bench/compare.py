@@ -8,7 +8,7 @@ from typing import Any
 
 from spmdeploy.bench import format as words
 from spmdeploy.bench.machine import differences
-from spmdeploy.bench.results import Record, Row
+from spmdeploy.bench.results import Record, Result
 from spmdeploy.errors import InputError
 from spmdeploy.stats import Ratio, ratio_of_runs
 
@@ -58,16 +58,20 @@ def compare(before: Record, after: Record, names: tuple[str, str], force: bool =
         unmatched=(
             *(_unmatched(first[key], names[1]) for key in first if key not in second),
             *(_unmatched(second[key], names[0]) for key in second if key not in first),
-            *(_lost(first[key], second[key], names) for key in both if first[key].status != second[key].status),
+            *(
+                _missing_cases(first[key], second[key], names)
+                for key in both
+                if first[key].status != second[key].status
+            ),
         ),
-        circumstances=(*other_machine, *_circumstances(before, after)),
+        circumstances=(*other_machine, *_environment_differences(before, after)),
         warnings=tuple(
             f"{name}: {text}" for name, record in zip(names, (before, after), strict=True) for text in record.warnings
         ),
     )
 
 
-def _change(before: Row, after: Row) -> Change:
+def _change(before: Result, after: Result) -> Change:
     assert before.latency_ms is not None and after.latency_ms is not None
     speedup = ratio_of_runs(before.samples_ms, after.samples_ms, "before")
     verdict = "faster" if speedup.value > 1 else "slower"
@@ -77,17 +81,17 @@ def _change(before: Row, after: Row) -> Change:
     return Change(title, backend, before.latency_ms.p50, after.latency_ms.p50, speedup, verdict)
 
 
-def _unmatched(row: Row, missing_in: str) -> str:
+def _unmatched(row: Result, missing_in: str) -> str:
     return f"{words.title(row)}, {words.backend(row)}: not in {missing_in}"
 
 
-def _lost(before: Row, after: Row, names: tuple[str, str]) -> str:
+def _missing_cases(before: Result, after: Result, names: tuple[str, str]) -> str:
     """Measured in one, not in the other."""
     without, name = (before, names[0]) if before.status != "measured" else (after, names[1])
     return f"{words.title(without)}, {words.backend(without)}: no figures in {name}: {without.reason}"
 
 
-def _circumstances(before: Record, after: Record) -> list[str]:
+def _environment_differences(before: Record, after: Record) -> list[str]:
     """What may explain a change besides the code."""
 
     def facts(record: Record) -> dict[str, object]:

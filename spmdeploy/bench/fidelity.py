@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from spmdeploy.backends.verify import Drift, GoldenResult, measure_drift
+from spmdeploy.backends.verify import Deviation, GoldenResult, measure_deviation
 from spmdeploy.bundle.manifest import ParityLimits
 
 IN_THIS_RUN = "eager PyTorch in FP32, in this run"
@@ -18,7 +18,7 @@ GOLDEN = "the bundle's golden edits, made by PyTorch in FP32 at export"
 
 @dataclass(frozen=True)
 class Parity:
-    """The distance from PyTorch in FP32 under the mask, in grey levels of 255."""
+    """The distance from PyTorch in FP32 under the mask, in gray levels of 255."""
 
     against: str
     """`IN_THIS_RUN` where torch is installed, else `GOLDEN`."""
@@ -43,17 +43,17 @@ def judge(
     golden: Sequence[GoldenResult],
 ) -> Parity:
     """picture, reference, photo: uint8 (B, S, S, 3) RGB. mask: (B, S, S), 0 = keep. golden: this backend's."""
-    drift = measure_drift(picture, reference, mask)
+    drift = measure_deviation(picture, reference, mask)
     faults = drift.faults(limits)
     if not np.array_equal(picture[mask == 0], photo[mask == 0]):
         faults.append("pixels outside the mask were changed")
     return _parity(IN_THIS_RUN, drift, faults + golden_faults(golden))
 
 
-def judge_by_golden(golden: Sequence[GoldenResult]) -> Parity:
+def check_golden_parity(golden: Sequence[GoldenResult]) -> Parity:
     """The worst of the golden edits, of which there is at least one: where PyTorch is not installed."""
     drifts = [result.drift for result in golden]
-    worst = Drift(
+    worst = Deviation(
         max(drift.max_grey for drift in drifts),
         max(drift.mean_grey for drift in drifts),
         min(drift.psnr_db for drift in drifts),
@@ -65,6 +65,6 @@ def golden_faults(golden: Sequence[GoldenResult]) -> list[str]:
     return [f"golden edit {result.name}: {fault}" for result in golden for fault in result.faults]
 
 
-def _parity(against: str, drift: Drift, faults: Sequence[str]) -> Parity:
+def _parity(against: str, drift: Deviation, faults: Sequence[str]) -> Parity:
     psnr = None if math.isinf(drift.psnr_db) else round(drift.psnr_db, 2)
     return Parity(against, drift.max_grey, round(drift.mean_grey, 4), psnr, tuple(faults))

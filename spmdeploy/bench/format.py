@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 
-from spmdeploy.bench.results import Record, Row
+from spmdeploy.bench.results import Record, Result
 from spmdeploy.stats import Interval, Ratio
 
 SCOPES = {
@@ -16,14 +16,14 @@ SCOPES = {
 }
 
 
-def groups(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:
+def groups(rows: Sequence[Result]) -> Iterator[tuple[str, list[Result]]]:
     """The rows of each case under its title, in their order."""
     for _, group in groupby(rows, key=lambda row: row.case):
         own = list(group)
         yield title(own[0]), own
 
 
-def title(row: Row) -> str:
+def title(row: Result) -> str:
     """What every backend of a group did."""
     share = f" ({row.masked_share:.0%})" if row.masked_share is not None else ""
     parts = [SCOPES[row.scope], f"{row.size}×{row.size}", f"{row.mask} mask{share}"]
@@ -34,7 +34,7 @@ def title(row: Row) -> str:
     return ", ".join(parts)
 
 
-def backend(row: Row) -> str:
+def backend(row: Result) -> str:
     """Who computed, and in which precision."""
     if row.ran is None:
         return row.backend if row.asked_precision == "auto" else f"{row.backend} {row.asked_precision}"
@@ -72,17 +72,17 @@ def span(interval: Interval) -> str:
     return f"{low.removesuffix(f' {unit}')} to {high}"
 
 
-def drift(row: Row) -> str:
+def drift(row: Result) -> str:
     """How far its picture is from PyTorch's: the largest difference, and the PSNR under the mask."""
     if row.parity is None:
         return ""
     if row.parity.psnr_db is None:
         return "identical"
     levels = row.parity.max_grey
-    return f"{levels} grey level{'s' * (levels != 1)}, {row.parity.psnr_db:.1f} dB"
+    return f"{levels} gray level{'s' * (levels != 1)}, {row.parity.psnr_db:.1f} dB"
 
 
-def times(row: Row) -> str:
+def times(row: Result) -> str:
     """How many times as fast as the baseline; nothing for the baseline itself."""
     return "" if row.ratio is None else factor(row.ratio)
 
@@ -92,7 +92,7 @@ def factor(ratio: Ratio) -> str:
     return f"{digits(ratio.value)} ({digits(ratio.interval.low)} to {digits(ratio.interval.high)})"
 
 
-def phases(row: Row) -> str:
+def phases(row: Result) -> str:
     """Where the time went, in the order in which it passed; what is imported is part of what stands before."""
     return ", ".join(f"{name} {duration(value)}" for name, value in row.phases_ms.items())
 

@@ -15,18 +15,18 @@ from numpy.typing import NDArray
 from spmdeploy.backends.verify import GoldenResult
 from spmdeploy.bench.backends import cold_start_options
 from spmdeploy.bench.cold_start import ColdStart
-from spmdeploy.bench.fidelity import Parity, judge, judge_by_golden
-from spmdeploy.bench.racer import Crashed, First, Memory, Racer
-from spmdeploy.bench.results import Ran, Row, RowMemory, Scope, Status
-from spmdeploy.bench.schedule import Enough, Turn, take_turns, warm_up
+from spmdeploy.bench.fidelity import Parity, check_golden_parity, judge
+from spmdeploy.bench.racer import BackendCrashedError, FirstRun, Measurable, MemoryUsage
+from spmdeploy.bench.results import BackendInfo, Result, RowMemoryUsage, Scope, Status
+from spmdeploy.bench.schedule import Round, StopCondition, run_interleaved, warm_up
 from spmdeploy.bench.worker import Worker
 from spmdeploy.bench.workloads import EditBatch, edit_batch, edit_case, stacked, write_case
 from spmdeploy.bundle.bundle import Bundle
 from spmdeploy.bundle.manifest import ParityLimits
 from spmdeploy.errors import SpmDeployError, UnavailableError
-from spmdeploy.stats import Turns, ratio_of_medians, summarise
+from spmdeploy.stats import Turns, ratio_of_medians, summarize
 
-Talk = Callable[[str, float], None]
+Progress = Callable[[str, float], None]
 """Told what is going on, and which share of it is done, 0..1."""
 
 
@@ -46,13 +46,13 @@ class Case:
 
 
 @dataclass(frozen=True, eq=False)
-class Entrant:
+class BackendUnderTest:
     """A backend in one precision: its process and what it is, or why there is none."""
 
     backend: str
     precision: str
     worker: Worker | None = None
-    ran: Ran | None = None
+    ran: BackendInfo | None = None
     golden: tuple[GoldenResult, ...] = ()
     failure: SpmDeployError | None = None
 
@@ -63,16 +63,16 @@ class Group:
 
     bundle: Bundle
     case: Case
-    entrants: Sequence[Entrant]
+    entrants: Sequence[BackendUnderTest]
     reference: Worker | None
     """Eager PyTorch in FP32, where torch is installed."""
     baseline: str
     device: str
 
-    def measure(self, enough: Enough, talk: Talk) -> list[Row]:
+    def measure(self, enough: StopCondition, talk: Progress) -> list[Result]:
         """A row for each entrant, in their order."""
-        rows: dict[Entrant, Row] = {}
-        racers: dict[Entrant, Racer] = {}
+        rows: dict[BackendUnderTest, Result] = {}
+        racers: dict[BackendUnderTest, Measurable] = {}
         with ExitStack() as stack:
             inputs = self._inputs()
             expected = None if self.reference is None else self._first(self.reference).picture
@@ -94,13 +94,18 @@ class Group:
                 except SpmDeployError as error:
                     rows[entrant] = _failed(rows[entrant], error)
             if racers:
-                turns = take_turns(list(racers.values()), enough, lambda share: talk(f"{self.case}: measuring", share))
+                turns = run_interleaved(
+                    list(racers.values()), enough, lambda share: talk(f"{self.case}: measuring", share)
+                )
                 rows |= self._measured(rows, racers, dict(zip(racers, turns, strict=True)))
         return list(rows.values())
 
     def _measured(
-        self, rows: dict[Entrant, Row], racers: dict[Entrant, Racer], turns: dict[Entrant, list[Turn]]
-    ) -> dict[Entrant, Row]:
+        self,
+        rows: dict[BackendUnderTest, Result],
+        racers: dict[BackendUnderTest, Measurable],
+        turns: dict[BackendUnderTest, list[Round]],
+    ) -> dict[BackendUnderTest, Result]:
         base = next((entrant for entrant in racers if entrant.backend == self.baseline), None)
         measured = {}
         for entrant, racer in racers.items():
@@ -119,7 +124,7 @@ class Group:
             return edit_batch(table, case.size, case.mask, case.batch)
         return stacked([edit_case(table, case.size, case.mask)])
 
-    def _first(self, worker: Worker) -> First:
+    def _first(self, worker: Worker) -> FirstRun:
         """The case's first run in a worker; afterwards it can be timed."""
         if self.case.scope == "engine":
             return worker.prepare_engine(self._inputs(), self.case.streams)
@@ -127,7 +132,7 @@ class Group:
             return worker.prepare_frame(self._inputs(), self.case.streams)
         return worker.prepare_edit(edit_case(self.bundle.manifest.classes, self.case.size, self.case.mask))
 
-    def _prepared(self, entrant: Entrant, stack: ExitStack) -> tuple[Racer, First]:
+    def _prepared(self, entrant: BackendUnderTest, stack: ExitStack) -> tuple[Measurable, FirstRun]:
         if entrant.worker is None:
             assert entrant.failure is not None
             raise entrant.failure
@@ -140,7 +145,7 @@ class Group:
         return start, start.first()
 
     def _judged(
-        self, entrant: Entrant, first: First, mask: NDArray[np.uint8], expected: NDArray[np.uint8] | None
+        self, entrant: BackendUnderTest, first: FirstRun, mask: NDArray[np.uint8], expected: NDArray[np.uint8] | None
     ) -> Parity:
         """Raises UnavailableError where nothing says how far a picture may be off, or what it should be."""
         assert entrant.ran is not None
@@ -152,7 +157,7 @@ class Group:
                 "nothing to compare its pictures with: the bundle holds no golden edits, and torch is not installed",
                 'pip install "spmdeploy[export]"',
             )
-        return judge_by_golden(entrant.golden)
+        return check_golden_parity(entrant.golden)
 
 
 def limits_of(bundle: Bundle, precision: str) -> ParityLimits:
@@ -169,8 +174,8 @@ def limits_of(bundle: Bundle, precision: str) -> ParityLimits:
 # ---------------------------------------------------------------------------------------------------------------- rows
 
 
-def _blank(case: Case, entrant: Entrant) -> Row:
-    return Row(
+def _blank(case: Case, entrant: BackendUnderTest) -> Result:
+    return Result(
         scope=case.scope,
         backend=entrant.backend,
         asked_precision=entrant.precision,
@@ -199,8 +204,8 @@ def _blank(case: Case, entrant: Entrant) -> Row:
     )
 
 
-def _failed(row: Row, error: SpmDeployError) -> Row:
-    status: Status = "crashed" if isinstance(error, Crashed) else "unavailable"
+def _failed(row: Result, error: SpmDeployError) -> Result:
+    status: Status = "crashed" if isinstance(error, BackendCrashedError) else "unavailable"
     reason = without_folders(error.problem + (f" ({error.hint})" if error.hint else ""))
     return replace(row, status=status, reason=reason, first_ms=None, warm_up=None)
 
@@ -210,29 +215,29 @@ def without_folders(text: str) -> str:
     return re.sub(r"(?<![\w.])/(?:[^\s/'\"]+/)+", "", text)
 
 
-def _differing(row: Row) -> Row:
+def _differing(row: Result) -> Result:
     """A speed beside a wrong picture is worth nothing, so there is none."""
     assert row.parity is not None
     reason = f"its picture is not PyTorch's: {'; '.join(row.parity.faults)}"
     return replace(row, status="differs", reason=reason, first_ms=None)
 
 
-def _timed(row: Row, turns: Sequence[Turn], phases: dict[str, float], memory: Memory) -> Row:
+def _timed(row: Result, turns: Sequence[Round], phases: dict[str, float], memory: MemoryUsage) -> Result:
     edits = sum(len(turn.samples) for turn in turns) * row.batch
     seconds = sum(turn.seconds for turn in turns)
     joules = [turn.joules for turn in turns if turn.joules is not None]
     return replace(
         row,
         status="measured",
-        latency_ms=summarise(_samples(turns)),
+        latency_ms=summarize(_samples(turns)),
         edits_per_second=edits / seconds,
         megapixels_per_second=edits / seconds * row.size**2 / 1e6,
         joules_per_edit=sum(joules) / edits if len(joules) == len(turns) else None,
-        memory=RowMemory(memory.ready, memory.peak, memory.device, memory.activations, memory.loaded),
+        memory=RowMemoryUsage(memory.ready, memory.peak, memory.device, memory.activations, memory.loaded),
         phases_ms={name: round(value, 4) for name, value in phases.items()},
         samples_ms=tuple(tuple(round(sample, 4) for sample in turn.samples) for turn in turns),
     )
 
 
-def _samples(turns: Sequence[Turn]) -> Turns:
+def _samples(turns: Sequence[Round]) -> Turns:
     return [turn.samples for turn in turns]

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from spmdeploy.bench.nvml import GpuRecord, GpuState, Nvml, NvmlMissing, hash_of
+from spmdeploy.bench.nvml import GpuRecord, GpuState, Nvml, NvmlMissingError, hash_of
 from spmdeploy.gpu.driver import gpu_facts, gpu_uuid, visible_gpus
 
 LIBRARIES = (
@@ -113,14 +113,14 @@ class State:
 
 
 @dataclass(frozen=True)
-class OtherLoad:
+class BackgroundLoad:
     """What other processes took during the run."""
 
     cpu_share: float | None
     """Of the cores that this process may run on, 0..1; None where the system does not tell."""
 
     @property
-    def disturbs(self) -> bool:
+    def is_significant(self) -> bool:
         return self.cpu_share is not None and self.cpu_share > BUSY_ABOVE
 
 
@@ -209,15 +209,15 @@ class LoadMeter:
         self._busy = _busy_seconds(root)
         self._own = own_cpu_seconds()
 
-    def other_load(self) -> OtherLoad:
+    def other_load(self) -> BackgroundLoad:
         """Ask after our own processes have ended: only then is their time known."""
         busy = _busy_seconds(self._root)
         if busy is None or self._busy is None:
-            return OtherLoad(None)
+            return BackgroundLoad(None)
         elapsed = (time.monotonic() - self._started) * len(usable_cores())
         own = own_cpu_seconds() - self._own
         # Both clocks tick in hundredths of a second.
-        return OtherLoad(round(min(1.0, max(0.0, (busy - self._busy - own) / max(elapsed, 1e-9))), 4))
+        return BackgroundLoad(round(min(1.0, max(0.0, (busy - self._busy - own) / max(elapsed, 1e-9))), 4))
 
 
 def own_cpu_seconds() -> float:
@@ -245,7 +245,7 @@ def _gpus() -> tuple[tuple[GpuRecord, ...], str | None]:
     try:
         with Nvml(required=True) as nvml:
             return tuple(nvml.facts()), None
-    except NvmlMissing as error:
+    except NvmlMissingError as error:
         note = str(error)
     try:
         found = [(gpu_facts(index), hash_of(gpu_uuid(index))) for index in range(visible_gpus())]

@@ -29,7 +29,7 @@ _REASONS = {
 HARMLESS = frozenset({"idle", "application clocks", "display clocks"})
 
 
-class NvmlMissing(Exception):
+class NvmlMissingError(Exception):
     """NVML cannot be asked; the text says why."""
 
 
@@ -80,10 +80,10 @@ class Nvml:
             self._library = pynvml
         except ImportError:
             if self._required:
-                raise NvmlMissing("the package nvidia-ml-py is not installed") from None
+                raise NvmlMissingError("the package nvidia-ml-py is not installed") from None
         except Exception as error:  # its own class, which exists only where the import worked
             if self._required:
-                raise NvmlMissing(f"NVML does not answer: {error}") from error
+                raise NvmlMissingError(f"NVML does not answer: {error}") from error
         return self
 
     def __exit__(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from spmdeploy.backends.base import Session
 from spmdeploy.backends.onnxruntime_profile import profiled_nodes
 from spmdeploy.bench.backends import graph_of
-from spmdeploy.bench.profile import PROFILED_RUNS, Operation, Profile, grouped
+from spmdeploy.bench.profile import PROFILED_RUNS, Operation, Profile, group_by_layer
 from spmdeploy.bench.workloads import EditBatch
 from spmdeploy.bundle.bundle import Bundle
 
@@ -23,4 +23,4 @@ def profiled_in_onnxruntime(bundle: Bundle, session: Session, batch: EditBatch) 
         for node in nodes
     ]
     held = [int(node["args"]["mem_bytes_in_use"]) for node in nodes if "mem_bytes_in_use" in node["args"]]
-    return Profile(grouped(operations, PROFILED_RUNS), max(held) - min(held) if held else None)
+    return Profile(group_by_layer(operations, PROFILED_RUNS), max(held) - min(held) if held else None)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from spmdeploy.bench import format as words
-from spmdeploy.bench.results import Record, Row
+from spmdeploy.bench.results import Record, Result
 
 WIDTH, LOWEST = 1600, 900
 """Pixels; 16:9 unless there is more to show than fits."""
@@ -62,8 +62,8 @@ def plot(record: Record) -> NDArray[np.uint8]:
     for title, rows in panels:
         page.panel(top, title, rows)
         top += _panel_height(rows, bar)
-    for place, (line, colour) in enumerate(footer):
-        page.text(_MARGIN, page.height - below + _LINE * (place + 0.5), line, 19, colour)
+    for place, (line, color) in enumerate(footer):
+        page.text(_MARGIN, page.height - below + _LINE * (place + 0.5), line, 19, color)
     return page.finished()
 
 
@@ -79,26 +79,26 @@ class _Page:
     def finished(self) -> NDArray[np.uint8]:
         return np.asarray(self._image.resize((WIDTH, self.height), Image.Resampling.BOX))
 
-    def text(self, left: float, top: float, text: str, size: int, colour: str = _INK, anchor: str = "lm") -> None:
+    def text(self, left: float, top: float, text: str, size: int, color: str = _INK, anchor: str = "lm") -> None:
         font = ImageFont.load_default(size=size * _FINER)
         # Pillow's own font has letters, digits and little else.
         plain = text.replace("×", "x").replace("µ", "u").replace("`", "").replace("…", "...")
-        self._draw.text((left * _FINER, top * _FINER), plain, fill=colour, font=font, anchor=anchor)
+        self._draw.text((left * _FINER, top * _FINER), plain, fill=color, font=font, anchor=anchor)
 
-    def line(self, start: tuple[float, float], end: tuple[float, float], colour: str, width: float = 1) -> None:
+    def line(self, start: tuple[float, float], end: tuple[float, float], color: str, width: float = 1) -> None:
         places = [coordinate * _FINER for coordinate in (*start, *end)]
-        self._draw.line(places, fill=colour, width=round(width * _FINER))
+        self._draw.line(places, fill=color, width=round(width * _FINER))
 
-    def box(self, left: float, top: float, right: float, bottom: float, colour: str) -> None:
-        self._draw.rectangle([coordinate * _FINER for coordinate in (left, top, right, bottom)], fill=colour)
+    def box(self, left: float, top: float, right: float, bottom: float, color: str) -> None:
+        self._draw.rectangle([coordinate * _FINER for coordinate in (left, top, right, bottom)], fill=color)
 
-    def dot(self, left: float, top: float, radius: float, colour: str) -> None:
+    def dot(self, left: float, top: float, radius: float, color: str) -> None:
         ends = (left - radius, top - radius, left + radius, top + radius)
-        self._draw.ellipse([coordinate * _FINER for coordinate in ends], fill=colour)
+        self._draw.ellipse([coordinate * _FINER for coordinate in ends], fill=color)
 
     # -- a panel
 
-    def panel(self, top: float, title: str, rows: Sequence[Row]) -> None:
+    def panel(self, top: float, title: str, rows: Sequence[Result]) -> None:
         self.text(_MARGIN, top + 24, title[0].upper() + title[1:], 27)
         measured = [row for row in rows if row.latency_ms is not None]
         top += _HEADING
@@ -123,7 +123,7 @@ class _Page:
             self.line((place, top - 6), (place, bottom - 6), _GRID)
             self.text(place, bottom + 14, words.tick(value), 17, _PALE, "mm")
 
-    def _bar(self, scale: _Scale, top: float, row: Row) -> None:
+    def _bar(self, scale: _Scale, top: float, row: Result) -> None:
         assert row.latency_ms is not None
         figures, bottom = row.latency_ms, top + self._bar_height
         middle = (top + bottom) / 2
@@ -132,7 +132,7 @@ class _Page:
         samples = [sample for turn in row.samples_ms for sample in turn]
         beyond = sum(sample > scale.longest for sample in samples)
         for place, sample in enumerate(samples):
-            if sample <= scale.longest:  # the golden ratio spreads neighbours without chance
+            if sample <= scale.longest:  # the golden ratio spreads neighbors without chance
                 level = top + 5 + (self._bar_height - 10) * (place * 0.618034 % 1)
                 self.dot(scale.at(sample), level, 2.2, f"{_INK}59")
         self.line((scale.at(figures.p50), top - 4), (scale.at(figures.p50), bottom + 4), _INK, 2)
@@ -149,7 +149,7 @@ class _Page:
         more += ["unstable"] * figures.unstable + [f"{beyond} beyond"] * bool(beyond)
         self.text(left, middle + 17, ", ".join(more), 17, _PALE)
 
-    def _floors(self, scale: _Scale, top: float, bottom: float, rows: Sequence[Row]) -> None:
+    def _floors(self, scale: _Scale, top: float, bottom: float, rows: Sequence[Result]) -> None:
         """Rows of one device and precision share a floor."""
         for milliseconds in sorted({row.floor.milliseconds for row in rows if row.floor is not None}):
             if milliseconds > scale.longest:
@@ -161,12 +161,12 @@ class _Page:
             self.text(place, top - 24, label, 16, _ALARM, "mm")
 
 
-def _panel_height(rows: Sequence[Row], bar: int) -> int:
+def _panel_height(rows: Sequence[Result], bar: int) -> int:
     measured = sum(row.latency_ms is not None for row in rows)
     return _HEADING + measured * (bar + _GAP) + (_AXIS if measured else 0) + (len(rows) - measured) * _LINE
 
 
-def _longest(rows: Sequence[Row]) -> float:
+def _longest(rows: Sequence[Result]) -> float:
     """The end of the axis: nearly all samples; the few beyond are counted in words."""
     return 1.08 * max(row.latency_ms.p95 for row in rows if row.latency_ms is not None)
 

@@ -19,8 +19,8 @@ _BOX = re.compile(
 _KINDS = {"features": "main convolution", "context": "context modulation", "layout": "layout branch", "to": "to RGB"}
 _ARITHMETIC = "modulation arithmetic"
 _OPERATORS = {
-    "InstanceNormalization": "normalisation",
-    "instance_norm": "normalisation",
+    "InstanceNormalization": "normalization",
+    "instance_norm": "normalization",
     "Resize": "resize",
     "Upsample": "resize",
     "upsample_bilinear2d": "resize",
@@ -39,7 +39,7 @@ class Operation:
 
 
 @dataclass(frozen=True)
-class Part:
+class LayerGroup:
     """Time of one part of the network in one run, from the library's own profiler."""
 
     stage: str
@@ -54,12 +54,12 @@ class Part:
 class Profile:
     """Where an edit spends time and memory."""
 
-    parts: tuple[Part, ...]
+    parts: tuple[LayerGroup, ...]
     activation_bytes: int | None
     """The most that was held at once beside the weights, where the library tells."""
 
 
-def grouped(operations: Iterable[Operation], runs: int) -> tuple[Part, ...]:
+def group_by_layer(operations: Iterable[Operation], runs: int) -> tuple[LayerGroup, ...]:
     """Time by stage and kind, of the mean run, the longest first.
 
     Operations that a library has added have no path: they belong to the stage of the one before.
@@ -72,7 +72,7 @@ def grouped(operations: Iterable[Operation], runs: int) -> tuple[Part, ...]:
             stage = stage_of(operation.name)
         spent[stage, kind] += operation.microseconds / 1000 / runs
     total = sum(spent.values()) or 1.0
-    parts = [Part(stage, kind, time, time / total) for (stage, kind), time in spent.items()]
+    parts = [LayerGroup(stage, kind, time, time / total) for (stage, kind), time in spent.items()]
     return tuple(sorted(parts, key=lambda part: -part.milliseconds))
 
 

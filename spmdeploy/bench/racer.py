@@ -8,16 +8,16 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from spmdeploy.bench.schedule import Contestant
+from spmdeploy.bench.schedule import Timeable
 from spmdeploy.errors import SpmDeployError
 
 
-class Crashed(SpmDeployError):
+class BackendCrashedError(SpmDeployError):
     """A backend failed in a way that nobody foresaw."""
 
 
 @dataclass(frozen=True)
-class First:
+class FirstRun:
     """The first run of a case, before any warm-up."""
 
     photo: NDArray[np.uint8]
@@ -30,7 +30,7 @@ class First:
 
 
 @dataclass(frozen=True)
-class Memory:
+class MemoryUsage:
     """Of the process, in bytes; None where the system does not tell."""
 
     ready: int | None
@@ -45,7 +45,7 @@ class Memory:
     """The files of the graphs or engines that are loaded after the row: `refine` among them once it was used."""
 
 
-class Racer(Contestant, Protocol):
+class Measurable(Timeable, Protocol):
     """A contestant that can tell where its time and memory went."""
 
     def forget(self) -> None:
@@ -54,4 +54,4 @@ class Racer(Contestant, Protocol):
     def medians(self) -> dict[str, float]:
         """Median milliseconds by phase."""
 
-    def memory(self) -> Memory: ...
+    def memory(self) -> MemoryUsage: ...

@@ -24,7 +24,7 @@ from spmdeploy.gpu.arrays import DeviceArray
 from spmdeploy.gpu.device import Device
 
 
-class ResidentEdit(Protocol):
+class DeviceRun(Protocol):
     """One batch on a device."""
 
     stream: int
@@ -36,7 +36,7 @@ class ResidentEdit(Protocol):
         """The pictures of the last edit, uint8 (B, S, S, 3), once the stream has come to rest."""
 
 
-def resident_edit(session: Session, batch: EditBatch, device: Device, stack: ExitStack) -> ResidentEdit:
+def device_run(session: Session, batch: EditBatch, device: Device, stack: ExitStack) -> DeviceRun:
     """The batch on the session's GPU until the stack is closed. Raises UnavailableError for backends that cannot."""
     if isinstance(session, TensorRtSession | OnnxRuntimeSession):
         return _ResidentArrays(session, batch, device, stack)
@@ -49,7 +49,7 @@ def resident_edit(session: Session, batch: EditBatch, device: Device, stack: Exi
     raise UnavailableError(f"{session.backend} does not take inputs in the GPU's memory", "use --scope edit")
 
 
-def device_milliseconds(edit: ResidentEdit, device: Device) -> tuple[float, float]:
+def time_on_device(edit: DeviceRun, device: Device) -> tuple[float, float]:
     """What passed on the device during one edit, and what passed on the host until it was launched."""
     with device.current():
         with device.timed(edit.stream) as passed:
@@ -72,12 +72,12 @@ class _ResidentArrays:
             stack.callback(self._given_back, device.destroy_stream, self.stream)
             self._inputs = {name: self._uploaded(array, name) for name, array in batch.named.items()}
             self._edited = self._reserved(batch.image, "edited")
-            device.synchronise(self.stream)
+            device.synchronize(self.stream)
         if isinstance(session, TensorRtSession):
             self._launch: Callable[[], None] = partial(
                 session.run_device, self._inputs, {"edited": self._edited}, self.stream
             )
-            stack.callback(session.synchronise)
+            stack.callback(session.synchronize)
         else:
             self._launch = session.bound(self._inputs, {"edited": self._edited})
 
@@ -90,7 +90,7 @@ class _ResidentArrays:
             pinned = self._device.pinned(picture.nbytes, "the edited pictures")
             try:
                 self._device.copy_out(pinned, self._edited.address, self.stream)
-                self._device.synchronise(self.stream)
+                self._device.synchronize(self.stream)
                 picture[:] = pinned.reshape(picture.shape)
             finally:
                 self._device.free_pinned(pinned)
@@ -102,7 +102,7 @@ class _ResidentArrays:
         try:
             pinned[:] = np.ascontiguousarray(array).view(np.uint8).reshape(-1)
             self._device.copy_in(place.address, pinned, self.stream)
-            self._device.synchronise(self.stream)
+            self._device.synchronize(self.stream)
         finally:
             self._device.free_pinned(pinned)
         return place

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
 from spmdeploy.bench.fidelity import Parity
-from spmdeploy.bench.machine import Machine, OtherLoad, State
-from spmdeploy.bench.profile import Part
-from spmdeploy.bench.roofline import Floor, Rates
+from spmdeploy.bench.machine import BackgroundLoad, Machine, State
+from spmdeploy.bench.profile import LayerGroup
+from spmdeploy.bench.roofline import PeakRates, RooflineBound
 from spmdeploy.bench.schedule import WarmUp
 from spmdeploy.errors import InputError
-from spmdeploy.serialization import WrongField, as_count, as_flag, as_number, as_object, as_text, parse, refuse
+from spmdeploy.serialization import FieldError, as_count, as_flag, as_number, as_object, as_text, parse, refuse
 from spmdeploy.serialization import schema_version as version_of
 from spmdeploy.stats import Ratio, Summary
 
@@ -32,7 +32,7 @@ Status = Literal["measured", "unavailable", "differs", "crashed"]
 
 
 @dataclass(frozen=True)
-class Subject:
+class ModelInfo:
     """What was edited with."""
 
     name: str
@@ -63,7 +63,7 @@ class Protocol:
 
 
 @dataclass(frozen=True)
-class Ran:
+class BackendInfo:
     """What really computes, as the session says."""
 
     device: str
@@ -78,7 +78,7 @@ class Ran:
 
 
 @dataclass(frozen=True)
-class RowMemory:
+class RowMemoryUsage:
     """Bytes; None where nobody tells."""
 
     ready: int | None
@@ -94,7 +94,7 @@ class RowMemory:
 
 
 @dataclass(frozen=True)
-class Row:
+class Result:
     """One backend in one case. Unless it was measured, it holds a reason and no time."""
 
     scope: Scope
@@ -107,7 +107,7 @@ class Row:
     streams: int
     status: Status
     reason: str | None
-    ran: Ran | None
+    ran: BackendInfo | None
     masked_share: float | None
     parity: Parity | None
     first_ms: float | None
@@ -118,12 +118,12 @@ class Row:
     edits_per_second: float | None
     megapixels_per_second: float | None
     joules_per_edit: float | None
-    memory: RowMemory | None
-    floor: Floor | None
+    memory: RowMemoryUsage | None
+    floor: RooflineBound | None
     phases_ms: dict[str, float]
     """Medians by phase."""
     notes: dict[str, str | int]
-    parts: tuple[Part, ...]
+    parts: tuple[LayerGroup, ...]
     samples_ms: tuple[tuple[float, ...], ...]
     """Every iteration, in the turns in which they were taken."""
 
@@ -145,14 +145,14 @@ class Record:
     spmdeploy: str
     created: str
     """Date and time, UTC."""
-    subject: Subject
+    subject: ModelInfo
     protocol: Protocol
     machine: Machine
     before: State
     after: State
-    others: OtherLoad
-    rates: tuple[Rates, ...]
-    rows: tuple[Row, ...]
+    others: BackgroundLoad
+    rates: tuple[PeakRates, ...]
+    rows: tuple[Result, ...]
     warnings: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -170,7 +170,7 @@ class Record:
             raise InputError(f"{source}: its schema is newer than {SCHEMA}, which this version reads", "upgrade")
         try:
             return as_dataclass(cls)(value, "")
-        except WrongField as error:
+        except FieldError as error:
             raise InputError(f"{source}: {error}", MEASURE) from error
 
 
@@ -218,7 +218,7 @@ def as_dataclass(kind: type[T]) -> Callable[[object, str], T]:
         given = as_object(value, where or "the record")
         missing = next((name for name in hints if name not in given and name not in later), None)
         if missing:
-            raise WrongField(f"{where}{'.' if where else ''}{missing} is missing")
+            raise FieldError(f"{where}{'.' if where else ''}{missing} is missing")
         prefix = f"{where}." if where else ""
         there = {name: hint for name, hint in hints.items() if name in given}
         return kind(**{name: _reader(hint)(given[name], prefix + name) for name, hint in there.items()})
@@ -255,7 +255,7 @@ def _union(arguments: tuple[Any, ...]) -> Reader:
         for reader in readers[:-1]:
             try:
                 return reader(value, where)
-            except WrongField:
+            except FieldError:
                 continue
         return readers[-1](value, where)
 

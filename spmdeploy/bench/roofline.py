@@ -25,7 +25,7 @@ BYTES_PER_PIXEL = 3 + 1 + 4 + 1 + 3
 
 
 @dataclass(frozen=True)
-class Rates:
+class PeakRates:
     """What one device reached, in the precision of a row."""
 
     device: str
@@ -39,7 +39,7 @@ class Rates:
 
 
 @dataclass(frozen=True)
-class Floor:
+class RooflineBound:
     """The least time for what a row does."""
 
     gflop: float
@@ -53,17 +53,19 @@ class Floor:
     """Share of the floor's speed: floor / median, 1 = as fast as the counted work allows."""
 
 
-def floor_of(gflop: float, weights_bytes: int, batch: int, size: int, rates: Rates, median: float) -> Floor:
+def roofline_bound(
+    gflop: float, weights_bytes: int, batch: int, size: int, rates: PeakRates, median: float
+) -> RooflineBound:
     """gflop: of one edit. median: milliseconds that a call took."""
     moved = weights_bytes + batch * size * size * BYTES_PER_PIXEL
     arithmetic = gflop * batch / rates.gflops * 1e3
     memory = moved / (rates.copy_gb_per_second * 1e9) * 1e3
     longest = max(arithmetic, memory)
     bound_by = "arithmetic" if arithmetic >= memory else "memory"
-    return Floor(round(gflop * batch, 3), round(moved / 1e6, 3), longest, bound_by, longest / median)
+    return RooflineBound(round(gflop * batch, 3), round(moved / 1e6, 3), longest, bound_by, longest / median)
 
 
-def numpy_rates(seconds: float) -> Rates:
+def numpy_rates(seconds: float) -> PeakRates:
     """What numpy reaches on the cores that this process may use. seconds: for each rate."""
     matrix = np.random.default_rng(0).standard_normal((MATRIX_SIDE, MATRIX_SIDE), np.float32)
     product = np.empty_like(matrix)
@@ -77,9 +79,9 @@ def numpy_rates(seconds: float) -> Rates:
     return rates_from("cpu", "fp32", f"numpy {np.__version__}", product_seconds, copy_seconds)
 
 
-def rates_from(device: str, precision: str, library: str, product_seconds: float, copy_seconds: float) -> Rates:
+def rates_from(device: str, precision: str, library: str, product_seconds: float, copy_seconds: float) -> PeakRates:
     gflops = 2 * MATRIX_SIDE**3 / product_seconds / 1e9
-    return Rates(device, precision, library, gflops, 2 * COPIED_BYTES / copy_seconds / 1e9)
+    return PeakRates(device, precision, library, gflops, 2 * COPIED_BYTES / copy_seconds / 1e9)
 
 
 def best_seconds(work: Callable[[], object], seconds: float, wait: Callable[[], object] = lambda: None) -> float:
@@ -95,8 +97,8 @@ def best_seconds(work: Callable[[], object], seconds: float, wait: Callable[[], 
     return min(times)
 
 
-def best_of(rates: list[Rates]) -> Rates:
+def best_of(rates: list[PeakRates]) -> PeakRates:
     """The faster product and the faster copy of the same device and precision."""
     fastest = max(rates, key=lambda it: it.gflops)
     copying = max(it.copy_gb_per_second for it in rates)
-    return Rates(fastest.device, fastest.precision, fastest.library, fastest.gflops, copying)
+    return PeakRates(fastest.device, fastest.precision, fastest.library, fastest.gflops, copying)

@@ -15,12 +15,12 @@ from typing import TypeVar
 
 from spmdeploy import default_model
 from spmdeploy.bench import schedule as contest
-from spmdeploy.bench.backends import BACKENDS, EAGER, has_torch, left_out
-from spmdeploy.bench.group import Case, Entrant, Group, Talk, without_folders
-from spmdeploy.bench.machine import LoadMeter, OtherLoad, State, describe_machine, read_state
-from spmdeploy.bench.results import Protocol, Record, Row, Scope, Subject
-from spmdeploy.bench.roofline import Rates, best_of, floor_of, numpy_rates
-from spmdeploy.bench.schedule import Enough
+from spmdeploy.bench.backends import BACKENDS, REFERENCE_BACKEND, has_torch, skip_by_default
+from spmdeploy.bench.group import BackendUnderTest, Case, Group, Progress, without_folders
+from spmdeploy.bench.machine import BackgroundLoad, LoadMeter, State, describe_machine, read_state
+from spmdeploy.bench.results import ModelInfo, Protocol, Record, Result, Scope
+from spmdeploy.bench.roofline import PeakRates, best_of, numpy_rates, roofline_bound
+from spmdeploy.bench.schedule import StopCondition
 from spmdeploy.bench.worker import Worker
 from spmdeploy.bench.workloads import MASK_RULE, edit_batch
 from spmdeploy.bundle.bundle import Bundle, open_bundle
@@ -58,11 +58,11 @@ class Options:
     """Of the photos that are edited; the engine scope has the graph's size."""
     masks: tuple[str, ...] = ("small", "medium", "large")
     seconds: float | None = None
-    baseline: str = EAGER
+    baseline: str = REFERENCE_BACKEND
     profile: bool = False
 
-    def enough(self, scope: Scope) -> Enough:
-        return Enough(SECONDS, ITERATIONS[scope]) if self.seconds is None else Enough(self.seconds, 0)
+    def enough(self, scope: Scope) -> StopCondition:
+        return StopCondition(SECONDS, ITERATIONS[scope]) if self.seconds is None else StopCondition(self.seconds, 0)
 
     def command(self) -> str:
         """What to type for the same run, without the folders of anything."""
@@ -84,15 +84,15 @@ class Options:
         return " ".join(words + ["--profile"] * self.profile)
 
 
-def run_bench(options: Options, talk: Talk = lambda what, share: None) -> Record:
+def run_bench(options: Options, talk: Progress = lambda what, share: None) -> Record:
     """Measures. Raises BundleError; what goes wrong with one backend is written into its rows instead."""
     machine, meter, before = describe_machine(), LoadMeter(), read_state()
-    rows: list[Row] = []
+    rows: list[Result] = []
     with ExitStack() as stack:
         bundle = _opened(options, talk, stack)
         seconds = min(SHORTEST_RATE, options.seconds or SHORTEST_RATE)
         with ExitStack() as workers:
-            entrants = list(_entrants(bundle, options, talk, workers))
+            entrants = list(_open_backends(bundle, options, talk, workers))
             there_are_any = any(entrant.worker is not None for entrant in entrants)
             talk("what this machine can do", 0.0)
             rates = _cpu_rates(seconds) if there_are_any else []
@@ -104,7 +104,7 @@ def run_bench(options: Options, talk: Talk = lambda what, share: None) -> Record
                 rows = [_profiled(row, bundle, entrants, talk) for row in rows]
         rates += _gpu_rates(rows, seconds)
         others, after = meter.other_load(), read_state()  # our processes have ended: their time is known
-        rows = [_with_floor(row, bundle, rates) for row in rows]
+        rows = [_add_roofline(row, bundle, rates) for row in rows]
         return Record(
             spmdeploy=__version__,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -145,10 +145,10 @@ def cases(bundle: Bundle, options: Options) -> Iterator[Case]:
                 yield Case(scope, size, mask)
 
 
-def warnings(rows: Sequence[Row], baseline: str, states: Sequence[State], others: OtherLoad) -> Iterator[str]:
+def warnings(rows: Sequence[Result], baseline: str, states: Sequence[State], others: BackgroundLoad) -> Iterator[str]:
     """What a reader of the figures must know before believing them."""
     measured = [row for row in rows if row.status == "measured"]
-    if others.disturbs:
+    if others.is_significant:
         yield f"other processes used {others.cpu_share:.0%} of the cores during the run: do not publish these figures"
     if measured and baseline not in {row.backend for row in measured}:
         yield f"no ratios: the baseline {baseline} was not measured"
@@ -168,7 +168,7 @@ def warnings(rows: Sequence[Row], baseline: str, states: Sequence[State], others
 # ------------------------------------------------------------------------------------------------------- who takes part
 
 
-def _opened(options: Options, talk: Talk, stack: ExitStack) -> Bundle:
+def _opened(options: Options, talk: Progress, stack: ExitStack) -> Bundle:
     if options.preset is None:
         return open_bundle(options.bundle or default_model())
     if not has_torch():
@@ -185,31 +185,33 @@ def _export_random(preset: str, folder: Path, precisions: tuple[Precision, ...])
     return export_random(preset, folder, precisions)
 
 
-def _entrants(bundle: Bundle, options: Options, talk: Talk, stack: ExitStack) -> Iterator[Entrant]:
+def _open_backends(bundle: Bundle, options: Options, talk: Progress, stack: ExitStack) -> Iterator[BackendUnderTest]:
     for backend, precision in itertools.product(options.backends or BACKENDS, options.precisions):
         talk(f"opening {backend}", 0.0)
         try:
             if not options.backends:
-                left_out(backend)
+                skip_by_default(backend)
             worker = stack.enter_context(Worker(bundle.path, backend, options.device, precision))
             golden = tuple(worker.verify()) if bundle.manifest.golden else ()
-            yield Entrant(backend, precision, worker, worker.describe(), golden)
+            yield BackendUnderTest(backend, precision, worker, worker.describe(), golden)
         except SpmDeployError as error:
-            yield Entrant(backend, precision, failure=error)
+            yield BackendUnderTest(backend, precision, failure=error)
 
 
-def _reference(bundle: Bundle, entrants: Sequence[Entrant], stack: ExitStack) -> Worker | None:
+def _reference(bundle: Bundle, entrants: Sequence[BackendUnderTest], stack: ExitStack) -> Worker | None:
     """Eager PyTorch in FP32: the one that takes part, or one that only draws; None where it cannot be had."""
-    taking_part = next((it.worker for it in entrants if it.backend == EAGER and it.worker is not None), None)
+    taking_part = next(
+        (it.worker for it in entrants if it.backend == REFERENCE_BACKEND and it.worker is not None), None
+    )
     if taking_part is not None or not has_torch():
         return taking_part
     try:
-        return stack.enter_context(Worker(bundle.path, EAGER, "auto", "fp32"))
+        return stack.enter_context(Worker(bundle.path, REFERENCE_BACKEND, "auto", "fp32"))
     except SpmDeployError:  # a bundle without FP32 graphs: its golden edits remain
         return None
 
 
-def _profiled(row: Row, bundle: Bundle, entrants: Sequence[Entrant], talk: Talk) -> Row:
+def _profiled(row: Result, bundle: Bundle, entrants: Sequence[BackendUnderTest], talk: Progress) -> Result:
     """With the time of its parts and the memory of its activations, where the backend's library tells."""
     if row.scope != "engine" or row.memory is None:
         return row
@@ -226,7 +228,7 @@ def _profiled(row: Row, bundle: Bundle, entrants: Sequence[Entrant], talk: Talk)
 # ------------------------------------------------------------------------------------------------------- what is beside
 
 
-def _cpu_rates(seconds: float) -> list[Rates]:
+def _cpu_rates(seconds: float) -> list[PeakRates]:
     """Measured in processes of their own, so that no library stays behind in this one."""
     rates = [_in_process(numpy_rates, seconds)]
     if has_torch():
@@ -234,13 +236,13 @@ def _cpu_rates(seconds: float) -> list[Rates]:
     return [best_of(rates)]
 
 
-def _gpu_rates(rows: Sequence[Row], seconds: float) -> list[Rates]:
+def _gpu_rates(rows: Sequence[Result], seconds: float) -> list[PeakRates]:
     """Of every GPU and precision that took part; torch alone can measure them."""
     places = {(row.ran.device, row.ran.precision) for row in rows if row.ran is not None and row.ran.device != "cpu"}
     return [_in_process(_torch_rates, *place, seconds) for place in sorted(places)] if has_torch() else []
 
 
-def _torch_rates(device: str, precision: str, seconds: float) -> Rates:
+def _torch_rates(device: str, precision: str, seconds: float) -> PeakRates:
     from spmdeploy.bench.torch_backends import torch_rates
 
     return torch_rates(device, precision, seconds)
@@ -251,7 +253,7 @@ def _in_process(work: Callable[..., T], *arguments: object) -> T:
         return pool.submit(work, *arguments).result()
 
 
-def _with_floor(row: Row, bundle: Bundle, rates: Sequence[Rates]) -> Row:
+def _add_roofline(row: Result, bundle: Bundle, rates: Sequence[PeakRates]) -> Result:
     """Only the engine scope is compared with the work counted in the graph."""
     if row.scope != "engine" or row.ran is None or row.latency_ms is None:
         return row
@@ -260,12 +262,12 @@ def _with_floor(row: Row, bundle: Bundle, rates: Sequence[Rates]) -> Row:
     if measured is None:
         return row
     gflop, weights = bundle.manifest.generator.gflop, row.ran.weights_bytes
-    return replace(row, floor=floor_of(gflop, weights, row.batch, row.size, measured, row.latency_ms.p50))
+    return replace(row, floor=roofline_bound(gflop, weights, row.batch, row.size, measured, row.latency_ms.p50))
 
 
-def _subject(bundle: Bundle, preset: str | None) -> Subject:
+def _subject(bundle: Bundle, preset: str | None) -> ModelInfo:
     facts = bundle.manifest.generator
-    return Subject(
+    return ModelInfo(
         name=bundle.manifest.name,
         weights="its own weights" if preset is None else "random weights",
         graphs={f"{it.graph} {it.precision}": it.sha256 for it in bundle.manifest.graphs},

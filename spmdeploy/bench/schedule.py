@@ -28,7 +28,7 @@ FEWEST_ROUNDS = 3
 
 
 @dataclass(frozen=True)
-class Turn:
+class Round:
     """What a contestant did in one go."""
 
     samples: tuple[float, ...]
@@ -39,8 +39,8 @@ class Turn:
     """Spent by the device, where it tells."""
 
 
-class Contestant(Protocol):
-    def turn(self, seconds: float, iterations: int) -> Turn:
+class Timeable(Protocol):
+    def turn(self, seconds: float, iterations: int) -> Round:
         """Runs until both `seconds` have passed and `iterations` are done."""
 
 
@@ -57,13 +57,13 @@ class WarmUp:
 
 
 @dataclass(frozen=True)
-class Enough:
+class StopCondition:
     """When to stop: every contestant has run so long and so often."""
 
     seconds: float
     iterations: int
 
-    def reached(self, turns: Sequence[Turn]) -> bool:
+    def reached(self, turns: Sequence[Round]) -> bool:
         return (
             len(turns) >= FEWEST_ROUNDS
             and sum(turn.seconds for turn in turns) >= self.seconds
@@ -71,10 +71,10 @@ class Enough:
         )
 
 
-def warm_up(contestant: Contestant) -> WarmUp:
+def warm_up(contestant: Timeable) -> WarmUp:
     """Runs a contestant for `WARM_UP_SECONDS` and until its last windows agree, but not beyond `WARM_UP_LIMIT`."""
-    turns: list[Turn] = []
-    window: list[Turn] = []
+    turns: list[Round] = []
+    window: list[Round] = []
     windows: list[float] = []
     while True:
         turn = contestant.turn(WINDOW_SECONDS, 1)
@@ -85,25 +85,25 @@ def warm_up(contestant: Contestant) -> WarmUp:
         if len(samples) >= WINDOW_ITERATIONS:
             windows.append(statistics.median(samples))
             window = []
-        steady = is_steady(windows)
+        steady = is_stable(windows)
         if (seconds >= WARM_UP_SECONDS and steady) or seconds >= WARM_UP_LIMIT:
             iterations = sum(len(turn.samples) for turn in turns)
             return WarmUp(seconds, iterations, tuple(windows), steady)
 
 
-def is_steady(windows: Sequence[float]) -> bool:
+def is_stable(windows: Sequence[float]) -> bool:
     last = windows[-STEADY_WINDOWS:]
     return len(last) == STEADY_WINDOWS and max(last) - min(last) <= STEADY_WITHIN * min(last)
 
 
-def take_turns(
-    contestants: Sequence[Contestant], enough: Enough, progress: Callable[[float], None] = lambda share: None
-) -> list[list[Turn]]:
+def run_interleaved(
+    contestants: Sequence[Timeable], enough: StopCondition, progress: Callable[[float], None] = lambda share: None
+) -> list[list[Round]]:
     """Rounds in which every contestant has one turn, in the same order, until all of them have had enough.
 
     Returns each one's turns; turn i of all of them belongs to round i. progress is told the share done, 0..1.
     """
-    turns: list[list[Turn]] = [[] for _ in contestants]
+    turns: list[list[Round]] = [[] for _ in contestants]
     while not all(enough.reached(own) for own in turns):
         for contestant, own in zip(contestants, turns, strict=True):
             own.append(contestant.turn(TURN_SECONDS, 1))
@@ -111,7 +111,7 @@ def take_turns(
     return turns
 
 
-def _share(turns: Sequence[Turn], enough: Enough) -> float:
+def _share(turns: Sequence[Round], enough: StopCondition) -> float:
     seconds, iterations = sum(turn.seconds for turn in turns), sum(len(turn.samples) for turn in turns)
     return min(
         1.0,

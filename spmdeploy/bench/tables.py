@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from spmdeploy.bench import format as words
-from spmdeploy.bench.results import Record, Row
+from spmdeploy.bench.results import Record, Result
 
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 """Heading and rows."""
@@ -14,7 +14,7 @@ README_BEGIN = "<!-- figures: written by `make figures` from bench/results -->"
 README_END = "<!-- end of figures -->"
 
 
-def group_table(rows: Sequence[Row]) -> Table:
+def group_table(rows: Sequence[Result]) -> Table:
     """The measured rows of one group. Columns that would be empty are left out."""
     measured = [row for row in rows if row.status == "measured"]
     baseline = next((row.ratio.baseline for row in measured if row.ratio is not None), "baseline")
@@ -40,7 +40,7 @@ def group_table(rows: Sequence[Row]) -> Table:
     return tuple(kept), list(zip(*kept.values(), strict=True))
 
 
-def _tiling(row: Row) -> str:
+def _tiling(row: Result) -> str:
     """How an edit was cut up, and how often the network was called."""
     if "tiling" not in row.notes:
         return ""
@@ -48,13 +48,13 @@ def _tiling(row: Row) -> str:
     return f"{row.notes['tiling']}: {counts}"
 
 
-def why_not(rows: Sequence[Row]) -> list[str]:
+def failure_lines(rows: Sequence[Result]) -> list[str]:
     """A line for each backend that has no figures."""
     said = {"unavailable": "cannot run here", "differs": "no speed", "crashed": "failed"}
     return [f"{words.backend(row)}: {said[row.status]}: {row.reason}" for row in rows if row.status != "measured"]
 
 
-def where_it_went(rows: Sequence[Row]) -> list[str]:
+def phase_lines(rows: Sequence[Result]) -> list[str]:
     """A line for each backend whose phases were timed."""
     return [f"{words.backend(row)}: {words.phases(row)}" for row in rows if row.phases_ms]
 
@@ -77,7 +77,7 @@ def markdown(record: Record) -> str:
         lines += [f"## {title[0].upper()}{title[1:]}", ""]
         if any(row.status == "measured" for row in rows):
             lines += [*markdown_table(group_table(rows)), ""]
-        said = where_it_went(rows) + why_not(rows)
+        said = phase_lines(rows) + failure_lines(rows)
         lines += [f"- {line}" for line in said] + [""] * bool(said)
         for row in rows:
             if row.parts:
@@ -87,7 +87,7 @@ def markdown(record: Record) -> str:
     return "\n".join(lines) + "\n"
 
 
-def parts_table(row: Row) -> Table:
+def parts_table(row: Result) -> Table:
     """Time by kind of layer (the longest first) and by stage, `-` being what belongs to none."""
     spent = {(part.kind, part.stage): part.milliseconds for part in row.parts}
     stages = sorted({part.stage for part in row.parts}, key=lambda stage: (stage == "-", stage))
@@ -105,7 +105,7 @@ def parts_table(row: Row) -> Table:
     return ("part", *(f"stage {stage}" if stage != "-" else stage for stage in stages), "all", "share"), rows
 
 
-def readme_figures(records: Sequence[Record]) -> str:
+def readme_tables(records: Sequence[Record]) -> str:
     """What stands between the markers in the README: everything measured, in one table for each machine."""
     if not records:
         return "No figures yet: `make bench` measures them on a quiet machine.\n"
@@ -135,12 +135,12 @@ def readme_figures(records: Sequence[Record]) -> str:
     return "\n".join(lines)
 
 
-def with_figures(readme: str, records: Sequence[Record]) -> str:
+def insert_tables(readme: str, records: Sequence[Record]) -> str:
     """The README with the figures of these records between its markers."""
     before, begin, rest = readme.partition(README_BEGIN)
     _, end, after = rest.partition(README_END)
     assert begin and end, "the README has lost its markers"
-    return f"{before}{begin}\n\n{readme_figures(records)}\n{end}{after}"
+    return f"{before}{begin}\n\n{readme_tables(records)}\n{end}{after}"
 
 
 def markdown_table(table: Table) -> list[str]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from spmdeploy.backends.base import LayoutRun
 from spmdeploy.backends.pytorch import TorchSession, bundled_generator
-from spmdeploy.bench.roofline import COPIED_BYTES, MATRIX_SIDE, Rates, best_seconds, rates_from
+from spmdeploy.bench.roofline import COPIED_BYTES, MATRIX_SIDE, PeakRates, best_seconds, rates_from
 from spmdeploy.bench.workloads import EditBatch
 from spmdeploy.bundle.bundle import Bundle
 from spmdeploy.errors import UnavailableError, UsageError
@@ -35,7 +35,7 @@ class CompiledSession(TorchSession):
         if self._refine is not None:
             self._refine = _compiled(self._refine, precision)
 
-    def keep_layout(
+    def cache_layout_run(
         self, labels: NDArray[np.uint8], instances: NDArray[np.int32], mask: NDArray[np.uint8]
     ) -> LayoutRun:
         """Keeps nothing: a graph for every layout would be compiled for every layout."""
@@ -63,7 +63,7 @@ class AutocastSession(TorchSession):
 
 
 class ResidentTorchEdit:
-    """An edit whose inputs and output stay on the GPU; see `resident.ResidentEdit`."""
+    """An edit whose inputs and output stay on the GPU; see `resident.DeviceRun`."""
 
     def __init__(self, session: TorchSession, batch: EditBatch) -> None:
         self._edit = session.edit_graph
@@ -114,7 +114,7 @@ class _InHalves(nn.Module):
             return list(self.graph(*inputs))
 
 
-def torch_rates(device: str, precision: str, seconds: float) -> Rates:
+def torch_rates(device: str, precision: str, seconds: float) -> PeakRates:
     """What torch reaches on a device; see `floor`. TF32 stays off, as it is by default for products: it is not FP32."""
     kind = torch.float16 if precision == "fp16" else torch.float32
     matrix = torch.randn(MATRIX_SIDE, MATRIX_SIDE, device=device).to(kind)

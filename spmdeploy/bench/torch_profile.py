@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from spmdeploy.backends.base import Session
 from spmdeploy.backends.pytorch import TorchSession
-from spmdeploy.bench.profile import PROFILED_RUNS, Operation, Profile, grouped
+from spmdeploy.bench.profile import PROFILED_RUNS, Operation, Profile, group_by_layer
 from spmdeploy.bench.workloads import EditBatch
 
 _MARK = "module "
@@ -41,7 +41,7 @@ def profiled_in_torch(session: Session, batch: EditBatch) -> Profile:
         for event in profiler.events()
         if (module := _calling_module(event)) is not None
     ]
-    return Profile(grouped(operations, PROFILED_RUNS), _activation_bytes(session))
+    return Profile(group_by_layer(operations, PROFILED_RUNS), _activation_bytes(session))
 
 
 def _mark(module: nn.Module, name: str, stack: ExitStack) -> None:

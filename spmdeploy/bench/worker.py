@@ -1,6 +1,6 @@
 """A process for each backend: its memory is its own, its crash ends nobody else, and its turns come when it is told.
 
-`Bench` lives in the process and does the work; `Worker` is its handle outside.
+`BackendProcess` lives in the process and does the work; `Worker` is its handle outside.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from spmdeploy.backends.base import KeepsLayouts, Session
+from spmdeploy.backends.base import Session, SupportsLayoutCache
 from spmdeploy.backends.onnxruntime import OnnxRuntimeSession
 from spmdeploy.backends.tensorrt import TensorRtSession
 from spmdeploy.backends.verify import GoldenResult, verify_edits
-from spmdeploy.bench.backends import EAGER, describe, loaded_bytes, open_backend
+from spmdeploy.bench.backends import REFERENCE_BACKEND, describe, loaded_bytes, open_backend
 from spmdeploy.bench.nvml import GpuMeter, Nvml
 from spmdeploy.bench.onnxruntime_profile import profiled_in_onnxruntime
 from spmdeploy.bench.profile import Profile
-from spmdeploy.bench.racer import Crashed, First, Memory
-from spmdeploy.bench.resident import ResidentEdit, device_milliseconds, resident_edit
-from spmdeploy.bench.results import Ran
-from spmdeploy.bench.schedule import Turn
+from spmdeploy.bench.racer import BackendCrashedError, FirstRun, MemoryUsage
+from spmdeploy.bench.resident import DeviceRun, device_run, time_on_device
+from spmdeploy.bench.results import BackendInfo
+from spmdeploy.bench.schedule import Round
 from spmdeploy.bench.workloads import EditBatch, EditCase, write_case
 from spmdeploy.bundle.bundle import open_bundle
 from spmdeploy.editing.editor import Editor
-from spmdeploy.editing.run import FileEdit, edit_files
-from spmdeploy.errors import OutOfMemory, SpmDeployError, UnavailableError, VerificationError
+from spmdeploy.editing.run import EditOutcome, run_edit_files
+from spmdeploy.errors import OutOfMemoryError, SpmDeployError, UnavailableError, VerificationError
 from spmdeploy.gpu.device import Device
 from spmdeploy.gpu.driver import gpu_uuid
 from spmdeploy.imaging import files as images
@@ -62,7 +62,7 @@ class Timed(Protocol):
 # ------------------------------------------------------------------------------------------------- inside the process
 
 
-class Bench:
+class BackendProcess:
     """One backend on one bundle, ready to be timed."""
 
     def __init__(self, bundle: Path, backend: str, device: str, precision: str) -> None:
@@ -84,13 +84,13 @@ class Bench:
             self._meter = self._resources.enter_context(Nvml()).meter(gpu_uuid(ordinal))
         self._case = self._resources.enter_context(ExitStack())  # the last, so that it is closed before the device
 
-    def describe(self) -> Ran:
+    def describe(self) -> BackendInfo:
         return describe(self._session, self._bundle)
 
     def verify(self) -> list[GoldenResult]:
         return verify_edits(self._session, self._bundle)  # refining would load a graph that is not timed here
 
-    def prepare_engine(self, batch: EditBatch, streams: int) -> First:
+    def prepare_engine(self, batch: EditBatch, streams: int) -> FirstRun:
         """The graph alone, from arrays to arrays; on a GPU with both in its memory."""
         self._end_case()
         started = time.perf_counter()
@@ -99,14 +99,14 @@ class Bench:
             self._timed = [_timed_on_host(lambda: self._session.run(*batch.arrays))] * streams
         else:
             sessions = self._sessions(streams)
-            edits = [resident_edit(one, batch, self._device, self._case) for one in sessions]
+            edits = [device_run(one, batch, self._device, self._case) for one in sessions]
             for session in sessions:  # at the end of the case nobody works any more when the first is given back
                 if isinstance(session, TensorRtSession):
-                    self._case.callback(session.synchronise)
+                    self._case.callback(session.synchronize)
             picture = _first_picture(edits, self._device)
             self._timed = [self._timed_on_device(edit, self._device) for edit in edits]
         modes: dict[str, str | int] = {"inputs": "on the GPU", "CUDA graphs": "no"} if self._device else {}
-        return First(batch.image, picture, time.perf_counter() - started, modes)
+        return FirstRun(batch.image, picture, time.perf_counter() - started, modes)
 
     def _sessions(self, count: int) -> list[Session]:
         """So many, until the end of the case: each has a stream, contexts and weights of its own, and none waits for
@@ -122,29 +122,29 @@ class Bench:
             self._case.callback(others[-1].close)
         return [session, *others]
 
-    def prepare_frame(self, batch: EditBatch, streams: int) -> First:
+    def prepare_frame(self, batch: EditBatch, streams: int) -> FirstRun:
         """The graph for one image more under a layout that the session keeps, from arrays to arrays."""
         self._end_case()
         session = self._session
-        if self._device is not None or not isinstance(session, KeepsLayouts):
+        if self._device is not None or not isinstance(session, SupportsLayoutCache):
             raise UnavailableError("it keeps no layouts: every frame costs what an edit costs", "see the engine scope")
         started = time.perf_counter()
-        run = session.keep_layout(batch.labels, batch.instances, batch.mask)
+        run = session.cache_layout_run(batch.labels, batch.instances, batch.mask)
         kept = time.perf_counter() - started
         picture = run(batch.image)
         self._timed = [_timed_on_host(lambda: run(batch.image))] * streams
         notes: dict[str, str | int] = {"milliseconds to keep the layout": round(kept * 1000)}
-        return First(batch.image, picture, time.perf_counter() - started, notes)
+        return FirstRun(batch.image, picture, time.perf_counter() - started, notes)
 
-    def prepare_edit(self, case: EditCase) -> First:
+    def prepare_edit(self, case: EditCase) -> FirstRun:
         """A photo file, a label file and a mask file become an edited PNG file."""
         self._end_case()
         folder = Path(self._case.enter_context(tempfile.TemporaryDirectory()))
         files = write_case(case, folder)
         editor = Editor(self._session, self._bundle.manifest.classes)
 
-        def edit() -> FileEdit:
-            done = edit_files(editor, files)
+        def edit() -> EditOutcome:
+            done = run_edit_files(editor, files)
             self._phases.append(done.report.milliseconds)
             return done
 
@@ -161,15 +161,15 @@ class Bench:
         if kept := {window.between_levels for window in report.windows if window.between_levels}:
             notes["between levels"] = " and ".join(sorted(kept))
         photo, picture = (images.read_photo(path).pixels[None] for path in (files.image, files.output))
-        return First(photo, picture, seconds, notes)
+        return FirstRun(photo, picture, seconds, notes)
 
-    def turn(self, seconds: float, iterations: int) -> Turn:
+    def turn(self, seconds: float, iterations: int) -> Round:
         """Runs what was prepared last until both are reached; several streams run at once."""
         joules = None if self._meter is None else self._meter.joules()
         samples, elapsed = _together([partial(_repeated, timed, seconds, iterations) for timed in self._timed])
         spent = None if self._meter is None else self._meter.joules()
         energy = None if joules is None or spent is None else spent - joules
-        return Turn(tuple(samples), elapsed, energy)
+        return Round(tuple(samples), elapsed, energy)
 
     def forget(self) -> None:
         """What ran so far does not count for `medians`."""
@@ -188,17 +188,17 @@ class Bench:
         session = self._session
         if session.backend == "onnxruntime":
             return profiled_in_onnxruntime(self._bundle, session, batch)
-        if session.backend == EAGER:
+        if session.backend == REFERENCE_BACKEND:
             from spmdeploy.bench.torch_profile import profiled_in_torch
 
             return profiled_in_torch(session, batch)
         raise UnavailableError(f"{session.backend} is not profiled by part", "profile onnxruntime or torch")
 
-    def memory(self) -> Memory:
+    def memory(self) -> MemoryUsage:
         device = None if self._meter is None else self._meter.memory_of(os.getpid())
         activations = self._session.activation_bytes if isinstance(self._session, TensorRtSession) else None
         loaded = loaded_bytes(self._session, self._bundle)
-        return Memory(self._ready, _resident_bytes("VmHWM"), device, activations, loaded)
+        return MemoryUsage(self._ready, _resident_bytes("VmHWM"), device, activations, loaded)
 
     def close(self) -> None:
         self._resources.close()
@@ -210,9 +210,9 @@ class Bench:
         self.forget()
         _forget_peak()
 
-    def _timed_on_device(self, edit: ResidentEdit, device: Device) -> Timed:
+    def _timed_on_device(self, edit: DeviceRun, device: Device) -> Timed:
         def timed() -> float:
-            passed, launching = device_milliseconds(edit, device)
+            passed, launching = time_on_device(edit, device)
             self._launches.append(launching)
             return passed
 
@@ -236,11 +236,11 @@ def _repeated(timed: Timed, seconds: float, iterations: int) -> list[float]:
     return samples
 
 
-def _first_picture(edits: list[ResidentEdit], device: Device) -> NDArray[np.uint8]:
+def _first_picture(edits: list[DeviceRun], device: Device) -> NDArray[np.uint8]:
     """What all make of it, by one after the other. Raises VerificationError where they do not agree."""
     pictures = []
     for edit in edits:
-        device_milliseconds(edit, device)
+        time_on_device(edit, device)
         pictures.append(edit.fetch())
     if not all(np.array_equal(picture, pictures[0]) for picture in pictures):
         raise VerificationError("one and the same edit comes out differently in another stream", "report it")
@@ -302,9 +302,9 @@ def _serve(connection: Connection, bundle: Path, backend: str, device: str, prec
     """The process: makes a Bench, then calls what it is told to until the other side closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends us
     os.dup2(sys.stderr.fileno(), 1)  # stdout is for one JSON object, whatever a library prints
-    bench: Bench | None = None
+    bench: BackendProcess | None = None
     with suppress(EOFError, BrokenPipeError):
-        bench = _answered(connection, partial(Bench, bundle, backend, device, precision))
+        bench = _answered(connection, partial(BackendProcess, bundle, backend, device, precision))
         while bench is not None:
             name, arguments = connection.recv()
             _answered(connection, partial(getattr(bench, name), *arguments))
@@ -320,12 +320,12 @@ def _answered(connection: Connection, work: Callable[[], Any]) -> Any:
         connection.send(("failed", error))
         return None
     except MemoryError:
-        connection.send(("failed", OutOfMemory("the backend's process ran out of memory", "close other programs")))
+        connection.send(("failed", OutOfMemoryError("the backend's process ran out of memory", "close other programs")))
         return None
     except Exception as error:  # whatever a library throws is one row's misfortune, not the end of the run
-        connection.send(("failed", Crashed(f"{type(error).__name__}: {error}")))
+        connection.send(("failed", BackendCrashedError(f"{type(error).__name__}: {error}")))
         return None
-    connection.send(("done", None if isinstance(result, Bench) else result))
+    connection.send(("done", None if isinstance(result, BackendProcess) else result))
     return result
 
 
@@ -333,9 +333,9 @@ def _answered(connection: Connection, work: Callable[[], Any]) -> Any:
 
 
 class Worker:
-    """A `Bench` in a process of its own; close it, or use it as a context manager.
+    """A `BackendProcess` in a process of its own; close it, or use it as a context manager.
 
-    Every method may raise what the one of `Bench` raises, and `Crashed`.
+    Every method may raise what the one of `BackendProcess` raises, and `BackendCrashedError`.
     """
 
     def __init__(self, bundle: Path, backend: str, device: str, precision: str) -> None:
@@ -356,35 +356,35 @@ class Worker:
         assert self._process.pid is not None
         return self._process.pid
 
-    def describe(self) -> Ran:
-        return self._call(Bench.describe)
+    def describe(self) -> BackendInfo:
+        return self._call(BackendProcess.describe)
 
     def verify(self) -> list[GoldenResult]:
-        return self._call(Bench.verify)
+        return self._call(BackendProcess.verify)
 
-    def prepare_engine(self, batch: EditBatch, streams: int) -> First:
-        return self._call(Bench.prepare_engine, batch, streams)
+    def prepare_engine(self, batch: EditBatch, streams: int) -> FirstRun:
+        return self._call(BackendProcess.prepare_engine, batch, streams)
 
-    def prepare_frame(self, batch: EditBatch, streams: int) -> First:
-        return self._call(Bench.prepare_frame, batch, streams)
+    def prepare_frame(self, batch: EditBatch, streams: int) -> FirstRun:
+        return self._call(BackendProcess.prepare_frame, batch, streams)
 
-    def prepare_edit(self, case: EditCase) -> First:
-        return self._call(Bench.prepare_edit, case)
+    def prepare_edit(self, case: EditCase) -> FirstRun:
+        return self._call(BackendProcess.prepare_edit, case)
 
-    def turn(self, seconds: float, iterations: int) -> Turn:
-        return self._call(Bench.turn, seconds, iterations)
+    def turn(self, seconds: float, iterations: int) -> Round:
+        return self._call(BackendProcess.turn, seconds, iterations)
 
     def forget(self) -> None:
-        self._call(Bench.forget)
+        self._call(BackendProcess.forget)
 
     def medians(self) -> dict[str, float]:
-        return self._call(Bench.medians)
+        return self._call(BackendProcess.medians)
 
     def profile(self, batch: EditBatch) -> Profile:
-        return self._call(Bench.profile, batch)
+        return self._call(BackendProcess.profile, batch)
 
-    def memory(self) -> Memory:
-        return self._call(Bench.memory)
+    def memory(self) -> MemoryUsage:
+        return self._call(BackendProcess.memory)
 
     def close(self) -> None:
         """Ends the process; safe to call twice."""
@@ -403,7 +403,10 @@ class Worker:
         self.close()
 
     def _call(
-        self, method: Callable[Concatenate[Bench, Arguments], Result], *arguments: Arguments.args, **_: Arguments.kwargs
+        self,
+        method: Callable[Concatenate[BackendProcess, Arguments], Result],
+        *arguments: Arguments.args,
+        **_: Arguments.kwargs,
     ) -> Result:
         try:
             self._connection.send((method.__name__, arguments))
@@ -421,8 +424,8 @@ class Worker:
             raise value
         return value
 
-    def _ended(self) -> Crashed:
+    def _ended(self) -> BackendCrashedError:
         self._process.join(timeout=10)
         code = self._process.exitcode
         how = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
-        return Crashed(f"its process ended with {how}", "run `spmdeploy verify` with this backend")
+        return BackendCrashedError(f"its process ended with {how}", "run `spmdeploy verify` with this backend")

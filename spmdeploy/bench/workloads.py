@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spmdeploy.assets.samples import SAMPLE_EDITS, SampleEdit
-from spmdeploy.editing.options import EditFiles
+from spmdeploy.editing.options import EditRequest
 from spmdeploy.imaging.files import resize_labels, resize_photo, write_picture
 from spmdeploy.labels import ClassTable
 
@@ -126,7 +126,7 @@ def _origins(occupied: NDArray[np.bool_], factor: float) -> NDArray[np.int64]:
 
 
 def _square_around(mask: NDArray[np.bool_]) -> tuple[slice, slice]:
-    """The largest square of the picture whose centre is nearest to that of the mask's box."""
+    """The largest square of the picture whose center is nearest to that of the mask's box."""
     side = min(mask.shape)
 
     def span(occupied: NDArray[np.bool_]) -> slice:
@@ -137,9 +137,9 @@ def _square_around(mask: NDArray[np.bool_]) -> tuple[slice, slice]:
     return span(np.any(mask, axis=1)), span(np.any(mask, axis=0))
 
 
-def write_case(case: EditCase, folder: Path) -> EditFiles:
+def write_case(case: EditCase, folder: Path) -> EditRequest:
     """The case as files, the photo as JPEG."""
-    files = EditFiles(
+    files = EditRequest(
         image=folder / "photo.jpg",
         output=folder / "edited.png",
         labels=folder / "labels.png",

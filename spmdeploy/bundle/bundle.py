@@ -51,10 +51,10 @@ from spmdeploy.bundle.storage import (
     FileStore,
     FolderStore,
     damaged,
-    find_store,
+    open_storage,
 )
 from spmdeploy.errors import BundleError, InputError
-from spmdeploy.files import is_inside
+from spmdeploy.files import is_safe_relative_path
 
 MAX_TEXT_BYTES = 4 << 20  # manifest.json and SHA256SUMS, read before anything is trusted
 
@@ -143,7 +143,7 @@ class Bundle:
         name = b"" if record.weights is None else PurePosixPath(record.weights).name.encode()
         length = bytes([min(len(name), 255)])  # from 128 on it would be written otherwise: such names are refused
         entry = b"\x0a\x08" + _LOCATION + b"\x12" + length + name
-        keys, entries = _occurrences(stream, self._store.sizes[record.file], (_LOCATION, entry))
+        keys, entries = _find_bytes(stream, self._store.sizes[record.file], (_LOCATION, entry))
         if keys != (entries if name else 0):
             may = f"other files than {record.weights}" if name else "files that the manifest does not name"
             raise damaged(self.path / record.file, f"asks for weights in {may}")
@@ -191,7 +191,7 @@ def open_bundle(path: str | Path, signed_with: PublicKey | None = None) -> Bundl
     """
     path = Path(path)
     with _bundle_errors(path):
-        return _open_store(find_store(path), signed_with)
+        return _open_store(open_storage(path), signed_with)
 
 
 def _open_store(store: FileStore, signed_with: PublicKey | None = None) -> Bundle:
@@ -235,7 +235,7 @@ def _parse_sums(written: bytes, shown: Path) -> dict[str, str]:
     digests: dict[str, str] = {}
     for number, line in enumerate(written.decode("utf-8", "replace").removesuffix("\n").split("\n"), start=1):
         parsed = re.fullmatch(r"([0-9a-f]{64}) [ *](.+)", line)
-        if parsed is None or not is_inside(parsed[2]) or parsed[2] in digests:
+        if parsed is None or not is_safe_relative_path(parsed[2]) or parsed[2] in digests:
             raise damaged(shown, f"line {number} is {line[:100]!r}: no SHA-256, an unsafe name, or one twice")
         digests[parsed[2]] = parsed[1]
     return digests
@@ -288,7 +288,7 @@ def _digest(stream: BinaryIO, size: int) -> str:
 _LOCATION = b"location"
 
 
-def _occurrences(stream: BinaryIO, size: int, words: tuple[bytes, bytes]) -> tuple[int, int]:
+def _find_bytes(stream: BinaryIO, size: int, words: tuple[bytes, bytes]) -> tuple[int, int]:
     """How often each word stands in the next `size` bytes; piece by piece, as graphs may be large."""
     first, second, seen = 0, 0, b""
     longest = max(map(len, words))
@@ -326,18 +326,18 @@ class BundleWriter:
             size, digest = writer.measure("graphs/edit.fp32.onnx")
             bundle = writer.finish(manifest)
 
-    Without `finish` the block leaves nothing behind, exception or not, but what `keep_rejected` moved out.
+    Without `finish` the block leaves nothing behind, exception or not, but what `save_rejected` moved out.
     An existing target is refused; with `overwrite` it is replaced if it is an intact bundle and nothing else.
     Raises InputError where the target cannot be written, BundleError for a manifest that does not fit the files.
     """
 
     def __init__(self, target: str | Path, overwrite: bool = False) -> None:
-        self.target = _real_target(target)
+        self.target = _resolve_target(target)
         self.overwrite = overwrite
-        self._folder = _hidden_beside(self.target)
+        self._folder = _staging_path(self.target)
 
     def __enter__(self) -> BundleWriter:
-        _check_vacant(self.target, self.overwrite)
+        _check_not_exists(self.target, self.overwrite)
         with _write_errors(self.target):
             self._folder.mkdir()
         return self
@@ -347,7 +347,7 @@ class BundleWriter:
 
     def path(self, name: str) -> Path:
         """Where to write the file `name`; the folders above it are made."""
-        if not is_inside(name) or name in (MANIFEST, SUMS):
+        if not is_safe_relative_path(name) or name in (MANIFEST, SUMS):
             raise BundleError(f"{self.target}: no file in it may be named {name!r}", "use a plain relative name")
         path = self._folder / name
         with _write_errors(self.target):
@@ -370,7 +370,7 @@ class BundleWriter:
         with _write_errors(self.target):
             return _measure(self.path(name))
 
-    def keep_rejected(self, name: str) -> Path:
+    def save_rejected(self, name: str) -> Path:
         """Moves a file that must not ship out to `TARGET.FILE.rejected`, for a look at it; replaces an earlier one."""
         kept = self.target.with_name(f"{self.target.name}.{PurePosixPath(name).name}.rejected")
         with _write_errors(kept):
@@ -384,7 +384,7 @@ class BundleWriter:
             (self._folder / MANIFEST).write_bytes(manifest.to_bytes())
             self._write_sums()
             _open_store(FolderStore(self._folder, shown=self.target))
-            _put_in_place(self._folder, self.target, self.overwrite)
+            _swap_directory(self._folder, self.target, self.overwrite)
         return open_bundle(self.target)
 
     def _vacant_path(self, name: str) -> Path:
@@ -399,7 +399,7 @@ class BundleWriter:
             if not name.startswith(ENGINES):
                 digests[name] = _measure(self._folder / name)[1]
                 _flush_to_disk(self._folder / name)
-        (self._folder / SUMS).write_bytes(sums_of(digests))
+        (self._folder / SUMS).write_bytes(format_checksums(digests))
         _flush_to_disk(self._folder / SUMS)
 
 
@@ -414,7 +414,7 @@ def check_replaceable(target: Path) -> None:
 
 
 @contextmanager
-def replacing(
+def atomic_replace_dir(
     target: str | Path, overwrite: bool = False, check: Callable[[Path], None] = check_replaceable
 ) -> Iterator[Path]:
     """A hidden path beside `target` to write a folder or a file to, which is renamed to it at the end.
@@ -422,34 +422,34 @@ def replacing(
     An exception in the block leaves nothing behind. What is at the target already is refused; with `overwrite` it is
     replaced if `check` raises nothing. Raises InputError where nothing can be written.
     """
-    target = _real_target(target)
-    building = _hidden_beside(target)
-    _check_vacant(target, overwrite, check)
+    target = _resolve_target(target)
+    building = _staging_path(target)
+    _check_not_exists(target, overwrite, check)
     try:
         with _write_errors(target):
             yield building
             for written in (building, *building.rglob("*")):
                 _flush_to_disk(written)
-            _put_in_place(building, target, overwrite, check)
+            _swap_directory(building, target, overwrite, check)
     finally:
         _remove(building)
 
 
-def sums_of(digests: Mapping[str, str]) -> bytes:
+def format_checksums(digests: Mapping[str, str]) -> bytes:
     """SHA256SUMS for these digests by name."""
     return "".join(f"{digests[name]}  {name}\n" for name in sorted(digests)).encode()
 
 
-def _real_target(path: str | Path) -> Path:
+def _resolve_target(path: str | Path) -> Path:
     """Absolute; behind a link, what it points to, so that this is replaced and the link stays."""
     return Path(os.path.realpath(path) if os.path.islink(path) else os.path.abspath(path))
 
 
-def _hidden_beside(target: Path) -> Path:
+def _staging_path(target: Path) -> Path:
     return target.with_name(f".{target.name}.{os.urandom(4).hex()}{BUILDING}")
 
 
-def _check_vacant(target: Path, overwrite: bool, check: Callable[[Path], None] = check_replaceable) -> None:
+def _check_not_exists(target: Path, overwrite: bool, check: Callable[[Path], None] = check_replaceable) -> None:
     """Raises InputError unless `target` is free or, with `overwrite`, what `check` has nothing against."""
     if not os.path.lexists(target):
         return
@@ -458,11 +458,11 @@ def _check_vacant(target: Path, overwrite: bool, check: Callable[[Path], None] =
     check(target)
 
 
-def _put_in_place(
+def _swap_directory(
     built: Path, target: Path, overwrite: bool, check: Callable[[Path], None] = check_replaceable
 ) -> None:
     """Renames `built` to `target`. The old one is moved aside before and deleted after: one is always whole."""
-    _check_vacant(target, overwrite, check)  # again: somebody else may have written it while this one was built
+    _check_not_exists(target, overwrite, check)  # again: somebody else may have written it while this one was built
     aside = built.with_suffix(ASIDE)
     replaces = os.path.lexists(target)
     if replaces:

@@ -14,9 +14,9 @@ from spmdeploy.bundle.storage import EXPORT_FIRST, damaged
 from spmdeploy.errors import BundleError, SpmDeployError
 from spmdeploy.labels import ClassTable
 from spmdeploy.serialization import (
+    FieldError,
     Fields,
     Reader,
-    WrongField,
     as_anything,
     as_count,
     as_date,
@@ -164,7 +164,7 @@ class Manifest:
         _check_schema(value, source)
         try:
             manifest = _manifest(value, "")
-        except WrongField as exc:
+        except FieldError as exc:
             raise damaged(source, exc) from exc
         if fault := manifest._contradiction():
             raise damaged(source, fault)
@@ -300,7 +300,7 @@ def _class_table(value: object, where: str) -> ClassTable:
     try:
         return ClassTable.from_json(as_object(value, where), where)
     except SpmDeployError as exc:
-        raise WrongField(exc.problem) from exc
+        raise FieldError(exc.problem) from exc
 
 
 as_precision: Reader[Precision] = one_of("fp32", "fp16")

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spmdeploy.errors import BundleError, InputError, OutOfMemory, UnavailableError
+from spmdeploy.errors import BundleError, InputError, OutOfMemoryError, UnavailableError
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -162,7 +162,7 @@ def read_secret_key(path: Path, ask_password: Callable[[], str]) -> SecretKey:
     secret = packed[54:]
     if encrypted:
         operations, memory = (int.from_bytes(packed[start : start + 8], "little") for start in (38, 46))
-        secret = _xor(secret, _stretched(ask_password(), packed[6:38], operations, memory, path))
+        secret = _xor(secret, _derive_key(ask_password(), packed[6:38], operations, memory, path))
     key = SecretKey(secret[:8], secret[8:40])
     if encrypted and secret[72:] != _checksum(secret[:72]):
         raise InputError(f"{path}: the password is wrong", "try again")
@@ -195,7 +195,7 @@ def _secret_text(key: SecretKey, password: str | None, memory: int, path: Path) 
     if password is None:
         return _key_text("minisign secret key", _PLAIN, bytes(48), secret)
     salt, operations = os.urandom(32), memory // (_MEMORY // _OPERATIONS)
-    secret = _xor(secret, _stretched(password, salt, operations, memory, path))
+    secret = _xor(secret, _derive_key(password, salt, operations, memory, path))
     settings = salt + operations.to_bytes(8, "little") + memory.to_bytes(8, "little")
     return _key_text("minisign encrypted secret key", _SCRYPT, settings, secret)
 
@@ -209,7 +209,7 @@ def _checksum(key: bytes) -> bytes:
     return hashlib.blake2b(_KEY + key, digest_size=32).digest()
 
 
-def _stretched(password: str, salt: bytes, operations: int, memory: int, path: Path) -> bytes:
+def _derive_key(password: str, salt: bytes, operations: int, memory: int, path: Path) -> bytes:
     """104 bytes from a password by scrypt, whose parameters follow from libsodium's two limits as libsodium has it."""
     operations = max(operations, 1 << 15)
     by_operations = operations < memory // 32
@@ -228,7 +228,9 @@ def _stretched(password: str, salt: bytes, operations: int, memory: int, path: P
         return hashlib.scrypt(secret, salt=salt, n=cost, r=8, p=parallel, maxmem=needed, dklen=104)
     except (MemoryError, ValueError) as error:
         words = f"{path}: decrypting it takes {needed >> 20} MiB of memory"
-        raise OutOfMemory(words, "sign on a larger machine: devices that only check signatures need none") from error
+        raise OutOfMemoryError(
+            words, "sign on a larger machine: devices that only check signatures need none"
+        ) from error
 
 
 def _key_line(path: Path) -> str:

@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple, Protocol
 
 from spmdeploy.errors import BundleError
-from spmdeploy.files import MAX_NAME_LENGTH, is_inside
+from spmdeploy.files import MAX_NAME_LENGTH, is_safe_relative_path
 
 MANIFEST, SUMS, ENGINES = "manifest.json", "SHA256SUMS", "engines/"
 SIGNATURE = f"{SUMS}.minisig"  # optional: the name that `minisign -S -m SHA256SUMS` gives it
 GOLDEN_PICTURES = ("image.png", "labels.png", "mask.png", "expected.png")
 GOLDEN_REFINED = "refined.png"  # where there is a refine graph
 GOLDEN_INSTANCES = "instances.png"  # optional: without it the labels stand in
-BUILDING, ASIDE = ".building", ".previous"  # end the names of hidden neighbours while a bundle is written
+BUILDING, ASIDE = ".building", ".previous"  # end the names of hidden neighbors while a bundle is written
 
 MAX_ENTRIES = 4096  # a bundle has dozens; more is somebody's home folder, or an attack
 MAX_FILE_BYTES = (2 << 30) - 1  # an ONNX file cannot be larger: the limit of protobuf
@@ -66,7 +66,7 @@ WHAT_IT_IS = {
 }
 
 
-def find_store(path: Path) -> FileStore:
+def open_storage(path: Path) -> FileStore:
     """Folder or zip. Raises BundleError, saying what else it is where that can be told."""
     if path.is_dir():
         if not os.path.lexists(path / MANIFEST):
@@ -215,7 +215,7 @@ def _check_entry(entry: zipfile.ZipInfo, path: Path) -> None:
     """What the central directory says of an entry. orig_filename: zipfile itself cuts names at a NUL."""
     name, kind = entry.orig_filename, stat.S_IFMT(entry.external_attr >> 16)
     faults = (
-        (not is_inside(name.removesuffix("/")), "has a name that leads outside or is not plain"),
+        (not is_safe_relative_path(name.removesuffix("/")), "has a name that leads outside or is not plain"),
         (entry.flag_bits & 0x2041, "is encrypted"),
         (kind not in (0, stat.S_IFREG, stat.S_IFDIR), "is a link or a device, not a file"),
         (entry.compress_type != zipfile.ZIP_STORED, "is compressed; a bundle's zip is not"),

@@ -16,7 +16,7 @@ from io import TextIOWrapper
 from spmdeploy.cli.one_edit import run_edit
 from spmdeploy.cli.plain_edit import plain_edit
 from spmdeploy.cli.talk import error_fields, print_json, report_error
-from spmdeploy.errors import OutOfMemory, SpmDeployError
+from spmdeploy.errors import OutOfMemoryError, SpmDeployError
 
 _INTERRUPTED = 130
 
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SpmDeployError as error:
         return _fail(error, as_json)
     except MemoryError:
-        return _fail(OutOfMemory("out of memory", "use a smaller photo or close other programs"), as_json)
+        return _fail(OutOfMemoryError("out of memory", "use a smaller photo or close other programs"), as_json)
     except BrokenPipeError:
         return 1  # as in `spmdeploy inspect X | head -1`: nobody is left to tell
     except Exception as error:

@@ -12,7 +12,7 @@ from typer.core import TyperGroup
 
 from spmdeploy.cli.choices import PrecisionChoice
 from spmdeploy.cli.options import Device, Json, Overwrite, Preset
-from spmdeploy.cli.talk import in_columns, print_result, say, step_line
+from spmdeploy.cli.talk import format_table, log, print_result, status_line
 from spmdeploy.errors import UsageError
 
 if TYPE_CHECKING:
@@ -135,11 +135,11 @@ def bench_run(
         baseline=baseline.value,
         profile=profile,
     )
-    with step_line() as talk:
+    with status_line() as talk:
         record = run.run_bench(options, talk)
     outputs.write_outputs(record, output, plot, markdown, overwrite)
     for warning in record.warnings:
-        say(f"warning: {warning}")
+        log(f"warning: {warning}")
     print_result("bench", record.to_json(), _record_lines(record), as_json, run.failure(record))
 
 
@@ -164,11 +164,13 @@ def bench_compare(
         (it.case, it.backend, words.duration(it.before), words.duration(it.after), words.factor(it.speedup), it.verdict)
         for it in comparison.changes
     ]
-    lines = in_columns(("", "backend", "before", "after", "times as fast", ""), rows) if rows else ["nothing in common"]
+    lines = (
+        format_table(("", "backend", "before", "after", "times as fast", ""), rows) if rows else ["nothing in common"]
+    )
     lines += [f"differs: {text}" for text in comparison.circumstances]
     lines += [f"no comparison: {text}" for text in comparison.unmatched]
     for warning in comparison.warnings:
-        say(f"warning: {warning}")
+        log(f"warning: {warning}")
     print_result("bench-compare", comparison.to_json(), lines, as_json)
 
 
@@ -185,9 +187,9 @@ def _record_lines(record: Record) -> list[str]:
     for title, rows in words.groups(record.rows):
         lines += ["", title]
         if any(row.status == "measured" for row in rows):
-            lines += in_columns(*tables.group_table(rows))
-        lines += tables.where_it_went(rows) + tables.why_not(rows)
+            lines += format_table(*tables.group_table(rows))
+        lines += tables.phase_lines(rows) + tables.failure_lines(rows)
         for row in rows:
             if row.parts:
-                lines += ["", f"{words.backend(row)}, by part:", *in_columns(*tables.parts_table(row))]
+                lines += ["", f"{words.backend(row)}, by part:", *format_table(*tables.parts_table(row))]
     return lines

@@ -11,7 +11,7 @@ import typer
 
 import spmdeploy
 from spmdeploy.cli.choices import Backend, PrecisionChoice
-from spmdeploy.cli.one_edit import opened_editor
+from spmdeploy.cli.one_edit import open_editor_from_options
 from spmdeploy.cli.options import (
     BackendOption,
     Device,
@@ -20,7 +20,7 @@ from spmdeploy.cli.options import (
     PrecisionOption,
     RequireSignature,
 )
-from spmdeploy.cli.talk import in_columns, print_result, progress_bar, say_notes
+from spmdeploy.cli.talk import format_table, log_notes, print_result, progress_bar
 from spmdeploy.errors import UsageError, VerificationError
 
 if TYPE_CHECKING:
@@ -65,14 +65,14 @@ def verify(
 ) -> None:
     """Repeat a bundle's golden edits here.
 
-    All hashes are checked first. Drift is the distance from PyTorch in FP32 under the mask, in grey levels of 255.
+    All hashes are checked first. Drift is the distance from PyTorch in FP32 under the mask, in gray levels of 255.
     """
     from spmdeploy.backends.verify import verify as repeat_golden_edits
     from spmdeploy.bundle.bundle import open_bundle
 
     opened = open_bundle(bundle or spmdeploy.default_model(), _public_key(require_signature))
     opened.check_all()
-    with opened_editor(opened.path, backend.value, device, precision.value, require_signature) as editor:
+    with open_editor_from_options(opened.path, backend.value, device, precision.value, require_signature) as editor:
         session = editor.session
         results = repeat_golden_edits(session, opened)
         ran = {key: getattr(session, key) for key in ("backend", "device", "precision", "provider")}
@@ -82,12 +82,12 @@ def verify(
             "ok" if result.passed else "FAILED",
             f"{result.drift.max_grey}",
             f"{result.drift.mean_grey:.3f}",
-            _decibel(result.drift.to_json()["psnr_db"]),
+            _format_db(result.drift.to_json()["psnr_db"]),
         )
         for result in results
     ]
     lines = [f"{opened.path}: all hashes match; golden edits on {ran['provider']}, {ran['precision']}"]
-    lines += in_columns(("golden edit", "", "largest drift", "mean drift", "PSNR in mask"), rows)
+    lines += format_table(("golden edit", "", "largest drift", "mean drift", "PSNR in mask"), rows)
     payload = {"bundle": str(opened.path), **ran, "golden": [result.to_json() for result in results]}
     faults = [f"{result.name}: {fault}" for result in results for fault in result.faults]
     failure = VerificationError("; ".join(faults), "do not use this backend with this bundle") if faults else None
@@ -111,11 +111,11 @@ def bundle_pack(
     from spmdeploy.engines.pack import pack
 
     opened, key = open_bundle(bundle), _secret_key(sign)
-    say_notes([f"{name} stays behind: no hash covers it" for name in opened.surplus])
+    log_notes([f"{name} stays behind: no hash covers it" for name in opened.surplus])
     with progress_bar("packing") as show:
         packed = open_bundle(pack(opened, output, overwrite, key, show))
     payload = _packed_facts(packed)
-    print_result("bundle-pack", payload, [f"{output}: {_packed_words(payload)}"], as_json)
+    print_result("bundle-pack", payload, [f"{output}: {_pack_summary(payload)}"], as_json)
 
 
 @bundle_app.command("unpack")
@@ -134,7 +134,7 @@ def bundle_unpack(
     from spmdeploy.engines.pack import unpack
 
     opened = open_bundle(file, _public_key(require_signature))
-    say_notes([f"{name} stays behind: no hash covers it" for name in opened.surplus])
+    log_notes([f"{name} stays behind: no hash covers it" for name in opened.surplus])
     with progress_bar("unpacking") as show:
         unpacked = unpack(opened, folder, overwrite, show)
     signature = None if opened.signature is None else vars(opened.signature)
@@ -186,8 +186,8 @@ def bundle_slim(
         "dropped": sorted(before.keys() - after.keys()),
         "added": sorted(after.keys() - before.keys()),
     }
-    lines = [f"{output}: {_packed_words(payload)}; {payload['bytes_before'] / 1e6:.1f} MB before"]
-    print_result("bundle-slim", payload, lines + in_columns(("", "", ""), rows)[1:], as_json)
+    lines = [f"{output}: {_pack_summary(payload)}; {payload['bytes_before'] / 1e6:.1f} MB before"]
+    print_result("bundle-slim", payload, lines + format_table(("", "", ""), rows)[1:], as_json)
 
 
 @bundle_app.command("keygen")
@@ -226,10 +226,10 @@ def doctor(
     from spmdeploy.bundle.bundle import open_bundle
 
     opened = open_bundle(bundle or spmdeploy.default_model())
-    findings, machine = examination.examine(opened), examination.machine()
+    findings, machine = examination.run_checks(opened), examination.machine()
     rows = [(finding.name, "usable" if finding.usable else "not usable", finding.reason) for finding in findings]
     lines = [", ".join(f"{name} {value}" for name, value in machine.items())]
-    lines += in_columns(("", "", ""), rows)[1:]
+    lines += format_table(("", "", ""), rows)[1:]
     remedies: dict[str, str] = {}  # each is said once
     for finding in findings:
         if finding.remedy:
@@ -278,12 +278,12 @@ def _packed_facts(packed: Bundle) -> dict[str, Any]:
     }
 
 
-def _packed_words(facts: dict[str, Any]) -> str:
+def _pack_summary(facts: dict[str, Any]) -> str:
     signed = "signed" if facts["signed"] else "not signed"
     return f"{facts['files']} files, {facts['bytes'] / 1e6:.1f} MB, {signed}, SHA-256 {facts['sha256']}"
 
 
-def _decibel(psnr: float | None) -> str:
+def _format_db(psnr: float | None) -> str:
     return "identical" if psnr is None else f"{psnr:.1f} dB"
 
 
@@ -309,7 +309,7 @@ def _bundle_lines(facts: dict[str, Any]) -> list[str]:
                 f"{graph['graph']} {graph['precision']}",
                 f"{graph['bytes'] / 1e6:.1f} MB",
                 f"{counted['fp16_share']:.0%}",
-                _decibel(graph["parity"]["psnr_db"]),
+                _format_db(graph["parity"]["psnr_db"]),
                 fp32 if graph["precision"] == "fp16" else "all",
             )
         )
@@ -325,7 +325,7 @@ def _bundle_lines(facts: dict[str, Any]) -> list[str]:
         f"licence     {facts['licence']}",
         f"signature   {'there; --require-signature PUB checks it' if facts['signed'] else 'none'}",
         f"precision   {counted_by}",
-        *in_columns(("graph", "size", "FP16 operations", "PSNR in mask", "FP32 operations"), rows),
+        *format_table(("graph", "size", "FP16 operations", "PSNR in mask", "FP32 operations"), rows),
         *(f"surplus file, never read: {name}" for name in facts["surplus"]),
         *(line for engine in facts["engines"] for line in _engine_lines(engine)),
     ]

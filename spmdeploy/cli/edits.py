@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from spmdeploy.cli.choices import Backend, PrecisionChoice, TilingChoice
-from spmdeploy.cli.one_edit import EditOptions, opened_editor, run_edit
+from spmdeploy.cli.one_edit import EditOptions, open_editor_from_options, run_edit
 from spmdeploy.cli.options import (
     BackendOption,
     Device,
@@ -20,8 +20,8 @@ from spmdeploy.cli.options import (
     RequireSignature,
     Tiling,
 )
-from spmdeploy.cli.talk import print_result, progress_bar, say
-from spmdeploy.errors import BatchItemsFailed
+from spmdeploy.cli.talk import log, print_result, progress_bar
+from spmdeploy.errors import BatchItemsFailedError
 
 
 def edit(
@@ -116,7 +116,7 @@ def batch(
 
     items = read_manifest(manifest, output_dir, overwrite, match_surroundings)
     with (
-        opened_editor(model, backend.value, device, precision.value, require_signature) as editor,
+        open_editor_from_options(model, backend.value, device, precision.value, require_signature) as editor,
         progress_bar("editing") as show,
     ):
         done = 0
@@ -126,7 +126,7 @@ def batch(
             done += 1
             show(done, len(items))
             if status.error:
-                say(f"row {status.row}: {status.error}" + (f" ({status.hint})" if status.hint else ""))
+                log(f"row {status.row}: {status.error}" + (f" ({status.hint})" if status.hint else ""))
 
         statuses = run_batch(
             editor, items, output_dir, tiling=tiling.value, jobs=jobs, resume=resume, progress=progress
@@ -134,5 +134,7 @@ def batch(
     counts = {name: sum(status.status == name for status in statuses) for name in ("done", "skipped", "failed")}
     payload = {"counts": counts, "items": [status.to_json() for status in statuses]}
     line = ", ".join(f"{count} {name}" for name, count in counts.items())
-    failure = BatchItemsFailed(f"{counts['failed']} of {len(statuses)} items failed", f"see {output_dir / STATUS_FILE}")
+    failure = BatchItemsFailedError(
+        f"{counts['failed']} of {len(statuses)} items failed", f"see {output_dir / STATUS_FILE}"
+    )
     print_result("batch", payload, [f"{output_dir}: {line}"], as_json, failure if counts["failed"] else None)

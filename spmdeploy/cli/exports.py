@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from spmdeploy.cli.bundles import _decibel, _public_key
+from spmdeploy.cli.bundles import _format_db, _public_key
 from spmdeploy.cli.choices import PrecisionChoice
 from spmdeploy.cli.options import Classes, Json, Overwrite, PrecisionOption, RequireSignature, Targets
-from spmdeploy.cli.talk import in_columns, needs, print_result, say, say_notes
+from spmdeploy.cli.talk import format_table, log, log_notes, print_result, require_extra
 from spmdeploy.errors import UsageError
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def export(
 
     Every graph is run and compared with PyTorch before it may ship.
     """
-    with needs("export"):
+    with require_extra("export"):
         from spmdeploy.export.pipeline import UNSTATED_LICENCE, ExportOptions, export_bundle
     from spmdeploy.labels import class_table
 
@@ -93,7 +93,7 @@ def export(
         overwrite=overwrite,
     )
     engine_options, engine_plan = _engines_of_export(options, engine, target or [])
-    result = export_bundle(checkpoint, output, options, lambda step: say(f"{step} ..."))
+    result = export_bundle(checkpoint, output, options, lambda step: log(f"{step} ..."))
     graphs = [{**graph.record.to_json(), "seconds": round(graph.seconds, 2)} for graph in result.graphs]
     rows = [
         (
@@ -101,14 +101,14 @@ def export(
             f"{graph['bytes'] / 1e6:.1f} MB",
             f"{graph['parity']['max_grey']:g}",
             f"{graph['parity']['mean_grey']:.3f}",
-            _decibel(graph["parity"]["psnr_db"]),
+            _format_db(graph["parity"]["psnr_db"]),
             f"{graph['seconds']:.1f} s",
         )
         for graph in graphs
     ]
     heading = ("graph", "size", "largest drift", "mean drift", "PSNR in mask", "time")
     lines = [f"{output}: {result.bundle.manifest.generator.parameters / 1e6:.1f} M parameters, {result.seconds:.1f} s"]
-    lines += in_columns(heading, rows)
+    lines += format_table(heading, rows)
     payload = {"output": str(output), "seconds": round(result.seconds, 2), "graphs": graphs}
     if engine_options is not None:
         payload["engines"], engine_words = _build_engines(result.bundle, engine_options, engine_plan)
@@ -129,7 +129,7 @@ def build(
         EngineGraph, typer.Option("--graph", metavar="edit|refine|all", help="Which of them, by what it computes.")
     ] = EngineGraph.all,
     max_batch: Annotated[int, typer.Option("--max-batch", help="Edits at once, at most.")] = 8,
-    opt_batch: Annotated[int, typer.Option("--opt-batch", help="Edits at once to optimise for.")] = 1,
+    opt_batch: Annotated[int, typer.Option("--opt-batch", help="Edits at once to optimize for.")] = 1,
     target: Targets = None,
     timing_cache: Annotated[
         Path | None,
@@ -155,11 +155,11 @@ def build(
     kept. Precision is read back: FP16 that came out as FP32 is an error.
     """
     from spmdeploy.bundle.bundle import open_bundle
-    from spmdeploy.engines.store import clean_engines
+    from spmdeploy.engines.store import remove_stale_engines
 
     opened = open_bundle(bundle, _public_key(require_signature))
     if clean:
-        removed = [engine.to_json() for engine in clean_engines(opened)]
+        removed = [engine.to_json() for engine in remove_stale_engines(opened)]
         lines = [
             f"removed {engine['path']}: {'; '.join(engine['faults'] + engine['differences'])}" for engine in removed
         ]
@@ -211,7 +211,7 @@ def export_triton(
     Dynamic batching, instances, and a golden edit that every instance computes before it serves. The server takes and
     gives what the graph does: bytes in, bytes out.
     """
-    with needs("export"):
+    with require_extra("export"):
         from spmdeploy.bundle.bundle import open_bundle
         from spmdeploy.export.triton import TritonOptions
         from spmdeploy.export.triton import export_triton as write_model
@@ -220,7 +220,7 @@ def export_triton(
     model = write_model(open_bundle(bundle), repository, options)
     lines = [f"{model.folder}: {model.source}, batches up to {model.max_batch}; the server needs {model.needs}"]
     rows = [(name, f"{size / 1e6:.1f} MB") for name, size in model.files.items()]
-    print_result("export-triton", model.to_json(), lines + in_columns(("", ""), rows)[1:], as_json)
+    print_result("export-triton", model.to_json(), lines + format_table(("", ""), rows)[1:], as_json)
 
 
 def _engines_of_export(
@@ -247,10 +247,10 @@ def _build_engines(
     from spmdeploy.engines.build import build_engines
 
     def tell(words: str, seconds: float) -> None:
-        say(f"[{seconds // 60:.0f}:{seconds % 60:02.0f}] {words}" if seconds else words)
+        log(f"[{seconds // 60:.0f}:{seconds % 60:02.0f}] {words}" if seconds else words)
 
     results = build_engines(bundle, options, plan, tell)
-    say_notes(
+    log_notes(
         [f"{result.path.with_name('build.log')}: {result.warnings} warnings" for result in results if result.warnings]
     )
     engines = [{"path": str(result.path), "built": result.built, **result.record.to_json()} for result in results]

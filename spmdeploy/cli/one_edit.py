@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import spmdeploy
-from spmdeploy.cli.talk import needs, print_result, progress_bar, say, say_notes
+from spmdeploy.cli.talk import log, log_notes, print_result, progress_bar, require_extra
 
 if TYPE_CHECKING:
     from spmdeploy.editing.editor import Editor, Tiling
-    from spmdeploy.editing.options import EditFiles
+    from spmdeploy.editing.options import EditRequest
     from spmdeploy.editing.run import EditInputs
     from spmdeploy.labels import ClassTable
 
@@ -48,18 +48,18 @@ class EditOptions:
 
 def run_edit(options: EditOptions) -> None:
     """Edits, and prints the result."""
-    from spmdeploy.editing.options import EditFiles, parse_sides
+    from spmdeploy.editing.options import EditRequest, parse_padding
 
     started = time.perf_counter()
     output, sheet, explain = options.output, options.sheet, options.explain
-    files = EditFiles(
+    files = EditRequest(
         image=options.image,
         output=output,
         labels=options.labels,
         fill=options.fill,
         mask=options.mask,
         edited_from=options.edited_from,
-        extend=None if options.extend is None else parse_sides(options.extend),
+        extend=None if options.extend is None else parse_padding(options.extend),
         instances=options.instances,
         grow=options.grow,
         sheet=sheet,
@@ -68,8 +68,8 @@ def run_edit(options: EditOptions) -> None:
         match_surroundings=options.match_surroundings,
     )
     with (
-        _ReadAhead(files) as ahead,
-        opened_editor(
+        _Prefetcher(files) as ahead,
+        open_editor_from_options(
             options.model,
             options.backend,
             options.device,
@@ -79,14 +79,14 @@ def run_edit(options: EditOptions) -> None:
         ) as editor,
     ):
         opened = time.perf_counter()
-        from spmdeploy.editing.run import edit_files
+        from spmdeploy.editing.run import run_edit_files
 
         ahead.start(editor.classes)
         with progress_bar("editing") as show:
-            result = edit_files(editor, files, options.tiling, show, ahead.inputs)
+            result = run_edit_files(editor, files, options.tiling, show, ahead.inputs)
         choices = editor.choices
     ended = time.perf_counter()
-    say_notes(result.notes)
+    log_notes(result.notes)
     seconds = {"open": round(opened - started, 4), "edit": round(ended - opened, 4)}
     payload = {**result.to_json(), "choices": list(choices), "seconds": seconds}
     windows = len(result.report.windows)
@@ -99,26 +99,26 @@ def run_edit(options: EditOptions) -> None:
     print_result("edit", payload, lines, options.as_json)
 
 
-def opened_editor(
+def open_editor_from_options(
     model: Path | None,
     backend: str,
     device: str,
     precision: str,
     require_signature: str | None,
-    meanwhile: Callable[[ClassTable], None] = lambda classes: None,
+    on_loading: Callable[[ClassTable], None] = lambda classes: None,
 ) -> Editor:
     """The editor, its choices told on stderr."""
-    with needs("export"):
-        editor = spmdeploy.open_editor(model, backend, device, precision, require_signature, meanwhile)
+    with require_extra("export"):
+        editor = spmdeploy.open_editor(model, backend, device, precision, require_signature, on_loading)
     for choice in editor.choices:
-        say(choice)
+        log(choice)
     return editor
 
 
-class _ReadAhead(AbstractContextManager["_ReadAhead"]):
+class _Prefetcher(AbstractContextManager["_Prefetcher"]):
     """The files of an edit, read by a thread of its own while the graph is loaded. With the block that thread ends."""
 
-    def __init__(self, files: EditFiles) -> None:
+    def __init__(self, files: EditRequest) -> None:
         self._files = files
         self._thread: threading.Thread | None = None
         self._inputs: EditInputs | None = None

@@ -60,7 +60,7 @@ MatchSurroundings = Annotated[
     bool,
     typer.Option(
         "--match-surroundings",
-        help="Bring what was painted to the colours and grain of the same classes beside it; needs --labels.",
+        help="Bring what was painted to the colors and grain of the same classes beside it; needs --labels.",
     ),
 ]
 

@@ -12,7 +12,7 @@ from spmdeploy.errors import SpmDeployError, UnavailableError
 
 
 @contextmanager
-def needs(extra: str) -> Iterator[None]:
+def require_extra(extra: str) -> Iterator[None]:
     """Turns a missing package into an error with the command that installs it."""
     try:
         yield
@@ -44,7 +44,7 @@ def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
 
 
 @contextmanager
-def step_line() -> Iterator[Callable[[str, float], None]]:
+def status_line() -> Iterator[Callable[[str, float], None]]:
     """A line on stderr for each step, with a percentage where that is a terminal."""
     current = ""
 
@@ -64,13 +64,13 @@ def step_line() -> Iterator[Callable[[str, float], None]]:
             print(file=sys.stderr)
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def say_notes(notes: Sequence[str]) -> None:
+def log_notes(notes: Sequence[str]) -> None:
     for note in notes:
-        say(f"note: {note}")
+        log(f"note: {note}")
 
 
 def print_result(
@@ -95,7 +95,7 @@ def print_json(value: dict[str, Any]) -> None:
     print(json.dumps(value, ensure_ascii=True))
 
 
-def in_columns(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def format_table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(len(row[column]) for row in (heading, *rows)) for column in range(len(heading))]
     return [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -108,6 +108,6 @@ def error_fields(error: SpmDeployError, exit_code: int) -> dict[str, Any]:
 
 
 def report_error(error: SpmDeployError) -> None:
-    say(f"error: {error.problem}")
+    log(f"error: {error.problem}")
     if error.hint:
-        say(f"hint: {error.hint}")
+        log(f"hint: {error.hint}")

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from spmdeploy.cli.options import Json, Overwrite, Preset
-from spmdeploy.cli.talk import in_columns, needs, print_result, progress_bar, say, say_notes
+from spmdeploy.cli.talk import format_table, log, log_notes, print_result, progress_bar, require_extra
 from spmdeploy.errors import InputError, UsageError
 
 dataset_app = typer.Typer(help="Prepare and check training data.", rich_markup_mode=None)
@@ -116,7 +116,7 @@ def train(
     The weights for `export` are RUN/best/generator.safetensors (lowest LPIPS on held-out pictures) and
     RUN/export/generator.safetensors (the last ones).
     """
-    with needs("train"):
+    with require_extra("train"):
         from spmdeploy.training import config as settings
         from spmdeploy.training import distributed as processes
         from spmdeploy.training.progress import progress_line
@@ -124,20 +124,20 @@ def train(
         from spmdeploy.training.trainer import train as run_training
 
     if resume:
-        _alone(context, "resume", "output", "device", "as_json")
+        _reject_conflicts(context, "resume", "output", "device", "as_json")
         chosen = RunDirectory(output).config()
     elif config is not None:
-        _alone(context, "config", "output", "device", "as_json")
+        _reject_conflicts(context, "config", "output", "device", "as_json")
         chosen = settings.read_config(config)
     elif data is not None:
         smallest, largest = scale_jitter or (None, None)
-        chosen = settings.configured(
+        chosen = settings.build_config(
             data,
             preset.value,
             schedule.value,
             images,
             1 if stages is StageCountChoice.one else 3,
-            of_run={
+            run_overrides={
                 "modulation": modulation.value,
                 "ema_half_life": ema_half_life,
                 "bf16": bf16,
@@ -146,22 +146,22 @@ def train(
                 "seed": seed,
                 "tensorboard": tensorboard,
             },
-            of_data={
+            data_overrides={
                 "crop": crop,
                 "smallest_scale": smallest,
                 "largest_scale": largest,
                 "relighting": relighting,
                 "validation": validation,
             },
-            of_loss={
+            loss_overrides={
                 "perceptual_network": perceptual.value,
                 "perceptual_weights": None if perceptual_weights is None else str(perceptual_weights),
             },
-            of_phases={"batch": batch, "decay_from": decay_from},
+            phase_overrides={"batch": batch, "decay_from": decay_from},
         )
     else:
         raise UsageError("nothing says what to train on", "add --data FOLDER, --config FILE or --resume")
-    run_training(chosen, output, resume, lambda record: say(progress_line(record, chosen)), device)
+    run_training(chosen, output, resume, lambda record: log(progress_line(record, chosen)), device)
     if processes.rank():
         return  # under torchrun one process speaks for all
     metrics = RunDirectory(output).metrics()
@@ -198,11 +198,11 @@ def evaluate(
     is FID only in the features of FID's own network, whose file --fid-weights names.
 
     Label adherence: how often a segmentation network finds under the mask what the labels say, as accuracy and mean
-    IoU, with the photos themselves as the ceiling. The network takes float32 [N, 3, H, W], RGB, 0..1 normalised as for
+    IoU, with the photos themselves as the ceiling. The network takes float32 [N, 3, H, W], RGB, 0..1 normalized as for
     ImageNet, and gives scores [N, C, h, w]; its JSON is {"classes": {"0": "road", ...}}, with "mean" and "std" where
     they differ.
     """
-    with needs("train"):
+    with require_extra("train"):
         from spmdeploy.datasets.folder import read_classes
         from spmdeploy.evaluation import evaluate as evaluation
         from spmdeploy.evaluation.fid import FidInception
@@ -243,12 +243,12 @@ def dataset_check(
 ) -> None:
     """Find what would hurt training.
 
-    Missing pairs, wrong sizes, unknown ids, colour maps, near-empty classes.
+    Missing pairs, wrong sizes, unknown ids, color maps, near-empty classes.
     """
-    with needs("train"):
+    with require_extra("train"):
         from spmdeploy.datasets.check import check_dataset
         from spmdeploy.imaging.files import check_output, write_picture
-        from spmdeploy.training.contact_sheets import hole_sheet
+        from spmdeploy.training.contact_sheets import mask_sheet
 
     if holes is not None:
         check_output(holes, overwrite)
@@ -257,13 +257,13 @@ def dataset_check(
     total = sum(share.pixels for share in report.classes) or 1
     rows = [(str(share.id), share.name, f"{share.pixels / total:.2%}", str(share.pictures)) for share in report.classes]
     lines = [f"{data}: " + ", ".join(f"{count} {split}" for split, count in report.pictures.items())]
-    lines += in_columns(("id", "class", "share", "pictures"), rows)
+    lines += format_table(("id", "class", "share", "pictures"), rows)
     lines += [f"warning: {text}" for text in report.warnings] + [f"error: {text}" for text in report.errors]
     if holes is not None and report.ok:
-        write_picture(holes, hole_sheet(data), overwrite)
+        write_picture(holes, mask_sheet(data), overwrite)
         lines.append(f"{holes}: labels, then a hole of each kind")
     elif holes is not None:
-        say_notes([f"{holes} was not written: put the errors right first"])
+        log_notes([f"{holes} was not written: put the errors right first"])
     hint = "put these right, then check again"
     failure = None if report.ok else InputError(f"{data}: {len(report.errors)} faults that stop training", hint)
     payload = {**report.to_json(), "sheet": str(holes) if holes is not None and report.ok else None}
@@ -282,17 +282,17 @@ def dataset_prepare(
 
     Run it again after an interruption: what is complete is kept.
     """
-    with needs("train"):
+    with require_extra("train"):
         from spmdeploy.datasets.prepare import prepare
 
     with progress_bar("preparing") as show:
         prepared = prepare(kind.value, source, target, jobs, show)
-    say_notes(prepared.notes)
+    log_notes(prepared.notes)
     counts = ", ".join(f"{count} {split}" for split, count in prepared.pictures.items())
     print_result("dataset-prepare", prepared.to_json(), [f"{target}: {counts}; {prepared.made} made now"], as_json)
 
 
-def _alone(context: typer.Context, option: str, *companions: str) -> None:
+def _reject_conflicts(context: typer.Context, option: str, *companions: str) -> None:
     """UsageError when the command line also has options that `option` makes meaningless."""
     for parameter in context.command.params:
         source = context.get_parameter_source(parameter.name) if parameter.name else None

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from spmdeploy.errors import InputError
 
-HoleKind = Literal["strokes", "extension", "outpainting", "class", "instance"]
-HOLE_KINDS: tuple[HoleKind, ...] = typing.get_args(HoleKind)
+MaskKind = Literal["strokes", "extension", "outpainting", "class", "instance"]
+MASK_KINDS: tuple[MaskKind, ...] = typing.get_args(MaskKind)
 
 LARGEST_SCALE = 8
 """A crop enlarged further is a few pixels wide."""
@@ -43,13 +43,13 @@ class DataConfig:
     """Above 1 the network also sees pictures enlarged, as its last stage does where it refines large ones."""
     relighting: float = 0.0
     """Training photos are brightened, tinted and given another contrast by factors up to e to this power, so that
-    colours must be read off the known pixels instead of being remembered for each class; the paper has 0."""
-    holes: tuple[HoleKind, ...] = HOLE_KINDS
+    colors must be read off the known pixels instead of being remembered for each class; the paper has 0."""
+    holes: tuple[MaskKind, ...] = MASK_KINDS
     """The kinds of holes, one drawn for each sample."""
     validation: int = 32
-    """Training pictures held out for validation, as blocks of neighbours (frames of a film are near duplicates)."""
+    """Training pictures held out for validation, as blocks of neighbors (frames of a film are near duplicates)."""
     validation_blocks: int = 8
-    """How many such blocks, spread evenly over the sorted names; the neighbours of a block are not used at all."""
+    """How many such blocks, spread evenly over the sorted names; the neighbors of a block are not used at all."""
 
     def __post_init__(self) -> None:
         require(self.crop > 0 and self.crop % 128 == 0, "data.crop", self.crop, "a multiple of 128")

@@ -17,8 +17,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from spmdeploy.datasets.config import DataConfig, HoleKind
-from spmdeploy.datasets.masks import THING_ID, Mask, connected_components, random_hole
+from spmdeploy.datasets.config import DataConfig, MaskKind
+from spmdeploy.datasets.masks import THING_ID, Mask, connected_components, random_mask
 from spmdeploy.errors import InputError
 from spmdeploy.imaging import files as images
 from spmdeploy.labels import ClassTable, class_table
@@ -34,7 +34,7 @@ KEPT_BYTES = 4 << 30
 
 
 @dataclass(frozen=True)
-class Picture:
+class AnnotatedImage:
     """One annotated photo, whole."""
 
     image: npt.NDArray[np.uint8]
@@ -76,7 +76,7 @@ class Batch:
         return Batch(self.image.to(device), self.labels.to(device), self.instances.to(device), self.mask.to(device))
 
 
-class PictureFolder:
+class ImageFolder:
     """The pictures of one split, read on demand and kept in memory while there is room (see `KEPT_BYTES`).
 
     root: the data folder. split: train or test. rules: how to read instances.
@@ -94,10 +94,10 @@ class PictureFolder:
         if missing:
             raise InputError(f"{self._folder}: {len(missing)} images have no label map, the first is {missing[0]}")
         self.names = tuple(sorted(self._images))
-        self._kept: dict[str, Picture] = {}
+        self._kept: dict[str, AnnotatedImage] = {}
         self._kept_bytes = 0
 
-    def __getitem__(self, name: str) -> Picture:
+    def __getitem__(self, name: str) -> AnnotatedImage:
         if name in self._kept:
             return self._kept[name]
         picture = self._load(name)
@@ -106,7 +106,7 @@ class PictureFolder:
             self._kept[name] = picture
         return picture
 
-    def _load(self, name: str) -> Picture:
+    def _load(self, name: str) -> AnnotatedImage:
         image = images.read_photo(self._images[name]).pixels
         labels = images.read_labels(self._labels[name])
         _check_size(self._labels[name], labels, image)
@@ -119,7 +119,7 @@ class PictureFolder:
                 instances = np.where(instances > 0, labels * np.int32(THING_ID) + instances, labels).astype(np.int32)
         else:
             instances = connected_components(labels, self._rules.thing_ids)
-        return Picture(image, labels, instances)
+        return AnnotatedImage(image, labels, instances)
 
 
 class TrainingSamples:
@@ -131,7 +131,7 @@ class TrainingSamples:
         root = Path(config.root)
         self.classes = read_classes(root)
         self._rules = read_instance_rules(root)
-        main = PictureFolder(root, "train", self._rules)
+        main = ImageFolder(root, "train", self._rules)
         kept, self.validation_names = split_validation(main.names, config.validation, config.validation_blocks)
         self._main = [(main, name) for name in kept]
         self._extra = [self._open_extra(index) for index in range(len(config.extra))]
@@ -140,7 +140,7 @@ class TrainingSamples:
             for extra, pictures in zip(config.extra, self._extra, strict=True)
         ]
         self.epoch_length = len(self._main) + sum(self._per_epoch)
-        self._order: tuple[int, list[tuple[PictureFolder, str]]] | None = None
+        self._order: tuple[int, list[tuple[ImageFolder, str]]] | None = None
         self._validation = [main[name] for name in self.validation_names]
 
     def at(self, position: int) -> Sample:
@@ -159,18 +159,18 @@ class TrainingSamples:
             rng = np.random.default_rng((self._seed, 2, index))
             kind = self._config.holes[index % len(self._config.holes)]
             cut = random_crop(picture, self._config.crop, 1.0, False, rng)
-            samples.append(with_random_hole(cut, kind, len(self.classes), rng))
+            samples.append(with_random_mask(cut, kind, len(self.classes), rng))
         return samples
 
-    def _draw(self, picture: Picture, rng: np.random.Generator) -> Sample:
+    def _draw(self, picture: AnnotatedImage, rng: np.random.Generator) -> Sample:
         scale = float(rng.uniform(self._config.smallest_scale, self._config.largest_scale))
         cut = random_crop(picture, self._config.crop, scale, bool(rng.integers(2)), rng)
         if self._config.relighting:
-            cut = replace(cut, image=relit(cut.image, self._config.relighting, rng))
+            cut = replace(cut, image=jitter_color(cut.image, self._config.relighting, rng))
         kind = self._config.holes[int(rng.integers(len(self._config.holes)))]
-        return with_random_hole(cut, kind, len(self.classes), rng)
+        return with_random_mask(cut, kind, len(self.classes), rng)
 
-    def _epoch(self, epoch: int) -> list[tuple[PictureFolder, str]]:
+    def _epoch(self, epoch: int) -> list[tuple[ImageFolder, str]]:
         if self._order is None or self._order[0] != epoch:
             rng = np.random.default_rng((self._seed, 0, epoch))
             pictures = list(self._main)
@@ -185,7 +185,7 @@ class TrainingSamples:
             raise InputError(f"the shares of the extra data folders add up to {share}, expected less than 1")
         return share
 
-    def _open_extra(self, index: int) -> list[tuple[PictureFolder, str]]:
+    def _open_extra(self, index: int) -> list[tuple[ImageFolder, str]]:
         extra = self._config.extra[index]
         root = Path(extra.root)
         renumber = {}
@@ -198,12 +198,12 @@ class TrainingSamples:
                     "name one for it in the extra folder's `rename`",
                 )
             renumber[label.id] = matches[0]
-        folder = PictureFolder(root, "train", self._rules, renumber)
+        folder = ImageFolder(root, "train", self._rules, renumber)
         return [(folder, name) for name in folder.names]
 
 
 def split_validation(names: tuple[str, ...], count: int, blocks: int) -> tuple[list[str], list[str]]:
-    """(training names, validation names): `blocks` runs of neighbours held out, spread evenly over the sorted names.
+    """(training names, validation names): `blocks` runs of neighbors held out, spread evenly over the sorted names.
 
     The pictures next to a run are in neither list: consecutive frames of a film show nearly the same thing.
     """
@@ -222,7 +222,9 @@ def split_validation(names: tuple[str, ...], count: int, blocks: int) -> tuple[l
     return training, [names[index] for index in chosen]
 
 
-def random_crop(picture: Picture, side: int, scale: float, flip: bool, rng: np.random.Generator) -> Picture:
+def random_crop(
+    picture: AnnotatedImage, side: int, scale: float, flip: bool, rng: np.random.Generator
+) -> AnnotatedImage:
     """A random square of side/scale pixels, at most the picture's shorter side, brought to `side` pixels."""
     height, width = picture.labels.shape
     source = min(round(side / scale), height, width)
@@ -236,10 +238,10 @@ def random_crop(picture: Picture, side: int, scale: float, flip: bool, rng: np.r
         labels, instances = labels[np.ix_(nearest, nearest)], instances[np.ix_(nearest, nearest)]
     if flip:
         image, labels, instances = image[:, ::-1], labels[:, ::-1], instances[:, ::-1]
-    return Picture(image, labels, instances)
+    return AnnotatedImage(image, labels, instances)
 
 
-def relit(image: npt.NDArray[np.uint8], strength: float, rng: np.random.Generator) -> npt.NDArray[np.uint8]:
+def jitter_color(image: npt.NDArray[np.uint8], strength: float, rng: np.random.Generator) -> npt.NDArray[np.uint8]:
     """The photo under another light: one gamma, one gain for all channels, and a tint of a third of their strength.
 
     image: uint8 (H, W, 3) RGB. strength: the factors are e to the power of up to this, in either direction.
@@ -250,9 +252,9 @@ def relit(image: npt.NDArray[np.uint8], strength: float, rng: np.random.Generato
     return np.stack([curves[image[..., channel], channel] for channel in range(3)], axis=-1)
 
 
-def with_random_hole(cut: Picture, kind: HoleKind, classes: int, rng: np.random.Generator) -> Sample:
+def with_random_mask(cut: AnnotatedImage, kind: MaskKind, classes: int, rng: np.random.Generator) -> Sample:
     """The square with a hole of that kind. classes: how many the data folder has."""
-    mask = random_hole(kind, cut.labels, cut.instances, classes, rng)
+    mask = random_mask(kind, cut.labels, cut.instances, classes, rng)
     return Sample(cut.image, cut.labels, cut.instances, mask)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
 
-from spmdeploy.datasets.config import HOLE_KINDS, HoleKind
+from spmdeploy.datasets.config import MASK_KINDS, MaskKind
 
 Mask = npt.NDArray[np.bool_]
 Labels = npt.NDArray[np.uint8]
@@ -20,8 +20,8 @@ SMALLEST_HOLE = 256
 """Pixels (16 × 16 of a 256 × 256 crop): a hole with fewer teaches nothing, brush strokes take its place."""
 
 
-def random_hole(
-    kind: HoleKind,
+def random_mask(
+    kind: MaskKind,
     labels: Labels,
     instances: Instances,
     classes: int,
@@ -34,11 +34,11 @@ def random_hole(
     """
     mask = _MAKERS[kind](labels, instances, classes, rng)
     if mask is None or np.count_nonzero(mask) < min(SMALLEST_HOLE, mask.size // 4) or mask.all():
-        mask = strokes(labels.shape[0], labels.shape[1], rng)
+        mask = brush_strokes(labels.shape[0], labels.shape[1], rng)
     return mask
 
 
-def strokes(height: int, width: int, rng: np.random.Generator) -> Mask:
+def brush_strokes(height: int, width: int, rng: np.random.Generator) -> Mask:
     """A brush stroke of 4-8 vertices, 50-140 pixels wide at 256 pixels, round at the joints."""
     scale = min(height, width) / 256
     count = int(rng.integers(4, 9))
@@ -66,7 +66,7 @@ def strokes(height: int, width: int, rng: np.random.Generator) -> Mask:
 
 
 def _strokes(labels: Labels, instances: Instances, classes: int, rng: np.random.Generator) -> Mask:
-    return strokes(labels.shape[0], labels.shape[1], rng)
+    return brush_strokes(labels.shape[0], labels.shape[1], rng)
 
 
 def _extension(labels: Labels, instances: Instances, classes: int, rng: np.random.Generator) -> Mask:
@@ -112,7 +112,7 @@ _MAKERS = {
     "class": _class,
     "instance": _instance,
 }
-assert tuple(_MAKERS) == HOLE_KINDS
+assert tuple(_MAKERS) == MASK_KINDS
 
 
 def connected_components(labels: npt.NDArray[np.uint8], thing_ids: Sequence[int]) -> npt.NDArray[np.int32]:
@@ -130,7 +130,7 @@ def connected_components(labels: npt.NDArray[np.uint8], thing_ids: Sequence[int]
 def _pieces(region: Mask) -> npt.NDArray[np.int32]:
     """8-connected pieces of `region`, numbered from 1 in reading order; 0 outside. bool (H, W) to int32 (H, W).
 
-    Each pixel starts with its own number and takes the smallest among its neighbours, then jumps to its number's number
+    Each pixel starts with its own number and takes the smallest among its neighbors, then jumps to its number's number
     (pointer doubling), until nothing changes: a logarithmic number of rounds for round pieces.
     """
     height, width = region.shape

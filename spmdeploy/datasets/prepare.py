@@ -36,10 +36,10 @@ import numpy.typing as npt
 from spmdeploy.errors import InputError, SpmDeployError, UsageError
 from spmdeploy.imaging import files as images
 from spmdeploy.labels import check_labels, class_table
+from spmdeploy.types import Progress
 
 Kind = Literal["cityscapes", "ade20k"]
-Progress = Callable[[int, int], None]
-"""Called with (pictures done, pictures in all), those of earlier runs included."""
+
 
 CITYSCAPES_SIZE = (256, 512)
 """(height, width) of every prepared Cityscapes picture (paper, section 4)."""
@@ -61,7 +61,7 @@ PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"\0\0\0\0IEND\xaeB`\x82"
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PrepareReport:
     """What `prepare` did."""
 
     pictures: dict[str, int]
@@ -77,7 +77,7 @@ class Prepared:
 
 def prepare(
     kind: Kind, source: Path, target: Path, jobs: int | None = None, progress: Progress | None = None
-) -> Prepared:
+) -> PrepareReport:
     """Writes TARGET/{train,test}/{images,labels,inst_map} and, when all are there, TARGET/labels.json.
 
     source: for cityscapes the folder that holds leftImg8bit and gtFine; for ade20k the one that holds images,
@@ -107,7 +107,7 @@ def prepare(
             "the others are done; put these right and run it again",
         )
     _write_class_table(kind, target)
-    return Prepared(dict(Counter(picture.folder.name for picture in pictures)), len(left), notes)
+    return PrepareReport(dict(Counter(picture.folder.name for picture in pictures)), len(left), notes)
 
 
 # ------------------------------------------------------------------------------------------------------ the downloads

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from spmdeploy.editing.editor import Editor
-from spmdeploy.editing.options import EditFiles, parse_sides
-from spmdeploy.editing.run import Tiling, edit_files
-from spmdeploy.errors import InputError, OutOfMemory, SpmDeployError, UsageError
+from spmdeploy.editing.options import EditRequest, parse_padding
+from spmdeploy.editing.run import Tiling, run_edit_files
+from spmdeploy.errors import InputError, OutOfMemoryError, SpmDeployError, UsageError
 from spmdeploy.imaging import files as images
-from spmdeploy.tiling.outpaint import Sides
+from spmdeploy.tiling.outpaint import Padding
 
 STATUS_FILE = "status.jsonl"
 COLUMNS = ("image", "output", "labels", "fill", "mask", "edited_from", "instances", "grow", "extend")
@@ -31,7 +31,7 @@ class BatchItem:
 
     row: int
     """Counted from 1, the heading of a CSV file aside."""
-    files: EditFiles | None
+    files: EditRequest | None
     fault: SpmDeployError | None
     """Why the row is no edit; then `files` is None."""
 
@@ -167,8 +167,8 @@ def _edit_item(
     try:
         _make_room(files)
         log.add(ItemStatus(item.row, output, "started"))
-        edit_files(editor, files, tiling)
-    except (OutOfMemory, MemoryError):
+        run_edit_files(editor, files, tiling)
+    except (OutOfMemoryError, MemoryError):
         raise
     except SpmDeployError as error:
         return ItemStatus(item.row, output, "failed", error.problem, error.hint)
@@ -177,7 +177,7 @@ def _edit_item(
     return ItemStatus(item.row, output, "done")
 
 
-def _make_room(files: EditFiles) -> None:
+def _make_room(files: EditRequest) -> None:
     try:
         files.output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -251,7 +251,7 @@ def _check_columns(names: list[str], path: Path) -> None:
 _COLUMNS_HINT = f"columns are {', '.join(COLUMNS)}; in a CSV file commas are between them"
 
 
-def _edit_of_row(row: dict[str, Any], folder: Path, output_dir: Path, overwrite: bool) -> EditFiles:
+def _edit_of_row(row: dict[str, Any], folder: Path, output_dir: Path, overwrite: bool) -> EditRequest:
     if "image" not in row:
         raise InputError("no image is given", _COLUMNS_HINT)
 
@@ -263,7 +263,7 @@ def _edit_of_row(row: dict[str, Any], folder: Path, output_dir: Path, overwrite:
     output = output_dir / name
     if Path(name).is_absolute() or not _is_below(output, output_dir):
         raise InputError(f"output {name!r} leads out of the output folder", "give a path relative to that folder")
-    return EditFiles(
+    return EditRequest(
         image=image,
         output=output,
         labels=path("labels"),
@@ -292,9 +292,9 @@ def _whole_number(value: object) -> int:
         raise InputError(f"grow is {value!r}, not a whole number of pixels") from error
 
 
-def _sides(value: object) -> Sides:
+def _sides(value: object) -> Padding:
     """From "0,0,256,0", or from a list of four numbers in JSONL."""
-    return parse_sides(",".join(map(str, value)) if isinstance(value, list) else str(value))
+    return parse_padding(",".join(map(str, value)) if isinstance(value, list) else str(value))
 
 
 def _check_outputs_differ(items: list[BatchItem], path: Path) -> None:

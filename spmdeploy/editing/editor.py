@@ -16,30 +16,21 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from spmdeploy.backends.base import LayoutRun, Session, layout_run
+from spmdeploy.backends.base import LayoutRun, Session, bind_layout
 from spmdeploy.editing.harmonize import match_surroundings as match_part
-from spmdeploy.editing.preprocess import (
-    Ids,
-    ModelInput,
-    Scene,
-    hole_at,
-    image_input,
-    layout_input,
-    model_input,
-    stacked,
-)
+from spmdeploy.editing.preprocess import EditRegion, image_input, layout_tensors, model_input, resize_mask, stacked
 from spmdeploy.editing.pyramid import cascade
-from spmdeploy.editing.report import EditedWindow, EditReport, report_notes
-from spmdeploy.editing.tally import Progress, Tally
+from spmdeploy.editing.report import EditReport, WindowReport, report_notes
+from spmdeploy.editing.tally import PhaseTimer
 from spmdeploy.errors import BundleError, InputError, UsageError
-from spmdeploy.imaging.files import MOST_MEGAPIXELS, check_mask, resize_photo
+from spmdeploy.imaging.files import MAX_MEGAPIXELS, check_mask, resize_photo
 from spmdeploy.labels import ClassTable, check_labels
-from spmdeploy.tiling.letterbox import Frame, frame_of
-from spmdeploy.tiling.outpaint import Sides, Step, grown_size, new_pixels, photo_place, plan_extension
-from spmdeploy.tiling.pieces import Mask, Picture
-from spmdeploy.tiling.pyramid import plan_levels
+from spmdeploy.tiling.letterbox import Letterbox, fit_letterbox
+from spmdeploy.tiling.outpaint import OutpaintStep, Padding, grown_size, new_pixels, photo_place, plan_extension
+from spmdeploy.tiling.pyramid import plan_pyramid
 from spmdeploy.tiling.stitching import stitch
-from spmdeploy.tiling.windows import CROP_LIMIT, Site, plan_windows, whole_photo, whole_site
+from spmdeploy.tiling.windows import CROP_LIMIT, EditWindow, full_image_window, plan_windows, whole_photo
+from spmdeploy.types import Image, LabelMap, Mask, ModelInput, Progress
 
 Tiling = Literal["auto", "off", "crop", "cascade"]
 
@@ -62,7 +53,7 @@ class InputNames:
 class EditResult(NamedTuple):
     """image: uint8 (H, W, 3) RGB, equal to the photo wherever the mask is not set."""
 
-    image: Picture
+    image: Image
     report: EditReport
 
 
@@ -79,10 +70,10 @@ class Editor:
 
     def edit(
         self,
-        image: Picture,
-        labels: Ids,
+        image: Image,
+        labels: LabelMap,
         mask: NDArray[Any],
-        instances: Ids | None = None,
+        instances: LabelMap | None = None,
         *,
         tiling: Tiling = "auto",
         feather: int = FEATHER,
@@ -98,7 +89,7 @@ class Editor:
         and wants it to have the model's size; "crop" edits a context window around every piece of the mask at the
         model's size, "cascade" carries windows larger than that up to their own; "auto" takes "off" where it fits,
         else "cascade" for windows beyond CROP_LIMIT if the session refines. feather: see `stitch`. match_surroundings:
-        bring what was painted to the colours and the grain of the same classes beside it (see `matching`), for which
+        bring what was painted to the colors and the grain of the same classes beside it (see `matching`), for which
         the labels must be true of the known pixels too. progress(done, total) counts windows and tiles, from (0, total)
         on.
 
@@ -111,21 +102,21 @@ class Editor:
         ("cascade" where the session does not refine).
         """
         names = names or InputNames()
-        tally = Tally(progress)
+        tally = PhaseTimer(progress)
         with tally.phase("validate"):
             _check_options(tiling, feather, batch_size)
             edit_mask = self._checked(image, labels, mask, instances, names)
         with tally.phase("plan"):
             plan = self._plan(tiling, edit_mask, names)
-        scene = Scene(image.copy(), labels, edit_mask, instances)
+        scene = EditRegion(image.copy(), labels, edit_mask, instances)
         finish = _Finish(feather, match_surroundings)
-        return self._carried_out(plan, scene, _batches(plan, batch_size), batch_size, finish, tally)
+        return self._execute(plan, scene, _batches(plan, batch_size), batch_size, finish, tally)
 
     def prepare(
         self,
-        labels: Ids,
+        labels: LabelMap,
         mask: NDArray[Any],
-        instances: Ids | None = None,
+        instances: LabelMap | None = None,
         *,
         tiling: Tiling = "auto",
         feather: int = FEATHER,
@@ -145,16 +136,16 @@ class Editor:
         edit_mask = self._checked_layout(labels, mask, instances, names, labels, names.labels)
         plan = self._plan(tiling, edit_mask, names)
         no_picture = np.broadcast_to(np.uint8(0), (*edit_mask.shape, 3))  # a single byte, whatever the size
-        scene = Scene(no_picture, labels.copy(), edit_mask.copy(), None if instances is None else instances.copy())
+        scene = EditRegion(no_picture, labels.copy(), edit_mask.copy(), None if instances is None else instances.copy())
         batches = [_with_layout(self.session, batch.windows, scene) for batch in _batches(plan, batch_size)]
         return PreparedEdit(self, plan, scene, batches, batch_size, _Finish(feather, match_surroundings), names)
 
     def extend(
         self,
-        image: Picture,
-        labels: Ids,
-        sides: Sides,
-        instances: Ids | None = None,
+        image: Image,
+        labels: LabelMap,
+        sides: Padding,
+        instances: LabelMap | None = None,
         *,
         tiling: Tiling = "auto",
         feather: int = FEATHER,
@@ -171,7 +162,7 @@ class Editor:
         other arguments, what is returned and what is raised are those of `edit`, but that "off" does not exist.
         """
         names = names or InputNames()
-        tally = Tally(progress)
+        tally = PhaseTimer(progress)
         with tally.phase("validate"):
             _check_options(tiling, feather, batch_size)
             _check_photo(image, names.image)
@@ -189,9 +180,9 @@ class Editor:
         for step, window in zip(steps, plan.windows, strict=True):
             scene.mask[step.fresh.slices] = True  # what the step before made beyond its own part
             if window.levels:
-                done.append(self._edit_in_levels(window, scene, feather, batch_size, tally))
+                done.append(self._edit_coarse_to_fine(window, scene, feather, batch_size, tally))
             else:
-                self._edit_at_once(_Batch([window]), scene, feather, tally)
+                self._edit_single_pass(_Batch([window]), scene, feather, tally)
                 done.append(window)
             if match_surroundings:
                 self._match_surroundings(window.site, scene, tally)
@@ -210,7 +201,7 @@ class Editor:
         self.close()
 
     def _checked(
-        self, image: Picture, labels: Ids, mask: NDArray[Any], instances: Ids | None, names: InputNames
+        self, image: Image, labels: LabelMap, mask: NDArray[Any], instances: LabelMap | None, names: InputNames
     ) -> Mask:
         """The mask as bool (H, W), after everything about the four arrays has been checked."""
         _check_photo(image, names.image)
@@ -218,9 +209,9 @@ class Editor:
 
     def _checked_layout(
         self,
-        labels: Ids,
+        labels: LabelMap,
         mask: NDArray[Any],
-        instances: Ids | None,
+        instances: LabelMap | None,
         names: InputNames,
         like: NDArray[Any],
         like_name: str,
@@ -247,18 +238,20 @@ class Editor:
             raise InputError(problem, "use tiling auto, crop or cascade")
         if fits and tiling in ("auto", "off"):
             reason = "asked for" if tiling == "off" else f"the photo has the model's size, {size}×{size}"
-            return _Plan("off", reason, [EditedWindow(whole_site(mask), frame_of(whole_photo(size, size), size))])
+            return _Plan(
+                "off", reason, [WindowReport(full_image_window(mask), fit_letterbox(whole_photo(size, size), size))]
+            )
         # Of a window that is carried up all of the mask is, lest its levels have gaps, whichever site it belongs to.
         return self._plan_windows(tiling, ((site, mask[site.window.slices]) for site in plan_windows(mask, size)))
 
-    def _plan_steps(self, tiling: Tiling, steps: Sequence[Step], mask: Mask) -> _Plan:
+    def _plan_steps(self, tiling: Tiling, steps: Sequence[OutpaintStep], mask: Mask) -> _Plan:
         if tiling == "off":
             raise UsageError("an extension cannot run without tiling", "use tiling auto, crop or cascade")
         return self._plan_windows(tiling, ((step.site, step.site.hole(mask)) for step in steps))
 
-    def _plan_windows(self, tiling: Tiling, holes: Iterable[tuple[Site, Mask]]) -> _Plan:
+    def _plan_windows(self, tiling: Tiling, holes: Iterable[tuple[EditWindow, Mask]]) -> _Plan:
         """Whether each window is edited at once or carried up. holes: sites and what is masked in their windows."""
-        lack = self.session.lacks_refine
+        lack = self.session.refine_unsupported
         if tiling == "cascade" and lack is not None:
             raise BundleError(
                 f"this model cannot cascade here: {lack.problem}", f"{lack.hint}; or use tiling auto or crop"
@@ -270,8 +263,8 @@ class Editor:
         for site, hole in holes:
             is_large = max(hole.shape) > limit
             large += is_large
-            levels = plan_levels(site.window, hole, size) if cascades and is_large else ()
-            windows.append(EditedWindow(site, frame_of(site.window, size), levels))
+            levels = plan_pyramid(site.window, hole, size) if cascades and is_large else ()
+            windows.append(WindowReport(site, fit_letterbox(site.window, size), levels))
         if tiling in ("crop", "cascade"):
             return _Plan(tiling, "asked for", windows)
         if not large:
@@ -285,8 +278,8 @@ class Editor:
     def _report(
         self,
         plan: _Plan,
-        done: Sequence[EditedWindow],
-        tally: Tally,
+        done: Sequence[WindowReport],
+        tally: PhaseTimer,
         feather: int,
         match_surroundings: bool,
         edited_pixels: int,
@@ -308,15 +301,21 @@ class Editor:
             notes=(*plan.notes, *report_notes(done), *session.notes),
         )
 
-    def _carried_out(
-        self, plan: _Plan, scene: Scene, batches: Sequence[_Batch], batch_size: int, finish: _Finish, tally: Tally
+    def _execute(
+        self,
+        plan: _Plan,
+        scene: EditRegion,
+        batches: Sequence[_Batch],
+        batch_size: int,
+        finish: _Finish,
+        tally: PhaseTimer,
     ) -> EditResult:
         """All of a plan, in the scene's picture. batches: its windows without levels."""
         tally.begin(sum(1 + window.tiles for window in plan.windows))
         for batch in batches:
-            self._edit_at_once(batch, scene, finish.feather, tally)
+            self._edit_single_pass(batch, scene, finish.feather, tally)
         done = [
-            self._edit_in_levels(window, scene, finish.feather, batch_size, tally) if window.levels else window
+            self._edit_coarse_to_fine(window, scene, finish.feather, batch_size, tally) if window.levels else window
             for window in plan.windows
         ]
         if finish.match_surroundings:
@@ -326,7 +325,7 @@ class Editor:
         report = self._report(plan, done, tally, finish.feather, finish.match_surroundings, pixels)
         return EditResult(scene.picture, report)
 
-    def _edit_at_once(self, batch: _Batch, scene: Scene, feather: int, tally: Tally) -> None:
+    def _edit_single_pass(self, batch: _Batch, scene: EditRegion, feather: int, tally: PhaseTimer) -> None:
         """A batch of windows at the model's size, stitched into the scene's picture."""
         with tally.phase("prepare"):
             if batch.run is None:
@@ -337,13 +336,13 @@ class Editor:
         with tally.phase("run"):
             edited = run()
         with tally.phase("stitch"):
-            _put_back(batch.windows, edited, scene, feather)
+            _paste_batch(batch.windows, edited, scene, feather)
         tally.batches += 1
         tally.advance(len(batch.windows))
 
-    def _edit_in_levels(
-        self, planned: EditedWindow, scene: Scene, feather: int, batch_size: int, tally: Tally
-    ) -> EditedWindow:
+    def _edit_coarse_to_fine(
+        self, planned: WindowReport, scene: EditRegion, feather: int, batch_size: int, tally: PhaseTimer
+    ) -> WindowReport:
         """One window, coarse at first, then carried up to its own size and stitched into the scene's picture."""
         frame, levels = planned.frame, planned.levels
         with tally.phase("prepare"):
@@ -357,7 +356,7 @@ class Editor:
         return replace(planned, measured=carried.levels, between_levels=carried.between_levels, notes=carried.notes)
 
     @staticmethod
-    def _match_surroundings(site: Site, scene: Scene, tally: Tally) -> None:
+    def _match_surroundings(site: EditWindow, scene: EditRegion, tally: PhaseTimer) -> None:
         part = scene.cut(site.window)
         with tally.phase("stitch"):
             match_part(part.picture, part.labels, site.hole(scene.mask))
@@ -374,7 +373,7 @@ class PreparedEdit:
         self,
         editor: Editor,
         plan: _Plan,
-        scene: Scene,
+        scene: EditRegion,
         batches: Sequence[_Batch],
         batch_size: int,
         finish: _Finish,
@@ -389,23 +388,23 @@ class PreparedEdit:
         self._finish = finish
         self._names = names
 
-    def edit(self, image: Picture, *, progress: Progress | None = None) -> EditResult:
+    def edit(self, image: Image, *, progress: Progress | None = None) -> EditResult:
         """`Editor.edit` of this image with the prepared layout: the same picture, and a report of what was left to do.
 
         image: uint8 (H, W, 3) RGB of the size of the labels. Raises InputError.
         """
-        names, tally = self._names, Tally(progress)
+        names, tally = self._names, PhaseTimer(progress)
         with tally.phase("validate"):
             _check_photo(image, names.image)
             _check_same_size(image, names.image, self._scene.labels, names.labels)
         scene = self._scene._replace(picture=image.copy())
-        return self._editor._carried_out(self._plan, scene, self._batches, self._batch_size, self._finish, tally)
+        return self._editor._execute(self._plan, scene, self._batches, self._batch_size, self._finish, tally)
 
 
 class _Plan(NamedTuple):
     tiling: Literal["off", "crop", "cascade"]
     reason: str
-    windows: list[EditedWindow]
+    windows: list[WindowReport]
     notes: tuple[str, ...] = ()
 
 
@@ -419,7 +418,7 @@ class _Finish(NamedTuple):
 class _Batch(NamedTuple):
     """Windows for one call of the session; if prepared, with the call that knows their layouts."""
 
-    windows: list[EditedWindow]
+    windows: list[WindowReport]
     holes: tuple[Mask, ...] = ()
     run: LayoutRun | None = None
 
@@ -441,7 +440,7 @@ def _check_options(tiling: str, feather: int, batch_size: int) -> None:
         raise UsageError(f"batch size {batch_size} is too small", "give 1 or more")
 
 
-def _check_photo(image: Picture, name: str) -> None:
+def _check_photo(image: Image, name: str) -> None:
     _check_array(image, name)
     if image.dtype != np.uint8:
         raise InputError(f"{name} has type {image.dtype}, expected uint8", "convert it to 8 bits, 0..255")
@@ -451,10 +450,10 @@ def _check_photo(image: Picture, name: str) -> None:
         raise InputError(f"{name} is {_size(image)}, it has no pixels")
 
 
-def _check_ids(ids: Ids, name: str, kind: str) -> None:
+def _check_ids(ids: LabelMap, name: str, kind: str) -> None:
     _check_array(ids, name)
     if ids.ndim != 2:
-        hint = "turn a colour label map into ids first: spmdeploy labels convert" if ids.ndim == 3 else None
+        hint = "turn a color label map into ids first: spmdeploy labels convert" if ids.ndim == 3 else None
         raise InputError(f"{name} has shape {ids.shape}, expected (height, width) with one {kind} id a pixel", hint)
     if not np.issubdtype(ids.dtype, np.integer):
         raise InputError(f"{name} has type {ids.dtype}, expected integer {kind} ids")
@@ -469,7 +468,7 @@ def _check_mask_type(mask: NDArray[Any], name: str) -> None:
         raise InputError(f"{name} has type {mask.dtype}, expected bool or integers (0 = keep)", hint)
 
 
-def check_extension(sides: Sides, shape: tuple[int, ...], name: str) -> None:
+def check_extension(sides: Padding, shape: tuple[int, ...], name: str) -> None:
     """UsageError unless a photo of that shape can grow by so much. name: what the error calls it."""
     hint = "give the pixels to add on the left, top, right and bottom, for example 0,0,256,0"
     if min(sides) < 0:
@@ -477,12 +476,12 @@ def check_extension(sides: Sides, shape: tuple[int, ...], name: str) -> None:
     if not any(sides):
         raise UsageError(f"{name} grows by 0 pixels on every side: nothing would be new", hint)
     height, width = grown_size(shape, sides)
-    if height * width > MOST_MEGAPIXELS * 1_000_000:
+    if height * width > MAX_MEGAPIXELS * 1_000_000:
         problem = f"{name} would grow to {width}×{height}, {height * width / 1e6:.0f} megapixels"
-        raise UsageError(f"{problem}; at most {MOST_MEGAPIXELS} are made", "let it grow by less")
+        raise UsageError(f"{problem}; at most {MAX_MEGAPIXELS} are made", "let it grow by less")
 
 
-def _check_grown_size(ids: Ids | None, name: str, grown: Picture, image_name: str) -> None:
+def _check_grown_size(ids: LabelMap | None, name: str, grown: Image, image_name: str) -> None:
     if isinstance(ids, np.ndarray) and ids.shape[:2] != grown.shape[:2]:
         problem = f"{name}: {_size(ids)}, but {image_name} grows to {_size(grown)}; the sizes must match"
         raise InputError(problem, "give a map of the whole grown picture: what is new has labels too")
@@ -496,10 +495,10 @@ def _check_array(array: object, name: str) -> None:
 def _check_same_size(array: NDArray[Any], name: str, image: NDArray[Any], image_name: str) -> None:
     if array.shape[:2] != image.shape[:2]:
         problem = f"{name}: {_size(array)}, but {image_name}: {_size(image)}; the sizes must match"
-        raise InputError(problem, f"resize {name} with nearest-neighbour")
+        raise InputError(problem, f"resize {name} with nearest-neighbor")
 
 
-def _check_instance_range(instances: Ids, name: str) -> None:
+def _check_instance_range(instances: LabelMap, name: str) -> None:
     limits = np.iinfo(np.int32)
     lowest, highest = int(instances.min()), int(instances.max())
     if lowest < limits.min or highest > limits.max:
@@ -514,29 +513,29 @@ def _size(array: NDArray[Any]) -> str:
 # ---- from the photo to the model and back ----
 
 
-def _grown(image: Picture, labels: Ids, sides: Sides, instances: Ids | None) -> Scene:
+def _grown(image: Image, labels: LabelMap, sides: Padding, instances: LabelMap | None) -> EditRegion:
     """The photo in a larger picture, of which the rest is to be made."""
     picture = np.zeros((*grown_size(image.shape, sides), 3), np.uint8)
     picture[photo_place(image.shape, sides).slices] = image
-    return Scene(picture, labels, new_pixels(image.shape, sides), instances)
+    return EditRegion(picture, labels, new_pixels(image.shape, sides), instances)
 
 
-def _frame_input(frame: Frame, scene: Scene) -> ModelInput:
+def _frame_input(frame: Letterbox, scene: EditRegion) -> ModelInput:
     return model_input(scene.cut(frame.window), frame.height, frame.width, frame.size)
 
 
-def _with_layout(session: Session, windows: list[EditedWindow], scene: Scene) -> _Batch:
+def _with_layout(session: Session, windows: list[WindowReport], scene: EditRegion) -> _Batch:
     """A batch whose layouts the session has been given. scene: of which the picture is not read."""
     holes, layouts = [], []
     for window in windows:
         frame = window.frame
         part = scene.cut(frame.window)
-        holes.append(hole_at(part.mask, frame.height, frame.width))
-        layouts.append(layout_input(part, holes[-1], frame.size))
-    return _Batch(windows, tuple(holes), layout_run(session, *map(np.stack, zip(*layouts, strict=True))))
+        holes.append(resize_mask(part.mask, frame.height, frame.width))
+        layouts.append(layout_tensors(part, holes[-1], frame.size))
+    return _Batch(windows, tuple(holes), bind_layout(session, *map(np.stack, zip(*layouts, strict=True))))
 
 
-def _frame_images(batch: _Batch, scene: Scene) -> NDArray[np.uint8]:
+def _frame_images(batch: _Batch, scene: EditRegion) -> NDArray[np.uint8]:
     """The images of a prepared batch: uint8 (B, size, size, 3)."""
     frames = [window.frame for window in batch.windows]
     parts = [scene.cut(frame.window).picture for frame in frames]
@@ -545,7 +544,7 @@ def _frame_images(batch: _Batch, scene: Scene) -> NDArray[np.uint8]:
     )
 
 
-def _put_back(windows: list[EditedWindow], edited: Picture, scene: Scene, feather: int) -> None:
+def _paste_batch(windows: list[WindowReport], edited: Image, scene: EditRegion, feather: int) -> None:
     """Stitch a batch of results, uint8 (B, size, size, 3), into the scene's picture, in place."""
     size = windows[0].frame.size
     expected = (len(windows), size, size, 3)

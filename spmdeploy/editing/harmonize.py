@@ -1,7 +1,7 @@
-"""Colours and grain of an edit brought to those of the same classes beside it.
+"""Colors and grain of an edit brought to those of the same classes beside it.
 
 What a network paints may be right and still show as a patch: a shade too blue, and without the grain that camera and
-asphalt gave to the pixels beside it. Colours are compared where known and painted pixels of one class meet, and the
+asphalt gave to the pixels beside it. Colors are compared where known and painted pixels of one class meet, and the
 step is taken out. Grain is measured in the plainest known squares of a class and added where it is missing. numpy only.
 """
 
@@ -12,23 +12,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from spmdeploy.tiling.pieces import Mask, Picture
+from spmdeploy.types import Image, LabelMap, Mask
 
 Plane = NDArray[np.floating[Any]]  # float32
-Ids = NDArray[np.integer[Any]]
 
 # Larger pictures are measured on cells of several pixels, so that the band below spans about the same part of them.
 MEASURED_SIDE = 512
-# Cells on either side of the border between known and painted pixels of a class whose mean colours are compared.
+# Cells on either side of the border between known and painted pixels of a class whose mean colors are compared.
 BAND = 6
-# Fewer cells than this on either side say too little of a class's colour.
+# Fewer cells than this on either side say too little of a class's color.
 FEWEST_CELLS = 24
-# Grey levels; a larger step at the border is more likely another object than another shade.
+# Gray levels; a larger step at the border is more likely another object than another shade.
 LARGEST_SHIFT = 48.0
 # Side of the squares in which grain is measured, and the share of them that is taken to be without structure.
 SQUARE = 8
 PLAIN_SHARE = 0.25
-# Grey levels of standard deviation: what is more is structure. Roads and pavements of CamVid have 2 to 3.5, its
+# Gray levels of standard deviation: what is more is structure. Roads and pavements of CamVid have 2 to 3.5, its
 # buildings and trees mostly 4 to 10.
 LARGEST_GRAIN = 3.5
 # Of white noise of variance 1, what `_fine` leaves: 1 - 2 (6/16)² + (70/256)², from the kernel 1 4 6 4 1.
@@ -36,20 +35,20 @@ FINE_VARIANCE = 0.7935
 LUMA = np.array((0.299, 0.587, 0.114), np.float32)
 
 
-def match_surroundings(picture: Picture, labels: Ids, mask: Mask) -> None:
+def match_surroundings(picture: Image, labels: LabelMap, mask: Mask) -> None:
     """Changes the picture under the mask, in place; known pixels are only read.
 
     picture: uint8 (H, W, 3) RGB, edited. labels: integer (H, W), true of the known pixels too. mask: bool (H, W),
     True = painted. The same inputs give the same bytes.
     """
-    match_colours(picture, labels, mask)
-    match_grain(picture, labels, mask)
+    match_color_statistics(picture, labels, mask)
+    match_noise(picture, labels, mask)
 
 
-# ---- colours ----
+# ---- colors ----
 
 
-def match_colours(picture: Picture, labels: Ids, mask: Mask) -> None:
+def match_color_statistics(picture: Image, labels: LabelMap, mask: Mask) -> None:
     """Shifts every painted class by its steps at the border, spread over its inside."""
     factor = -(-max(mask.shape) // MEASURED_SIDE)
     for label in np.unique(labels[mask]):
@@ -57,22 +56,22 @@ def match_colours(picture: Picture, labels: Ids, mask: Mask) -> None:
         shift = _shift(picture, known, painted, factor)
         if shift is not None:
             rows, columns = np.nonzero(painted)
-            shifted = picture[rows, columns] + _enlarged(shift, factor, mask.shape)[rows, columns]
+            shifted = picture[rows, columns] + _upsample_bilinear(shift, factor, mask.shape)[rows, columns]
             picture[rows, columns] = np.clip(np.rint(shifted), 0, 255)
 
 
-def _shift(picture: Picture, known: Mask, painted: Mask, factor: int) -> Plane | None:
+def _shift(picture: Image, known: Mask, painted: Mask, factor: int) -> Plane | None:
     """What to add to the painted pixels, a value per cell: float32 (h, w, 3). None where the two hardly meet."""
-    known_cells, painted_cells = (_cells(where.astype(np.float32), factor) for where in (known, painted))
+    known_cells, painted_cells = (_block_sum(where.astype(np.float32), factor) for where in (known, painted))
     known_rim, painted_rim = known_cells * _near(painted_cells > 0), painted_cells * _near(known_cells > 0)
     if min(np.count_nonzero(known_rim), np.count_nonzero(painted_rim)) < FEWEST_CELLS:
         return None
-    around = _spread(_cell_means(picture, known, factor), known_rim)
-    inside = _spread(_cell_means(picture, painted, factor), painted_rim)
-    return _spread(np.clip(around - inside, -LARGEST_SHIFT, LARGEST_SHIFT), painted_rim)
+    around = _pull_push(_cell_means(picture, known, factor), known_rim)
+    inside = _pull_push(_cell_means(picture, painted, factor), painted_rim)
+    return _pull_push(np.clip(around - inside, -LARGEST_SHIFT, LARGEST_SHIFT), painted_rim)
 
 
-def _cells(values: Plane, factor: int) -> Plane:
+def _block_sum(values: Plane, factor: int) -> Plane:
     """Sums over cells of factor × factor pixels; the last row and column of cells may be cut. (H, W, ...)."""
     if factor == 1:
         return values
@@ -81,10 +80,10 @@ def _cells(values: Plane, factor: int) -> Plane:
     return values
 
 
-def _cell_means(picture: Picture, where: Mask, factor: int) -> Plane:
-    """Mean colour of the chosen pixels in each cell: float32 (h, w, 3), 0 where a cell has none."""
-    count = _cells(where.astype(np.float32), factor)
-    return _cells(np.where(where[..., None], picture, np.float32(0)), factor) / np.maximum(count, 1)[..., None]
+def _cell_means(picture: Image, where: Mask, factor: int) -> Plane:
+    """Mean color of the chosen pixels in each cell: float32 (h, w, 3), 0 where a cell has none."""
+    count = _block_sum(where.astype(np.float32), factor)
+    return _block_sum(np.where(where[..., None], picture, np.float32(0)), factor) / np.maximum(count, 1)[..., None]
 
 
 def _near(where: Mask) -> Mask:
@@ -96,7 +95,7 @@ def _near(where: Mask) -> Mask:
     return where
 
 
-def _spread(values: Plane, weights: Plane) -> Plane:
+def _pull_push(values: Plane, weights: Plane) -> Plane:
     """Weighted values continued smoothly over the whole plane: pull-push (Gortler et al., The Lumigraph, 1996).
 
     values: float32 (h, w, 3). weights: (h, w), 0 = unknown; from 1 on the value is kept.
@@ -108,12 +107,12 @@ def _spread(values: Plane, weights: Plane) -> Plane:
     padding = [(0, height % 2), (0, width % 2)]
     total = np.pad(values * kept, [*padding, (0, 0)])
     weight = np.pad(kept, [*padding, (0, 0)])
-    total, weight = _cells(total, 2), _cells(weight, 2)
-    coarse = _spread(total / np.maximum(weight, 1e-6), weight[..., 0])
-    return kept * values + (1 - kept) * _enlarged(coarse, 2, (height, width))
+    total, weight = _block_sum(total, 2), _block_sum(weight, 2)
+    coarse = _pull_push(total / np.maximum(weight, 1e-6), weight[..., 0])
+    return kept * values + (1 - kept) * _upsample_bilinear(coarse, 2, (height, width))
 
 
-def _enlarged(values: Plane, factor: int, shape: tuple[int, ...]) -> Plane:
+def _upsample_bilinear(values: Plane, factor: int, shape: tuple[int, ...]) -> Plane:
     """Bilinear enlargement of (h, w, 3) by a whole factor, cut to (H, W)."""
     if factor == 1:
         return values
@@ -129,7 +128,7 @@ def _enlarged(values: Plane, factor: int, shape: tuple[int, ...]) -> Plane:
 # ---- grain ----
 
 
-def match_grain(picture: Picture, labels: Ids, mask: Mask) -> None:
+def match_noise(picture: Image, labels: LabelMap, mask: Mask) -> None:
     """Adds to every painted class the grain of its known squares, where it has less."""
     residual = _fine(picture @ LUMA)
     variance = _blurred(residual**2)

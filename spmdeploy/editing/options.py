@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING
 from spmdeploy.errors import UsageError
 
 if TYPE_CHECKING:
-    from spmdeploy.tiling.outpaint import Sides
+    from spmdeploy.tiling.outpaint import Padding
 
-GROWTH_OF_CHANGES = 8
+DEFAULT_DILATION = 8
 """Pixels by which a mask made from changed labels is grown unless told otherwise: label maps cut objects tightly, and
 what is left of an object's outline or shadow would show."""
 
 
 @dataclass(frozen=True)
-class EditFiles:
+class EditRequest:
     """What to edit. One of `labels` and `fill` says what becomes of it; one of `mask`, `edited_from` and `extend` says
     where."""
 
@@ -31,11 +31,11 @@ class EditFiles:
     mask: Path | None = None
     edited_from: Path | None = None
     """The label map before it was edited: the mask is what differs."""
-    extend: Sides | None = None
+    extend: Padding | None = None
     """Pixels to grow the picture by: what is new is the mask. Labels and instances then have the size of the result."""
     instances: Path | None = None
     grow: int | None = None
-    """Pixels to grow the mask by; None: `GROWTH_OF_CHANGES` with edited_from, else 0."""
+    """Pixels to grow the mask by; None: `DEFAULT_DILATION` with edited_from, else 0."""
     sheet: Path | None = None
     """Where to put a picture of before, labels, mask and after side by side."""
     explain: Path | None = None
@@ -80,7 +80,7 @@ class EditFiles:
                 raise UsageError(f"{written} would be written over {same}, which is needed too", "choose another name")
 
     @property
-    def mask_name(self) -> str:
+    def mask_description(self) -> str:
         """What messages call the mask."""
         if self.extend is not None:
             return "the extension"
@@ -92,12 +92,12 @@ class EditFiles:
         """Pixels to grow the mask by."""
         if self.grow is not None:
             return self.grow
-        return 0 if self.edited_from is None else GROWTH_OF_CHANGES
+        return 0 if self.edited_from is None else DEFAULT_DILATION
 
 
-def parse_sides(text: str) -> Sides:
+def parse_padding(text: str) -> Padding:
     """ "LEFT,TOP,RIGHT,BOTTOM" in pixels. UsageError for anything else."""
-    from spmdeploy.tiling.outpaint import Sides
+    from spmdeploy.tiling.outpaint import Padding
 
     words = text.replace(",", " ").split()
     if len(words) != 4 or not all(re.fullmatch(r"-?[0-9]{1,9}", word) for word in words):
@@ -105,7 +105,7 @@ def parse_sides(text: str) -> Sides:
             f"extend is {text!r}, not four whole numbers",
             "give the pixels to add on the left, top, right and bottom, for example 0,0,256,0",
         )
-    return Sides(*map(int, words))
+    return Padding(*map(int, words))
 
 
 def _same_file(first: Path, second: Path) -> bool:

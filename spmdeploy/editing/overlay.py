@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from spmdeploy.editing.report import EditedWindow
+from spmdeploy.editing.report import WindowReport
 from spmdeploy.imaging.contact_sheet import MASK_TINT, fitted, sheet, with_mask
 from spmdeploy.imaging.files import resize_labels
 from spmdeploy.tiling.windows import Window
@@ -17,10 +17,10 @@ Rgb = NDArray[np.uint8]
 
 CELL_SIDE = 900
 _AT_ONCE, _CARRIED_UP, _TILE = (255, 190, 0), (255, 255, 255), (0, 200, 255)
-_SHADE, _FILL = 90, 40  # of 255: the black line behind every line, the colour inside a tile
+_SHADE, _FILL = 90, 40  # of 255: the black line behind every line, the color inside a tile
 
 
-def explain_sheet(photo: Rgb, mask: NDArray[np.bool_], windows: Sequence[EditedWindow]) -> Rgb:
+def explain_sheet(photo: Rgb, mask: NDArray[np.bool_], windows: Sequence[WindowReport]) -> Rgb:
     """The windows of an edit, then for every size that some were carried up through the tiles that ran at it.
 
     photo: uint8 (H, W, 3). mask: bool (H, W). windows: of the edit's report. Returns uint8 (H, W, 3) RGB.
@@ -40,33 +40,33 @@ def explain_sheet(photo: Rgb, mask: NDArray[np.bool_], windows: Sequence[EditedW
     return sheet(rows, names if factors else names[:2], CELL_SIDE)
 
 
-def _windows_caption(windows: Sequence[EditedWindow]) -> str:
+def _windows_caption(windows: Sequence[WindowReport]) -> str:
     carried = sum(bool(window.levels) for window in windows)
     count = f"{len(windows)} window{'s' * (len(windows) != 1)}"
     return f"{count}, {carried} of them carried up" if carried and len(windows) > 1 else count
 
 
-def _tiles_at(window: EditedWindow, factor: int) -> list[Window]:
+def _tiles_at(window: WindowReport, factor: int) -> list[Window]:
     """The tiles of one level as rectangles of the photo, cut at the window's end."""
     whole, found = window.site.window, []
     for level in window.levels:
         if level.factor == factor:
             for tile in level.tiles:
-                block = level.photo_block(tile)
+                block = level.source_window(tile)
                 height, width = min(block.height, whole.height - block.top), min(block.width, whole.width - block.left)
                 found.append(Window(whole.top + block.top, whole.left + block.left, height, width))
     return found
 
 
-def _draw_windows(background: Rgb, windows: Sequence[EditedWindow], photo_width: int) -> Rgb:
+def _draw_windows(background: Rgb, windows: Sequence[WindowReport], photo_width: int) -> Rgb:
     picture = Image.fromarray(background)
     draw, font = ImageDraw.Draw(picture, "RGBA"), ImageFont.load_default(size=14)
     for number, window in enumerate(windows, start=1):
-        colour = _CARRIED_UP if window.levels else _AT_ONCE
+        color = _CARRIED_UP if window.levels else _AT_ONCE
         left, top, *_ = box = _box(window.site.window, background.shape[1] / photo_width)
         draw.rectangle(box, outline=(0, 0, 0, _SHADE), width=4)
-        draw.rectangle(box, outline=colour, width=2)
-        draw.text((left + 6, top + 4), str(number), fill=colour, font=font, stroke_width=2, stroke_fill=(0, 0, 0))
+        draw.rectangle(box, outline=color, width=2)
+        draw.text((left + 6, top + 4), str(number), fill=color, font=font, stroke_width=2, stroke_fill=(0, 0, 0))
     return np.asarray(picture)
 
 

@@ -1,6 +1,6 @@
 """A coarse edit of a large window carried up to its own size: level by level, each in tiles of the model's size.
 
-Every tile starts from the level before, which is one shared picture, so that structure and colour agree between tiles;
+Every tile starts from the level before, which is one shared picture, so that structure and color agree between tiles;
 what still differs is blended over their overlap. Between levels the picture stays in floats, and its known pixels are
 the photo's. A level whose known pixels have no detail of its size, as in photos that were enlarged or are out of focus,
 is enlarged from the one before instead: the network would make up streaks where the photo is smooth.
@@ -17,30 +17,29 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from spmdeploy.backends.base import CascadesOnDevice
-from spmdeploy.editing.preprocess import ModelInput, Scene, model_input, stacked
-from spmdeploy.editing.tally import Tally
-from spmdeploy.errors import OutOfMemory, UnavailableError
+from spmdeploy.backends.base import SupportsDevicePyramid
+from spmdeploy.editing.preprocess import EditRegion, model_input, stacked
+from spmdeploy.editing.tally import PhaseTimer
+from spmdeploy.errors import OutOfMemoryError, UnavailableError
 from spmdeploy.imaging.files import resize_canvas
-from spmdeploy.tiling.detail import finest_detail
-from spmdeploy.tiling.letterbox import Frame, pad_by_reflection
-from spmdeploy.tiling.pieces import Mask
-from spmdeploy.tiling.pyramid import Level, Tile, base_extent
+from spmdeploy.tiling.detail import high_frequency_energy
+from spmdeploy.tiling.letterbox import Letterbox, pad_by_reflection
+from spmdeploy.tiling.pyramid import PyramidLevel, Tile, coarse_size
 from spmdeploy.tiling.seams import border_lines, seam_score
 from spmdeploy.tiling.windows import Window
+from spmdeploy.types import Canvas, Mask, ModelInput
 
 if TYPE_CHECKING:
     from spmdeploy.backends.base import Session
     from spmdeploy.backends.device_pyramid import DeviceCascade
 
-# Mean grey levels of `finest_detail` below which a photo has none. Photos at their own size have 0.5 (at night) to 4,
-# enlarged twice 0.2 to 0.4, further 0.1: the rounding to whole grey levels.
+# Mean gray levels of `high_frequency_energy` below which a photo has none. Photos at their own size have 0.5 (at
+# night) to 4, enlarged twice 0.2 to 0.4, further 0.1: the rounding to whole gray levels.
 LEAST_DETAIL = 0.25
 # So many tiles of a level are looked at for it, at most.
-_LOOKED_AT = 16
+_MAX_SAMPLED_TILES = 16
 
 # float32 (H, W, 3) in 0..255.
-Canvas = NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,24 +52,24 @@ class LevelReport:
     refined: bool
     """By the network; else enlarged, because the photo has no detail of this size."""
     seam_score: float | None
-    """Grey levels by which steps across the tiles' borders exceed steps elsewhere; None where no border is masked."""
+    """Gray levels by which steps across the tiles' borders exceed steps elsewhere; None where no border is masked."""
     tile_mismatch: float | None
-    """Mean distance in grey levels of two neighbouring tiles where both show the same masked pixels, before blending;
+    """Mean distance in gray levels of two neighboring tiles where both show the same masked pixels, before blending;
     None where none does."""
 
     def to_json(self) -> dict[str, Any]:
         return {name: round(value, 4) if isinstance(value, float) else value for name, value in asdict(self).items()}
 
 
-def base_of(frame: Frame, edited: NDArray[np.float32], level: Level) -> Canvas:
+def coarse_canvas(frame: Letterbox, edited: NDArray[np.float32], level: PyramidLevel) -> Canvas:
     """The picture from which the first level starts: the coarse edit at half that level's size.
 
     frame: the window in the model's input; edited: float32 (size, size, 3), what the session made of it.
     """
-    return resize_canvas(edited[: frame.height, : frame.width], *base_extent(frame, level))
+    return resize_canvas(edited[: frame.height, : frame.width], *coarse_size(frame, level))
 
 
-class Carried(NamedTuple):
+class RefinedWindow(NamedTuple):
     """A window at its own size.
 
     canvas: over the last level's region, as far as the window has it. between_levels: where the picture was kept.
@@ -85,13 +84,13 @@ class Carried(NamedTuple):
 
 def cascade(
     session: Session,
-    frame: Frame,
+    frame: Letterbox,
     inputs: ModelInput,
-    levels: tuple[Level, ...],
-    scene: Scene,
+    levels: tuple[PyramidLevel, ...],
+    scene: EditRegion,
     batch_size: int,
-    tally: Tally,
-) -> Carried:
+    tally: PhaseTimer,
+) -> RefinedWindow:
     """A window, edited at the model's size and carried up to its own.
 
     inputs: the window in its frame, a batch of one. scene: the window's part of the photo.
@@ -102,43 +101,50 @@ def cascade(
             edited = session.run_unrounded(*inputs)[0]
         tally.batches += 1
         tally.advance(1)
-        canvas, reports = carry_up(session, levels, base_of(frame, edited, levels[0]), scene, batch_size, tally)
-        return Carried(canvas, reports, "host", notes)
+        canvas, reports = refine_on_host(
+            session, levels, coarse_canvas(frame, edited, levels[0]), scene, batch_size, tally
+        )
+        return RefinedWindow(canvas, reports, "host", notes)
     with device:
         with tally.phase("run"):
             device.coarse(*inputs)
         tally.batches += 1
         tally.advance(1)
-        canvas, reports = _climb(_OnDevice(device, tally), levels, scene, batch_size, tally)
-        return Carried(canvas, reports, "device")
+        canvas, reports = _refine_levels(_DeviceRenderer(device, tally), levels, scene, batch_size, tally)
+        return RefinedWindow(canvas, reports, "device")
 
 
 def _on_device(
-    session: Session, frame: Frame, levels: tuple[Level, ...], batch_size: int
+    session: Session, frame: Letterbox, levels: tuple[PyramidLevel, ...], batch_size: int
 ) -> tuple[DeviceCascade | None, tuple[str, ...]]:
     """Where the session can keep the picture; None where it is on the CPU, or cannot, and then why."""
-    if not isinstance(session, CascadesOnDevice):
+    if not isinstance(session, SupportsDevicePyramid):
         return None, ()
     try:
         return session.device_cascade(frame, levels, batch_size), ()
-    except (OutOfMemory, UnavailableError) as error:
+    except (OutOfMemoryError, UnavailableError) as error:
         return None, (f"between levels the picture went through the host's memory: {error.problem}",)
 
 
-def carry_up(
-    session: Session, levels: tuple[Level, ...], base: Canvas, scene: Scene, batch_size: int, tally: Tally
+def refine_on_host(
+    session: Session,
+    levels: tuple[PyramidLevel, ...],
+    base: Canvas,
+    scene: EditRegion,
+    batch_size: int,
+    tally: PhaseTimer,
 ) -> tuple[Canvas, tuple[LevelReport, ...]]:
     """The result at the window's own size, over the last level's region as far as the window has it, by numpy.
 
-    base: see `base_of`. scene: the window's part of the photo.
+    base: see `coarse_canvas`. scene: the window's part of the photo.
     """
-    return _climb(_OnHost(session, base, tally), levels, scene, batch_size, tally)
+    return _refine_levels(_HostRenderer(session, base, tally), levels, scene, batch_size, tally)
 
 
-class _Easel(Protocol):
+class _Renderer(Protocol):
     """What the picture of a level is painted on, starting from the level before."""
 
-    def begin(self, level: Level, refined: bool) -> None: ...
+    def begin(self, level: PyramidLevel, refined: bool) -> None: ...
 
     def paint(self, tiles: tuple[Tile, ...], inputs: ModelInput) -> None: ...
 
@@ -148,17 +154,17 @@ class _Easel(Protocol):
         """The last level's picture, and how each came out."""
 
 
-def _climb(
-    easel: _Easel, levels: tuple[Level, ...], scene: Scene, batch_size: int, tally: Tally
+def _refine_levels(
+    easel: _Renderer, levels: tuple[PyramidLevel, ...], scene: EditRegion, batch_size: int, tally: PhaseTimer
 ) -> tuple[Canvas, tuple[LevelReport, ...]]:
     for level in levels:
         with tally.phase("prepare"):
-            refined = _has_detail(level, scene)
+            refined = _has_high_frequencies(level, scene)
         easel.begin(level, refined)
         for start in range(0, len(level.tiles), batch_size):
             tiles = level.tiles[start : start + batch_size]
             with tally.phase("prepare"):
-                blocks = [scene.cut(level.photo_block(tile)) for tile in tiles]
+                blocks = [scene.cut(level.source_window(tile)) for tile in tiles]
                 inputs = stacked([model_input(block, level.size, level.size, level.size) for block in blocks])
             easel.paint(tiles, inputs)
             tally.batches += 1
@@ -169,23 +175,23 @@ def _climb(
         return easel.finished()
 
 
-class _OnHost:
+class _HostRenderer:
     """By numpy, with a call of the session for every batch."""
 
-    def __init__(self, session: Session, base: Canvas, tally: Tally) -> None:
+    def __init__(self, session: Session, base: Canvas, tally: PhaseTimer) -> None:
         self._session, self._tally = session, tally
         self._canvas, self._origin = base, (0, 0)
         self._reports: list[LevelReport] = []
 
-    def begin(self, level: Level, refined: bool) -> None:
-        self._level, self._refined, self._painter = level, refined, _Painter(level)
+    def begin(self, level: PyramidLevel, refined: bool) -> None:
+        self._level, self._refined, self._painter = level, refined, _TileBlender(level)
 
     def paint(self, tiles: tuple[Tile, ...], inputs: ModelInput) -> None:
         size = self._level.size
         with self._tally.phase("prepare"):
             coarse = np.stack([_half(self._canvas, self._origin, tile, size // 2) for tile in tiles])
         with self._tally.phase("run"):
-            painted = self._session.refine(*inputs, coarse) if self._refined else _enlarged(coarse, size)
+            painted = self._session.refine(*inputs, coarse) if self._refined else _upsample_bilinear(coarse, size)
         with self._tally.phase("stitch"):
             self._painter.add(tiles, painted, inputs)
 
@@ -197,15 +203,15 @@ class _OnHost:
         return self._canvas, tuple(self._reports)
 
 
-class _OnDevice:
+class _DeviceRenderer:
     """In the memory of the session's GPU; the host looks at the levels when all are done."""
 
-    def __init__(self, device: DeviceCascade, tally: Tally) -> None:
+    def __init__(self, device: DeviceCascade, tally: PhaseTimer) -> None:
         self._device, self._tally = device, tally
-        self._seen: list[_Seen] = []
+        self._seen: list[_MaskCoverage] = []
 
-    def begin(self, level: Level, refined: bool) -> None:
-        self._seen.append(_Seen(level, refined))
+    def begin(self, level: PyramidLevel, refined: bool) -> None:
+        self._seen.append(_MaskCoverage(level, refined))
         self._device.begin()
 
     def paint(self, tiles: tuple[Tile, ...], inputs: ModelInput) -> None:
@@ -225,10 +231,10 @@ class _OnDevice:
         return canvas, tuple(reports)
 
 
-class _Seen:
+class _MaskCoverage:
     """What the host knows of a level that is painted elsewhere: what is masked, and how much tiles share of it."""
 
-    def __init__(self, level: Level, refined: bool) -> None:
+    def __init__(self, level: PyramidLevel, refined: bool) -> None:
         self.level, self.refined = level, refined
         self.mask = np.zeros(level.extent, np.bool_)
         self.compared = 0
@@ -239,23 +245,23 @@ class _Seen:
         for tile, hole in zip(tiles, inputs.mask != 0, strict=True):
             mask = self.mask[level.place(tile)]
             mask |= hole[: mask.shape[0], : mask.shape[1]]
-            for row, column, down, right in level.neighbours(tile):
+            for row, column, down, right in level.neighbors(tile):
                 if (row, column) in self._tiles:
                     self.compared += int(np.count_nonzero(hole[: size - down, : size - right]))
             self._tiles.add((tile.row, tile.column))
 
 
-def _has_detail(level: Level, scene: Scene) -> bool:
+def _has_high_frequencies(level: PyramidLevel, scene: EditRegion) -> bool:
     """Whether the known pixels in some of the level's tiles do; also where none is known."""
     total, count = 0.0, 0
-    for tile in level.tiles[:: -(-len(level.tiles) // _LOOKED_AT)]:
-        seen = model_input(scene.cut(level.photo_block(tile)), level.size, level.size, level.size)
-        detail, pixels = finest_detail(seen.image, seen.mask == 0)
+    for tile in level.tiles[:: -(-len(level.tiles) // _MAX_SAMPLED_TILES)]:
+        seen = model_input(scene.cut(level.source_window(tile)), level.size, level.size, level.size)
+        detail, pixels = high_frequency_energy(seen.image, seen.mask == 0)
         total, count = total + detail, count + pixels
     return count == 0 or total >= LEAST_DETAIL * count
 
 
-def _enlarged(coarse: Canvas, size: int) -> Canvas:
+def _upsample_bilinear(coarse: Canvas, size: int) -> Canvas:
     """float32 (B, size / 2, size / 2, 3) to (B, size, size, 3)."""
     return np.stack([resize_canvas(half, size, size, *half.shape[:2]) for half in coarse])
 
@@ -267,10 +273,10 @@ def _half(canvas: Canvas, origin: tuple[int, int], tile: Tile, size: int) -> Can
     return pad_by_reflection(canvas[part.slices], size, size)
 
 
-class _Painter:
+class _TileBlender:
     """One level as it fills up with tiles, which come row by row."""
 
-    def __init__(self, level: Level) -> None:
+    def __init__(self, level: PyramidLevel) -> None:
         self._level = level
         self.canvas: Canvas = np.zeros((*level.extent, 3), np.float32)
         self._mask = np.zeros(level.extent, np.bool_)
@@ -292,7 +298,7 @@ class _Painter:
     def _compare(self, tile: Tile, picture: Canvas, hole: Mask) -> None:
         """With the tiles on the left and above, while these are remembered."""
         size = self._level.size
-        for row, column, down, right in self._level.neighbours(tile):
+        for row, column, down, right in self._level.neighbors(tile):
             other = self._raw.get((row, column))
             if other is not None:
                 both = np.s_[: size - down, : size - right]
@@ -307,9 +313,9 @@ class _Painter:
 
 
 def _level_report(
-    level: Level, refined: bool, canvas: Canvas, mask: Mask, mismatch: float, compared: int
+    level: PyramidLevel, refined: bool, canvas: Canvas, mask: Mask, mismatch: float, compared: int
 ) -> LevelReport:
-    """mask: bool (H, W) of the canvas. mismatch: distances of neighbouring tiles, added up over `compared` pixels."""
+    """mask: bool (H, W) of the canvas. mismatch: distances of neighboring tiles, added up over `compared` pixels."""
     lines = border_lines(level.rows, level.size), border_lines(level.columns, level.size)
     return LevelReport(
         height=level.height,

@@ -7,25 +7,25 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from spmdeploy.editing.pyramid import LevelReport
-from spmdeploy.tiling.letterbox import Frame
-from spmdeploy.tiling.pyramid import Level
-from spmdeploy.tiling.windows import CROP_LIMIT, Site
+from spmdeploy.tiling.letterbox import Letterbox
+from spmdeploy.tiling.pyramid import PyramidLevel
+from spmdeploy.tiling.windows import CROP_LIMIT, EditWindow
 
-# Of a window's last level, in grey levels, beyond which the user is told. Tiles put side by side without any blending
+# Of a window's last level, in gray levels, beyond which the user is told. Tiles put side by side without any blending
 # have a score of 2; where they differ by 16, sky has been seen to come out in bands (docs/tiling.md).
 SEAM_SCORE_LIMIT = 2.0
 TILE_MISMATCH_LIMIT = 12.0
 
 
 @dataclass(frozen=True, slots=True)
-class EditedWindow:
+class WindowReport:
     """site: the window and what was edited in it. frame: how it lay in the model's input. levels: those it was carried
     up through, measured: what each did, between_levels: in whose memory its picture was kept; none where it was edited
     at once. notes: why in the host's, where the session could have kept it on the device."""
 
-    site: Site
-    frame: Frame
-    levels: tuple[Level, ...] = ()
+    site: EditWindow
+    frame: Letterbox
+    levels: tuple[PyramidLevel, ...] = ()
     measured: tuple[LevelReport, ...] = ()
     between_levels: Literal["device", "host"] | None = None
     notes: tuple[str, ...] = ()
@@ -68,7 +68,7 @@ class EditReport:
     provider: str
     tiling: Literal["off", "crop", "cascade"]
     tiling_reason: str
-    windows: tuple[EditedWindow, ...]
+    windows: tuple[WindowReport, ...]
     batches: int
     feather: int
     match_surroundings: bool
@@ -101,7 +101,7 @@ class EditReport:
         }
 
 
-def report_notes(windows: Sequence[EditedWindow]) -> tuple[str, ...]:
+def report_notes(windows: Sequence[WindowReport]) -> tuple[str, ...]:
     """What is worth telling the user, a sentence each."""
     notes = []
     for number, entry in enumerate(windows, start=1):
@@ -118,9 +118,9 @@ def report_notes(windows: Sequence[EditedWindow]) -> tuple[str, ...]:
         for last in entry.measured[-1:]:
             if (last.seam_score or 0) > SEAM_SCORE_LIMIT:
                 notes.append(
-                    f"{name}: steps at the borders of tiles exceed others by {last.seam_score:.1f} grey levels"
+                    f"{name}: steps at the borders of tiles exceed others by {last.seam_score:.1f} gray levels"
                 )
             if (last.tile_mismatch or 0) > TILE_MISMATCH_LIMIT:
-                differ = f"its tiles differed by {last.tile_mismatch:.0f} grey levels before they were blended"
+                differ = f"its tiles differed by {last.tile_mismatch:.0f} gray levels before they were blended"
                 notes.append(f"{name}: {differ}; bands of light may show")
     return tuple(notes)

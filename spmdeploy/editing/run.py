@@ -12,14 +12,14 @@ from numpy.typing import NDArray
 
 from spmdeploy.editing.editor import Editor, EditResult, InputNames, check_extension
 from spmdeploy.editing.editor import Tiling as Tiling
-from spmdeploy.editing.options import EditFiles
+from spmdeploy.editing.options import EditRequest
 from spmdeploy.editing.preprocess import HIDDEN_GREY
 from spmdeploy.editing.report import EditReport
-from spmdeploy.editing.tally import Progress
 from spmdeploy.errors import InputError
 from spmdeploy.imaging import files as images
 from spmdeploy.labels import ClassTable
-from spmdeploy.tiling.outpaint import Sides, grown_size, new_pixels, photo_place
+from spmdeploy.tiling.outpaint import Padding, grown_size, new_pixels, photo_place
+from spmdeploy.types import Progress
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class EditInputs:
 
 
 @dataclass(frozen=True)
-class FileEdit:
+class EditOutcome:
     """A finished edit."""
 
     output: Path
@@ -57,13 +57,13 @@ class FileEdit:
         }
 
 
-def edit_files(
+def run_edit_files(
     editor: Editor,
-    files: EditFiles,
+    files: EditRequest,
     tiling: Tiling = "auto",
     progress: Progress | None = None,
     inputs_ahead: Callable[[], EditInputs] | None = None,
-) -> FileEdit:
+) -> EditOutcome:
     """Reads, edits and writes. Raises InputError naming the file that is at fault; nothing is then written.
 
     inputs_ahead: gives what `read_inputs` of these files gave, or raises what it raised.
@@ -87,12 +87,12 @@ def edit_files(
         images.write_picture(files.explain, explained, overwrite=files.overwrite)
     size = (photo.pixels.shape[1], photo.pixels.shape[0])
     notes = (*photo.notes, *lost, *result.report.notes)
-    return FileEdit(files.output, files.sheet, files.explain, size, result.report, notes)
+    return EditOutcome(files.output, files.sheet, files.explain, size, result.report, notes)
 
 
 def _edit(
     editor: Editor,
-    files: EditFiles,
+    files: EditRequest,
     inputs: EditInputs,
     tiling: Tiling,
     progress: Progress | None,
@@ -100,7 +100,7 @@ def _edit(
     names = InputNames(
         image=str(files.image),
         labels=str(files.labels or f"fill {files.fill}"),
-        mask=files.mask_name,
+        mask=files.mask_description,
         instances=str(files.instances),
     )
     photo, labels, instances = inputs.photo.pixels, inputs.labels, inputs.instances
@@ -122,7 +122,7 @@ class _Options(TypedDict):
     names: InputNames
 
 
-def read_inputs(files: EditFiles, classes: ClassTable) -> EditInputs:
+def read_inputs(files: EditRequest, classes: ClassTable) -> EditInputs:
     """The arrays of an edit. Raises InputError, and UsageError where the photo cannot grow as it shall."""
     photo = images.read_photo(files.image)
     shape = photo.pixels.shape[:2]
@@ -138,8 +138,8 @@ def read_inputs(files: EditFiles, classes: ClassTable) -> EditInputs:
     return EditInputs(photo, labels, mask, instances)
 
 
-def _grown(photo: images.Photo, sides: Sides) -> images.Photo:
-    """The photo on a larger, grey canvas, which is opaque."""
+def _grown(photo: images.Photo, sides: Padding) -> images.Photo:
+    """The photo on a larger, gray canvas, which is opaque."""
     place = photo_place(photo.pixels.shape, sides).slices
     size = grown_size(photo.pixels.shape, sides)
     pixels, alpha = np.full((*size, 3), HIDDEN_GREY, np.uint8), None
@@ -150,7 +150,7 @@ def _grown(photo: images.Photo, sides: Sides) -> images.Photo:
     return replace(photo, pixels=pixels, alpha=alpha)
 
 
-def grow_mask(mask: NDArray[np.bool_], pixels: int) -> NDArray[np.bool_]:
+def dilate(mask: NDArray[np.bool_], pixels: int) -> NDArray[np.bool_]:
     """`mask` and every pixel at most `pixels` rows and columns away from it. mask: bool (H, W)."""
     for axis in (0, 1):
         length = mask.shape[axis]
@@ -162,7 +162,7 @@ def grow_mask(mask: NDArray[np.bool_], pixels: int) -> NDArray[np.bool_]:
     return mask
 
 
-def _read_mask(files: EditFiles, labels: NDArray[np.uint8]) -> NDArray[np.bool_]:
+def _read_mask(files: EditRequest, labels: NDArray[np.uint8]) -> NDArray[np.bool_]:
     if files.mask is not None:
         mask = images.read_mask(files.mask)
     else:
@@ -176,7 +176,7 @@ def _read_mask(files: EditFiles, labels: NDArray[np.uint8]) -> NDArray[np.bool_]
         mask = before != labels
         if not mask.any():
             raise InputError(f"{files.labels} equals {files.edited_from}: nothing to edit", "change some labels first")
-    return grow_mask(mask, files.growth) if files.growth else mask
+    return dilate(mask, files.growth) if files.growth else mask
 
 
 def _size(array: NDArray[np.uint8]) -> str:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
 
-Progress = Callable[[int, int], None]
+from spmdeploy.types import Progress
+
 Phase = Literal["validate", "plan", "prepare", "run", "stitch"]
 
 
-class Tally:
+class PhaseTimer:
     """Milliseconds by phase, added up over windows and tiles; calls of the session; steps done of all."""
 
     def __init__(self, progress: Progress | None = None) -> None:

@@ -22,7 +22,7 @@ from spmdeploy.bundle.manifest import ON_CPU, GraphRecord
 from spmdeploy.engines.builder import CURRENT, BuildLog, BuildRequest, BuiltEngine, build_engine
 from spmdeploy.engines.library import import_engine_library, is_installed
 from spmdeploy.engines.precision import engine_fp16_share
-from spmdeploy.engines.progress import BuildWatch, Tell
+from spmdeploy.engines.progress import BuildMonitor, Tell
 from spmdeploy.engines.record import (
     ENGINE_RUNTIMES,
     ENGINE_SUFFIX,
@@ -33,10 +33,10 @@ from spmdeploy.engines.record import (
     EngineRecord,
     EngineRuntime,
     Gpu,
-    PrecisionReading,
+    MeasuredPrecision,
     SourceFile,
     operating_system,
-    plain_words,
+    slug,
 )
 from spmdeploy.engines.store import EnginePlace, EngineWriter, Place, choose_place, find_engines
 from spmdeploy.errors import BundleError, InputError, UnavailableError, UsageError, VerificationError
@@ -63,7 +63,7 @@ class EngineOptions:
     graph: str = ALL_GRAPHS
     max_batch: int = 8
     opt_batch: int = 1
-    """The engine is optimised for this: one edit at a time is what people wait for."""
+    """The engine is optimized for this: one edit at a time is what people wait for."""
     targets: Sequence[str] = ()
     timing_cache: Path | None = None
     """A folder: a file in it for each library version and GPU."""
@@ -157,7 +157,7 @@ def _choose_library(options: EngineOptions, gpu: GpuFacts | None, no_gpu: str) -
     if gpu is not None and is_installed("tensorrt"):
         try:
             library = import_engine_library("tensorrt")
-            return "tensorrt", library, "TensorRT is installed, and it optimises for this very GPU"
+            return "tensorrt", library, "TensorRT is installed, and it optimizes for this very GPU"
         except UnavailableError as exc:
             if not is_installed("tensorrt-rtx"):
                 raise
@@ -178,7 +178,7 @@ def _targets(library: Any, wanted: Sequence[str], gpu: GpuFacts | None) -> tuple
     if unknown:
         raise UsageError(
             f"no target {unknown[0]!r}: {there}",
-            "engines for Jetson and for data-centre GPUs are built on the device itself, with --runtime tensorrt",
+            "engines for Jetson and for data-center GPUs are built on the device itself, with --runtime tensorrt",
         )
     if wanted:
         return tuple(sorted(set(wanted), key=_number))
@@ -211,7 +211,7 @@ def build_engines(
     results = []
     for graph in graphs:
         present = None if options.overwrite else _present(bundle, graph, plan)
-        results.append(present or _Build(bundle, graph, options, plan, place, tell).run())
+        results.append(present or _EngineBuild(bundle, graph, options, plan, place, tell).run())
     return results
 
 
@@ -251,7 +251,7 @@ def _present(bundle: Bundle, graph: GraphRecord, plan: EnginePlan) -> EngineResu
     return None
 
 
-class _Build:
+class _EngineBuild:
     """One graph on its way to an engine."""
 
     def __init__(
@@ -265,7 +265,7 @@ class _Build:
     ) -> None:
         self._bundle, self._graph, self._options, self._plan, self._place = bundle, graph, options, plan, place
         self._name = f"{graph.graph}.{graph.precision}"
-        self._watch = BuildWatch(lambda words, seconds: tell(f"{self._name}: {words}", seconds))
+        self._watch = BuildMonitor(lambda words, seconds: tell(f"{self._name}: {words}", seconds))
 
     def run(self) -> EngineResult:
         started = time.perf_counter()
@@ -304,7 +304,7 @@ class _Build:
     def _build_from(self, graph: GraphRecord, log: BuildLog, weakly_typed: bool = False) -> BuiltEngine:
         plan, options = self._plan, self._options
         current = (CURRENT,) if plan.runtime == "tensorrt-rtx" and not plan.targets else ()
-        with _on_disk(self._bundle, graph) as path:
+        with _graph_on_disk(self._bundle, graph) as path:
             request = BuildRequest(
                 graph=path,
                 batch=plan.batch,
@@ -315,16 +315,16 @@ class _Build:
             )
             return build_engine(plan.library, request, log, self._watch)
 
-    def _read_back(self, built: BuiltEngine) -> PrecisionReading:
+    def _read_back(self, built: BuiltEngine) -> MeasuredPrecision:
         network_share = round(built.network_fp16_share, 4)
         if self._plan.gpu is None:
             no_gpu = f"there is no GPU here, and {self._plan.runtime} loads engines only where there is one"
-            return PrecisionReading(None, no_gpu, network_share)
+            return MeasuredPrecision(None, no_gpu, network_share)
         share, unread = engine_fp16_share(self._plan.library, built.content, self._plan.batch.opt)
-        return PrecisionReading(None if share is None else round(share, 4), unread, network_share)
+        return MeasuredPrecision(None if share is None else round(share, 4), unread, network_share)
 
     def _record(
-        self, source: GraphRecord, built: BuiltEngine, fallback: str | None, reading: PrecisionReading, seconds: float
+        self, source: GraphRecord, built: BuiltEngine, fallback: str | None, reading: MeasuredPrecision, seconds: float
     ) -> EngineRecord:
         plan, graph = self._plan, self._graph
         os_name, architecture = operating_system()
@@ -363,7 +363,7 @@ class _Build:
         if self._options.timing_cache is None or self._plan.gpu is None:
             return None
         words = (self._plan.runtime, self._plan.version, self._plan.gpu.name, self._plan.gpu.compute_capability)
-        return self._options.timing_cache / f"{plain_words(*words)}.timing"
+        return self._options.timing_cache / f"{slug(*words)}.timing"
 
     def _read_timing_cache(self) -> bytes | None:
         file = self._timing_cache_file()
@@ -392,7 +392,7 @@ def _unusable_cache(folder: Path | None, exc: OSError) -> InputError:
 
 
 @contextmanager
-def _on_disk(bundle: Bundle, graph: GraphRecord) -> Iterator[Path]:
+def _graph_on_disk(bundle: Bundle, graph: GraphRecord) -> Iterator[Path]:
     """The graph as a file, its weights beside it where they are a file of their own; all hashed just now.
 
     Parsers need a path, and files of a zip have none: they are written to a folder that only this user can read.
@@ -409,7 +409,7 @@ def _on_disk(bundle: Bundle, graph: GraphRecord) -> Iterator[Path]:
         yield path
 
 
-def _check_precision(graph: GraphRecord, reading: PrecisionReading, fallback: str | None) -> None:
+def _check_precision(graph: GraphRecord, reading: MeasuredPrecision, fallback: str | None) -> None:
     """Raises VerificationError when the engine does not compute in what was asked for, or that cannot be shown."""
     share = reading.fp16_share if reading.fp16_share is not None else reading.network_fp16_share
     if graph.precision == "fp16" and share < FP16_SHARE:

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spmdeploy.engines.library import library_logger, listening
+from spmdeploy.engines.library import capture_log, library_logger
 from spmdeploy.engines.precision import network_fp16_share
-from spmdeploy.engines.progress import BuildWatch, progress_monitor
+from spmdeploy.engines.progress import BuildMonitor, progress_monitor
 from spmdeploy.engines.record import BATCH, BatchRange, Port
-from spmdeploy.errors import BundleError, OutOfMemory, SpmDeployError, UnavailableError
+from spmdeploy.errors import BundleError, OutOfMemoryError, SpmDeployError, UnavailableError
 
 CURRENT = "CURRENT"
 """The member of ComputeCapability that stands for the GPU at hand."""
@@ -80,19 +80,19 @@ class BuildLog:
         return "; ".join(dict.fromkeys(self.errors[:3]))[:600] or "no reason given"
 
 
-def build_engine(library: Any, request: BuildRequest, log: BuildLog, watch: BuildWatch) -> BuiltEngine:
+def build_engine(library: Any, request: BuildRequest, log: BuildLog, watch: BuildMonitor) -> BuiltEngine:
     """Builds on a thread of its own; `watch` is told how it goes.
 
     Raises BundleError for a graph that cannot be parsed, OutOfMemory, UnavailableError with the library's own words for
     whatever else it cannot do, KeyboardInterrupt when cancelled.
     """
-    with listening(library, log):
+    with capture_log(library, log):
         return watch.run(lambda: _build(library, request, log, watch))
 
 
-def _build(library: Any, request: BuildRequest, log: BuildLog, watch: BuildWatch) -> BuiltEngine:
+def _build(library: Any, request: BuildRequest, log: BuildLog, watch: BuildMonitor) -> BuiltEngine:
     logger = library_logger(library)
-    builder = _or_unavailable(lambda: library.Builder(logger), library, log)
+    builder = _create_or_raise(lambda: library.Builder(logger), library, log)
     network = builder.create_network(_network_flags(library, request))
     _parse(library, network, logger, request.graph, log)
     inputs = tuple(_port(network.get_input(index)) for index in range(network.num_inputs))
@@ -135,11 +135,11 @@ def _parse(library: Any, network: Any, logger: Any, graph: Path, log: BuildLog) 
     if parser.parse_from_file(str(graph)):
         return
     faults = [parser.get_error(index) for index in range(parser.num_errors)]
-    words = "; ".join(_parser_words(fault) for fault in faults) or log.words
-    raise BundleError(f"{graph.name} cannot be parsed by {_name(library)}: {words}", _see(log))
+    words = "; ".join(_parser_errors(fault) for fault in faults) or log.words
+    raise BundleError(f"{graph.name} cannot be parsed by {_name(library)}: {words}", _log_hint(log))
 
 
-def _parser_words(fault: Any) -> str:
+def _parser_errors(fault: Any) -> str:
     """The first line that tells what a parser error is about, and the node."""
     lines = fault.desc().strip().splitlines() or ["no reason given"]
     words = (lines[1] if lines[0].startswith("Invalid Node") and len(lines) > 1 else lines[0])[:300]
@@ -169,7 +169,7 @@ def _add_profile(builder: Any, config: Any, inputs: Sequence[Port], request: Bui
     for port in inputs:
         profile.set_shape(port.name, *((size, *port.shape[1:]) for size in (batch.min, batch.opt, batch.max)))
     if config.add_optimization_profile(profile) < 0:
-        raise UnavailableError(f"batch sizes {batch} are refused: {log.words}", _see(log))
+        raise UnavailableError(f"batch sizes {batch} are refused: {log.words}", _log_hint(log))
 
 
 def _set_flags(library: Any, config: Any, request: BuildRequest) -> tuple[str, ...]:
@@ -180,7 +180,7 @@ def _set_flags(library: Any, config: Any, request: BuildRequest) -> tuple[str, .
         # TensorRT-RTX: or it may allocate while it runs, and then nothing can be captured as a CUDA graph.
         config.set_flag(library.BuilderFlag.REQUIRE_USER_ALLOCATION)
     if request.weakly_typed:
-        # Normalisation stays in FP32 regardless (INormalizationLayer.compute_precision in TensorRT 10's documentation).
+        # Normalization stays in FP32 regardless (INormalizationLayer.compute_precision in TensorRT 10's documentation).
         config.set_flag(library.BuilderFlag.FP16)
     return tuple(name for name, flag in library.BuilderFlag.__members__.items() if config.get_flag(flag))
 
@@ -208,11 +208,11 @@ def _failure(library: Any, graph: Path, log: BuildLog) -> SpmDeployError:
     said = " ".join(log.errors).lower()
     if "out of memory" in said or "outofmemory" in said or "cudaerrormemoryallocation" in said:
         problem = f"{_name(library)} ran out of memory building from {graph.name}: {log.words}"
-        return OutOfMemory(problem, "close other programs, or build for fewer pictures at once: --max-batch 1")
-    return UnavailableError(f"{_name(library)} cannot build from {graph.name}: {log.words}", _see(log))
+        return OutOfMemoryError(problem, "close other programs, or build for fewer pictures at once: --max-batch 1")
+    return UnavailableError(f"{_name(library)} cannot build from {graph.name}: {log.words}", _log_hint(log))
 
 
-def _or_unavailable(make: Callable[[], Any], library: Any, log: BuildLog) -> Any:
+def _create_or_raise(make: Callable[[], Any], library: Any, log: BuildLog) -> Any:
     """What `make` makes. The bindings turn a factory that returns nothing into a TypeError without a reason."""
     try:
         return make()
@@ -225,5 +225,5 @@ def _name(library: Any) -> str:
     return f"{library.__name__} {library.__version__}"
 
 
-def _see(log: BuildLog) -> str:
+def _log_hint(log: BuildLog) -> str:
     return f"the library's own messages are in {log.kept_as}"

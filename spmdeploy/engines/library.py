@@ -38,7 +38,7 @@ def is_installed(runtime: EngineRuntime) -> bool:
     return importlib.util.find_spec(_MODULES[runtime]) is not None
 
 
-def this_host(device: int = 0) -> EngineHost:
+def local_host(device: int = 0) -> EngineHost:
     """What decides on this machine, with its GPU of that number, whether an engine can run."""
     versions = {}
     for runtime in ENGINE_RUNTIMES:
@@ -46,10 +46,10 @@ def this_host(device: int = 0) -> EngineHost:
             versions[runtime] = str(import_engine_library(runtime).__version__)
         except UnavailableError:
             continue
-    return EngineHost.with_gpu(gpu_here(device), versions)
+    return EngineHost.with_gpu(local_gpu(device), versions)
 
 
-def gpu_here(device: int = 0) -> Gpu | None:
+def local_gpu(device: int = 0) -> Gpu | None:
     """The GPU of that number, None without a driver or GPU."""
     try:
         facts = gpu_facts(device)
@@ -72,7 +72,7 @@ def library_logger(library: Any) -> Any:
 
 
 @contextmanager
-def listening(library: Any, listener: Listener) -> Iterator[None]:
+def capture_log(library: Any, listener: Listener) -> Iterator[None]:
     """Tells `listener` what the library says meanwhile."""
     listeners = _logger_and_listeners(library)[1]
     listeners.append(listener)

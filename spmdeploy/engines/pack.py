@@ -13,15 +13,15 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from spmdeploy.bundle.bundle import Bundle, open_bundle, replacing, sums_of
+from spmdeploy.bundle.bundle import Bundle, atomic_replace_dir, format_checksums, open_bundle
 from spmdeploy.bundle.manifest import EDIT, EDIT_ON_CPU, GraphRecord, Manifest
 from spmdeploy.bundle.signature import SecretKey, sign
 from spmdeploy.bundle.storage import ENGINES, MANIFEST, PACK_AGAIN, SIGNATURE, SUMS, WHAT_IT_IS
 from spmdeploy.engines.record import RECORD_FILE
 from spmdeploy.engines.store import named_engines
 from spmdeploy.errors import BundleError, InputError, UsageError
+from spmdeploy.types import Progress
 
-Progress = Callable[[int, int], None]
 """Told how many files are done, and how many there are."""
 CARD = "card.md"
 
@@ -38,7 +38,7 @@ def _made(name: str, content: bytes) -> _File:
     return _File(name, hashlib.sha256(content).hexdigest(), lambda: content)
 
 
-def _silent(done: int, total: int) -> None:
+def _no_progress(done: int, total: int) -> None:
     pass
 
 
@@ -50,7 +50,7 @@ def pack(
     target: str | Path,
     overwrite: bool = False,
     key: SecretKey | None = None,
-    progress: Progress = _silent,
+    progress: Progress = _no_progress,
 ) -> Path:
     """Writes a bundle as one uncompressed zip, hashing every file on the way: the same bytes for the same bundle.
 
@@ -63,7 +63,7 @@ def pack(
     return _write_zip(target, overwrite, bundle.sums, signature, files, progress)
 
 
-def unpack(bundle: Bundle, folder: str | Path, overwrite: bool = False, progress: Progress = _silent) -> Bundle:
+def unpack(bundle: Bundle, folder: str | Path, overwrite: bool = False, progress: Progress = _no_progress) -> Bundle:
     """Writes what SHA256SUMS covers, and its signature, into a new folder, after all of it has been checked.
 
     Nothing is re-made: hashes and signature stay what they were. Surplus files stay behind. Raises BundleError before
@@ -74,7 +74,7 @@ def unpack(bundle: Bundle, folder: str | Path, overwrite: bool = False, progress
     _check_names_differ(bundle.files(), bundle.path)
     bundle.check_all()
     signature = bundle.read_signature()
-    with replacing(folder, overwrite) as building:
+    with atomic_replace_dir(folder, overwrite) as building:
         _write_new(building / SUMS, bundle.sums)
         if signature is not None:
             _write_new(building / SIGNATURE, signature)
@@ -114,7 +114,7 @@ def slim(
     engines: Sequence[str] = (),
     overwrite: bool = False,
     key: SecretKey | None = None,
-    progress: Progress = _silent,
+    progress: Progress = _no_progress,
 ) -> Bundle:
     """Packs only the graphs that `keep` names and the engines that `engines` names; all that is neither goes along.
 
@@ -137,7 +137,7 @@ def slim(
             files.append(_made(name, _card_without(bundle.read(name), dropped)))
         elif name not in dropped and not name.startswith(ENGINES):
             files.append(_File(name, bundle.digest(name), partial(bundle.read, name)))
-    sums = sums_of({file.name: file.sha256 for file in files})
+    sums = format_checksums({file.name: file.sha256 for file in files})
     signature = None if key is None else _sign(sums, manifest, key)
     return open_bundle(_write_zip(target, overwrite, sums, signature, files, progress))
 
@@ -198,7 +198,7 @@ def _write_zip(
     target = Path(target)
     if target.suffix.lower() in WHAT_IT_IS:
         raise InputError(f"{target}: {target.suffix} is no suffix of a bundle", "call it NAME.spm")
-    with replacing(target, overwrite) as building:
+    with atomic_replace_dir(target, overwrite) as building:
         try:
             # Without zip64, which `open_bundle` refuses: the two halves of such a header may contradict each other.
             with zipfile.ZipFile(building, "x", zipfile.ZIP_STORED, allowZip64=False) as archive:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from spmdeploy.engines.library import library_logger, listening
+from spmdeploy.engines.library import capture_log, library_logger
 
 MOVERS = frozenset(
     {
@@ -43,7 +43,7 @@ def engine_fp16_share(library: Any, content: bytes, batch: int) -> tuple[float |
             errors.append(" ".join(text.split()))
 
     try:
-        with listening(library, note):
+        with capture_log(library, note):
             text = _inspect(library, content, batch)
     except Exception as exc:  # the bindings raise what they like, and a build of an hour must not be lost for it
         return None, f"the inspector failed: {exc!r}"[:300]

@@ -15,7 +15,7 @@ HEARTBEAT = 10.0
 """Seconds after which a build says that it is still at it."""
 
 
-class BuildWatch:
+class BuildMonitor:
     """Follows one build. The library's progress monitor reports here; without one there is the heartbeat alone."""
 
     def __init__(self, tell: Tell, heartbeat: float = HEARTBEAT) -> None:
@@ -72,7 +72,7 @@ class BuildWatch:
             self._phases.remove(name)
 
 
-def progress_monitor(library: Any, watch: BuildWatch) -> Any:
+def progress_monitor(library: Any, watch: BuildMonitor) -> Any:
     """The library's monitor that reports to `watch`; None where the library has none (before TensorRT 8.6)."""
     if not hasattr(library, "IProgressMonitor"):
         return None

@@ -19,8 +19,8 @@ from typing import Any, Literal
 from spmdeploy.bundle.manifest import as_precision
 from spmdeploy.errors import BundleError
 from spmdeploy.serialization import (
+    FieldError,
     Fields,
-    WrongField,
     as_count,
     as_date,
     as_digest,
@@ -83,7 +83,7 @@ class BuilderFacts:
 
 @dataclass(frozen=True)
 class BatchRange:
-    """The batch sizes that the engine takes, and the one that it is optimised for."""
+    """The batch sizes that the engine takes, and the one that it is optimized for."""
 
     min: int
     opt: int
@@ -105,7 +105,7 @@ class Port:
 
 
 @dataclass(frozen=True)
-class PrecisionReading:
+class MeasuredPrecision:
     """What the engine computes in, as far as it could be read back."""
 
     fp16_share: float | None
@@ -178,7 +178,7 @@ class EngineRecord:
     batch: BatchRange
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
-    computes_in: PrecisionReading
+    computes_in: MeasuredPrecision
     onnx: SourceFile
     weights: SourceFile | None
     """The file that the ONNX file keeps its weights in, where it does."""
@@ -205,7 +205,7 @@ class EngineRecord:
             raise BundleError(f"{source}: {newer}", "upgrade spmdeploy, or build the engine again")
         try:
             record = _record(value)
-        except WrongField as exc:
+        except FieldError as exc:
             raise BundleError(f"{source}: {exc}", BUILD_AGAIN) from exc
         if fault := record._contradiction():
             raise BundleError(f"{source}: {fault}", BUILD_AGAIN)
@@ -237,7 +237,7 @@ class EngineRecord:
             *(self.onnx.sha256, self.weights and self.weights.sha256),
         )
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-        return f"{plain_words(*words)[:100]}-{digest[:12]}"
+        return f"{slug(*words)[:100]}-{digest[:12]}"
 
     def _contradiction(self) -> str | None:
         if (self.gpu is None) == (not self.targets):
@@ -251,7 +251,7 @@ class EngineRecord:
         return None
 
 
-def plain_words(*words: str) -> str:
+def slug(*words: str) -> str:
     """Words as a name for a file, whatever is in them."""
     return "-".join(re.sub(r"[^a-z0-9.]+", "_", word.lower()).strip("_.") for word in words)
 
@@ -292,7 +292,7 @@ def differences(record: EngineRecord, host: EngineHost) -> tuple[str, ...]:
     return tuple(words for words, _ in _compared(record, host))
 
 
-def lasting_differences(record: EngineRecord, host: EngineHost) -> tuple[str, ...]:
+def permanent_incompatibilities(record: EngineRecord, host: EngineHost) -> tuple[str, ...]:
     """Those differences that nothing but another engine can mend.
 
     A library that is not installed or a driver that is not loaded may come back, and an engine for targets was made for
@@ -380,9 +380,9 @@ def _dimension(value: object, where: str) -> int:
     return BATCH if type(value) is int and value == BATCH else as_count(value, where)
 
 
-def _reading(value: object, where: str) -> PrecisionReading:
+def _reading(value: object, where: str) -> MeasuredPrecision:
     take = Fields(value, where).take
-    return PrecisionReading(
+    return MeasuredPrecision(
         fp16_share=take("fp16_share", or_none(as_number)),
         unread=take("unread", or_none(as_text)),
         network_fp16_share=take("network_fp16_share", as_number),

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from spmdeploy.bundle.bundle import Bundle
-from spmdeploy.bundle.storage import ASIDE, BUILDING, ENGINES, SUMS, FileStore, FolderStore, find_store
-from spmdeploy.engines.library import this_host
+from spmdeploy.bundle.storage import ASIDE, BUILDING, ENGINES, SUMS, FileStore, FolderStore, open_storage
+from spmdeploy.engines.library import local_host
 from spmdeploy.engines.record import (
     BUILD_AGAIN,
     ENGINE_SUFFIX,
@@ -29,8 +29,8 @@ from spmdeploy.engines.record import (
     EngineRecord,
     Verification,
     differences,
-    lasting_differences,
     operating_system,
+    permanent_incompatibilities,
 )
 from spmdeploy.errors import BundleError, InputError, UnavailableError, UsageError
 
@@ -42,7 +42,7 @@ Place = Literal["bundle", "cache"]
 
 
 @dataclass(frozen=True)
-class FoundEngine:
+class StoredEngine:
     """An engine file, or what is left of one, judged without loading it."""
 
     path: Path
@@ -85,7 +85,7 @@ class FoundEngine:
 
         Raises BundleError with every reason against it.
         """
-        self.require_fit()
+        self.require_compatible()
         return self.content()
 
     def content(self) -> bytes:
@@ -103,15 +103,15 @@ class FoundEngine:
             raise _unfit(self.path, (fault,))
         return content
 
-    def require_fit(self) -> EngineRecord:
+    def require_compatible(self) -> EngineRecord:
         """The record of an engine that is fit. Raises BundleError with every reason against it."""
         if self.record is None or not self.fit:
             raise _unfit(self.path, self.reasons)
         return self.record
 
-    def with_verification(self, verification: Verification) -> FoundEngine:
+    def with_verification(self, verification: Verification) -> StoredEngine:
         """Notes in engine.json how the golden edits went. Raises InputError where that cannot be written."""
-        record = replace(self.require_fit(), verification=verification)
+        record = replace(self.require_compatible(), verification=verification)
         path = self.path.with_name(RECORD_FILE)
         if self.shipped:
             raise InputError(f"{path}: cannot be written: it was shipped with the bundle", "what is shipped stays")
@@ -134,23 +134,23 @@ def _unfit(path: Path, reasons: tuple[str, ...]) -> BundleError:
 # ---------------------------------------------------------------------------------------------------------- finding
 
 
-def find_engines(bundle: Bundle, host: EngineHost | None = None, hashing: bool = True) -> list[FoundEngine]:
+def find_engines(bundle: Bundle, host: EngineHost | None = None, hashing: bool = True) -> list[StoredEngine]:
     """Every engine in the bundle and every one of it in the cache, fit or not, sorted by path.
 
     host: the machine to judge for; None: this one, looked at only when there is an engine. hashing: whether to hash the
     engines here; `FoundEngine.read` does it in any case. Engines of other bundles in the cache are passed over.
     Raises BundleError where they cannot be looked for.
     """
-    found: list[FoundEngine] = []
+    found: list[StoredEngine] = []
     for store, prefix, place in _stores(bundle):
         for folder, names in _folders(store, prefix):
-            host = host or this_host()
+            host = host or local_host()
             judged = _judge_folder(bundle, store, folder, names, host, hashing, place)
             found += [engine for engine in judged if place == "bundle" or _concerns(bundle, engine.record)]
     return sorted(found, key=lambda engine: engine.path)
 
 
-def named_engines(bundle: Bundle, words: Sequence[str]) -> list[FoundEngine]:
+def named_engines(bundle: Bundle, words: Sequence[str]) -> list[StoredEngine]:
     """The engines that `words` name, for whatever machines they are, each key once, sorted by key.
 
     A word is a whole key or a part between its dashes: sm86, edit, fp16, tensorrt_rtx, b8. Raises UsageError for a word
@@ -159,7 +159,7 @@ def named_engines(bundle: Bundle, words: Sequence[str]) -> list[FoundEngine]:
     found = find_engines(bundle, EngineHost({}, None, *operating_system()), hashing=False)
     found.sort(key=lambda engine: (not engine.faults, engine.place == "bundle"))  # of equal keys the last one counts
     by_key = {engine.record.key: engine for engine in found if engine.record}
-    named: dict[str, FoundEngine] = {}
+    named: dict[str, StoredEngine] = {}
     for word in words:
         keys = [key for key in by_key if word == key or word in key.split("-")]
         if not keys:
@@ -173,7 +173,7 @@ def _stores(bundle: Bundle) -> list[tuple[FileStore, str, Place]]:
     """What to look through, and below which prefix."""
     stores: list[tuple[FileStore, str, Place]] = []
     try:
-        stores.append((find_store(bundle.path), ENGINES, "bundle"))
+        stores.append((open_storage(bundle.path), ENGINES, "bundle"))
         with suppress(UnavailableError):
             cache = cache_folder()
             if cache.is_dir():
@@ -194,7 +194,7 @@ def _folders(store: FileStore, prefix: str) -> Iterator[tuple[str, list[str]]]:
     yield from sorted(folders.items())
 
 
-def judge_engine(path: Path, host: EngineHost | None = None) -> FoundEngine:
+def check_engine(path: Path, host: EngineHost | None = None) -> StoredEngine:
     """One engine by its path, wherever it lies; whether it is stale only its bundle could tell. Raises InputError."""
     if not path.is_file():
         raise InputError(f"there is no {path}", "give an engine with its engine.json beside it")
@@ -203,7 +203,7 @@ def judge_engine(path: Path, host: EngineHost | None = None) -> FoundEngine:
     except OSError as exc:
         raise InputError(f"{path.parent}: cannot be read: {exc}", "may you read that folder?") from exc
     names = [name for name in store.sizes if name == RECORD_FILE or name.endswith(ENGINE_SUFFIX)]
-    judged = _judge_folder(None, store, "", names, host or this_host(), True, "bundle")
+    judged = _judge_folder(None, store, "", names, host or local_host(), True, "bundle")
     return next(engine for engine in judged if engine.path == path)
 
 
@@ -215,7 +215,7 @@ def _judge_folder(
     host: EngineHost,
     hashing: bool,
     place: Place,
-) -> Iterator[FoundEngine]:
+) -> Iterator[StoredEngine]:
     """The engine that the folder's record speaks of, then engine files that it does not speak of."""
     shown = store.shown / folder
     engines = sorted(name for name in names if name.endswith(ENGINE_SUFFIX))
@@ -224,7 +224,7 @@ def _judge_folder(
     record, fault = _read_record(store, folder) if RECORD_FILE in names else (None, f"no {RECORD_FILE} beside it")
     if record is None:
         for name in engines or [RECORD_FILE]:
-            yield FoundEngine(shown / name, place, None, (str(fault),), (), (), shipped, store, folder)
+            yield StoredEngine(shown / name, place, None, (str(fault),), (), (), shipped, store, folder)
         return
     faults = tuple(_faults(bundle, store, folder, record, hashing))
     if bundle is not None and place == "bundle":
@@ -234,11 +234,11 @@ def _judge_folder(
             faults = (f"{record.engine.file} is missing; was it renamed to {', '.join(others)}?", *faults)
     elif not engines:
         faults = (f"{record.engine.file} is missing", *faults)
-    against, lasting = differences(record, host), lasting_differences(record, host)
-    yield FoundEngine(shown / record.engine.file, place, record, faults, against, lasting, shipped, store, folder)
+    against, lasting = differences(record, host), permanent_incompatibilities(record, host)
+    yield StoredEngine(shown / record.engine.file, place, record, faults, against, lasting, shipped, store, folder)
     for name in others:
         unlisted = f"{RECORD_FILE} beside it speaks of {record.engine.file}, not of it"
-        yield FoundEngine(shown / name, place, None, (unlisted,), (), (), shipped, store, folder)
+        yield StoredEngine(shown / name, place, None, (unlisted,), (), (), shipped, store, folder)
 
 
 def _read_record(store: FileStore, folder: str) -> tuple[EngineRecord | None, str | None]:
@@ -356,7 +356,7 @@ class EnginePlace:
 
 def choose_place(bundle: Bundle, wanted: Place | None = None) -> EnginePlace:
     """The bundle where it takes engines, else the cache. Raises UsageError when the bundle is wanted and takes none."""
-    obstacle = _obstacle(bundle)
+    obstacle = _why_not_writable(bundle)
     if wanted == "bundle" and obstacle:
         raise UsageError(f"{bundle.path} takes no engines: {obstacle}", "let them go into the cache: --into cache")
     if wanted == "cache" or obstacle:
@@ -364,7 +364,7 @@ def choose_place(bundle: Bundle, wanted: Place | None = None) -> EnginePlace:
     return EnginePlace(bundle.path / ENGINES, "bundle", "as asked" if wanted else "it can be written to")
 
 
-def _obstacle(bundle: Bundle) -> str | None:
+def _why_not_writable(bundle: Bundle) -> str | None:
     """Why no engine can be added to the bundle."""
     if not bundle.is_folder:
         return "the bundle is a zip"
@@ -440,7 +440,7 @@ def _write_errors(target: Path) -> Iterator[None]:
 # ---------------------------------------------------------------------------------------------------------- removing
 
 
-def clean_engines(bundle: Bundle, host: EngineHost | None = None) -> list[FoundEngine]:
+def remove_stale_engines(bundle: Bundle, host: EngineHost | None = None) -> list[StoredEngine]:
     """Removes engines that nobody should load and those that will never run here again; returns what they were.
 
     That an engine is for targets, or that library or driver are missing at the moment, is no reason. What was shipped
@@ -458,7 +458,7 @@ def clean_engines(bundle: Bundle, host: EngineHost | None = None) -> list[FoundE
     return removed
 
 
-def _remove(engine: FoundEngine) -> None:
+def _remove(engine: StoredEngine) -> None:
     """The file, and record, log and folder with the last engine in it; nothing else that lies there."""
     folder = engine.path.parent
     engine.path.unlink(missing_ok=True)

@@ -14,7 +14,7 @@ from spmdeploy.errors import UnavailableError
 Pixels = npt.NDArray[np.uint8]
 
 TELEA_RADIUS = 3
-"""Neighbourhood in pixels that each inpainted point is made of; OpenCV's own examples use it."""
+"""Neighborhood in pixels that each inpainted point is made of; OpenCV's own examples use it."""
 
 
 class Telea:
@@ -32,29 +32,29 @@ class Telea:
         return np.where(mask[..., None] > 0, np.stack(filled), image)
 
 
-class ClassMeanColour:
-    """Each class in one colour: its mean over the known pixels of the picture, else over the training pictures."""
+class ClassMeanColor:
+    """Each class in one color: its mean over the known pixels of the picture, else over the training pictures."""
 
-    def __init__(self, colours: npt.NDArray[np.float64]) -> None:
-        """colours: (K, 3), mean colour of each class over the training pictures."""
-        self._colours = colours
+    def __init__(self, colors: npt.NDArray[np.float64]) -> None:
+        """colors: (K, 3), mean color of each class over the training pictures."""
+        self._colors = colors
 
     def run(self, image: Pixels, labels: Pixels, instances: npt.NDArray[np.int32], mask: Pixels) -> Pixels:
         """image: uint8 (B, H, W, 3) RGB. labels, mask: uint8 (B, H, W), 0 = keep. Returns the shape of `image`."""
         return np.stack([self._fill(*parts) for parts in zip(image, labels, mask > 0, strict=True)])
 
     def _fill(self, image: Pixels, labels: Pixels, mask: npt.NDArray[np.bool_]) -> Pixels:
-        colours = self._colours.copy()
+        colors = self._colors.copy()
         for class_id in np.unique(labels[mask]):
             known = (labels == class_id) & ~mask
-            if known.any() and class_id < len(colours):
-                colours[class_id] = image[known].mean(axis=0)
-        painted = np.rint(colours[np.minimum(labels, len(colours) - 1)]).astype(np.uint8)
+            if known.any() and class_id < len(colors):
+                colors[class_id] = image[known].mean(axis=0)
+        painted = np.rint(colors[np.minimum(labels, len(colors) - 1)]).astype(np.uint8)
         return np.where(mask[..., None], painted, image)
 
 
-def mean_colours(pictures: Iterable[tuple[Pixels, Pixels]], classes: int) -> npt.NDArray[np.float64]:
-    """(K, 3) mean colour of each class over pairs of image (H, W, 3) and labels (H, W); grey where there is none."""
+def mean_colors(pictures: Iterable[tuple[Pixels, Pixels]], classes: int) -> npt.NDArray[np.float64]:
+    """(K, 3) mean color of each class over pairs of image (H, W, 3) and labels (H, W); gray where there is none."""
     sums, counts = np.zeros((classes, 3)), np.zeros(classes)
     for image, labels in pictures:
         inside = labels < classes

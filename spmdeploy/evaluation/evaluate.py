@@ -13,22 +13,22 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from spmdeploy.datasets.config import HOLE_KINDS, HoleKind
+from spmdeploy.datasets.config import MASK_KINDS, MaskKind
 from spmdeploy.datasets.folder import (
-    PictureFolder,
+    ImageFolder,
     Sample,
     collate,
     random_crop,
     read_classes,
     read_instance_rules,
-    with_random_hole,
+    with_random_mask,
 )
 from spmdeploy.errors import InputError
 from spmdeploy.evaluation.fid import FidInception
-from spmdeploy.evaluation.segmentation import Counts, Segmenter, accuracy, confusion, mean_iou
+from spmdeploy.evaluation.segmentation import Counts, Segmenter, accuracy, confusion_matrix, mean_iou
 from spmdeploy.imaging.contact_sheet import sheet
 from spmdeploy.imaging.files import write_picture
-from spmdeploy.training.contact_sheets import layout, with_hole
+from spmdeploy.training.contact_sheets import apply_mask, layout
 from spmdeploy.training.perceptual import Lpips
 
 BATCH = 4
@@ -44,7 +44,7 @@ CEILING = "photo"
 Pixels = npt.NDArray[np.uint8]
 
 
-class Edits(Protocol):
+class EditModel(Protocol):
     """What is judged: any session, or a baseline."""
 
     def run(self, image: Pixels, labels: Pixels, instances: npt.NDArray[np.int32], mask: Pixels) -> Pixels:
@@ -52,7 +52,7 @@ class Edits(Protocol):
 
 
 @dataclass(frozen=True)
-class Figure:
+class Estimate:
     """A mean over samples and its 95 % bootstrap interval."""
 
     mean: float
@@ -61,35 +61,35 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class Row:
+class Score:
     """One model on one kind of hole."""
 
     model: str
-    hole: HoleKind
+    hole: MaskKind
     samples: int
-    lpips: Figure
+    lpips: Estimate
     """LPIPS (AlexNet) under the mask; lower is better."""
-    l1: Figure
-    """Mean absolute error under the mask in grey levels; lower is better."""
-    psnr: Figure
+    l1: Estimate
+    """Mean absolute error under the mask in gray levels; lower is better."""
+    psnr: Estimate
     """Under the mask, dB; higher is better."""
-    boundary: Figure
+    boundary: Estimate
     """Step across the mask's edge over the photo's own step there; 1 is seamless."""
     frechet: float
     """Fréchet distance between edits and photos in `FEATURES`; lower is better."""
 
 
 @dataclass(frozen=True)
-class AdherenceRow:
+class ConsistencyScore:
     """How often one model's edits, or the photos, show what the labels under the mask say."""
 
     model: str
-    hole: HoleKind
+    hole: MaskKind
     pixels: int
     """How many were judged."""
-    accuracy: Figure | None
+    accuracy: Estimate | None
     """Share of these pixels that show their label; higher is better. None: nothing to judge."""
-    mean_iou: Figure | None
+    mean_iou: Estimate | None
     """Intersection over union, mean over the labels; higher is better."""
 
 
@@ -100,7 +100,7 @@ class Adherence:
     network: str
     """Its file's name."""
     sha256: str
-    rows: tuple[AdherenceRow, ...]
+    rows: tuple[ConsistencyScore, ...]
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Evaluation:
     data: str
     split: str
     seed: int
-    rows: tuple[Row, ...]
+    rows: tuple[Score, ...]
     fid: bool = False
     """Whether the Fréchet distance is FID."""
     adherence: Adherence | None = None
@@ -134,25 +134,25 @@ class Evaluation:
         lines += [
             f"{row.hole:<12} {row.model:<18} {row.samples:>4} {_interval(row.lpips):>22} {row.l1.mean:>7.2f} "
             f"{row.psnr.mean:>6.2f} {row.boundary.mean:>6.2f} {row.frechet:>8.3f}"
-            for row in sorted(self.rows, key=lambda row: HOLE_KINDS.index(row.hole))
+            for row in sorted(self.rows, key=lambda row: MASK_KINDS.index(row.hole))
         ]
         if self.adherence is not None:
             lines += ["", f"label adherence by {self.adherence.network}"]
             lines += [f"{'hole':<12} {'model':<18} {'pixels':>9} {'accuracy':>22} {'mean IoU':>22}"]
-            for found in sorted(self.adherence.rows, key=lambda row: HOLE_KINDS.index(row.hole)):
+            for found in sorted(self.adherence.rows, key=lambda row: MASK_KINDS.index(row.hole)):
                 figures = " ".join(f"{_interval(figure):>22}" for figure in (found.accuracy, found.mean_iou))
                 lines.append(f"{found.hole:<12} {found.model:<18} {found.pixels:>9} {figures}")
         return "\n".join(lines)
 
 
 def evaluation_samples(
-    root: Path, seed: int, kind: HoleKind, split: str = "test", crop: int = 256, limit: int | None = None
+    root: Path, seed: int, kind: MaskKind, split: str = "test", crop: int = 256, limit: int | None = None
 ) -> list[Sample]:
     """A square of every picture of the split with a hole of `kind`: a pure function of the arguments and the files.
 
     The square does not depend on the kind. limit: only so many pictures, evenly spread.
     """
-    folder = PictureFolder(root, split, read_instance_rules(root))
+    folder = ImageFolder(root, split, read_instance_rules(root))
     classes = len(read_classes(root))
     names = folder.names
     if limit is not None and limit < len(names):
@@ -161,31 +161,31 @@ def evaluation_samples(
     for name in names:
         own = zlib.crc32(name.encode())  # of the name, not its place: other pictures may come and go
         cut = random_crop(folder[name], crop, 1.0, False, np.random.default_rng((seed, own)))
-        rng = np.random.default_rng((seed, own, HOLE_KINDS.index(kind)))
-        samples.append(with_random_hole(cut, kind, classes, rng))
+        rng = np.random.default_rng((seed, own, MASK_KINDS.index(kind)))
+        samples.append(with_random_mask(cut, kind, classes, rng))
     return samples
 
 
 def evaluate(
-    models: Mapping[str, Edits],
+    models: Mapping[str, EditModel],
     root: Path,
     seed: int = 0,
     split: str = "test",
-    kinds: Sequence[HoleKind] = HOLE_KINDS,
+    kinds: Sequence[MaskKind] = MASK_KINDS,
     crop: int = 256,
     limit: int | None = None,
     inception: FidInception | None = None,
     segmenter: Segmenter | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> tuple[Evaluation, dict[HoleKind, Pixels]]:
+) -> tuple[Evaluation, dict[MaskKind, Pixels]]:
     """All models on the same holes. Also returns a contact sheet per kind, sorted by the first model's LPIPS.
 
     inception: makes the Fréchet distance FID. segmenter: for label adherence. progress: told how many of how many edits
     have been judged.
     """
     lpips = Lpips()
-    rows: list[Row] = []
-    adherence: list[AdherenceRow] = []
+    rows: list[Score] = []
+    adherence: list[ConsistencyScore] = []
     sheets = {}
     for done, kind in enumerate(kinds):
         samples = evaluation_samples(root, seed, kind, split, crop, limit)
@@ -195,7 +195,7 @@ def evaluate(
         scores: dict[str, npt.NDArray[np.float64]] = {}
         for index, (name, model) in enumerate(models.items()):
             progress((done * len(models) + index) * len(samples), len(kinds) * len(models) * len(samples))
-            found = edits[name] = run_all(model, samples)
+            found = edits[name] = run_samples(model, samples)
             scores[name] = _lpips(lpips, samples, found)
             distance = frechet_distance(_features(inception or lpips, found), features)
             rows.append(_row(name, kind, samples, found, scores[name], distance, seed))
@@ -214,7 +214,7 @@ def check_output(folder: Path, overwrite: bool) -> None:
         raise InputError(f"{folder} holds an evaluation already", "choose another folder, or allow it with --overwrite")
 
 
-def write_evaluation(evaluation: Evaluation, sheets: Mapping[HoleKind, Pixels], folder: Path) -> None:
+def write_evaluation(evaluation: Evaluation, sheets: Mapping[MaskKind, Pixels], folder: Path) -> None:
     """FOLDER/evaluation.json, evaluation.txt (the table) and a sheet KIND.png for every kind of hole; replaces them."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "evaluation.json").write_text(json.dumps(evaluation.to_json(), indent=1) + "\n", encoding="utf-8")
@@ -223,7 +223,7 @@ def write_evaluation(evaluation: Evaluation, sheets: Mapping[HoleKind, Pixels], 
         write_picture(folder / f"{kind}.png", page, overwrite=True)
 
 
-def run_all(model: Edits, samples: Sequence[Sample]) -> Pixels:
+def run_samples(model: EditModel, samples: Sequence[Sample]) -> Pixels:
     """The model's edits of all samples: uint8 (N, S, S, 3)."""
     results = []
     for start in range(0, len(samples), BATCH):
@@ -240,7 +240,7 @@ def run_all(model: Edits, samples: Sequence[Sample]) -> Pixels:
 
 
 def l1_under(mask: npt.NDArray[np.bool_], found: Pixels, photo: Pixels) -> float:
-    """Mean absolute error under the mask, grey levels. found, photo: uint8 (H, W, 3)."""
+    """Mean absolute error under the mask, gray levels. found, photo: uint8 (H, W, 3)."""
     return float(np.abs(found[mask].astype(np.float64) - photo[mask]).mean())
 
 
@@ -251,12 +251,12 @@ def psnr_under(mask: npt.NDArray[np.bool_], found: Pixels, photo: Pixels) -> flo
 
 
 def boundary_score(mask: npt.NDArray[np.bool_], found: Pixels, photo: Pixels) -> float:
-    """Mean step between neighbours across the mask's edge in the edit over that in the photo.
+    """Mean step between neighbors across the mask's edge in the edit over that in the photo.
 
     1: the seam is as smooth as the photo there; more: the edge shows; less: smeared across.
     """
     ours, theirs = _steps_across(mask, found), _steps_across(mask, photo)
-    return float((ours.mean() + 1) / (theirs.mean() + 1))  # a grey level each: a flat sky has no steps at all
+    return float((ours.mean() + 1) / (theirs.mean() + 1))  # a gray level each: a flat sky has no steps at all
 
 
 def _steps_across(mask: npt.NDArray[np.bool_], picture: Pixels) -> npt.NDArray[np.float64]:
@@ -285,14 +285,14 @@ def _root_of_covariance(features: npt.NDArray[np.float64]) -> npt.NDArray[np.flo
     return triangle
 
 
-def bootstrap(values: npt.NDArray[np.float64], seed: int) -> Figure:
+def bootstrap(values: npt.NDArray[np.float64], seed: int) -> Estimate:
     """The mean and the interval that 95 % of means of resampled values fall into. values: (N,)."""
     picks = np.random.default_rng(seed).integers(0, len(values), (RESAMPLES, len(values)))
     low, high = np.quantile(values[picks].mean(axis=1), (0.025, 0.975))
-    return Figure(float(values.mean()), float(low), float(high))
+    return Estimate(float(values.mean()), float(low), float(high))
 
 
-def bootstrap_counts(counts: Counts, measure: Callable[[npt.NDArray[Any]], float], seed: int) -> Figure | None:
+def bootstrap_counts(counts: Counts, measure: Callable[[npt.NDArray[Any]], float], seed: int) -> Estimate | None:
     """The same for a figure of counts that are added up first. counts: (N, ...). None when there is none to measure."""
     value = measure(counts.sum(axis=0))
     if np.isnan(value):
@@ -301,23 +301,23 @@ def bootstrap_counts(counts: Counts, measure: Callable[[npt.NDArray[Any]], float
     picks = rng.multinomial(len(counts), np.full(len(counts), 1 / len(counts)), RESAMPLES)
     drawn = [measure(np.tensordot(pick, counts, axes=1)) for pick in picks]
     low, high = np.nanquantile(drawn, (0.025, 0.975))
-    return Figure(value, float(low), float(high))
+    return Estimate(value, float(low), float(high))
 
 
 def _row(
     name: str,
-    kind: HoleKind,
+    kind: MaskKind,
     samples: Sequence[Sample],
     edits: Pixels,
     lpips: npt.NDArray[np.float64],
     frechet: float,
     seed: int,
-) -> Row:
-    def figure(measure: Any) -> Figure:
+) -> Score:
+    def figure(measure: Any) -> Estimate:
         values = [measure(sample.mask, found, sample.image) for sample, found in zip(samples, edits, strict=True)]
         return bootstrap(np.array(values, np.float64), seed)
 
-    return Row(
+    return Score(
         model=name,
         hole=kind,
         samples=len(samples),
@@ -330,15 +330,15 @@ def _row(
 
 
 def _adherence_row(
-    name: str, kind: HoleKind, samples: Sequence[Sample], pictures: Pixels, segmenter: Segmenter, seed: int
-) -> AdherenceRow:
+    name: str, kind: MaskKind, samples: Sequence[Sample], pictures: Pixels, segmenter: Segmenter, seed: int
+) -> ConsistencyScore:
     counts = np.stack(
         [
-            confusion(sample.labels, segmenter.find(picture), sample.mask, segmenter.judged)
+            confusion_matrix(sample.labels, segmenter.find(picture), sample.mask, segmenter.judged)
             for sample, picture in zip(samples, pictures, strict=True)
         ]
     )
-    return AdherenceRow(
+    return ConsistencyScore(
         model=name,
         hole=kind,
         pixels=int(counts.sum()),
@@ -347,11 +347,11 @@ def _adherence_row(
     )
 
 
-def _fields(row: Row | AdherenceRow) -> dict[str, Any]:
-    return {name: vars(value) if isinstance(value, Figure) else value for name, value in vars(row).items()}
+def _fields(row: Score | ConsistencyScore) -> dict[str, Any]:
+    return {name: vars(value) if isinstance(value, Estimate) else value for name, value in vars(row).items()}
 
 
-def _interval(figure: Figure | None) -> str:
+def _interval(figure: Estimate | None) -> str:
     return "nothing to judge" if figure is None else f"{figure.mean:.3f} [{figure.low:.3f}, {figure.high:.3f}]"
 
 
@@ -379,7 +379,7 @@ def _contact_sheet(
     return sheet(
         [
             {
-                "before": with_hole(samples[index]),
+                "before": apply_mask(samples[index]),
                 "labels": layout(samples[index], classes),
                 **{name: found[index] for name, found in edits.items()},
                 "photo": samples[index].image,

@@ -25,10 +25,10 @@ PUBLISHED_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb91
 SIDE = 299
 BATCH_NORM_EPS = 1e-3
 
-Step: TypeAlias = str | tuple[str, ...]
+OutpaintStep: TypeAlias = str | tuple[str, ...]
 """A convolution by its name in the block, "/STRIDE" behind it where it has no padding; several of them on the same
 input, stacked; or a pooling."""
-Branch: TypeAlias = tuple[Step, ...]
+Branch: TypeAlias = tuple[OutpaintStep, ...]
 
 _A: tuple[Branch, ...] = (
     ("branch1x1",),

@@ -8,32 +8,32 @@ from pathlib import Path
 from spmdeploy.backends.base import open_session
 from spmdeploy.backends.pytorch import TorchSession
 from spmdeploy.bundle.bundle import open_bundle
-from spmdeploy.datasets.folder import PictureFolder, read_classes, read_instance_rules
+from spmdeploy.datasets.folder import ImageFolder, read_classes, read_instance_rules
 from spmdeploy.errors import InputError
-from spmdeploy.evaluation.baselines import ClassMeanColour, Telea, mean_colours
-from spmdeploy.evaluation.evaluate import Edits
+from spmdeploy.evaluation.baselines import ClassMeanColor, Telea, mean_colors
+from spmdeploy.evaluation.evaluate import EditModel
 from spmdeploy.model import CHECKPOINT_SUFFIXES
 from spmdeploy.model.checkpoint import load_checkpoint
 
 
-def named_models(paths: Iterable[Path], data: Path) -> dict[str, Edits]:
+def named_models(paths: Iterable[Path], data: Path) -> dict[str, EditModel]:
     """The models in `paths` by their names, then the baselines `telea` and `class mean`.
 
-    data: the folder whose training pictures give the mean colours. Raises InputError when two models have one name or
+    data: the folder whose training pictures give the mean colors. Raises InputError when two models have one name or
     a model knows another number of classes than the folder, and what `open_model` raises.
     """
-    folder = PictureFolder(data, "train", read_instance_rules(data))
+    folder = ImageFolder(data, "train", read_instance_rules(data))
     classes = len(read_classes(data))
-    models: dict[str, Edits] = {}
+    models: dict[str, EditModel] = {}
     for path in paths:
         if path.stem in models:
             raise InputError(f"two models are called {path.stem}: {path}", "give them different file names")
         models[path.stem] = open_model(path, classes)
     pictures = ((folder[name].image, folder[name].labels) for name in folder.names)
-    return models | {"telea": Telea(), "class mean": ClassMeanColour(mean_colours(pictures, classes))}
+    return models | {"telea": Telea(), "class mean": ClassMeanColor(mean_colors(pictures, classes))}
 
 
-def open_model(path: Path, classes: int) -> Edits:
+def open_model(path: Path, classes: int) -> EditModel:
     """What a path holds, ready to be judged: a checkpoint, a run directory (its exported weights) or a bundle.
 
     Raises InputError or BundleError naming the file, InputError when it does not know `classes` classes.
@@ -43,7 +43,7 @@ def open_model(path: Path, classes: int) -> Edits:
         path = exported
     elif (path / "config.json").is_file():
         raise InputError(f"{path}: this run has not saved any weights yet", "they come with its first checkpoint")
-    session: Edits
+    session: EditModel
     if path.suffix.lower() in CHECKPOINT_SUFFIXES:
         generator = load_checkpoint(path).generator
         known, session = generator.config.classes, TorchSession(generator)

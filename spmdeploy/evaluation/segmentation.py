@@ -2,7 +2,7 @@
 
 The contract is small, so that almost any exported network meets it:
 
-- an ONNX file with one input, float32 [1 or N, 3, H, W], RGB, in ImageNet's normalisation unless the table says
+- an ONNX file with one input, float32 [1 or N, 3, H, W], RGB, in ImageNet's normalization unless the table says
   otherwise; H and W free, or fixed, then pictures are brought to that size;
 - its first output are class scores, float [1 or N, C, h, w], at any resolution; the largest one wins;
 - a JSON table {"classes": {"7": "road", "8": "sidewalk", ...}} from the network's class number to the name (or id) in
@@ -117,7 +117,9 @@ def read_segmenter_table(path: Path, classes: ClassTable) -> SegmenterTable:
     return SegmenterTable({number: classes.find(name).id for number, name in numbers.items()}, **given)
 
 
-def confusion(labels: Pixels, found: Pixels, mask: npt.NDArray[np.bool_], judged: npt.NDArray[np.bool_]) -> Counts:
+def confusion_matrix(
+    labels: Pixels, found: Pixels, mask: npt.NDArray[np.bool_], judged: npt.NDArray[np.bool_]
+) -> Counts:
     """How often each label under the mask was found as what: int64 (K, K + 1), the last column for none of them.
 
     labels, found: uint8 (H, W). mask: bool (H, W). judged: bool (K,); other labels are left out.
@@ -131,7 +133,7 @@ def confusion(labels: Pixels, found: Pixels, mask: npt.NDArray[np.bool_], judged
 
 
 def accuracy(counts: npt.NDArray[np.float64] | Counts) -> float:
-    """Share of the judged pixels that show their label; counts as of `confusion`. NaN when nothing is judged."""
+    """Share of the judged pixels that show their label; counts as of `confusion_matrix`. NaN when nothing is judged."""
     total = counts.sum()
     return float(np.trace(counts[:, :-1]) / total) if total else float("nan")
 

@@ -20,7 +20,7 @@ def bundle_card(manifest: Manifest, sizes: Mapping[str, int]) -> str:
         + ", ".join(f"{tool} {version}" for tool, version in manifest.tools.items())
         + ".",
         "## Graphs",
-        "Drift is the worst over the golden edits, against PyTorch in FP32, under the mask, in grey levels of 255.",
+        "Drift is the worst over the golden edits, against PyTorch in FP32, under the mask, in gray levels of 255.",
         "| graph | file | MB | FP16 share | largest drift | mean drift | PSNR |\n|---|---|---|---|---|---|---|\n"
         + "\n".join([*map(_graph_row, manifest.graphs), *_weights_rows(manifest, sizes)]),
         "## Classes",
@@ -37,12 +37,12 @@ def bundle_card(manifest: Manifest, sizes: Mapping[str, int]) -> str:
 
 def _ablations(generator: GeneratorFacts) -> str:
     """What of the paper's design was left out on purpose."""
-    left_out = []
+    skip_by_default = []
     if generator.modulation == "spade":
-        left_out.append("the layout alone modulates the features (SPADE)")
+        skip_by_default.append("the layout alone modulates the features (SPADE)")
     if generator.stages == 1:
-        left_out.append("there is one stage, at full size")
-    return f" An ablation: {' and '.join(left_out)}." if left_out else ""
+        skip_by_default.append("there is one stage, at full size")
+    return f" An ablation: {' and '.join(skip_by_default)}." if skip_by_default else ""
 
 
 def _weights_rows(manifest: Manifest, sizes: Mapping[str, int]) -> Iterator[str]:

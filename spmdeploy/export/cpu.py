@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from spmdeploy.export.onnx import with_shapes
-from spmdeploy.model.deploy import NATIVE_SIZE
+from spmdeploy.types import NATIVE_SIZE
 
 SMALLEST = 32
 """Layers of smaller pictures are computed everywhere: they cost little, and a box of few pixels saves little of it."""
@@ -45,9 +45,9 @@ _ONE_MORE = frozenset(_LAYOUT_HEADS[:3])
 """The heads that the modulation adds one to. Here their biases hold it."""
 
 
-def restrict_to_mask(model: onnx.ModelProto) -> onnx.ModelProto:
+def specialize_for_mask(model: onnx.ModelProto) -> onnx.ModelProto:
     """A copy of the FP32 edit graph that does around the mask what counts there only. Weights keep their names."""
-    return _Restriction(model).graph()
+    return _MaskSpecializer(model).graph()
 
 
 class _Layer:
@@ -67,7 +67,7 @@ class _Layer:
         self.layout_heads = tuple(head for head in _LAYOUT_HEADS if head in self.convolutions)
 
 
-class _Restriction:
+class _MaskSpecializer:
     """The graph as it is rewritten: its nodes in order, and the constants that the new ones need."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
@@ -128,12 +128,12 @@ class _Restriction:
                 hidden = self._relu(layer, f"{branch}_shared")
                 for part in parts:
                     heads[part] = self._head(layer, part, hidden)
-        modulated = self._modulated(self._normalised(layer), heads, layer.name)
+        modulated = self._modulated(self._normalized(layer), heads, layer.name)
         self._activated(layer, modulated)
 
     def _layer_around_mask(self, layer: _Layer) -> None:
         """What an empty layout gives, and what the layout changes of it in the box."""
-        maps = {"normalised": self._normalised(layer)}
+        maps = {"normalized": self._normalized(layer)}
         if layer.context_heads:
             self._nodes.append(layer.convolutions["context_shared"])
             hidden = self._relu(layer, "context_shared")
@@ -143,7 +143,7 @@ class _Restriction:
         middle = {
             head: self._row_constant(layer, f"empty/{head}", answer[..., 1:2, :]) for head, answer in empty.items()
         }
-        base = self._modulated(maps["normalised"], {**maps, **middle}, layer.name)
+        base = self._modulated(maps["normalized"], {**maps, **middle}, layer.name)
         change = self._change_in_box(layer, maps, base)
         borders = {head: answer[..., ::2, :] - answer[..., 1:2, :] for head, answer in empty.items()}
         change = self._change_of_borders(layer, maps, borders, change)
@@ -158,7 +158,7 @@ class _Restriction:
             part: self._add("Slice", [value, f"{box}/start", f"{box}/end", self._axes()], f"{name}/{part}")
             for part, value in {**maps, "base": base}.items()
         }
-        modulated = self._modulated(inside["normalised"], {**inside, **heads}, name)
+        modulated = self._modulated(inside["normalized"], {**inside, **heads}, name)
         change = self._add("Sub", [modulated, inside["base"]], f"{name}/difference")
         return self._add("Pad", [change, f"{box}/around"], f"{name}/change")
 
@@ -176,7 +176,7 @@ class _Restriction:
             for part, value in maps.items()
         }
         heads = {head: self._row_constant(layer, f"borders/{head}", answer) for head, answer in borders.items()}
-        modulated = self._modulated(rows["normalised"], {**rows, **heads}, name)
+        modulated = self._modulated(rows["normalized"], {**rows, **heads}, name)
         beside = self._add("Mul", [modulated, self._beside(size)], f"{name}/beside")
         places = self._constant(f"borders/{size}", _ints(0, size - 1).reshape(1, 1, 2, 1))
         shape = self._add("Shape", [beside], f"{name}/shape")
@@ -198,8 +198,8 @@ class _Restriction:
             if parts:
                 hidden = self._hidden_in_box(layer, f"{branch}_shared")
                 heads |= {part: self._head(layer, part, hidden, inside=True) for part in parts}
-        whole = self._normalised(layer)
-        inside = self._add("Slice", [whole, f"{box}/start", f"{box}/end", self._axes()], f"{name}/normalised")
+        whole = self._normalized(layer)
+        inside = self._add("Slice", [whole, f"{box}/start", f"{box}/end", self._axes()], f"{name}/normalized")
         self._nodes.append(_copy(layer.activation, self._modulated(inside, heads, name)))
 
     def _picture(self, tanh: onnx.NodeProto) -> None:
@@ -217,7 +217,7 @@ class _Restriction:
         chosen = self._add("Where", [edit, levels, planes.output[0]], f"{where.name}/planes")
         self._add("Transpose", [chosen], where.name, where.output[0], perm=[0, 2, 3, 1])
 
-    def _normalised(self, layer: _Layer) -> str:
+    def _normalized(self, layer: _Layer) -> str:
         self._nodes += [layer.convolutions["features"], layer.norm]
         return str(layer.norm.output[0])
 
@@ -232,7 +232,7 @@ class _Restriction:
         same = self._add("Conv", [value, ones], f"{layer.activation.name}/same", group=channels, kernel_shape=[1, 1])
         self._nodes.append(_copy(layer.activation, same))
 
-    def _modulated(self, normalised: str, heads: Mapping[str, str], name: str) -> str:
+    def _modulated(self, normalized: str, heads: Mapping[str, str], name: str) -> str:
         """The equation of the layer, for heads that hold what it adds to them."""
         gamma, beta = heads["layout_gamma_shift"], heads["layout_beta_shift"]
         if "context_gamma" in heads:
@@ -240,7 +240,7 @@ class _Restriction:
             gamma = self._add("Add", [scaled, gamma], f"{name}/gamma")
             scaled = self._add("Mul", [heads["context_beta"], heads["layout_beta_scale"]], f"{name}/scaled_beta")
             beta = self._add("Add", [scaled, beta], f"{name}/beta")
-        scaled = self._add("Mul", [normalised, gamma], f"{name}/scaled")
+        scaled = self._add("Mul", [normalized, gamma], f"{name}/scaled")
         return self._add("Add", [scaled, beta], f"{name}/modulated")
 
     # -- convolutions

@@ -3,7 +3,7 @@
 TensorRT 11 and TensorRT-RTX know no precision flags: an engine computes in the types that the graph states. So
 precision is decided here and can be read off the file. What stays in FP32, and why:
 
-- instance normalisation: the squares of a 256×256 channel overflow half precision;
+- instance normalization: the squares of a 256×256 channel overflow half precision;
 - the deploy graph's own arithmetic on 8-bit pixels: a half holds integers to 2048 exactly, but not the 1/127.5 steps
   between them, and known pixels must come out untouched.
 """

@@ -9,12 +9,12 @@ from numpy.typing import NDArray
 
 from spmdeploy.assets.samples import SAMPLE_EDITS
 from spmdeploy.backends.pytorch import TorchSession
-from spmdeploy.backends.verify import GoldenPictures
+from spmdeploy.backends.verify import GoldenSample
 from spmdeploy.labels import ClassTable
-from spmdeploy.model.deploy import NATIVE_SIZE
+from spmdeploy.types import NATIVE_SIZE
 
 
-def golden_edits(reference: TorchSession, table: ClassTable) -> dict[str, GoldenPictures]:
+def golden_edits(reference: TorchSession, table: ClassTable) -> dict[str, GoldenSample]:
     """The sample edits, cut to the graph's size around their masks, in the classes of `table`, by name."""
     golden = {}
     for sample in SAMPLE_EDITS:
@@ -23,7 +23,7 @@ def golden_edits(reference: TorchSession, table: ClassTable) -> dict[str, Golden
         image, labels, holes = photo[window][None], labels[window][None], mask[window].astype(np.uint8)[None]
         instances = labels.astype(np.int32)
         expected = reference.run(image, labels, instances, holes)
-        pictures = GoldenPictures(image, labels, instances, holes, expected)
+        pictures = GoldenSample(image, labels, instances, holes, expected)
         if reference.refines:
             refined = reference.refine(image, labels, instances, holes, pictures.coarse)
             pictures = replace(pictures, refined=np.rint(refined).astype(np.uint8))
@@ -32,7 +32,7 @@ def golden_edits(reference: TorchSession, table: ClassTable) -> dict[str, Golden
 
 
 def _window_around(mask: NDArray[np.bool_]) -> tuple[slice, slice]:
-    """The square of the graph's size whose centre is nearest to the mask's."""
+    """The square of the graph's size whose center is nearest to the mask's."""
 
     def span(occupied: NDArray[np.bool_]) -> slice:
         places = np.flatnonzero(occupied)

@@ -7,7 +7,7 @@ from typing import Any
 
 from spmdeploy.bundle.bundle import Bundle, open_bundle
 from spmdeploy.engines.record import BUILD_AGAIN, ENGINE_SUFFIX
-from spmdeploy.engines.store import find_engines, judge_engine
+from spmdeploy.engines.store import check_engine, find_engines
 from spmdeploy.errors import BundleError, InputError, UnavailableError
 from spmdeploy.model import CHECKPOINT_SUFFIXES
 
@@ -38,7 +38,7 @@ def _bundle_facts(bundle: Bundle) -> dict[str, Any]:
 
 
 def _engine_facts(path: Path) -> dict[str, Any]:
-    engine = judge_engine(path)
+    engine = check_engine(path)
     if engine.faults:
         raise BundleError(f"{path}: {'; '.join(engine.faults)}", BUILD_AGAIN)
     return {"kind": "engine", **engine.to_json()}
@@ -79,7 +79,7 @@ def _checkpoint_facts(path: Path) -> dict[str, Any]:
         "kind": "checkpoint",
         "path": str(path),
         "format": checkpoint.format,
-        "channel_order": checkpoint.colour_order,
+        "channel_order": checkpoint.color_order,
         "classes": config.classes,
         "width": config.width,
         "hidden": config.hidden,

@@ -16,16 +16,9 @@ from onnx import numpy_helper
 from torch import nn
 
 from spmdeploy.bundle.manifest import EDIT, REFINE
-from spmdeploy.model.deploy import (
-    COARSE_SIZE,
-    EDIT_INPUTS,
-    NATIVE_SIZE,
-    OUTPUTS,
-    REFINE_INPUTS,
-    EditGraph,
-    RefineGraph,
-)
+from spmdeploy.model.deploy import COARSE_SIZE, EDIT_INPUTS, OUTPUTS, REFINE_INPUTS, EditGraph, RefineGraph
 from spmdeploy.model.generator import Generator
+from spmdeploy.types import NATIVE_SIZE
 
 OPSET = 18
 """The newest opset that brings anything the graph needs; TensorRT 10.3 on JetPack 6 parses up to 20."""

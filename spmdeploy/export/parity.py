@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from spmdeploy.backends.onnxruntime import LoadedGraph
-from spmdeploy.backends.verify import GoldenPictures, GoldenResult, judge
+from spmdeploy.backends.verify import GoldenResult, GoldenSample, judge
 from spmdeploy.bundle.manifest import EDIT, REFINE, ParityLimits
 from spmdeploy.model.deploy import EDIT_INPUTS, OUTPUTS, REFINE_INPUTS
 
@@ -23,9 +23,7 @@ FP32_LIMITS = ParityLimits(max_grey=2, mean_grey=0.05, min_psnr_db=55)
 HALF_LIMITS = ParityLimits(max_grey=48, mean_grey=1.0, min_psnr_db=40)
 
 
-def check_graph(
-    path: Path, graph: str, golden: Mapping[str, GoldenPictures], limits: ParityLimits
-) -> list[GoldenResult]:
+def check_graph(path: Path, graph: str, golden: Mapping[str, GoldenSample], limits: ParityLimits) -> list[GoldenResult]:
     """Runs a graph that lies on disk in ONNX Runtime on the CPU, on every golden edit. graph: EDIT or REFINE."""
     loaded = LoadedGraph(path, graph)
     results = []

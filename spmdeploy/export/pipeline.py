@@ -16,7 +16,7 @@ import torch
 
 from spmdeploy.assets.samples import ATTRIBUTION
 from spmdeploy.backends.pytorch import TorchSession
-from spmdeploy.backends.verify import GoldenPictures
+from spmdeploy.backends.verify import GoldenSample
 from spmdeploy.bundle.bundle import Bundle, BundleWriter
 from spmdeploy.bundle.manifest import (
     EDIT,
@@ -31,7 +31,7 @@ from spmdeploy.bundle.manifest import (
 )
 from spmdeploy.errors import InputError, UsageError, VerificationError
 from spmdeploy.export.card import bundle_card
-from spmdeploy.export.cpu import restrict_to_mask
+from spmdeploy.export.cpu import specialize_for_mask
 from spmdeploy.export.external_data import WeightStore
 from spmdeploy.export.fp16 import store_weights_as_halves, to_fp16
 from spmdeploy.export.golden import golden_edits
@@ -41,10 +41,9 @@ from spmdeploy.export.parity import FP32_LIMITS, HALF_LIMITS, check_graph, worst
 from spmdeploy.imaging import files as images
 from spmdeploy.labels import ClassTable
 from spmdeploy.model.checkpoint import Checkpoint, load_checkpoint
-from spmdeploy.model.deploy import NATIVE_SIZE
 from spmdeploy.model.flops import edit_gflop
 from spmdeploy.model.generator import Generator
-from spmdeploy.types import Precision, WeightsDtype
+from spmdeploy.types import NATIVE_SIZE, Precision, WeightsDtype
 from spmdeploy.version import __version__
 
 UNSTATED_LICENCE = "not stated by whoever exported this bundle"
@@ -97,7 +96,7 @@ def export_bundle(
         progress("making the golden edits with torch")
         golden = golden_edits(TorchSession(weights.generator), options.table)
 
-        graphs, limits, stores = [], {}, _Stores(writer)
+        graphs, limits, stores = [], {}, _ExternalDataFiles(writer)
         variants = _wanted_variants(options)
         for graph, trace in _traces(weights.generator).items():
             progress(f"tracing the {graph} graph")
@@ -118,7 +117,7 @@ def export_bundle(
             created=date.today(),
             tools=_tool_versions(),
             classes=options.table,
-            channel_order=weights.colour_order,
+            channel_order=weights.color_order,
             native_size=NATIVE_SIZE,
             generator=_generator_facts(weights),
             graphs=tuple(graph.record for graph in graphs),
@@ -166,11 +165,11 @@ def _variant(
     """The graph in that precision, and the limits that it must keep to."""
     if precision == "fp16":
         return to_fp16(fp32), HALF_LIMITS
-    model = restrict_to_mask(fp32) if on_cpu else fp32
+    model = specialize_for_mask(fp32) if on_cpu else fp32
     return (store_weights_as_halves(model), HALF_LIMITS) if half_weights else (model, FP32_LIMITS)
 
 
-class _Stores:
+class _ExternalDataFiles:
     """The weights files of a bundle: one for each type that graphs mostly store their weights in."""
 
     def __init__(self, writer: BundleWriter) -> None:
@@ -190,11 +189,11 @@ class _Stores:
 
 def _write_graph(
     writer: BundleWriter,
-    stores: _Stores,
+    stores: _ExternalDataFiles,
     graph: str,
     model: onnx.ModelProto,
     precision: Precision,
-    golden: Mapping[str, GoldenPictures],
+    golden: Mapping[str, GoldenSample],
     limits: ParityLimits,
 ) -> GraphRecord:
     name = f"graphs/{graph}.{precision}.onnx"
@@ -206,7 +205,7 @@ def _write_graph(
     faults = [f"{result.name}: {fault}" for result in results for fault in result.faults]
     if faults:
         onnx.save(model, path)  # whole, as the weights file stays behind
-        kept = writer.keep_rejected(name)
+        kept = writer.save_rejected(name)
         raise VerificationError(
             f"the {graph} {precision} graph does not give the pictures that torch gives: {'; '.join(faults)}",
             f"it was kept as {kept}; if the weights are sound, this is a defect worth reporting",
@@ -227,7 +226,7 @@ def _write_graph(
     )
 
 
-def _write_golden(writer: BundleWriter, golden: Mapping[str, GoldenPictures]) -> None:
+def _write_golden(writer: BundleWriter, golden: Mapping[str, GoldenSample]) -> None:
     for name, pictures in golden.items():
         for picture, array in (
             ("image", pictures.image[0]),

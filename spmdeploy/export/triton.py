@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spmdeploy.backends.verify import EXPORT_AGAIN, read_golden
-from spmdeploy.bundle.bundle import Bundle, replacing
+from spmdeploy.bundle.bundle import Bundle, atomic_replace_dir
 from spmdeploy.bundle.manifest import EDIT, ON_CPU, GraphRecord
 from spmdeploy.engines.record import BATCH, Port
 from spmdeploy.engines.store import named_engines
@@ -81,7 +81,7 @@ class TritonModel:
 
 
 @dataclass(frozen=True)
-class _Served:
+class _ServedModel:
     """The files of the version folder, and what the configuration says of them."""
 
     backend: str
@@ -112,7 +112,7 @@ def export_triton(bundle: Bundle, repository: Path, options: TritonOptions) -> T
     sample = _warmup_sample(bundle, served.inputs, served.source)
     folder = repository / name
     _make_repository(repository)
-    with replacing(folder, options.overwrite, _check_written_by_us) as building:
+    with atomic_replace_dir(folder, options.overwrite, _check_written_by_us) as building:
         for file, content in served.contents.items():
             _write_new(building / VERSION / file, content)
         for file, array in sample.items():
@@ -146,7 +146,7 @@ def _chosen_graph(bundle: Bundle, options: TritonOptions) -> GraphRecord:
     return bundle.graph(options.graph, precision)
 
 
-def _served_graph(bundle: Bundle, record: GraphRecord, options: TritonOptions) -> _Served:
+def _served_graph(bundle: Bundle, record: GraphRecord, options: TritonOptions) -> _ServedModel:
     max_batch = _batch(options, 8, MAX_BATCH, f"the graphs take 1 to {MAX_BATCH}")
     content, weights = bundle.read_graph(record)
     shown = bundle.path / record.file
@@ -156,10 +156,12 @@ def _served_graph(bundle: Bundle, record: GraphRecord, options: TritonOptions) -
             raise BundleError(f"{shown}: Triton cannot batch its {port.name} {port.dtype}{port.shape}", EXPORT_AGAIN)
     contents = {"model.onnx": content, **weights}
     needs = "the onnxruntime backend" + ("" if options.device == "cpu" else " and a GPU")
-    return _Served("onnxruntime", "model.onnx", record.file, record.sha256, needs, max_batch, inputs, outputs, contents)
+    return _ServedModel(
+        "onnxruntime", "model.onnx", record.file, record.sha256, needs, max_batch, inputs, outputs, contents
+    )
 
 
-def _served_engine(bundle: Bundle, word: str, options: TritonOptions) -> _Served:
+def _served_engine(bundle: Bundle, word: str, options: TritonOptions) -> _ServedModel:
     named = named_engines(bundle, [word])
     found = [engine for engine in named if engine.record and engine.record.graph == options.graph]
     if len(found) != 1:
@@ -179,7 +181,7 @@ def _served_engine(bundle: Bundle, word: str, options: TritonOptions) -> _Served
         asked = "a CPU" if options.device == "cpu" else options.precision
         raise UsageError(f"{record.key} is a {record.precision} engine for a GPU, and {asked} was asked for", None)
     max_batch = _batch(options, record.batch.max, record.batch.max, f"the engine takes {record.batch}")
-    return _Served(
+    return _ServedModel(
         backend="tensorrt",
         file="model.plan",
         source=f"engines/{record.key}/{record.engine.file}",
@@ -236,7 +238,7 @@ def _warmup_sample(bundle: Bundle, inputs: Sequence[Port], shown: str) -> dict[s
 # ---------------------------------------------------------------------------------------------------- the configuration
 
 
-def _config(name: str, bundle: Bundle, served: _Served, options: TritonOptions) -> str:
+def _config(name: str, bundle: Bundle, served: _ServedModel, options: TritonOptions) -> str:
     """config.pbtxt. Dimensions go without the batch, which max_batch_size stands for."""
     kind = "KIND_CPU" if options.device == "cpu" else "KIND_GPU"
     warm_batches = sorted({1, served.max_batch})

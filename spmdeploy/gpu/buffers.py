@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from spmdeploy.errors import OutOfMemory, SpmDeployError
+from spmdeploy.errors import OutOfMemoryError, SpmDeployError
 from spmdeploy.gpu.device import Device
 
 ALIGNMENT = 256
@@ -62,9 +62,9 @@ class EngineMemory:
         try:
             self._ports = self.device.allocate(end, "inputs and outputs")
             self._host = self.device.pinned(end, "inputs and outputs")
-        except OutOfMemory as error:
+        except OutOfMemoryError as error:
             room = self.device.memory()[0] // sum(sizes.values())
-            raise OutOfMemory(error.problem, f"there is room for batches of {room}: --max-batch {room}") from error
+            raise OutOfMemoryError(error.problem, f"there is room for batches of {room}: --max-batch {room}") from error
         self._places = places
 
     def address(self, name: str) -> int:
@@ -88,18 +88,18 @@ class EngineMemory:
 
     def _wait(self) -> None:
         if self._unwaited:
-            self.device.synchronise(self.stream)
+            self.device.synchronize(self.stream)
             self._unwaited = False
 
     # -- what a cascade keeps on the device
 
-    def lend(self, size: int, purpose: str) -> int:
-        """The address of memory that is given back by `take_back`, or when all is closed. Raises OutOfMemory."""
+    def allocate_temporary(self, size: int, purpose: str) -> int:
+        """Address of memory that `release_temporary` or `close` frees. Raises OutOfMemoryError."""
         address = self.device.allocate(size, purpose)
         self._lent.add(address)
         return address
 
-    def take_back(self, address: int) -> None:
+    def release_temporary(self, address: int) -> None:
         """Waits for whoever works there. Safe to call twice, after `close` and outside `in_use`."""
         with self._lock:
             if address not in self._lent:
@@ -108,7 +108,7 @@ class EngineMemory:
             self._unwaited = False
             with self.device.current():
                 with suppress(SpmDeployError):  # a device that has failed fails again, and it works no more
-                    self.device.synchronise(self.stream)
+                    self.device.synchronize(self.stream)
                 self.device.free(address)
 
     def upload(self, address: int, content: NDArray[np.uint8]) -> None:
@@ -126,7 +126,7 @@ class EngineMemory:
             self._wait()
             piece = self._host[: min(self._host.size, content.size - start)]
             self.device.copy_out(piece, address + start, self.stream)
-            self.device.synchronise(self.stream)
+            self.device.synchronize(self.stream)
             content[start : start + piece.size] = piece
 
     # -- activations
@@ -152,7 +152,7 @@ class EngineMemory:
         self.generation += 1
         self._unwaited = False
         with suppress(SpmDeployError):  # a device that has failed fails again, and it works no more
-            self.device.synchronise(self.stream)
+            self.device.synchronize(self.stream)
 
     # -- the end
 
@@ -165,7 +165,7 @@ class EngineMemory:
             try:
                 with self.device.current():
                     for address in tuple(self._lent):
-                        self.take_back(address)
+                        self.release_temporary(address)
                     self._free_activations()
                     self._free_ports()
                     self.device.destroy_stream(self.stream)

@@ -2,7 +2,7 @@
 
 Addresses, streams and graphs are plain integers everywhere, as the driver has them. PyCUDA and cuda-python serve the
 same protocol; what PyCUDA has no words for (CUDA graphs, streams of somebody else) is asked of the driver itself.
-Whatever fails raises `CudaFailure`; `cuda_device.Device` turns it into an error of ours.
+Whatever fails raises `CudaError`; `cuda_device.Device` turns it into an error of ours.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from spmdeploy.gpu.driver import CudaFailure, Driver
+from spmdeploy.gpu.driver import CudaError, Driver
 
 Bytes = NDArray[np.uint8]
 
@@ -70,9 +70,9 @@ class Binding(Protocol):
     def copy_out(self, array: NDArray[Any], address: int, stream: int) -> None:
         """Queues a copy from the device into a contiguous array."""
 
-    def synchronise(self, stream: int) -> None: ...
+    def synchronize(self, stream: int) -> None: ...
 
-    def order_after(self, stream: int, other: int) -> None:
+    def wait_for_stream(self, stream: int, other: int) -> None:
         """Lets whatever is queued in `stream` from now on wait for what is queued in `other` so far."""
 
     def event(self) -> Any: ...
@@ -184,10 +184,10 @@ class PyCuda:
     def copy_out(self, array: NDArray[Any], address: int, stream: int) -> None:
         self._guarded("cuMemcpyDtoHAsync", self._pycuda.memcpy_dtoh_async, array, address, self._objects[stream])
 
-    def synchronise(self, stream: int) -> None:
+    def synchronize(self, stream: int) -> None:
         self._guarded("cuStreamSynchronize", self._objects[stream].synchronize)
 
-    def order_after(self, stream: int, other: int) -> None:
+    def wait_for_stream(self, stream: int, other: int) -> None:
         event = ctypes.c_void_p()
         self._driver.call("cuEventCreate", byref(event), _WITHOUT_CLOCK)
         try:
@@ -231,7 +231,7 @@ class PyCuda:
         try:
             kind = self._driver.integer("cuPointerGetAttribute", _MEMORY_TYPE, where)
             ordinal = self._driver.integer("cuPointerGetAttribute", _DEVICE_ORDINAL, where)
-        except CudaFailure:  # an address that CUDA has never heard of
+        except CudaError:  # an address that CUDA has never heard of
             return None
         return ordinal if kind == _ON_DEVICE else None
 
@@ -244,9 +244,9 @@ class PyCuda:
         try:
             return function(*arguments)
         except self._pycuda.MemoryError as error:
-            raise CudaFailure(call, OUT_OF_MEMORY, str(error)) from error
+            raise CudaError(call, OUT_OF_MEMORY, str(error)) from error
         except self._pycuda.Error as error:
-            raise CudaFailure(call, 0, str(error)) from error
+            raise CudaError(call, 0, str(error)) from error
 
 
 # --------------------------------------------------------------------------------------------------------- cuda-python
@@ -263,7 +263,7 @@ class CudaPython:
         self._driver = driver
         try:
             self._call("cuInit", 0)
-        except CudaFailure:
+        except CudaError:
             raise
         except Exception as error:  # a class of its own in each version: libcuda is not there
             raise OSError(f"no NVIDIA driver ({error})") from error
@@ -309,10 +309,10 @@ class CudaPython:
     def copy_out(self, array: NDArray[Any], address: int, stream: int) -> None:
         self._call("cuMemcpyDtoHAsync", array.ctypes.data, address, array.nbytes, stream)
 
-    def synchronise(self, stream: int) -> None:
+    def synchronize(self, stream: int) -> None:
         self._call("cuStreamSynchronize", stream)
 
-    def order_after(self, stream: int, other: int) -> None:
+    def wait_for_stream(self, stream: int, other: int) -> None:
         event = self._call("cuEventCreate", _WITHOUT_CLOCK)
         try:
             self._call("cuEventRecord", event, other)
@@ -353,7 +353,7 @@ class CudaPython:
         try:
             kind = self._call("cuPointerGetAttribute", attribute(_MEMORY_TYPE), address)
             ordinal = self._call("cuPointerGetAttribute", attribute(_DEVICE_ORDINAL), address)
-        except CudaFailure:  # an address that CUDA has never heard of
+        except CudaError:  # an address that CUDA has never heard of
             return None
         return int(ordinal) if int(kind) == _ON_DEVICE else None
 
@@ -361,5 +361,5 @@ class CudaPython:
         """The value that a function returns beside its code; a tuple of several, None of none."""
         code, *values = getattr(self._driver, function)(*arguments)
         if int(code):
-            raise CudaFailure(function, int(code), code.name)
+            raise CudaError(function, int(code), code.name)
         return tuple(values) if len(values) > 1 else next(iter(values), None)

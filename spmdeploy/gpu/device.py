@@ -6,15 +6,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from spmdeploy.errors import OutOfMemory, UnavailableError
+from spmdeploy.errors import OutOfMemoryError, UnavailableError
 from spmdeploy.gpu.cuda_bindings import CAPTURE_CODES, OUT_OF_MEMORY, Binding, Bytes, open_binding
-from spmdeploy.gpu.driver import CudaFailure, Driver, gpu_facts
+from spmdeploy.gpu.driver import CudaError, Driver, gpu_facts
 from spmdeploy.gpu.kernels import DeviceKernels
 
 SEE_DOCTOR = "see `spmdeploy doctor`"
 
 
-class CaptureRefused(Exception):
+class GraphCaptureError(Exception):
     """Something among the work cannot be part of a CUDA graph. The message says what the driver said."""
 
 
@@ -64,7 +64,7 @@ class Device:
             return
         try:
             if self._kernels is not None:
-                with self.current(), suppress(CudaFailure):  # a device that has failed fails again
+                with self.current(), suppress(CudaError):  # a device that has failed fails again
                     self._kernels.close()
         finally:
             self._open = False
@@ -117,19 +117,19 @@ class Device:
             self._binding.copy_in(address, array, stream)
 
     def copy_out(self, array: Any, address: int, stream: int) -> None:
-        """Queues a copy from the device into a C-contiguous array, to be looked at after `synchronise`."""
+        """Queues a copy from the device into a C-contiguous array, to be looked at after `synchronize`."""
         with self._translated("a copy from the device"):
             self._binding.copy_out(array, address, stream)
 
-    def synchronise(self, stream: int) -> None:
+    def synchronize(self, stream: int) -> None:
         """Waits for everything in the stream, and raises what went wrong there."""
         with self._translated("the work on the device"):
-            self._binding.synchronise(stream)
+            self._binding.synchronize(stream)
 
-    def order_after(self, stream: int, other: int) -> None:
+    def wait_for_stream(self, stream: int, other: int) -> None:
         """Lets what is queued in `stream` from now on wait for what is queued in `other` so far; the host does not."""
         with self._translated("an event"):
-            self._binding.order_after(stream, other)
+            self._binding.wait_for_stream(stream, other)
 
     @contextmanager
     def timed(self, stream: int) -> Iterator[list[float]]:
@@ -142,7 +142,7 @@ class Device:
                 binding.record(start, stream)
                 yield milliseconds
                 binding.record(end, stream)
-                binding.synchronise(stream)
+                binding.synchronize(stream)
                 milliseconds.append(binding.elapsed_ms(start, end))
             finally:
                 binding.destroy_event(start)
@@ -191,9 +191,9 @@ class Device:
         """Makes the stream usual again. Raises CaptureRefused if the capture was what made the work fail."""
         try:
             self._binding.destroy_graph(self._binding.end_capture(stream))
-        except CudaFailure as failure:
+        except CudaError as failure:
             if failure.code in CAPTURE_CODES:
-                raise CaptureRefused(str(error)) from error
+                raise GraphCaptureError(str(error)) from error
 
     def launch(self, graph: int, stream: int) -> None:
         """Queues everything in the graph with one call."""
@@ -210,21 +210,21 @@ class Device:
     def _translated(self, purpose: str, size: int | None = None, where: str = "") -> Iterator[None]:
         try:
             yield
-        except CudaFailure as error:
-            raise self._ours(error, purpose, size, where) from error
+        except CudaError as error:
+            raise self._to_package_error(error, purpose, size, where) from error
 
-    def _ours(self, error: CudaFailure, purpose: str, size: int | None, where: str) -> Exception:
+    def _to_package_error(self, error: CudaError, purpose: str, size: int | None, where: str) -> Exception:
         if error.code in CAPTURE_CODES:
-            return CaptureRefused(str(error))
+            return GraphCaptureError(str(error))
         if error.code != OUT_OF_MEMORY:
             return UnavailableError(f"{self} failed at {purpose}: {error}", SEE_DOCTOR)
         asked = "memory" if size is None else f"{size:,} bytes{where}"
-        return OutOfMemory(
-            f"{self} has no {asked} for {purpose}{self._free_words()}", "close other programs on the GPU"
+        return OutOfMemoryError(
+            f"{self} has no {asked} for {purpose}{self._free_memory_text()}", "close other programs on the GPU"
         )
 
-    def _free_words(self) -> str:
-        with suppress(CudaFailure):
+    def _free_memory_text(self) -> str:
+        with suppress(CudaError):
             free, total = self._binding.memory()
             return f": {free:,} of {total:,} bytes are free"
         return ""
@@ -238,5 +238,5 @@ def _open_binding() -> Binding:
             f"nothing is installed to use the GPU with: {error}",
             'pip install "spmdeploy[tensorrt-rtx]" or cuda-python; on Jetson PyCUDA is part of most images',
         ) from error
-    except (OSError, CudaFailure) as error:
+    except (OSError, CudaError) as error:
         raise UnavailableError(f"the GPU cannot be used: {error}", SEE_DOCTOR) from error

@@ -61,7 +61,7 @@ def _driver_version() -> str | None:
         return None
 
 
-class CudaFailure(OSError):
+class CudaError(OSError):
     """A call that the driver refused. `code` is its number, 0 where a package passed on words only."""
 
     def __init__(self, call: str, code: int, words: str = "") -> None:
@@ -70,7 +70,7 @@ class CudaFailure(OSError):
 
 
 class Driver:
-    """The driver's library by its C interface, initialised. Raises OSError where there is none."""
+    """The driver's library by its C interface, initialized. Raises OSError where there is none."""
 
     def __init__(self) -> None:
         name = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
@@ -84,7 +84,7 @@ class Driver:
         """Python's numbers go as C's int; anything longer must come as a ctypes object. Raises CudaFailure."""
         code = getattr(self._library, function)(*arguments)
         if code:
-            raise CudaFailure(function, code)
+            raise CudaError(function, code)
 
     def integer(self, function: str, *arguments: Any) -> int:
         """The C int that a function writes where its first parameter points."""

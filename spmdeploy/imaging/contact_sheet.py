@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from spmdeploy.imaging.files import resize_labels
-from spmdeploy.labels import ClassTable, colourise, count_labels
+from spmdeploy.labels import ClassTable, colorise, count_labels
 
 CELL_SIDE = 640
 """Longer side that a cell of a sheet is shrunk to when it is larger."""
@@ -17,31 +17,29 @@ MASK_TINT = (255, 40, 70)
 _OUTLINE = (255, 255, 255)
 
 Rgb = NDArray[np.uint8]
-Colour = tuple[int, int, int]
+Color = tuple[int, int, int]
 
 
 def edit_sheet(photo: Rgb, labels: NDArray[np.uint8], mask: NDArray[np.bool_], edited: Rgb, classes: ClassTable) -> Rgb:
     """One row: before / labels / mask / after. photo, edited: uint8 (H, W, 3). labels: uint8 (H, W). mask: bool (H, W).
 
-    Labels are drawn over a faded photo where the mask keeps it: there they have no influence. Below is what the colours
+    Labels are drawn over a faded photo where the mask keeps it: there they have no influence. Below is what the colors
     stand for.
     """
     used = [classes.classes[i] for i in count_labels(labels[mask]) if i < len(classes)]
     before, after = fitted(photo), fitted(edited)
     labels, mask = resize_labels(labels, *before.shape[:2]), resize_labels(mask, *before.shape[:2])
-    layout = np.where(mask[..., None], colourise(labels, classes), _faded(before))
+    layout = np.where(mask[..., None], colorise(labels, classes), _faded(before))
     layout[_outline(mask)] = _OUTLINE
     tinted = with_mask(before, mask)
     cells = {"before": before, "labels under the mask": layout, "mask": tinted, "after": after}
     return sheet([cells], [(entry.name, entry.color) for entry in used])
 
 
-def sheet(
-    rows: list[dict[str, Rgb]], legend: list[tuple[str, Colour]] | None = None, cell_side: int = CELL_SIDE
-) -> Rgb:
+def sheet(rows: list[dict[str, Rgb]], legend: list[tuple[str, Color]] | None = None, cell_side: int = CELL_SIDE) -> Rgb:
     """A grid of captioned pictures, one dict of caption: uint8 (H, W, 3) per row. Returns uint8 (H, W, 3) RGB.
 
-    legend: names and the RGB colours that stand for them, written below the pictures. cell_side: pictures with a longer
+    legend: names and the RGB colors that stand for them, written below the pictures. cell_side: pictures with a longer
     side are shrunk to it.
     """
     drawn = [[(caption, _fitted(picture, cell_side)) for caption, picture in row.items()] for row in rows]
@@ -75,28 +73,28 @@ def fitted(picture: Rgb, side: int = CELL_SIDE) -> Rgb:
     return np.asarray(_fitted(picture, side))
 
 
-def _legend(entries: list[tuple[str, Colour]], width: int) -> Image.Image:
-    """A square of each colour with its name behind it, in as many lines as `width` makes necessary."""
+def _legend(entries: list[tuple[str, Color]], width: int) -> Image.Image:
+    """A square of each color with its name behind it, in as many lines as `width` makes necessary."""
     font = ImageFont.load_default(size=_FONT_SIZE)
     places, left, top = [], _GAP, 0
-    for name, colour in entries:
+    for name, color in entries:
         length = _FONT_SIZE + 6 + int(font.getlength(name))
         if left > _GAP and left + length > width:
             left, top = _GAP, top + _CAPTION
-        places.append((left, top, name, colour))
+        places.append((left, top, name, color))
         left += length + 2 * _GAP
     key = Image.new("RGB", (width, top + _CAPTION if entries else 0), _PAPER)
     draw = ImageDraw.Draw(key)
-    for left, top, name, colour in places:
-        draw.rectangle((left, top + 2, left + _FONT_SIZE, top + 2 + _FONT_SIZE), fill=colour, outline=_INK)
+    for left, top, name, color in places:
+        draw.rectangle((left, top + 2, left + _FONT_SIZE, top + 2 + _FONT_SIZE), fill=color, outline=_INK)
         draw.text((left + _FONT_SIZE + 6, top), name, fill=_INK, font=font)
     return key
 
 
 def _faded(photo: Rgb) -> Rgb:
-    """The photo in pale grey. uint8 (H, W, 3)."""
-    grey = photo.astype(np.uint16).sum(axis=2) // 3
-    return np.repeat((128 + grey * 3 // 8).astype(np.uint8)[..., None], 3, axis=2)
+    """The photo in pale gray. uint8 (H, W, 3)."""
+    gray = photo.astype(np.uint16).sum(axis=2) // 3
+    return np.repeat((128 + gray * 3 // 8).astype(np.uint8)[..., None], 3, axis=2)
 
 
 def _outline(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:

@@ -1,8 +1,8 @@
-"""The only place that touches image files, colour order and mask polarity.
+"""The only place that touches image files, color order and mask polarity.
 
 Photos are uint8 (H, W, 3) RGB, label maps uint8 (H, W), instance maps int32 (H, W), masks bool (H, W) with True = edit.
 What a file holds and we cannot use as it is becomes an InputError that names the file; what we change about a photo
-(turning it upright, grey to RGB) or cannot keep is said in a note. Every reader takes the file's bytes as `content`
+(turning it upright, gray to RGB) or cannot keep is said in a note. Every reader takes the file's bytes as `content`
 where they are in memory already (a bundle's, whose hash was checked); the path then only names them in errors.
 """
 
@@ -35,7 +35,7 @@ Mask: TypeAlias = NDArray[np.bool_]
 Integer = TypeVar("Integer", bound=np.generic)
 
 # Cameras make 100 megapixels; 200 of them decoded are 600 MB. (Pillow itself stops at 179 for WebP.)
-MOST_MEGAPIXELS = 200
+MAX_MEGAPIXELS = 200
 # A mask value this near to 0 or 255 is taken for it: the ringing that JPEG puts around an edge at usual qualities.
 BINARY_SLACK = 32
 EXIF_PREFIX = b"Exif\0\0"
@@ -56,7 +56,7 @@ _READABLE = "PNG, JPEG, WebP or BMP"
 # Level 2 costs what 1 does; what the slower ones save (3 % on the large photo) is not worth the wait.
 _WRITE_OPTIONS: dict[str, dict[str, Any]] = {
     "PNG": {"compress_level": 2},
-    "JPEG": {"quality": 95, "subsampling": 0},  # 4:4:4: no colour bleeds over the edge of the mask
+    "JPEG": {"quality": 95, "subsampling": 0},  # 4:4:4: no color bleeds over the edge of the mask
     # exact: otherwise the encoder changes pixels under full transparency. Least effort (measured as above):
     # 0.63 s and 11.2 MB for the large photo, where more takes 1.7 s for 11.1 MB and the default 8 s for 10.2 MB.
     "WebP": {"lossless": True, "exact": True, "quality": 0, "method": 0},
@@ -75,7 +75,7 @@ class Photo:
 
     pixels: Pixels  # uint8 (H, W, 3) RGB
     alpha: Pixels | None = None  # uint8 (H, W), 255 = opaque; None where the file has no transparency
-    icc_profile: bytes | None = None  # of an RGB colour space; the pixels are in that space, unconverted
+    icc_profile: bytes | None = None  # of an RGB color space; the pixels are in that space, unconverted
     exif: bytes | None = None  # "Exif\0\0" and a TIFF block that says orientation 1 and holds no thumbnail
     notes: tuple[str, ...] = ()  # what reading changed or could not keep, a sentence each
 
@@ -83,7 +83,7 @@ class Photo:
 def read_photo(path: FilePath, content: bytes | None = None) -> Photo:
     """The 8-bit photo in a PNG, JPEG, WebP or BMP file.
 
-    The EXIF orientation is applied to the pixels and reset. Grey and palette pictures become RGB. Transparency, the
+    The EXIF orientation is applied to the pixels and reset. Gray and palette pictures become RGB. Transparency, the
     ICC profile and EXIF are kept. InputError for 16-bit, CMYK and other modes, animations, damaged or huge files.
     """
     file = _decode(path, content)
@@ -93,17 +93,17 @@ def read_photo(path: FilePath, content: bytes | None = None) -> Photo:
     if file.image.mode not in ("RGB", "RGBA", "L", "LA", "1", "P"):
         raise InputError(
             f"{path} is a {file.image.mode} picture; photos must be 8-bit RGB",
-            "convert it to RGB with its colour profile in a photo editor first",
+            "convert it to RGB with its color profile in a photo editor first",
         )
     if file.image.mode in ("L", "LA", "1"):
-        notes.append(f"{path} is grey; it is edited and written as RGB")
+        notes.append(f"{path} is gray; it is edited and written as RGB")
     if file.image.mode == "P":
         notes.append(f"{path} is a palette picture; it is edited and written as RGB")
     pixels, alpha = _rgb_and_alpha(file.image)
     profile = file.image.info.get("icc_profile")
-    # Bytes 16..20 of a profile name its colour space. A grey one beside RGB pixels would make the file invalid.
+    # Bytes 16..20 of a profile name its color space. A gray one beside RGB pixels would make the file invalid.
     if profile and profile[16:20] != b"RGB ":
-        notes.append(f"{path} has a colour profile that is not for RGB; it is not kept")
+        notes.append(f"{path} has a color profile that is not for RGB; it is not kept")
         profile = None
     return Photo(pixels, alpha, profile or None, file.exif, tuple(notes))
 
@@ -111,15 +111,15 @@ def read_photo(path: FilePath, content: bytes | None = None) -> Photo:
 def read_labels(path: FilePath, content: bytes | None = None) -> Pixels:
     """The class ids in a PNG file: uint8 (H, W).
 
-    Grey PNGs of 1, 2, 4, 8 and 16 bits hold the ids as their values, palette PNGs as their indices: the colours of the
-    palette play no part. InputError for colour pictures, lossy files and ids above 255.
+    Gray PNGs of 1, 2, 4, 8 and 16 bits hold the ids as their values, palette PNGs as their indices: the colors of the
+    palette play no part. InputError for color pictures, lossy files and ids above 255.
     """
     file = _decode_ids(path, content)
     if file.image.mode == "RGB":
         raise InputError(
-            f"{path} is a colour picture, not a map of class ids",
-            "`spmdeploy labels convert` turns class colours into ids; "
-            "if all three channels hold the id, save one of them as a grey PNG",
+            f"{path} is a color picture, not a map of class ids",
+            "`spmdeploy labels convert` turns class colors into ids; "
+            "if all three channels hold the id, save one of them as a gray PNG",
         )
     ids = _stored_values(file, path)
     if ids.dtype != np.uint8 and ids.size and int(ids.max()) > 255:
@@ -132,7 +132,7 @@ def read_instances(path: FilePath, content: bytes | None = None) -> NDArray[np.i
     """The instance ids in a PNG file: int32 (H, W).
 
     One channel (Cityscapes `instanceIds`, 16 bits): its values, or palette indices. RGB (ADE20K, where red is the class
-    and blue is empty): the green channel. Three equal channels are read as one. InputError for other colour pictures.
+    and blue is empty): the green channel. Three equal channels are read as one. InputError for other color pictures.
     """
     file = _decode_ids(path, content)
     if file.image.mode != "RGB" or file.wide:
@@ -141,7 +141,7 @@ def read_instances(path: FilePath, content: bytes | None = None) -> NDArray[np.i
     if rgb[..., 2].any() and not _all_equal(rgb):
         raise InputError(
             f"{path} is no instance map as ADE20K has them (id in green, class in red): its blue channel is not empty",
-            "save the instance ids as a 16-bit grey PNG",
+            "save the instance ids as a 16-bit gray PNG",
         )
     return rgb[..., 1].astype(np.int32)
 
@@ -151,7 +151,7 @@ def read_mask(path: FilePath, content: bytes | None = None) -> Mask:
 
     Two-valued masks: 0 is kept, the other value, whatever it is, edited. Clearly binary ones (every value within 32 of
     0 or 255, some near 255: what JPEG makes of a mask) are cut at 128. RGB counts where its channels agree, a palette
-    by its colours, so that what looks black is kept; where they decide nothing, index 0 is kept. An alpha channel must
+    by its colors, so that what looks black is kept; where they decide nothing, index 0 is kept. An alpha channel must
     be opaque: tools disagree on whether transparent means edit or keep. InputError for everything else.
     An empty or full mask is returned as such; `check_mask` refuses it.
     """
@@ -161,23 +161,23 @@ def read_mask(path: FilePath, content: bytes | None = None) -> Mask:
         if _indices_decide(image):
             return np.asarray(np.asarray(image) != 0)
     elif image.mode == "I;16":
-        return _two_valued(np.asarray(image), path)
+        return _binary_mask(np.asarray(image), path)
     elif file.wide or image.mode not in ("1", "L", "LA", "RGB", "RGBA"):
         raise InputError(
             f"{path} is no mask: it is a {image.mode} picture with {16 if file.wide else 8} bits", _MASK_HINT
         )
     if image.mode in ("1", "L") and "transparency" not in image.info:
-        return _two_valued(np.asarray(image.convert("L")), path)
+        return _binary_mask(np.asarray(image.convert("L")), path)
     rgb, alpha = _rgb_and_alpha(image)
     if alpha is not None and (alpha != 255).any():
         raise InputError(
             f"{path} is partly transparent, and tools disagree on whether that means edit or keep", _MASK_HINT
         )
     if _all_equal(rgb):
-        return _two_valued(np.ascontiguousarray(rgb[..., 0]), path)
+        return _binary_mask(np.ascontiguousarray(rgb[..., 0]), path)
     edit = rgb >= 128
-    if not _nearly_binary(rgb) or not _all_equal(edit):
-        raise InputError(f"{path} is a coloured picture, not a mask", _MASK_HINT)
+    if not _is_nearly_binary(rgb) or not _all_equal(edit):
+        raise InputError(f"{path} is a colored picture, not a mask", _MASK_HINT)
     return np.ascontiguousarray(edit[..., 0])
 
 
@@ -192,7 +192,7 @@ def check_mask(mask: NDArray[Any], source: str) -> None:
         )
 
 
-_MASK_HINT = "a mask is black (keep) and white (edit) without shades: save it as an 8-bit grey PNG without transparency"
+_MASK_HINT = "a mask is black (keep) and white (edit) without shades: save it as an 8-bit gray PNG without transparency"
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,7 +201,7 @@ class _Decoded:
 
     image: Image.Image
     format: str  # a key of _READERS
-    layout: str  # Pillow's raw mode: "L;4" is a 4-bit grey PNG, which arrives as mode "L", scaled
+    layout: str  # Pillow's raw mode: "L;4" is a 4-bit gray PNG, which arrives as mode "L", scaled
     exif: bytes | None
     notes: tuple[str, ...]
 
@@ -217,17 +217,17 @@ def _decode(path: FilePath, content: bytes | None) -> _Decoded:
     content: the file's bytes where they are in memory already; `path` is then only what messages call it.
     """
     path = Path(path)
-    with _naming(path, "read"), path.open("rb") if content is None else io.BytesIO(content) as stream:
+    with _io_errors(path, "read"), path.open("rb") if content is None else io.BytesIO(content) as stream:
         start = stream.read(16)
         stream.seek(0)
         format = _format_of(start, path)
         # The reader's class instead of Image.open: no other plugin can be reached, and Pillow's limit for
         # decompression bombs, a global lower than ours, is left alone.
-        with _damage_in_words(path):
+        with _decode_errors(path):
             image = _READERS[format](stream)
         _check_extent(image, path)
         layout = _layout(image)
-        with _damage_in_words(path):
+        with _decode_errors(path):
             image.load()
     orientation, exif, notes = _metadata(image, path)
     turn = _TURNS.get(orientation)
@@ -263,9 +263,9 @@ def _format_of(start: bytes, path: Path) -> str:
 
 def _check_extent(image: ImageFile, path: Path) -> None:
     width, height = image.size
-    if width * height > MOST_MEGAPIXELS * 1_000_000:
+    if width * height > MAX_MEGAPIXELS * 1_000_000:
         raise InputError(
-            f"{path} is {width}×{height}, {width * height / 1e6:.0f} megapixels; at most {MOST_MEGAPIXELS} are read",
+            f"{path} is {width}×{height}, {width * height / 1e6:.0f} megapixels; at most {MAX_MEGAPIXELS} are read",
             "crop or shrink it first",
         )
     if getattr(image, "is_animated", False):
@@ -281,7 +281,7 @@ def _layout(image: ImageFile) -> str:
 
 
 @contextmanager
-def _naming(path: Path, verb: str) -> Iterator[None]:
+def _io_errors(path: Path, verb: str) -> Iterator[None]:
     """Turns what the operating system refuses into an InputError about the file."""
     try:
         yield
@@ -296,7 +296,7 @@ def _naming(path: Path, verb: str) -> Iterator[None]:
 
 
 @contextmanager
-def _damage_in_words(path: Path) -> Iterator[None]:
+def _decode_errors(path: Path) -> Iterator[None]:
     """Turns a decoder's error into an InputError about the file."""
     try:
         yield
@@ -388,14 +388,14 @@ def _rgb_and_alpha(image: Image.Image) -> tuple[Pixels, Pixels | None]:
 
 
 def _stored_values(file: _Decoded, path: FilePath) -> NDArray[np.uint8 | np.uint16]:
-    """The numbers that a single-channel PNG stores: palette indices, or grey values as they are in the file."""
-    # Pillow stretches grey values of 2 and 4 bits to 0..255; here they are ids.
+    """The numbers that a single-channel PNG stores: palette indices, or gray values as they are in the file."""
+    # Pillow stretches gray values of 2 and 4 bits to 0..255; here they are ids.
     stretch = {"1": 1, "L;2": 85, "L;4": 17, "L": 1, "I;16B": 1, "P;1": 1, "P;2": 1, "P;4": 1, "P": 1}
     if file.layout not in stretch:
         channels = "with transparency " if file.image.mode in ("LA", "RGBA") else ""
         raise InputError(
-            f"{path} is a {16 if file.wide else 8}-bit colour or grey picture {channels}and no map of ids",
-            "save the ids as a grey or palette PNG of one channel",
+            f"{path} is a {16 if file.wide else 8}-bit color or gray picture {channels}and no map of ids",
+            "save the ids as a gray or palette PNG of one channel",
         )
     values = np.asarray(file.image)
     if values.dtype == np.bool_:
@@ -404,31 +404,31 @@ def _stored_values(file: _Decoded, path: FilePath) -> NDArray[np.uint8 | np.uint
 
 
 def _indices_decide(image: Image.Image) -> bool:
-    """Whether a palette mask is two-valued by its indices: 0 and another one, and the colours do not contradict.
+    """Whether a palette mask is two-valued by its indices: 0 and another one, and the colors do not contradict.
 
-    They do where the other index is black and 0 is not (optimisers write white first), or where one is transparent.
+    They do where the other index is black and 0 is not (optimizers write white first), or where one is transparent.
     """
     used = np.flatnonzero(np.asarray(image.histogram()))
     if len(used) != 2 or used[0] != 0 or "transparency" in image.info:
         return False
     palette = np.zeros((256, 3), np.uint8)
-    colours = np.array(image.getpalette("RGB"), np.uint8).reshape(-1, 3)
-    palette[: len(colours)] = colours
+    colors = np.array(image.getpalette("RGB"), np.uint8).reshape(-1, 3)
+    palette[: len(colors)] = colors
     return not palette[0].any() or bool(palette[used[1]].any())
 
 
-def _two_valued(values: NDArray[np.uint8 | np.uint16], path: FilePath) -> Mask:
+def _binary_mask(values: NDArray[np.uint8 | np.uint16], path: FilePath) -> Mask:
     """One channel of a mask file as bool, True = edit; InputError where it is neither two-valued nor clearly binary."""
     # Pillow counts 8-bit values in place; numpy would need 8 bytes for each.
     distinct = np.flatnonzero(Image.fromarray(values).histogram()) if values.dtype == np.uint8 else np.unique(values)
     if len(distinct) == 1 or (len(distinct) == 2 and distinct[0] == 0):
         return np.asarray(values != 0)
-    if values.dtype == np.uint8 and _nearly_binary(distinct) and distinct[-1] >= 128:
+    if values.dtype == np.uint8 and _is_nearly_binary(distinct) and distinct[-1] >= 128:
         return np.asarray(values >= 128)
     raise InputError(f"{path} is no mask: it holds {_listed(distinct)} instead of 0 and one other value", _MASK_HINT)
 
 
-def _nearly_binary(values: NDArray[Any]) -> bool:
+def _is_nearly_binary(values: NDArray[Any]) -> bool:
     return not ((values > BINARY_SLACK) & (values < 255 - BINARY_SLACK)).any()
 
 
@@ -483,7 +483,7 @@ def write_picture(path: FilePath, pixels: Pixels, overwrite: bool = False) -> No
 
 
 def write_instances(path: FilePath, instances: NDArray[np.integer[Any]], overwrite: bool = False) -> None:
-    """Write instance ids, integers (H, W) of 0..65535, as the 16-bit grey PNG that `read_instances` reads.
+    """Write instance ids, integers (H, W) of 0..65535, as the 16-bit gray PNG that `read_instances` reads.
 
     The file appears whole or not at all. InputError as for `write_photo`, and for ids that 16 bits do not hold.
     """
@@ -535,15 +535,15 @@ def _write(
     temporary = path.with_name(f".{os.urandom(8).hex()}.tmp")
     try:
         # Not tempfile: its files are for the owner alone, while this one is to get the mode that any new file gets.
-        with _naming(path, "write"), temporary.open("xb") as stream:
+        with _io_errors(path, "write"), temporary.open("xb") as stream:
             Image.fromarray(np.ascontiguousarray(pixels)).save(stream, format, **options)
-        with _naming(path, "write"):
-            _publish(temporary, path, overwrite)
+        with _io_errors(path, "write"):
+            _atomic_write(temporary, path, overwrite)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _publish(temporary: Path, path: Path, overwrite: bool) -> None:
+def _atomic_write(temporary: Path, path: Path, overwrite: bool) -> None:
     """Give the finished file its name; without `overwrite` never in the place of another, however late it came."""
     if overwrite:
         os.replace(temporary, path)
@@ -567,7 +567,7 @@ def resize_photo(pixels: Pixels, height: int, width: int) -> Pixels:
     """uint8 (H, W, 3) to uint8 (height, width, 3): area average where an axis shrinks, bicubic where it grows.
 
     The average is exact and weights pixels by the share that is covered, so a coarse pixel depends on the pixels under
-    it and on no others (`resize_mask_covering` says which depend on a mask).
+    it and on no others (`resize_mask_conservative` says which depend on a mask).
     """
     coarse = _area_average(pixels, min(height, pixels.shape[0]), min(width, pixels.shape[1]))
     if coarse.shape[:2] == (height, width):
@@ -615,18 +615,18 @@ def canvas_taps(have: int, reach: float, length: int) -> tuple[NDArray[np.int32]
 
 
 def resize_labels(ids: NDArray[Integer], height: int, width: int) -> NDArray[Integer]:
-    """(H, W) to (height, width) of any dtype: every pixel takes the id under its centre, so no new ids appear."""
+    """(H, W) to (height, width) of any dtype: every pixel takes the id under its center, so no new ids appear."""
     rows = (2 * np.arange(height) + 1) * ids.shape[0] // (2 * height)
     columns = (2 * np.arange(width) + 1) * ids.shape[1] // (2 * width)
     return np.asarray(ids[rows[:, None], columns])
 
 
-def resize_mask_covering(mask: Mask, height: int, width: int) -> Mask:
+def resize_mask_conservative(mask: Mask, height: int, width: int) -> Mask:
     """bool (H, W) to bool (height, width): True wherever a masked pixel can touch that pixel of `resize_photo`.
 
     Outside it, the resized photo is the same bit for bit, whatever the photo holds under the mask.
     """
-    return _any_under(_any_under(mask, height).T, width).T
+    return _max_pool(_max_pool(mask, height).T, width).T
 
 
 def _area_average(pixels: Pixels, height: int, width: int) -> Pixels:
@@ -660,13 +660,13 @@ def _covered(length: int, size: int) -> tuple[NDArray[np.int64], ...]:
     return first, last, start - first * size, (last + 1) * size - stop
 
 
-def _any_under(mask: Mask, size: int) -> Mask:
+def _max_pool(mask: Mask, size: int) -> Mask:
     """bool (length, n) to bool (size, n): whether any masked pixel along axis 0 contributes to each cell."""
     length = len(mask)
     if size <= length:
         first, last, _, _ = _covered(length, size)
-    else:  # bicubic reaches two pixels to either side of a cell's centre
-        centre = (2 * np.arange(size) + 1) * length  # in units of 1 / (2 * size) pixel
-        first = np.maximum((centre - 3 * size) // (2 * size), 0)
-        last = np.minimum((centre + 5 * size) // (2 * size), length) - 1
+    else:  # bicubic reaches two pixels to either side of a cell's center
+        center = (2 * np.arange(size) + 1) * length  # in units of 1 / (2 * size) pixel
+        first = np.maximum((center - 3 * size) // (2 * size), 0)
+        last = np.minimum((center + 5 * size) // (2 * size), length) - 1
     return np.stack([mask[top : bottom + 1].any(axis=0) for top, bottom in zip(first, last, strict=True)])

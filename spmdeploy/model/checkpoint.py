@@ -1,7 +1,7 @@
 """Weights from disk: our own files, and checkpoints in the format the authors released.
 
 Our own format is `NAME.safetensors` with the `GeneratorConfig` in `NAME.json` beside it, and there, if it is known, how
-the weights were trained. It holds the plain weights of `Generator`: spectral normalisation folded, RGB order.
+the weights were trained. It holds the plain weights of `Generator`: spectral normalization folded, RGB order.
 Checkpoints of the authors' format are pickles and are read with
 torch's restricted unpickler only; whatever that refuses is refused here.
 """
@@ -28,7 +28,7 @@ from spmdeploy.model.stage import STAGE_PLANS
 
 CONFIG_SCHEMA = "spmdeploy.generator/1"
 
-# Names of a layer's parts in the authors' checkpoints and here. conv2d of a decoder layer is spectrally normalised.
+# Names of a layer's parts in the authors' checkpoints and here. conv2d of a decoder layer is spectrally normalized.
 REFERENCE_NAMES = {
     "conv2d": "features",
     "mlp_shared.0": "context_shared",
@@ -48,7 +48,7 @@ class Checkpoint:
 
     generator: Generator
     format: Literal["spmdeploy", "reference"]
-    colour_order: Literal["RGB", "BGR"]
+    color_order: Literal["RGB", "BGR"]
     """The order that the stored weights were trained in; the loaded generator is RGB in any case."""
     training: dict[str, object] | None = None
     """How the weights came about, as whoever saved them recorded it."""
@@ -100,7 +100,7 @@ def _load_reference(path: Path) -> Checkpoint:
     stored = _reference_tensors(_unpickle_safely(path), path)
     config = _read_off_config(stored, path)
     state = _renamed(stored, path)
-    # BGR weights become RGB ones by turning round the three channels that are colours, on the way in and out.
+    # BGR weights become RGB ones by turning round the three channels that are colors, on the way in and out.
     for name, tensor in state.items():
         if re.fullmatch(r"stages\.\d\.encoder\.0\.(features|context_shared)\.weight", name):
             state[name] = tensor.flip(1)
@@ -157,7 +157,7 @@ def _read_off_config(stored: Mapping[str, Tensor], path: Path) -> GeneratorConfi
 
 
 def _renamed(stored: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """The stored tensors under our names, spectral normalisation folded. Raises InputError for wrong keys."""
+    """The stored tensors under our names, spectral normalization folded. Raises InputError for wrong keys."""
     left = dict(stored)
 
     def take(key: str) -> Tensor:
@@ -165,7 +165,7 @@ def _renamed(stored: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
             raise InputError(f"{path}: key {key} is missing")
         return left.pop(key)
 
-    def take_normalised(key: str) -> Tensor:
+    def take_normalized(key: str) -> Tensor:
         weight, u, v = (take(f"{key}.weight_{part}").float() for part in ("orig", "u", "v"))
         matrix = weight.flatten(1)
         if weight.ndim != 4 or u.shape != matrix.shape[:1] or v.shape != matrix.shape[1:]:
@@ -183,8 +183,8 @@ def _renamed(stored: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
         for theirs, ours in places:
             for part, name in REFERENCE_NAMES.items():
                 key, target = f"G{stage + 1}.{theirs}.{part}", f"stages.{stage}.{ours}.{name}"
-                normalised = part == "conv2d" and theirs.startswith("dec")
-                state[f"{target}.weight"] = take_normalised(key) if normalised else take(f"{key}.weight")
+                normalized = part == "conv2d" and theirs.startswith("dec")
+                state[f"{target}.weight"] = take_normalized(key) if normalized else take(f"{key}.weight")
                 state[f"{target}.bias"] = take(f"{key}.bias")
         state[f"stages.{stage}.to_rgb.weight"] = take(f"G{stage + 1}.dec1.conv.weight")
     if left:

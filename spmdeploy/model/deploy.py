@@ -12,15 +12,13 @@ from torch.nn import functional as F
 
 from spmdeploy.model.generator import Generator
 from spmdeploy.model.layout import LayoutPyramid
-
-NATIVE_SIZE = 256
-"""Height and width of the exported graphs: the size that the paper trains and edits at."""
+from spmdeploy.types import NATIVE_SIZE
 
 COARSE_SIZE = NATIVE_SIZE // 2
 """Height and width of the coarser picture that the `refine` graph carries up."""
 
-LIGHT_BLOCK = 8
-"""Side of the blocks whose mean colours a refined picture takes over. As measured in docs/tiling.md, 4 costs sharpness,
+COLOR_BLOCK = 8
+"""Side of the blocks whose mean colors a refined picture takes over. As measured in docs/tiling.md, 4 costs sharpness,
 and larger ones leave more of the bands of light between tiles."""
 
 EDIT_INPUTS = ("image", "labels", "instances", "mask")
@@ -44,7 +42,7 @@ class EditGraph(nn.Module):
         self.generator = generator
 
     def forward(self, image: Tensor, labels: Tensor, instances: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        given = _Given(image, labels, instances, mask, self.generator.config.classes)
+        given = _GraphInputs(image, labels, instances, mask, self.generator.config.classes)
         return given.edited_to(self.generator(given.picture, given.layout).raw[-1])
 
 
@@ -54,7 +52,8 @@ class RefineGraph(nn.Module):
     Inputs of `EditGraph`, and coarse: float32 (B, H/2, W/2, 3) RGB in 0..255, the result at half size. Of `image` only
     what lies outside the mask is read, of `coarse` what lies under it and one pixel around. Returns edited, as
     `EditGraph` does and equal to its own if fed with the raw picture of the stage before the last; and unrounded, for
-    the next doubling: float32 (B, H, W, 3) RGB in 0..255, the same in the light of `coarse` (`_in_light_of`).
+    the next doubling: float32 (B, H, W, 3) RGB in 0..255, with the low-frequency
+    colors of `coarse` (`_transfer_low_frequencies`).
 
     coarse is float32 and not uint8, because a cascade of levels would otherwise round once a level, and where a tile is
     flat the instance norms enlarge the steps; at half size it has the bytes of `image`.
@@ -68,14 +67,14 @@ class RefineGraph(nn.Module):
     def forward(
         self, image: Tensor, labels: Tensor, instances: Tensor, mask: Tensor, coarse: Tensor
     ) -> tuple[Tensor, Tensor]:
-        given = _Given(image, labels, instances, mask, self.generator.config.classes)
+        given = _GraphInputs(image, labels, instances, mask, self.generator.config.classes)
         last = len(self.generator.stages) - 1
         start = self.generator.stage_input(last, given.picture, given.layout, _to_picture(coarse))
         edited, plain = given.edited_to(self.generator.stages[last](start, given.layout))
-        return edited, _in_light_of(coarse, plain, given.layout.mask)
+        return edited, _transfer_low_frequencies(coarse, plain, given.layout.mask)
 
 
-class _Given:
+class _GraphInputs:
     """The inputs that both graphs share, as the generator wants them, and the way back."""
 
     def __init__(self, image: Tensor, labels: Tensor, instances: Tensor, mask: Tensor, classes: int) -> None:
@@ -93,10 +92,10 @@ class _Given:
         return torch.round(unrounded).to(torch.uint8), unrounded
 
 
-def _in_light_of(coarse: Tensor, refined: Tensor, mask: Tensor) -> Tensor:
-    """`refined` with the mean colours of `coarse` under the mask, by blocks that pass over into each other.
+def _transfer_low_frequencies(coarse: Tensor, refined: Tensor, mask: Tensor) -> Tensor:
+    """`refined` with the mean colors of `coarse` under the mask, by blocks that pass over into each other.
 
-    Instance norms go by what they see: of two tiles that share a sky, the one with less street in it greys that sky.
+    Instance norms go by what they see: of two tiles that share a sky, the one with less street in it grays that sky.
     `coarse` is one picture for both.
 
     coarse: float (B, H/2, W/2, 3), refined: float (B, H, W, 3), both in 0..255. mask: float (B, 1, H, W).
@@ -109,7 +108,7 @@ def _in_light_of(coarse: Tensor, refined: Tensor, mask: Tensor) -> Tensor:
 
 def _spread_by_blocks(x: Tensor) -> Tensor:
     """float (B, C, H, W): the means of blocks, interpolated."""
-    return F.interpolate(F.avg_pool2d(x, LIGHT_BLOCK), scale_factor=LIGHT_BLOCK, mode="bilinear", align_corners=False)
+    return F.interpolate(F.avg_pool2d(x, COLOR_BLOCK), scale_factor=COLOR_BLOCK, mode="bilinear", align_corners=False)
 
 
 def _to_picture(levels: Tensor) -> Tensor:

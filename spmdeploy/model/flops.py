@@ -12,8 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from spmdeploy.model.deploy import NATIVE_SIZE, EditGraph
+from spmdeploy.model.deploy import EditGraph
 from spmdeploy.model.generator import Generator, GeneratorConfig
+from spmdeploy.types import NATIVE_SIZE
 
 
 @dataclass(frozen=True)

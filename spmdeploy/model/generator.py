@@ -28,7 +28,7 @@ class GeneratorConfig:
     hidden: int = 64
     """Channels inside the modulation."""
     modulation: Modulation = "spm"
-    """What modulates the normalised features."""
+    """What modulates the normalized features."""
     stages: StageCount = 3
     """How many sizes the picture is generated at, one after the other."""
 
@@ -72,7 +72,7 @@ class StagePictures(NamedTuple):
 class Generator(nn.Module):
     """The SPM progressive generator.
 
-    Its convolutions are plain: the spectral normalisation that training puts on the decoders is folded into the weights
+    Its convolutions are plain: the spectral normalization that training puts on the decoders is folded into the weights
     when they are saved or loaded (see `weights.py`), which gives the same numbers.
     """
 

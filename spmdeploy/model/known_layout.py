@@ -14,7 +14,7 @@ from spmdeploy.model.modulation import StylePreservedModulation
 _HEADS = ("layout_gamma_scale", "layout_gamma_shift", "layout_beta_scale", "layout_beta_shift")
 
 
-def with_known_layout(graph: EditGraph, labels: Tensor, instances: Tensor, mask: Tensor) -> EditGraph:
+def cache_layout(graph: EditGraph, labels: Tensor, instances: Tensor, mask: Tensor) -> EditGraph:
     """A copy of the graph, sharing its weights, that answers for this layout and computes no layout branch.
 
     labels, instances, mask: as the graph takes them; the copy must be given the same ones. Its pictures are those of

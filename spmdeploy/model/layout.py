@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def instance_edges(instances: Tensor) -> Tensor:
-    """Pixels whose instance differs from their left, right, upper or lower neighbour.
+    """Pixels whose instance differs from their left, right, upper or lower neighbor.
 
     instances: integer (N, H, W). Returns bool (N, H, W). Both pixels of a differing pair are marked; the picture's own
     border is not an edge.

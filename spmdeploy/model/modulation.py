@@ -14,7 +14,7 @@ NORM_EPS = 1e-5
 def instance_norm(x: Tensor) -> Tensor:
     """Zero mean and unit variance per instance and channel, without affine parameters, computed in float32.
 
-    In half precision the sums of a 256×256 channel overflow long before the normalised values do; the statistics
+    In half precision the sums of a 256×256 channel overflow long before the normalized values do; the statistics
     therefore always run in float32, in training, in export and in every engine.
     """
     if x.shape[-2] * x.shape[-1] == 1:  # the variance of one pixel is zero
@@ -26,9 +26,9 @@ def instance_norm(x: Tensor) -> Tensor:
 
 
 class StylePreservedModulation(nn.Module):
-    """One layer: convolve, normalise, modulate by the context's style corrected for the layout.
+    """One layer: convolve, normalize, modulate by the context's style corrected for the layout.
 
-    The first modulation (`context_*`) reads the un-normalised features, where the style of the known pixels lives; the
+    The first modulation (`context_*`) reads the un-normalized features, where the style of the known pixels lives; the
     second (`layout_*`) reads labels, edges and mask and corrects both of its parameters. With `spade` there is nothing
     to correct: the shifts alone are gamma and beta.
 
@@ -47,7 +47,7 @@ class StylePreservedModulation(nn.Module):
     ) -> None:
         super().__init__()
         self.by_context = modulation == "spm"
-        # The order is that of the optimiser's state in a run's checkpoint: it must not change.
+        # The order is that of the optimizer's state in a run's checkpoint: it must not change.
         self.features = _conv3x3(in_channels, channels, stride)
         if self.by_context:
             self.context_shared = _conv3x3(in_channels, hidden, stride)
@@ -63,7 +63,7 @@ class StylePreservedModulation(nn.Module):
 
     def forward(self, x: Tensor, layout: Tensor) -> Tensor:
         """x: (N, in_channels, stride*h, stride*w); layout: (N, layout_channels, h, w). Returns (N, channels, h, w)."""
-        normalised = instance_norm(self.features(x))
+        normalized = instance_norm(self.features(x))
         style = F.relu(self.context_shared(x)) if self.by_context else None
         layout = F.relu(self.layout_shared(layout))
         if style is None:
@@ -71,7 +71,7 @@ class StylePreservedModulation(nn.Module):
         else:
             gamma = self.context_gamma(style) * (1 + self.layout_gamma_scale(layout)) + self.layout_gamma_shift(layout)
             beta = self.context_beta(style) * (1 + self.layout_beta_scale(layout)) + self.layout_beta_shift(layout)
-        return F.leaky_relu(normalised * (1 + gamma) + beta, 0.2)
+        return F.leaky_relu(normalized * (1 + gamma) + beta, 0.2)
 
 
 def _conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 
 @lru_cache(maxsize=64)
-def ramps(starts: tuple[int, ...], size: int) -> NDArray[np.float32]:
+def blend_windows(starts: tuple[int, ...], size: int) -> NDArray[np.float32]:
     """float32 (tiles, size): the weights along one axis of tiles that begin at `starts`, ascending.
 
     A tile counts fully where it is alone and passes over to the next in half a sine over all that the two share. At

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from spmdeploy.tiling.pieces import Mask
+from spmdeploy.types import Mask
 
 
-def finest_detail(picture: NDArray[np.uint8], known: Mask) -> tuple[float, int]:
-    """Sum and number of the finest detail at the known pixels, in grey levels.
+def high_frequency_energy(picture: NDArray[np.uint8], known: Mask) -> tuple[float, int]:
+    """Sum and number of the finest detail at the known pixels, in gray levels.
 
     picture: (H, W, 3). known: bool (H, W). Detail is the absolute fourth difference, by rows and by columns, over 16:
     all of a checkerboard's amplitude, a quarter of it at twice the wavelength, and nothing of gradients. Only

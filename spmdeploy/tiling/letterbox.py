@@ -8,14 +8,15 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from spmdeploy.tiling.pieces import Indices, Mask
-from spmdeploy.tiling.windows import NATIVE_SIZE, Window
+from spmdeploy.tiling.pieces import Indices
+from spmdeploy.tiling.windows import Window
+from spmdeploy.types import NATIVE_SIZE, Mask
 
 T = TypeVar("T", bound=np.generic)
 
 
 @dataclass(frozen=True, slots=True)
-class Frame:
+class Letterbox:
     """How a window lies in the model's square input: at the upper left, `height` by `width`, the rest is padding."""
 
     window: Window
@@ -33,12 +34,12 @@ class Frame:
         return (self.height, self.width) != (self.window.height, self.window.width)
 
 
-def frame_of(window: Window, size: int = NATIVE_SIZE) -> Frame:
+def fit_letterbox(window: Window, size: int = NATIVE_SIZE) -> Letterbox:
     """The frame of a window: shrunk until its longer side is `size`, never enlarged."""
     longer = max(window.height, window.width)
     if longer <= size:
-        return Frame(window, window.height, window.width, size)
-    return Frame(window, _shrunk(window.height, size, longer), _shrunk(window.width, size, longer), size)
+        return Letterbox(window, window.height, window.width, size)
+    return Letterbox(window, _shrunk(window.height, size, longer), _shrunk(window.width, size, longer), size)
 
 
 def _shrunk(side: int, size: int, longer: int) -> int:
@@ -57,15 +58,15 @@ def pad_by_reflection(array: NDArray[T], height: int, width: int) -> NDArray[T]:
     return np.pad(array, margins, mode="reflect")
 
 
-def layout_positions(mask: Mask, frame_mask: Mask) -> tuple[Indices, Indices]:
+def label_sampling_grid(mask: Mask, frame_mask: Mask) -> tuple[Indices, Indices]:
     """Which pixel of the window each frame pixel takes its label from: rows and columns, both (h, w) of the frame.
 
     mask: bool (H, W) of the window; frame_mask: bool (h, w), True where the frame pixel touches a masked one. It is the
     pixel in the middle, except that a frame pixel to be edited takes the *masked* pixel nearest to its middle: labels
     count only there, and a thin mask would else be told what lies beside it.
     """
-    rows, first_row, last_row = _cells(mask.shape[0], frame_mask.shape[0])
-    columns, first_column, last_column = _cells(mask.shape[1], frame_mask.shape[1])
+    rows, first_row, last_row = _block_sum(mask.shape[0], frame_mask.shape[0])
+    columns, first_column, last_column = _block_sum(mask.shape[1], frame_mask.shape[1])
     row, column = (positions.copy() for positions in np.broadcast_arrays(rows[:, None], columns[None]))
     y, x = np.nonzero(frame_mask & ~mask[row, column])
     for down, right in _nearest_first(int((last_row - first_row).max()), int((last_column - first_column).max())):
@@ -79,7 +80,7 @@ def layout_positions(mask: Mask, frame_mask: Mask) -> tuple[Indices, Indices]:
     return row, column
 
 
-def _cells(length: int, parts: int) -> tuple[Indices, Indices, Indices]:
+def _block_sum(length: int, parts: int) -> tuple[Indices, Indices, Indices]:
     """Per part of a line of pixels: the pixel in its middle, the first and the last that it touches."""
     part = np.arange(parts)
     return (2 * part + 1) * length // (2 * parts), part * length // parts, ((part + 1) * length - 1) // parts

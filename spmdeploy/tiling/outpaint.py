@@ -9,15 +9,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from spmdeploy.tiling.pieces import Mask
-from spmdeploy.tiling.windows import NATIVE_SIZE, Site, Window
+from spmdeploy.tiling.windows import EditWindow, Window
+from spmdeploy.types import NATIVE_SIZE, Mask
 
 # The last pixels before a window's far border, this part of its side, are made once more by the next step: zero padding
 # darkens what the network paints at its borders, and each step would go on from that.
 _AHEAD = 16
 
 
-class Sides(NamedTuple):
+class Padding(NamedTuple):
     """Pixels to grow by, on each side."""
 
     left: int
@@ -27,7 +27,7 @@ class Sides(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class OutpaintStep:
     """One window of the grown picture, and the part of it that is made in this step; the rest is there already.
 
     Where the picture grows on, what lies at the window's far border is made once more by the next step.
@@ -37,29 +37,29 @@ class Step:
     fresh: Window
 
     @property
-    def site(self) -> Site:
+    def site(self) -> EditWindow:
         bottom, right = self.fresh.top + self.fresh.height, self.fresh.left + self.fresh.width
-        return Site(self.window, np.array([[self.fresh.top, self.fresh.left, bottom, right]]))
+        return EditWindow(self.window, np.array([[self.fresh.top, self.fresh.left, bottom, right]]))
 
 
-def grown_size(shape: tuple[int, ...], sides: Sides) -> tuple[int, int]:
+def grown_size(shape: tuple[int, ...], sides: Padding) -> tuple[int, int]:
     """Height and width of a photo of that shape, (height, width, ...), grown."""
     return sides.top + shape[0] + sides.bottom, sides.left + shape[1] + sides.right
 
 
-def new_pixels(shape: tuple[int, ...], sides: Sides) -> Mask:
+def new_pixels(shape: tuple[int, ...], sides: Padding) -> Mask:
     """bool (H, W) of the grown picture: everything but the photo of that shape."""
     mask = np.ones(grown_size(shape, sides), np.bool_)
     mask[photo_place(shape, sides).slices] = False
     return mask
 
 
-def photo_place(shape: tuple[int, ...], sides: Sides) -> Window:
+def photo_place(shape: tuple[int, ...], sides: Padding) -> Window:
     """Where the photo of that shape lies in the grown picture."""
     return Window(sides.top, sides.left, shape[0], shape[1])
 
 
-def plan_extension(height: int, width: int, sides: Sides, native: int = NATIVE_SIZE) -> Iterator[Step]:
+def plan_extension(height: int, width: int, sides: Padding, native: int = NATIVE_SIZE) -> Iterator[OutpaintStep]:
     """The steps that grow a photo, each beside what is there by then: left and right of it, then above and below.
 
     A window spans the side that grows, but at most twice the photo's depth there and at least `native`; no more than
@@ -76,27 +76,27 @@ def plan_extension(height: int, width: int, sides: Sides, native: int = NATIVE_S
         yield _placed(step, height, sides.top, 0, mirrored=False, upright=True)
 
 
-def _steps(depth: int, band: int, length: int, native: int) -> Iterator[Step]:
+def _steps(depth: int, band: int, length: int, native: int) -> Iterator[OutpaintStep]:
     """Those that grow a picture of `band` rows and `depth` columns by `length` columns on its right."""
     side = max(native, min(band, 2 * depth))
     ahead = side // _AHEAD
-    for near, far in pairwise(_spread(depth, depth + length, side // 2)):
+    for near, far in pairwise(_pull_push(depth, depth + length, side // 2)):
         right, made = min(far + ahead, depth + length), 0
         start = max(right - side, 0)
-        for end in _spread(min(side, band), band, side // 2):
+        for end in _pull_push(min(side, band), band, side // 2):
             top = max(end - side, 0)
             window = Window(top, start, end - top, right - start)
-            yield Step(window, Window(made, near, end - made, right - near))
+            yield OutpaintStep(window, Window(made, near, end - made, right - near))
             made = end
 
 
-def _spread(first: int, last: int, most: int) -> list[int]:
+def _pull_push(first: int, last: int, most: int) -> list[int]:
     """first ... last in equal steps of at most `most`; one number where they are equal."""
     count = -(-(last - first) // most)
     return [first + (last - first) * step // max(count, 1) for step in range(count + 1)]
 
 
-def _placed(step: Step, depth: int, top: int, left: int, *, mirrored: bool, upright: bool) -> Step:
+def _placed(step: OutpaintStep, depth: int, top: int, left: int, *, mirrored: bool, upright: bool) -> OutpaintStep:
     """The step in the grown picture, where the photo (or the band above and below it) begins at top, left."""
 
     def place(window: Window) -> Window:
@@ -105,4 +105,4 @@ def _placed(step: Step, depth: int, top: int, left: int, *, mirrored: bool, upri
             return Window(top + along, left + window.top, window.width, window.height)
         return Window(top + window.top, left + along, window.height, window.width)
 
-    return Step(place(step.window), place(step.fresh))
+    return OutpaintStep(place(step.window), place(step.fresh))

@@ -5,20 +5,16 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-# bool (H, W), True = edit, False = known.
-Mask = NDArray[np.bool_]
-# uint8 (H, W, 3).
-Picture = NDArray[np.uint8]
+from spmdeploy.types import Boxes, Mask
+
 Indices = NDArray[np.intp]
-# One box a row: top, left, bottom, right in pixels; bottom and right are the first row and column outside.
-Boxes = NDArray[np.int64]
 
 # Pieces are told apart on a grid of blocks of this size. Pixels in touching blocks are less than two blocks apart, so
 # with a margin of at least one block on either side their windows overlap and would be merged anyway: nothing is lost.
 BLOCK = 32
 
 
-def mask_pieces(mask: Mask) -> Boxes:
+def mask_components(mask: Mask) -> Boxes:
     """The exact bounding boxes of the mask's pieces: int64 (pieces, 4), empty for an empty mask.
 
     Pieces are 8-connected groups of blocks on a grid that starts at the mask's own bounding box, so that moving the
@@ -30,7 +26,7 @@ def mask_pieces(mask: Mask) -> Boxes:
     top, left, bottom, right = bounds
     boxes, block_rows, block_columns = _block_boxes(mask[top:bottom, left:right])
     groups = connected_groups(len(boxes), *_touching_blocks(block_rows, block_columns))
-    whole = united(boxes, groups)
+    whole = merge_boxes(boxes, groups)
     whole += np.array([top, left, top, left])
     return whole
 
@@ -72,18 +68,18 @@ def _touching_blocks(rows: Indices, columns: Indices) -> tuple[Indices, Indices]
     number[rows, columns + 1] = np.arange(len(rows))
     first, second = [], []
     for down, right in ((0, 1), (1, -1), (1, 0), (1, 1)):
-        neighbour = number[rows + down, columns + 1 + right]
-        touching = np.flatnonzero(neighbour >= 0)
+        neighbor = number[rows + down, columns + 1 + right]
+        touching = np.flatnonzero(neighbor >= 0)
         first.append(touching)
-        second.append(neighbour[touching])
+        second.append(neighbor[touching])
     return np.concatenate(first), np.concatenate(second)
 
 
 def connected_groups(count: int, first: Indices, second: Indices) -> Indices:
     """Group numbers 0, 1, ... of `count` things, of which first[i] and second[i] belong together.
 
-    Every group hooks onto its lowest neighbouring group, all at once, until nothing moves: the number of groups that
-    have a neighbour at least halves each round. Numbered in the order of their lowest members.
+    Every group hooks onto its lowest neighboring group, all at once, until nothing moves: the number of groups that
+    have a neighbor at least halves each round. Numbered in the order of their lowest members.
     """
     root = np.arange(count)
     while True:
@@ -97,7 +93,7 @@ def connected_groups(count: int, first: Indices, second: Indices) -> Indices:
     return np.unique(root, return_inverse=True)[1]
 
 
-def united(boxes: Boxes, groups: Indices) -> Boxes:
+def merge_boxes(boxes: Boxes, groups: Indices) -> Boxes:
     """One box around the boxes of each group."""
     order = np.argsort(groups, kind="stable")
     starts = np.flatnonzero(np.diff(groups[order], prepend=-1))

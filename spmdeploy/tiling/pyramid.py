@@ -11,12 +11,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from spmdeploy.tiling.blending import ramps
-from spmdeploy.tiling.letterbox import Frame
-from spmdeploy.tiling.pieces import Mask, bounding_box
-from spmdeploy.tiling.windows import MIN_MARGIN, NATIVE_SIZE, Window
+from spmdeploy.tiling.blending import blend_windows
+from spmdeploy.tiling.letterbox import Letterbox
+from spmdeploy.tiling.pieces import bounding_box
+from spmdeploy.tiling.windows import MIN_MARGIN, Window
+from spmdeploy.types import NATIVE_SIZE, Mask
 
-# What neighbouring tiles share at least, as a part of a tile's side.
+# What neighboring tiles share at least, as a part of a tile's side.
 OVERLAP = 0.25
 # The coarse edit is made at the model's size, and enlarged at most so far before the first doubling.
 BASE_ENLARGED = 1.25
@@ -33,7 +34,7 @@ class Tile:
 
 
 @dataclass(frozen=True, slots=True)
-class Level:
+class PyramidLevel:
     """One size of a window. rows, columns: tops and lefts of the grid, in pixels of the level, even and ascending."""
 
     window: Window
@@ -72,7 +73,7 @@ class Level:
         region = self.region
         return Window(tile.top - region.top, tile.left - region.left, self.size, self.size).slices
 
-    def neighbours(self, tile: Tile) -> list[tuple[int, int, int, int]]:
+    def neighbors(self, tile: Tile) -> list[tuple[int, int, int, int]]:
         """The places in the grid on the left of a tile and above it: row and column, and how far below and to the right
         of each the tile begins."""
         before = ((tile.row, tile.column - 1), (tile.row - 1, tile.column))
@@ -84,16 +85,18 @@ class Level:
 
     def weights(self, tile: Tile) -> NDArray[np.float32]:
         """float32 (size, size): how much the tile counts at each place. Over all tiles of the grid they sum to one."""
-        down, right = (ramps(starts, self.size) for starts in (self.rows, self.columns))
+        down, right = (blend_windows(starts, self.size) for starts in (self.rows, self.columns))
         return np.outer(down[tile.row], right[tile.column])
 
-    def photo_block(self, tile: Tile) -> Window:
+    def source_window(self, tile: Tile) -> Window:
         """What the tile shows of the window, in photo pixels from the window's corner; it may reach beyond its end."""
         side = self.size * self.factor
         return Window(tile.top * self.factor, tile.left * self.factor, side, side)
 
 
-def plan_levels(window: Window, hole: Mask, size: int = NATIVE_SIZE, overlap: float = OVERLAP) -> tuple[Level, ...]:
+def plan_pyramid(
+    window: Window, hole: Mask, size: int = NATIVE_SIZE, overlap: float = OVERLAP
+) -> tuple[PyramidLevel, ...]:
     """The levels of a window from the coarsest to its own resolution; none where the window fits into the model.
 
     hole: bool (height, width) of the window, not empty. The grid of a level covers it and a margin around it, not the
@@ -104,7 +107,7 @@ def plan_levels(window: Window, hole: Mask, size: int = NATIVE_SIZE, overlap: fl
     return tuple(_level(window, hole, factor, size, shared) for factor in reversed(factors))
 
 
-def base_extent(frame: Frame, first: Level) -> tuple[int, int, float, float]:
+def coarse_size(frame: Letterbox, first: PyramidLevel) -> tuple[int, int, float, float]:
     """Height and width of the picture that the first level starts from, at half its size, and the rows and columns of
     the coarse edit that it shows. frame: the window in the model's input."""
     window, factor = frame.window, 2 * first.factor
@@ -122,18 +125,18 @@ def _doublings(longer: int, size: int) -> int:
     return count
 
 
-def _level(window: Window, hole: Mask, factor: int, size: int, overlap: int) -> Level:
+def _level(window: Window, hole: Mask, factor: int, size: int, overlap: int) -> PyramidLevel:
     bounds = bounding_box(hole)
     assert bounds is not None, window
     top, left, bottom, right = bounds
-    rows = spread_tiles(top // factor, -(-bottom // factor), -(-window.height // factor), size, overlap)
-    columns = spread_tiles(left // factor, -(-right // factor), -(-window.width // factor), size, overlap)
-    whole = Level(window, factor, rows, columns, (), size)
+    rows = tile_starts(top // factor, -(-bottom // factor), -(-window.height // factor), size, overlap)
+    columns = tile_starts(left // factor, -(-right // factor), -(-window.width // factor), size, overlap)
+    whole = PyramidLevel(window, factor, rows, columns, (), size)
     tiles = (Tile(i, j, y, x) for i, y in enumerate(rows) for j, x in enumerate(columns))
-    return replace(whole, tiles=tuple(tile for tile in tiles if hole[whole.photo_block(tile).slices].any()))
+    return replace(whole, tiles=tuple(tile for tile in tiles if hole[whole.source_window(tile).slices].any()))
 
 
-def spread_tiles(first: int, end: int, length: int, size: int, overlap: int) -> tuple[int, ...]:
+def tile_starts(first: int, end: int, length: int, size: int, overlap: int) -> tuple[int, ...]:
     """Where tiles begin that cover first..end of a line and a margin, as few as the overlap allows, evenly spread.
 
     All are even and inside 0..length, but that a line of odd length may be exceeded by one, and a line shorter than a

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from spmdeploy.tiling.pieces import Mask
+from spmdeploy.types import Mask
 
 # Rows handled at once, so that the differences of a large picture never exist as a whole.
 _ROWS = 256
@@ -25,7 +25,7 @@ def border_lines(starts: tuple[int, ...], size: int) -> frozenset[int]:
 
 
 def seam_score(picture: NDArray[Any], mask: Mask, rows: frozenset[int], columns: frozenset[int]) -> float | None:
-    """Mean step between neighbouring pixels across the borders of tiles, less the mean step elsewhere, in grey levels.
+    """Mean step between neighboring pixels across the borders of tiles, less the mean step elsewhere, in gray levels.
 
     picture: (H, W, 3), 0..255. mask: bool (H, W): only steps between two masked pixels count. rows, columns: borders,
     see `border_lines`. Steps down and steps to the right are compared among themselves, since photos have more of the

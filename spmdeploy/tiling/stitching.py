@@ -7,28 +7,29 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from spmdeploy.tiling.pieces import Indices, Mask, Picture
+from spmdeploy.tiling.pieces import Indices
+from spmdeploy.types import Image, Mask
 
 # Pixels handled at once where an index array would otherwise grow with the length of the mask's rim.
 _CHUNK = 1 << 19
 
 
 @dataclass(frozen=True, slots=True)
-class Ring:
-    """The masked pixels that are `depth` steps (8 neighbours) away from the nearest known one."""
+class BorderRing:
+    """The masked pixels that are `depth` steps (8 neighbors) away from the nearest known one."""
 
     depth: int
     rows: Indices
     columns: Indices
 
 
-def extend_known(picture: Picture, mask: Mask, depth: int) -> list[Ring]:
+def extrapolate_border(picture: Image, mask: Mask, depth: int) -> list[BorderRing]:
     """Continue the known pixels `depth` steps into the mask, in place; returns the rings, the outermost first.
 
-    Each ring gets the mean of its known neighbours and of those already filled in (3x3), so nothing that was hidden
+    Each ring gets the mean of its known neighbors and of those already filled in (3x3), so nothing that was hidden
     under the mask contributes. Deeper pixels stay as they are; where no pixel is known there are no rings.
     """
-    hidden, known = _framed(mask), _framed(~mask)
+    hidden, known = _pad_false(mask), _pad_false(~mask)
     rings = []
     line = hidden.shape[1]
     around = np.array([-line - 1, -line, -line + 1, -1, 1, line - 1, line, line + 1])
@@ -37,7 +38,7 @@ def extend_known(picture: Picture, mask: Mask, depth: int) -> list[Ring]:
         if len(at) == 0:
             break
         rows, columns = np.divmod(at, line)
-        rings.append(Ring(step, rows - 1, columns - 1))
+        rings.append(BorderRing(step, rows - 1, columns - 1))
         for some in _chunks(len(at)):
             picture[rows[some] - 1, columns[some] - 1] = _known_mean(picture, known, at[some], around)
         known.ravel()[at] = True
@@ -46,7 +47,7 @@ def extend_known(picture: Picture, mask: Mask, depth: int) -> list[Ring]:
     return rings
 
 
-def _framed(flags: Mask) -> Mask:
+def _pad_false(flags: Mask) -> Mask:
     """The flags with a border of False: beyond the picture lies neither a known pixel nor one to fill.
 
     In C order whatever the order of the flags (np.pad would keep theirs), since pixels are addressed by flat index.
@@ -57,7 +58,7 @@ def _framed(flags: Mask) -> Mask:
 
 
 def _grown(flags: Mask) -> Mask:
-    """The flags and their 8 neighbours."""
+    """The flags and their 8 neighbors."""
     grown = flags.copy()
     grown[1:] |= flags[:-1]
     grown[:-1] |= flags[1:]
@@ -67,14 +68,14 @@ def _grown(flags: Mask) -> Mask:
     return grown
 
 
-def _known_mean(picture: Picture, known: Mask, at: Indices, around: Indices) -> Picture:
-    """uint8 (n, 3): the rounded mean over the known among the neighbours of the places `at` of the padded picture."""
+def _known_mean(picture: Image, known: Mask, at: Indices, around: Indices) -> Image:
+    """uint8 (n, 3): the rounded mean over the known among the neighbors of the places `at` of the padded picture."""
     total = np.zeros((len(at), picture.shape[2]), np.int32)
     count = np.zeros(len(at), np.int32)
     for offset in around:
-        neighbours = at + offset
-        use = np.flatnonzero(known.ravel()[neighbours])
-        rows, columns = np.divmod(neighbours[use], known.shape[1])
+        neighbors = at + offset
+        use = np.flatnonzero(known.ravel()[neighbors])
+        rows, columns = np.divmod(neighbors[use], known.shape[1])
         total[use] += picture[rows - 1, columns - 1]
         count[use] += 1
     return ((2 * total + count[:, None]) // (2 * count[:, None])).astype(np.uint8)
@@ -90,14 +91,14 @@ def _chunks(length: int) -> Iterator[slice]:
     return (slice(start, start + _CHUNK) for start in range(0, length, _CHUNK))
 
 
-def stitch(picture: Picture, edited: Picture, mask: Mask, feather: int) -> None:
+def stitch(picture: Image, edited: Image, mask: Mask, feather: int) -> None:
     """Put the edited pixels under the mask into the picture, in place; known pixels are never written.
 
     picture, edited: uint8 (H, W, 3). In the outermost `feather` pixels under the mask the picture passes over from the
-    continued known pixels (`extend_known`) to the edited ones in equal steps; feather 0 puts the edit side by side with
-    the photo.
+    continued known pixels (`extrapolate_border`) to the edited ones in equal steps; feather 0 puts the edit side by
+    side with the photo.
     """
-    rings = extend_known(picture, mask, feather)
+    rings = extrapolate_border(picture, mask, feather)
     continued = [picture[ring.rows, ring.columns] for ring in rings]  # uint8 (n, 3) each
     np.copyto(picture, edited, where=mask[:, :, None])
     for ring, outer in zip(rings, continued, strict=True):

@@ -9,9 +9,9 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from spmdeploy.tiling.pieces import BLOCK, Boxes, Indices, Mask, connected_groups, mask_pieces, united
+from spmdeploy.tiling.pieces import BLOCK, Indices, connected_groups, mask_components, merge_boxes
+from spmdeploy.types import NATIVE_SIZE, Boxes, Mask
 
-NATIVE_SIZE = 256
 # The window's side over the longer side of what is edited in it. The network was trained on holes that fill from a few
 # per cent up to three quarters of the picture; 1.5 leaves at least 5/9 of a square window known.
 CONTEXT_FACTOR = 1.5
@@ -43,7 +43,7 @@ class Window:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Site:
+class EditWindow:
     """A window, and which of the masked pixels in it are edited there: those in `boxes`, which no other site has."""
 
     window: Window
@@ -66,7 +66,7 @@ def plan_windows(
     context: float = CONTEXT_FACTOR,
     margin: int = MIN_MARGIN,
     crop_limit: float = CROP_LIMIT,
-) -> list[Site]:
+) -> list[EditWindow]:
     """Where to edit: sites that have every masked pixel exactly once between them, from top to bottom, left to right.
 
     Around each piece of the mask lies a square of side max(native, context * the piece's longer side, that side + 2 *
@@ -77,7 +77,7 @@ def plan_windows(
     """
     assert margin >= BLOCK, (margin, BLOCK)
     around = partial(_windows_around, shape=mask.shape, native=native, context=context, margin=margin)
-    pieces = mask_pieces(mask)
+    pieces = mask_components(mask)
     group, boxes = _joined(pieces, around)
     alone = (np.bincount(group) == 1) | (_longer(around(boxes)) <= crop_limit * native)
     shared = alone[group]
@@ -91,7 +91,7 @@ def _joined(boxes: Boxes, around: Callable[[Boxes], Boxes]) -> tuple[Indices, Bo
     group = np.arange(len(boxes))
     while len((overlapping := _overlapping(around(boxes)))[0]):
         joined = connected_groups(len(boxes), *overlapping)
-        group, boxes = joined[group], united(boxes, joined)
+        group, boxes = joined[group], merge_boxes(boxes, joined)
     return group, boxes
 
 
@@ -106,24 +106,24 @@ def _kept_apart(pieces: Boxes, cell: int) -> tuple[Boxes, Indices]:
     return boxes, np.unique(place, axis=0, return_inverse=True)[1].reshape(-1)
 
 
-def _sites(boxes: Boxes, group: Indices, around: Callable[[Boxes], Boxes]) -> list[Site]:
+def _sites(boxes: Boxes, group: Indices, around: Callable[[Boxes], Boxes]) -> list[EditWindow]:
     """A site for each group of boxes."""
     if len(boxes) == 0:
         return []
     numbers = np.unique(group, return_inverse=True)[1]
     order = np.argsort(numbers, kind="stable")
     members = np.split(boxes[order], np.flatnonzero(np.diff(numbers[order])) + 1)
-    windows = around(united(boxes, numbers)).tolist()
+    windows = around(merge_boxes(boxes, numbers)).tolist()
     return [
-        Site(Window(top, left, bottom - top, right - left), own)
+        EditWindow(Window(top, left, bottom - top, right - left), own)
         for (top, left, bottom, right), own in zip(windows, members, strict=True)
     ]
 
 
-def whole_site(mask: Mask) -> Site:
+def full_image_window(mask: Mask) -> EditWindow:
     """The whole photo, and all of its mask."""
     height, width = mask.shape
-    return Site(whole_photo(height, width), np.array([[0, 0, height, width]]))
+    return EditWindow(whole_photo(height, width), np.array([[0, 0, height, width]]))
 
 
 def whole_photo(height: int, width: int) -> Window:

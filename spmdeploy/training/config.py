@@ -49,7 +49,7 @@ class Phase:
     """A part of the schedule: some stages learn, the coarser ones before them are frozen at their averaged weights."""
 
     stages: tuple[int, ...]
-    """Which stages learn, 0 = coarsest; neighbours."""
+    """Which stages learn, 0 = coarsest; neighbors."""
     images: int
     """How many samples the phase lasts."""
     batch: int
@@ -72,7 +72,7 @@ class Phase:
             bool(self.stages) and self.stages == tuple(range(self.stages[0], self.stages[-1] + 1)),
             "schedule.stages",
             self.stages,
-            "neighbouring stages in order",
+            "neighboring stages in order",
         )
         require(self.images >= 1, "schedule.images", self.images, "at least one")
         require(self.batch >= 1, "schedule.batch", self.batch, "at least one")
@@ -151,17 +151,17 @@ STAGED_SHARES = (0.45, 0.25, 0.3)
 """Parts of a staged run's samples that go to stages 1, 2 and 3: they cost about 1 : 3 : 10 each."""
 
 
-def configured(
+def build_config(
     data: Path,
     preset: str = "paper",
     schedule: Literal["joint", "staged"] = "joint",
     images: int | None = None,
     stages: StageCount = 3,
     *,
-    of_run: Options = UNCHANGED,
-    of_data: Options = UNCHANGED,
-    of_loss: Options = UNCHANGED,
-    of_phases: Options = UNCHANGED,
+    run_overrides: Options = UNCHANGED,
+    data_overrides: Options = UNCHANGED,
+    loss_overrides: Options = UNCHANGED,
+    phase_overrides: Options = UNCHANGED,
 ) -> TrainConfig:
     """The configuration that the command line's options describe.
 
@@ -177,22 +177,22 @@ def configured(
         phases = staged_schedule((first, second, third))
     else:
         phases = joint_schedule(images, stages)
-    phases = tuple(_changed(phase, of_phases) for phase in phases)
+    phases = tuple(_override(phase, phase_overrides) for phase in phases)
     require(preset in PRESETS, "preset", preset, f"one of {', '.join(PRESETS)}")
     sizes = PRESETS[preset]
     return TrainConfig(
-        data=_changed(DataConfig(str(data)), of_data),
+        data=_override(DataConfig(str(data)), data_overrides),
         schedule=phases,
         width=sizes["width"],
         hidden=sizes["hidden"],
         stages=stages,
         discriminator_width=2 * sizes["width"],  # the paper's are twice as wide as its generator
-        loss=_changed(LossConfig(), of_loss),
-        **_given(of_run),
+        loss=_override(LossConfig(), loss_overrides),
+        **_given(run_overrides),
     )
 
 
-def _changed(part: Part, options: Options) -> Part:
+def _override(part: Part, options: Options) -> Part:
     return dataclasses.replace(part, **_given(options))
 
 

@@ -20,7 +20,7 @@ DEEPEST = 6
 class Discriminator(nn.Module):
     """Judges a composited picture with its labels under the mask.
 
-    Spectrally normalised 5 × 5 convolutions without bias, stride 2, replicate padding 2, leaky_relu 0.2 after each one,
+    Spectrally normalized 5 × 5 convolutions without bias, stride 2, replicate padding 2, leaky_relu 0.2 after each one,
     the last included. classes: label channels, without the edge channel. halvings: how often the stage's pictures are
     half the whole, 0 for the finest.
     """

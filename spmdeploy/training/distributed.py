@@ -1,7 +1,7 @@
 """Several processes as one run: each takes its part of every batch, gradients and losses are averaged.
 
 Started by torchrun. The networks need no wrapper: weights start equal (same seed or same checkpoint) and stay equal,
-since every process takes the same optimiser step.
+since every process takes the same optimizer step.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from spmdeploy.errors import InputError, UnavailableError, UsageError
 
 
-def own_device(wanted: str) -> torch.device:
+def local_device(wanted: str) -> torch.device:
     """Where this process computes. wanted: cpu, cuda (under torchrun each process takes a GPU of its own) or cuda:N.
 
     Raises UsageError or UnavailableError.
@@ -27,9 +27,9 @@ def own_device(wanted: str) -> torch.device:
     given = re.fullmatch(r"cuda(?::(\d{1,2}))?", wanted)
     if given is None:
         raise UsageError(f"unknown device {wanted!r}", "choose from cpu, cuda, cuda:0, cuda:1, ...")
-    neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if given[1] and neighbours > 1:
-        raise UsageError(f"{neighbours} processes cannot share {wanted}", "--device cuda gives each its own GPU")
+    neighbors = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if given[1] and neighbors > 1:
+        raise UsageError(f"{neighbors} processes cannot share {wanted}", "--device cuda gives each its own GPU")
     index = int(given[1] or os.environ.get("LOCAL_RANK", "0"))
     if index >= (there := torch.cuda.device_count()):
         raise UnavailableError(f"cuda:{index} was asked for, but PyTorch sees {there} CUDA devices", "use --device cpu")
@@ -58,7 +58,7 @@ def rank() -> int:
     return int(os.environ["RANK"]) if dist.is_available() and dist.is_torchelastic_launched() else 0
 
 
-def own_part(positions: range) -> range:
+def shard(positions: range) -> range:
     """This process's samples of a batch. Raises InputError when the batch does not divide."""
     if len(positions) % count():
         raise InputError(

@@ -1,4 +1,4 @@
-"""What learns: the generator with its training-time normalisation, its first weights, and its running average."""
+"""What learns: the generator with its training-time normalization, its first weights, and its running average."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _DECODER_FEATURES = re.compile(r"stages\.\d+\.decoder\.\d+\.features")
 
 
 def training_generator(config: GeneratorConfig) -> Generator:
-    """A generator with the paper's first weights and spectral normalisation on its decoders' main convolutions."""
+    """A generator with the paper's first weights and spectral normalization on its decoders' main convolutions."""
     generator = Generator(config)
-    initialise(generator)
+    initialize(generator)
     for name, module in list(generator.named_modules()):
         if _DECODER_FEATURES.fullmatch(name):
             spectral_norm(module)
@@ -26,7 +26,7 @@ def training_generator(config: GeneratorConfig) -> Generator:
 
 
 @torch.no_grad()
-def initialise(network: nn.Module) -> None:
+def initialize(network: nn.Module) -> None:
     """Convolution weights from normal(0, 0.02), biases zero (the paper's)."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
@@ -36,9 +36,9 @@ def initialise(network: nn.Module) -> None:
 
 
 @torch.no_grad()
-def average_into(averaged: Generator, generator: Generator, stages: Iterable[int], decay: float) -> None:
-    """averaged = decay * averaged + (1 - decay) * generator for these stages, spectral normalisation folded."""
-    generator.eval()  # reading a normalised weight in training mode would take a step of the power iteration
+def update_ema(averaged: Generator, generator: Generator, stages: Iterable[int], decay: float) -> None:
+    """averaged = decay * averaged + (1 - decay) * generator for these stages, spectral normalization folded."""
+    generator.eval()  # reading a normalized weight in training mode would take a step of the power iteration
     for index in stages:
         source = generator.stages[index]
         for name, target in averaged.stages[index].named_parameters():
@@ -48,7 +48,7 @@ def average_into(averaged: Generator, generator: Generator, stages: Iterable[int
 
 
 @torch.no_grad()
-def inherit_stage(generator: Generator, averaged: Generator, stage: int) -> list[str]:
+def grow_stage(generator: Generator, averaged: Generator, stage: int) -> list[str]:
     """Copies the averaged weights of the stage before into `stage` wherever the shapes agree; returns the names copied.
 
     Encoder layers correspond from the outside in. So do decoder layers, which are listed from the inside out: the finer
@@ -79,6 +79,6 @@ def inherit_discriminator(discriminator: nn.Module, coarser: nn.Module) -> None:
 
 
 def _assign(module: nn.Module, attribute: str, value: Tensor) -> None:
-    """A normalised weight takes a tensor, every other a parameter."""
-    normalised = is_parametrized(module, attribute)
-    setattr(module, attribute, value if normalised else nn.Parameter(value))
+    """A normalized weight takes a tensor, every other a parameter."""
+    normalized = is_parametrized(module, attribute)
+    setattr(module, attribute, value if normalized else nn.Parameter(value))

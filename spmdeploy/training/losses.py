@@ -23,7 +23,7 @@ def hinge_generator(fake: Tensor) -> Tensor:
 def masked_l1(raw: Tensor, target: Tensor, mask: Tensor, inside: float) -> Tensor:
     """Mean absolute error in which a pixel under the mask counts `inside` times.
 
-    raw, target: float (N, 3, h, w). mask: float (N, 1, h, w). The weights are normalised per sample, so that
+    raw, target: float (N, 3, h, w). mask: float (N, 1, h, w). The weights are normalized per sample, so that
     `inside` = 1 is the plain mean, and a batch may be split over processes.
     """
     weight = 1 + (inside - 1) * mask
@@ -32,7 +32,7 @@ def masked_l1(raw: Tensor, target: Tensor, mask: Tensor, inside: float) -> Tenso
 
 
 def crop_around_mask(pictures: tuple[Tensor, ...], mask: Tensor, side: int, seeds: Sequence[int]) -> tuple[Tensor, ...]:
-    """The same square of each picture per sample, centred on a random masked pixel and moved inside the picture.
+    """The same square of each picture per sample, centerd on a random masked pixel and moved inside the picture.
 
     pictures: (N, C, h, w) each. mask: (N, 1, h, w). seeds: one per sample. Returns (N, C, side, side) each; as given
     when `side` is 0 or the picture is not larger.

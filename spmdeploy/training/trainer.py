@@ -1,6 +1,6 @@
 """The training loop: one for every schedule.
 
-A phase trains a run of neighbouring stages; the coarser stages before them are frozen at their averaged weights. The
+A phase trains a run of neighboring stages; the coarser stages before them are frozen at their averaged weights. The
 paper's joint recipe is a single phase of all three stages.
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spmdeploy.datasets.folder import Batch, TrainingSamples
-from spmdeploy.errors import OutOfMemory, SpmDeployError, UnavailableError, UsageError
+from spmdeploy.errors import OutOfMemoryError, SpmDeployError, UnavailableError, UsageError
 from spmdeploy.imaging.files import write_picture
 from spmdeploy.model.generator import Generator, GeneratorConfig, composite
 from spmdeploy.model.layout import LayoutPyramid
@@ -29,11 +29,11 @@ from spmdeploy.training.config import Phase, TrainConfig
 from spmdeploy.training.contact_sheets import sample_sheet
 from spmdeploy.training.discriminator import Discriminator
 from spmdeploy.training.ema import (
-    average_into,
+    grow_stage,
     inherit_discriminator,
-    inherit_stage,
-    initialise,
+    initialize,
     training_generator,
+    update_ema,
 )
 from spmdeploy.training.losses import crop_around_mask, hinge_discriminator, hinge_generator, masked_l1
 from spmdeploy.training.perceptual import Lpips, build_perceptual_loss
@@ -53,7 +53,7 @@ Report = Callable[[dict[str, Any]], None]
 
 
 @dataclass
-class Progress:
+class TrainState:
     """Where the run is."""
 
     phase: int = 0
@@ -63,7 +63,7 @@ class Progress:
     images: int = 0
     """Samples of the run that are done."""
     steps: int = 0
-    """Optimiser steps of the run."""
+    """Optimizer steps of the run."""
     phase_seconds: float = 0.0
     """Wall time of the current phase's steps."""
     best: float = math.inf
@@ -84,13 +84,13 @@ class StageOutput(NamedTuple):
 
 
 class Trainer:
-    """Networks, optimisers and position of a run; `train` brings it to its end."""
+    """Networks, optimizers and position of a run; `train` brings it to its end."""
 
     def __init__(self, config: TrainConfig, run: RunDirectory, device: torch.device) -> None:
         self.config = config
         self.run = run
         self.device = device
-        self.progress = Progress()
+        self.progress = TrainState()
         self._board: ScalarWriter | None = None
         self._compiled: dict[nn.Module, Callable[..., Tensor]] = {}
         if config.compile and config.channels_last and device.type == "cpu":
@@ -108,11 +108,11 @@ class Trainer:
             Discriminator(generator.classes, generator.halvings(stage), config.discriminator_width)
             for stage in range(config.stages)
         )
-        initialise(self.discriminators)
+        initialize(self.discriminators)
         self._placed(self.discriminators)
         self.perceptual = self._placed(build_perceptual_loss(config.loss)) if config.loss.perceptual else None
         self.lpips = self._placed(Lpips()) if config.data.validation else None
-        average_into(self.averaged, self.generator, range(config.stages), decay=0.0)
+        update_ema(self.averaged, self.generator, range(config.stages), decay=0.0)
         self._begin_phase()
 
     @property
@@ -120,12 +120,12 @@ class Trainer:
         return self.config.schedule[self.progress.phase]
 
     @property
-    def finest(self) -> int:
+    def last_trained_stage(self) -> int:
         """The finest stage that has learnt so far."""
         return max(phase.stages[-1] for phase in self.config.schedule[: self.progress.phase + 1])
 
     @property
-    def leads(self) -> bool:
+    def is_main_process(self) -> bool:
         """Whether this process writes the run directory."""
         return processes.rank() == 0
 
@@ -133,7 +133,7 @@ class Trainer:
 
     def train(self, report: Report) -> None:
         """Runs to the end of the schedule. `report` gets each record that goes to the metrics."""
-        if self.config.tensorboard and self.leads:
+        if self.config.tensorboard and self.is_main_process:
             self._board = open_board(self.run.path, self.progress.images)
         saved = time.monotonic()
         while True:
@@ -141,24 +141,24 @@ class Trainer:
                 started = time.monotonic()
                 losses = self.step()
                 self.progress.phase_seconds += time.monotonic() - started
-                if not self.leads:
+                if not self.is_main_process:
                     continue
-                if self._passed(self.config.report_images):
+                if self._crossed_interval(self.config.report_images):
                     self._log(report, "train", losses)
-                if self._passed(self.config.validate_images):
+                if self._crossed_interval(self.config.validate_images):
                     self.validate(report)
                 if time.monotonic() - saved > self.config.checkpoint_seconds:
                     self.save()
                     saved = time.monotonic()
-            if self.leads and not self._passed(self.config.validate_images):
+            if self.is_main_process and not self._crossed_interval(self.config.validate_images):
                 self.validate(report)
             more = self._next_phase()
-            if self.leads:
+            if self.is_main_process:
                 self.save()
             if not more:
                 return
 
-    def _passed(self, interval: int) -> bool:
+    def _crossed_interval(self, interval: int) -> bool:
         """Whether the last step crossed a multiple of `interval` images."""
         return self.progress.images // interval != (self.progress.images - self.phase.batch) // interval
 
@@ -179,13 +179,13 @@ class Trainer:
     # -- phases
 
     def _begin_phase(self) -> None:
-        """Weights to inherit, what learns, and fresh optimisers."""
+        """Weights to inherit, what learns, and fresh optimizers."""
         phase = self.phase
         first = phase.stages[0]
         if phase.inherit and first:
-            inherit_stage(self.generator, self.averaged, first)
+            grow_stage(self.generator, self.averaged, first)
             inherit_discriminator(self.discriminators[first], self.discriminators[first - 1])
-            average_into(self.averaged, self.generator, phase.stages, decay=0.0)
+            update_ema(self.averaged, self.generator, phase.stages, decay=0.0)
         self.generator.zero_grad(set_to_none=True)
         for index, stage in enumerate(self.generator.stages):
             stage.requires_grad_(index in phase.stages)
@@ -211,7 +211,7 @@ class Trainer:
     def step(self) -> dict[str, float]:
         """One step of discriminators and generator; returns the losses. Raises SpmDeployError on divergence."""
         images = self.progress.images
-        positions = processes.own_part(range(images, images + self.phase.batch))
+        positions = processes.shard(range(images, images + self.phase.batch))
         batch = self.samples.batch(positions).to(self.device)
         layout = self._layout(batch)
         self._set_rates()
@@ -220,17 +220,17 @@ class Trainer:
         if self.config.loss.adversarial:
             self.discriminators.requires_grad_(True)
             loss = self._discriminator_loss(outputs, layout)
-            losses.update(self._checked({"discriminator": loss}))
-            take_step(self._discriminator_optimizer, loss)
+            losses.update(self._check_finite({"discriminator": loss}))
+            optimizer_step(self._discriminator_optimizer, loss)
             self.discriminators.requires_grad_(False)
         parts = self._generator_losses(outputs, layout, positions)
-        losses.update(self._checked(parts))
-        take_step(self._generator_optimizer, torch.stack(list(parts.values())).sum())
+        losses.update(self._check_finite(parts))
+        optimizer_step(self._generator_optimizer, torch.stack(list(parts.values())).sum())
 
         self.progress.images += self.phase.batch
         self.progress.phase_images += self.phase.batch
         self.progress.steps += 1
-        average_into(self.averaged, self.generator, self.phase.stages, self._averaging_decay())
+        update_ema(self.averaged, self.generator, self.phase.stages, self._averaging_decay())
         return losses
 
     def _stage_outputs(self, batch: Batch, layout: LayoutPyramid) -> dict[int, StageOutput]:
@@ -244,7 +244,7 @@ class Trainer:
                 picture = generator.stage_input(index, batch.image, layout, coarser)
                 coarser = self._call(generator.stages[index], self._ordered(picture), layout)
             if learns:
-                target = shrink(batch.image, self.generator.config.halvings(index))
+                target = downsample(batch.image, self.generator.config.halvings(index))
                 mask = layout.mask_at(*target.shape[-2:])
                 outputs[index] = StageOutput(coarser, target, mask, composite(coarser.float(), target, mask))
         return outputs
@@ -281,7 +281,7 @@ class Trainer:
                 parts["perceptual"].append(weights.perceptual * distance)
         return {name: torch.stack(losses).sum() for name, losses in parts.items() if losses}
 
-    def _checked(self, losses: dict[str, Tensor]) -> dict[str, float]:
+    def _check_finite(self, losses: dict[str, Tensor]) -> dict[str, float]:
         """The losses as numbers, averaged over the processes. Raises SpmDeployError when one shows divergence."""
         values = dict(zip(losses, processes.average(torch.stack(list(losses.values()))).tolist(), strict=True))
         for name, value in values.items():
@@ -334,7 +334,7 @@ class Trainer:
         layout = self._layout(batch)
         coarser: Tensor | None = None
         edited = []
-        for index in range(self.finest + 1):
+        for index in range(self.last_trained_stage + 1):
             with self._autocast():
                 picture = self.averaged.stage_input(index, batch.image, layout, coarser)
                 coarser = self.averaged.stages[index](self._ordered(picture), layout)
@@ -364,15 +364,15 @@ class Trainer:
         """Goes back to the last checkpoint, to the beginning when there is none yet."""
         state = self.run.load_checkpoint()
         if state is not None:
-            self.progress = Progress(**state["progress"])
-            self._begin_phase()  # optimisers of the right shape; what it inherits is overwritten below
+            self.progress = TrainState(**state["progress"])
+            self._begin_phase()  # optimizers of the right shape; what it inherits is overwritten below
             self.generator.load_state_dict(state["generator"])
             self.averaged.load_state_dict(state["averaged"])
             self.discriminators.load_state_dict(state["discriminators"])
             self._generator_optimizer.load_state_dict(state["generator_optimizer"])
             self._discriminator_optimizer.load_state_dict(state["discriminator_optimizer"])
             torch.set_rng_state(state["random"])
-        if self.leads:
+        if self.is_main_process:
             self.run.drop_metrics_after(self.progress.images)
 
     # -- devices and memory
@@ -412,7 +412,7 @@ class Trainer:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bf16)
 
 
-def take_step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+def optimizer_step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
     """Backward, averaged over the processes, and one step."""
     optimizer.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]
@@ -420,7 +420,7 @@ def take_step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
     optimizer.step()
 
 
-def shrink(image: Tensor, halvings: int) -> Tensor:
+def downsample(image: Tensor, halvings: int) -> Tensor:
     """The truth for a stage: float (N, 3, H, W) to the stage's size, by the generator's own bilinear rule."""
     if not halvings:
         return image
@@ -432,17 +432,19 @@ def train(config: TrainConfig, output: Path, resume: bool, report: Report, devic
 
     device: cpu, cuda or cuda:N. Raises SpmDeployError.
     """
-    place = processes.own_device(device)
+    place = processes.local_device(device)
     processes.join(place)
     run = RunDirectory(output)
     try:
         trainer = Trainer(config, run, place)
-        if trainer.leads and not resume:
+        if trainer.is_main_process and not resume:
             run.start(config)
-        with run.held() if trainer.leads else nullcontext():
+        with run.held() if trainer.is_main_process else nullcontext():
             if resume:
                 trainer.resume()
             trainer.train(report)
     except torch.OutOfMemoryError as error:
-        raise OutOfMemory(f"{place} has too little memory", "take a smaller batch, a smaller crop or bf16") from error
+        raise OutOfMemoryError(
+            f"{place} has too little memory", "take a smaller batch, a smaller crop or bf16"
+        ) from error
     processes.leave()

@@ -20,7 +20,7 @@ EditByStage = Callable[[Batch], Sequence[Tensor]]
 
 
 @dataclass(frozen=True)
-class Verdict:
+class ValidationResult:
     """What a validation found."""
 
     lpips: float
@@ -32,7 +32,7 @@ class Verdict:
 
 
 @torch.no_grad()
-def judge(samples: Sequence[Sample], edit: EditByStage, lpips: Lpips, device: torch.device) -> Verdict:
+def judge(samples: Sequence[Sample], edit: EditByStage, lpips: Lpips, device: torch.device) -> ValidationResult:
     scores, errors, edits = [], [], []
     for start in range(0, len(samples), BATCH):
         batch = collate(samples[start : start + BATCH]).to(device)
@@ -41,7 +41,7 @@ def judge(samples: Sequence[Sample], edit: EditByStage, lpips: Lpips, device: to
         difference = (stages[-1] - batch.image).abs().mean(dim=1, keepdim=True) * batch.mask
         errors.append(difference.sum(dim=(1, 2, 3)) / batch.mask.sum(dim=(1, 2, 3)))
         edits.append([to_pixels(stage) for stage in stages])
-    return Verdict(
+    return ValidationResult(
         lpips=float(torch.cat(scores).mean()),
         l1=float(torch.cat(errors).mean()),
         stages=tuple(np.concatenate(parts) for parts in zip(*edits, strict=True)),

@@ -16,10 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from spmdeploy.backends import onnxruntime as ort
-from spmdeploy.backends.base import CascadesOnDevice
+from spmdeploy.backends.base import SupportsDevicePyramid
 from spmdeploy.backends.tensorrt import TensorRtSession
 from spmdeploy.editing.editor import Editor, EditResult
-from spmdeploy.errors import OutOfMemory, UnavailableError
+from spmdeploy.errors import OutOfMemoryError, UnavailableError
 from spmdeploy.gpu.arrays import DeviceArray
 from spmdeploy.gpu.buffers import EngineMemory
 from spmdeploy.gpu.kernels import PTX
@@ -30,7 +30,7 @@ from .simulated_gpu import PACKAGES, Code, SimulatedGpu, plug_in
 from .simulated_tensorrt import edited_like
 from .test_trt import LIBRARIES, SIZE, cache, gpu, inputs_for, opened, session
 
-__all__ = ["cache", "gpu", "session"]  # fixtures of the neighbour
+__all__ = ["cache", "gpu", "session"]  # fixtures of the neighbor
 CLASSES = ClassTable("four", tuple(LabelClass(i, f"class {i}", (i, i, i)) for i in range(4)), 255)
 
 
@@ -87,7 +87,7 @@ def test_the_picture_of_the_host(
     gpu = SimulatedGpu()
     plug_in(monkeypatch, gpu, package)
     with opened(gpu, tmp_path, runtime, version) as session:
-        assert isinstance(session, CascadesOnDevice) and not isinstance(OnHost(session), CascadesOnDevice)
+        assert isinstance(session, SupportsDevicePyramid) and not isinstance(OnHost(session), SupportsDevicePyramid)
         for _ in range(3):  # enqueued, captured, launched
             assert_same(edit(session, 75, 90), edit(OnHost(session), 75, 90))
         assert session.notes == ()
@@ -173,13 +173,13 @@ def test_both_engines_work_in_one_pool(gpu: SimulatedGpu, session: TensorRtSessi
 def test_the_memory_follows_the_window_and_not_the_photo(
     session: TensorRtSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lend, lent = EngineMemory.lend, []
+    allocate_temporary, lent = EngineMemory.allocate_temporary, []
 
     def watched(memory: EngineMemory, size: int, purpose: str) -> int:
         lent.append(size)
-        return lend(memory, size, purpose)
+        return allocate_temporary(memory, size, purpose)
 
-    monkeypatch.setattr(EngineMemory, "lend", watched)
+    monkeypatch.setattr(EngineMemory, "allocate_temporary", watched)
     for height, width in ((200, 300), (400, 500)):
         mask = np.zeros((height, width), bool)
         mask[:60, :60] = True
@@ -206,7 +206,7 @@ def test_too_little_memory_for_the_levels_goes_through_the_host_and_says_so(
 def test_too_little_memory_for_the_network_is_an_error(gpu: SimulatedGpu, tmp_path: Path) -> None:
     with opened(gpu, tmp_path, activations=40_000) as session:
         gpu.capacity = gpu.used + 100_000
-        with pytest.raises(OutOfMemory) as caught:
+        with pytest.raises(OutOfMemoryError) as caught:
             edit(session, 75, 90, batch_size=8)
         assert caught.value.exit_code == 8
         del caught  # which holds on to what the library has made
@@ -363,8 +363,8 @@ def test_a_failure_of_onnx_runtime_in_the_middle_gives_the_memory_back(
     expected = edit(on_cuda, 75, 90).image
     left = gpu.left_behind
     with monkeypatch.context() as patch:
-        patch.setattr(Graph, "fails", OutOfMemory("ONNX Runtime ran out of memory on cuda:0"))
-        with pytest.raises(OutOfMemory):
+        patch.setattr(Graph, "fails", OutOfMemoryError("ONNX Runtime ran out of memory on cuda:0"))
+        with pytest.raises(OutOfMemoryError):
             edit(on_cuda, 75, 90)
     assert gpu.left_behind == left
     assert np.array_equal(edit(on_cuda, 75, 90).image, expected)

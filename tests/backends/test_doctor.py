@@ -16,14 +16,14 @@ import pytest
 from spmdeploy import cli, default_model
 from spmdeploy.backends import doctor
 from spmdeploy.bundle.bundle import Bundle, open_bundle
-from spmdeploy.engines.store import FoundEngine
+from spmdeploy.engines.store import StoredEngine
 from spmdeploy.gpu import driver as cuda
 from tests.bundle.conftest import write_street
 from tests.simulators.records import SAMPLE
 
 
 class Machine:
-    """What is installed and plugged in, for the doctor to find; change it, then `examine`."""
+    """What is installed and plugged in, for the doctor to find; change it, then `run_checks`."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, bundle: Bundle) -> None:
         self.patch, self.bundle = monkeypatch, bundle
@@ -80,7 +80,7 @@ class Machine:
         self.patch.setattr(doctor.importlib.metadata, "distributions", distributions)
         self.patch.setattr(doctor.importlib.metadata, "version", lambda package: "10.16.1")
 
-    def engines(self, found: list[FoundEngine]) -> None:
+    def engines(self, found: list[StoredEngine]) -> None:
         self.patch.setattr("spmdeploy.backends.select_engine.find_engines", lambda bundle, hashing: found)
 
     def without(self, *packages: str) -> None:
@@ -89,8 +89,8 @@ class Machine:
             doctor.importlib.util, "find_spec", lambda name, package=None: None if name in packages else real(name)
         )
 
-    def examine(self) -> dict[str, doctor.Finding]:
-        return {finding.name: finding for finding in doctor.examine(self.bundle)}
+    def run_checks(self) -> dict[str, doctor.Check]:
+        return {finding.name: finding for finding in doctor.run_checks(self.bundle)}
 
 
 @pytest.fixture
@@ -102,7 +102,7 @@ CUDA = ["CUDAExecutionProvider", "CPUExecutionProvider"]
 
 
 def test_a_plain_computer(machine: Machine) -> None:
-    found = machine.examine()
+    found = machine.run_checks()
     assert found["onnxruntime on cpu"].usable and found["onnxruntime on cpu"].reason == "onnxruntime 9.9"
     gpu, on_cuda = found["NVIDIA GPU"], found["onnxruntime on cuda"]
     assert not gpu.usable and "no NVIDIA driver" in gpu.reason and "driver" in str(gpu.remedy)
@@ -111,7 +111,7 @@ def test_a_plain_computer(machine: Machine) -> None:
 
 def test_nothing_that_runs_graphs(machine: Machine) -> None:
     machine.onnxruntime(None, set())
-    found = machine.examine()
+    found = machine.run_checks()
     for name in ("onnxruntime on cpu", "onnxruntime on cuda"):
         assert not found[name].usable and "onnxruntime" in found[name].reason
     assert 'pip install "spmdeploy[cpu]"' in str(found["onnxruntime on cpu"].remedy)
@@ -120,7 +120,7 @@ def test_nothing_that_runs_graphs(machine: Machine) -> None:
 def test_both_packages_at_once(machine: Machine) -> None:
     machine.onnxruntime(CUDA, {"onnxruntime", "onnxruntime-gpu"})
     machine.gpus(1)
-    found = machine.examine()
+    found = machine.run_checks()
     on_cuda = found["onnxruntime on cuda"]
     assert not on_cuda.usable and "both installed" in on_cuda.reason
     assert str(on_cuda.remedy).startswith("pip uninstall onnxruntime onnxruntime-gpu")
@@ -131,7 +131,7 @@ def test_both_packages_at_once(machine: Machine) -> None:
 def test_a_cuda_build_without_a_gpu(answer: int | OSError, machine: Machine) -> None:
     machine.onnxruntime(CUDA, {"onnxruntime-gpu"})
     machine.gpus(answer)
-    found = machine.examine()
+    found = machine.run_checks()
     assert not found["onnxruntime on cuda"].usable
     assert found["onnxruntime on cuda"].reason == found["NVIDIA GPU"].reason
     assert found["onnxruntime on cpu"].usable
@@ -140,7 +140,7 @@ def test_a_cuda_build_without_a_gpu(answer: int | OSError, machine: Machine) -> 
 def test_a_gpu_and_the_package_for_it(machine: Machine) -> None:
     machine.onnxruntime(CUDA, {"onnxruntime-gpu"})
     machine.gpus(2)
-    found = machine.examine()
+    found = machine.run_checks()
     assert found["NVIDIA GPU"].usable and found["NVIDIA GPU"].reason == "2 visible"
     assert found["onnxruntime on cuda"].usable and "verify --device cuda:0" in found["onnxruntime on cuda"].reason
 
@@ -150,7 +150,7 @@ def test_a_gpu_and_the_package_for_it(machine: Machine) -> None:
 )
 def test_what_export_needs(missing: str, name: str, machine: Machine) -> None:
     machine.without(missing)
-    finding = machine.examine()[name]
+    finding = machine.run_checks()[name]
     assert not finding.usable and finding.reason == f"{missing} is not installed" and "export" in str(finding.remedy)
 
 
@@ -163,7 +163,7 @@ def test_examining_imports_nothing_heavy(machine: Machine, monkeypatch: pytest.M
         return real(name, *arguments, **options)
 
     monkeypatch.setattr(builtins, "__import__", remember)
-    machine.examine()
+    machine.run_checks()
     assert {"torch", "onnx"}.isdisjoint(imported) and "onnxruntime" in imported
 
 
@@ -181,7 +181,7 @@ def test_the_command(machine: Machine, capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_the_table_of_backends(machine: Machine) -> None:
-    assert list(machine.examine()) == [
+    assert list(machine.run_checks()) == [
         "NVIDIA GPU",
         "CUDA for Python",
         "tensorrt",
@@ -192,7 +192,7 @@ def test_the_table_of_backends(machine: Machine) -> None:
         "torch",
         "export",
     ]
-    for finding in machine.examine().values():
+    for finding in machine.run_checks().values():
         assert finding.usable or (finding.reason and finding.remedy), finding
 
 
@@ -209,13 +209,13 @@ def test_a_machine_for_engines(machine: Machine) -> None:
     machine.gpus(1)
     machine.binding("PyCUDA 2025.1.2")
     machine.engine_library("tensorrt", library(), "tensorrt")
-    found = machine.examine()
+    found = machine.run_checks()
     assert found["CUDA for Python"].reason == "PyCUDA 2025.1.2"
     assert found["tensorrt"].usable and found["tensorrt"].reason == "tensorrt 10.16.1 with PyCUDA 2025.1.2"
 
 
 def test_a_library_that_is_not_installed(machine: Machine) -> None:
-    found = machine.examine()
+    found = machine.run_checks()
     for runtime in ("tensorrt", "tensorrt-rtx"):
         assert found[runtime].reason == f"{runtime} is not installed"
         assert f'pip install "spmdeploy[{runtime}]"' in str(found[runtime].remedy)
@@ -224,7 +224,7 @@ def test_a_library_that_is_not_installed(machine: Machine) -> None:
 @pytest.mark.parametrize("module", [ImportError("cannot import name 'tensorrt_libs'"), ModuleType("tensorrt")], ids=str)
 def test_a_stub_without_its_libraries(module: Any, machine: Machine) -> None:
     machine.engine_library("tensorrt", module, "tensorrt")
-    finding = machine.examine()["tensorrt"]
+    finding = machine.run_checks()["tensorrt"]
     assert not finding.usable and "stub" in str(finding.remedy)
     assert "installed without its libraries" in finding.reason or "is empty" in finding.reason
 
@@ -232,7 +232,7 @@ def test_a_stub_without_its_libraries(module: Any, machine: Machine) -> None:
 def test_a_library_of_cuda_that_is_missing(machine: Machine) -> None:
     error = OSError("libcudart.so.12: cannot open shared object file: No such file or directory")
     machine.engine_library("tensorrt", error, "tensorrt-cu12")
-    finding = machine.examine()["tensorrt"]
+    finding = machine.run_checks()["tensorrt"]
     assert finding.reason == "tensorrt-cu12 10.16.1 is installed, but the library libcudart.so.12 is missing"
     assert "libcudart.so.12" in str(finding.remedy)
 
@@ -241,13 +241,13 @@ def test_an_engine_library_without_a_gpu_or_a_binding(machine: Machine) -> None:
     for runtime in ("tensorrt", "tensorrt-rtx"):
         machine.engine_library(runtime, library("9.9"), runtime)
     machine.binding("cuda-python 13.5.0")
-    found = machine.examine()
+    found = machine.run_checks()
     assert found["tensorrt"].reason == "tensorrt 9.9, but no usable NVIDIA GPU"
     assert found["tensorrt-rtx"].reason.endswith("no usable NVIDIA GPU; it can build engines for other machines")
     assert found["tensorrt"].remedy == found["NVIDIA GPU"].remedy
     machine.gpus(1)
     machine.binding(ImportError("neither PyCUDA nor cuda-python"))
-    found = machine.examine()
+    found = machine.run_checks()
     assert found["tensorrt"].reason == "tensorrt 9.9, but no usable CUDA for Python"
     assert "pip install cuda-python" in str(found["tensorrt"].remedy)
 
@@ -255,35 +255,35 @@ def test_an_engine_library_without_a_gpu_or_a_binding(machine: Machine) -> None:
 def test_a_driver_that_the_binding_cannot_use(machine: Machine) -> None:
     machine.gpus(1)
     machine.binding(OSError("the NVIDIA driver answered cuInit with error 803"))
-    finding = machine.examine()["CUDA for Python"]
+    finding = machine.run_checks()["CUDA for Python"]
     assert not finding.usable and "error 803" in finding.reason and finding.remedy
 
 
-def found_engine(**changes: Any) -> FoundEngine:
+def found_engine(**changes: Any) -> StoredEngine:
     path = Path("engines/edit-fp16-b8/edit.fp16.engine")
-    engine = FoundEngine(path, "bundle", SAMPLE, (), (), (), False, None, "")  # type: ignore[arg-type]
+    engine = StoredEngine(path, "bundle", SAMPLE, (), (), (), False, None, "")  # type: ignore[arg-type]
     return replace(engine, **changes)
 
 
 def test_engines_of_a_bundle(machine: Machine) -> None:
-    finding = machine.examine()["engines of street"]
+    finding = machine.run_checks()["engines of street"]
     assert not finding.usable and finding.reason == "no engine was built for this bundle"
     assert "spmdeploy build" in str(finding.remedy)
     reasons = ("GPU: built on NVIDIA A10 (sm86), here none", "tensorrt: built with 10.3, here not installed")
     machine.engines([found_engine(differences=reasons), found_engine(faults=("truncated: 3 bytes",), record=None)])
-    finding = machine.examine()["engines of street"]
+    finding = machine.run_checks()["engines of street"]
     assert not finding.usable and all(reason in finding.reason for reason in (*reasons, "truncated: 3 bytes"))
     machine.engines([found_engine(differences=reasons), found_engine()])
-    finding = machine.examine()["engines of street"]
+    finding = machine.run_checks()["engines of street"]
     there = "edit-fp16-b8, built for NVIDIA GeForce RTX 3060 (sm86)"
     assert finding.usable and finding.reason.startswith(f"{there}; it cannot cascade, the bundle holds no refine graph")
     machine.engines([found_engine(), found_engine(record=replace(SAMPLE, graph="refine"))])
-    assert machine.examine()["engines of street"].reason == there
+    assert machine.run_checks()["engines of street"].reason == there
 
 
 def test_a_bundle_for_cpus_alone(machine: Machine) -> None:
     machine.bundle = open_bundle(default_model())
-    finding = machine.examine()["engines of street"]
+    finding = machine.run_checks()["engines of street"]
     assert not finding.usable and "for CPUs only" in finding.reason and "without --cpu-only" in str(finding.remedy)
 
 
@@ -303,10 +303,10 @@ def test_onnxruntime_that_lacks_a_library_of_cuda(machine: Machine, tmp_path: Pa
         machine.patch.setattr("spmdeploy.backends.onnxruntime.ctypes.CDLL", fail)
 
     load("libcudnn.so.9: cannot open shared object file: No such file or directory")
-    finding = machine.examine()["onnxruntime on cuda"]
+    finding = machine.run_checks()["onnxruntime on cuda"]
     assert not finding.usable and "libcudnn.so.9" in finding.reason and "cudnn" in str(finding.remedy)
     load("undefined symbol: Provider_GetHost")  # which ONNX Runtime itself will bring
-    assert machine.examine()["onnxruntime on cuda"].usable
+    assert machine.run_checks()["onnxruntime on cuda"].usable
 
 
 # --------------------------------------------------------------------------------------------------- asking the driver

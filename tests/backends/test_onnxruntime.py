@@ -28,11 +28,11 @@ from spmdeploy import cli
 from spmdeploy.assets.samples import SAMPLE_EDITS
 from spmdeploy.backends import onnxruntime as ort
 from spmdeploy.backends.base import open_session
-from spmdeploy.backends.verify import GoldenPictures, measure_drift, read_golden, repeat_golden, verify
+from spmdeploy.backends.verify import GoldenSample, measure_deviation, read_golden, run_golden, verify
 from spmdeploy.bundle.bundle import Bundle, GraphFiles, open_bundle
 from spmdeploy.bundle.manifest import ParityLimits
 from spmdeploy.engines.pack import pack
-from spmdeploy.errors import BundleError, OutOfMemory, UnavailableError, UsageError
+from spmdeploy.errors import BundleError, OutOfMemoryError, UnavailableError, UsageError
 
 CUDA = "CUDAExecutionProvider"
 SQUARE = ["batch", 256, 256]
@@ -247,7 +247,7 @@ def test_a_zip_runs_like_its_folder(street_bundle: Path, tmp_path: Path) -> None
 # ---------------------------------------------------------------------------------------------------------- refining
 
 
-def coarse_edit(bundle: Bundle) -> tuple[GoldenPictures, tuple[NDArray[Any], ...]]:
+def coarse_edit(bundle: Bundle) -> tuple[GoldenSample, tuple[NDArray[Any], ...]]:
     """A golden edit, and what refines it."""
     golden = read_golden(bundle, bundle.manifest.golden[0])
     return golden, (golden.image, golden.labels, golden.instances, golden.mask, golden.coarse)
@@ -352,9 +352,9 @@ def test_graphs_that_are_no_edit_graphs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("error", "device", "becomes"),
     [
-        (RuntimeError("bad_alloc: Failed to allocate memory"), "cpu", OutOfMemory),
-        (RuntimeError("CUDA out of memory"), "cuda:0", OutOfMemory),
-        (MemoryError(), "cpu", OutOfMemory),
+        (RuntimeError("bad_alloc: Failed to allocate memory"), "cpu", OutOfMemoryError),
+        (RuntimeError("CUDA out of memory"), "cuda:0", OutOfMemoryError),
+        (MemoryError(), "cpu", OutOfMemoryError),
         (RuntimeError("CUDNN_STATUS_NOT_INITIALIZED"), "cuda:0", UnavailableError),
         (RuntimeError("INVALID_GRAPH"), "cpu", BundleError),
     ],
@@ -373,10 +373,10 @@ def test_drift_is_measured_under_the_mask() -> None:
     picture = reference.copy()
     picture[0, 0, 0] = (103, 100, 100)
     picture[0, 3, 3] = 255  # not under the mask
-    drift = measure_drift(picture, reference, mask)
+    drift = measure_deviation(picture, reference, mask)
     assert (drift.max_grey, drift.mean_grey) == (3, 0.5)
     assert drift.psnr_db == pytest.approx(10 * math.log10(255**2 / 1.5))
-    same = measure_drift(reference, reference, mask)
+    same = measure_deviation(reference, reference, mask)
     assert same.to_json() == {"max_grey": 0, "mean_grey": 0.0, "psnr_db": None}
 
 
@@ -392,7 +392,7 @@ def test_every_limit_counts(limits: ParityLimits, words: str) -> None:
     reference = np.full((1, 1, 2, 3), 100, np.uint8)
     picture = reference.copy()
     picture[0, 0, 0, 0] = 103
-    drift = measure_drift(picture, reference, np.ones((1, 1, 2), np.uint8))
+    drift = measure_deviation(picture, reference, np.ones((1, 1, 2), np.uint8))
     (fault,) = drift.faults(limits)
     assert words in fault
     assert drift.faults(ParityLimits(3, 0.5, drift.psnr_db)) == []
@@ -419,7 +419,7 @@ def test_known_pixels_must_stay(street_bundle: Path) -> None:
     bundle = open_bundle(street_bundle)
     pictures = read_golden(bundle, bundle.manifest.golden[0])
     assert not pictures.mask[0, 0, 0]
-    result = repeat_golden(Touching(pictures.expected), pictures, "x", bundle.manifest.limits["fp32"])  # type: ignore[arg-type]
+    result = run_golden(Touching(pictures.expected), pictures, "x", bundle.manifest.limits["fp32"])  # type: ignore[arg-type]
     assert not result.passed and result.faults == ("pixels outside the mask were changed",)
 
 
@@ -532,7 +532,7 @@ def test_pictures_that_differ_too_much(copied: Path, capsys: pytest.CaptureFixtu
     [
         ("mask.png", lambda pixels: pixels * 0, "mask is empty"),
         ("image.png", lambda pixels: pixels[:255], "image is (255, 256), not 256×256"),
-        ("labels.png", lambda pixels: np.dstack([pixels] * 3), "labels.png is a colour picture"),
+        ("labels.png", lambda pixels: np.dstack([pixels] * 3), "labels.png is a color picture"),
     ],
 )
 def test_golden_edits_that_are_none(

@@ -16,8 +16,8 @@ import pytest
 
 import spmdeploy
 from spmdeploy import cli
-from spmdeploy.backends.base import Opened, open_session
-from spmdeploy.backends.verify import GoldenPictures
+from spmdeploy.backends.base import OpenedBackend, open_session
+from spmdeploy.backends.verify import GoldenSample
 from spmdeploy.bundle.bundle import Bundle, BundleWriter, open_bundle
 from spmdeploy.bundle.manifest import REFINE
 from spmdeploy.engines import library as engine_library
@@ -71,7 +71,7 @@ def bundle(tmp_path: Path) -> Bundle:
     """A bundle whose golden edit, and what becomes of it, is what simulated engines compute."""
     pictures = {**{name: GOLDEN[name][0] for name in ("image", "labels")}, "expected": edited_like(GOLDEN)["edited"][0]}
     pictures["mask"] = GOLDEN["mask"][0] * 255
-    coarse = GoldenPictures(**GOLDEN, expected=pictures["expected"][None]).coarse
+    coarse = GoldenSample(**GOLDEN, expected=pictures["expected"][None]).coarse
     pictures["refined"] = np.rint(edited_like({**GOLDEN, "coarse": coarse})["unrounded"][0]).astype(np.uint8)
     with BundleWriter(tmp_path / "street.spm") as writer:
         graphs = fill(writer)
@@ -96,7 +96,7 @@ def add(bundle: Bundle, record: EngineRecord, place: Any = None, **changes: Any)
         return writer.finish(record, content)
 
 
-def edit_once(opened: Opened) -> None:
+def edit_once(opened: OpenedBackend) -> None:
     """The session runs, and is closed."""
     given = inputs_for(3, 1)
     assert np.array_equal(opened.session.run(**given), edited_like(given)["edited"])
@@ -164,21 +164,21 @@ def test_refine_engines_come_with_it(machine: Machine, bundle: Bundle) -> None:
 
 def test_a_missing_refine_engine_is_named_with_the_command_that_builds_it(machine: Machine, bundle: Bundle) -> None:
     add(bundle, record_of())
-    lack = open_session(bundle).session.lacks_refine
+    lack = open_session(bundle).session.refine_unsupported
     assert lack is not None and lack.problem == "the bundle holds no refine graph in fp16"
     (graph,) = (record for record in bundle.manifest.graphs if record.precision == "fp16")
     both = replace(bundle.manifest, graphs=(*bundle.manifest.graphs, replace(graph, graph=REFINE)))
     whole = replace(bundle, manifest=both)
-    lack = open_session(whole).session.lacks_refine
+    lack = open_session(whole).session.refine_unsupported
     assert lack is not None and lack.problem == "an edit engine was built, but no refine engine"
     assert lack.hint.endswith("spmdeploy build BUNDLE --graph refine --runtime tensorrt --precision fp16")
     add(bundle, replace(record_of(graph=REFINE), precision="fp32"))
     add(bundle, replace(record_of(graph=REFINE), gpu=A10))
-    lack = open_session(whole).session.lacks_refine
+    lack = open_session(whole).session.refine_unsupported
     assert lack is not None and "built on NVIDIA A10" in lack.problem
     assert "tensorrt in fp32, beside an edit engine of tensorrt in fp16" in lack.problem
     add(bundle, record_of(graph=REFINE))
-    assert open_session(whole).session.lacks_refine is None
+    assert open_session(whole).session.refine_unsupported is None
 
 
 def test_a_refine_engine_without_an_edit_engine(
@@ -279,7 +279,7 @@ def painted_black(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {"edited": black, "unrounded": black.astype(np.float32)}
 
 
-def proof_of(opened: Opened) -> str:
+def proof_of(opened: OpenedBackend) -> str:
     opened.session.close()
     return opened.choices[0].rpartition("; ")[2]
 

@@ -22,8 +22,8 @@ from spmdeploy.bundle.manifest import REFINE
 from spmdeploy.bundle.storage import FolderStore
 from spmdeploy.engines import library as engine_library
 from spmdeploy.engines.record import BatchRange, EngineFile, EngineRecord, Port
-from spmdeploy.engines.store import FoundEngine
-from spmdeploy.errors import BundleError, InputError, OutOfMemory, SpmDeployError, UnavailableError, UsageError
+from spmdeploy.engines.store import StoredEngine
+from spmdeploy.errors import BundleError, InputError, OutOfMemoryError, SpmDeployError, UnavailableError, UsageError
 from spmdeploy.gpu.arrays import DeviceArray
 
 from .records import sample
@@ -56,14 +56,14 @@ def record_of(runtime: str = "tensorrt", version: str = "10.16.1", graph: str = 
     return sample(runtime=runtime, version=version, graph=graph, inputs=inputs, outputs=outputs, batch=batch)
 
 
-def engine_file(folder: Path, record: EngineRecord, content: bytes | None = None, **changes: Any) -> FoundEngine:
+def engine_file(folder: Path, record: EngineRecord, content: bytes | None = None, **changes: Any) -> StoredEngine:
     """An engine that was found fit; `content` or what the record says, but for the changes."""
     content = engine_content(record, **changes) if content is None else content
     name = f"{record.graph}.engine"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / name).write_bytes(content)
     record = replace(record, engine=EngineFile(name, len(content), hashlib.sha256(content).hexdigest()))
-    return FoundEngine(folder / name, "bundle", record, (), (), (), False, FolderStore(folder), "")
+    return StoredEngine(folder / name, "bundle", record, (), (), (), False, FolderStore(folder), "")
 
 
 def inputs_for(batch: int, seed: int = 0, coarse: bool = False) -> dict[str, np.ndarray]:
@@ -267,7 +267,7 @@ def test_after_a_failure_the_context_is_off_and_the_session_works_again(
 
 def test_too_little_memory_names_the_batch_that_would_fit(gpu: SimulatedGpu, session: TensorRtSession) -> None:
     gpu.capacity = gpu.used + 4_500
-    with pytest.raises(OutOfMemory) as caught:
+    with pytest.raises(OutOfMemoryError) as caught:
         session.run(**inputs_for(8))
     assert caught.value.exit_code == 8
     assert "no 8,000 bytes for activations: 4,500 of" in caught.value.problem
@@ -276,9 +276,9 @@ def test_too_little_memory_names_the_batch_that_would_fit(gpu: SimulatedGpu, ses
     for _ in range(3):
         assert np.array_equal(session.run(**given), edited_like(given)["edited"])
     gpu.capacity = gpu.used - 4_000 + 500
-    with pytest.raises(OutOfMemory, match="no 5,000 bytes"):
+    with pytest.raises(OutOfMemoryError, match="no 5,000 bytes"):
         session.run(**inputs_for(5))
-    with pytest.raises(OutOfMemory) as caught:
+    with pytest.raises(OutOfMemoryError) as caught:
         session.run(**inputs_for(1))
     assert "no smaller batch would fit" in str(caught.value.hint)
 
@@ -286,10 +286,10 @@ def test_too_little_memory_names_the_batch_that_would_fit(gpu: SimulatedGpu, ses
 def test_too_little_memory_for_weights_and_for_pictures(gpu: SimulatedGpu, tmp_path: Path) -> None:
     item = 2 * SIZE * SIZE * 3 + 2 * SIZE * SIZE + 4 * SIZE * SIZE + 4 * SIZE * SIZE * 3
     gpu.capacity = 4_000
-    with pytest.raises(OutOfMemory, match=r"no room for the .* bytes of .*: 4,000 of 4,000 bytes are free"):
+    with pytest.raises(OutOfMemoryError, match=r"no room for the .* bytes of .*: 4,000 of 4,000 bytes are free"):
         opened(gpu, tmp_path)
     gpu.capacity = 5_000 + 3 * item
-    with pytest.raises(OutOfMemory, match=rf"no {8 * item:,} bytes for inputs and outputs") as caught:
+    with pytest.raises(OutOfMemoryError, match=rf"no {8 * item:,} bytes for inputs and outputs") as caught:
         opened(gpu, tmp_path)
     assert "there is room for batches of 3: --max-batch 3" in str(caught.value.hint)
     assert gpu.left_behind == {} and gpu.contexts == [] and gpu.retained == 0
@@ -340,7 +340,7 @@ def swapped(ports: tuple[Port, ...], changed_port: str, changes: dict[str, Any])
         ({"inputs": ("labels", {"name": "classes"})}, "classes: .* in the engine, nothing in its record"),
         ({"outputs": ("edited", {"dtype": "float32"})}, "edited: float32"),
         ({"batch": [1, 1, 4]}, "image: batches of 1 to 4, 1 to 8 in its record"),
-        ({"profiles": 2}, "2 optimisation profiles"),
+        ({"profiles": 2}, "2 optimization profiles"),
     ],
 )
 def test_an_engine_that_takes_something_else(
@@ -392,7 +392,7 @@ def test_arrays_that_do_not_fit(name: str, spoil: Any, words: str, session: Tens
 
 def test_without_a_refine_engine(gpu: SimulatedGpu, tmp_path: Path) -> None:
     with TensorRtSession(simulated_library(gpu), engine_file(tmp_path, record_of()), size=SIZE) as session:
-        assert not session.refines and session.lacks_refine is not None
+        assert not session.refines and session.refine_unsupported is not None
         with pytest.raises(BundleError, match="no refine engine") as caught:
             session.refine(**inputs_for(1, coarse=True))
     assert "spmdeploy build BUNDLE --graph refine" in str(caught.value.hint)

@@ -6,20 +6,20 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from spmdeploy.bench.fidelity import IN_THIS_RUN, Parity
-from spmdeploy.bench.machine import Cpu, Machine, OtherLoad, State
+from spmdeploy.bench.machine import BackgroundLoad, Cpu, Machine, State
 from spmdeploy.bench.nvml import GpuRecord, GpuState
-from spmdeploy.bench.profile import Part
-from spmdeploy.bench.results import Protocol, Ran, Record, Row, RowMemory, Subject
-from spmdeploy.bench.roofline import Floor, Rates
+from spmdeploy.bench.profile import LayerGroup
+from spmdeploy.bench.results import BackendInfo, ModelInfo, Protocol, Record, Result, RowMemoryUsage
+from spmdeploy.bench.roofline import PeakRates, RooflineBound
 from spmdeploy.bench.schedule import WarmUp
-from spmdeploy.stats import ratio_of_medians, summarise
+from spmdeploy.stats import ratio_of_medians, summarize
 
 SLOW, FAST = [[800.0, 810.0], [805.0], [790.0, 820.0]], [[400.0, 405.0], [402.0], [395.0, 410.0]]
 
 
-def measured_row(backend: str = "torch", turns: Sequence[Sequence[float]] = SLOW, **changes: object) -> Row:
+def measured_row(backend: str = "torch", turns: Sequence[Sequence[float]] = SLOW, **changes: object) -> Result:
     """One engine row with everything in it."""
-    row = Row(
+    row = Result(
         scope="engine",
         backend=backend,
         asked_precision="auto",
@@ -29,27 +29,27 @@ def measured_row(backend: str = "torch", turns: Sequence[Sequence[float]] = SLOW
         streams=1,
         status="measured",
         reason=None,
-        ran=Ran("cpu", "fp32", f"{backend} 1.0", None, 1000, 2000),
+        ran=BackendInfo("cpu", "fp32", f"{backend} 1.0", None, 1000, 2000),
         masked_share=0.25,
         parity=Parity(IN_THIS_RUN, 1, 0.01, 80.0, ()),
         first_ms=900.0,
         warm_up=WarmUp(2.5, 5, (800.0, 801.0, 802.0), True),
-        latency_ms=summarise(turns),
+        latency_ms=summarize(turns),
         ratio=None if backend == "torch" else ratio_of_medians(SLOW, turns, "torch"),
         edits_per_second=1.25,
         megapixels_per_second=0.08,
         joules_per_edit=None,
-        memory=RowMemory(100, 200, None, 50),
-        floor=Floor(93.8, 150.0, 300.0, "arithmetic", 0.375),
+        memory=RowMemoryUsage(100, 200, None, 50),
+        floor=RooflineBound(93.8, 150.0, 300.0, "arithmetic", 0.375),
         phases_ms={"run": 800.0},
         notes={"tiling": "crop", "windows": 1, "tiles": 0, "calls": 1},
-        parts=(Part("1", "layout branch", 500.0, 0.6),),
+        parts=(LayerGroup("1", "layout branch", 500.0, 0.6),),
         samples_ms=tuple(map(tuple, turns)),
     )
     return replace(row, **changes)
 
 
-def empty_row(backend: str, status: str, reason: str, **changes: object) -> Row:
+def empty_row(backend: str, status: str, reason: str, **changes: object) -> Result:
     """A row without figures."""
     figures = "ran parity first_ms warm_up latency_ms ratio edits_per_second megapixels_per_second memory floor"
     nothing: dict[str, object] = dict.fromkeys(figures.split())
@@ -57,14 +57,14 @@ def empty_row(backend: str, status: str, reason: str, **changes: object) -> Row:
     return replace(measured_row(backend), **nothing | containers | {"status": status, "reason": reason} | changes)
 
 
-def record_of(*rows: Row, cpu: str = "Fast CPU", **changes: object) -> Record:
+def record_of(*rows: Result, cpu: str = "Fast CPU", **changes: object) -> Record:
     """A record of these rows."""
     gpu = GpuState(1500, 5000, 60, 90.0, 250.0, ("power cap",), 1)
     state = State(0.1, (2600.0,), None, (gpu,))
     record = Record(
         spmdeploy="0.1.0",
         created="2026-11-22T12:00:00+00:00",
-        subject=Subject("street", "its own weights", {"edit fp32": "a" * 64}, 12, 32, 64, 1000, 93.8),
+        subject=ModelInfo("street", "its own weights", {"edit fp32": "a" * 64}, 12, 32, 64, 1000, 93.8),
         protocol=Protocol("spmdeploy bench --backend torch", "by a rule", "2 s", "in turns", 1.5),
         machine=Machine(
             cpu=Cpu(cpu, "x86_64", 4, 2, ("avx2",), ("performance",)),
@@ -79,8 +79,8 @@ def record_of(*rows: Row, cpu: str = "Fast CPU", **changes: object) -> Record:
         ),
         before=state,
         after=state,
-        others=OtherLoad(0.01),
-        rates=(Rates("cpu", "fp32", "numpy 2", 300.0, 20.0),),
+        others=BackgroundLoad(0.01),
+        rates=(PeakRates("cpu", "fp32", "numpy 2", 300.0, 20.0),),
         rows=rows,
         warnings=("torch is unstable",),
     )

@@ -11,24 +11,24 @@ import numpy as np
 import pytest
 
 import spmdeploy
-from spmdeploy.backends.verify import Drift, GoldenResult
+from spmdeploy.backends.verify import Deviation, GoldenResult
 from spmdeploy.bench.fidelity import GOLDEN, IN_THIS_RUN
-from spmdeploy.bench.group import Case, Entrant, Group, limits_of, without_folders
-from spmdeploy.bench.racer import Crashed, First, Memory
-from spmdeploy.bench.results import Ran, Row
+from spmdeploy.bench.group import BackendUnderTest, Case, Group, limits_of, without_folders
+from spmdeploy.bench.racer import BackendCrashedError, FirstRun, MemoryUsage
+from spmdeploy.bench.results import BackendInfo, Result
 from spmdeploy.bench.run import failure
-from spmdeploy.bench.schedule import Enough, Turn
+from spmdeploy.bench.schedule import Round, StopCondition
 from spmdeploy.bench.worker import Worker
 from spmdeploy.bench.workloads import EditBatch
 from spmdeploy.bundle.bundle import open_bundle
-from spmdeploy.errors import OutOfMemory, SpmDeployError, UnavailableError, VerificationError
+from spmdeploy.errors import OutOfMemoryError, SpmDeployError, UnavailableError, VerificationError
 
 from .conftest import record_of
 
 BUNDLE = open_bundle(spmdeploy.default_model())
 CASE = Case("engine", 256, "small")
-GOOD = GoldenResult("car", Drift(1, 0.01, 60.0), True, ())
-BAD = GoldenResult("car", Drift(99, 9.0, 20.0), True, ("largest difference 99 > 48",))
+GOOD = GoldenResult("car", Deviation(1, 0.01, 60.0), True, ())
+BAD = GoldenResult("car", Deviation(99, 9.0, 20.0), True, ("largest difference 99 > 48",))
 
 
 @dataclass
@@ -42,15 +42,15 @@ class PretendingWorker:
     joules: float | None = None
     fails: SpmDeployError | None = None
 
-    def prepare_engine(self, batch: EditBatch, streams: int) -> First:
+    def prepare_engine(self, batch: EditBatch, streams: int) -> FirstRun:
         if self.fails is not None:
             raise self.fails
-        return First(batch.image, self.paint(batch), 1.5, {})
+        return FirstRun(batch.image, self.paint(batch), 1.5, {})
 
-    def turn(self, seconds: float, iterations: int) -> Turn:
+    def turn(self, seconds: float, iterations: int) -> Round:
         count = max(iterations, round(seconds * 1000 / self.milliseconds))
         self.log.append(self.name)
-        return Turn((self.milliseconds,) * count, count * self.milliseconds / 1000, self.joules)
+        return Round((self.milliseconds,) * count, count * self.milliseconds / 1000, self.joules)
 
     def forget(self) -> None:
         self.log.append(f"{self.name} forgets")
@@ -58,8 +58,8 @@ class PretendingWorker:
     def medians(self) -> dict[str, float]:
         return {"launch": 0.25}
 
-    def memory(self) -> Memory:
-        return Memory(100, 200, None)
+    def memory(self) -> MemoryUsage:
+        return MemoryUsage(100, 200, None)
 
 
 def painted(level: int, outside: bool = False) -> Callable[[EditBatch], np.ndarray]:
@@ -71,15 +71,15 @@ def painted(level: int, outside: bool = False) -> Callable[[EditBatch], np.ndarr
     return paint
 
 
-def entrant(backend: str, worker: PretendingWorker | None, **changes: Any) -> Entrant:
-    ran = None if worker is None else Ran("cpu", "fp32", f"{backend} 1", None, None, 1000)
+def entrant(backend: str, worker: PretendingWorker | None, **changes: Any) -> BackendUnderTest:
+    ran = None if worker is None else BackendInfo("cpu", "fp32", f"{backend} 1", None, None, 1000)
     fields: dict[str, Any] = {"ran": ran, "golden": (GOOD,)} | changes
-    return Entrant(backend, "auto", cast(Worker, worker), **fields)
+    return BackendUnderTest(backend, "auto", cast(Worker, worker), **fields)
 
 
-def rows_of(*entrants: Entrant, reference: PretendingWorker | None = None, case: Case = CASE) -> list[Row]:
+def rows_of(*entrants: BackendUnderTest, reference: PretendingWorker | None = None, case: Case = CASE) -> list[Result]:
     group = Group(BUNDLE, case, entrants, cast(Worker, reference), "torch", "auto")
-    return group.measure(Enough(1.0, 0), lambda what, share: None)
+    return group.measure(StopCondition(1.0, 0), lambda what, share: None)
 
 
 def test_one_that_draws_the_same_is_timed() -> None:
@@ -153,7 +153,10 @@ def test_one_that_could_not_be_opened_has_its_reason() -> None:
 
 @pytest.mark.parametrize(
     ("error", "status", "code"),
-    [(OutOfMemory("no memory"), "unavailable", 4), (Crashed("its process ended with signal 11"), "crashed", 1)],
+    [
+        (OutOfMemoryError("no memory"), "unavailable", 4),
+        (BackendCrashedError("its process ended with signal 11"), "crashed", 1),
+    ],
 )
 def test_one_that_fails_does_not_stop_the_others(error: SpmDeployError, status: str, code: int) -> None:
     failing = entrant("onnxruntime", PretendingWorker(painted(1), fails=error))

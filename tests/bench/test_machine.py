@@ -14,15 +14,15 @@ import pytest
 
 from spmdeploy.bench import machine as bench_machine
 from spmdeploy.bench.machine import (
+    BackgroundLoad,
     LoadMeter,
-    OtherLoad,
     describe_jetson,
     describe_machine,
     differences,
     read_state,
     usable_cores,
 )
-from spmdeploy.bench.nvml import GpuState, Nvml, NvmlMissing, hash_of
+from spmdeploy.bench.nvml import GpuState, Nvml, NvmlMissingError, hash_of
 
 CPUINFO = """processor\t: 0
 model name\t: Imaginary CPU 9000
@@ -116,14 +116,14 @@ def test_load_of_others_is_what_we_did_not_use(tmp_path: Path, monkeypatch: pyte
     times.own += 4 * cores
     times.busy = dict.fromkeys(times.busy, 7.0)  # of 10 seconds, 4 were ours on every core
     times.write()
-    assert meter.other_load() == OtherLoad(0.3) and meter.other_load().disturbs
+    assert meter.other_load() == BackgroundLoad(0.3) and meter.other_load().is_significant
     times.busy = dict.fromkeys(times.busy, 4.1)
     times.write()
-    assert meter.other_load().cpu_share == pytest.approx(0.01) and not meter.other_load().disturbs
+    assert meter.other_load().cpu_share == pytest.approx(0.01) and not meter.other_load().is_significant
 
 
 def test_load_is_unknown_where_the_system_does_not_tell(tmp_path: Path) -> None:
-    assert LoadMeter(tmp_path).other_load() == OtherLoad(None) and not OtherLoad(None).disturbs
+    assert LoadMeter(tmp_path).other_load() == BackgroundLoad(None) and not BackgroundLoad(None).is_significant
 
 
 def test_differences() -> None:
@@ -229,7 +229,7 @@ def test_without_nvml(library: ModuleType | None, words: str, monkeypatch: pytes
     monkeypatch.setitem(__import__("sys").modules, "pynvml", library)
     with Nvml() as nvml:
         assert not nvml.usable and list(nvml.facts()) == [] and list(nvml.states()) == [] and nvml.meter("x") is None
-    with pytest.raises(NvmlMissing, match=words), Nvml(required=True):
+    with pytest.raises(NvmlMissingError, match=words), Nvml(required=True):
         pass
 
 

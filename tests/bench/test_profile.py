@@ -6,7 +6,7 @@ import onnx
 import pytest
 
 import spmdeploy
-from spmdeploy.bench.profile import Operation, grouped, kind_of, stage_of
+from spmdeploy.bench.profile import Operation, group_by_layer, kind_of, stage_of
 from spmdeploy.bundle.bundle import open_bundle
 
 
@@ -20,7 +20,7 @@ from spmdeploy.bundle.bundle import open_bundle
         ("stages.1.encoder.0/Relu_2_nchwc", "Conv", "2", "layout branch"),
         ("stages.1/Tanh_nchwc", "Conv", "2", "to RGB"),
         ("stages.2.to_rgb/Conv", "Conv", "3", "to RGB"),
-        ("stages.2.encoder.4/InstanceNormalization", "InstanceNormalization", "3", "normalisation"),
+        ("stages.2.encoder.4/InstanceNormalization", "InstanceNormalization", "3", "normalization"),
         ("stages.2/Resize_7", "Resize", "3", "resize"),
         ("generator/Resize_1_nchwc", "Upsample", "-", "resize"),
         ("stages.2.decoder.5/Mul_3", "Mul", "3", "modulation arithmetic"),
@@ -40,7 +40,7 @@ from spmdeploy.bundle.bundle import open_bundle
         ("box/256/rows/end", "Min", "-", "around the mask"),
         ("edit/Round", "Round", "-", "conditioning and compositing"),
         ("stages.0.encoder.1.features", "conv2d", "1", "main convolution"),
-        ("stages.0.encoder.1", "instance_norm", "1", "normalisation"),
+        ("stages.0.encoder.1", "instance_norm", "1", "normalization"),
         ("stages.0.encoder.1", "mul", "1", "modulation arithmetic"),
         ("stages.0", "upsample_bilinear2d", "1", "resize"),
     ],
@@ -61,7 +61,7 @@ def test_every_node_of_a_real_graph_has_a_part() -> None:
 
 
 def test_grouping() -> None:
-    parts = grouped(
+    parts = group_by_layer(
         [
             Operation("stages.0.encoder.0.features/Conv", "Conv", 4000),
             Operation("ReorderOutput_token_1", "ReorderOutput", 2000),
@@ -77,4 +77,4 @@ def test_grouping() -> None:
         ("1", "memory layout", 1.0),
     ]
     assert sum(part.share for part in parts) == pytest.approx(1)
-    assert grouped([], 1) == ()
+    assert group_by_layer([], 1) == ()

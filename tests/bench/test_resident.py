@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spmdeploy.bench.resident import device_milliseconds, resident_edit
-from spmdeploy.bench.worker import Bench
+from spmdeploy.bench.resident import device_run, time_on_device
+from spmdeploy.bench.worker import BackendProcess
 from spmdeploy.bench.workloads import EditBatch
 from spmdeploy.bundle.bundle import Bundle
 from spmdeploy.bundle.manifest import REFINE
-from spmdeploy.errors import OutOfMemory, VerificationError
+from spmdeploy.errors import OutOfMemoryError, VerificationError
 from spmdeploy.gpu.device import Device
 
 from .simulated_gpu import PACKAGES, Code, SimulatedGpu, plug_in
@@ -21,7 +21,7 @@ from .simulated_tensorrt import edited_like
 from .test_engine_session import Machine, add, bundle, machine
 from .test_trt import inputs_for, opened, record_of
 
-__all__ = ["bundle", "machine"]  # fixtures of the neighbour
+__all__ = ["bundle", "machine"]  # fixtures of the neighbor
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -32,11 +32,11 @@ def test_an_edit_is_timed_on_its_stream(package: str, tmp_path: Path, monkeypatc
     with opened(gpu, tmp_path) as session:
         device = Device(0)
         with ExitStack() as stack:
-            edit = resident_edit(session, EditBatch(**given), device, stack)
-            device_milliseconds(edit, device)  # the first one prepares the batch size
+            edit = device_run(session, EditBatch(**given), device, stack)
+            time_on_device(edit, device)  # the first one prepares the batch size
             for _ in range(3):
                 before = len(gpu.calls)
-                passed, launching = device_milliseconds(edit, device)
+                passed, launching = time_on_device(edit, device)
                 assert passed >= 0 and launching > 0
                 # An event, the edit, an event, and then the stream comes to rest; no copy from or to the host.
                 calls = gpu.calls[before:]
@@ -55,8 +55,8 @@ def test_too_little_memory_leaves_nothing_behind(tmp_path: Path, monkeypatch: py
     with opened(gpu, tmp_path) as session:
         device = Device(0)
         gpu.fails["cuMemAlloc"] = Code.CUDA_ERROR_OUT_OF_MEMORY
-        with ExitStack() as stack, pytest.raises(OutOfMemory):
-            resident_edit(session, EditBatch(**inputs_for(1)), device, stack)
+        with ExitStack() as stack, pytest.raises(OutOfMemoryError):
+            device_run(session, EditBatch(**inputs_for(1)), device, stack)
         device.close()
     assert gpu.left_behind == {}
 
@@ -67,7 +67,7 @@ def test_too_little_memory_leaves_nothing_behind(tmp_path: Path, monkeypatch: py
 def test_several_streams_have_a_session_each_and_nothing_is_left_of_them(machine: Machine, bundle: Bundle) -> None:
     gpu, given = machine.gpu, inputs_for(2)
     add(bundle, record_of())
-    bench = Bench(bundle.path, "tensorrt", "cuda:0", "fp16")
+    bench = BackendProcess(bundle.path, "tensorrt", "cuda:0", "fp16")
     alone = len(gpu.streams)
     first = bench.prepare_engine(EditBatch(**given), 3)
     assert np.array_equal(first.picture, edited_like(given)["edited"])
@@ -85,7 +85,7 @@ def test_several_streams_have_a_session_each_and_nothing_is_left_of_them(machine
 
 def test_streams_that_disagree_are_not_timed(machine: Machine, bundle: Bundle) -> None:
     add(bundle, record_of())
-    bench = Bench(bundle.path, "tensorrt", "cuda:0", "fp16")
+    bench = BackendProcess(bundle.path, "tensorrt", "cuda:0", "fp16")
     runs = iter(range(100))
 
     def another_every_time(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -101,7 +101,7 @@ def test_streams_that_disagree_are_not_timed(machine: Machine, bundle: Bundle) -
 
 def test_the_memory_of_a_row_counts_refine_once_it_is_loaded(machine: Machine, bundle: Bundle) -> None:
     edit, refine = (add(bundle, record_of(graph=graph)) for graph in ("edit", REFINE))
-    bench = Bench(bundle.path, "tensorrt", "cuda:0", "fp16")
+    bench = BackendProcess(bundle.path, "tensorrt", "cuda:0", "fp16")
     sizes = [next(path.parent.glob("*.engine")).stat().st_size for path in (edit, refine)]
     bench.verify()
     bench._session.run(**inputs_for(1))

@@ -17,13 +17,13 @@ import pytest
 import spmdeploy
 from spmdeploy import cli
 from spmdeploy.bench import run as bench_run
-from spmdeploy.bench.backends import BACKENDS, cold_start_options, left_out, open_backend
+from spmdeploy.bench.backends import BACKENDS, cold_start_options, open_backend, skip_by_default
 from spmdeploy.bench.fidelity import GOLDEN
-from spmdeploy.bench.machine import OtherLoad
+from spmdeploy.bench.machine import BackgroundLoad
 from spmdeploy.bench.nvml import GpuState
-from spmdeploy.bench.racer import Crashed
+from spmdeploy.bench.racer import BackendCrashedError
 from spmdeploy.bench.results import Record, read_record
-from spmdeploy.bench.roofline import BYTES_PER_PIXEL, Rates, best_of, floor_of, numpy_rates
+from spmdeploy.bench.roofline import BYTES_PER_PIXEL, PeakRates, best_of, numpy_rates, roofline_bound
 from spmdeploy.bench.run import Options, cases, warnings
 from spmdeploy.bench.schedule import WarmUp
 from spmdeploy.bench.worker import Worker
@@ -212,19 +212,19 @@ def test_backends_on_devices_they_do_not_have() -> None:
 
 def test_only_the_compiler_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in set(BACKENDS) - {"torch-compile"}:
-        left_out(name)
+        skip_by_default(name)
     monkeypatch.setattr("spmdeploy.bench.backends.visible_gpus", lambda: 1)
-    left_out("torch-compile")
+    skip_by_default("torch-compile")
     monkeypatch.setattr("spmdeploy.bench.backends.visible_gpus", lambda: 0)
     with pytest.raises(UnavailableError, match="takes minutes"):
-        left_out("torch-compile")
+        skip_by_default("torch-compile")
 
 
 def test_what_a_reader_must_know() -> None:
     fine = measured_row(latency_ms=replace(_summary(), unstable=False), phases_ms={"launch": 1.0})
     gpu = GpuState(None, None, None, None, None, (), None)
     state = replace(record_of().before, gpus=(gpu,))
-    assert list(warnings([fine], "torch", (state, state), OtherLoad(0.01))) == []
+    assert list(warnings([fine], "torch", (state, state), BackgroundLoad(0.01))) == []
 
     hot = replace(state, gpus=(replace(gpu, slowed_by=("power cap",)),))
     shaky = replace(
@@ -233,7 +233,7 @@ def test_what_a_reader_must_know() -> None:
         latency_ms=replace(_summary(), unstable=True, cv=0.1),
         phases_ms={"launch": 700.0},
     )
-    told = " | ".join(warnings([shaky], "onnxruntime", (state, hot), OtherLoad(0.2)))
+    told = " | ".join(warnings([shaky], "onnxruntime", (state, hot), BackgroundLoad(0.2)))
     for words in (
         "other processes used 20%",
         "baseline onnxruntime",
@@ -253,12 +253,12 @@ def _summary() -> Any:
 
 
 def test_the_floor_is_the_larger_of_two_times() -> None:
-    rates = Rates("cpu", "fp32", "numpy", gflops=200.0, copy_gb_per_second=10.0)
-    work = floor_of(100.0, 50_000_000, 2, 256, rates, median=2000.0)
+    rates = PeakRates("cpu", "fp32", "numpy", gflops=200.0, copy_gb_per_second=10.0)
+    work = roofline_bound(100.0, 50_000_000, 2, 256, rates, median=2000.0)
     assert (work.milliseconds, work.bound_by, work.reached, work.gflop) == (1000.0, "arithmetic", 0.5, 200.0)
     moved = 50_000_000 + 2 * 256 * 256 * BYTES_PER_PIXEL
     assert work.megabytes == pytest.approx(moved / 1e6, abs=0.001)
-    memory = floor_of(0.001, 50_000_000, 2, 256, rates, median=10.0)
+    memory = roofline_bound(0.001, 50_000_000, 2, 256, rates, median=10.0)
     assert memory.bound_by == "memory" and memory.milliseconds == pytest.approx(moved / 10e9 * 1e3)
     assert memory.reached == pytest.approx(memory.milliseconds / 10)
 
@@ -321,7 +321,7 @@ def test_a_process_that_dies_is_one_row_s_end(worker: Worker) -> None:
     child = next(it for it in multiprocessing.active_children() if it.pid == worker.pid)
     child.kill()
     child.join()
-    with pytest.raises(Crashed, match="signal 9"):
+    with pytest.raises(BackendCrashedError, match="signal 9"):
         worker.turn(0.0, 1)
     worker.close()
     assert worker.pid not in [it.pid for it in multiprocessing.active_children()]

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spmdeploy.bench import schedule as contest
-from spmdeploy.bench.schedule import Enough, Turn, is_steady, take_turns, warm_up
+from spmdeploy.bench.schedule import Round, StopCondition, is_stable, run_interleaved, warm_up
 
 
 class Runner:
@@ -26,46 +26,46 @@ class Runner:
         while True:
             yield script[-1]
 
-    def turn(self, seconds: float, iterations: int) -> Turn:
+    def turn(self, seconds: float, iterations: int) -> Round:
         self._log.append(self._name)
         self.asked.append((seconds, iterations))
         samples: list[float] = []
         while len(samples) < iterations or sum(samples) < seconds * 1000:
             samples.append(next(self._script))
-        return Turn(tuple(samples), sum(samples) / 1000)
+        return Round(tuple(samples), sum(samples) / 1000)
 
 
 def test_rounds_keep_their_order() -> None:
     log: list[str] = []
     runners = [Runner([speed], name, log) for name, speed in (("a", 50), ("b", 700), ("c", 1))]
-    turns = take_turns(runners, Enough(2, 0))
+    turns = run_interleaved(runners, StopCondition(2, 0))
     assert log == ["a", "b", "c"] * len(turns[0]) and len({len(own) for own in turns}) == 1
 
 
 def test_it_goes_on_until_the_slowest_has_had_enough() -> None:
     fast, slow = Runner([1]), Runner([500])
-    turns = take_turns([fast, slow], Enough(1, 10))
+    turns = run_interleaved([fast, slow], StopCondition(1, 10))
     samples = [sum(len(turn.samples) for turn in own) for own in turns]
     assert samples == [10 * 200, 10]  # ten rounds: a turn of 0.2 s, and single iterations of half a second
 
 
 def test_both_seconds_and_iterations_count() -> None:
-    assert [len(own) for own in take_turns([Runner([1000])], Enough(7, 2))] == [7]
-    assert [len(own) for own in take_turns([Runner([1000])], Enough(1, 9))] == [9]
+    assert [len(own) for own in run_interleaved([Runner([1000])], StopCondition(7, 2))] == [7]
+    assert [len(own) for own in run_interleaved([Runner([1000])], StopCondition(1, 9))] == [9]
 
 
 def test_there_are_three_rounds_however_little_is_asked() -> None:
-    assert len(take_turns([Runner([9000])], Enough(0.1, 0))[0]) == contest.FEWEST_ROUNDS == 3
+    assert len(run_interleaved([Runner([9000])], StopCondition(0.1, 0))[0]) == contest.FEWEST_ROUNDS == 3
 
 
 def test_progress_ends_at_one() -> None:
     told: list[float] = []
-    take_turns([Runner([300]), Runner([100])], Enough(3, 5), told.append)
+    run_interleaved([Runner([300]), Runner([100])], StopCondition(3, 5), told.append)
     assert told == sorted(told) and told[-1] == 1 and len(told) > 3
 
 
 def test_nobody_takes_part() -> None:
-    assert take_turns([], Enough(1, 1)) == []
+    assert run_interleaved([], StopCondition(1, 1)) == []
 
 
 # ------------------------------------------------------------------------------------------------------------- warm-up
@@ -108,7 +108,7 @@ def test_a_fast_one_runs_many_iterations_in_a_window() -> None:
     [([100, 104, 105], True), ([100, 104, 105.1], False), ([100, 100], False), ([500, 100, 100, 100], True)],
 )
 def test_what_steady_means(windows: list[float], steady: bool) -> None:
-    assert is_steady(windows) is steady
+    assert is_stable(windows) is steady
 
 
 @given(st.lists(st.floats(1, 4000), min_size=1, max_size=30))
@@ -116,7 +116,7 @@ def test_warm_up_always_ends_and_counts_everything(script: list[float]) -> None:
     counted: list[float] = []
 
     class Counting(Runner):
-        def turn(self, seconds: float, iterations: int) -> Turn:
+        def turn(self, seconds: float, iterations: int) -> Round:
             turn = super().turn(seconds, iterations)
             counted.extend(turn.samples)
             return turn
@@ -124,15 +124,15 @@ def test_warm_up_always_ends_and_counts_everything(script: list[float]) -> None:
     result = warm_up(Counting(script))
     assert result.iterations == len(counted) and result.seconds == pytest.approx(sum(counted) / 1000)
     assert contest.WARM_UP_SECONDS <= result.seconds < contest.WARM_UP_LIMIT + 4.5
-    assert result.steady is is_steady(result.windows)
+    assert result.steady is is_stable(result.windows)
 
 
 def test_what_a_runner_raises_is_not_swallowed() -> None:
-    def failing(seconds: float, iterations: int) -> Turn:
+    def failing(seconds: float, iterations: int) -> Round:
         raise MemoryError
 
     runner = Runner([1])
-    broken: Callable[[float, int], Turn] = failing
+    broken: Callable[[float, int], Round] = failing
     runner.turn = broken  # type: ignore[method-assign]
     with pytest.raises(MemoryError):
-        take_turns([Runner([1]), runner], Enough(1, 1))
+        run_interleaved([Runner([1]), runner], StopCondition(1, 1))

@@ -35,23 +35,23 @@ def a_record() -> Record:
 def test_the_readme_shows_the_committed_records() -> None:
     records = [read_record(path) for path in sorted((ROOT / "bench/results").glob("bench_*.json"))]
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert tables.with_figures(readme, records) == readme, "run `make figures`"
+    assert tables.insert_tables(readme, records) == readme, "run `make figures`"
 
 
 def test_committed_records_were_measured_undisturbed() -> None:
     for path in sorted((ROOT / "bench/results").glob("bench_*.json")):
         record = read_record(path)
-        assert not record.others.disturbs, path
+        assert not record.others.is_significant, path
         assert all(row.status in ("measured", "unavailable") for row in record.rows), path
 
 
 def test_figures_stand_between_the_markers() -> None:
     readme = f"before\n{tables.README_BEGIN}\nold\n{tables.README_END}\nafter\n"
-    written = tables.with_figures(readme, [a_record()])
+    written = tables.insert_tables(readme, [a_record()])
     assert written.startswith(f"before\n{tables.README_BEGIN}\n") and written.endswith(f"{tables.README_END}\nafter\n")
     assert "old" not in written and "| 402 ms |" in written and "torch is unstable" in written
-    assert tables.with_figures(written, [a_record()]) == written
-    assert "make bench" in tables.with_figures(readme, [])
+    assert tables.insert_tables(written, [a_record()]) == written
+    assert "make bench" in tables.insert_tables(readme, [])
 
 
 def test_a_row_that_differs_shows_no_time() -> None:
@@ -61,8 +61,8 @@ def test_a_row_that_differs_shows_no_time() -> None:
     told = tables.markdown(a_record())
     line = next(line for line in told.splitlines() if "torch-compile" in line)
     assert "no speed" in line and "largest difference 99 > 2" in line and " ms" not in line
-    assert "torch-compile" not in tables.readme_figures([a_record()])
-    reasons = tables.why_not(a_record().rows)
+    assert "torch-compile" not in tables.readme_tables([a_record()])
+    reasons = tables.failure_lines(a_record().rows)
     assert [reason.partition(":")[0] for reason in reasons] == ["torch-compile", "tensorrt"]
     assert "cannot run here: no NVIDIA driver" in reasons[1]
 
@@ -73,7 +73,7 @@ def test_the_report_is_whole() -> None:
         "805 ms",
         "2.00 (",
         "38%",
-        "1 grey level, 80.0 dB",
+        "1 gray level, 80.0 dB",
         "by a rule",
         "> torch is unstable",
         "layout branch",
@@ -113,8 +113,8 @@ def test_spans_name_their_unit_once_or_twice() -> None:
 # ------------------------------------------------------------------------------------------------------------- picture
 
 
-def colour_in(picture: np.ndarray, colour: tuple[int, int, int]) -> int:
-    return int((picture == colour).all(axis=2).sum())
+def color_in(picture: np.ndarray, color: tuple[int, int, int]) -> int:
+    return int((picture == color).all(axis=2).sum())
 
 
 TORCH, ONNXRUNTIME = (0x9A, 0xA3, 0xAD), (0x2F, 0x7E, 0xD8)
@@ -123,13 +123,13 @@ TORCH, ONNXRUNTIME = (0x9A, 0xA3, 0xAD), (0x2F, 0x7E, 0xD8)
 def test_bars_are_as_long_as_their_medians() -> None:
     picture = plot(record_of(measured_row(), measured_row("onnxruntime", FAST)))
     assert picture.dtype == np.uint8 and picture.shape == (LOWEST, WIDTH, 3)
-    lengths = [(picture == colour).all(axis=2).sum(axis=1).max() for colour in (TORCH, ONNXRUNTIME)]
+    lengths = [(picture == color).all(axis=2).sum(axis=1).max() for color in (TORCH, ONNXRUNTIME)]
     assert lengths[0] / lengths[1] == pytest.approx(805 / 402, rel=0.1)
 
 
 def test_a_row_without_figures_has_no_bar() -> None:
     picture = plot(record_of(measured_row(), empty_row("onnxruntime", "differs", "wrong")))
-    assert colour_in(picture, TORCH) > 1000 and colour_in(picture, ONNXRUNTIME) == 0
+    assert color_in(picture, TORCH) > 1000 and color_in(picture, ONNXRUNTIME) == 0
 
 
 def test_many_groups_make_a_taller_picture() -> None:
@@ -144,4 +144,4 @@ def test_any_speed_can_be_drawn(scale: float) -> None:
     row = measured_row(turns=turns)
     assert row.floor is not None
     picture = plot(record_of(replace(row, floor=replace(row.floor, milliseconds=200 * scale))))
-    assert colour_in(picture, TORCH) > 1000
+    assert color_in(picture, TORCH) > 1000

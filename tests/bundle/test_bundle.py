@@ -24,7 +24,7 @@ from spmdeploy.bundle.manifest import GoldenEdit, Manifest
 from spmdeploy.bundle.storage import GOLDEN_PICTURES, MANIFEST, SUMS
 from spmdeploy.engines.pack import pack
 from spmdeploy.errors import BundleError, InputError, VerificationError
-from spmdeploy.files import is_inside
+from spmdeploy.files import is_safe_relative_path
 
 from .conftest import (
     GRAPHS,
@@ -327,7 +327,7 @@ def test_a_rejected_graph_is_kept_beside_the_target_and_nothing_else(tmp_path: P
     def export() -> None:
         with BundleWriter(tmp_path / "street.spm") as writer:
             fill(writer)
-            raise VerificationError(f"look at {writer.keep_rejected('graphs/edit.fp16.onnx')}")
+            raise VerificationError(f"look at {writer.save_rejected('graphs/edit.fp16.onnx')}")
 
     with pytest.raises(VerificationError, match=re.escape(str(kept))):
         export()
@@ -416,7 +416,7 @@ def test_any_names_that_can_be_written_come_back(tmp_path_factory: Any, files: d
     with BundleWriter(folder / "b.spm") as writer:
         records = fill(writer)
         for name, content in files.items():
-            if is_inside(f"extra/{name}"):
+            if is_safe_relative_path(f"extra/{name}"):
                 writer.add_bytes(f"extra/{name}", content)
                 taken[f"extra/{name}"] = content
             else:

@@ -20,8 +20,8 @@ import spmdeploy
 from spmdeploy import cli
 from spmdeploy.assets.samples import SAMPLE_EDITS
 from spmdeploy.cli import commands
-from spmdeploy.editing.options import GROWTH_OF_CHANGES
-from spmdeploy.labels import class_table, colourise
+from spmdeploy.editing.options import DEFAULT_DILATION
+from spmdeploy.labels import class_table, colorise
 
 COMMANDS = {
     "edit": ["edit"],
@@ -182,7 +182,7 @@ def test_every_command_has_json(name: str, run: Any) -> None:
 
 
 def test_the_help_knows_the_default_growth(run: Any) -> None:
-    assert f"Default: {GROWTH_OF_CHANGES} with --edited-from" in " ".join(run("edit", "--help").out.split())
+    assert f"Default: {DEFAULT_DILATION} with --edited-from" in " ".join(run("edit", "--help").out.split())
 
 
 def test_without_a_command_comes_the_help(run: Any) -> None:
@@ -251,7 +251,7 @@ def test_what_is_not_foreseen(
     def fail(bundle: object) -> None:
         raise raised
 
-    monkeypatch.setattr("spmdeploy.backends.doctor.examine", fail)
+    monkeypatch.setattr("spmdeploy.backends.doctor.run_checks", fail)
     monkeypatch.setenv("SPMDEPLOY_DEBUG", debug)
     code = {KeyboardInterrupt: 130, MemoryError: 8}.get(raised, 1)
     ran = run("doctor", *json_words)
@@ -496,8 +496,8 @@ def test_unknown_labels_count_under_the_mask_alone(files: Edit, run: Any) -> Non
     refused(run(*files.words(json=True)), files, 7, "labels.png", "12 (3 pixels)", "under the mask")
 
 
-def test_a_colour_label_map_is_not_guessed_at(files: Edit, run: Any) -> None:
-    save(files.labels, colourise(pixels(files.labels), class_table("street")))
+def test_a_color_label_map_is_not_guessed_at(files: Edit, run: Any) -> None:
+    save(files.labels, colorise(pixels(files.labels), class_table("street")))
     refused(run(*files.words(json=True)), files, 7, "labels.png", "labels convert")
 
 
@@ -678,20 +678,20 @@ def test_labels_that_the_table_does_not_have(run: Any, tmp_path: Path) -> None:
     assert pixels(tmp_path / "shown.png")[0, 1].tolist() == [255, 255, 255]
 
 
-def test_labels_go_to_colours_and_back(run: Any, tmp_path: Path) -> None:
-    source, coloured, back = SAMPLE_EDITS[0].labels, tmp_path / "coloured.png", tmp_path / "ids.png"
-    assert run("labels", "show", source, "-o", coloured).code == 0
-    ran = run("labels", "convert", coloured, "-o", back, "--json")
+def test_labels_go_to_colors_and_back(run: Any, tmp_path: Path) -> None:
+    source, colored, back = SAMPLE_EDITS[0].labels, tmp_path / "colored.png", tmp_path / "ids.png"
+    assert run("labels", "show", source, "-o", colored).code == 0
+    ran = run("labels", "convert", colored, "-o", back, "--json")
     assert ran.code == 0 and ran.json["notes"] == []
     assert np.array_equal(pixels(back), pixels(source))
-    assert run("labels", "convert", coloured, "-o", back).code == 7  # it exists
-    assert run("labels", "convert", coloured, "-o", tmp_path / "x.png", "--classes", "cityscapes").code == 7
+    assert run("labels", "convert", colored, "-o", back).code == 7  # it exists
+    assert run("labels", "convert", colored, "-o", tmp_path / "x.png", "--classes", "cityscapes").code == 7
 
 
-def test_shared_colours_are_said(run: Any, tmp_path: Path) -> None:
+def test_shared_colors_are_said(run: Any, tmp_path: Path) -> None:
     black = save(tmp_path / "black.png", np.zeros((4, 4, 3), np.uint8))
     ran = run("labels", "convert", black, "-o", tmp_path / "ids.png", "--classes", "cityscapes", "--json")
-    assert ran.code == 0 and "share the colour (0, 0, 0): taken for unlabeled" in ran.json["notes"][0]
+    assert ran.code == 0 and "share the color (0, 0, 0): taken for unlabeled" in ran.json["notes"][0]
 
 
 def test_ids_are_shifted_there_and_back(run: Any, tmp_path: Path) -> None:

@@ -13,7 +13,15 @@ from PIL import Image
 
 from spmdeploy.datasets import folder as dataset
 from spmdeploy.datasets.config import DataConfig, ExtraData
-from spmdeploy.datasets.folder import Picture, Sample, TrainingSamples, collate, random_crop, relit, split_validation
+from spmdeploy.datasets.folder import (
+    AnnotatedImage,
+    Sample,
+    TrainingSamples,
+    collate,
+    jitter_color,
+    random_crop,
+    split_validation,
+)
 from spmdeploy.errors import InputError
 from tests.toy_dataset import COLOURS, write_data_folder
 
@@ -57,7 +65,7 @@ def test_scales_are_drawn_from_their_range(data_folder: Path, monkeypatch: pytes
     """Below 1 a crop covers more of the picture than it has pixels, above 1 less: the picture is enlarged."""
     sides: list[float] = []
 
-    def recorded(picture: Picture, side: int, scale: float, *rest: Any) -> Picture:
+    def recorded(picture: AnnotatedImage, side: int, scale: float, *rest: Any) -> AnnotatedImage:
         sides.append(side / scale)
         return random_crop(picture, side, scale, *rest)
 
@@ -74,7 +82,9 @@ def test_flips_and_crops_vary(data_folder: Path) -> None:
 
 
 def test_a_picture_smaller_than_the_crop_is_enlarged() -> None:
-    picture = Picture(np.zeros((50, 90, 3), np.uint8), np.zeros((50, 90), np.uint8), np.zeros((50, 90), np.int32))
+    picture = AnnotatedImage(
+        np.zeros((50, 90, 3), np.uint8), np.zeros((50, 90), np.uint8), np.zeros((50, 90), np.int32)
+    )
     cut = random_crop(picture, 128, 1.0, False, np.random.default_rng(0))
     assert cut.image.shape == (128, 128, 3)
     assert cut.labels.shape == cut.instances.shape == (128, 128)
@@ -95,14 +105,14 @@ def test_relighting_changes_photos_alone_and_never_those_for_validation(data_fol
 @given(st.floats(0.01, 1), st.integers(0, 2**32))
 def test_relighting_keeps_the_order_of_levels_and_its_bounds(strength: float, seed: int) -> None:
     ramp = np.repeat(np.arange(256, dtype=np.uint8)[None, :, None], 3, axis=2)
-    changed = relit(ramp, strength, np.random.default_rng(seed))
+    changed = jitter_color(ramp, strength, np.random.default_rng(seed))
     assert changed.dtype == np.uint8 and changed.shape == ramp.shape
     assert (np.diff(changed.astype(int), axis=1) >= 0).all()
     brightest = 255 * np.exp(-strength * 4 / 3)  # the weakest gain and the strongest tint against it
     assert (changed[0, 0] == 0).all() and (changed[0, -1] >= np.floor(brightest)).all()
 
 
-def test_validation_is_held_out_with_its_neighbours() -> None:
+def test_validation_is_held_out_with_its_neighbors() -> None:
     names = tuple(f"{index:03d}" for index in range(100))
     training, held = split_validation(names, 8, 4)
     assert len(held) == 8

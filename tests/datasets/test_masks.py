@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from spmdeploy.datasets.config import HOLE_KINDS, HoleKind
-from spmdeploy.datasets.masks import connected_components, random_hole, strokes
+from spmdeploy.datasets.config import MASK_KINDS, MaskKind
+from spmdeploy.datasets.masks import brush_strokes, connected_components, random_mask
 
 
 def street() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int32]]:
@@ -20,24 +20,24 @@ def street() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int32]]:
     return labels, connected_components(labels, (2,))
 
 
-def hole(kind: HoleKind, seed: int) -> npt.NDArray[np.bool_]:
-    return random_hole(kind, *street(), 3, np.random.default_rng(seed))
+def hole(kind: MaskKind, seed: int) -> npt.NDArray[np.bool_]:
+    return random_mask(kind, *street(), 3, np.random.default_rng(seed))
 
 
-@pytest.mark.parametrize("kind", HOLE_KINDS)
-def test_a_seed_fixes_the_hole(kind: HoleKind) -> None:
+@pytest.mark.parametrize("kind", MASK_KINDS)
+def test_a_seed_fixes_the_hole(kind: MaskKind) -> None:
     holes = [hole(kind, seed) for seed in range(8)]
     assert all(np.array_equal(mask, hole(kind, seed)) for seed, mask in enumerate(holes))
     if kind not in ("extension", "instance"):  # these two have only one answer here
         assert any(not np.array_equal(holes[0], mask) for mask in holes[1:])
 
 
-@pytest.mark.parametrize("kind", HOLE_KINDS)
+@pytest.mark.parametrize("kind", MASK_KINDS)
 @given(seed=st.integers(0, 2**32), side=st.sampled_from([16, 64, 128, 256]))
 @settings(max_examples=15, deadline=None)
-def test_no_hole_is_empty_or_full(kind: HoleKind, seed: int, side: int) -> None:
+def test_no_hole_is_empty_or_full(kind: MaskKind, seed: int, side: int) -> None:
     labels, instances = street()
-    mask = random_hole(kind, labels[:side, :side], instances[:side, :side], 3, np.random.default_rng(seed))
+    mask = random_mask(kind, labels[:side, :side], instances[:side, :side], 3, np.random.default_rng(seed))
     assert mask.shape == (side, side)
     assert mask.dtype == np.bool_
     assert mask.any()
@@ -78,7 +78,7 @@ def test_class_hole_is_never_void() -> None:
 
 
 def class_hole(labels: npt.NDArray[np.uint8], instances: npt.NDArray[np.int32], seed: int) -> npt.NDArray[np.bool_]:
-    return random_hole("class", labels, instances, 3, np.random.default_rng(seed))
+    return random_mask("class", labels, instances, 3, np.random.default_rng(seed))
 
 
 def test_instance_hole_is_the_bounding_box_of_a_thing() -> None:
@@ -89,13 +89,14 @@ def test_instance_hole_is_the_bounding_box_of_a_thing() -> None:
 
 def test_strokes_take_the_place_of_a_missing_instance() -> None:
     labels = np.zeros((256, 256), np.uint8)
-    mask = random_hole("instance", labels, labels.astype(np.int32), 3, np.random.default_rng(1))
+    mask = random_mask("instance", labels, labels.astype(np.int32), 3, np.random.default_rng(1))
     assert 0.02 < mask.mean() < 1
 
 
 def test_strokes_scale_with_the_picture() -> None:
     shares = {
-        side: np.mean([strokes(side, side, np.random.default_rng(s)).mean() for s in range(40)]) for side in (64, 256)
+        side: np.mean([brush_strokes(side, side, np.random.default_rng(s)).mean() for s in range(40)])
+        for side in (64, 256)
     }
     assert shares[64] == pytest.approx(shares[256], rel=0.15)
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from spmdeploy.datasets import prepare as module
 from spmdeploy.datasets.check import check_dataset
-from spmdeploy.datasets.folder import PictureFolder, read_instance_rules
+from spmdeploy.datasets.folder import ImageFolder, read_instance_rules
 from spmdeploy.datasets.prepare import ade20k_size, prepare
 from spmdeploy.errors import InputError, UsageError
 from spmdeploy.imaging import files as images
@@ -127,7 +127,7 @@ def test_ade20k(ade20k: Path, target: Path) -> None:
     assert labels.shape == (288, 384)
     assert np.unique(labels).tolist() == [4, 20]
     assert np.array_equal(instances, np.where(labels == 20, 3, 0))
-    picture = PictureFolder(target, "train", read_instance_rules(target))["ADE_train_00000001"]
+    picture = ImageFolder(target, "train", read_instance_rules(target))["ADE_train_00000001"]
     assert np.unique(picture.instances).tolist() == [4, 20003]  # a thing, so that holes find its box
 
 
@@ -135,7 +135,7 @@ def test_ade20k_without_instances(ade20k: Path, target: Path) -> None:
     (ade20k / "annotations_instance").rename(ade20k.with_name("elsewhere"))
     done = prepare("ade20k", ade20k, target, jobs=1)
     assert done.notes[0].startswith("2 of 2 photos have no instance map")
-    picture = PictureFolder(target, "train", read_instance_rules(target))["ADE_train_00000001"]
+    picture = ImageFolder(target, "train", read_instance_rules(target))["ADE_train_00000001"]
     assert picture.instances.max() >= 20000  # the chair, from its connected piece
 
 

@@ -16,18 +16,18 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from spmdeploy import cli
-from spmdeploy.backends.base import Lack
+from spmdeploy.backends.base import Unsupported
 from spmdeploy.editing.batch import STATUS_FILE, ItemStatus, read_manifest, run_batch
 from spmdeploy.editing.editor import Editor
-from spmdeploy.errors import InputError, OutOfMemory, UsageError
+from spmdeploy.errors import InputError, OutOfMemoryError, UsageError
 from spmdeploy.labels import class_table
 
 
 class Painter:
-    """A session that paints each class in a grey of its own; `before` is called first in every run."""
+    """A session that paints each class in a gray of its own; `before` is called first in every run."""
 
     backend, device, precision, provider, size = "onnxruntime", "cpu", "fp32", "paint", 256
-    refines, lacks_refine = False, Lack("the model has no refine graph", "export it again")
+    refines, refine_unsupported = False, Unsupported("the model has no refine graph", "export it again")
     notes = ()
 
     def __init__(self, before: Callable[[int], None] = lambda run: None) -> None:
@@ -213,7 +213,7 @@ def test_a_defect_in_one_edit_stops_no_other(folder: Path) -> None:
     assert statuses[1].error == "unexpected ZeroDivisionError: by 0"
 
 
-@pytest.mark.parametrize("error", [OutOfMemory("too large"), MemoryError()], ids=["device", "host"])
+@pytest.mark.parametrize("error", [OutOfMemoryError("too large"), MemoryError()], ids=["device", "host"])
 def test_running_out_of_memory_stops_all(error: Exception, folder: Path) -> None:
     def fail(run: int) -> None:
         if run == 2:

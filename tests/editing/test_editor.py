@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spmdeploy.backends.base import Lack
+from spmdeploy.backends.base import Unsupported
 from spmdeploy.editing.editor import Editor, EditResult, InputNames
 from spmdeploy.errors import InputError, UsageError
 from spmdeploy.labels import ClassTable, LabelClass
@@ -31,7 +31,7 @@ class FakeSession:
         self.paint = paint
         self.size = size
         self.refines = refines
-        self.lacks_refine = None if refines else Lack("the model has no refine graph", "export it again")
+        self.refine_unsupported = None if refines else Unsupported("the model has no refine graph", "export it again")
         self.calls: list[tuple[np.ndarray, ...]] = []
         self.closed = False
 
@@ -209,7 +209,7 @@ def test_an_enlarged_result_fills_the_hole_but_for_a_soft_rim() -> None:
 
 
 def test_an_identity_session_gives_the_smooth_photo_back() -> None:
-    """Of a photo of one colour nothing changes, however the windows lie, since the hidden pixels are continued."""
+    """Of a photo of one color nothing changes, however the windows lie, since the hidden pixels are continued."""
     mask = np.zeros((300, 700), bool)
     mask[100:104, 100:104] = mask[200:203, 400:650] = True
     image = np.full((300, 700, 3), (10, 128, 240), np.uint8)
@@ -395,13 +395,13 @@ BAD_INPUTS: dict[str, tuple[dict[str, Any], str]] = {
     "photo is a list": ({"image": [[0]]}, "image is a list"),
     "photo in floats": ({"image": PHOTO.astype(float)}, "image has type float64, expected uint8"),
     "photo of 16 bits": ({"image": PHOTO.astype(np.uint16)}, "image has type uint16"),
-    "grey photo": ({"image": IDS}, r"image has shape \(6, 8\)"),
+    "gray photo": ({"image": IDS}, r"image has shape \(6, 8\)"),
     "photo with alpha": ({"image": np.zeros((6, 8, 4), np.uint8)}, r"image has shape \(6, 8, 4\)"),
     "photo without pixels": (
         {"image": PHOTO[:0], "labels": IDS[:0], "mask": HOLE[:0]},
         "image is 8×0, it has no pixels",
     ),
-    "colour label map": ({"labels": PHOTO}, r"labels has shape \(6, 8, 3\)"),
+    "color label map": ({"labels": PHOTO}, r"labels has shape \(6, 8, 3\)"),
     "labels in floats": ({"labels": IDS.astype(np.float32)}, "labels has type float32"),
     "labels of truth": ({"labels": HOLE}, "labels has type bool"),
     "labels of another size": ({"labels": IDS[:5]}, "labels: 8×5, but image: 8×6"),
@@ -412,7 +412,7 @@ BAD_INPUTS: dict[str, tuple[dict[str, Any], str]] = {
     "empty mask": ({"mask": ~HOLE & HOLE}, "mask is empty: it marks no pixel"),
     "full mask": ({"mask": ~HOLE | HOLE}, "mask is full: it marks every pixel"),
     "instances in floats": ({"instances": IDS.astype(float)}, "instances has type float64"),
-    "instances in colour": ({"instances": PHOTO}, r"instances has shape \(6, 8, 3\)"),
+    "instances in color": ({"instances": PHOTO}, r"instances has shape \(6, 8, 3\)"),
     "instances beyond 32 bits": ({"instances": IDS + np.int64(2**31)}, "from 2147483648 to 2147483648"),
     "a label that is no class": ({"labels": IDS + np.uint8(4)}, "4"),
     "a negative label": ({"labels": IDS.astype(np.int16) - 3}, "-3"),

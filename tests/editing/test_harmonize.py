@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spmdeploy.editing.harmonize import BAND, match_colours, match_grain, match_surroundings
+from spmdeploy.editing.harmonize import BAND, match_color_statistics, match_noise, match_surroundings
 
 SIDES = st.integers(40, 90)
 
@@ -30,7 +30,7 @@ def test_a_cast_on_an_even_surface_is_taken_out(height: int, width: int, cast: t
     photo = np.where(labels[..., None] == 1, np.uint8([200, 180, 160]), np.uint8([60, 70, 80])).astype(np.uint8)
     edited = photo.copy()
     edited[mask] = edited[mask] + np.array(cast)
-    match_colours(edited, labels, mask)
+    match_color_statistics(edited, labels, mask)
     assert np.abs(edited.astype(int) - photo).max() <= 1
 
 
@@ -38,7 +38,7 @@ def test_each_class_is_judged_by_its_own_surroundings() -> None:
     labels, mask = two_classes(80, 80), hole(80, 80)
     edited = np.full((80, 80, 3), 100, np.uint8)
     edited[mask & (labels == 1)] = 120
-    match_colours(edited, labels, mask)
+    match_color_statistics(edited, labels, mask)
     assert (edited == 100).all()
 
 
@@ -48,7 +48,7 @@ def test_known_pixels_and_classes_without_a_border_stay_as_they_are() -> None:
     labels[30:50, 15:30] = 3  # under the mask alone
     edited = rng.integers(0, 256, (80, 80, 3), dtype=np.uint8)
     before = edited.copy()
-    match_colours(edited, labels, mask)
+    match_color_statistics(edited, labels, mask)
     same = (edited == before).all(axis=2)
     assert same[~mask].all() and same[labels == 3].all()
     assert not same[mask].all()
@@ -58,7 +58,7 @@ def test_another_object_of_the_class_is_not_copied() -> None:
     labels, mask = np.ones((80, 80), np.uint8), hole(80, 80)
     edited = np.where(mask[..., None], np.uint8(0), np.uint8(250)).astype(np.uint8)
     edited = np.repeat(edited[..., :1], 3, axis=2)
-    match_colours(edited, labels, mask)
+    match_color_statistics(edited, labels, mask)
     assert edited[mask].max() == 48  # the largest shift
 
 
@@ -68,7 +68,7 @@ def test_detail_under_the_mask_is_kept() -> None:
     texture = rng.normal(0, 12, (96, 96, 1)).repeat(3, axis=2)
     edited = np.clip(128 + texture - 30 * mask[..., None], 0, 255).astype(np.uint8)
     before = edited.astype(float)
-    match_colours(edited, labels, mask)
+    match_color_statistics(edited, labels, mask)
     inner = np.s_[8 + BAND : -8 - BAND, 8 + BAND : 40]
     change = edited[inner] - before[inner]
     assert change.mean() == pytest.approx(30, abs=4)
@@ -81,7 +81,7 @@ def test_large_pictures_are_measured_on_cells(height: int, width: int) -> None:
     labels, mask = two_classes(height, width), hole(height, width)
     edited = np.full((height, width, 3), 100, np.uint8)
     edited[mask] = 90
-    match_colours(edited, labels, mask)
+    match_color_statistics(edited, labels, mask)
     assert np.abs(edited.astype(int) - 100).max() <= 1
 
 
@@ -90,12 +90,12 @@ def test_an_even_class_passes_its_grain_on() -> None:
     labels, mask = np.ones((96, 96), np.uint8), hole(96, 96)
     grain = np.clip(128 + rng.normal(0, 3, (96, 96, 1)), 0, 255).astype(np.uint8).repeat(3, axis=2)
     edited = np.where(mask[..., None], np.uint8(128), grain).astype(np.uint8)
-    match_grain(edited, labels, mask)
+    match_noise(edited, labels, mask)
     assert edited[mask].std() == pytest.approx(3, rel=0.25)
     assert edited[mask].mean() == pytest.approx(128, abs=0.5)
     assert (edited[~mask] == grain[~mask]).all()
     again = edited.copy()
-    match_grain(again, labels, mask)
+    match_noise(again, labels, mask)
     assert edited[mask].std() == pytest.approx(again[mask].std(), rel=0.25)  # what has grain gets little more
 
 
@@ -105,7 +105,7 @@ def test_structure_is_not_taken_for_grain() -> None:
     wall = rng.integers(0, 256, (96, 96, 1), dtype=np.uint8).repeat(3, axis=2)
     wall[mask] = 128
     before = wall.copy()
-    match_grain(wall, labels, mask)
+    match_noise(wall, labels, mask)
     assert (wall == before).all()
 
 

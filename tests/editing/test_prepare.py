@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 from test_editor import CLASSES, FakeSession, everything_mixed, labels_for, noise, partial_masks
 
 import spmdeploy
-from spmdeploy.backends.base import KeepsLayouts, open_session
+from spmdeploy.backends.base import SupportsLayoutCache, open_session
 from spmdeploy.backends.layout_split import split_by_layout
 from spmdeploy.backends.onnxruntime import OnnxRuntimeSession
 from spmdeploy.backends.pytorch import TorchSession
@@ -38,7 +38,7 @@ class KeepingSession(FakeSession):
     def run(self, *inputs: np.ndarray) -> np.ndarray:
         raise AssertionError("the layout was told with an image")
 
-    def keep_layout(self, *layout: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    def cache_layout_run(self, *layout: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
         self.kept += 1
         return lambda image: self.run_unrounded(image, *layout).astype(np.uint8)
 
@@ -153,7 +153,7 @@ def real(street_bundle: Path) -> dict[str, OnnxRuntimeSession]:
 def test_onnxruntime_draws_the_same(real: dict[str, OnnxRuntimeSession], graph: str, batch: int) -> None:
     session = real[graph]
     given = edit_batch(spmdeploy.open_editor().classes, 256, "medium", batch)
-    run = session.keep_layout(given.labels, given.instances, given.mask)
+    run = session.cache_layout_run(given.labels, given.instances, given.mask)
     for image in (given.image, given.image[:, ::-1].copy()):
         expected = session.run(image, given.labels, given.instances, given.mask)
         assert not np.array_equal(expected, image)
@@ -163,7 +163,7 @@ def test_onnxruntime_draws_the_same(real: dict[str, OnnxRuntimeSession], graph: 
 def test_two_layouts_do_not_disturb_each_other(real: dict[str, OnnxRuntimeSession]) -> None:
     session, table = real["edit_cpu"], spmdeploy.open_editor().classes
     cases = [edit_batch(table, 256, mask, 1) for mask in ("small", "large")]
-    runs = [session.keep_layout(case.labels, case.instances, case.mask) for case in cases]
+    runs = [session.cache_layout_run(case.labels, case.instances, case.mask) for case in cases]
     for case, run in zip(cases, runs, strict=True):
         np.testing.assert_array_equal(run(case.image), session.run(*case.arrays))
 
@@ -171,7 +171,7 @@ def test_two_layouts_do_not_disturb_each_other(real: dict[str, OnnxRuntimeSessio
 def test_an_editor_on_a_bundle_keeps_layouts(street_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = open_bundle(street_bundle)
     session = open_session(bundle, "onnxruntime", "cpu").session
-    assert isinstance(session, KeepsLayouts)
+    assert isinstance(session, SupportsLayoutCache)
     given = edit_batch(bundle.manifest.classes, 256, "small", 1)
     editor = Editor(session, bundle.manifest.classes)
     expected = editor.edit(given.image[0], given.labels[0], given.mask[0]).image
@@ -188,7 +188,7 @@ def test_torch_draws_the_same(options: dict[str, Any]) -> None:
     session = TorchSession(generator)
     given = edit_batch(spmdeploy.open_editor().classes, 256, "medium", 2)
     expected = session.run(*given.arrays)
-    run = session.keep_layout(given.labels, given.instances, given.mask)
+    run = session.cache_layout_run(given.labels, given.instances, given.mask)
     convolutions: list[str] = []
     for name, module in generator.named_modules():
         module.register_forward_hook(lambda *_, name=name: convolutions.append(name))

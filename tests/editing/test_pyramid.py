@@ -12,17 +12,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spmdeploy.backends.base import Lack
+from spmdeploy.backends.base import Unsupported
 from spmdeploy.editing.editor import Editor, EditResult
-from spmdeploy.editing.preprocess import Scene
-from spmdeploy.editing.pyramid import base_of, carry_up
+from spmdeploy.editing.preprocess import EditRegion
+from spmdeploy.editing.pyramid import coarse_canvas, refine_on_host
 from spmdeploy.editing.report import report_notes
-from spmdeploy.editing.tally import Tally
+from spmdeploy.editing.tally import PhaseTimer
 from spmdeploy.errors import BundleError, InputError, UsageError
 from spmdeploy.labels import ClassTable, LabelClass
-from spmdeploy.tiling.letterbox import frame_of
-from spmdeploy.tiling.outpaint import Sides, grown_size, new_pixels
-from spmdeploy.tiling.pyramid import plan_levels
+from spmdeploy.tiling.letterbox import fit_letterbox
+from spmdeploy.tiling.outpaint import Padding, grown_size, new_pixels
+from spmdeploy.tiling.pyramid import plan_pyramid
 from spmdeploy.tiling.windows import Window, plan_windows, whole_photo
 
 quick = settings(max_examples=25, deadline=None)
@@ -30,15 +30,15 @@ CLASSES = ClassTable("four", tuple(LabelClass(i, f"class {i}", (i, i, i)) for i 
 
 
 class Session:
-    """Paints each masked pixel in the colour of its instance; without colours, what `coarse` shows of it, enlarged."""
+    """Paints each masked pixel in the color of its instance; without colors, what `coarse` shows of it, enlarged."""
 
     backend, device, provider, notes = "fake", "cpu", "none", ()
     precision: Literal["fp32", "fp16"] = "fp32"
 
-    def __init__(self, size: int, colours: np.ndarray | None = None, refines: bool = True) -> None:
-        """colours: uint8 (instances, 3)."""
-        self.size, self.colours, self.refines = size, colours, refines
-        self.lacks_refine = None if refines else Lack("the model has no refine graph", "export it again")
+    def __init__(self, size: int, colors: np.ndarray | None = None, refines: bool = True) -> None:
+        """colors: uint8 (instances, 3)."""
+        self.size, self.colors, self.refines = size, colors, refines
+        self.refine_unsupported = None if refines else Unsupported("the model has no refine graph", "export it again")
         self.batches: list[int] = []
 
     def run(self, *inputs: np.ndarray) -> np.ndarray:
@@ -47,8 +47,8 @@ class Session:
     def run_unrounded(
         self, image: np.ndarray, labels: np.ndarray, instances: np.ndarray, mask: np.ndarray
     ) -> np.ndarray:
-        colours = np.zeros((1, 3), np.uint8) if self.colours is None else self.colours
-        return np.where(mask[..., None] != 0, colours[instances % len(colours)], image).astype(np.float32)
+        colors = np.zeros((1, 3), np.uint8) if self.colors is None else self.colors
+        return np.where(mask[..., None] != 0, colors[instances % len(colors)], image).astype(np.float32)
 
     def refine(
         self, image: np.ndarray, labels: np.ndarray, instances: np.ndarray, mask: np.ndarray, coarse: np.ndarray
@@ -56,7 +56,7 @@ class Session:
         assert self.refines
         assert coarse.shape == (len(image), self.size // 2, self.size // 2, 3) and coarse.dtype == np.float32
         self.batches.append(len(image))
-        if self.colours is not None:
+        if self.colors is not None:
             return self.run_unrounded(image, labels, instances, mask)
         return np.where(mask[..., None] != 0, doubled(coarse), image).astype(np.float32)
 
@@ -138,12 +138,12 @@ def test_each_level_lies_exactly_over_the_one_before(height: int, width: int, se
     window = whole_photo(height, width)
     mask = np.ones((height, width), bool)
     mask[0, 0] = False
-    levels, frame = plan_levels(window, mask, size), frame_of(window, size)
+    levels, frame = plan_pyramid(window, mask, size), fit_letterbox(window, size)
     y, x = np.mgrid[:size, :size] + 0.5
     edited = value(y * height / frame.height, x * width / frame.width)
-    scene = Scene(np.zeros((height, width, 3), np.uint8), np.zeros_like(mask, np.uint8), mask, None)
-    base = base_of(frame, edited, levels[0])
-    canvas, _ = carry_up(Session(size), levels, base, scene, 4, Tally())
+    scene = EditRegion(np.zeros((height, width, 3), np.uint8), np.zeros_like(mask, np.uint8), mask, None)
+    base = coarse_canvas(frame, edited, levels[0])
+    canvas, _ = refine_on_host(Session(size), levels, base, scene, 4, PhaseTimer())
     y, x = np.mgrid[:height, :width] + 0.5
     rim = 4 * 2 ** len(levels)  # at the window's end there is nothing to continue the slope from
     inner = np.s_[rim:-rim, rim:-rim]
@@ -152,14 +152,14 @@ def test_each_level_lies_exactly_over_the_one_before(height: int, width: int, se
 
 
 def test_the_picture_between_levels_is_not_rounded() -> None:
-    """A slope of a tenth of a grey level a pixel has no steps wider than a grey level's own."""
+    """A slope of a tenth of a gray level a pixel has no steps wider than a gray level's own."""
     mask = np.ones((1000, 1000), bool)
     mask[0, 0] = False
     window = whole_photo(1000, 1000)
-    levels, frame = plan_levels(window, mask), frame_of(window)
+    levels, frame = plan_pyramid(window, mask), fit_letterbox(window)
     edited = np.linspace(100, 120, 256, dtype=np.float32)[None, :, None].repeat(256, axis=0).repeat(3, axis=2)
-    scene = Scene(np.zeros((1000, 1000, 3), np.uint8), np.zeros_like(mask, np.uint8), mask, None)
-    canvas, _ = carry_up(Session(256), levels, base_of(frame, edited, levels[0]), scene, 4, Tally())
+    scene = EditRegion(np.zeros((1000, 1000, 3), np.uint8), np.zeros_like(mask, np.uint8), mask, None)
+    canvas, _ = refine_on_host(Session(256), levels, coarse_canvas(frame, edited, levels[0]), scene, 4, PhaseTimer())
     steps = np.diff(canvas[500, 32:-32, 0])
     assert steps.min() > 0 and steps.max() < 2 * steps.min()
 
@@ -319,14 +319,14 @@ def test_the_report_tells_of_every_level() -> None:
 
 def test_tiles_that_differ_show_it_as_mismatch() -> None:
     class Flickering(Session):
-        """Every tile ten grey levels brighter than the one before; the first at 0."""
+        """Every tile ten gray levels brighter than the one before; the first at 0."""
 
         calls = 0
 
         def refine(self, image: np.ndarray, *others: np.ndarray) -> np.ndarray:
-            grey = 10.0 * (self.calls + np.arange(len(image)))
+            gray = 10.0 * (self.calls + np.arange(len(image)))
             self.calls += len(image)
-            return np.where(others[2][..., None] != 0, grey[:, None, None, None], image).astype(np.float32)
+            return np.where(others[2][..., None] != 0, gray[:, None, None, None], image).astype(np.float32)
 
     mask = np.zeros((200, 110), bool)
     mask[5:100, 5:105] = True
@@ -347,9 +347,9 @@ def test_borders_that_show_and_tiles_that_disagree_are_told() -> None:
         return report_notes([replace(plain, measured=(*plain.measured[:-1], last))])
 
     assert report_notes([plain]) == () == notes(2.0, 12.0)
-    assert notes(2.14, 3) == ("window 1 of 1: steps at the borders of tiles exceed others by 2.1 grey levels",)
+    assert notes(2.14, 3) == ("window 1 of 1: steps at the borders of tiles exceed others by 2.1 gray levels",)
     (told,) = notes(0.1, 15.6)
-    assert told.startswith("window 1 of 1: its tiles differed by 16 grey levels")
+    assert told.startswith("window 1 of 1: its tiles differed by 16 gray levels")
 
 
 def test_a_level_of_a_smooth_photo_is_enlarged_and_not_refined() -> None:
@@ -388,7 +388,7 @@ def test_windows_that_are_carried_up_one_after_the_other_keep_apart() -> None:
 # ---- growing a picture ----
 
 
-def extend(session: Session, image: np.ndarray, sides: Sides, **more: Any) -> EditResult:
+def extend(session: Session, image: np.ndarray, sides: Padding, **more: Any) -> EditResult:
     shape = grown_size(image.shape, sides)
     numbers = np.arange(shape[0] * shape[1], dtype=np.int32).reshape(shape)
     more = {"feather": 0} | more
@@ -399,8 +399,8 @@ growth = st.sampled_from([0, 0, 1, 30, 200])
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(20, 150), st.integers(20, 150), st.builds(Sides, growth, growth, growth, growth))
-def test_a_session_that_knows_what_is_beyond_gives_the_whole_picture(height: int, width: int, sides: Sides) -> None:
+@given(st.integers(20, 150), st.integers(20, 150), st.builds(Padding, growth, growth, growth, growth))
+def test_a_session_that_knows_what_is_beyond_gives_the_whole_picture(height: int, width: int, sides: Padding) -> None:
     """Bit for bit, in every direction, over as many windows as it takes."""
     if not any(sides):
         return
@@ -424,7 +424,7 @@ def test_each_window_sees_what_the_one_before_made() -> None:
             return np.where(hole, np.where(hole, 0, image).max() + 1, image).astype(np.float32)
 
     photo = np.full((64, 64, 3), 10, np.uint8)
-    result = extend(Continuing(64), photo, Sides(70, 0, 100, 0), tiling="crop")
+    result = extend(Continuing(64), photo, Padding(70, 0, 100, 0), tiling="crop")
     strips = [int(column) for column in result.image[0, :, 0]]
     assert strips[:70] == [13] * 24 + [12] * 23 + [11] * 23  # towards the left, in three steps
     assert strips[70:134] == [10] * 64
@@ -439,14 +439,14 @@ def test_what_is_still_to_come_never_reaches_the_session() -> None:
             return np.full(image.shape, 200, np.float32)
 
     photo = np.full((50, 80, 3), 200, np.uint8)
-    assert (extend(Strict(64), photo, Sides(90, 70, 110, 130), tiling="crop", feather=3).image == 200).all()
+    assert (extend(Strict(64), photo, Padding(90, 70, 110, 130), tiling="crop", feather=3).image == 200).all()
 
 
 def test_steps_cost_the_same_however_far_a_picture_grows() -> None:
     told: list[tuple[int, int]] = []
     photo = noise(64, 64)
     near, far = (
-        extend(Session(64), photo, Sides(0, 0, length, 0), progress=lambda *at: told.append(at)).report
+        extend(Session(64), photo, Padding(0, 0, length, 0), progress=lambda *at: told.append(at)).report
         for length in (96, 960)
     )
     assert {entry.frame.height for entry in near.windows} == {entry.frame.height for entry in far.windows} == {64}
@@ -455,7 +455,7 @@ def test_steps_cost_the_same_however_far_a_picture_grows() -> None:
 
 
 def test_the_report_of_an_extension_names_windows_of_the_grown_picture() -> None:
-    report = extend(Session(64), noise(100, 100), Sides(0, 0, 120, 0)).report
+    report = extend(Session(64), noise(100, 100), Padding(0, 0, 120, 0)).report
     assert [entry.site.window for entry in report.windows] == [Window(0, left, 100, 100) for left in (46, 86, 120)]
     assert (report.tiling, report.tiling_reason) == ("cascade", "3 of 3 windows larger than 96 pixels")
 
@@ -463,12 +463,12 @@ def test_the_report_of_an_extension_names_windows_of_the_grown_picture() -> None
 @pytest.mark.parametrize(
     ("sides", "words"),
     [
-        (Sides(0, 0, 0, 0), "0 pixels on every side"),
-        (Sides(0, -3, 9, 0), "cannot grow by -3"),
-        (Sides(0, 0, 10**9, 0), "1000000008×6, 6000 megapixels; at most 200"),
+        (Padding(0, 0, 0, 0), "0 pixels on every side"),
+        (Padding(0, -3, 9, 0), "cannot grow by -3"),
+        (Padding(0, 0, 10**9, 0), "1000000008×6, 6000 megapixels; at most 200"),
     ],
 )
-def test_extensions_that_make_no_sense_are_refused(sides: Sides, words: str) -> None:
+def test_extensions_that_make_no_sense_are_refused(sides: Padding, words: str) -> None:
     photo = noise(6, 8)
     with pytest.raises(UsageError, match=words) as caught:
         Editor(Session(64), CLASSES).extend(photo, np.zeros((6, 8), np.uint8), sides)
@@ -478,16 +478,16 @@ def test_extensions_that_make_no_sense_are_refused(sides: Sides, words: str) -> 
 def test_labels_of_an_extension_have_the_grown_size() -> None:
     photo, labels = noise(6, 8), np.zeros((6, 8), np.uint8)
     with pytest.raises(InputError, match="labels: 8×6, but image grows to 10×6"):
-        Editor(Session(64), CLASSES).extend(photo, labels, Sides(0, 0, 2, 0))
+        Editor(Session(64), CLASSES).extend(photo, labels, Padding(0, 0, 2, 0))
     grown = np.zeros((6, 10), np.uint8)
     with pytest.raises(InputError, match="instances: 8×6, but image grows to 10×6"):
-        Editor(Session(64), CLASSES).extend(photo, grown, Sides(0, 0, 2, 0), labels)
+        Editor(Session(64), CLASSES).extend(photo, grown, Padding(0, 0, 2, 0), labels)
     with pytest.raises(InputError, match=r"4 \(12 pixels\)"):
-        Editor(Session(64), CLASSES).extend(photo, grown + np.uint8(4), Sides(0, 0, 2, 0))
+        Editor(Session(64), CLASSES).extend(photo, grown + np.uint8(4), Padding(0, 0, 2, 0))
     with pytest.raises(InputError, match="labels is a list"):
-        Editor(Session(64), CLASSES).extend(photo, [[0]], Sides(0, 0, 2, 0))  # type: ignore[arg-type]
+        Editor(Session(64), CLASSES).extend(photo, [[0]], Padding(0, 0, 2, 0))  # type: ignore[arg-type]
 
 
 def test_an_extension_always_runs_in_windows() -> None:
     with pytest.raises(UsageError, match="without tiling"):
-        extend(Session(64), noise(64, 64), Sides(0, 0, 1, 0), tiling="off")
+        extend(Session(64), noise(64, 64), Padding(0, 0, 1, 0), tiling="off")

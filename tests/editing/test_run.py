@@ -13,27 +13,27 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from spmdeploy.backends.base import Lack
+from spmdeploy.backends.base import Unsupported
 from spmdeploy.editing.editor import Editor
-from spmdeploy.editing.options import GROWTH_OF_CHANGES, EditFiles, parse_sides
+from spmdeploy.editing.options import DEFAULT_DILATION, EditRequest, parse_padding
 from spmdeploy.editing.overlay import explain_sheet
-from spmdeploy.editing.report import EditedWindow
-from spmdeploy.editing.run import edit_files, grow_mask
+from spmdeploy.editing.report import WindowReport
+from spmdeploy.editing.run import dilate, run_edit_files
 from spmdeploy.errors import InputError, UsageError
 from spmdeploy.imaging.contact_sheet import CELL_SIDE, edit_sheet, sheet
 from spmdeploy.imaging.files import read_photo
 from spmdeploy.labels import class_table
-from spmdeploy.tiling.letterbox import frame_of
-from spmdeploy.tiling.outpaint import Sides
-from spmdeploy.tiling.pyramid import plan_levels
+from spmdeploy.tiling.letterbox import fit_letterbox
+from spmdeploy.tiling.outpaint import Padding
+from spmdeploy.tiling.pyramid import plan_pyramid
 from spmdeploy.tiling.windows import plan_windows
 
 
-class Grey:
-    """A session that paints everything under the mask in one grey, or fails."""
+class Gray:
+    """A session that paints everything under the mask in one gray, or fails."""
 
-    backend, device, precision, provider, size = "onnxruntime", "cpu", "fp32", "grey", 256
-    refines, lacks_refine = False, Lack("the model has no refine graph", "export it again")
+    backend, device, precision, provider, size = "onnxruntime", "cpu", "fp32", "gray", 256
+    refines, refine_unsupported = False, Unsupported("the model has no refine graph", "export it again")
     notes = ()
 
     def __init__(self, failure: Exception | None = None) -> None:
@@ -49,7 +49,7 @@ class Grey:
 
 
 def editor(failure: Exception | None = None) -> Editor:
-    return Editor(Grey(failure), class_table("street"))  # type: ignore[arg-type]
+    return Editor(Gray(failure), class_table("street"))  # type: ignore[arg-type]
 
 
 def save(path: Path, pixels: NDArray[Any], **options: Any) -> Path:
@@ -58,11 +58,11 @@ def save(path: Path, pixels: NDArray[Any], **options: Any) -> Path:
 
 
 @pytest.fixture
-def files(tmp_path: Path) -> EditFiles:
+def files(tmp_path: Path) -> EditRequest:
     photo = np.random.default_rng(5).integers(0, 256, (20, 30, 3), np.uint8)
     mask = np.zeros((20, 30), np.uint8)
     mask[5:10, 5:15] = 255
-    return EditFiles(
+    return EditRequest(
         image=save(tmp_path / "photo.png", photo),
         output=tmp_path / "edited.png",
         labels=save(tmp_path / "labels.png", np.full((20, 30), 3, np.uint8)),
@@ -70,7 +70,7 @@ def files(tmp_path: Path) -> EditFiles:
     )
 
 
-def changed(files: EditFiles, **changes: Any) -> EditFiles:
+def changed(files: EditRequest, **changes: Any) -> EditRequest:
     return dataclasses.replace(files, **changes)
 
 
@@ -94,13 +94,13 @@ def test_growing_reaches_so_many_rows_and_columns(
         [mask[max(y - pixels, 0) : y + pixels + 1, max(x - pixels, 0) : x + pixels + 1].any() for x in range(width)]
         for y in range(height)
     ]
-    assert np.array_equal(grow_mask(mask, pixels), expected)
+    assert np.array_equal(dilate(mask, pixels), expected)
 
 
-def test_how_much_a_mask_grows(files: EditFiles) -> None:
+def test_how_much_a_mask_grows(files: EditRequest) -> None:
     from_changes = {"mask": None, "edited_from": files.image}
     assert files.growth == 0 and changed(files, grow=3).growth == 3
-    assert changed(files, **from_changes).growth == GROWTH_OF_CHANGES
+    assert changed(files, **from_changes).growth == DEFAULT_DILATION
     assert changed(files, grow=0, **from_changes).growth == 0
 
 
@@ -115,19 +115,19 @@ def test_how_much_a_mask_grows(files: EditFiles) -> None:
         ({"labels": None, "fill": "road", "match_surroundings": True}, "match_surroundings needs the labels"),
         ({"mask": None}, "one of mask, edited_from and extend"),
         ({"edited_from": Path("l.png")}, "one of mask, edited_from and extend"),
-        ({"extend": Sides(1, 0, 0, 0)}, "one of mask, edited_from and extend"),
-        ({"mask": None, "extend": Sides(1, 0, 0, 0), "grow": 2}, "grow enlarges a mask"),
+        ({"extend": Padding(1, 0, 0, 0)}, "one of mask, edited_from and extend"),
+        ({"mask": None, "extend": Padding(1, 0, 0, 0), "grow": 2}, "grow enlarges a mask"),
         ({"mask": None, "edited_from": Path("l.png"), "labels": None, "fill": "road"}, "edited_from needs labels"),
         ({"grow": -1}, "grow is -1"),
         ({"grow": 1025}, "grow is 1025"),
     ],
 )
-def test_options_that_contradict_each_other(changes: dict[str, Any], words: str, files: EditFiles) -> None:
+def test_options_that_contradict_each_other(changes: dict[str, Any], words: str, files: EditRequest) -> None:
     with pytest.raises(UsageError, match=words):
         changed(files, **changes)
 
 
-def test_outputs_never_replace_what_is_read(files: EditFiles, tmp_path: Path) -> None:
+def test_outputs_never_replace_what_is_read(files: EditRequest, tmp_path: Path) -> None:
     link = tmp_path / "link.png"
     link.symlink_to(files.mask)  # type: ignore[arg-type]
     for changes in (
@@ -147,13 +147,13 @@ def test_outputs_never_replace_what_is_read(files: EditFiles, tmp_path: Path) ->
 # ------------------------------------------------------------------------------------------------ reading and writing
 
 
-def test_orientation_profile_and_labels_of_a_turned_photo(files: EditFiles, tmp_path: Path) -> None:
+def test_orientation_profile_and_labels_of_a_turned_photo(files: EditRequest, tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # stored lying on its side
     exif[0x010F] = "a maker"
     stored = np.rot90(np.asarray(Image.open(files.image).convert("RGB"))).copy()
     turned = save(tmp_path / "turned.png", stored, exif=exif)
-    done = edit_files(editor(), changed(files, image=turned))
+    done = run_edit_files(editor(), changed(files, image=turned))
     assert done.size == (30, 20)
     assert any("turned upright" in note for note in done.notes)
     with Image.open(files.output) as written, Image.open(files.image) as original:
@@ -162,16 +162,16 @@ def test_orientation_profile_and_labels_of_a_turned_photo(files: EditFiles, tmp_
 
 
 @pytest.mark.parametrize("failure", [InputError("no"), MemoryError(), KeyboardInterrupt()], ids=repr)
-def test_a_failed_edit_writes_nothing(failure: Exception, files: EditFiles, tmp_path: Path) -> None:
+def test_a_failed_edit_writes_nothing(failure: Exception, files: EditRequest, tmp_path: Path) -> None:
     before = sorted(tmp_path.iterdir())
     with pytest.raises(type(failure)):
-        edit_files(editor(failure), changed(files, sheet=tmp_path / "sheet.png", explain=tmp_path / "tiles.png"))
+        run_edit_files(editor(failure), changed(files, sheet=tmp_path / "sheet.png", explain=tmp_path / "tiles.png"))
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_ctrl_c_between_the_tiles_of_a_cascade_leaves_what_was_there(files: EditFiles, tmp_path: Path) -> None:
-    class Interrupted(Grey):
-        size, refines, lacks_refine, calls = 16, True, None, 0
+def test_ctrl_c_between_the_tiles_of_a_cascade_leaves_what_was_there(files: EditRequest, tmp_path: Path) -> None:
+    class Interrupted(Gray):
+        size, refines, refine_unsupported, calls = 16, True, None, 0
 
         def run_unrounded(self, *inputs: NDArray[Any]) -> NDArray[np.float32]:
             return self.run(*inputs).astype(np.float32)
@@ -186,44 +186,44 @@ def test_ctrl_c_between_the_tiles_of_a_cascade_leaves_what_was_there(files: Edit
     (tmp_path / "edited.png").write_bytes(b"an earlier edit")
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(KeyboardInterrupt):
-        edit_files(Editor(session, class_table("street")), changed(files, overwrite=True), "cascade")  # type: ignore[arg-type]
+        run_edit_files(Editor(session, class_table("street")), changed(files, overwrite=True), "cascade")  # type: ignore[arg-type]
     assert session.calls == 2
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 @pytest.mark.parametrize("kind", ["sheet", "explain"])
-def test_further_pictures_are_checked_before_the_work(kind: str, files: EditFiles, tmp_path: Path) -> None:
+def test_further_pictures_are_checked_before_the_work(kind: str, files: EditRequest, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="absent"):
-        edit_files(editor(), changed(files, **{kind: tmp_path / "absent" / "picture.png"}))
+        run_edit_files(editor(), changed(files, **{kind: tmp_path / "absent" / "picture.png"}))
     assert not files.output.exists()
 
 
-def test_further_pictures_are_written_beside_the_edit(files: EditFiles, tmp_path: Path) -> None:
-    done = edit_files(editor(), changed(files, sheet=tmp_path / "sheet.png", explain=tmp_path / "tiles.png"))
+def test_further_pictures_are_written_beside_the_edit(files: EditRequest, tmp_path: Path) -> None:
+    done = run_edit_files(editor(), changed(files, sheet=tmp_path / "sheet.png", explain=tmp_path / "tiles.png"))
     assert done.to_json()["sheet"] == str(tmp_path / "sheet.png")
     assert done.to_json()["explain"] == str(tmp_path / "tiles.png")
     assert read_photo(tmp_path / "sheet.png").pixels.shape != read_photo(tmp_path / "tiles.png").pixels.shape
 
 
-def test_labels_of_another_size_than_those_before(files: EditFiles, tmp_path: Path) -> None:
+def test_labels_of_another_size_than_those_before(files: EditRequest, tmp_path: Path) -> None:
     before = save(tmp_path / "before.png", np.zeros((20, 31), np.uint8))
     with pytest.raises(InputError, match=r"before.png is 31×20 but .*labels.png is 30×20"):
-        edit_files(editor(), changed(files, mask=None, edited_from=before))
+        run_edit_files(editor(), changed(files, mask=None, edited_from=before))
 
 
 # --------------------------------------------------------------------------------------------------------- extensions
 
 
-def extension(files: EditFiles, *sides: int, **changes: Any) -> EditFiles:
-    return changed(files, mask=None, labels=None, fill="road", extend=Sides(*sides), **changes)
+def extension(files: EditRequest, *sides: int, **changes: Any) -> EditRequest:
+    return changed(files, mask=None, labels=None, fill="road", extend=Padding(*sides), **changes)
 
 
-def test_a_photo_grows_with_everything_beside_its_pixels(files: EditFiles, tmp_path: Path) -> None:
+def test_a_photo_grows_with_everything_beside_its_pixels(files: EditRequest, tmp_path: Path) -> None:
     rgba = np.random.default_rng(1).integers(0, 256, (20, 30, 4), np.uint8)
     exif = Image.Exif()
     exif[0x010F] = "a maker"
     see_through = save(tmp_path / "see_through.png", rgba, exif=exif)
-    done = edit_files(editor(), extension(files, 3, 0, 5, 7, image=see_through))
+    done = run_edit_files(editor(), extension(files, 3, 0, 5, 7, image=see_through))
     assert done.size == (38, 27)
     with Image.open(files.output) as written:
         assert written.getexif()[0x010F] == "a maker"
@@ -234,39 +234,39 @@ def test_a_photo_grows_with_everything_beside_its_pixels(files: EditFiles, tmp_p
     assert (pixels[new][:, 3] == 255).all() and (pixels[20:, 10][3:, :3] == 77).all()
 
 
-def test_an_extension_by_a_label_map_of_the_grown_size(files: EditFiles, tmp_path: Path) -> None:
+def test_an_extension_by_a_label_map_of_the_grown_size(files: EditRequest, tmp_path: Path) -> None:
     labels = save(tmp_path / "grown.png", np.full((20, 40), 3, np.uint8))
     pictures = {"sheet": tmp_path / "sheet.png", "explain": tmp_path / "tiles.png"}
-    done = edit_files(editor(), changed(files, mask=None, labels=labels, extend=Sides(10, 0, 0, 0), **pictures))
+    done = run_edit_files(editor(), changed(files, mask=None, labels=labels, extend=Padding(10, 0, 0, 0), **pictures))
     assert done.size == (40, 20) and all(path.exists() for path in pictures.values())
     assert [window["width"] for window in done.to_json()["report"]["windows"]] == [40]
 
 
-def test_labels_of_the_photos_own_size_are_not_enough_for_an_extension(files: EditFiles) -> None:
+def test_labels_of_the_photos_own_size_are_not_enough_for_an_extension(files: EditRequest) -> None:
     with pytest.raises(InputError, match=r"labels.png: 30×20, but .*photo.png grows to 40×20"):
-        edit_files(editor(), changed(files, mask=None, extend=Sides(10, 0, 0, 0)))
+        run_edit_files(editor(), changed(files, mask=None, extend=Padding(10, 0, 0, 0)))
 
 
-def test_absurd_extensions_are_refused_before_memory_is_asked_for(files: EditFiles) -> None:
+def test_absurd_extensions_are_refused_before_memory_is_asked_for(files: EditRequest) -> None:
     with pytest.raises(UsageError, match="grow to 2000000028×20"):
-        edit_files(editor(), extension(files, 999_999_999, 0, 999_999_999, 0))
+        run_edit_files(editor(), extension(files, 999_999_999, 0, 999_999_999, 0))
 
 
-def test_a_format_that_cannot_hold_the_grown_picture_is_refused_before_the_work(files: EditFiles) -> None:
+def test_a_format_that_cannot_hold_the_grown_picture_is_refused_before_the_work(files: EditRequest) -> None:
     never = editor(AssertionError("the session ran"))
     with pytest.raises(InputError, match="WebP holds at most 16383 pixels a side, not 17030"):
-        edit_files(never, extension(files, 17_000, 0, 0, 0, output=files.output.with_suffix(".webp")))
+        run_edit_files(never, extension(files, 17_000, 0, 0, 0, output=files.output.with_suffix(".webp")))
 
 
 @pytest.mark.parametrize("text", ["0,0,256,0", "0 0 256 0", " 0, 0, 256, 0 "])
 def test_how_sides_may_be_written(text: str) -> None:
-    assert parse_sides(text) == Sides(0, 0, 256, 0)
+    assert parse_padding(text) == Padding(0, 0, 256, 0)
 
 
 @pytest.mark.parametrize("text", ["", "1,2,3", "1,2,3,4,5", "1,2,3,x", "1.5,0,0,0", "1,2,3,1" + "0" * 5000, "٣,0,0,0"])
 def test_sides_that_are_none(text: str) -> None:
     with pytest.raises(UsageError, match="not four whole numbers"):
-        parse_sides(text)
+        parse_padding(text)
 
 
 # ------------------------------------------------------------------------------------------------------------ sheets
@@ -286,21 +286,24 @@ def test_the_explanation_shows_windows_and_the_tiles_of_every_size() -> None:
     mask = np.zeros((900, 1300), bool)
     mask[200:700, 300:800] = mask[100, 1200] = True
     small, large = sorted(plan_windows(mask), key=lambda site: site.window.width)
-    levels = plan_levels(large.window, large.hole(mask))
-    windows = [EditedWindow(small, frame_of(small.window)), EditedWindow(large, frame_of(large.window), levels)]
+    levels = plan_pyramid(large.window, large.hole(mask))
+    windows = [
+        WindowReport(small, fit_letterbox(small.window)),
+        WindowReport(large, fit_letterbox(large.window), levels),
+    ]
     photo = np.zeros((900, 1300, 3), np.uint8)
     picture = explain_sheet(photo, mask, windows)
     at_once, carried_up, tile = (255, 190, 0), (255, 255, 255), (0, 200, 255)
     assert [len(window.levels) for window in windows] == [0, 2]
-    for colour in (at_once, carried_up, tile):
-        assert (picture == colour).all(axis=2).any(), colour
+    for color in (at_once, carried_up, tile):
+        assert (picture == color).all(axis=2).any(), color
     alone = explain_sheet(photo, mask, windows[:1])
     assert alone.shape[0] < picture.shape[0] and alone.shape[1] < picture.shape[1]
 
 
 def test_explaining_a_photo_of_a_pixel_or_two() -> None:
     mask = np.array([[True, False]])
-    windows = [EditedWindow(site, frame_of(site.window)) for site in plan_windows(mask)]
+    windows = [WindowReport(site, fit_letterbox(site.window)) for site in plan_windows(mask)]
     assert explain_sheet(np.zeros((1, 2, 3), np.uint8), mask, windows).ndim == 3
 
 

@@ -19,13 +19,13 @@ from spmdeploy.engines import build as to_engine
 from spmdeploy.engines.build import EngineOptions, EnginePlan, EngineResult, build_engines
 from spmdeploy.engines.pack import pack
 from spmdeploy.engines.precision import inspected_fp16_share
-from spmdeploy.engines.progress import BuildWatch
+from spmdeploy.engines.progress import BuildMonitor
 from spmdeploy.engines.record import BatchRange, EngineHost, Gpu, SourceFile
 from spmdeploy.engines.store import find_engines
 from spmdeploy.errors import (
     BundleError,
     InputError,
-    OutOfMemory,
+    OutOfMemoryError,
     SpmDeployError,
     UnavailableError,
     VerificationError,
@@ -33,7 +33,7 @@ from spmdeploy.errors import (
 from spmdeploy.gpu.driver import GpuFacts
 from tests.bundle.conftest import WEIGHTS, with_weights_beside, write_street
 
-from .recording_tensorrt import Behaviour, inspector_json, recording_tensorrt
+from .recording_tensorrt import Behavior, inspector_json, recording_tensorrt
 
 VERSIONS = ("10.3", "10.16", "11.4")
 GPU = GpuFacts("Orin", "8.7", "12.6", "540.4.0")
@@ -198,7 +198,7 @@ def test_timing_caches_are_kept_for_each_version_and_gpu(bundle: Bundle, apis: A
 def test_a_timing_cache_that_is_refused_starts_anew(bundle: Bundle, apis: Any, version: str, tmp_path: Path) -> None:
     file = tmp_path / f"tensorrt-{version}-orin-8.7.timing"
     file.write_bytes(b"of another driver")
-    library = recording_tensorrt(version, apis[version], Behaviour(takes_cache=False))
+    library = recording_tensorrt(version, apis[version], Behavior(takes_cache=False))
     assert not build(bundle, library, timing_cache=tmp_path).record.timing_cache
     assert file.read_bytes() == b"+"
 
@@ -214,7 +214,7 @@ def test_a_timing_cache_that_is_no_folder(bundle: Bundle, apis: Any, version: st
 
 
 def test_where_the_typed_graph_does_not_build_tensorrt_10_may_choose(bundle: Bundle, apis: Any) -> None:
-    library = recording_tensorrt("10.3", apis["10.3"], Behaviour(typed_builds=False, messages=[("ERROR", "no types")]))
+    library = recording_tensorrt("10.3", apis["10.3"], Behavior(typed_builds=False, messages=[("ERROR", "no types")]))
     heard: list[str] = []
     (result,) = build_engines(bundle, EngineOptions(), plan(library), lambda words, seconds: heard.append(words))
     assert called(library, "Builder.create_network") == [
@@ -234,15 +234,15 @@ def test_where_the_typed_graph_does_not_build_tensorrt_10_may_choose(bundle: Bun
 
 
 @pytest.mark.parametrize(
-    ("behaviour", "words"),
+    ("behavior", "words"),
     [
-        (Behaviour(typed_builds=False, chooses="Float"), "asked for FP16, but only 0% FP16 in the engine"),
-        (Behaviour(typed_builds=False, inspected=lambda kind: inspector_json("10.3", None)), "of none the type"),
-        (Behaviour(typed_builds=False, inspected=lambda kind: "no JSON"), "is not JSON"),
+        (Behavior(typed_builds=False, chooses="Float"), "asked for FP16, but only 0% FP16 in the engine"),
+        (Behavior(typed_builds=False, inspected=lambda kind: inspector_json("10.3", None)), "of none the type"),
+        (Behavior(typed_builds=False, inspected=lambda kind: "no JSON"), "is not JSON"),
     ],
 )
-def test_fp32_under_the_name_of_fp16_is_an_error(bundle: Bundle, apis: Any, behaviour: Behaviour, words: str) -> None:
-    library = recording_tensorrt("10.3", apis["10.3"], replace(behaviour, messages=[("INFO", "hello")]))
+def test_fp32_under_the_name_of_fp16_is_an_error(bundle: Bundle, apis: Any, behavior: Behavior, words: str) -> None:
+    library = recording_tensorrt("10.3", apis["10.3"], replace(behavior, messages=[("INFO", "hello")]))
     with pytest.raises(VerificationError, match=words) as caught:
         build(bundle, library)
     assert caught.value.exit_code == 5
@@ -251,15 +251,15 @@ def test_fp32_under_the_name_of_fp16_is_an_error(bundle: Bundle, apis: Any, beha
 
 def test_strongly_typed_engines_are_judged_too(bundle: Bundle, apis: Any, version: str) -> None:
     for precision, came_out in (("fp16", "Float"), ("fp32", "Half")):
-        behaviour = Behaviour(inspected=lambda kind, came_out=came_out: inspector_json(version, came_out))
-        library = recording_tensorrt(version, apis[version], behaviour)
+        behavior = Behavior(inspected=lambda kind, came_out=came_out: inspector_json(version, came_out))
+        library = recording_tensorrt(version, apis[version], behavior)
         with pytest.raises(VerificationError, match=f"asked for {precision.upper()}"):
             build(bundle, library, precision=precision)
 
 
 def test_there_is_no_fallback_where_it_would_change_what_was_asked_for(bundle: Bundle, apis: Any) -> None:
     for version, precision in (("11.4", "fp16"), ("10.3", "fp32"), ("10.16", "fp32")):
-        library = recording_tensorrt(version, apis[version], Behaviour(typed_builds=False))
+        library = recording_tensorrt(version, apis[version], Behavior(typed_builds=False))
         with pytest.raises(UnavailableError):
             build(bundle, library, precision=precision)
         assert len(called(library, "Builder.create_network")) == 1
@@ -270,42 +270,42 @@ def test_there_is_no_fallback_where_it_would_change_what_was_asked_for(bundle: B
 
 def test_messages_go_into_the_log_and_errors_into_the_error(bundle: Bundle, apis: Any, version: str) -> None:
     messages = [("VERBOSE", "noise"), ("INFO", "hello"), ("WARNING", "slow\npath"), ("ERROR", "no such\n kernel")]
-    good = build(bundle, recording_tensorrt(version, apis[version], Behaviour(messages=messages)))
+    good = build(bundle, recording_tensorrt(version, apis[version], Behavior(messages=messages)))
     assert good.warnings == 1
     log = good.path.with_name("build.log").read_text()
     assert "[INFO] hello" in log and "[WARNING] slow" in log and "noise" not in log
-    bad = recording_tensorrt(version, apis[version], Behaviour(builds=False, messages=messages))
+    bad = recording_tensorrt(version, apis[version], Behavior(builds=False, messages=messages))
     with pytest.raises(UnavailableError, match=r"cannot build from edit\.fp32\.onnx: no such kernel") as caught:
         build(bundle, bad, precision="fp32")
     failed = bundle.path / ENGINES / "edit.fp32.failed.log"
     assert str(failed) in str(caught.value.hint) and "no such" in failed.read_text()
 
 
-FAILURES: list[tuple[Behaviour, type[SpmDeployError], str]] = [
-    (Behaviour(builds=False), UnavailableError, "no reason given"),
-    (Behaviour(parses=False), BundleError, r"kernel is of the wrong size at the node enc1/Conv \(Conv\)"),
-    (Behaviour(starts=False), UnavailableError, "does not start: CUDA initialization failure"),
-    (Behaviour(profile_index=-1), UnavailableError, "batch sizes 1 to 8, best at 2 are refused"),
+FAILURES: list[tuple[Behavior, type[SpmDeployError], str]] = [
+    (Behavior(builds=False), UnavailableError, "no reason given"),
+    (Behavior(parses=False), BundleError, r"kernel is of the wrong size at the node enc1/Conv \(Conv\)"),
+    (Behavior(starts=False), UnavailableError, "does not start: CUDA initialization failure"),
+    (Behavior(profile_index=-1), UnavailableError, "batch sizes 1 to 8, best at 2 are refused"),
     (
-        Behaviour(builds=False, messages=[("ERROR", "Cuda Runtime (out of memory)")]),
-        OutOfMemory,
+        Behavior(builds=False, messages=[("ERROR", "Cuda Runtime (out of memory)")]),
+        OutOfMemoryError,
         "ran out of memory building from edit",
     ),
 ]
 
 
-@pytest.mark.parametrize(("behaviour", "kind", "words"), FAILURES, ids=[words[:12] for _, _, words in FAILURES])
+@pytest.mark.parametrize(("behavior", "kind", "words"), FAILURES, ids=[words[:12] for _, _, words in FAILURES])
 def test_failures_are_translated(
-    bundle: Bundle, apis: Any, version: str, behaviour: Behaviour, kind: type[SpmDeployError], words: str
+    bundle: Bundle, apis: Any, version: str, behavior: Behavior, kind: type[SpmDeployError], words: str
 ) -> None:
     with pytest.raises(kind, match=words) as caught:
-        build(bundle, recording_tensorrt(version, apis[version], behaviour), precision="fp32")
+        build(bundle, recording_tensorrt(version, apis[version], behavior), precision="fp32")
     assert caught.value.hint
     assert [name for name in left(bundle) if not name.endswith(".failed.log")] == []
 
 
 def test_an_engine_that_cannot_be_loaded_is_recorded_with_the_reason(bundle: Bundle, apis: Any, version: str) -> None:
-    reading = build(bundle, recording_tensorrt(version, apis[version], Behaviour(loads=False))).record.computes_in
+    reading = build(bundle, recording_tensorrt(version, apis[version], Behavior(loads=False))).record.computes_in
     assert reading.fp16_share is None and reading.network_fp16_share == 1
     assert reading.unread == "the engine cannot be loaded here: no kernel image is available"
 
@@ -314,7 +314,7 @@ def test_an_inspector_that_fails_costs_no_engine(bundle: Bundle, apis: Any, vers
     def fail(kind: str) -> str:
         raise RuntimeError("no inspector")
 
-    reading = build(bundle, recording_tensorrt(version, apis[version], Behaviour(inspected=fail))).record.computes_in
+    reading = build(bundle, recording_tensorrt(version, apis[version], Behavior(inspected=fail))).record.computes_in
     assert reading.fp16_share is None and "RuntimeError('no inspector')" in str(reading.unread)
 
 
@@ -345,7 +345,7 @@ def test_phases_and_heartbeats_are_told(apis: Any, version: str, tmp_path: Path)
     def wait_for_heartbeat(monitor: Any) -> None:
         assert listener.heartbeat.wait(60)
 
-    library = recording_tensorrt(version, apis[version], Behaviour(during=wait_for_heartbeat))
+    library = recording_tensorrt(version, apis[version], Behavior(during=wait_for_heartbeat))
     assert watched(library, listener, tmp_path) == b'{"fake engine": "Float"}'
     assert listener.heard[:2] == ["Timing tactics", "Timing tactics"]
 
@@ -356,7 +356,7 @@ def test_without_a_monitor_there_is_the_heartbeat(apis: Any, version: str, tmp_p
     def wait_for_heartbeat(monitor: Any) -> None:
         assert monitor is None and listener.heartbeat.wait(60)
 
-    library = recording_tensorrt(version, apis[version], Behaviour(during=wait_for_heartbeat))
+    library = recording_tensorrt(version, apis[version], Behavior(during=wait_for_heartbeat))
     del library.IProgressMonitor
     watched(library, listener, tmp_path)
     assert listener.heard[0] == "building"
@@ -364,7 +364,7 @@ def test_without_a_monitor_there_is_the_heartbeat(apis: Any, version: str, tmp_p
 
 def test_an_interrupt_cancels_the_build_at_its_next_step(apis: Any, version: str, tmp_path: Path) -> None:
     listener = Listener(interrupt="Timing tactics")
-    library = recording_tensorrt(version, apis[version], Behaviour(during=until_cancelled, builds=False))
+    library = recording_tensorrt(version, apis[version], Behavior(during=until_cancelled, builds=False))
     with pytest.raises(KeyboardInterrupt):
         watched(library, listener, tmp_path)
     assert listener.heard[-1] == "cancelling at the next step"
@@ -382,7 +382,7 @@ def test_a_second_interrupt_does_not_wait(apis: Any, version: str, tmp_path: Pat
             return
         listener(words, seconds)
 
-    library = recording_tensorrt(version, apis[version], Behaviour(during=lambda monitor: release.wait(60)))
+    library = recording_tensorrt(version, apis[version], Behavior(during=lambda monitor: release.wait(60)))
     with pytest.raises(KeyboardInterrupt):
         watched(library, interrupt_twice, tmp_path)
     assert cancelling
@@ -400,7 +400,7 @@ def watched(library: Any, tell: Callable[[str, float], None], folder: Path) -> b
     graph = folder / "edit.fp32.onnx"
     graph.write_bytes(b"graph")
     log = BuildLog(folder / "build.log", folder / "failed.log")
-    watch = BuildWatch(tell, heartbeat=0.01)
+    watch = BuildMonitor(tell, heartbeat=0.01)
     return build_engine(library, BuildRequest(graph, BatchRange(1, 1, 1)), log, watch).content
 
 

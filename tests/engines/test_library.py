@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from spmdeploy.engines import library as engine_library
-from spmdeploy.engines.library import gpu_here, import_engine_library, is_installed, this_host
+from spmdeploy.engines.library import import_engine_library, is_installed, local_gpu, local_host
 from spmdeploy.engines.record import Gpu
 from spmdeploy.errors import UnavailableError
 from spmdeploy.gpu.driver import GpuFacts
@@ -32,14 +32,14 @@ def test_a_broken_library_is_told_from_a_missing_one(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(engine_library.importlib, "import_module", fail)
     with pytest.raises(UnavailableError, match=r"libnvinfer\.so\.10: cannot open shared object file"):
         import_engine_library("tensorrt")
-    assert this_host().versions == {}
+    assert local_host().versions == {}
 
 
 def test_what_this_machine_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__="10.16.1", __spec__="here"))
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
     monkeypatch.setattr(engine_library, "gpu_facts", lambda device: GpuFacts(f"GPU {device}", "8.6", "13.0", None))
-    host = this_host(1)
+    host = local_host(1)
     assert host.versions == {"tensorrt": "10.16.1"} and host.gpu == Gpu("GPU 1", "8.6")
     assert is_installed("tensorrt")
 
@@ -49,4 +49,4 @@ def test_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError("no NVIDIA driver")
 
     monkeypatch.setattr(engine_library, "gpu_facts", fail)
-    assert gpu_here() is None
+    assert local_gpu() is None

@@ -22,7 +22,7 @@ from spmdeploy.engines.record import (
     operating_system,
 )
 from spmdeploy.errors import BundleError
-from spmdeploy.files import is_inside
+from spmdeploy.files import is_safe_relative_path
 
 from .records import A10, HOST, SAMPLE, for_targets, sample
 
@@ -164,4 +164,4 @@ def test_what_was_only_measured_does_not_change_the_key() -> None:
 @given(st.text(), st.text(), st.lists(st.text(), max_size=40))
 def test_a_key_is_a_plain_name_whatever_the_record_holds(name: str, version: str, targets: list[str]) -> None:
     for record in (sample(gpu=Gpu(name, "8.6"), version=version), for_targets(*targets, version=version)):
-        assert is_inside(record.key) and "/" not in record.key and not record.key.startswith(".")
+        assert is_safe_relative_path(record.key) and "/" not in record.key and not record.key.startswith(".")

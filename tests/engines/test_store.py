@@ -21,11 +21,11 @@ from spmdeploy.engines.record import EngineFile, EngineRecord, SourceFile
 from spmdeploy.engines.store import (
     EnginePlace,
     EngineWriter,
-    FoundEngine,
+    StoredEngine,
     cache_folder,
     choose_place,
-    clean_engines,
     find_engines,
+    remove_stale_engines,
 )
 from spmdeploy.errors import BundleError, InputError, UnavailableError, UsageError
 from tests.bundle.conftest import GRAPHS, write_street
@@ -72,7 +72,7 @@ def zip_all(bundle: Bundle, path: Path) -> Bundle:
     return open_bundle(path)
 
 
-def only(bundle: Bundle) -> FoundEngine:
+def only(bundle: Bundle) -> StoredEngine:
     (found,) = find_engines(bundle, HOST)
     return found
 
@@ -112,7 +112,7 @@ def test_engines_inside_a_zip_are_read_from_it(bundle: Bundle, tmp_path: Path) -
 
 def test_the_machine_is_looked_at_only_when_there_is_an_engine(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     looked: list[int] = []
-    monkeypatch.setattr(engine_store, "this_host", lambda: looked.append(1) or HOST)
+    monkeypatch.setattr(engine_store, "local_host", lambda: looked.append(1) or HOST)
     assert find_engines(bundle) == [] and not looked
     add(in_bundle(bundle))
     assert find_engines(bundle)[0].fit and looked == [1]
@@ -189,7 +189,7 @@ def test_a_damaged_engine_is_refused_for_the_right_reason(bundle: Bundle, damage
     for engine in found:
         with pytest.raises(BundleError, match="does not fit"):
             engine.read()
-    assert {engine.path for engine in clean_engines(bundle, HOST)} == {engine.path for engine in found}
+    assert {engine.path for engine in remove_stale_engines(bundle, HOST)} == {engine.path for engine in found}
     assert find_engines(bundle, HOST) == [] and not path.parent.exists()
 
 
@@ -219,7 +219,7 @@ def test_an_engine_that_the_record_does_not_speak_of_is_never_read(bundle: Bundl
     known, unknown = find_engines(bundle, HOST)
     assert known.read() == CONTENT and unknown.path == other
     assert unknown.faults == ("engine.json beside it speaks of edit.fp16.engine, not of it",)
-    assert [engine.path for engine in clean_engines(bundle, HOST)] == [other]
+    assert [engine.path for engine in remove_stale_engines(bundle, HOST)] == [other]
     assert only(bundle).fit
 
 
@@ -236,7 +236,7 @@ def test_a_new_export_makes_engines_stale(bundle: Bundle) -> None:
     assert reasons[0].startswith("stale: built from another graphs/edit.fp16.onnx: SHA-256 999999999999…")
     assert reasons[1].startswith("stale: built from another graphs/edit.fp32.onnx")
     assert reasons[2] == "stale: built from graphs/gone.onnx, which the bundle does not hold"
-    assert len(clean_engines(bundle, HOST)) == 3 and only(bundle).fit
+    assert len(remove_stale_engines(bundle, HOST)) == 3 and only(bundle).fit
 
 
 # --------------------------------------------------------------------------------------------------------- cleaning
@@ -247,8 +247,8 @@ def test_cleaning_leaves_what_may_still_be_of_use(bundle: Bundle) -> None:
     outdated = add(in_bundle(bundle), sample(version="10.3.0"))
     elsewhere = add(in_bundle(bundle), sample(gpu=A10))
     no_driver = replace(HOST, versions={}, gpu=None)
-    assert clean_engines(bundle, no_driver) == []
-    removed = clean_engines(bundle, HOST)
+    assert remove_stale_engines(bundle, no_driver) == []
+    removed = remove_stale_engines(bundle, HOST)
     assert {engine.path for engine in removed} == {outdated, elsewhere}
     assert all(engine.lasting for engine in removed)
     assert here.exists() and for_fleet.exists() and not outdated.parent.exists()
@@ -257,14 +257,14 @@ def test_cleaning_leaves_what_may_still_be_of_use(bundle: Bundle) -> None:
 def test_cleaning_takes_nobody_elses_files(bundle: Bundle) -> None:
     path = add(in_bundle(bundle), sample(gpu=A10))
     path.with_name("notes.txt").write_text("mine")
-    clean_engines(bundle, HOST)
+    remove_stale_engines(bundle, HOST)
     assert [file.name for file in path.parent.iterdir()] == ["notes.txt"]
 
 
 def test_a_zip_is_never_cleaned(bundle: Bundle, tmp_path: Path) -> None:
     truncate(add(in_bundle(bundle)))
     zipped = zip_all(bundle, tmp_path / "z.spm.zip")
-    assert only(zipped).faults and clean_engines(zipped, HOST) == []
+    assert only(zipped).faults and remove_stale_engines(zipped, HOST) == []
 
 
 # ---------------------------------------------------------------------------------------------------------- writing

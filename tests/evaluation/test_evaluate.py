@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from spmdeploy.errors import InputError, SpmDeployError, UnavailableError
-from spmdeploy.evaluation.baselines import ClassMeanColour, Telea, mean_colours
+from spmdeploy.evaluation.baselines import ClassMeanColor, Telea, mean_colors
 from spmdeploy.evaluation.evaluate import (
-    Figure,
+    Estimate,
     bootstrap,
     bootstrap_counts,
     boundary_score,
@@ -24,7 +24,7 @@ from spmdeploy.evaluation.evaluate import (
     frechet_distance,
     l1_under,
     psnr_under,
-    run_all,
+    run_samples,
     write_evaluation,
 )
 from spmdeploy.evaluation.fid import FidInception
@@ -93,7 +93,7 @@ def test_models_side_by_side(data_folder: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "evaluation.json").read_text())["rows"][0]["model"] == "copy"
 
 
-class MeanColour(FidInception):
+class MeanColor(FidInception):
     """Stands for FID's network, whose file is not here."""
 
     def __init__(self) -> None:
@@ -114,7 +114,7 @@ def test_fid_and_label_adherence_appear_when_their_networks_are_given(data_folde
         kinds=("strokes", "extension"),
         crop=128,
         limit=3,
-        inception=MeanColour(),
+        inception=MeanColor(),
         segmenter=segmenter,
         progress=lambda done, total: told.append((done, total)),
     )
@@ -143,7 +143,7 @@ def test_nothing_to_judge_is_said(data_folder: Path) -> None:
     assert bootstrap_counts(np.zeros((4, 3, 4), np.int64), mean_iou, 0) is None
     counts = np.zeros((2, 2, 3), np.int64)
     counts[0, 0, 0] = 5  # the second sample has nothing: some of the draws are empty too
-    assert bootstrap_counts(counts, mean_iou, 0) == Figure(1, 1, 1)
+    assert bootstrap_counts(counts, mean_iou, 0) == Estimate(1, 1, 1)
 
 
 def test_an_evaluation_is_not_replaced_unasked(tmp_path: Path) -> None:
@@ -158,7 +158,7 @@ def test_weights_and_run_directories_are_opened(data_folder: Path, tmp_path: Pat
     torch.manual_seed(0)
     weights = RunDirectory(tmp_path).export(Generator(GeneratorConfig(3, 2, 2)), "export")
     sample = evaluation_samples(data_folder, 0, "strokes", crop=128)[0]
-    edits = [run_all(open_model(path, classes=3), [sample])[0] for path in (weights, tmp_path)]
+    edits = [run_samples(open_model(path, classes=3), [sample])[0] for path in (weights, tmp_path)]
     assert np.array_equal(edits[0], edits[1])
     assert np.array_equal(edits[0][~sample.mask], sample.image[~sample.mask])
     assert not np.array_equal(edits[0], sample.image)
@@ -224,14 +224,14 @@ def test_bootstrap_interval() -> None:
     assert figure == bootstrap(values, 0)
 
 
-def test_class_colours_come_from_the_picture_first(data_folder: Path) -> None:
+def test_class_colors_come_from_the_picture_first(data_folder: Path) -> None:
     sample = evaluation_samples(data_folder, 0, "extension", crop=128)[0]
-    colours = mean_colours([(sample.image, sample.labels)], 3)
-    assert np.allclose(colours[np.unique(sample.labels)], np.array(COLOURS)[np.unique(sample.labels)])
-    filled = run_all(ClassMeanColour(np.zeros((3, 3))), [sample])[0]
+    colors = mean_colors([(sample.image, sample.labels)], 3)
+    assert np.allclose(colors[np.unique(sample.labels)], np.array(COLOURS)[np.unique(sample.labels)])
+    filled = run_samples(ClassMeanColor(np.zeros((3, 3))), [sample])[0]
     known = np.unique(sample.labels[~sample.mask])
     inside = sample.mask & np.isin(sample.labels, known)
-    assert np.array_equal(filled[inside], sample.image[inside])  # each class has one colour in these pictures
+    assert np.array_equal(filled[inside], sample.image[inside])  # each class has one color in these pictures
     assert np.array_equal(filled[~sample.mask], sample.image[~sample.mask])
 
 
@@ -241,7 +241,7 @@ def test_telea(data_folder: Path) -> None:
         with pytest.raises(UnavailableError, match="OpenCV"):
             Telea()
         return
-    filled = run_all(Telea(), samples)
+    filled = run_samples(Telea(), samples)
     for sample, edit in zip(samples, filled, strict=True):
         assert np.array_equal(edit[~sample.mask], sample.image[~sample.mask])
         assert not np.array_equal(edit, sample.image)

@@ -10,7 +10,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from spmdeploy.errors import InputError
-from spmdeploy.evaluation.segmentation import Segmenter, accuracy, confusion, mean_iou
+from spmdeploy.evaluation.segmentation import Segmenter, accuracy, confusion_matrix, mean_iou
 from spmdeploy.labels import ClassTable
 from tests.toy_dataset import CLASSES, COLOURS
 
@@ -30,14 +30,14 @@ TABLE = {"classes": {"1": "car", "2": "sky", "3": "road"}, "mean": MEAN, "std": 
 def write_segmenter(
     path: Path, size: tuple[Any, Any] = ("h", "w"), channels: int = 3, element: int = TensorProto.FLOAT
 ) -> Path:
-    """A network that knows each class by its colour: its score is minus the squared distance, less what all share.
+    """A network that knows each class by its color: its score is minus the squared distance, less what all share.
 
     |x - c|² = |x|² - 2 x·c + |c|²: a 1 × 1 convolution. Halved in size, as real ones answer at a lower resolution.
     """
-    colours = np.array([(255, 0, 255), COLOURS[2], COLOURS[0], COLOURS[1]]) / 255
-    centres = ((colours - MEAN) / STD) * np.array(STD)  # distances in 0..1 colours, the network undoes the scale
-    weight = (2 * centres * np.array(STD))[:, :, None, None].astype(np.float32)
-    bias = -(centres**2).sum(axis=1).astype(np.float32)
+    colors = np.array([(255, 0, 255), COLOURS[2], COLOURS[0], COLOURS[1]]) / 255
+    centers = ((colors - MEAN) / STD) * np.array(STD)  # distances in 0..1 colors, the network undoes the scale
+    weight = (2 * centers * np.array(STD))[:, :, None, None].astype(np.float32)
+    bias = -(centers**2).sum(axis=1).astype(np.float32)
     graph = helper.make_graph(
         [
             helper.make_node("Conv", ["picture", "weight", "bias"], ["full"]),
@@ -89,9 +89,9 @@ def test_numbers_that_the_table_leaves_out_are_nothing(tmp_path: Path) -> None:
 def test_only_judged_labels_under_the_mask_count() -> None:
     labels = np.array([[0, 0, 1, 2, 9]], np.uint8)
     found = np.array([[0, 1, 255, 2, 0]], np.uint8)
-    counts = confusion(labels, found, np.ones((1, 5), bool), np.array([True, True, False]))
+    counts = confusion_matrix(labels, found, np.ones((1, 5), bool), np.array([True, True, False]))
     assert counts.tolist() == [[1, 1, 0, 0], [0, 0, 0, 1], [0, 0, 0, 0]]
-    masked = confusion(labels, found, np.array([[True, False, True, True, True]]), np.array([True, True, True]))
+    masked = confusion_matrix(labels, found, np.array([[True, False, True, True, True]]), np.array([True, True, True]))
     assert masked.tolist() == [[1, 0, 0, 0], [0, 0, 0, 1], [0, 0, 1, 0]]
 
 

@@ -15,7 +15,7 @@ from onnx import TensorProto, numpy_helper
 from spmdeploy.backends.base import open_session
 from spmdeploy.backends.onnxruntime import LoadedGraph, OnnxRuntimeSession
 from spmdeploy.backends.pytorch import TorchSession, generator_from_graph, open_torch_session
-from spmdeploy.backends.verify import Drift, measure_drift, verify
+from spmdeploy.backends.verify import Deviation, measure_deviation, verify
 from spmdeploy.bundle.bundle import GraphFiles, open_bundle
 from spmdeploy.errors import BundleError, InputError, UsageError, VerificationError
 from spmdeploy.export import parity, pipeline
@@ -29,7 +29,7 @@ from spmdeploy.model.checkpoint import load_checkpoint, save_generator
 from spmdeploy.model.deploy import OUTPUTS, REFINE_INPUTS
 from spmdeploy.model.flops import edit_gflop
 from spmdeploy.model.generator import Generator, GeneratorConfig
-from spmdeploy.training.ema import initialise
+from spmdeploy.training.ema import initialize
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +212,7 @@ def test_all_graphs_give_the_pictures_that_torch_gives(
         (store_weights_as_halves(fp32), "fp32", parity.HALF_LIMITS),
     ):
         edited = OnnxRuntimeSession(GraphFiles(model.SerializeToString()), precision).run(*edits)
-        assert not measure_drift(edited, expected, mask).faults(limits)
+        assert not measure_deviation(edited, expected, mask).faults(limits)
         assert np.array_equal(edited[mask == 0], image[mask == 0])
 
 
@@ -230,10 +230,10 @@ def test_refining_what_the_stage_before_the_last_gave_is_the_edit(
     rounded = np.rint(expected).astype(np.uint8)
     for model, limits in ((refine_fp32, parity.FP32_LIMITS), (refine_fp16, parity.HALF_LIMITS)):
         refined, unrounded = LoadedGraph(GraphFiles(model.SerializeToString()), "refine").run(OUTPUTS, inputs)
-        assert not measure_drift(refined, rounded, edits[3]).faults(limits)
+        assert not measure_deviation(refined, rounded, edits[3]).faults(limits)
         assert np.array_equal(refined[edits[3] == 0], edits[0][edits[3] == 0])
         lit, expected_lit = (np.rint(made).astype(np.uint8) for made in (unrounded, by_torch.refine(*edits, coarse)))
-        assert not measure_drift(lit, expected_lit, edits[3]).faults(limits)
+        assert not measure_deviation(lit, expected_lit, edits[3]).faults(limits)
 
 
 def test_labels_instances_and_mask_all_matter(fp32: onnx.ModelProto) -> None:
@@ -254,9 +254,9 @@ def test_drift_is_measured_under_the_mask_only() -> None:
     picture, mask = reference.copy(), np.zeros((1, 4, 4), np.uint8)
     mask[0, 0, :2] = 1
     picture[0, 0, 0, 0], picture[0, 3, 3] = 94, 0
-    drift = measure_drift(picture, reference, mask)
-    assert drift == Drift(6, 1.0, pytest.approx(10 * np.log10(255**2 / 6)))
-    assert measure_drift(reference, reference, mask).to_json()["psnr_db"] is None
+    drift = measure_deviation(picture, reference, mask)
+    assert drift == Deviation(6, 1.0, pytest.approx(10 * np.log10(255**2 / 6)))
+    assert measure_deviation(reference, reference, mask).to_json()["psnr_db"] is None
 
 
 # --------------------------------------------------------------------------------------------------- the CPU's graph
@@ -392,7 +392,7 @@ def test_an_ablation_becomes_a_bundle_and_comes_back(tmp_path: Path) -> None:
     """Neither the context's modulation nor the coarser stages: every graph, and the weights read back by torch."""
     torch.manual_seed(3)
     ablation = Generator(GeneratorConfig(12, width=1, hidden=4, modulation="spade", stages=1)).eval()
-    initialise(ablation)  # all biases are zero: the exporter keeps one of several equal tensors
+    initialize(ablation)  # all biases are zero: the exporter keeps one of several equal tensors
     save_generator(ablation, tmp_path / "g.safetensors")
     options = ExportOptions(class_table("street"), precisions=("fp32",))
     bundle = export_bundle(tmp_path / "g.safetensors", tmp_path / "b.spm", options).bundle
@@ -410,7 +410,7 @@ def test_an_ablation_becomes_a_bundle_and_comes_back(tmp_path: Path) -> None:
         expected = TorchSession(ablation).run(*edits)
         assert np.abs(session.run(*edits).astype(int) - expected).max() <= 1
     assert np.array_equal(open_torch_session(bundle, device="cpu").session.run(*edits), expected)
-    assert not measure_drift(session.run(*edits), expected, edits[3]).faults(parity.FP32_LIMITS)
+    assert not measure_deviation(session.run(*edits), expected, edits[3]).faults(parity.FP32_LIMITS)
     assert [record.graph for record in bundle.manifest.graphs] == ["edit", "edit_cpu"] and not session.refines
 
 

@@ -4,7 +4,7 @@
 
 The expected pictures come from `reference_outputs` below, a second, literal implementation of the published network in
 float64 that shares no code with the package: it reads the reference format's own keys, in BGR, with the spectral
-normalisation unfolded. `tests/test_networks.py` also holds it against the recorded outputs of the original network.
+normalization unfolded. `tests/test_networks.py` also holds it against the recorded outputs of the original network.
 """
 
 from __future__ import annotations
@@ -84,9 +84,9 @@ def random_checkpoint(rng: np.random.Generator) -> dict[str, Tensor]:
     def add(key: str, *shape: int) -> None:
         state[key] = torch.from_numpy(rng.normal(0, 0.5 / np.sqrt(np.prod(shape[1:]) or 1) * 2, shape)).float()
 
-    def add_block(key: str, inputs: int, outputs: int, normalised: bool) -> None:
-        add(f"{key}.conv2d.weight_orig" if normalised else f"{key}.conv2d.weight", outputs, inputs, 3, 3)
-        if normalised:
+    def add_block(key: str, inputs: int, outputs: int, normalized: bool) -> None:
+        add(f"{key}.conv2d.weight_orig" if normalized else f"{key}.conv2d.weight", outputs, inputs, 3, 3)
+        if normalized:
             for name, length in (("u", outputs), ("v", inputs * 9)):
                 vector = torch.from_numpy(rng.normal(size=length)).float()
                 state[f"{key}.conv2d.weight_{name}"] = vector / vector.norm()
@@ -111,11 +111,11 @@ def random_checkpoint(rng: np.random.Generator) -> dict[str, Tensor]:
     for number, multiples in ENCODERS.items():
         inputs = 3
         for i, multiple in enumerate(multiples, start=1):
-            add_block(f"G{number}.enc{i}", inputs, multiple * WIDTH, normalised=False)
+            add_block(f"G{number}.enc{i}", inputs, multiple * WIDTH, normalized=False)
             inputs = multiple * WIDTH
         for i, multiple in DECODERS[number].items():
             skip = 0 if i == 2 else multiples[i - 2] * WIDTH
-            add_block(f"G{number}.dec{i}.gated_conv2d", inputs + skip, multiple * WIDTH, normalised=True)
+            add_block(f"G{number}.dec{i}.gated_conv2d", inputs + skip, multiple * WIDTH, normalized=True)
             inputs = multiple * WIDTH
         add(f"G{number}.dec1.conv.weight", 3, inputs, 3, 3)
     return state

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spmdeploy.errors import OutOfMemory, UnavailableError
-from spmdeploy.gpu.device import CaptureRefused, Device
+from spmdeploy.errors import OutOfMemoryError, UnavailableError
+from spmdeploy.gpu.device import Device, GraphCaptureError
 from spmdeploy.gpu.driver import gpu_uuid
 
 from .simulated_gpu import PACKAGES, RUBBISH, Code, SimulatedGpu, host_context, plug_in
@@ -35,7 +35,7 @@ def test_bytes_travel_there_and_back(gpu: SimulatedGpu) -> None:
         device.copy_in(address, sent, stream)
         device.copy_out(received, address, stream)
         assert (received == RUBBISH).all()  # only queued
-        device.synchronise(stream)
+        device.synchronize(stream)
         assert np.array_equal(received, sent)
         assert device.memory() == (gpu.capacity - 1000, gpu.capacity)
         device.free(address)
@@ -69,12 +69,12 @@ def test_a_graph_repeats_what_was_captured(gpu: SimulatedGpu) -> None:
     with device.current():
         host, address, stream = device.pinned(4, "x"), device.allocate(4, "x"), device.stream()
         graph = device.capture(stream, lambda: device.copy_in(address, host, stream))
-        device.synchronise(stream)
+        device.synchronize(stream)
         assert (gpu.bytes_at(address, 4) == RUBBISH).all()  # captured, not done
         for value in (1, 2):
             host[:] = value
             device.launch(graph, stream)
-            device.synchronise(stream)
+            device.synchronize(stream)
             assert (gpu.bytes_at(address, 4) == value).all()
         device.destroy_graph(graph)
     assert "graphs" not in gpu.left_behind
@@ -84,16 +84,16 @@ def test_what_cannot_be_captured_leaves_a_usual_stream(gpu: SimulatedGpu) -> Non
     device = Device()
     with device.current():
         host, address, stream = device.pinned(4, "x"), device.allocate(4, "x"), device.stream()
-        with pytest.raises(CaptureRefused, match="cuMemAlloc"):
+        with pytest.raises(GraphCaptureError, match="cuMemAlloc"):
             device.capture(stream, lambda: device.free(device.allocate(4, "not now")))
         gpu.fails["cuStreamEndCapture"] = Code.CUDA_ERROR_STREAM_CAPTURE_IMPLICIT
-        with pytest.raises(CaptureRefused):
+        with pytest.raises(GraphCaptureError):
             device.capture(stream, lambda: None)
         gpu.fails.clear()
         with pytest.raises(KeyError):
             device.capture(stream, lambda: {}["a fault of the caller"])
         device.copy_in(address, host, stream)
-        device.synchronise(stream)
+        device.synchronize(stream)
     assert "graphs" not in gpu.left_behind
 
 
@@ -104,10 +104,10 @@ def test_one_stream_waits_for_another(gpu: SimulatedGpu) -> None:
         address, ours, theirs = device.allocate(1, "x"), device.stream(), gpu.foreign_stream()
         first[:], second[:] = 1, 2
         gpu.copy("cuMemcpyHtoDAsync", address, first.ctypes.data, 1, theirs)  # the host program's own work
-        device.order_after(ours, theirs)
+        device.wait_for_stream(ours, theirs)
         gpu.copy("cuMemcpyHtoDAsync", address, second.ctypes.data, 1, theirs)  # came too late to be waited for
         device.copy_out(out, address, ours)
-        device.synchronise(ours)
+        device.synchronize(ours)
         assert out[0] == 1
     assert "events" not in gpu.left_behind
 
@@ -135,7 +135,7 @@ def test_whose_memory_an_address_is(gpu: SimulatedGpu) -> None:
 def test_the_context_comes_off_again_when_something_fails(gpu: SimulatedGpu) -> None:
     device = Device()
     with host_context(gpu):
-        with pytest.raises(OutOfMemory), device.current():
+        with pytest.raises(OutOfMemoryError), device.current():
             device.allocate(1 << 40, "too much")
         with pytest.raises(RuntimeError, match="of the caller"), device.current():
             raise RuntimeError("of the caller")
@@ -177,17 +177,17 @@ def test_too_little_memory_is_said_in_numbers(gpu: SimulatedGpu) -> None:
     device = Device()
     with device.current():
         device.allocate(4_000, "x")
-        with pytest.raises(OutOfMemory) as caught:
+        with pytest.raises(OutOfMemoryError) as caught:
             device.allocate(8_000, "activations")
     assert "no 8,000 bytes for activations: 6,000 of 10,000 bytes are free" in caught.value.problem
     gpu.fails["cuMemHostAlloc"] = Code.CUDA_ERROR_OUT_OF_MEMORY
-    with device.current(), pytest.raises(OutOfMemory, match="12 bytes of page-locked host memory for the inputs"):
+    with device.current(), pytest.raises(OutOfMemoryError, match="12 bytes of page-locked host memory for the inputs"):
         device.pinned(12, "the inputs")
 
 
 def sent_and_awaited(device: Device, address: int, host: np.ndarray, stream: int) -> None:
     device.copy_in(address, host, stream)
-    device.synchronise(stream)
+    device.synchronize(stream)
 
 
 @pytest.mark.parametrize(
@@ -259,7 +259,7 @@ with device.current():
     sent[:] = np.arange(1000) % 251
     device.copy_in(address, sent, stream)
     device.copy_out(received, address, stream)
-    device.synchronise(stream)
+    device.synchronize(stream)
     assert np.array_equal(sent, received)
     device.order_after(stream, 0x1234)
     assert device.device_of(address) == 0 and device.device_of(1) is None

@@ -29,7 +29,7 @@ from spmdeploy.imaging.files import (
     read_mask,
     read_photo,
     resize_labels,
-    resize_mask_covering,
+    resize_mask_conservative,
     resize_photo,
     write_instances,
     write_photo,
@@ -59,19 +59,19 @@ def refusal(read: Callable[..., object], path: Path) -> InputError | None:
     return None
 
 
-def palette_png(path: Path, indices: np.ndarray, colours: list[tuple[int, int, int]], **options: Any) -> Path:
+def palette_png(path: Path, indices: np.ndarray, colors: list[tuple[int, int, int]], **options: Any) -> Path:
     picture = Image.fromarray(indices.astype(np.uint8), "L")
-    picture.putpalette([channel for colour in colours for channel in colour])
+    picture.putpalette([channel for color in colors for channel in color])
     return save(path, picture, **options)
 
 
-def png_bytes(depth: int, colour_type: int, width: int, height: int, rows: bytes) -> bytes:
+def png_bytes(depth: int, color_type: int, width: int, height: int, rows: bytes) -> bytes:
     """A PNG as the standard has it, for depths that Pillow does not write. rows: a filter byte and the data each."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
-    header = struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, depth, color_type, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
@@ -215,7 +215,7 @@ def test_photos_are_read_exactly(suffix: str, tmp_path: Path) -> None:
     assert (photo.alpha, photo.icc_profile, photo.exif, photo.notes) == (None, None, None, ())
 
 
-def test_colour_order_is_rgb(tmp_path: Path) -> None:
+def test_color_order_is_rgb(tmp_path: Path) -> None:
     picture = np.zeros((8, 8, 3), np.uint8)
     picture[..., 0] = 255
     (tmp_path / "red.png").write_bytes(png_bytes(8, 2, 1, 1, b"\0\xff\0\0"))
@@ -226,12 +226,12 @@ def test_colour_order_is_rgb(tmp_path: Path) -> None:
 
 
 def test_grey_and_palette_photos_become_rgb_and_say_so(tmp_path: Path) -> None:
-    grey = read_photo(save(tmp_path / "grey.png", SCENE[..., 0]))
-    np.testing.assert_array_equal(grey.pixels, np.repeat(SCENE[..., :1], 3, axis=2))
-    assert "is grey" in grey.notes[0]
-    colours = [(1, 2, 3), (250, 128, 7)]
-    palette = read_photo(palette_png(tmp_path / "p.png", np.eye(4), colours))
-    np.testing.assert_array_equal(palette.pixels, np.array(colours, np.uint8)[np.eye(4, dtype=int)])
+    gray = read_photo(save(tmp_path / "gray.png", SCENE[..., 0]))
+    np.testing.assert_array_equal(gray.pixels, np.repeat(SCENE[..., :1], 3, axis=2))
+    assert "is gray" in gray.notes[0]
+    colors = [(1, 2, 3), (250, 128, 7)]
+    palette = read_photo(palette_png(tmp_path / "p.png", np.eye(4), colors))
+    np.testing.assert_array_equal(palette.pixels, np.array(colors, np.uint8)[np.eye(4, dtype=int)])
     assert "palette" in palette.notes[0]
     (tmp_path / "bits.png").write_bytes(png_bytes(1, 0, 8, 1, b"\0\x0f"))
     assert read_photo(tmp_path / "bits.png").pixels[0, :, 2].tolist() == [0] * 4 + [255] * 4
@@ -330,7 +330,7 @@ def test_metadata_that_is_lost_is_named(tmp_path: Path) -> None:
     grey_profile = SRGB[:16] + b"GRAY" + SRGB[20:]
     cases = {
         "XMP": save(tmp_path / "xmp.jpg", SCENE, xmp=b"<x:xmpmeta/>"),
-        "colour profile": save(tmp_path / "grey.png", SCENE[..., 0], icc_profile=grey_profile),
+        "color profile": save(tmp_path / "gray.png", SCENE[..., 0], icc_profile=grey_profile),
         "EXIF metadata": save(tmp_path / "exif.jpg", SCENE, exif=b"Exif\0\0nonsense"),
         "further pictures": save(
             tmp_path / "two.mpo",
@@ -360,23 +360,23 @@ def test_label_maps_there_and_back(ids: np.ndarray, tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_labels(tmp_path / "wide.png"), ids)
 
 
-def test_palette_maps_are_indices_whatever_the_colours(tmp_path: Path) -> None:
+def test_palette_maps_are_indices_whatever_the_colors(tmp_path: Path) -> None:
     indices = np.arange(12).reshape(3, 4) % 5
-    for k, colours in enumerate(([(255, 255, 255)] * 5, [(90 + i, 7, 200 - i) for i in range(5)])):
-        path = palette_png(tmp_path / f"{k}.png", indices, colours)
+    for k, colors in enumerate(([(255, 255, 255)] * 5, [(90 + i, 7, 200 - i) for i in range(5)])):
+        path = palette_png(tmp_path / f"{k}.png", indices, colors)
         with Image.open(path) as written:
             assert written.mode == "P"
         np.testing.assert_array_equal(read_labels(path), indices)
         np.testing.assert_array_equal(read_instances(path), indices)
 
 
-@pytest.mark.parametrize("colour_type", [0, 3])
+@pytest.mark.parametrize("color_type", [0, 3])
 @pytest.mark.parametrize("depth", [1, 2, 4])
-def test_maps_of_few_bits_hold_small_ids(depth: int, colour_type: int, tmp_path: Path) -> None:
+def test_maps_of_few_bits_hold_small_ids(depth: int, color_type: int, tmp_path: Path) -> None:
     ids = list(range(2**depth))
     packed = int("".join(f"{i:0{depth}b}" for i in ids).ljust(8, "0"), 2).to_bytes(max(len(ids) * depth // 8, 1), "big")
-    content = png_bytes(depth, colour_type, len(ids), 1, b"\0" + packed)
-    if colour_type == 3:
+    content = png_bytes(depth, color_type, len(ids), 1, b"\0" + packed)
+    if color_type == 3:
         plte = b"PLTE" + bytes(range(3 * len(ids)))
         plte = struct.pack(">I", 3 * len(ids)) + plte + struct.pack(">I", zlib.crc32(plte))
         content = content.replace(content[33:], plte + content[33:])
@@ -386,26 +386,26 @@ def test_maps_of_few_bits_hold_small_ids(depth: int, colour_type: int, tmp_path:
 
 
 def test_maps_that_are_refused(tmp_path: Path) -> None:
-    save(tmp_path / "colour.png", SCENE)
+    save(tmp_path / "color.png", SCENE)
     save(tmp_path / "alpha.png", np.dstack([SCENE, SCENE[..., 0]]))
     save(tmp_path / "la.png", np.dstack([SCENE[..., 0], SCENE[..., 0]]))
     save(tmp_path / "lossy.jpg", SCENE[..., 0])
     save(tmp_path / "high.png", np.array([[3, 256, 26001]], np.uint16))
     (tmp_path / "rgb16.png").write_bytes(png_bytes(16, 2, 1, 1, b"\0" + bytes(6)))
     cases = {
-        "colour.png": "colour picture",
+        "color.png": "color picture",
         "alpha.png": "with transparency",
         "la.png": "with transparency",
         "lossy.jpg": "only in PNG",
         "high.png": r"2 values \(256, 26001\)",
-        "rgb16.png": "colour picture",
+        "rgb16.png": "color picture",
     }
     for name, problem in cases.items():
         with pytest.raises(InputError, match=problem) as caught:
             read_labels(tmp_path / name)
         assert name in caught.value.problem and caught.value.hint
     with pytest.raises(InputError) as caught:
-        read_labels(tmp_path / "colour.png")
+        read_labels(tmp_path / "color.png")
     assert caught.value.hint and "spmdeploy labels convert" in caught.value.hint
 
 
@@ -430,29 +430,29 @@ def test_instance_maps_of_both_data_sets(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [1, 2, 127, 128, 254, 255])
 def test_two_valued_masks(value: int, tmp_path: Path) -> None:
-    grey = HALF.astype(np.uint8) * np.uint8(value)
-    np.testing.assert_array_equal(read_mask(save(tmp_path / "grey.png", grey)), HALF)
-    np.testing.assert_array_equal(read_mask(save(tmp_path / "rgb.png", np.dstack([grey] * 3))), HALF)
-    np.testing.assert_array_equal(read_mask(save(tmp_path / "wide.png", grey.astype(np.uint16) * 257)), HALF)
-    opaque = np.dstack([grey, grey, grey, np.full_like(grey, 255)])
+    gray = HALF.astype(np.uint8) * np.uint8(value)
+    np.testing.assert_array_equal(read_mask(save(tmp_path / "gray.png", gray)), HALF)
+    np.testing.assert_array_equal(read_mask(save(tmp_path / "rgb.png", np.dstack([gray] * 3))), HALF)
+    np.testing.assert_array_equal(read_mask(save(tmp_path / "wide.png", gray.astype(np.uint16) * 257)), HALF)
+    opaque = np.dstack([gray, gray, gray, np.full_like(gray, 255)])
     np.testing.assert_array_equal(read_mask(save(tmp_path / "rgba.png", opaque)), HALF)
     np.testing.assert_array_equal(read_mask(save(tmp_path / "bits.png", Image.fromarray(HALF))), HALF)
 
 
 @pytest.mark.parametrize(
-    ("colours", "indices"),
+    ("colors", "indices"),
     [
         ([(0, 0, 0), (255, 255, 255)], HALF),
         ([(0, 0, 0), (128, 0, 0)], HALF),
         ([(0, 0, 0), (1, 1, 1)], HALF),
         ([(0, 0, 0), (0, 0, 0)], HALF),
         ([(200, 30, 30), (30, 200, 30)], HALF),
-        ([(255, 255, 255), (0, 0, 0)], ~HALF),  # what optimisers make of a black and white picture
+        ([(255, 255, 255), (0, 0, 0)], ~HALF),  # what optimizers make of a black and white picture
         ([(9, 9, 9), (0, 0, 0), (255, 255, 255)], HALF + 1),
     ],
 )
-def test_palette_masks(colours: list[tuple[int, int, int]], indices: np.ndarray, tmp_path: Path) -> None:
-    np.testing.assert_array_equal(read_mask(palette_png(tmp_path / "p.png", indices, colours)), HALF)
+def test_palette_masks(colors: list[tuple[int, int, int]], indices: np.ndarray, tmp_path: Path) -> None:
+    np.testing.assert_array_equal(read_mask(palette_png(tmp_path / "p.png", indices, colors)), HALF)
 
 
 @pytest.mark.parametrize("picture", [HALF * np.uint8(255), np.dstack([HALF * np.uint8(255)] * 3)])
@@ -473,8 +473,8 @@ def test_masks_that_are_refused(tmp_path: Path) -> None:
         r"3 values \(0, 1, 2\)": save(tmp_path / "ids.png", np.arange(12, dtype=np.uint8).reshape(3, 4) % 3),
         r"2 values \(10, 20\)": save(tmp_path / "no_zero.png", 10 + HALF.astype(np.uint8) * np.uint8(10)),
         r"3 values \(0, 1, 65535\)": save(tmp_path / "wide.png", np.array([[0, 1, 65535]], np.uint16)),
-        "coloured": save(tmp_path / "scene.png", SCENE),
-        "coloured picture": save(tmp_path / "red.png", np.dstack([white, white * 0, white * 0])),
+        "colored": save(tmp_path / "scene.png", SCENE),
+        "colored picture": save(tmp_path / "red.png", np.dstack([white, white * 0, white * 0])),
         "partly transparent": save(tmp_path / "alpha.png", np.dstack([white, white, white, white])),
         "CMYK": save(tmp_path / "cmyk.jpg", Image.new("CMYK", (8, 8))),
     }
@@ -569,7 +569,7 @@ def test_outputs_that_are_refused(tmp_path: Path) -> None:
 def test_instances_there_and_back(tmp_path: Path) -> None:
     ids = np.array([[0, 7, 255, 256], [26001, 33999, 65534, 65535]], np.int32)
     write_instances(tmp_path / "ids.png", ids)
-    assert (tmp_path / "ids.png").read_bytes()[24:26] == bytes([16, 0])  # bit depth, grey
+    assert (tmp_path / "ids.png").read_bytes()[24:26] == bytes([16, 0])  # bit depth, gray
     np.testing.assert_array_equal(read_instances(tmp_path / "ids.png"), ids)
     with pytest.raises(InputError, match="exists already"):
         write_instances(tmp_path / "ids.png", ids)
@@ -666,14 +666,14 @@ def contributes(pixel: int, cell: int, length: int, size: int) -> bool:
     """Whether one of `length` pixels counts in one of `size` cells, as intervals on the same line."""
     if size <= length:  # area average: they overlap
         return pixel * size < (cell + 1) * length and cell * length < (pixel + 1) * size
-    apart = (2 * pixel + 1) * size - (2 * cell + 1) * length  # of the centres, in 1 / (2 * size) pixel
+    apart = (2 * pixel + 1) * size - (2 * cell + 1) * length  # of the centers, in 1 / (2 * size) pixel
     return -4 * size < apart <= 4 * size  # bicubic: two pixels to either side
 
 
 @given(hnp.arrays(bool, st.tuples(SIDES, SIDES)), SIDES, SIDES)
 @settings(deadline=None)
 def test_the_covering_mask_is_what_contributes(mask: np.ndarray, height: int, width: int) -> None:
-    covering = resize_mask_covering(mask, height, width)
+    covering = resize_mask_conservative(mask, height, width)
     assert covering.shape == (height, width) and covering.dtype == bool
     for y, x in np.ndindex(height, width):
         rows = [contributes(row, y, mask.shape[0], height) for row in range(mask.shape[0])]
@@ -687,7 +687,7 @@ def test_hidden_pixels_stay_under_the_covering_mask(pixels: np.ndarray, other: n
     mask = data.draw(hnp.arrays(bool, pixels.shape[:2]))
     height, width = data.draw(SIDES), data.draw(SIDES)
     changed = np.where(mask[..., None], other[: mask.shape[0], : mask.shape[1]], pixels)
-    covering = resize_mask_covering(mask, height, width)
+    covering = resize_mask_conservative(mask, height, width)
     assert covering.shape == (height, width) and covering.dtype == bool
     differs = (resize_photo(pixels, height, width) != resize_photo(changed, height, width)).any(axis=2)
     assert not (differs & ~covering).any()
@@ -699,7 +699,7 @@ def test_the_covering_mask_is_tight_when_shrinking() -> None:
         mask = np.zeros((30, 20), bool)
         mask[y, x] = True
         touched = resize_photo(np.where(mask[..., None], np.uint8(255), pixels), 8, 6).any(axis=2)
-        np.testing.assert_array_equal(resize_mask_covering(mask, 8, 6), touched)
+        np.testing.assert_array_equal(resize_mask_conservative(mask, 8, 6), touched)
 
 
 def test_growing_keeps_flat_pictures_flat_and_sizes() -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from spmdeploy.assets.samples import SAMPLE_EDITS
 from spmdeploy.backends.pytorch import TorchSession
-from spmdeploy.backends.verify import GoldenPictures, measure_drift
+from spmdeploy.backends.verify import GoldenSample, measure_deviation
 from spmdeploy.bundle.bundle import Bundle
 from spmdeploy.errors import UnavailableError
 from spmdeploy.export.parity import HALF_LIMITS
@@ -33,7 +33,7 @@ from .test_engine_session import Machine, add, bundle, machine, painted_black
 from .test_trt import record_of
 
 BENCH = Path(__file__).parents[2] / "bench"
-__all__ = ["bundle", "machine"]  # fixtures of the neighbour
+__all__ = ["bundle", "machine"]  # fixtures of the neighbor
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def generator() -> Generator:
 
 
 @pytest.fixture(scope="module")
-def golden(generator: Generator) -> GoldenPictures:
+def golden(generator: Generator) -> GoldenSample:
     """A real edit, 128 pixels a side: the smallest that the network takes."""
     photo, labels, mask = SAMPLE_EDITS[0].read(class_table("street"))
     middle = np.argwhere(mask).mean(axis=0)
@@ -77,10 +77,10 @@ def golden(generator: Generator) -> GoldenPictures:
     cut = np.s_[top : top + 128, left : left + 128]
     maps = labels[cut][None], labels[cut].astype(np.int32)[None], mask[cut].astype(np.uint8)[None]
     assert maps[2].any() and not maps[2].all()
-    return GoldenPictures(photo[cut][None], *maps, TorchSession(generator).run(photo[cut][None], *maps))
+    return GoldenSample(photo[cut][None], *maps, TorchSession(generator).run(photo[cut][None], *maps))
 
 
-def edited_by(generator: Generator, golden: GoldenPictures) -> np.ndarray:
+def edited_by(generator: Generator, golden: GoldenSample) -> np.ndarray:
     return TorchSession(generator).run(golden.image, golden.labels, golden.instances, golden.mask)
 
 
@@ -95,7 +95,7 @@ def in_halves(x: Tensor) -> Tensor:
 
 
 def test_scaled_weights_overflow_statistics_in_halves_and_nothing_else(
-    scripts: dict[str, ModuleType], generator: Generator, golden: GoldenPictures, monkeypatch: pytest.MonkeyPatch
+    scripts: dict[str, ModuleType], generator: Generator, golden: GoldenSample, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     large = scripts["large_activations"]
     assert not any(layer.overflows for layer in large.proof(generator, golden))
@@ -105,12 +105,12 @@ def test_scaled_weights_overflow_statistics_in_halves_and_nothing_else(
     assert max(layer.peak for layer in layers) < np.finfo(np.float16).max / 2  # the values themselves are sound halves
 
     expected = edited_by(enlarged, golden)
-    assert not measure_drift(expected, golden.expected, golden.mask).faults(HALF_LIMITS)  # the same pictures
+    assert not measure_deviation(expected, golden.expected, golden.mask).faults(HALF_LIMITS)  # the same pictures
 
     # The check can fail: halves in the norms are found out with these weights, and not without them.
     monkeypatch.setattr(modulation, "instance_norm", in_halves)
-    assert measure_drift(edited_by(enlarged, golden), expected, golden.mask).faults(HALF_LIMITS)
-    assert not measure_drift(edited_by(generator, golden), golden.expected, golden.mask).faults(HALF_LIMITS)
+    assert measure_deviation(edited_by(enlarged, golden), expected, golden.mask).faults(HALF_LIMITS)
+    assert not measure_deviation(edited_by(generator, golden), golden.expected, golden.mask).faults(HALF_LIMITS)
 
 
 # ------------------------------------------------------------------------------------------------------------- judging
@@ -250,7 +250,7 @@ def test_an_engine_is_judged_from_build_to_close(
     monkeypatch.setattr(scripts["gpu_contenders"], "_build", built)
     large_edit = scripts["gpu_cascade"].large_edit
 
-    def of_two_classes(golden: GoldenPictures) -> Any:
+    def of_two_classes(golden: GoldenSample) -> Any:
         scene = large_edit(golden)
         return scene._replace(labels=scene.labels % 2)
 

@@ -21,9 +21,9 @@ from spmdeploy.engines import build as to_engine
 from spmdeploy.engines import library as engine_library
 from spmdeploy.engines.build import EngineOptions, build_engines, plan_engines
 from spmdeploy.engines.builder import BuildLog, BuildRequest, BuiltEngine, build_engine
-from spmdeploy.engines.progress import BuildWatch
+from spmdeploy.engines.progress import BuildMonitor
 from spmdeploy.engines.record import BatchRange, EngineHost, EngineRecord, Gpu, Port
-from spmdeploy.engines.store import FoundEngine, find_engines
+from spmdeploy.engines.store import StoredEngine, find_engines
 from spmdeploy.errors import BundleError, UnavailableError
 from tests.bundle.conftest import graph_record, manifest_of
 
@@ -73,7 +73,7 @@ def golden_bundle(golden_model: onnx.ModelProto, tmp_path_factory: pytest.TempPa
 
 
 @pytest.fixture(scope="module")
-def golden_engines(golden_bundle: Bundle) -> dict[str, FoundEngine]:
+def golden_engines(golden_bundle: Bundle) -> dict[str, StoredEngine]:
     heard: list[str] = []
     for precision in ("fp16", "fp32"):
         options = EngineOptions(precision=precision, targets=("sm86", "sm120"), opt_batch=2)  # type: ignore[arg-type]
@@ -81,15 +81,15 @@ def golden_engines(golden_bundle: Bundle) -> dict[str, FoundEngine]:
         assert result.built and result.warnings == 0
     assert any("Building engine from subgraph" in words for words in heard)
     host = EngineHost.with_gpu(RTX_3060, {"tensorrt-rtx": rtx.__version__})
-    return {engine.require_fit().precision: engine for engine in find_engines(golden_bundle, host)}
+    return {engine.require_compatible().precision: engine for engine in find_engines(golden_bundle, host)}
 
 
 @pytest.mark.parametrize("precision", ["fp16", "fp32"])
 def test_the_record_of_a_real_engine(
-    golden_bundle: Bundle, golden_engines: dict[str, FoundEngine], precision: Any
+    golden_bundle: Bundle, golden_engines: dict[str, StoredEngine], precision: Any
 ) -> None:
     engine = golden_engines[precision]
-    record = engine.require_fit()
+    record = engine.require_compatible()
     content = engine.read()
     assert (record.runtime, record.version, record.gpu) == ("tensorrt-rtx", rtx.__version__, None)
     assert (record.targets, record.batch) == (("sm86", "sm120"), BatchRange(1, 2, 8))
@@ -105,11 +105,11 @@ def test_the_record_of_a_real_engine(
 
 
 def test_inputs_and_outputs_are_those_of_the_graph(
-    golden_bundle: Bundle, golden_engines: dict[str, FoundEngine]
+    golden_bundle: Bundle, golden_engines: dict[str, StoredEngine]
 ) -> None:
     for precision, engine in golden_engines.items():
         graph = onnx.load(golden_bundle.path / f"graphs/edit.{precision}.onnx", load_external_data=False).graph
-        record = engine.require_fit()
+        record = engine.require_compatible()
         for ports, values in ((record.inputs, graph.input), (record.outputs, graph.output)):
             assert [port.name for port in ports] == [value.name for value in values]
             for port, value in zip(ports, values, strict=True):
@@ -128,19 +128,19 @@ def test_inputs_and_outputs_are_those_of_the_graph(
     ],
 )
 def test_real_engines_are_refused_elsewhere(
-    golden_bundle: Bundle, golden_engines: dict[str, FoundEngine], gpu: Gpu | None, version: str, words: str
+    golden_bundle: Bundle, golden_engines: dict[str, StoredEngine], gpu: Gpu | None, version: str, words: str
 ) -> None:
     for engine in find_engines(golden_bundle, EngineHost.with_gpu(gpu, {"tensorrt-rtx": version})):
         with pytest.raises(BundleError, match=words):
             engine.read()
 
 
-def test_the_bundle_is_still_what_was_exported(golden_bundle: Bundle, golden_engines: dict[str, FoundEngine]) -> None:
+def test_the_bundle_is_still_what_was_exported(golden_bundle: Bundle, golden_engines: dict[str, StoredEngine]) -> None:
     again = open_bundle(golden_bundle.path)
     assert again.check_all() == () and again.files() == golden_bundle.files()
 
 
-def test_without_a_gpu_rtx_loads_nothing(golden_engines: dict[str, FoundEngine]) -> None:
+def test_without_a_gpu_rtx_loads_nothing(golden_engines: dict[str, StoredEngine]) -> None:
     """What is recorded as the reason is what the library says; skipped where it could load the engine."""
     from spmdeploy.engines.precision import engine_fp16_share
     from spmdeploy.gpu.driver import visible_gpus
@@ -192,7 +192,7 @@ def test_an_interrupted_build_stops(golden_bundle: Bundle, tmp_path: Path) -> No
             if len(heard) == 1:
                 raise KeyboardInterrupt
 
-    watch = BuildWatch(interrupt, heartbeat=0.001)
+    watch = BuildMonitor(interrupt, heartbeat=0.001)
     log = BuildLog(tmp_path / "log", tmp_path / "log")
     graph = golden_bundle.path_of("graphs/edit.fp32.onnx")
     with pytest.raises(KeyboardInterrupt):
@@ -213,9 +213,9 @@ def test_what_is_no_graph(content: bytes, kind: type[Exception], words: str, tmp
 
 
 def test_a_node_that_does_not_parse_is_named(golden_model: onnx.ModelProto, tmp_path: Path) -> None:
-    from spmdeploy.export.cpu import restrict_to_mask
+    from spmdeploy.export.cpu import specialize_for_mask
 
-    cpu = restrict_to_mask(golden_model).SerializeToString()  # its shapes depend on the mask
+    cpu = specialize_for_mask(golden_model).SerializeToString()  # its shapes depend on the mask
     with pytest.raises(BundleError, match=r"at the node box/rows/first \(ArgMax\)"):
         build_file(tmp_path, cpu)
 
@@ -230,7 +230,7 @@ def build_file(folder: Path, content: bytes, targets: tuple[str, ...] = ("SM86",
     graph.write_bytes(content)
     log = BuildLog(folder / "log", folder / "log")
     request = BuildRequest(graph, BatchRange(1, 1, 8), targets)
-    return build_engine(rtx, request, log, BuildWatch(lambda words, seconds: None))
+    return build_engine(rtx, request, log, BuildMonitor(lambda words, seconds: None))
 
 
 def test_the_targets_that_there_are(no_gpu: None) -> None:
@@ -261,7 +261,7 @@ def paper_engines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, BuiltEn
         onnx.save(make(), path)
         log = BuildLog(folder / f"{precision}.log", folder / f"{precision}.log")
         request = BuildRequest(path, BatchRange(1, 1, 8), ("SM86", "SM89"))
-        engines[precision] = build_engine(rtx, request, log, BuildWatch(lambda words, seconds: None))
+        engines[precision] = build_engine(rtx, request, log, BuildMonitor(lambda words, seconds: None))
         path.unlink()
         assert not log.errors and not log.warnings
     return engines

@@ -16,12 +16,12 @@ from spmdeploy.engines.pack import slim, unpack
 from spmdeploy.engines.record import EngineFile, EngineRecord, SourceFile
 from spmdeploy.engines.store import (
     EngineWriter,
-    FoundEngine,
     Place,
+    StoredEngine,
     choose_place,
-    clean_engines,
     find_engines,
     named_engines,
+    remove_stale_engines,
 )
 from spmdeploy.errors import BundleError, InputError, UsageError
 from tests.bundle.conftest import GRAPHS, write_street
@@ -62,7 +62,7 @@ def shipped(bundle: Bundle, name: str = "device.spm", key: SecretKey | None = No
     return slim(bundle, bundle.path.with_name(name), ["fp16"], ["sm86"], key=key)
 
 
-def only(bundle: Bundle) -> FoundEngine:
+def only(bundle: Bundle) -> StoredEngine:
     (found,) = find_engines(bundle, HOST)
     return found
 
@@ -171,7 +171,7 @@ def test_what_was_shipped_stays(bundle: Bundle, tmp_path: Path, cache: Path) -> 
     with pytest.raises(UsageError, match="shipped with engines"):
         choose_place(arrived, "bundle")
     other = replace(HOST, versions={"tensorrt-rtx": "1.8"})
-    assert only(arrived).fit and find_engines(arrived, other)[0].lasting and clean_engines(arrived, other) == []
+    assert only(arrived).fit and find_engines(arrived, other)[0].lasting and remove_stale_engines(arrived, other) == []
     with pytest.raises(InputError, match="shipped with the bundle"):
         only(arrived).with_verification(VERIFIED)
     assert open_bundle(arrived.path).check_all() == () and only(arrived).fit

@@ -171,9 +171,9 @@ def test_spade_is_spm_without_a_context() -> None:
         torch.nn.init.zeros_(head.weight)
         torch.nn.init.zeros_(head.bias)  # type: ignore[arg-type]
     assert torch.equal(full(x, layout), plain(x, layout))
-    normalised = instance_norm(plain.features(x))
+    normalized = instance_norm(plain.features(x))
     shared = torch.relu(plain.layout_shared(layout))
-    literal = normalised * (1 + plain.layout_gamma_shift(shared)) + plain.layout_beta_shift(shared)
+    literal = normalized * (1 + plain.layout_gamma_shift(shared)) + plain.layout_beta_shift(shared)
     torch.testing.assert_close(plain(x, layout), torch.nn.functional.leaky_relu(literal, 0.2))
 
 
@@ -300,7 +300,7 @@ def test_own_format_round_trip(tmp_path: Path, switches: dict[str, Any]) -> None
     save_generator(generator, tmp_path / "g.safetensors", training={"images": 7})
     loaded = load_checkpoint(tmp_path / "g.safetensors")
     assert loaded.training == {"images": 7}
-    assert (loaded.format, loaded.colour_order, loaded.generator.config) == ("spmdeploy", "RGB", generator.config)
+    assert (loaded.format, loaded.color_order, loaded.generator.config) == ("spmdeploy", "RGB", generator.config)
     for key, tensor in generator.state_dict().items():
         assert torch.equal(tensor, loaded.generator.state_dict()[key])
 
@@ -315,7 +315,7 @@ def test_files_from_before_the_ablations_still_load(tmp_path: Path) -> None:
 
 
 def test_the_order_of_the_weights_is_that_of_old_checkpoints() -> None:
-    """An optimiser's state in a run's checkpoint goes by position: another order would mix it up without an error."""
+    """An optimizer's state in a run's checkpoint goes by position: another order would mix it up without an error."""
     parts = [name.rpartition(".")[0] for name, _ in _tiny().stages[0].encoder[0].named_parameters()]
     assert parts[::2] == [
         "features", "context_shared", "context_gamma", "context_beta", "layout_shared",
@@ -333,7 +333,7 @@ def test_variants_of_the_reference_format(tmp_path: Path, wrap: Callable[[Any], 
     state = _reference_state()
     torch.save(wrap({prefix + key: value for key, value in state.items()}), tmp_path / "c.pth")
     loaded = load_checkpoint(tmp_path / "c.pth")
-    assert (loaded.format, loaded.colour_order) == ("reference", "BGR")
+    assert (loaded.format, loaded.color_order) == ("reference", "BGR")
     assert loaded.generator.config == GeneratorConfig(5, 1, 4)
 
 

@@ -20,7 +20,7 @@ INPUTS = {"image": ("UINT8", IMAGE), "labels": ("UINT8", MAP), "instances": ("IN
 
 
 @dataclass
-class Behaviour:
+class Behavior:
     """What the fake is to do; the default is what a GPU does with a sound graph."""
 
     typed_builds: bool = True
@@ -40,12 +40,12 @@ class Behaviour:
 
 
 def recording_tensorrt(
-    version: str, api: dict[str, list[str]], behaviour: Behaviour | None = None, name: str = "tensorrt"
+    version: str, api: dict[str, list[str]], behavior: Behavior | None = None, name: str = "tensorrt"
 ) -> Any:
     """A module to hand to the builder. `calls` has what was called, in order, as (Class.member, arguments)."""
-    do = behaviour or Behaviour()
+    do = behavior or Behavior()
     calls: list[tuple[str, tuple[Any, ...]]] = []
-    library = SimpleNamespace(__name__=f"{name}_{version}_{id(calls)}", __version__=version, calls=calls, behaviour=do)
+    library = SimpleNamespace(__name__=f"{name}_{version}_{id(calls)}", __version__=version, calls=calls, behavior=do)
 
     def enumeration(name: str) -> Any:
         members = [member for member in api[name] if member not in ("name", "value", "itemsize")]

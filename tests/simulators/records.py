@@ -14,8 +14,8 @@ from spmdeploy.engines.record import (
     EngineHost,
     EngineRecord,
     Gpu,
+    MeasuredPrecision,
     Port,
-    PrecisionReading,
     SourceFile,
 )
 
@@ -37,7 +37,7 @@ SAMPLE = EngineRecord(
     batch=BatchRange(1, 1, 8),
     inputs=(Port("image", "uint8", (BATCH, 256, 256, 3)),),
     outputs=(Port("edited", "uint8", (BATCH, 256, 256, 3)),),
-    computes_in=PrecisionReading(0.9, None, 0.92),
+    computes_in=MeasuredPrecision(0.9, None, 0.92),
     onnx=SourceFile("graphs/edit.fp16.onnx", "a" * 64),
     weights=None,
     engine=EngineFile("edit.fp16.engine", 6, "b" * 64),
@@ -54,6 +54,6 @@ def sample(**changes: Any) -> EngineRecord:
 
 def for_targets(*targets: str, **changes: Any) -> EngineRecord:
     """As TensorRT-RTX builds it without a GPU."""
-    unread = PrecisionReading(None, "no GPU", 0.92)
+    unread = MeasuredPrecision(None, "no GPU", 0.92)
     made = {"runtime": "tensorrt-rtx", "version": "1.7.1.116", "gpu": None, "targets": targets, "computes_in": unread}
     return sample(**made | changes)

@@ -210,7 +210,7 @@ class SimulatedGpu:
 
         self.stream(handle).add(work)
 
-    def synchronise(self, handle: int) -> None:
+    def synchronize(self, handle: int) -> None:
         self.call("cuStreamSynchronize", unsafe=True)
         self.stream(handle).drain()
 
@@ -429,7 +429,7 @@ class CudaBindings:
             "cuMemFreeHost": gpu.free_pinned,
             "cuStreamCreate": gpu.new_stream,
             "cuStreamDestroy": gpu.destroy_stream,
-            "cuStreamSynchronize": gpu.synchronise,
+            "cuStreamSynchronize": gpu.synchronize,
             "cuMemcpyHtoDAsync": lambda device, host, size, stream: gpu.copy(
                 "cuMemcpyHtoDAsync", device, host, size, stream
             ),
@@ -529,7 +529,7 @@ class PyCuda:
                 self.handle = guarded(gpu.new_stream, flags)
 
             def synchronize(self) -> None:
-                guarded(gpu.synchronise, self.handle)
+                guarded(gpu.synchronize, self.handle)
 
             def __del__(self) -> None:
                 if getattr(self, "handle", None) in gpu.streams:

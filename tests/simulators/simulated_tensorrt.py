@@ -2,7 +2,7 @@
 
 An engine is JSON: its inputs and outputs, batch sizes and needs of memory. What it computes is plain integer arithmetic
 (`edited_like`), so that every pixel of a result can be predicted. Mistakes that TensorRT answers with undefined
-behaviour are assertions here.
+behavior are assertions here.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def engine_content(record: EngineRecord, **changes: Any) -> bytes:
 
 
 def edited_like(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """What simulated engines compute. A function of each edit alone, of every input, and of neighbouring pixels."""
+    """What simulated engines compute. A function of each edit alone, of every input, and of neighboring pixels."""
     mask = inputs["mask"][..., None] != 0
     start = inputs["image"]
     if "coarse" in inputs:

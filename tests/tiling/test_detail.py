@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from spmdeploy.tiling.detail import finest_detail
+from spmdeploy.tiling.detail import high_frequency_energy
 
 EVERYWHERE = np.ones((20, 30), np.bool_)
 
@@ -12,15 +12,15 @@ EVERYWHERE = np.ones((20, 30), np.bool_)
 def test_a_checkerboard_counts_in_full_and_a_gradient_not_at_all() -> None:
     rows, columns = np.indices((20, 30))
     board = np.repeat((100 + 8 * ((rows + columns) % 2 * 2 - 1))[..., None], 3, 2).astype(np.uint8)
-    total, count = finest_detail(board, EVERYWHERE)
+    total, count = high_frequency_energy(board, EVERYWHERE)
     assert total == 8 * count and count == 16 * 30 + 20 * 26
     slope = np.repeat((5 * rows + 3 * columns)[..., None], 3, 2).astype(np.uint8)
-    assert finest_detail(slope, EVERYWHERE) == (0, count)
+    assert high_frequency_energy(slope, EVERYWHERE) == (0, count)
 
 
 def test_only_known_pixels_count() -> None:
     picture = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
     known = EVERYWHERE.copy()
     known[:, 12:] = False
-    assert finest_detail(picture, known) == finest_detail(picture[:, :12], EVERYWHERE[:, :12])
-    assert finest_detail(picture, ~EVERYWHERE) == (0, 0)
+    assert high_frequency_energy(picture, known) == high_frequency_energy(picture[:, :12], EVERYWHERE[:, :12])
+    assert high_frequency_energy(picture, ~EVERYWHERE) == (0, 0)

@@ -6,19 +6,19 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spmdeploy.tiling.outpaint import Sides, Step, plan_extension
+from spmdeploy.tiling.outpaint import OutpaintStep, Padding, plan_extension
 from spmdeploy.tiling.windows import Window
 
 quick = settings(max_examples=150, deadline=None)
 lengths = st.sampled_from([0, 0, 1, 7, 40, 150, 333])
-grown = st.builds(Sides, lengths, lengths, lengths, lengths)
+grown = st.builds(Padding, lengths, lengths, lengths, lengths)
 native = 48
 
 
 @quick
 @given(st.integers(1, 200), st.integers(1, 200), grown)
 def test_every_new_pixel_is_made_from_what_is_there_and_at_a_far_border_twice(
-    height: int, width: int, sides: Sides
+    height: int, width: int, sides: Padding
 ) -> None:
     there = np.zeros((sides.top + height + sides.bottom, sides.left + width + sides.right), bool)
     there[sides.top : sides.top + height, sides.left : sides.left + width] = True
@@ -40,7 +40,7 @@ def test_every_new_pixel_is_made_from_what_is_there_and_at_a_far_border_twice(
 
 @quick
 @given(st.integers(1, 200), st.integers(1, 200), grown)
-def test_windows_are_bounded_and_little_more_than_half_new(height: int, width: int, sides: Sides) -> None:
+def test_windows_are_bounded_and_little_more_than_half_new(height: int, width: int, sides: Padding) -> None:
     longest = max(native, 2 * height, 2 * width)
     for step in plan_extension(height, width, sides, native):
         assert max(step.window.height, step.window.width) <= longest
@@ -48,8 +48,8 @@ def test_windows_are_bounded_and_little_more_than_half_new(height: int, width: i
         assert new <= step.window.height * step.window.width * 9 / 16 or min(height, width) < native // 2
 
 
-def steps(height: int, width: int, *sides: int) -> list[Step]:
-    return list(plan_extension(height, width, Sides(*sides), native))
+def steps(height: int, width: int, *sides: int) -> list[OutpaintStep]:
+    return list(plan_extension(height, width, Padding(*sides), native))
 
 
 @quick
@@ -66,21 +66,21 @@ def test_all_directions_are_one_turned_around(height: int, width: int, length: i
     def turned(window: Window) -> Window:
         return Window(window.left, window.top, window.width, window.height)
 
-    assert left == [Step(mirrored(step.window), mirrored(step.fresh)) for step in right]
-    assert below == [Step(turned(step.window), turned(step.fresh)) for step in right]
-    assert above == [Step(turned(step.window), turned(step.fresh)) for step in left]
+    assert left == [OutpaintStep(mirrored(step.window), mirrored(step.fresh)) for step in right]
+    assert below == [OutpaintStep(turned(step.window), turned(step.fresh)) for step in right]
+    assert above == [OutpaintStep(turned(step.window), turned(step.fresh)) for step in left]
 
 
 def test_the_size_of_a_window_does_not_depend_on_how_far_the_picture_grows() -> None:
     sizes = [
-        {(step.window.height, step.window.width) for step in plan_extension(360, 480, Sides(0, 0, length, 0))}
+        {(step.window.height, step.window.width) for step in plan_extension(360, 480, Padding(0, 0, length, 0))}
         for length in (180 * 3, 180 * 300)
     ]
     assert sizes == [{(360, 360)}] * 2
 
 
 def test_a_short_extension_is_one_step_that_sees_as_much_as_is_high() -> None:
-    assert steps(200, 300, 0, 0, 60, 0) == [Step(Window(0, 160, 200, 200), Window(0, 300, 200, 60))]
+    assert steps(200, 300, 0, 0, 60, 0) == [OutpaintStep(Window(0, 160, 200, 200), Window(0, 300, 200, 60))]
 
 
 def test_what_lies_at_a_far_border_is_made_again_where_the_picture_grows_on() -> None:

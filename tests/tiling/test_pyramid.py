@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spmdeploy.tiling.blending import ramps
-from spmdeploy.tiling.pyramid import BASE_ENLARGED, Level, plan_levels, spread_tiles
+from spmdeploy.tiling.blending import blend_windows
+from spmdeploy.tiling.pyramid import BASE_ENLARGED, PyramidLevel, plan_pyramid, tile_starts
 from spmdeploy.tiling.seams import border_lines, seam_score
 from spmdeploy.tiling.windows import Window, plan_windows
 
@@ -33,7 +33,7 @@ def lines(draw: st.DrawFn) -> tuple[int, int, int, int, int]:
 @given(lines())
 def test_tiles_cover_the_masked_part_and_its_margin(line: tuple[int, int, int, int, int]) -> None:
     first, end, length, size, overlap = line
-    starts = spread_tiles(first, end, length, size, overlap)
+    starts = tile_starts(first, end, length, size, overlap)
     assert starts[0] <= max(first - 32, 0) and starts[-1] + size >= min(end + 32, length)
     assert starts[0] >= 0 and all(start % 2 == 0 for start in starts)
     assert starts[-1] + size <= max(length + length % 2, size)
@@ -43,7 +43,7 @@ def test_tiles_cover_the_masked_part_and_its_margin(line: tuple[int, int, int, i
 @settings(max_examples=500)
 @given(lines())
 def test_tiles_are_as_few_as_the_overlap_allows_and_evenly_spread(line: tuple[int, int, int, int, int]) -> None:
-    starts = spread_tiles(*line)
+    starts = tile_starts(*line)
     *_, size, overlap = line
     span = starts[-1] + size - starts[0]
     assert span <= len(starts) * (size - overlap) + overlap
@@ -55,8 +55,8 @@ def test_tiles_are_as_few_as_the_overlap_allows_and_evenly_spread(line: tuple[in
 @settings(max_examples=500)
 @given(lines())
 def test_weights_along_a_line_sum_to_one(line: tuple[int, int, int, int, int]) -> None:
-    starts, size = spread_tiles(*line), line[3]
-    weights = ramps(starts, size)
+    starts, size = tile_starts(*line), line[3]
+    weights = blend_windows(starts, size)
     assert weights.shape == (len(starts), size) and weights.dtype == np.float32
     assert (weights >= 0).all()
     total = np.zeros(starts[-1] + size)
@@ -65,8 +65,8 @@ def test_weights_along_a_line_sum_to_one(line: tuple[int, int, int, int, int]) -
     np.testing.assert_allclose(total[starts[0] :], 1, atol=1e-6)
 
 
-def test_a_tile_fades_out_towards_its_neighbours_only() -> None:
-    first, middle, last = ramps((0, 40, 80), 64)
+def test_a_tile_fades_out_towards_its_neighbors_only() -> None:
+    first, middle, last = blend_windows((0, 40, 80), 64)
     assert (first[:40] == 1).all() and (last[24:] == 1).all()
     assert (np.diff(first[40:]) < 0).all() and first[-1] < 0.01
     np.testing.assert_array_equal(middle, middle[::-1])
@@ -87,8 +87,8 @@ def holes(draw: st.DrawFn) -> tuple[np.ndarray, int]:
     return mask, draw(st.sampled_from([32, 48, 64]))
 
 
-def planned(mask: np.ndarray, size: int) -> list[tuple[Level, ...]]:
-    return [plan_levels(site.window, mask[site.window.slices], size) for site in plan_windows(mask, size)]
+def planned(mask: np.ndarray, size: int) -> list[tuple[PyramidLevel, ...]]:
+    return [plan_pyramid(site.window, mask[site.window.slices], size) for site in plan_windows(mask, size)]
 
 
 @quick

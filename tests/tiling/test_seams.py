@@ -12,7 +12,7 @@ from spmdeploy.editing.editor import Editor
 from spmdeploy.editing.report import SEAM_SCORE_LIMIT
 
 LAST_LEVEL_AT_MOST = 1.5
-"""Grey levels. Tiles side by side without blending have 2. Measured: -0.5 to 0.0 here, -0.4 to 0.7 for the like at
+"""Gray levels. Tiles side by side without blending have 2. Measured: -0.5 to 0.0 here, -0.4 to 0.7 for the like at
 960×720."""
 MASKS = ("long thin", "frame", "all but a corner", "gradient sky", "night street")
 

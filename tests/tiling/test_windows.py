@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from spmdeploy.tiling import letterbox as frames
 from spmdeploy.tiling import pieces, stitching
-from spmdeploy.tiling.letterbox import Frame, frame_of
-from spmdeploy.tiling.pieces import mask_pieces
+from spmdeploy.tiling.letterbox import Letterbox, fit_letterbox
+from spmdeploy.tiling.pieces import mask_components
 from spmdeploy.tiling.windows import Window
 from spmdeploy.tiling.windows import plan_windows as plan_sites
 
@@ -63,7 +63,7 @@ def test_pieces_lie_between_touching_pixels_and_pixels_a_block_apart(mask: np.nd
     """No two touching pixels are torn apart, and nothing is joined that lies two blocks apart."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pieces, "BLOCK", block)
-        boxes = {tuple(box) for box in mask_pieces(mask).tolist()}
+        boxes = {tuple(box) for box in mask_components(mask).tolist()}
     for top, left, bottom, right in brute_pieces(mask, 1):
         assert any(a <= top and b <= left and c >= bottom and d >= right for a, b, c, d in boxes)
     for a, b, c, d in boxes:
@@ -75,24 +75,24 @@ def test_pieces_lie_between_touching_pixels_and_pixels_a_block_apart(mask: np.nd
 def test_with_blocks_of_one_pixel_the_pieces_are_the_connected_components(mask: np.ndarray) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pieces, "BLOCK", 1)
-        assert sorted(tuple(box) for box in mask_pieces(mask).tolist()) == brute_pieces(mask, 1)
+        assert sorted(tuple(box) for box in mask_components(mask).tolist()) == brute_pieces(mask, 1)
 
 
 def test_pieces_have_exact_boxes_across_many_blocks() -> None:
     mask = np.zeros((900, 700), bool)
     mask[3, 5] = mask[100:305, 450:451] = mask[304, 200:451] = True
-    assert mask_pieces(mask).tolist() == [[3, 5, 4, 6], [100, 200, 305, 451]]
+    assert mask_components(mask).tolist() == [[3, 5, 4, 6], [100, 200, 305, 451]]
 
 
 def test_a_diagonal_line_is_one_piece() -> None:
     for line in (np.eye(512, dtype=bool), np.eye(512, dtype=bool)[:, ::-1]):
-        assert mask_pieces(line).tolist() == [[0, 0, 512, 512]]
+        assert mask_components(line).tolist() == [[0, 0, 512, 512]]
 
 
 def test_hundreds_of_thousands_of_specks_on_a_large_photo() -> None:
     mask = np.zeros((4000, 6000), bool)
     mask[::9, ::9] = True
-    assert mask_pieces(mask).tolist() == [[0, 0, 3997, 5995]]
+    assert mask_components(mask).tolist() == [[0, 0, 3997, 5995]]
     assert plan_windows(mask) == [Window(0, 0, 4000, 6000)]
 
 
@@ -255,7 +255,7 @@ def test_an_empty_mask_has_no_windows() -> None:
 @quick
 @given(st.integers(1, 9000), st.integers(1, 9000))
 def test_a_frame_shrinks_to_the_model_and_never_enlarges(height: int, width: int) -> None:
-    frame = frame_of(Window(0, 0, height, width), 256)
+    frame = fit_letterbox(Window(0, 0, height, width), 256)
     longer = max(height, width)
     assert 1 <= frame.height <= min(height, 256) and 1 <= frame.width <= min(width, 256)
     assert max(frame.height, frame.width) == min(longer, 256)
@@ -266,7 +266,7 @@ def test_a_frame_shrinks_to_the_model_and_never_enlarges(height: int, width: int
 
 
 def test_a_narrow_window_is_not_stretched() -> None:
-    assert frame_of(Window(7, 9, 100, 1000), 256) == Frame(Window(7, 9, 100, 1000), 26, 256, 256)
+    assert fit_letterbox(Window(7, 9, 100, 1000), 256) == Letterbox(Window(7, 9, 100, 1000), 26, 256, 256)
 
 
 @quick
@@ -283,7 +283,7 @@ def test_padding_mirrors_without_repeating_the_border(height: int, width: int) -
     np.testing.assert_array_equal(padded, ids[np.ix_(mirrored(height, 40), mirrored(width, 50))])
 
 
-def test_padding_keeps_colour_channels() -> None:
+def test_padding_keeps_color_channels() -> None:
     picture = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3)
     padded = frames.pad_by_reflection(picture, 4, 4)
     assert padded.shape == (4, 4, 3)
@@ -306,7 +306,7 @@ def covering(mask: np.ndarray, height: int, width: int) -> np.ndarray:
 def test_edited_frame_pixels_take_their_labels_from_under_the_mask(mask: np.ndarray, height: int, width: int) -> None:
     height, width = min(height, mask.shape[0]), min(width, mask.shape[1])
     frame_mask = covering(mask, height, width)
-    rows, columns = frames.layout_positions(mask, frame_mask)
+    rows, columns = frames.label_sampling_grid(mask, frame_mask)
     assert rows.shape == columns.shape == (height, width)
     np.testing.assert_array_equal(mask[rows, columns], frame_mask)
     y, x = np.mgrid[:height, :width]  # never from outside the frame pixel's own cell
@@ -315,7 +315,7 @@ def test_edited_frame_pixels_take_their_labels_from_under_the_mask(mask: np.ndar
 
 
 def test_known_frame_pixels_take_the_nearest_label() -> None:
-    rows, columns = frames.layout_positions(np.zeros((9, 6), bool), np.zeros((3, 2), bool))
+    rows, columns = frames.label_sampling_grid(np.zeros((9, 6), bool), np.zeros((3, 2), bool))
     assert rows.tolist() == [[1, 1], [4, 4], [7, 7]] and columns.tolist() == [[1, 4]] * 3
 
 
@@ -335,7 +335,7 @@ def pictures_with_masks(draw: st.DrawFn) -> Case:
 
 
 def distance_to_known(mask: np.ndarray) -> np.ndarray:
-    """Steps of 8-neighbourhood from each pixel to the nearest known one, by looking at each; huge if there is none."""
+    """Steps of 8-neighborhood from each pixel to the nearest known one, by looking at each; huge if there is none."""
     known = np.argwhere(~mask)
     distance = np.full(mask.shape, 10**6)
     for y, x in np.ndindex(mask.shape):
@@ -389,7 +389,7 @@ def test_rings_are_the_pixels_at_each_distance(case: Case, depth: int) -> None:
     picture, _, mask = case
     distance = distance_to_known(mask)
     before = picture.copy()
-    rings = stitching.extend_known(picture, mask, depth)
+    rings = stitching.extrapolate_border(picture, mask, depth)
     assert [ring.depth for ring in rings] == [step for step in range(1, depth + 1) if (distance == step).any()]
     for ring in rings:
         found = np.zeros(mask.shape, bool)
@@ -400,12 +400,12 @@ def test_rings_are_the_pixels_at_each_distance(case: Case, depth: int) -> None:
 
 @quick
 @given(pictures_with_masks(), st.integers(1, 200))
-def test_the_first_ring_is_the_rounded_mean_of_known_neighbours(case: Case, chunk: int) -> None:
+def test_the_first_ring_is_the_rounded_mean_of_known_neighbors(case: Case, chunk: int) -> None:
     picture, _, mask = case
     before = picture.copy()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stitching, "_CHUNK", chunk)
-        rings = stitching.extend_known(picture, mask, 1)
+        rings = stitching.extrapolate_border(picture, mask, 1)
     for ring in rings:
         for y, x in zip(ring.rows.tolist(), ring.columns.tolist(), strict=True):
             around = slice(max(y - 1, 0), y + 2), slice(max(x - 1, 0), x + 2)

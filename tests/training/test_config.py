@@ -13,7 +13,7 @@ from spmdeploy.training.config import (
     LossConfig,
     Phase,
     TrainConfig,
-    configured,
+    build_config,
     from_json,
     joint_schedule,
     staged_schedule,
@@ -27,23 +27,23 @@ def config() -> TrainConfig:
 
 
 def test_presets() -> None:
-    small = configured(Path("root"), "small", images=3)
+    small = build_config(Path("root"), "small", images=3)
     assert (small.width, small.hidden, small.discriminator_width) == (16, 32, 32)
-    assert configured(Path("root"), images=3) == TrainConfig(data=DataConfig("root"), schedule=joint_schedule(3))
+    assert build_config(Path("root"), images=3) == TrainConfig(data=DataConfig("root"), schedule=joint_schedule(3))
     with pytest.raises(InputError, match="preset is 'large', expected one of paper, small"):
-        configured(Path("root"), "large", images=3)
+        build_config(Path("root"), "large", images=3)
 
 
 def test_options_reach_their_part_and_the_rest_stays_as_in_the_recipe() -> None:
-    found = configured(
+    found = build_config(
         Path("root"),
         images=40,
-        of_run={"ema_half_life": 7, "compile": True, "seed": None},
-        of_data={"largest_scale": 2.0, "crop": None},
-        of_loss={"perceptual_network": "vgg16"},
-        of_phases={"batch": 4, "decay_from": 0.5},
+        run_overrides={"ema_half_life": 7, "compile": True, "seed": None},
+        data_overrides={"largest_scale": 2.0, "crop": None},
+        loss_overrides={"perceptual_network": "vgg16"},
+        phase_overrides={"batch": 4, "decay_from": 0.5},
     )
-    recipe = configured(Path("root"), images=40)
+    recipe = build_config(Path("root"), images=40)
     assert found == dataclasses.replace(
         recipe,
         ema_half_life=7,
@@ -52,16 +52,16 @@ def test_options_reach_their_part_and_the_rest_stays_as_in_the_recipe() -> None:
         loss=LossConfig(perceptual_network="vgg16"),
         schedule=(Phase((0, 1, 2), 40, 4, decay_from=0.5),),
     )
-    staged = configured(Path("root"), schedule="staged", images=40, of_phases={"batch": 3})
+    staged = build_config(Path("root"), schedule="staged", images=40, phase_overrides={"batch": 3})
     assert [phase.batch for phase in staged.schedule] == [3, 3, 3]
     assert [phase.generator_rate for phase in staged.schedule] == [4e-4, 3e-4, 2e-4]
 
 
 def test_a_single_stage_is_trained_by_a_joint_schedule() -> None:
-    single = configured(Path("root"), images=3, stages=1)
+    single = build_config(Path("root"), images=3, stages=1)
     assert [phase.stages for phase in single.schedule] == [(0,)]
     with pytest.raises(InputError, match="stages is 1, expected 3 for a staged schedule"):
-        configured(Path("root"), schedule="staged", images=3, stages=1)
+        build_config(Path("root"), schedule="staged", images=3, stages=1)
     with pytest.raises(InputError, match=r"schedule.stages is \(0, 1, 2\), expected stages from 0 to 0"):
         dataclasses.replace(single, schedule=joint_schedule(3))
 
@@ -107,7 +107,7 @@ def test_the_default_is_the_papers_recipe() -> None:
         (("schedule", 1, "batch"), 0, "batch is 0"),
         (("data", "holes"), ["moon"], "'moon'"),
         (("bf16",), 1, "bf16 is 1"),
-        (("colour",), 1, "colour"),
+        (("color",), 1, "color"),
     ],
 )
 def test_a_bad_value_is_named(path: tuple[Any, ...], value: Any, named: str) -> None:

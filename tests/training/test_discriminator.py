@@ -44,7 +44,7 @@ def test_reference_keys_and_widths() -> None:
     ]  # fmt: skip
 
 
-def test_reference_state_gives_the_same_scores_under_the_older_normalisation() -> None:
+def test_reference_state_gives_the_same_scores_under_the_older_normalization() -> None:
     torch.manual_seed(0)
     ours = Discriminator(5, 2, 2).eval()
     layers = nn.Sequential()

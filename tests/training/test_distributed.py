@@ -13,29 +13,29 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_process_alone_takes_what_it_is_told(two_gpus: None) -> None:
-    found = [processes.own_device(wanted) for wanted in ("cpu", "cuda", "cuda:1")]
+    found = [processes.local_device(wanted) for wanted in ("cpu", "cuda", "cuda:1")]
     assert found == [torch.device("cpu"), torch.device("cuda:0"), torch.device("cuda:1")]
 
 
 def test_under_torchrun_each_process_takes_a_gpu_of_its_own(two_gpus: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert processes.own_device("cuda") == torch.device("cuda:1")
-    assert processes.own_device("cpu") == torch.device("cpu")
+    assert processes.local_device("cuda") == torch.device("cuda:1")
+    assert processes.local_device("cpu") == torch.device("cpu")
     with pytest.raises(UsageError, match="2 processes cannot share cuda:0"):
-        processes.own_device("cuda:0")
+        processes.local_device("cuda:0")
 
 
 @pytest.mark.parametrize("wanted", ["cuda:2", "cuda:02"])
 def test_a_gpu_that_is_not_there_is_named(two_gpus: None, wanted: str) -> None:
     with pytest.raises(UnavailableError, match="cuda:2 was asked for, but PyTorch sees 2"):
-        processes.own_device(wanted)
+        processes.local_device(wanted)
 
 
 @pytest.mark.parametrize("wanted", ["auto", "gpu", "cuda:", "cuda:x", "", "cpu:1"])
 def test_an_unknown_device_is_named(wanted: str) -> None:
     with pytest.raises(UsageError, match="unknown device"):
-        processes.own_device(wanted)
+        processes.local_device(wanted)
 
 
 def test_the_number_of_a_process_is_known_before_it_joins(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ import torch
 from spmdeploy.model.generator import Generator, GeneratorConfig
 from spmdeploy.model.layout import LayoutPyramid
 from spmdeploy.training.discriminator import Discriminator
-from spmdeploy.training.ema import average_into, inherit_discriminator, inherit_stage, training_generator
+from spmdeploy.training.ema import grow_stage, inherit_discriminator, training_generator, update_ema
 
 CONFIG = GeneratorConfig(classes=3, width=2, hidden=2)
 
@@ -26,7 +26,7 @@ def run(generator: Generator) -> torch.Tensor:
 def test_the_folded_average_is_the_generator() -> None:
     torch.manual_seed(0)
     generator, averaged = training_generator(CONFIG), plain()
-    average_into(averaged, generator, range(3), decay=0.0)
+    update_ema(averaged, generator, range(3), decay=0.0)
     torch.testing.assert_close(run(averaged), run(generator))
     assert set(averaged.state_dict()) == set(plain().state_dict())
 
@@ -35,7 +35,7 @@ def test_the_average_moves_by_its_decay_and_only_where_told() -> None:
     torch.manual_seed(0)
     generator, averaged = training_generator(CONFIG), plain()
     before = {name: value.clone() for name, value in averaged.named_parameters()}
-    average_into(averaged, generator, (1,), decay=0.75)
+    update_ema(averaged, generator, (1,), decay=0.75)
     name = "stages.1.encoder.0.features.weight"
     wanted = 0.75 * before[name] + 0.25 * generator.get_parameter(name)
     torch.testing.assert_close(averaged.get_parameter(name), wanted)
@@ -45,7 +45,7 @@ def test_the_average_moves_by_its_decay_and_only_where_told() -> None:
 def test_reading_the_average_takes_no_step_of_the_power_iteration() -> None:
     generator, averaged = training_generator(CONFIG).train(), plain()
     before = {name: value.clone() for name, value in generator.named_buffers()}
-    average_into(averaged, generator, range(3), decay=0.5)
+    update_ema(averaged, generator, range(3), decay=0.5)
     assert before
     assert all(torch.equal(value, before[name]) for name, value in generator.named_buffers())
     assert generator.training
@@ -54,11 +54,11 @@ def test_reading_the_average_takes_no_step_of_the_power_iteration() -> None:
 def test_a_stage_inherits_all_but_the_bottom_of_the_one_before() -> None:
     torch.manual_seed(0)
     generator, averaged = training_generator(CONFIG), plain()
-    average_into(averaged, generator, range(3), decay=0.0)
-    copied = inherit_stage(generator, averaged, 1)
+    update_ema(averaged, generator, range(3), decay=0.0)
+    copied = grow_stage(generator, averaged, 1)
     finer = {name.rsplit(".", 2)[0] for name, _ in averaged.stages[1].named_parameters() if "to_rgb" not in name}
     assert finer - {name.rsplit(".", 2)[0] for name in copied} == {"encoder.7", "decoder.0"}
-    average_into(averaged, generator, range(3), decay=0.0)
+    update_ema(averaged, generator, range(3), decay=0.0)
     # Decoders are listed from the inside out: the last one of each stage corresponds.
     for here, there in (("encoder.3", "encoder.3"), ("decoder.5", "decoder.4"), ("decoder.1", "decoder.0")):
         ours = averaged.stages[1].get_submodule(here).context_gamma.weight
@@ -68,7 +68,7 @@ def test_a_stage_inherits_all_but_the_bottom_of_the_one_before() -> None:
 
 def test_inheriting_leaves_the_copy_free_to_learn() -> None:
     generator, averaged = training_generator(CONFIG), plain()
-    inherit_stage(generator, averaged, 2)
+    grow_stage(generator, averaged, 2)
     assert all(parameter.requires_grad for parameter in generator.stages[2].parameters())
     with torch.no_grad():
         generator.stages[2].to_rgb.weight.add_(1)

@@ -67,7 +67,7 @@ def test_lpips_under_a_mask_does_not_see_far_outside() -> None:
 
 @needs_lpips
 def test_vgg16_of_the_package_is_torchvisions() -> None:
-    """Its input is RGB normalised by ImageNet's mean and deviation; these are the first numbers of that network."""
+    """Its input is RGB normalized by ImageNet's mean and deviation; these are the first numbers of that network."""
     convolutions = vgg16_from_package()
     assert [weight.shape[0] for weight, _ in convolutions] == [64] * 2 + [128] * 2 + [256] * 3 + [512] * 6
     first = convolutions[0][0][0, 0, 0]

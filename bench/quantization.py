@@ -1,9 +1,9 @@
-"""What eight bits would cost and gain on a CPU: the drift and the speed of quantised graphs, beside FP32 and bf16.
+"""What eight bits would cost and gain on a CPU: the drift and the speed of quantized graphs, beside FP32 and bf16.
 
-    python bench/quantisation.py --data PHOTOS --output bench/results/quantisation_street_cpu.json
+    python bench/quantization.py --data PHOTOS --output bench/results/quantization_street_cpu.json
 
 PHOTOS: a folder as training takes it (`{train,test}/{images,labels}`); its train photos calibrate, its test photos
-judge. Static quantisation of ONNX Runtime: QuantizeLinear and DequantizeLinear around convolutions, weights per
+judge. Static quantization of ONNX Runtime: QuantizeLinear and DequantizeLinear around convolutions, weights per
 channel, the range of each activation from the photos. Drift is that of the edited pixels from FP32 in PyTorch, speed is
 against eager PyTorch, in turns; where the time goes tells ONNX Runtime's profiler, which slows things down. Nothing of
 this ships: it answers whether it should.
@@ -34,15 +34,15 @@ import spmdeploy
 from spmdeploy.backends.onnxruntime import GraphFiles
 from spmdeploy.backends.onnxruntime_profile import profiled_nodes
 from spmdeploy.backends.pytorch import TorchSession, bundled_generator
-from spmdeploy.backends.verify import measure_drift
+from spmdeploy.backends.verify import measure_deviation
 from spmdeploy.bench.machine import LoadMeter, describe_machine
 from spmdeploy.bench.workloads import EditBatch, edit_batch, scaled_mask
 from spmdeploy.bundle.bundle import Bundle, open_bundle
 from spmdeploy.bundle.manifest import EDIT, ON_CPU
 from spmdeploy.imaging import files as images
 
-SCHEMA = "spmdeploy.quantisation/1"
-BEGIN, END = "<!-- quantisation: written by `make figures` from bench/results -->", "<!-- end of quantisation -->"
+SCHEMA = "spmdeploy.quantization/1"
+BEGIN, END = "<!-- quantization: written by `make figures` from bench/results -->", "<!-- end of quantization -->"
 LEAST_PSNR = 35.0
 """Decibels under the mask that an option for users would have to keep on every photo."""
 CALIBRATING, JUDGING = 8, 9
@@ -56,7 +56,7 @@ PARTS = {
 }
 """Operators that only bring numbers into another form, and those that the rest is for."""
 
-# What is quantised: the convolutions whose name holds one of these words.
+# What is quantized: the convolutions whose name holds one of these words.
 VARIANTS: dict[str, tuple[str, ...]] = {
     "int8, every convolution": ("",),
     "int8, all but the main convolutions": ("layout_", "context_"),
@@ -73,7 +73,7 @@ def main() -> int:
     options = parser.parse_args()
     bundle = open_bundle(options.bundle or spmdeploy.default_model())
     meter, machine = LoadMeter(), describe_machine()
-    graphs = dict(quantised_graphs(bundle, photos(options.data / "train", bundle, CALIBRATING)))
+    graphs = dict(quantized_graphs(bundle, photos(options.data / "train", bundle, CALIBRATING)))
     runs = dict(by_torch(bundle)) | {name: _session(graph) for name, graph in graphs.items()}
     judged = [*photos(options.data / "test", bundle, JUDGING)]
     expected = [runs["torch fp32"](case) for case in judged]
@@ -94,7 +94,7 @@ def main() -> int:
                 row["parts_ms"] = parts(graphs[row["name"]], case)
     told = {
         "schema": SCHEMA,
-        "command": f"python bench/quantisation.py --data camvid --seconds {options.seconds:g}",
+        "command": f"python bench/quantization.py --data camvid --seconds {options.seconds:g}",
         "subject": bundle.manifest.name,
         "machine": asdict(machine),
         "others": {"cpu_share": meter.other_load().cpu_share},
@@ -180,13 +180,13 @@ def by_torch(bundle: Bundle) -> Iterator[tuple[str, Run]]:
     yield "torch bf16 (autocast)", in_bf16
 
 
-def quantised_graphs(bundle: Bundle, calibration: Iterator[EditBatch]) -> Iterator[tuple[str, bytes]]:
-    """For ONNX Runtime; the first is not quantised."""
+def quantized_graphs(bundle: Bundle, calibration: Iterator[EditBatch]) -> Iterator[tuple[str, bytes]]:
+    """For ONNX Runtime; the first is not quantized."""
     plain = with_plain_weights(_loaded(bundle))
     yield "onnxruntime fp32", plain.SerializeToString()
     cases = list(calibration)
     for name, words in VARIANTS.items():
-        yield name, quantised(plain, words, cases)
+        yield name, quantized(plain, words, cases)
 
 
 def _loaded(bundle: Bundle) -> onnx.ModelProto:
@@ -200,7 +200,7 @@ def _loaded(bundle: Bundle) -> onnx.ModelProto:
 
 
 def with_plain_weights(model: onnx.ModelProto) -> onnx.ModelProto:
-    """What is computed of weights alone, halves cast and ones added to biases, as the weights that it is: the quantiser
+    """What is computed of weights alone, halves cast and ones added to biases, as the weights that it is: the quantizer
     wants those."""
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
     for node in [node for node in model.graph.node if node.op_type in ("Cast", "Add")]:
@@ -214,12 +214,12 @@ def with_plain_weights(model: onnx.ModelProto) -> onnx.ModelProto:
     return model
 
 
-def quantised(model: onnx.ModelProto, words: tuple[str, ...], cases: list[EditBatch]) -> bytes:
+def quantized(model: onnx.ModelProto, words: tuple[str, ...], cases: list[EditBatch]) -> bytes:
     convolutions = [it.name for it in model.graph.node if it.op_type == "Conv" and "LeakyRelu" not in it.name]
     chosen = [name for name in convolutions if any(word in name for word in words)]  # above: those that change nothing
     assert chosen, words
     with tempfile.TemporaryDirectory() as folder:
-        source, target = Path(folder) / "plain.onnx", Path(folder) / "quantised.onnx"
+        source, target = Path(folder) / "plain.onnx", Path(folder) / "quantized.onnx"
         source.write_bytes(model.SerializeToString())
         quantize_static(
             source,
@@ -252,7 +252,7 @@ def _session(graph: bytes) -> Run:
 
 def drift(run: Run, cases: list[EditBatch], expected: list[NDArray[np.uint8]]) -> dict[str, Any]:
     """The worst of all cases, and their median."""
-    drifts = [measure_drift(run(case), picture, case.mask) for case, picture in zip(cases, expected, strict=True)]
+    drifts = [measure_deviation(run(case), picture, case.mask) for case, picture in zip(cases, expected, strict=True)]
     levels = [it.psnr_db for it in drifts]
     finite = np.isfinite(levels).any()
     return {
