@@ -40,6 +40,7 @@ from spmdeploy.bench.workloads import EditBatch, edit_batch, scaled_mask
 from spmdeploy.bundle.bundle import Bundle, open_bundle
 from spmdeploy.bundle.manifest import EDIT, ON_CPU
 from spmdeploy.imaging import files as images
+from spmdeploy.imaging.resize import resize_labels, resize_photo
 
 SCHEMA = "spmdeploy.quantization/1"
 BEGIN, END = "<!-- quantization: written by `make figures` from bench/results -->", "<!-- end of quantization -->"
@@ -152,9 +153,9 @@ def photos(folder: Path, bundle: Bundle, count: int) -> Iterator[EditBatch]:
         middle = tuple(slice((length - side) // 2, (length + side) // 2) for length in labels.shape)
         box = np.zeros((size, size), bool)
         box[size // 3 : size // 2, size // 4 + 7 * place % 80 : size // 2 + 5 * place % 90] = True
-        ids = images.resize_labels(labels[middle], size, size)[None]
+        ids = resize_labels(labels[middle], size, size)[None]
         mask = scaled_mask(box, SHARES[place % len(SHARES)])[None].astype(np.uint8)
-        yield EditBatch(images.resize_photo(photo[middle], size, size)[None], ids, ids.astype(np.int32), mask)
+        yield EditBatch(resize_photo(photo[middle], size, size)[None], ids, ids.astype(np.int32), mask)
 
 
 class _Photos(CalibrationDataReader):  # type: ignore[misc]

@@ -35,7 +35,8 @@ from tiling_scenes import (
 import spmdeploy
 from spmdeploy.editing.editor import Editor
 from spmdeploy.editing.preprocess import EditRegion
-from spmdeploy.imaging.files import resize_labels, resize_mask_conservative, resize_photo, write_picture
+from spmdeploy.imaging.files import write_picture
+from spmdeploy.imaging.resize import resize_labels, resize_mask_conservative, resize_photo
 from spmdeploy.labels import class_table
 from spmdeploy.model.deploy import COLOR_BLOCK
 from spmdeploy.tiling.windows import plan_windows

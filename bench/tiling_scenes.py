@@ -18,7 +18,8 @@ from spmdeploy.bench.machine import describe_machine
 from spmdeploy.bundle.bundle import open_bundle
 from spmdeploy.editing.preprocess import EditRegion
 from spmdeploy.imaging.contact_sheet import sheet
-from spmdeploy.imaging.files import read_labels, read_photo, resize_labels, resize_photo
+from spmdeploy.imaging.files import read_labels, read_photo
+from spmdeploy.imaging.resize import resize_labels, resize_photo
 from spmdeploy.model import CHECKPOINT_SUFFIXES
 from spmdeploy.model.checkpoint import load_checkpoint
 from spmdeploy.model.generator import Generator

@@ -38,7 +38,8 @@ from spmdeploy.editing import pyramid as cascade
 from spmdeploy.editing.preprocess import EditRegion, model_input, stacked
 from spmdeploy.editing.pyramid import coarse_canvas, refine_on_host
 from spmdeploy.editing.tally import PhaseTimer
-from spmdeploy.imaging.files import resize_labels, resize_photo, write_picture
+from spmdeploy.imaging.files import write_picture
+from spmdeploy.imaging.resize import resize_labels, resize_photo
 from spmdeploy.model.deploy import COLOR_BLOCK
 from spmdeploy.tiling import blending
 from spmdeploy.tiling import pyramid as geometry

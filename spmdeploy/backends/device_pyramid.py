@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spmdeploy.gpu.buffers import ALIGNMENT, EngineMemory
-from spmdeploy.imaging.files import canvas_taps
+from spmdeploy.imaging.resize import canvas_taps
 from spmdeploy.tiling.blending import blend_windows
 from spmdeploy.tiling.letterbox import Letterbox
 from spmdeploy.tiling.pyramid import PyramidLevel, Tile, coarse_size

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from spmdeploy.assets.samples import SAMPLE_EDITS, SampleEdit
 from spmdeploy.editing.options import EditRequest
-from spmdeploy.imaging.files import resize_labels, resize_photo, write_picture
+from spmdeploy.imaging.files import write_picture
+from spmdeploy.imaging.resize import resize_labels, resize_photo
 from spmdeploy.labels import ClassTable
 
 MASK_SHARES = {"small": 0.05, "medium": 0.12, "large": 0.25}

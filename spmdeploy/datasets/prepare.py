@@ -35,6 +35,7 @@ import numpy.typing as npt
 
 from spmdeploy.errors import InputError, SpmDeployError, UsageError
 from spmdeploy.imaging import files as images
+from spmdeploy.imaging.resize import resize_labels, resize_photo
 from spmdeploy.labels import check_labels, class_table
 from spmdeploy.types import Progress
 
@@ -349,10 +350,10 @@ def _prepare_one(picture: _Picture) -> str | None:
     except InputError as error:
         return error.problem
     outputs = picture.outputs()
-    images.write_picture(outputs["images"], images.resize_photo(photo, height, width), overwrite=True)
-    images.write_picture(outputs["labels"], images.resize_labels(labels, height, width), overwrite=True)
+    images.write_picture(outputs["images"], resize_photo(photo, height, width), overwrite=True)
+    images.write_picture(outputs["labels"], resize_labels(labels, height, width), overwrite=True)
     if instances is not None:
-        images.write_instances(outputs["inst_map"], images.resize_labels(instances, height, width), overwrite=True)
+        images.write_instances(outputs["inst_map"], resize_labels(instances, height, width), overwrite=True)
     return None
 
 

@@ -23,7 +23,9 @@ from spmdeploy.editing.pyramid import cascade
 from spmdeploy.editing.report import EditReport, WindowReport, report_notes
 from spmdeploy.editing.tally import PhaseTimer
 from spmdeploy.errors import BundleError, InputError, UsageError
-from spmdeploy.imaging.files import MAX_MEGAPIXELS, check_mask, resize_photo
+from spmdeploy.imaging.decode import MAX_MEGAPIXELS
+from spmdeploy.imaging.files import check_mask
+from spmdeploy.imaging.resize import resize_photo
 from spmdeploy.labels import ClassTable, check_labels
 from spmdeploy.tiling.letterbox import Letterbox, fit_letterbox
 from spmdeploy.tiling.outpaint import OutpaintStep, Padding, grown_size, new_pixels, photo_place, plan_extension

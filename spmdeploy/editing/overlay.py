@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from spmdeploy.editing.report import WindowReport
 from spmdeploy.imaging.contact_sheet import MASK_TINT, fitted, sheet, with_mask
-from spmdeploy.imaging.files import resize_labels
+from spmdeploy.imaging.resize import resize_labels
 from spmdeploy.tiling.windows import Window
 
 Rgb = NDArray[np.uint8]

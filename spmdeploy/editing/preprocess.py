@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from spmdeploy.imaging.files import resize_mask_conservative, resize_photo
+from spmdeploy.imaging.resize import resize_mask_conservative, resize_photo
 from spmdeploy.tiling.letterbox import label_sampling_grid, pad_by_reflection
 from spmdeploy.tiling.stitching import extrapolate_border
 from spmdeploy.tiling.windows import Window

@@ -21,7 +21,7 @@ from spmdeploy.backends.base import SupportsDevicePyramid
 from spmdeploy.editing.preprocess import EditRegion, model_input, stacked
 from spmdeploy.editing.tally import PhaseTimer
 from spmdeploy.errors import OutOfMemoryError, UnavailableError
-from spmdeploy.imaging.files import resize_canvas
+from spmdeploy.imaging.resize import resize_canvas
 from spmdeploy.tiling.detail import high_frequency_energy
 from spmdeploy.tiling.letterbox import Letterbox, pad_by_reflection
 from spmdeploy.tiling.pyramid import PyramidLevel, Tile, coarse_size

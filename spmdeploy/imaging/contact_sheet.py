@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from spmdeploy.imaging.files import resize_labels
+from spmdeploy.imaging.resize import resize_labels
 from spmdeploy.labels import ClassTable, colorise, count_labels
 
 CELL_SIDE = 640

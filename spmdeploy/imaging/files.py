@@ -8,47 +8,25 @@ where they are in memory already (a bundle's, whose hash was checked); the path 
 
 from __future__ import annotations
 
-import io
-import math
 import os
-import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from PIL.BmpImagePlugin import BmpImageFile
-from PIL.ImageFile import ImageFile
-from PIL.JpegImagePlugin import JpegImageFile
-from PIL.PngImagePlugin import PngImageFile
-from PIL.WebPImagePlugin import WebPImageFile
 
 from spmdeploy.errors import InputError
+from spmdeploy.imaging.decode import DecodedFile, FilePath, decode_ids, decode_image, io_errors
 
-FilePath: TypeAlias = str | os.PathLike[str]
 Pixels: TypeAlias = NDArray[np.uint8]
 Mask: TypeAlias = NDArray[np.bool_]
-Integer = TypeVar("Integer", bound=np.generic)
 
-# Cameras make 100 megapixels; 200 of them decoded are 600 MB. (Pillow itself stops at 179 for WebP.)
-MAX_MEGAPIXELS = 200
 # A mask value this near to 0 or 255 is taken for it: the ringing that JPEG puts around an edge at usual qualities.
 BINARY_SLACK = 32
-EXIF_PREFIX = b"Exif\0\0"
 # A JPEG segment holds 65535 bytes, two of them its length. PNG and WebP have no such limit.
 LARGEST_JPEG_EXIF = 65533
-
-_READERS: dict[str, type[ImageFile]] = {
-    "PNG": PngImageFile,
-    "JPEG": JpegImageFile,
-    "WebP": WebPImageFile,
-    "BMP": BmpImageFile,
-}
-_READABLE = "PNG, JPEG, WebP or BMP"
 
 # PNG level, measured on a 480x360 and a 4000x3000 photo (Pillow 13 with zlib-ng, CPU time and size):
 #   level 1: 11 ms 207 kB, 0.91 s 16.7 MB   2: 12 ms 204 kB, 0.91 s 16.5 MB   3: 16 ms 195 kB, 1.28 s 16.0 MB
@@ -63,7 +41,6 @@ _WRITE_OPTIONS: dict[str, dict[str, Any]] = {
 }
 _SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WebP"}
 _LONGEST_SIDE = {"JPEG": 65500, "WebP": 16383}
-_BICUBIC = Image.Resampling.BICUBIC
 
 
 # --------------------------------------------------------------------------------------------------------- reading
@@ -86,7 +63,7 @@ def read_photo(path: FilePath, content: bytes | None = None) -> Photo:
     The EXIF orientation is applied to the pixels and reset. Gray and palette pictures become RGB. Transparency, the
     ICC profile and EXIF are kept. InputError for 16-bit, CMYK and other modes, animations, damaged or huge files.
     """
-    file = _decode(path, content)
+    file = decode_image(path, content)
     notes = list(file.notes)
     if file.wide:
         raise InputError(f"{path} has 16 bits per channel; photos must have 8", "convert it to 8 bits first")
@@ -114,7 +91,7 @@ def read_labels(path: FilePath, content: bytes | None = None) -> Pixels:
     Gray PNGs of 1, 2, 4, 8 and 16 bits hold the ids as their values, palette PNGs as their indices: the colors of the
     palette play no part. InputError for color pictures, lossy files and ids above 255.
     """
-    file = _decode_ids(path, content)
+    file = decode_ids(path, content)
     if file.image.mode == "RGB":
         raise InputError(
             f"{path} is a color picture, not a map of class ids",
@@ -134,7 +111,7 @@ def read_instances(path: FilePath, content: bytes | None = None) -> NDArray[np.i
     One channel (Cityscapes `instanceIds`, 16 bits): its values, or palette indices. RGB (ADE20K, where red is the class
     and blue is empty): the green channel. Three equal channels are read as one. InputError for other color pictures.
     """
-    file = _decode_ids(path, content)
+    file = decode_ids(path, content)
     if file.image.mode != "RGB" or file.wide:
         return _stored_values(file, path).astype(np.int32)
     rgb = np.asarray(file.image)
@@ -155,7 +132,7 @@ def read_mask(path: FilePath, content: bytes | None = None) -> Mask:
     be opaque: tools disagree on whether transparent means edit or keep. InputError for everything else.
     An empty or full mask is returned as such; `check_mask` refuses it.
     """
-    file = _decode(path, content)
+    file = decode_image(path, content)
     image = file.image
     if image.mode == "P":
         if _indices_decide(image):
@@ -195,190 +172,6 @@ def check_mask(mask: NDArray[Any], source: str) -> None:
 _MASK_HINT = "a mask is black (keep) and white (edit) without shades: save it as an 8-bit gray PNG without transparency"
 
 
-@dataclass(frozen=True, eq=False)
-class _Decoded:
-    """A picture in memory, upright, and what Pillow's mode does not tell about how the file stores it."""
-
-    image: Image.Image
-    format: str  # a key of _READERS
-    layout: str  # Pillow's raw mode: "L;4" is a 4-bit gray PNG, which arrives as mode "L", scaled
-    exif: bytes | None
-    notes: tuple[str, ...]
-
-    @property
-    def wide(self) -> bool:
-        """Whether the file has 16 bits per channel (of RGB, Pillow silently keeps 8)."""
-        return self.format == "PNG" and ";16" in self.layout
-
-
-def _decode(path: FilePath, content: bytes | None) -> _Decoded:
-    """Read, check and turn upright. InputError for whatever a file can have wrong before its mode matters.
-
-    content: the file's bytes where they are in memory already; `path` is then only what messages call it.
-    """
-    path = Path(path)
-    with _io_errors(path, "read"), path.open("rb") if content is None else io.BytesIO(content) as stream:
-        start = stream.read(16)
-        stream.seek(0)
-        format = _format_of(start, path)
-        # The reader's class instead of Image.open: no other plugin can be reached, and Pillow's limit for
-        # decompression bombs, a global lower than ours, is left alone.
-        with _decode_errors(path):
-            image = _READERS[format](stream)
-        _check_extent(image, path)
-        layout = _layout(image)
-        with _decode_errors(path):
-            image.load()
-    orientation, exif, notes = _metadata(image, path)
-    turn = _TURNS.get(orientation)
-    if turn is None:
-        return _Decoded(image, format, layout, exif, notes)
-    turned = image.transpose(turn)
-    return _Decoded(turned, format, layout, exif, (f"{path} is turned upright (EXIF {orientation})", *notes))
-
-
-def _decode_ids(path: FilePath, content: bytes | None) -> _Decoded:
-    file = _decode(path, content)
-    if file.format != "PNG":
-        raise InputError(
-            f"{path} is a {file.format} file; ids survive only in PNG",
-            "save the map as PNG straight from where it is made: a lossy copy already holds wrong ids",
-        )
-    return file
-
-
-def _format_of(start: bytes, path: Path) -> str:
-    if not start:
-        raise InputError(f"{path} is an empty file (0 bytes)", "copy or export it again")
-    if start.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "PNG"
-    if start.startswith(b"\xff\xd8\xff"):
-        return "JPEG"
-    if start.startswith(b"RIFF") and start[8:12] == b"WEBP":
-        return "WebP"
-    if start.startswith(b"BM"):
-        return "BMP"
-    raise InputError(f"{path} is no {_READABLE} picture, whatever its name says", "convert it to PNG")
-
-
-def _check_extent(image: ImageFile, path: Path) -> None:
-    width, height = image.size
-    if width * height > MAX_MEGAPIXELS * 1_000_000:
-        raise InputError(
-            f"{path} is {width}×{height}, {width * height / 1e6:.0f} megapixels; at most {MAX_MEGAPIXELS} are read",
-            "crop or shrink it first",
-        )
-    if getattr(image, "is_animated", False):
-        raise InputError(f"{path} is an animation with several frames", "save the frame you mean as a picture")
-
-
-def _layout(image: ImageFile) -> str:
-    """The raw mode that the file's pixels are in; "" where Pillow does not decode in tiles (WebP)."""
-    if not image.tile:
-        return ""
-    arguments = image.tile[0].args
-    return str(arguments[0] if isinstance(arguments, tuple) else arguments)
-
-
-@contextmanager
-def _io_errors(path: Path, verb: str) -> Iterator[None]:
-    """Turns what the operating system refuses into an InputError about the file."""
-    try:
-        yield
-    except FileNotFoundError as exc:
-        raise InputError(f"there is no file {path}", f"looked in {path.absolute().parent}") from exc
-    except IsADirectoryError as exc:
-        raise InputError(f"{path} is a folder, not a picture", "name a file in it") from exc
-    except PermissionError as exc:
-        raise InputError(f"permission to {verb} {path} is denied", "check its owner and mode") from exc
-    except (OSError, ValueError) as exc:  # ValueError: a zero byte in the name
-        raise InputError(f"cannot {verb} {path}: {getattr(exc, 'strerror', None) or exc}") from exc
-
-
-@contextmanager
-def _decode_errors(path: Path) -> Iterator[None]:
-    """Turns a decoder's error into an InputError about the file."""
-    try:
-        yield
-    except MemoryError:
-        raise
-    except Image.DecompressionBombError as exc:
-        raise InputError(f"{path} has too many pixels: {exc}", "crop or shrink it first") from exc
-    except Exception as exc:  # on hostile bytes decoders raise anything: OSError, SyntaxError, struct.error, zlib.error
-        raise InputError(f"{path} is truncated or damaged: {exc}", "copy or export it again") from exc
-
-
-# Which transposition undoes which EXIF orientation.
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-_ORIENTATION, _THUMBNAIL_AT, _THUMBNAIL_LENGTH = 0x0112, 0x0201, 0x0202
-
-
-def _metadata(image: ImageFile, path: Path) -> tuple[int, bytes | None, tuple[str, ...]]:
-    """The orientation, the EXIF block as it is written back, and notes on what is lost."""
-    notes = []
-    if image.info.get("xmp") or image.info.get("XML:com.adobe.xmp"):
-        notes.append(f"the XMP metadata of {path} is not kept")
-    if "mp" in image.info:
-        notes.append(f"{path} holds further pictures (a preview or depth map) after the first; they are not kept")
-    block = image.info.get("exif")
-    if not block:
-        return 1, None, tuple(notes)
-    try:
-        orientation, exif = _upright_exif(block)
-    except (KeyError, struct.error):
-        notes.append(f"the EXIF metadata of {path} is damaged and is not kept")
-        return 1, None, tuple(notes)
-    return orientation, exif, tuple(notes)
-
-
-def _upright_exif(block: bytes) -> tuple[int, bytes]:
-    """The orientation that an EXIF block states, and the block with orientation 1 and without its thumbnail.
-
-    The block is changed in place instead of written anew, because camera makers' notes hold absolute offsets. The
-    thumbnail goes because it would go on showing what the edit removed. KeyError or struct.error on damage.
-    """
-    while block.startswith(EXIF_PREFIX):
-        block = block[len(EXIF_PREFIX) :]
-    tiff = bytearray(block)
-    order = {b"II*\0": "<", b"MM\0*": ">"}[bytes(tiff[:4])]
-    (first,) = struct.unpack_from(f"{order}I", tiff, 4)
-    entries, next_at = _directory(tiff, order, first)
-    orientation = 1
-    if _ORIENTATION in entries:
-        (orientation,) = struct.unpack_from(f"{order}H", tiff, entries[_ORIENTATION])
-        struct.pack_into(f"{order}H", tiff, entries[_ORIENTATION], 1)
-    if next_at + 4 <= len(tiff):
-        (thumbnail,) = struct.unpack_from(f"{order}I", tiff, next_at)
-        struct.pack_into(f"{order}I", tiff, next_at, 0)
-        if thumbnail:
-            _blank_thumbnail(tiff, order, thumbnail)
-    return orientation, EXIF_PREFIX + bytes(tiff)
-
-
-def _directory(tiff: bytearray, order: str, at: int) -> tuple[dict[int, int], int]:
-    """Where the value field of every tag of a TIFF directory lies, and where the offset of the next directory."""
-    (count,) = struct.unpack_from(f"{order}H", tiff, at)
-    tags = {struct.unpack_from(f"{order}H", tiff, at + 2 + 12 * k)[0]: at + 10 + 12 * k for k in range(count)}
-    return tags, at + 2 + 12 * count
-
-
-def _blank_thumbnail(tiff: bytearray, order: str, at: int) -> None:
-    entries, _ = _directory(tiff, order, at)
-    if _THUMBNAIL_AT in entries and _THUMBNAIL_LENGTH in entries:
-        (start,) = struct.unpack_from(f"{order}I", tiff, entries[_THUMBNAIL_AT])
-        (length,) = struct.unpack_from(f"{order}I", tiff, entries[_THUMBNAIL_LENGTH])
-        stop = min(start + length, len(tiff))
-        tiff[start:stop] = bytes(max(stop - start, 0))
-
-
 def _rgb_and_alpha(image: Image.Image) -> tuple[Pixels, Pixels | None]:
     """uint8 (H, W, 3) and, where the picture has any transparency, uint8 (H, W)."""
     if image.mode in ("RGBA", "LA") or "transparency" in image.info:
@@ -387,7 +180,7 @@ def _rgb_and_alpha(image: Image.Image) -> tuple[Pixels, Pixels | None]:
     return np.array(image.convert("RGB")), None  # a copy: what Pillow lends is read-only
 
 
-def _stored_values(file: _Decoded, path: FilePath) -> NDArray[np.uint8 | np.uint16]:
+def _stored_values(file: DecodedFile, path: FilePath) -> NDArray[np.uint8 | np.uint16]:
     """The numbers that a single-channel PNG stores: palette indices, or gray values as they are in the file."""
     # Pillow stretches gray values of 2 and 4 bits to 0..255; here they are ids.
     stretch = {"1": 1, "L;2": 85, "L;4": 17, "L": 1, "I;16B": 1, "P;1": 1, "P;2": 1, "P;4": 1, "P": 1}
@@ -535,9 +328,9 @@ def _write(
     temporary = path.with_name(f".{os.urandom(8).hex()}.tmp")
     try:
         # Not tempfile: its files are for the owner alone, while this one is to get the mode that any new file gets.
-        with _io_errors(path, "write"), temporary.open("xb") as stream:
+        with io_errors(path, "write"), temporary.open("xb") as stream:
             Image.fromarray(np.ascontiguousarray(pixels)).save(stream, format, **options)
-        with _io_errors(path, "write"):
+        with io_errors(path, "write"):
             _atomic_write(temporary, path, overwrite)
     finally:
         temporary.unlink(missing_ok=True)
@@ -558,115 +351,3 @@ def _atomic_write(temporary: Path, path: Path, overwrite: bool) -> None:
         except FileExistsError as exc:
             raise _exists(path) from exc
         os.replace(temporary, path)
-
-
-# -------------------------------------------------------------------------------------------------------- resizing
-
-
-def resize_photo(pixels: Pixels, height: int, width: int) -> Pixels:
-    """uint8 (H, W, 3) to uint8 (height, width, 3): area average where an axis shrinks, bicubic where it grows.
-
-    The average is exact and weights pixels by the share that is covered, so a coarse pixel depends on the pixels under
-    it and on no others (`resize_mask_conservative` says which depend on a mask).
-    """
-    coarse = _area_average(pixels, min(height, pixels.shape[0]), min(width, pixels.shape[1]))
-    if coarse.shape[:2] == (height, width):
-        return coarse
-    return np.asarray(Image.fromarray(coarse).resize((width, height), _BICUBIC))
-
-
-def resize_canvas(
-    canvas: NDArray[np.float32], height: int, width: int, rows: float, columns: float
-) -> NDArray[np.float32]:
-    """float32 (H, W, 3) in 0..255 to float32 (height, width, 3), bicubic, of the upper left rows by columns.
-
-    These may be fractions and reach beyond the canvas, whose last pixels are then repeated. Nothing is rounded.
-    """
-    more = [(0, max(math.ceil(need) - have, 0)) for need, have in zip((rows, columns), canvas.shape, strict=False)]
-    padded = np.pad(canvas, [*more, (0, 0)], mode="edge")
-    channels = []
-    for channel in range(3):
-        picture = Image.fromarray(np.ascontiguousarray(padded[..., channel]))
-        # One axis after the other: from version 13 on Pillow chooses which comes first, and the last bits go by that.
-        wide = picture.resize((width, picture.height), _BICUBIC, (0, 0, columns, picture.height))
-        channels.append(np.asarray(wide.resize((width, height), _BICUBIC, (0, 0, width, rows))))
-    resized: NDArray[np.float32] = np.clip(np.stack(channels, axis=2), 0, 255)
-    return resized
-
-
-def canvas_taps(have: int, reach: float, length: int) -> tuple[NDArray[np.int32], NDArray[np.float64]]:
-    """What `resize_canvas` computes along one axis, for whoever does it elsewhere: of `have` pixels the first `reach`
-    become `length`.
-
-    Returns first (length,) and weights (length, taps): pixel i is the sum over k of weights[i, k] times the pixel
-    first[i] + k, or the last one where that lies beyond.
-    """
-    scale = float(np.float32(reach)) / length  # Pillow keeps the box in single precision
-    wider = max(scale, 1.0)
-    middle = (np.arange(length) + 0.5) * scale
-    first = np.maximum(np.trunc(middle - 2 * wider + 0.5), 0)
-    end = np.minimum(np.trunc(middle + 2 * wider + 0.5), max(math.ceil(reach), have))
-    tap = np.arange(math.ceil(2 * wider) * 2 + 1)
-    x = np.abs((tap + first[:, None] - middle[:, None] + 0.5) * (1 / wider))
-    near, far = (1.5 * x - 2.5) * x * x + 1, (((x - 5) * x + 8) * x - 4) * -0.5
-    weights = np.where(x < 1, near, np.where(x < 2, far, 0.0))
-    weights[tap >= (end - first)[:, None]] = 0
-    return first.astype(np.int32), weights / weights.cumsum(axis=1)[:, -1:]  # one after the other, as Pillow adds
-
-
-def resize_labels(ids: NDArray[Integer], height: int, width: int) -> NDArray[Integer]:
-    """(H, W) to (height, width) of any dtype: every pixel takes the id under its center, so no new ids appear."""
-    rows = (2 * np.arange(height) + 1) * ids.shape[0] // (2 * height)
-    columns = (2 * np.arange(width) + 1) * ids.shape[1] // (2 * width)
-    return np.asarray(ids[rows[:, None], columns])
-
-
-def resize_mask_conservative(mask: Mask, height: int, width: int) -> Mask:
-    """bool (H, W) to bool (height, width): True wherever a masked pixel can touch that pixel of `resize_photo`.
-
-    Outside it, the resized photo is the same bit for bit, whatever the photo holds under the mask.
-    """
-    return _max_pool(_max_pool(mask, height).T, width).T
-
-
-def _area_average(pixels: Pixels, height: int, width: int) -> Pixels:
-    if pixels.shape[:2] == (height, width):
-        return pixels.copy()
-    # Every weight is a whole number of 1/height (1/width) pixels, so all sums are exact. In float, the rounding of far
-    # pixels would leak into near ones.
-    weight = pixels.shape[0] * pixels.shape[1]
-    left, right, left_surplus, right_surplus = _covered(pixels.shape[1], width)
-    coarse = np.empty((height, width, 3), np.uint8)
-    running = np.zeros((pixels.shape[1] + 1, 3), np.int64)
-    # Row by row, because the 64-bit sums of a whole 12-megapixel photo would take 300 MB.
-    for y, (top, bottom, top_surplus, bottom_surplus) in enumerate(zip(*_covered(len(pixels), height), strict=True)):
-        # 32 bits hold the sum of 16 million rows, and take half the time of 64.
-        row = pixels[top : bottom + 1].sum(axis=0, dtype=np.uint32).astype(np.int64) * height
-        # Widened by hand: numpy 1 multiplies a small integer and an array of bytes in bytes.
-        row -= top_surplus * pixels[top].astype(np.int64) + bottom_surplus * pixels[bottom].astype(np.int64)
-        np.cumsum(row, axis=0, out=running[1:])
-        sums = (running[right + 1] - running[left]) * width
-        sums -= left_surplus[:, None] * row[left] + right_surplus[:, None] * row[right]
-        coarse[y] = (sums + weight // 2) // weight
-    return coarse
-
-
-def _covered(length: int, size: int) -> tuple[NDArray[np.int64], ...]:
-    """Which of `length` pixels each of `size` <= length cells covers, int64 (size,) each: the first and the last one,
-    and how much of these two lies outside the cell, in 1/size pixel."""
-    start = np.arange(size, dtype=np.int64) * length
-    stop = start + length
-    first, last = start // size, (stop - 1) // size
-    return first, last, start - first * size, (last + 1) * size - stop
-
-
-def _max_pool(mask: Mask, size: int) -> Mask:
-    """bool (length, n) to bool (size, n): whether any masked pixel along axis 0 contributes to each cell."""
-    length = len(mask)
-    if size <= length:
-        first, last, _, _ = _covered(length, size)
-    else:  # bicubic reaches two pixels to either side of a cell's center
-        center = (2 * np.arange(size) + 1) * length  # in units of 1 / (2 * size) pixel
-        first = np.maximum((center - 3 * size) // (2 * size), 0)
-        last = np.minimum((center + 5 * size) // (2 * size), length) - 1
-    return np.stack([mask[top : bottom + 1].any(axis=0) for top, bottom in zip(first, last, strict=True)])

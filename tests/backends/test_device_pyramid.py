@@ -23,7 +23,7 @@ from spmdeploy.errors import OutOfMemoryError, UnavailableError
 from spmdeploy.gpu.arrays import DeviceArray
 from spmdeploy.gpu.buffers import EngineMemory
 from spmdeploy.gpu.kernels import PTX
-from spmdeploy.imaging.files import canvas_taps, resize_canvas
+from spmdeploy.imaging.resize import canvas_taps, resize_canvas
 from spmdeploy.labels import ClassTable, LabelClass
 
 from .simulated_gpu import PACKAGES, Code, SimulatedGpu, plug_in

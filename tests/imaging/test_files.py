@@ -19,7 +19,7 @@ from hypothesis.extra import numpy as hnp
 from PIL import Image, ImageCms
 
 from spmdeploy.errors import InputError
-from spmdeploy.imaging import files as images
+from spmdeploy.imaging import decode
 from spmdeploy.imaging.files import (
     Photo,
     check_mask,
@@ -28,13 +28,11 @@ from spmdeploy.imaging.files import (
     read_labels,
     read_mask,
     read_photo,
-    resize_labels,
-    resize_mask_conservative,
-    resize_photo,
     write_instances,
     write_photo,
     write_picture,
 )
+from spmdeploy.imaging.resize import resize_labels, resize_mask_conservative, resize_photo
 
 READERS: tuple[Callable[..., object], ...] = (read_photo, read_labels, read_instances, read_mask)
 # A smooth picture with all corners different: JPEG keeps it nearly, and every turn of it is another picture.
@@ -321,7 +319,7 @@ def test_damaged_exif_never_stops_a_photo(tail: bytes) -> None:
     for block in (exif_block("<", 6, b"thumbnail")[: 6 + 8 + len(tail)] + tail, tail, b"Exif\0\0II*\0" + tail):
         picture = Image.fromarray(SCENE)
         picture.info["exif"] = block
-        orientation, exif, notes = images._metadata(picture, Path("a.jpg"))  # type: ignore[arg-type]
+        orientation, exif, notes = decode._metadata(picture, Path("a.jpg"))  # type: ignore[arg-type]
         assert isinstance(orientation, int)
         assert exif is not None or notes or not block
 

@@ -19,7 +19,8 @@ import numpy as np
 
 from spmdeploy.assets.samples import SAMPLE_EDITS
 from spmdeploy.datasets.config import DataConfig
-from spmdeploy.imaging.files import resize_labels, resize_photo, write_picture
+from spmdeploy.imaging.files import write_picture
+from spmdeploy.imaging.resize import resize_labels, resize_photo
 from spmdeploy.labels import class_table
 from spmdeploy.training.config import LossConfig, Phase, TrainConfig
 from spmdeploy.training.progress import progress_line
