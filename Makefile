@@ -34,14 +34,13 @@ bench: .venv/ready
 		--size 360 --mask medium --duration 20 --output bench/results/bench_street_cpu.json --overwrite
 	$(MAKE) figures
 
-# CAMVID names a data folder as for training, in the classes of the built-in model: to calibrate on and to judge by.
+# CAMVID names a data folder as for training, in the classes of the built-in model: for calibration and comparison.
 quantization: .venv/ready
-	@mkdir -p bench/results
-	PYTHONPATH=. $(DEV)/python bench/quantization.py --data $(CAMVID) --output bench/results/quantization_street_cpu.json
+	$(DEV)/python experiments/quantization/quantization.py --data $(CAMVID) --output experiments/quantization/results/street_cpu.json
 	$(MAKE) figures
 
 figures: .venv/ready
-	$(DEV)/python bench/figures.py
+	$(DEV)/python tools/figures.py
 
 # For a machine with a GPU. GPU_PYTHON names an environment that has PyTorch with CUDA and what else is to be checked;
 # without it one is made here with everything that can be installed.

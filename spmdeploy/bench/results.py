@@ -1,4 +1,4 @@
-"""What a run of the benchmark leaves: everything that was measured, every sample, and where. docs/bench.md explains it.
+"""The record of a benchmark run: every sample, and where it was measured. See docs/benchmarks.md.
 
 The dataclasses are the schema: written field by field, read back strictly by their types.
 """

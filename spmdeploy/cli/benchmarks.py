@@ -110,7 +110,7 @@ def bench_run(
     """Measure what an edit costs here.
 
     Backends take turns in one run, after a warm-up; each is first compared with PyTorch, and one whose pictures differ
-    gets no speed. docs/bench.md explains the figures and the record. `spmdeploy bench compare` compares two records.
+    gets no speed. Figures and record: docs/benchmarks.md. `spmdeploy bench compare` compares two records.
     """
     from spmdeploy.bench import outputs, run
 

@@ -1,12 +1,12 @@
-"""What keeps tiles from showing: remedies side by side, against the untiled run of the whole window.
+"""Variants of tiling compared with the untiled run of the whole window.
 
-    python bench/tiling_seams.py --data CAMVID --output bench/results/tiling_seams.json --sheet FILE.jpg
+    python experiments/tiling/seams.py --data CAMVID --output FILE.json --sheet FILE.jpg
 
-Three photos of CamVid's test split, cut and enlarged to 896×640, half of it to be edited, under their own labels: the
-last doubling alone, from one picture of half that size, by the network whether there is detail or not. The network is
-fully convolutional, so that a picture whose sides are multiples of 128 can be run in one piece. Means over the photos:
-distance to that run under the mask, error and LPIPS to the photo there, seam score, tile mismatch, runs of the network
-on 256×256, and CPU seconds of one thread. null: the picture overflowed.
+Three photos of CamVid's test split, cut and enlarged to 896×640, half of each masked, with their own labels. Only the
+last doubling is run, from one image of half that size, whether or not the photo has detail. The network is fully
+convolutional, so an image whose sides are multiples of 128 can be run whole. Means over the photos: distance to that
+run under the mask, error and LPIPS to the photo there, seam score, tile mismatch, runs of the network at 256×256, and
+CPU seconds of one thread. null: the image overflowed.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from tiling_norms import (
-    SMALLEST,
+from norms import (
+    MIN_SIDE,
     Canvas,
     ExperimentSession,
     MomentSums,
     collect_moments,
     pool_moments,
     replay_norms,
-    sweep,
+    sweep_tiles,
 )
-from tiling_scenes import NIGHT, SKY, STREET, camvid, ellipses, finite, lpips_under, write_results, write_sheet
+from numpy.typing import NDArray
+from scenes import NIGHT, SKY, STREET, camvid, ellipses, finite, lpips_under, write_results, write_sheet
 
 import spmdeploy
 from spmdeploy.editing import pyramid as cascade
@@ -50,7 +50,7 @@ from spmdeploy.tiling.windows import whole_photo
 from spmdeploy.training.perceptual import Lpips
 
 HEIGHT, WIDTH = 640, 896
-HOLE = ((0.42, 0.32, 0.37, 0.285), (0.62, 0.68, 0.33, 0.285), (0.2, 0.86, 0.15, 0.1))
+MASK_ELLIPSES = ((0.42, 0.32, 0.37, 0.285), (0.62, 0.68, 0.33, 0.285), (0.2, 0.86, 0.15, 0.1))
 BATCH = 4
 
 
@@ -59,43 +59,43 @@ class Variant:
     overlap: float = 0.25
     """Part of a tile."""
     ramp: Literal["cut", "linear", "half-sine"] = "half-sine"
-    """How tiles pass over into each other; "cut": within a pixel."""
+    """Blending of neighboring tiles; "cut": none."""
     shared: bool = True
-    """Whether tiles start from the level before; else each is an edit of its own."""
+    """Whether tiles refine the shared coarse result; otherwise each tile is a separate edit."""
     statistics: Literal["tile", "pooled", "swept", "coarse", "bounded"] = "tile"
-    """What the last stage's norms go by: the tile; all tiles of the level, layer by layer; the same as seen in a sweep
-    before, in which each went by its own; the coarse edit; the same, bounded (see tiling_norms.py)."""
-    smallest: int = SMALLEST
-    light: int = 0
-    """Side of the blocks whose mean colors are those of the level before; 0: tiles keep their own."""
+    """Source of the last stage's norm statistics: the tile; all tiles of the level, layer by layer; all tiles of a
+    previous pass over the level; the coarse edit; the coarse edit, clamped (see norms.py)."""
+    min_side: int = MIN_SIDE
+    color_block: int = 0
+    """Side of the blocks whose mean colors come from the coarse result; 0: no transfer."""
 
 
-REMEDIES = {
+VARIANTS = {
     "independent tiles, linear": Variant(ramp="linear", shared=False),
     "independent tiles, half-sine": Variant(shared=False),
-    "shared coarse picture, cut": Variant(ramp="cut"),
-    "shared coarse picture, linear": Variant(ramp="linear"),
-    "shared coarse picture, half-sine": Variant(),
+    "shared coarse result, cut": Variant(ramp="cut"),
+    "shared coarse result, linear": Variant(ramp="linear"),
+    "shared coarse result, half-sine": Variant(),
     "overlap 32": Variant(overlap=0.125),
     "overlap 96": Variant(overlap=0.375),
     "overlap 128": Variant(overlap=0.5),
     "statistics pooled layer by layer": Variant(statistics="pooled"),
-    "statistics pooled in a sweep before": Variant(statistics="swept"),
-    "statistics pooled in a sweep before, all maps": Variant(statistics="swept", smallest=1),
+    "statistics pooled in a previous pass": Variant(statistics="swept"),
+    "statistics pooled in a previous pass, all maps": Variant(statistics="swept", min_side=1),
     "statistics of the coarse edit": Variant(statistics="coarse"),
     "statistics of the coarse edit, bounded": Variant(statistics="bounded"),
-    "light of the coarse picture, blocks of 4": Variant(light=4),
-    "light of the coarse picture, blocks of 8": Variant(light=8),
-    "light of the coarse picture, blocks of 16": Variant(light=16),
-    "light of the coarse picture, blocks of 32": Variant(light=32),
-    "pooled layer by layer, and light": Variant(statistics="pooled", light=8),
-    "of the coarse edit, bounded, and light": Variant(statistics="bounded", light=8),
+    "color transfer, blocks of 4": Variant(color_block=4),
+    "color transfer, blocks of 8": Variant(color_block=8),
+    "color transfer, blocks of 16": Variant(color_block=16),
+    "color transfer, blocks of 32": Variant(color_block=32),
+    "pooled layer by layer, color transfer": Variant(statistics="pooled", color_block=8),
+    "coarse edit, bounded, color transfer": Variant(statistics="bounded", color_block=8),
 }
-SHOWN = (
+SHEET_VARIANTS = (
     "untiled",
     "independent tiles, half-sine",
-    "shared coarse picture, half-sine",
-    "light of the coarse picture, blocks of 8",
+    "shared coarse result, half-sine",
+    "color transfer, blocks of 8",
 )
 
 
@@ -105,40 +105,43 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--model", type=Path, default=spmdeploy.default_model(), help="bundle or checkpoint")
     parser.add_argument("--sheet", type=Path, help="for the edits of the first photo side by side")
-    parser.add_argument("--pictures", type=Path, help="folder for the edits themselves")
+    parser.add_argument("--images", type=Path, help="folder for the edits themselves")
     options = parser.parse_args()
     torch.set_num_threads(1)
     network, lpips = ExperimentSession(options.model), Lpips()
     rows: dict[str, list[dict[str, Any]]] = {}
-    shown: dict[str, NDArray[np.uint8]] = {}
+    sheet: dict[str, NDArray[np.uint8]] = {}
     for name in (SKY, STREET, NIGHT):
         photo, labels = (part[8:351] for part in camvid(options.data, name))  # 7:5
         photo, labels = resize_photo(photo, HEIGHT, WIDTH), resize_labels(labels, HEIGHT, WIDTH)
-        scene = EditRegion(photo, labels, ellipses(HEIGHT, WIDTH, *HOLE), None)
-        for remedy, found in filled(network, scene).items():
-            picture = np.where(scene.mask[..., None], found.pop("canvas"), photo)
-            found["error"] = float(np.abs(picture - photo).mean(axis=2)[scene.mask].mean())
-            found["lpips"] = lpips_under(lpips, picture, scene, photo)
+        scene = EditRegion(photo, labels, ellipses(HEIGHT, WIDTH, *MASK_ELLIPSES), None)
+        for variant, found in run_variants(network, scene).items():
+            image = np.where(scene.mask[..., None], found.pop("canvas"), photo)
+            found["error"] = float(np.abs(image - photo).mean(axis=2)[scene.mask].mean())
+            found["lpips"] = lpips_under(lpips, image, scene, photo)
             row = finite({key: round(value, 4) for key, value in found.items()})
-            rows.setdefault(remedy, []).append({"photo": name, **row})
-            print(name, remedy, row, flush=True)
-            if options.pictures and row["distance"] is not None:
-                options.pictures.mkdir(parents=True, exist_ok=True)
-                file = options.pictures / f"{name}_{remedy.replace(' ', '_').replace(',', '')}.png"
-                write_picture(file, np.rint(picture).astype(np.uint8), overwrite=True)
-            if name == SKY and remedy in SHOWN:
-                shown[remedy] = np.rint(picture).astype(np.uint8)
+            rows.setdefault(variant, []).append({"photo": name, **row})
+            print(name, variant, row, flush=True)
+            if options.images and row["distance"] is not None:
+                options.images.mkdir(parents=True, exist_ok=True)
+                file = options.images / f"{name}_{variant.replace(' ', '_').replace(',', '')}.png"
+                write_picture(file, np.rint(image).astype(np.uint8), overwrite=True)
+            if name == SKY and variant in SHEET_VARIANTS:
+                sheet[variant] = np.rint(image).astype(np.uint8)
     if options.sheet:
-        write_sheet(options.sheet, [{remedy: shown[remedy] for remedy in SHOWN[start : start + 2]} for start in (0, 2)])
-    means = {remedy: {**mean(samples), "photos": samples} for remedy, samples in rows.items()}
-    command = "python bench/tiling_seams.py --data CAMVID --model WEIGHTS --output FILE"
+        write_sheet(
+            options.sheet,
+            [{variant: sheet[variant] for variant in SHEET_VARIANTS[start : start + 2]} for start in (0, 2)],
+        )
+    means = {variant: {**mean(samples), "photos": samples} for variant, samples in rows.items()}
+    command = "python experiments/tiling/seams.py --data CAMVID --model WEIGHTS --output FILE"
     write_results(options.output, "seams", options.model, means, command=command, window=[HEIGHT, WIDTH])
-    for remedy, row in means.items():
-        print(f"{remedy:36}", {key: value for key, value in row.items() if key != "photos"})
+    for variant, row in means.items():
+        print(f"{variant:36}", {key: value for key, value in row.items() if key != "photos"})
 
 
-def filled(network: ExperimentSession, scene: EditRegion) -> dict[str, dict[str, Any]]:
-    """Every remedy's canvas of the window, and its figures."""
+def run_variants(network: ExperimentSession, scene: EditRegion) -> dict[str, dict[str, Any]]:
+    """Canvas of the window and figures of every variant."""
     geometry.blend_windows = blending.blend_windows
     window = whole_photo(HEIGHT, WIDTH)
     *coarser, last = plan_pyramid(window, scene.mask)
@@ -149,45 +152,45 @@ def filled(network: ExperimentSession, scene: EditRegion) -> dict[str, dict[str,
     half, _ = refine_on_host(
         network, tuple(coarser), coarse_canvas(frame, edited, coarser[0]), scene, BATCH, PhaseTimer()
     )
-    started, network.light = time.process_time(), 0
+    started, network.color_block = time.process_time(), 0
     whole = network.refine(*(part[None, :HEIGHT] for part in model_input(scene, HEIGHT, WIDTH, WIDTH)), half[None])[0]
     seconds = time.process_time() - started
     lines = border_lines(last.rows, 256), border_lines(last.columns, 256)
     seam = seam_score(whole, scene.mask, *lines)
     found = {"untiled": {"canvas": whole, "distance": 0.0, "seam": seam, "seconds": seconds}}
-    for name, remedy in REMEDIES.items():
+    for name, variant in VARIANTS.items():
         network.runs, started = 0, time.process_time()
-        canvas, report = tiled(network, remedy, scene, half)
-        more = {"runs": network.runs, "seconds": time.process_time() - started}
+        canvas, report = tiled(network, variant, scene, half)
+        cost = {"runs": network.runs, "seconds": time.process_time() - started}
         distance = float(np.abs(canvas - whole).mean(axis=2)[scene.mask].mean())
-        found[name] = {"canvas": canvas, "distance": distance, **report, **more}
+        found[name] = {"canvas": canvas, "distance": distance, **report, **cost}
     return found
 
 
 def tiled(
-    network: ExperimentSession, remedy: Variant, scene: EditRegion, half: Canvas
+    network: ExperimentSession, variant: Variant, scene: EditRegion, half: Canvas
 ) -> tuple[Canvas, dict[str, Any]]:
-    """The whole window, and what its last level reports."""
-    geometry.blend_windows, cascade.LEAST_DETAIL = ramps_of(remedy.ramp), 0
-    level = plan_pyramid(whole_photo(HEIGHT, WIDTH), scene.mask, overlap=remedy.overlap)[-1]
-    batch, session = BATCH, network if remedy.shared else Independent(network)
-    if remedy.statistics == "pooled":
+    """The whole window and the report of its last level."""
+    geometry.blend_windows, cascade.LEAST_DETAIL = ramps_of(variant.ramp), 0
+    level = plan_pyramid(whole_photo(HEIGHT, WIDTH), scene.mask, overlap=variant.overlap)[-1]
+    batch, session = BATCH, network if variant.shared else Independent(network)
+    if variant.statistics == "pooled":
         network.norms, batch = iter([pool_moments(level)]), len(level.tiles)
-    elif remedy.statistics == "swept":
+    elif variant.statistics == "swept":
         sums: dict[int, MomentSums] = {}
-        network.norms = sweep(sums, level, batch)
+        network.norms = sweep_tiles(sums, level, batch)
         refine_on_host(network, (level,), half, scene, batch, PhaseTimer())
-        network.norms = (replay_norms(collect_moments(sums, remedy.smallest)) for _ in level.tiles)
-    elif remedy.statistics != "tile":
-        network.statistics = remedy.statistics
-    network.light = remedy.light
+        network.norms = (replay_norms(collect_moments(sums, variant.min_side)) for _ in level.tiles)
+    elif variant.statistics != "tile":
+        network.statistics = variant.statistics
+    network.color_block = variant.color_block
     canvas, (report,) = refine_on_host(session, (level,), half, scene, batch, PhaseTimer())
-    network.norms, network.statistics, network.light = iter(()), "tile", COLOR_BLOCK
+    network.norms, network.statistics, network.color_block = iter(()), "tile", COLOR_BLOCK
     return canvas, {"seam": report.seam_score, "mismatch": report.tile_mismatch}
 
 
 class Independent:
-    """A session whose tiles know nothing of the level before."""
+    """Session whose tiles ignore the previous level."""
 
     def __init__(self, network: ExperimentSession) -> None:
         self.network = network

@@ -1,12 +1,13 @@
-"""What eight bits would cost and gain on a CPU: the drift and the speed of quantized graphs, beside FP32 and bf16.
+"""Static INT8 and bf16 on a CPU: accuracy and speed of quantized graphs beside FP32.
 
-    python bench/quantization.py --data PHOTOS --output bench/results/quantization_street_cpu.json
+    python experiments/quantization/quantization.py --data PHOTOS --output FILE.json
 
-PHOTOS: a folder as training takes it (`{train,test}/{images,labels}`); its train photos calibrate, its test photos
-judge. Static quantization of ONNX Runtime: QuantizeLinear and DequantizeLinear around convolutions, weights per
-channel, the range of each activation from the photos. Drift is that of the edited pixels from FP32 in PyTorch, speed is
-against eager PyTorch, in turns; where the time goes tells ONNX Runtime's profiler, which slows things down. Nothing of
-this ships: it answers whether it should.
+PHOTOS: a data folder as for training (`{train,test}/{images,labels}`); the train photos calibrate, the test photos are
+compared. Static quantization of ONNX Runtime: QuantizeLinear and DequantizeLinear around convolutions, weights per
+channel, activation ranges from the photos. Deviation is that of the edited pixels from PyTorch in FP32; speed is
+measured against eager PyTorch in interleaved runs. Time by operator comes from ONNX Runtime's profiler, which slows the
+run.
+None of these graphs ships.
 """
 
 from __future__ import annotations
@@ -43,26 +44,26 @@ from spmdeploy.imaging import files as images
 from spmdeploy.imaging.resize import resize_labels, resize_photo
 
 SCHEMA = "spmdeploy.quantization/1"
-BEGIN, END = "<!-- quantization: written by `make figures` from bench/results -->", "<!-- end of quantization -->"
-LEAST_PSNR = 35.0
-"""Decibels under the mask that an option for users would have to keep on every photo."""
-CALIBRATING, JUDGING = 8, 9
+BEGIN, END = "<!-- quantization: written by `make figures` -->", "<!-- end of quantization -->"
+MIN_PSNR_DB = 35.0
+"""Under the mask, on every photo: below it no option for users."""
+CALIBRATION_PHOTOS, TEST_PHOTOS = 8, 9
 SHARES = (0.05, 0.12, 0.25)
 Run = Callable[[EditBatch], NDArray[np.uint8]]
 
-PROFILED = 10
-PARTS = {
+PROFILED_RUNS = 10
+OPERATOR_GROUPS = {
     "convolutions": ("Conv", "FusedConv", "QLinearConv"),
     "conversions": ("QuantizeLinear", "DequantizeLinear", "Transpose", "ReorderInput", "ReorderOutput"),
 }
-"""Operators that only bring numbers into another form, and those that the rest is for."""
+"""Operators by what they do: arithmetic, and conversions between data types or memory layouts."""
 
-# What is quantized: the convolutions whose name holds one of these words.
 VARIANTS: dict[str, tuple[str, ...]] = {
     "int8, every convolution": ("",),
     "int8, all but the main convolutions": ("layout_", "context_"),
     "int8, the layout branch": ("layout_",),
 }
+"""Name parts of the convolutions that are quantized."""
 
 
 def main() -> int:
@@ -74,17 +75,17 @@ def main() -> int:
     options = parser.parse_args()
     bundle = open_bundle(options.bundle or spmdeploy.default_model())
     meter, machine = LoadMeter(), describe_machine()
-    graphs = dict(quantized_graphs(bundle, photos(options.data / "train", bundle, CALIBRATING)))
+    graphs = dict(quantized_graphs(bundle, photos(options.data / "train", bundle, CALIBRATION_PHOTOS)))
     runs = dict(by_torch(bundle)) | {name: _session(graph) for name, graph in graphs.items()}
-    judged = [*photos(options.data / "test", bundle, JUDGING)]
-    expected = [runs["torch fp32"](case) for case in judged]
+    compared = [*photos(options.data / "test", bundle, TEST_PHOTOS)]
+    expected = [runs["torch fp32"](case) for case in compared]
     rows = []
     for name, run in runs.items():
-        rows.append({"name": name} | drift(run, judged, expected))
+        rows.append({"name": name} | worst_deviation(run, compared, expected))
         print(rows[-1], file=sys.stderr)
     if options.seconds:
         case = edit_batch(bundle.manifest.classes, 256, "large", 1)
-        samples = in_turns(runs, case, options.seconds)
+        samples = time_interleaved(runs, case, options.seconds)
         base = statistics.median(samples["torch fp32"])
         for row in rows:
             times = samples[row["name"]]
@@ -92,57 +93,54 @@ def main() -> int:
             row |= {"n": len(times), "p50_ms": round(middle, 2), "times_as_fast": round(base / middle, 3)}
             row["samples_ms"] = [round(value, 3) for value in times]
             if row["name"] in graphs:
-                row["parts_ms"] = parts(graphs[row["name"]], case)
-    told = {
+                row["parts_ms"] = time_by_operator(graphs[row["name"]], case)
+    result = {
         "schema": SCHEMA,
-        "command": f"python bench/quantization.py --data camvid --seconds {options.seconds:g}",
+        "command": f"python experiments/quantization/quantization.py --data camvid --seconds {options.seconds:g}",
         "subject": bundle.manifest.name,
         "machine": asdict(machine),
         "others": {"cpu_share": meter.other_load().cpu_share},
-        "calibrated_on": CALIBRATING,
-        "judged_on": len(judged),
-        "least_psnr_db": LEAST_PSNR,
+        "calibrated_on": CALIBRATION_PHOTOS,
+        "compared_on": len(compared),
+        "least_psnr_db": MIN_PSNR_DB,
         "rows": rows,
     }
-    options.output.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-    print(table(told))
+    options.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(table(result))
     return 0
 
 
-def with_table(page: str, told: dict[str, Any]) -> str:
+def with_table(page: str, result: dict[str, Any]) -> str:
     """The page with this result between its markers."""
     before, begin, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
     assert begin and end, "the page has lost its markers"
-    return f"{before}{begin}\n\n{table(told)}\n\n{end}{after}"
+    return f"{before}{begin}\n\n{table(result)}\n\n{end}{after}"
 
 
-def table(told: dict[str, Any]) -> str:
+def table(result: dict[str, Any]) -> str:
     """Markdown, a row for each variant."""
-    return "\n".join(_lines(told))
+    return "\n".join(_lines(result))
 
 
-def _lines(told: dict[str, Any]) -> Iterator[str]:
-    timed = "p50_ms" in told["rows"][0]
+def _lines(result: dict[str, Any]) -> Iterator[str]:
+    timed = "p50_ms" in result["rows"][0]
     yield (
         "| | lowest and median PSNR under the mask | largest difference | an edit | against eager PyTorch "
         "| profiled: convolutions, conversions, rest |"
     )
     yield "|---|---|---|---|---|---|"
-    for row in told["rows"]:
+    for row in result["rows"]:
         psnr = "identical" if row["psnr_db"] is None else f"{row['psnr_db']:.1f} dB, {row['median_psnr_db']:.1f} dB"
-        fails = row["psnr_db"] is not None and row["psnr_db"] < told["least_psnr_db"]
+        fails = row["psnr_db"] is not None and row["psnr_db"] < result["least_psnr_db"]
         speed = (f"{row['p50_ms']:.0f} ms", f"{row['times_as_fast']:.2f}×") if timed else ("", "")
         spent = ", ".join(f"{value:.0f}" for value in row.get("parts_ms", {}).values())
         cells = (row["name"], psnr + " **too far**" * fails, row["max_grey"], *speed, spent and f"{spent} ms")
         yield f"| {' | '.join(map(str, cells))} |"
 
 
-# ------------------------------------------------------------------------------------------------------------- photos
-
-
 def photos(folder: Path, bundle: Bundle, count: int) -> Iterator[EditBatch]:
-    """Edits of so many photos of a folder, spread over it: the middle square, a box of 5, 12 or 25% of it."""
+    """Edits of `count` photos, evenly spread over a folder: their middle square, 5, 12 or 25% of it masked."""
     paths = sorted((folder / "images").iterdir())
     size = bundle.manifest.native_size
     for place in range(count):
@@ -167,9 +165,6 @@ class _Photos(CalibrationDataReader):  # type: ignore[misc]
         return None if case is None else case.named
 
 
-# -------------------------------------------------------------------------------------------------------- contestants
-
-
 def by_torch(bundle: Bundle) -> Iterator[tuple[str, Run]]:
     reference = TorchSession(bundled_generator(bundle))
     yield "torch fp32", lambda case: reference.run(*case.arrays)
@@ -186,8 +181,8 @@ def quantized_graphs(bundle: Bundle, calibration: Iterator[EditBatch]) -> Iterat
     plain = with_plain_weights(_loaded(bundle))
     yield "onnxruntime fp32", plain.SerializeToString()
     cases = list(calibration)
-    for name, words in VARIANTS.items():
-        yield name, quantized(plain, words, cases)
+    for name, name_parts in VARIANTS.items():
+        yield name, quantized(plain, name_parts, cases)
 
 
 def _loaded(bundle: Bundle) -> onnx.ModelProto:
@@ -201,8 +196,7 @@ def _loaded(bundle: Bundle) -> onnx.ModelProto:
 
 
 def with_plain_weights(model: onnx.ModelProto) -> onnx.ModelProto:
-    """What is computed of weights alone, halves cast and ones added to biases, as the weights that it is: the quantizer
-    wants those."""
+    """Folds operations on weights alone (casts of FP16 weights, ones added to biases), as the quantizer requires."""
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
     for node in [node for node in model.graph.node if node.op_type in ("Cast", "Add")]:
         if weights.keys() >= set(node.input):
@@ -215,10 +209,12 @@ def with_plain_weights(model: onnx.ModelProto) -> onnx.ModelProto:
     return model
 
 
-def quantized(model: onnx.ModelProto, words: tuple[str, ...], cases: list[EditBatch]) -> bytes:
+def quantized(model: onnx.ModelProto, name_parts: tuple[str, ...], cases: list[EditBatch]) -> bytes:
     convolutions = [it.name for it in model.graph.node if it.op_type == "Conv" and "LeakyRelu" not in it.name]
-    chosen = [name for name in convolutions if any(word in name for word in words)]  # above: those that change nothing
-    assert chosen, words
+    chosen = [
+        name for name in convolutions if any(part in name for part in name_parts)
+    ]  # above: those that change nothing
+    assert chosen, name_parts
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder) / "plain.onnx", Path(folder) / "quantized.onnx"
         source.write_bytes(model.SerializeToString())
@@ -248,35 +244,34 @@ def _session(graph: bytes) -> Run:
     return run
 
 
-# ---------------------------------------------------------------------------------------------------------- measuring
-
-
-def drift(run: Run, cases: list[EditBatch], expected: list[NDArray[np.uint8]]) -> dict[str, Any]:
-    """The worst of all cases, and their median."""
-    drifts = [measure_deviation(run(case), picture, case.mask) for case, picture in zip(cases, expected, strict=True)]
-    levels = [it.psnr_db for it in drifts]
+def worst_deviation(run: Run, cases: list[EditBatch], expected: list[NDArray[np.uint8]]) -> dict[str, Any]:
+    """Worst and median deviation over all cases."""
+    deviations = [
+        measure_deviation(run(case), reference, case.mask) for case, reference in zip(cases, expected, strict=True)
+    ]
+    levels = [it.psnr_db for it in deviations]
     finite = np.isfinite(levels).any()
     return {
         "psnr_db": round(min(levels), 2) if finite else None,
         "median_psnr_db": round(float(np.median(levels)), 2) if finite else None,
-        "max_grey": max(it.max_grey for it in drifts),
+        "max_grey": max(it.max_grey for it in deviations),
     }
 
 
-def parts(graph: bytes, case: EditBatch) -> dict[str, float]:
-    """Milliseconds of an edit by kind of operator, each node at its quickest of `PROFILED` runs."""
-    nodes = profiled_nodes(GraphFiles(graph), "CPUExecutionProvider", case.named, PROFILED)
-    count = len(nodes) // PROFILED
-    totals = dict.fromkeys((*PARTS, "rest"), 0.0)
+def time_by_operator(graph: bytes, case: EditBatch) -> dict[str, float]:
+    """Milliseconds of an edit by kind of operator, each node at its fastest of `PROFILED_RUNS` runs."""
+    nodes = profiled_nodes(GraphFiles(graph), "CPUExecutionProvider", case.named, PROFILED_RUNS)
+    count = len(nodes) // PROFILED_RUNS
+    totals = dict.fromkeys((*OPERATOR_GROUPS, "rest"), 0.0)
     for place in range(count):
         operator = nodes[place]["args"]["op_name"]
-        kind = next((name for name, operators in PARTS.items() if operator in operators), "rest")
+        kind = next((name for name, operators in OPERATOR_GROUPS.items() if operator in operators), "rest")
         totals[kind] += min(float(node["dur"]) for node in nodes[place::count]) / 1000
     return {name: round(value, 2) for name, value in totals.items()}
 
 
-def in_turns(runs: dict[str, Run], case: EditBatch, seconds: float) -> dict[str, list[float]]:
-    """Milliseconds of every edit: A, B, A, B, for so many seconds each on average; the first three are not counted."""
+def time_interleaved(runs: dict[str, Run], case: EditBatch, seconds: float) -> dict[str, list[float]]:
+    """Milliseconds of every edit, interleaved, about `seconds` for each; the first three are not counted."""
     samples: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(3):
         for run in runs.values():

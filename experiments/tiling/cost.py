@@ -1,9 +1,10 @@
-"""What an edit of a large photo costs: time against the same mask in a small photo, and memory above the loaded model.
+"""Time and memory of edits of large photos, against the same mask in a small photo.
 
-    python bench/tiling_cost.py --backend onnxruntime --output bench/results/tiling_cost_onnxruntime.json
+    python experiments/tiling/cost.py --backend onnxruntime --output FILE.json
 
-Each figure is that of a process of its own, which loads the model and makes one small edit before it takes the time.
-Photos are noise: what they show changes neither. CPU seconds, which other work on the machine changes little.
+Each figure comes from a process of its own, which loads the model and makes one small edit before it is measured.
+Photos are noise: their content changes neither figure. CPU seconds are used because other work on the machine changes
+them little.
 """
 
 from __future__ import annotations
@@ -18,25 +19,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tiling_scenes import write_results
+from scenes import write_results
 
 import spmdeploy
 
-# Height, width and side of the square mask: of 2 % of 3840×2160 pixels, of 25 % of them, of 4 % of 100 megapixels.
 CASES = {
     "1024×1024, 2 % of 3840×2160 masked": (1024, 1024, 407),
     "3840×2160, 2 % masked": (2160, 3840, 407),
     "3840×2160, 25 % masked": (2160, 3840, 1440),
     "12000×8400, 1 % masked": (8400, 12000, 1000),
 }
+"""Height, width and side of the square mask."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("tiling_cost.json"))
+    parser.add_argument("--output", type=Path, default=Path("cost.json"))
     parser.add_argument("--model", type=Path, default=spmdeploy.default_model(), help="bundle")
     parser.add_argument("--backend", default="auto")
-    parser.add_argument("--case", choices=list(CASES), help="only measure this one, in this process")
+    parser.add_argument("--case", choices=list(CASES), help="measure this case only, in this process")
     options = parser.parse_args()
     if options.case:
         print(json.dumps(measured(options.model, options.backend, *CASES[options.case])))
@@ -47,7 +48,7 @@ def main() -> None:
         done = subprocess.run([*command, "--case", case], check=True, capture_output=True, text=True)
         rows[case] = json.loads(done.stdout)
         print(case, rows[case], flush=True)
-    command = f"python bench/tiling_cost.py --backend {options.backend} --output FILE"
+    command = f"python experiments/tiling/cost.py --backend {options.backend} --output FILE"
     write_results(options.output, "cost", options.model, rows, command=command)
 
 

@@ -1,4 +1,4 @@
-"""The two graphs in eager PyTorch, with a choice of what the instance norms of the last stage go by, and its light."""
+"""The deploy graphs in eager PyTorch with configurable instance-norm statistics and color transfer."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tiling_scenes import read_generator
+from scenes import read_generator
 from torch import Tensor
 
-from spmdeploy.model import deploy as deploy_graph
-from spmdeploy.model import modulation
+from spmdeploy.model import deploy, modulation
 from spmdeploy.model.deploy import COLOR_BLOCK, EditGraph, RefineGraph
 from spmdeploy.tiling.pyramid import PyramidLevel
 
@@ -24,21 +23,23 @@ Canvas = NDArray[np.float32]
 Moments = tuple[Tensor, Tensor]
 """Mean and variance of each channel."""
 
-# Side of the maps from which on given statistics are used. The variance of a few places is no estimate: with those of
-# all maps given, pictures overflow.
-SMALLEST = 16
+MIN_SIDE = 16
+"""Maps of this side and larger use the given statistics. The variance of fewer values is no estimate: with statistics
+given for all maps, images overflow."""
 
-# A tile's own variance is at most so many times what given statistics are bounded to.
-BOUND = 4.0
+MAX_VARIANCE_RATIO = 4.0
+"""Largest ratio between a tile's own variance and the given one after clamping."""
 
 
 class ExperimentSession:
-    """A session. norms: one for each call of the last stage, as long as there are any; else:
+    """Session in eager PyTorch whose last stage can be modified.
 
-    statistics "tile": the norms go by the tile, as in the shipped graphs; "coarse": by what the last stage's norms saw
-    in the coarse edit before, in the upper left `content` of its rows and columns (the rest is padding); "bounded": by
-    these, as far as `clamp_moments` lets them.
-    light: side of the blocks whose mean colors are those of the level before; 0: the last stage's own.
+    Attributes:
+        norms: Context managers, one for each call of the last stage; once exhausted, `statistics` applies.
+        statistics: "tile": norms use the tile's statistics, as in the shipped graphs; "coarse": those of the coarse
+            edit in the upper left `content` of its rows and columns (the rest is padding); "bounded": the latter,
+            clamped by `clamp_moments`.
+        color_block: Side of the blocks whose mean colors come from the previous level; 0: no color transfer.
     """
 
     backend, device, precision, provider, notes = "torch", "cpu", "fp32", "eager", ()
@@ -50,7 +51,7 @@ class ExperimentSession:
         self._edit, self._last_stage = EditGraph(generator).eval(), RefineGraph(generator).eval()
         self._norms_of_last = len(generator.stages[-1].encoder) + len(generator.stages[-1].decoder)
         self.statistics: Literal["tile", "coarse", "bounded"] = "tile"
-        self.light = COLOR_BLOCK
+        self.color_block = COLOR_BLOCK
         self.content = (self.size, self.size)
         self.norms: Iterator[AbstractContextManager[None]] = iter(())
         self.coarse: list[Moments | None] = []
@@ -64,9 +65,9 @@ class ExperimentSession:
         content = torch.zeros(1, 1, self.size, self.size)
         content[..., : self.content[0], : self.content[1]] = 1
         with replay_norms([], lambda number, x: sums.setdefault(number, MomentSums()).add(x, content)):
-            picture = self.edit(*inputs)
-        self.coarse = collect_moments(sums, SMALLEST)[-self._norms_of_last :]
-        return picture
+            image = self.edit(*inputs)
+        self.coarse = collect_moments(sums, MIN_SIDE)[-self._norms_of_last :]
+        return image
 
     def edit(self, *inputs: NDArray[Any]) -> Canvas:
         return self._outputs(self._edit, *inputs)
@@ -75,13 +76,16 @@ class ExperimentSession:
         by_default = {
             "tile": nullcontext(),
             "coarse": replay_norms(self.coarse),
-            "bounded": replay_norms(self.coarse, bound=BOUND),
+            "bounded": replay_norms(self.coarse, bound=MAX_VARIANCE_RATIO),
         }[self.statistics]
-        with next(self.norms, by_default), replaced(deploy_graph, *self._lighting()):
+        with next(self.norms, by_default), replaced(deploy, *self._color_transfer()):
             return self._outputs(self._last_stage, *inputs)
 
-    def _lighting(self) -> tuple[str, Any]:
-        return ("LIGHT_BLOCK", self.light) if self.light else ("_in_light_of", lambda coarse, refined, mask: refined)
+    def _color_transfer(self) -> tuple[str, Any]:
+        """Name and value to replace in the deploy module."""
+        if self.color_block:
+            return "COLOR_BLOCK", self.color_block
+        return "_transfer_low_frequencies", lambda coarse, refined, mask: refined
 
     def _outputs(self, graph: torch.nn.Module, *inputs: NDArray[Any]) -> Canvas:
         """float32 (B, H, W, 3), unrounded."""
@@ -113,8 +117,7 @@ def moments(x: Tensor) -> Moments:
 
 
 def pool_moments(level: PyramidLevel) -> AbstractContextManager[None]:
-    """Mean and exact total variance over all tiles of a level, which must run as one batch, layer by layer, so that
-    nothing is estimated."""
+    """Norms that use the exact mean and variance over all tiles of a level, which must run as one batch."""
     weights = weights_of(level)
 
     def norm(x: Tensor) -> Tensor:
@@ -127,7 +130,7 @@ def pool_moments(level: PyramidLevel) -> AbstractContextManager[None]:
 
 
 def weights_of(level: PyramidLevel) -> Tensor:
-    """float (tiles, 1, size, size), so that each pixel of the level counts once."""
+    """Blend weights, float (tiles, 1, size, size): each pixel of the level counts once."""
     return torch.from_numpy(np.stack([level.weights(tile) for tile in level.tiles]))[:, None]
 
 
@@ -136,8 +139,10 @@ def replay_norms(
     watch: Callable[[int, Tensor], None] = lambda *_: None,
     bound: float | None = None,
 ) -> AbstractContextManager[None]:
-    """What the norms are given, in their order; None and beyond the end: a tile's own statistics. watch(number, x) is
-    shown what each sees. bound: see `clamp_moments`."""
+    """Norms that use the given moments in order; for None and beyond the end, the tile's own.
+
+    `watch(number, x)` receives the input of each norm. bound: see `clamp_moments`.
+    """
     given = enumerate(itertools.chain(moments, itertools.repeat(None)))
 
     def norm(x: Tensor) -> Tensor:
@@ -150,15 +155,17 @@ def replay_norms(
 
 
 def clamp_moments(given: Moments, own: Moments, bound: float) -> Moments:
-    """`given`, brought so near to a tile's `own` that no norm makes much more of the tile than its own would: variances
-    differ by a factor of `bound` at most, means by the root of that times the tile's deviation."""
+    """Clamps `given` to a range around a tile's `own` moments.
+
+    Variances differ by a factor of `bound` at most, means by its root times the tile's standard deviation.
+    """
     (mean, variance), (own_mean, own_variance) = given, own
     reach = (bound * own_variance).sqrt()
     return mean.clamp(own_mean - reach, own_mean + reach), variance.clamp(own_variance / bound, own_variance * bound)
 
 
 class MomentSums:
-    """Of what one norm sees in all tiles of a level: weight, x and x squared, each pixel of the level counted once."""
+    """Weighted sums of x and x² over all tiles of a level at one norm; each pixel counts once."""
 
     def __init__(self) -> None:
         self.side = 0
@@ -177,11 +184,13 @@ class MomentSums:
         return mean.float(), (self.second / self.weight - mean**2).clamp_min(0).float()
 
 
-def sweep(sums: dict[int, MomentSums], level: PyramidLevel, batch_size: int) -> Iterator[AbstractContextManager[None]]:
-    """For the batches of a level, each tile by its own statistics: adds what every norm sees to its sums."""
+def sweep_tiles(
+    sums: dict[int, MomentSums], level: PyramidLevel, batch_size: int
+) -> Iterator[AbstractContextManager[None]]:
+    """Contexts for the batches of a level that add the input of every norm to its sums."""
     for weights in weights_of(level).split(batch_size):
         yield replay_norms([], lambda number, x, part=weights: sums.setdefault(number, MomentSums()).add(x, part))
 
 
-def collect_moments(sums: dict[int, MomentSums], smallest: int) -> list[Moments | None]:
-    return [found.moments if found.side >= smallest else None for _, found in sorted(sums.items())]
+def collect_moments(sums: dict[int, MomentSums], min_side: int) -> list[Moments | None]:
+    return [found.moments if found.side >= min_side else None for _, found in sorted(sums.items())]

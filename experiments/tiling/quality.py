@@ -1,13 +1,13 @@
-"""Is an edit of a large window better carried up than enlarged?
+"""Coarse-to-fine refinement against enlarging the coarse result, for windows larger than 256 pixels.
 
-    python bench/tiling_quality.py --data CAMVID --output bench/results/tiling_quality.json
+    python experiments/tiling/quality.py --data CAMVID --output FILE.json
 
-Holes in photos of CamVid's test split under their own labels, filled by `cascade`, by the same with tiles that keep a
-light of their own or norms that go by the coarse edit (see tiling_seams.py), by `crop` and by plain resizing (the whole
-photo edited at 256, enlarged, of which only the hole is taken). Three kinds of photo: as they are (480×360), 2×2
-mosaics of them (960×720), and enlarged to 960×720. Per kind and size of hole, means over the photos: LPIPS and mean
-absolute error under the mask, and sharpness there (mean absolute Laplacian) over the photo's own and over that of the
-known pixels around.
+Elliptic masks in photos of CamVid's test split with their own labels, filled by `cascade`, by `cascade` without color
+transfer or with norms that use the statistics of the coarse edit (see seams.py), by `crop`, and by editing the whole
+photo at 256 and enlarging it (of which only the masked part is taken). Three kinds of photo: as they are (480×360), 2×2
+mosaics (960×720), and enlarged to 960×720. Means over the photos for each kind and mask size: LPIPS and mean absolute
+error under the mask, and sharpness there (mean absolute Laplacian) relative to the photo's own and to that of the known
+pixels around.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from norms import ExperimentSession
 from numpy.typing import NDArray
-from tiling_norms import ExperimentSession
-from tiling_scenes import (
+from scenes import (
     camvid,
     ellipses,
     inside,
@@ -42,7 +42,7 @@ from spmdeploy.model.deploy import COLOR_BLOCK
 from spmdeploy.tiling.windows import plan_windows
 from spmdeploy.training.perceptual import Lpips
 
-Picture = NDArray[np.uint8]
+Image = NDArray[np.uint8]
 
 
 def main() -> None:
@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--model", type=Path, default=spmdeploy.default_model(), help="bundle or checkpoint")
     parser.add_argument("--photos", type=int, default=4, help="of each kind")
-    parser.add_argument("--pictures", type=Path, help="folder for the edits themselves")
+    parser.add_argument("--images", type=Path, help="folder for the edits themselves")
     options = parser.parse_args()
     torch.set_num_threads(1)
     editor = Editor(ExperimentSession(options.model), class_table("street"))
@@ -59,29 +59,29 @@ def main() -> None:
     rows = []
     for name, side, photo, labels in photos(options.data, options.photos):
         kind = name.split()[0]
-        for part in SIDES[kind]:
-            scene = EditRegion(photo, labels, hole(*labels.shape, part * side), None)
+        for part in MASK_SIDES[kind]:
+            scene = EditRegion(photo, labels, ellipse_mask(*labels.shape, part * side), None)
             (site,) = plan_windows(scene.mask)
             for method, fill in METHODS.items():
                 found = fill(editor, scene)
                 window = max(site.window.height, site.window.width)
-                row = {"kind": kind, "hole": part, "window": window, "method": method}
+                row = {"kind": kind, "mask": part, "window": window, "method": method}
                 rows.append(row | measured(lpips, found, scene, photo))
-                if options.pictures:
-                    options.pictures.mkdir(parents=True, exist_ok=True)
-                    file = options.pictures / f"{name} {part} {method}.png".replace(" ", "_")
+                if options.images:
+                    options.images.mkdir(parents=True, exist_ok=True)
+                    file = options.images / f"{name} {part} {method}.png".replace(" ", "_")
                     write_picture(file, found, overwrite=True)
-    command = "python bench/tiling_quality.py --data CAMVID --model WEIGHTS --output FILE"
+    command = "python experiments/tiling/quality.py --data CAMVID --model WEIGHTS --output FILE"
     write_results(options.output, "quality", options.model, means(rows), command=command, photos=options.photos)
     for row in means(rows):
         print(row)
 
 
-# Longer sides of the holes, as parts of the photo's height.
-SIDES = {"photo": (0.5, 0.6, 0.7, 0.85), "mosaic": (0.4, 0.55, 0.7), "enlarged": (0.25, 0.3, 0.35, 0.425, 0.7)}
+MASK_SIDES = {"photo": (0.5, 0.6, 0.7, 0.85), "mosaic": (0.4, 0.55, 0.7), "enlarged": (0.25, 0.3, 0.35, 0.425, 0.7)}
+"""Longer side of the masks, as fractions of the photo's height."""
 
 
-def photos(root: Path, count: int) -> Iterator[tuple[str, int, Picture, Picture]]:
+def photos(root: Path, count: int) -> Iterator[tuple[str, int, Image, Image]]:
     """Kind and number, height, photo and labels of `count` photos of each kind, evenly spread over the test split."""
     names = sorted(path.stem for path in (root / "test/images").glob("*.jpg"))
     chosen = [names[index * len(names) // count] for index in range(count)]
@@ -92,22 +92,22 @@ def photos(root: Path, count: int) -> Iterator[tuple[str, int, Picture, Picture]
         yield f"enlarged {number}", 720, *camvid(root, name, 720, 960)
 
 
-def hole(height: int, width: int, side: float) -> NDArray[np.bool_]:
+def ellipse_mask(height: int, width: int, side: float) -> NDArray[np.bool_]:
     """An ellipse in the middle, three quarters as high as it is wide."""
     return ellipses(height, width, (0.5, 0.5, 0.375 * side / height, 0.5 * side / width))
 
 
 def by_editor(
-    tiling: Any, statistics: Any = "tile", light: int = COLOR_BLOCK
-) -> Callable[[Editor, EditRegion], Picture]:
-    def fill(editor: Editor, scene: EditRegion) -> Picture:
-        editor.session.statistics, editor.session.light = statistics, light
+    tiling: Any, statistics: Any = "tile", color_block: int = COLOR_BLOCK
+) -> Callable[[Editor, EditRegion], Image]:
+    def fill(editor: Editor, scene: EditRegion) -> Image:
+        editor.session.statistics, editor.session.color_block = statistics, color_block
         return editor.edit(scene.picture, scene.labels, scene.mask, tiling=tiling).image
 
     return fill
 
 
-def by_resizing(editor: Editor, scene: EditRegion) -> Picture:
+def by_resizing(editor: Editor, scene: EditRegion) -> Image:
     height, width = scene.mask.shape
     scale = 256 / max(height, width)
     small = round(height * scale), round(width * scale)
@@ -116,16 +116,16 @@ def by_resizing(editor: Editor, scene: EditRegion) -> Picture:
     return np.where(scene.mask[..., None], resize_photo(edited.image, height, width), scene.picture)
 
 
-METHODS: dict[str, Callable[[Editor, EditRegion], Picture]] = {
+METHODS: dict[str, Callable[[Editor, EditRegion], Image]] = {
     "cascade": by_editor("cascade"),
-    "cascade, light of the tiles": by_editor("cascade", light=0),
-    "cascade, statistics of the coarse edit, bounded": by_editor("cascade", "bounded", light=0),
+    "cascade, no color transfer": by_editor("cascade", color_block=0),
+    "cascade, statistics of the coarse edit, bounded": by_editor("cascade", "bounded", color_block=0),
     "crop": by_editor("crop"),
     "resizing": by_resizing,
 }
 
 
-def measured(lpips: Lpips, found: Picture, scene: EditRegion, photo: Picture) -> dict[str, float]:
+def measured(lpips: Lpips, found: Image, scene: EditRegion, photo: Image) -> dict[str, float]:
     deep, around = inside(scene.mask, 8), ring_around(scene.mask, 48)
     error = np.abs(found.astype(np.float64) - photo).mean(axis=2)[scene.mask].mean()
     return {
@@ -140,10 +140,10 @@ def measured(lpips: Lpips, found: Picture, scene: EditRegion, photo: Picture) ->
 def means(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
-        groups.setdefault((row["kind"], row["hole"], row["window"], row["method"]), []).append(row)
+        groups.setdefault((row["kind"], row["mask"], row["window"], row["method"]), []).append(row)
     names = ("lpips", "error", "sharpness", "sharpness_to_known", "photo_to_known")
     return [
-        dict(zip(("kind", "hole", "window", "method"), key, strict=True))
+        dict(zip(("kind", "mask", "window", "method"), key, strict=True))
         | {name: round(float(np.mean([row[name] for row in group])), 4) for name in names}
         for key, group in groups.items()
     ]

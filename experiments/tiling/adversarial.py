@@ -1,10 +1,10 @@
-"""Masks made to show seams, cascaded with a real model: scores, and pictures to look at.
+"""Masks made to show seams, edited with the real model: scores, and contact sheets to look at.
 
-    python bench/tiling_adversarial.py --data CAMVID --output bench/results/tiling_adversarial.json --sheet FILE.jpg
+    python experiments/tiling/adversarial.py --data CAMVID --output FILE.json --sheet FILE.jpg
 
-Long thin, frame-shaped, the whole photo but a corner, a sky that is nothing but a gradient, a street at night; photos
-of CamVid's test split enlarged to 960×720, under their own labels. Each as the editor does it, and with tiles that keep
-a light of their own (see tiling_seams.py).
+Long and thin, frame-shaped, the whole photo but a corner, a sky that is a plain gradient, a street at night: photos of
+CamVid's test split enlarged to 960×720, with their own labels. Each is edited as shipped and without the low-frequency
+color transfer from the coarse result (see seams.py).
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from norms import ExperimentSession
 from numpy.typing import NDArray
-from tiling_norms import ExperimentSession
-from tiling_scenes import NIGHT, SKY, STREET, camvid, ellipses, write_results, write_sheet
+from scenes import NIGHT, SKY, STREET, camvid, ellipses, write_results, write_sheet
 
 import spmdeploy
 from spmdeploy.editing.editor import Editor
@@ -36,39 +36,39 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--model", type=Path, default=spmdeploy.default_model(), help="bundle or checkpoint")
     parser.add_argument("--sheet", type=Path, required=True, help="for the edits side by side")
-    parser.add_argument("--pictures", type=Path, help="folder for the edits themselves")
+    parser.add_argument("--images", type=Path, help="folder for the edits themselves")
     options = parser.parse_args()
     torch.set_num_threads(1)
     network = ExperimentSession(options.model)
     editor = Editor(network, class_table("street"))
     rows: dict[str, Any] = {}
-    pictures = []
+    sheet_rows = []
     for name, (photo, labels, mask) in cases(options.data).items():
-        pictures.append({name: with_mask(photo, mask)})
-        for light, network.light in (("its own", 0), ("of the coarse picture", COLOR_BLOCK)):
+        sheet_rows.append({name: with_mask(photo, mask)})
+        for variant, network.color_block in (("no color transfer", 0), ("as shipped", COLOR_BLOCK)):
             result = editor.edit(photo, labels, mask, tiling="cascade")
-            pictures[-1][f"light: {light}"] = result.image
-            if options.pictures:
-                options.pictures.mkdir(parents=True, exist_ok=True)
-                file = f"{name}_{light}.png".replace(" ", "_")
-                write_picture(options.pictures / file, result.image, overwrite=True)
+            sheet_rows[-1][variant] = result.image
+            if options.images:
+                options.images.mkdir(parents=True, exist_ok=True)
+                file = f"{name}_{variant}.png".replace(" ", "_")
+                write_picture(options.images / file, result.image, overwrite=True)
             (window,) = result.report.windows
-            rows.setdefault(name, {})[light] = [level.to_json() for level in window.measured]
-            print(name, light, rows[name][light], flush=True)
-    write_sheet(options.sheet, pictures)
-    command = "python bench/tiling_adversarial.py --data CAMVID --model WEIGHTS --output FILE --sheet FILE.jpg"
+            rows.setdefault(name, {})[variant] = [level.to_json() for level in window.measured]
+            print(name, variant, rows[name][variant], flush=True)
+    write_sheet(options.sheet, sheet_rows)
+    command = "python experiments/tiling/adversarial.py --data CAMVID --model WEIGHTS --output FILE --sheet FILE.jpg"
     write_results(options.output, "adversarial", options.model, rows, command=command)
 
 
 def cases(root: Path) -> dict[str, Case]:
     street, night = (camvid(root, name, HEIGHT, WIDTH) for name in (STREET, NIGHT))
-    thin, frame, corner, hole = (np.zeros((HEIGHT, WIDTH), bool) for _ in range(4))
+    thin, frame, corner, ellipse = (np.zeros((HEIGHT, WIDTH), bool) for _ in range(4))
     thin[380:396, 40:920] = True
     frame[60:660, 60:900] = True
     frame[110:610, 110:850] = False
     corner[:] = True
     corner[-180:, -240:] = False
-    hole[:] = ellipses(HEIGHT, WIDTH, (0.5, 0.5, 0.36, 0.38))
+    ellipse[:] = ellipses(HEIGHT, WIDTH, (0.5, 0.5, 0.36, 0.38))
     down, right = np.mgrid[:HEIGHT, :WIDTH] / (HEIGHT - 1)
     gradient = np.stack([150 + 60 * down + 8 * right, 180 + 40 * down + 6 * right, 215 + 20 * down + right], axis=2)
     sky = np.zeros((HEIGHT, WIDTH), np.uint8)
@@ -76,8 +76,8 @@ def cases(root: Path) -> dict[str, Case]:
         "long thin": (*street, thin),
         "frame": (*street, frame),
         "all but a corner": (*camvid(root, SKY, HEIGHT, WIDTH), corner),
-        "gradient sky": (np.rint(gradient).astype(np.uint8), sky, hole),
-        "night street": (*night, hole),
+        "gradient sky": (np.rint(gradient).astype(np.uint8), sky, ellipse),
+        "night street": (*night, ellipse),
     }
 
 

@@ -1,4 +1,4 @@
-"""Photos, holes and measures that the tiling experiments share."""
+"""Photos, masks and measures that the tiling experiments share."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 
 from spmdeploy.backends.pytorch import bundled_generator
 from spmdeploy.bench.machine import describe_machine
@@ -26,7 +26,7 @@ from spmdeploy.model.generator import Generator
 from spmdeploy.training.perceptual import Lpips
 
 Mask = NDArray[np.bool_]
-Picture = NDArray[np.uint8]
+Image = NDArray[np.uint8]
 
 # A street at night, one under a bright sky that fades, one of medium light: CamVid's test split by mean brightness.
 NIGHT, SKY, STREET = "0001TP_009990", "Seq05VD_f00360", "Seq05VD_f01290"
@@ -39,14 +39,14 @@ def read_generator(path: Path) -> Generator:
     return bundled_generator(open_bundle(path))
 
 
-def camvid(root: Path, name: str, height: int = 360, width: int = 480) -> tuple[Picture, NDArray[np.uint8]]:
+def camvid(root: Path, name: str, height: int = 360, width: int = 480) -> tuple[Image, NDArray[np.uint8]]:
     """A photo of the test split and its labels, enlarged to height by width (bicubic, labels by nearest pixel)."""
     photo = read_photo(root / "test/images" / f"{name}.jpg").pixels
     labels = read_labels(root / "test/labels" / f"{name}.png")
     return resize_photo(photo, height, width), resize_labels(labels, height, width)
 
 
-def mosaic(root: Path, names: list[str], columns: int) -> tuple[Picture, NDArray[np.uint8]]:
+def mosaic(root: Path, names: list[str], columns: int) -> tuple[Image, NDArray[np.uint8]]:
     """Photos of the test split side by side at their own size, row by row."""
     parts = [camvid(root, name) for name in names]
     rows = [parts[start : start + columns] for start in range(0, len(parts), columns)]
@@ -66,36 +66,36 @@ def ellipses(height: int, width: int, *places: tuple[float, float, float, float]
     return mask
 
 
-def lpips_under(lpips: Lpips, found: NDArray[Any], scene: EditRegion, photo: Picture) -> float:
+def lpips_under(lpips: Lpips, found: NDArray[Any], scene: EditRegion, photo: Image) -> float:
     """LPIPS (AlexNet) under the mask. found, photo: (H, W, 3) in 0..255."""
     ours, theirs = (torch.from_numpy(part.astype(np.float32)) / 127.5 - 1 for part in (found, photo))
     mask = torch.from_numpy(scene.mask.astype(np.float32))[None, None]
     return float(lpips(ours.permute(2, 0, 1)[None], theirs.permute(2, 0, 1)[None], mask))
 
 
-def sharpness(picture: NDArray[Any], where: Mask) -> float:
-    """Mean absolute Laplacian, gray levels. picture: (H, W, 3). where: bool (H, W)."""
-    gray = picture.astype(np.float64).mean(axis=2)
+def sharpness(image: NDArray[Any], where: Mask) -> float:
+    """Mean absolute Laplacian, gray levels. image: (H, W, 3). where: bool (H, W)."""
+    gray = image.astype(np.float64).mean(axis=2)
     laplacian = np.abs(4 * gray[1:-1, 1:-1] - gray[:-2, 1:-1] - gray[2:, 1:-1] - gray[1:-1, :-2] - gray[1:-1, 2:])
     return float(laplacian[where[1:-1, 1:-1]].mean())
 
 
 def ring_around(mask: Mask, width: int) -> Mask:
-    """The known pixels at most so many rows and columns away from the mask."""
+    """Known pixels at most `width` rows and columns away from the mask."""
     from spmdeploy.editing.run import dilate
 
     return dilate(mask, width) & ~dilate(mask, 2)
 
 
 def inside(mask: Mask, margin: int) -> Mask:
-    """The masked pixels more than so many rows and columns away from known ones."""
+    """Masked pixels more than `margin` rows and columns away from known ones."""
     from spmdeploy.editing.run import dilate
 
     return ~dilate(~mask, margin)
 
 
 def write_results(path: Path, name: str, model: Path, rows: Any, **more: Any) -> None:
-    """What was found, and what a reader must know to repeat it. name: of the script, without "tiling_"."""
+    """Writes the results with the facts needed to repeat them. name: of the script."""
     weights = next(model.glob("graphs/edit*.fp32.onnx")) if model.is_dir() else model
     machine = describe_machine()
     found = {
@@ -111,12 +111,12 @@ def write_results(path: Path, name: str, model: Path, rows: Any, **more: Any) ->
 
 
 def finite(figures: dict[str, Any]) -> dict[str, Any]:
-    """None in the place of infinities and of what is not a number."""
+    """Replaces infinities and NaN by None."""
     return {
         name: None if isinstance(value, float) and not isfinite(value) else value for name, value in figures.items()
     }
 
 
-def write_sheet(path: Path, rows: list[dict[str, Picture]]) -> None:
+def write_sheet(path: Path, rows: list[dict[str, Image]]) -> None:
     """A contact sheet, small enough for a page."""
-    Image.fromarray(sheet(rows, cell_side=360)).save(path, quality=82)
+    PIL.Image.fromarray(sheet(rows, cell_side=360)).save(path, quality=82)
