@@ -29,6 +29,8 @@ LabelMap: TypeAlias = NDArray[np.integer[Any]]
 """Integer (H, W): class or instance ids."""
 Boxes: TypeAlias = NDArray[np.int64]
 """int64 (N, 4): top, left, bottom and right of each box; bottom and right are exclusive."""
+Indices: TypeAlias = NDArray[np.intp]
+"""Positions along one axis of an array."""
 Canvas: TypeAlias = NDArray[np.float32]
 """float32 (H, W, 3), RGB, 0..255: an image that has not been rounded."""
 Progress: TypeAlias = Callable[[int, int], None]

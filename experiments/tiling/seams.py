@@ -41,15 +41,15 @@ from spmdeploy.editing.tally import PhaseTimer
 from spmdeploy.imaging.files import write_picture
 from spmdeploy.imaging.resize import resize_labels, resize_photo
 from spmdeploy.model.deploy import COLOR_BLOCK
-from spmdeploy.tiling import blending
 from spmdeploy.tiling import pyramid as geometry
 from spmdeploy.tiling.letterbox import fit_letterbox
 from spmdeploy.tiling.pyramid import plan_pyramid
 from spmdeploy.tiling.seams import border_lines, seam_score
-from spmdeploy.tiling.windows import whole_photo
+from spmdeploy.tiling.windows import full_window
 from spmdeploy.training.perceptual import Lpips
 
 HEIGHT, WIDTH = 640, 896
+HALF_SINE = geometry.blend_windows
 MASK_ELLIPSES = ((0.42, 0.32, 0.37, 0.285), (0.62, 0.68, 0.33, 0.285), (0.2, 0.86, 0.15, 0.1))
 BATCH = 4
 
@@ -142,8 +142,8 @@ def main() -> None:
 
 def run_variants(network: ExperimentSession, scene: EditRegion) -> dict[str, dict[str, Any]]:
     """Canvas of the window and figures of every variant."""
-    geometry.blend_windows = blending.blend_windows
-    window = whole_photo(HEIGHT, WIDTH)
+    geometry.blend_windows = HALF_SINE
+    window = full_window(HEIGHT, WIDTH)
     *coarser, last = plan_pyramid(window, scene.mask)
     frame = fit_letterbox(window)
     inputs = stacked([model_input(scene, frame.height, frame.width, 256)])
@@ -172,7 +172,7 @@ def tiled(
 ) -> tuple[Canvas, dict[str, Any]]:
     """The whole window and the report of its last level."""
     geometry.blend_windows, cascade.LEAST_DETAIL = ramps_of(variant.ramp), 0
-    level = plan_pyramid(whole_photo(HEIGHT, WIDTH), scene.mask, overlap=variant.overlap)[-1]
+    level = plan_pyramid(full_window(HEIGHT, WIDTH), scene.mask, overlap=variant.overlap)[-1]
     batch, session = BATCH, network if variant.shared else Independent(network)
     if variant.statistics == "pooled":
         network.norms, batch = iter([pool_moments(level)]), len(level.tiles)
@@ -201,13 +201,13 @@ class Independent:
 
 def ramps_of(kind: str) -> Callable[[tuple[int, ...], int], NDArray[np.float32]]:
     if kind == "half-sine":
-        return blending.blend_windows
+        return HALF_SINE
 
     def blend_windows(starts: tuple[int, ...], size: int) -> NDArray[np.float32]:
-        weights = blending.linear_ramps(starts, size)
+        weights = geometry.linear_ramps(starts, size)
         if kind == "cut":
             weights = (np.arange(len(starts))[:, None] == weights.argmax(axis=0)).astype(np.float32)
-        return blending.tile_by_tile(weights, starts, size)
+        return geometry.tile_by_tile(weights, starts, size)
 
     return blend_windows
 

@@ -17,9 +17,8 @@ from numpy.typing import NDArray
 
 from spmdeploy.gpu.buffers import ALIGNMENT, EngineMemory
 from spmdeploy.imaging.resize import canvas_taps
-from spmdeploy.tiling.blending import blend_windows
 from spmdeploy.tiling.letterbox import Letterbox
-from spmdeploy.tiling.pyramid import PyramidLevel, Tile, coarse_size
+from spmdeploy.tiling.pyramid import PyramidLevel, Tile, blend_windows, coarse_size
 from spmdeploy.tiling.windows import Window
 
 EnqueueBatch = Callable[[int], None]

@@ -28,10 +28,10 @@ from spmdeploy.imaging.files import check_mask
 from spmdeploy.imaging.resize import resize_photo
 from spmdeploy.labels import ClassTable, check_labels
 from spmdeploy.tiling.letterbox import Letterbox, fit_letterbox
-from spmdeploy.tiling.outpaint import OutpaintStep, Padding, grown_size, new_pixels, photo_place, plan_extension
+from spmdeploy.tiling.outpaint import OutpaintStep, Padding, extended_size, image_window, padding_mask, plan_extension
 from spmdeploy.tiling.pyramid import plan_pyramid
 from spmdeploy.tiling.stitching import stitch
-from spmdeploy.tiling.windows import CROP_LIMIT, EditWindow, full_image_window, plan_windows, whole_photo
+from spmdeploy.tiling.windows import CROP_LIMIT, EditWindow, full_image_window, full_window, plan_windows
 from spmdeploy.types import Image, LabelMap, Mask, ModelInput, Progress
 
 Tiling = Literal["auto", "off", "crop", "cascade"]
@@ -241,7 +241,7 @@ class Editor:
         if fits and tiling in ("auto", "off"):
             reason = "asked for" if tiling == "off" else f"the photo has the model's size, {size}×{size}"
             return _Plan(
-                "off", reason, [WindowReport(full_image_window(mask), fit_letterbox(whole_photo(size, size), size))]
+                "off", reason, [WindowReport(full_image_window(mask), fit_letterbox(full_window(size, size), size))]
             )
         # Of a window that is carried up all of the mask is, lest its levels have gaps, whichever site it belongs to.
         return self._plan_windows(tiling, ((site, mask[site.window.slices]) for site in plan_windows(mask, size)))
@@ -249,7 +249,7 @@ class Editor:
     def _plan_steps(self, tiling: Tiling, steps: Sequence[OutpaintStep], mask: Mask) -> _Plan:
         if tiling == "off":
             raise UsageError("an extension cannot run without tiling", "use tiling auto, crop or cascade")
-        return self._plan_windows(tiling, ((step.site, step.site.hole(mask)) for step in steps))
+        return self._plan_windows(tiling, ((step.site, step.site.mask_of(mask)) for step in steps))
 
     def _plan_windows(self, tiling: Tiling, holes: Iterable[tuple[EditWindow, Mask]]) -> _Plan:
         """Whether each window is edited at once or carried up. holes: sites and what is masked in their windows."""
@@ -354,14 +354,14 @@ class Editor:
         with tally.phase("stitch"):
             region = levels[-1].region.slices
             content = np.rint(carried.canvas, out=carried.canvas).astype(np.uint8)
-            stitch(part.picture[region], content, planned.site.hole(scene.mask)[region], feather)
+            stitch(part.picture[region], content, planned.site.mask_of(scene.mask)[region], feather)
         return replace(planned, measured=carried.levels, between_levels=carried.between_levels, notes=carried.notes)
 
     @staticmethod
     def _match_surroundings(site: EditWindow, scene: EditRegion, tally: PhaseTimer) -> None:
         part = scene.cut(site.window)
         with tally.phase("stitch"):
-            match_part(part.picture, part.labels, site.hole(scene.mask))
+            match_part(part.picture, part.labels, site.mask_of(scene.mask))
 
 
 class PreparedEdit:
@@ -477,7 +477,7 @@ def check_extension(sides: Padding, shape: tuple[int, ...], name: str) -> None:
         raise UsageError(f"{name} cannot grow by {min(sides)} pixels", hint)
     if not any(sides):
         raise UsageError(f"{name} grows by 0 pixels on every side: nothing would be new", hint)
-    height, width = grown_size(shape, sides)
+    height, width = extended_size(shape, sides)
     if height * width > MAX_MEGAPIXELS * 1_000_000:
         problem = f"{name} would grow to {width}×{height}, {height * width / 1e6:.0f} megapixels"
         raise UsageError(f"{problem}; at most {MAX_MEGAPIXELS} are made", "let it grow by less")
@@ -517,9 +517,9 @@ def _size(array: NDArray[Any]) -> str:
 
 def _grown(image: Image, labels: LabelMap, sides: Padding, instances: LabelMap | None) -> EditRegion:
     """The photo in a larger picture, of which the rest is to be made."""
-    picture = np.zeros((*grown_size(image.shape, sides), 3), np.uint8)
-    picture[photo_place(image.shape, sides).slices] = image
-    return EditRegion(picture, labels, new_pixels(image.shape, sides), instances)
+    picture = np.zeros((*extended_size(image.shape, sides), 3), np.uint8)
+    picture[image_window(image.shape, sides).slices] = image
+    return EditRegion(picture, labels, padding_mask(image.shape, sides), instances)
 
 
 def _frame_input(frame: Letterbox, scene: EditRegion) -> ModelInput:
@@ -556,4 +556,4 @@ def _paste_batch(windows: list[WindowReport], edited: Image, scene: EditRegion, 
         content = square[: frame.height, : frame.width]
         if frame.shrinks:
             content = resize_photo(content, frame.window.height, frame.window.width)
-        stitch(scene.picture[site.window.slices], content, site.hole(scene.mask), feather)
+        stitch(scene.picture[site.window.slices], content, site.mask_of(scene.mask), feather)

@@ -22,9 +22,8 @@ from spmdeploy.editing.preprocess import EditRegion, model_input, stacked
 from spmdeploy.editing.tally import PhaseTimer
 from spmdeploy.errors import OutOfMemoryError, UnavailableError
 from spmdeploy.imaging.resize import resize_canvas
-from spmdeploy.tiling.detail import high_frequency_energy
 from spmdeploy.tiling.letterbox import Letterbox, pad_by_reflection
-from spmdeploy.tiling.pyramid import PyramidLevel, Tile, coarse_size
+from spmdeploy.tiling.pyramid import PyramidLevel, Tile, coarse_size, high_frequency_energy
 from spmdeploy.tiling.seams import border_lines, seam_score
 from spmdeploy.tiling.windows import Window
 from spmdeploy.types import Canvas, Mask, ModelInput

@@ -18,7 +18,7 @@ from spmdeploy.editing.report import EditReport
 from spmdeploy.errors import InputError
 from spmdeploy.imaging import files as images
 from spmdeploy.labels import ClassTable
-from spmdeploy.tiling.outpaint import Padding, grown_size, new_pixels, photo_place
+from spmdeploy.tiling.outpaint import Padding, extended_size, image_window, padding_mask
 from spmdeploy.types import Progress
 
 
@@ -128,20 +128,20 @@ def read_inputs(files: EditRequest, classes: ClassTable) -> EditInputs:
     shape = photo.pixels.shape[:2]
     if files.extend is not None:
         check_extension(files.extend, shape, str(files.image))
-        shape = grown_size(shape, files.extend)
+        shape = extended_size(shape, files.extend)
     if files.labels is not None:
         labels = images.read_labels(files.labels)
     else:
         labels = np.full(shape, classes.find(str(files.fill)).id, np.uint8)
-    mask = _read_mask(files, labels) if files.extend is None else new_pixels(photo.pixels.shape, files.extend)
+    mask = _read_mask(files, labels) if files.extend is None else padding_mask(photo.pixels.shape, files.extend)
     instances = None if files.instances is None else images.read_instances(files.instances)
     return EditInputs(photo, labels, mask, instances)
 
 
 def _grown(photo: images.Photo, sides: Padding) -> images.Photo:
     """The photo on a larger, gray canvas, which is opaque."""
-    place = photo_place(photo.pixels.shape, sides).slices
-    size = grown_size(photo.pixels.shape, sides)
+    place = image_window(photo.pixels.shape, sides).slices
+    size = extended_size(photo.pixels.shape, sides)
     pixels, alpha = np.full((*size, 3), HIDDEN_GREY, np.uint8), None
     pixels[place] = photo.pixels
     if photo.alpha is not None:

@@ -8,9 +8,8 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from spmdeploy.tiling.pieces import Indices
 from spmdeploy.tiling.windows import Window
-from spmdeploy.types import NATIVE_SIZE, Mask
+from spmdeploy.types import NATIVE_SIZE, Indices, Mask
 
 T = TypeVar("T", bound=np.generic)
 
@@ -65,8 +64,8 @@ def label_sampling_grid(mask: Mask, frame_mask: Mask) -> tuple[Indices, Indices]
     pixel in the middle, except that a frame pixel to be edited takes the *masked* pixel nearest to its middle: labels
     count only there, and a thin mask would else be told what lies beside it.
     """
-    rows, first_row, last_row = _block_sum(mask.shape[0], frame_mask.shape[0])
-    columns, first_column, last_column = _block_sum(mask.shape[1], frame_mask.shape[1])
+    rows, first_row, last_row = _cell_bounds(mask.shape[0], frame_mask.shape[0])
+    columns, first_column, last_column = _cell_bounds(mask.shape[1], frame_mask.shape[1])
     row, column = (positions.copy() for positions in np.broadcast_arrays(rows[:, None], columns[None]))
     y, x = np.nonzero(frame_mask & ~mask[row, column])
     for down, right in _nearest_first(int((last_row - first_row).max()), int((last_column - first_column).max())):
@@ -80,7 +79,7 @@ def label_sampling_grid(mask: Mask, frame_mask: Mask) -> tuple[Indices, Indices]
     return row, column
 
 
-def _block_sum(length: int, parts: int) -> tuple[Indices, Indices, Indices]:
+def _cell_bounds(length: int, parts: int) -> tuple[Indices, Indices, Indices]:
     """Per part of a line of pixels: the pixel in its middle, the first and the last that it touches."""
     part = np.arange(parts)
     return (2 * part + 1) * length // (2 * parts), part * length // parts, ((part + 1) * length - 1) // parts

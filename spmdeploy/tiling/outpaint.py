@@ -42,19 +42,19 @@ class OutpaintStep:
         return EditWindow(self.window, np.array([[self.fresh.top, self.fresh.left, bottom, right]]))
 
 
-def grown_size(shape: tuple[int, ...], sides: Padding) -> tuple[int, int]:
+def extended_size(shape: tuple[int, ...], sides: Padding) -> tuple[int, int]:
     """Height and width of a photo of that shape, (height, width, ...), grown."""
     return sides.top + shape[0] + sides.bottom, sides.left + shape[1] + sides.right
 
 
-def new_pixels(shape: tuple[int, ...], sides: Padding) -> Mask:
+def padding_mask(shape: tuple[int, ...], sides: Padding) -> Mask:
     """bool (H, W) of the grown picture: everything but the photo of that shape."""
-    mask = np.ones(grown_size(shape, sides), np.bool_)
-    mask[photo_place(shape, sides).slices] = False
+    mask = np.ones(extended_size(shape, sides), np.bool_)
+    mask[image_window(shape, sides).slices] = False
     return mask
 
 
-def photo_place(shape: tuple[int, ...], sides: Padding) -> Window:
+def image_window(shape: tuple[int, ...], sides: Padding) -> Window:
     """Where the photo of that shape lies in the grown picture."""
     return Window(sides.top, sides.left, shape[0], shape[1])
 
@@ -80,19 +80,19 @@ def _steps(depth: int, band: int, length: int, native: int) -> Iterator[Outpaint
     """Those that grow a picture of `band` rows and `depth` columns by `length` columns on its right."""
     side = max(native, min(band, 2 * depth))
     ahead = side // _AHEAD
-    for near, far in pairwise(_pull_push(depth, depth + length, side // 2)):
+    for near, far in pairwise(_equal_steps(depth, depth + length, side // 2)):
         right, made = min(far + ahead, depth + length), 0
         start = max(right - side, 0)
-        for end in _pull_push(min(side, band), band, side // 2):
+        for end in _equal_steps(min(side, band), band, side // 2):
             top = max(end - side, 0)
             window = Window(top, start, end - top, right - start)
             yield OutpaintStep(window, Window(made, near, end - made, right - near))
             made = end
 
 
-def _pull_push(first: int, last: int, most: int) -> list[int]:
-    """first ... last in equal steps of at most `most`; one number where they are equal."""
-    count = -(-(last - first) // most)
+def _equal_steps(first: int, last: int, max_step: int) -> list[int]:
+    """first ... last in equal steps of at most `max_step`; one number where they are equal."""
+    count = -(-(last - first) // max_step)
     return [first + (last - first) * step // max(count, 1) for step in range(count + 1)]
 
 

@@ -7,14 +7,13 @@ even places, so that what a tile is made from, the level before at half the size
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
-from spmdeploy.tiling.blending import blend_windows
 from spmdeploy.tiling.letterbox import Letterbox
-from spmdeploy.tiling.pieces import bounding_box
-from spmdeploy.tiling.windows import MIN_MARGIN, Window
+from spmdeploy.tiling.windows import MIN_MARGIN, Window, bounding_box
 from spmdeploy.types import NATIVE_SIZE, Mask
 
 # What neighboring tiles share at least, as a part of a tile's side.
@@ -158,3 +157,48 @@ def _even_below(number: int) -> int:
 
 def _even_above(number: int) -> int:
     return number + number % 2
+
+
+@lru_cache(maxsize=64)
+def blend_windows(starts: tuple[int, ...], size: int) -> NDArray[np.float32]:
+    """float32 (tiles, size): the weights along one axis of tiles that begin at `starts`, ascending.
+
+    A tile counts fully where it is alone and passes over to the next in half a sine over all that the two share. At
+    each place the weights sum to one, also where three tiles meet.
+    """
+    linear = linear_ramps(starts, size)
+    risen = np.sin(linear * (np.pi / 2)) ** 2
+    return tile_by_tile(risen / risen.sum(axis=0), starts, size)
+
+
+def linear_ramps(starts: tuple[int, ...], size: int) -> NDArray[np.float32]:
+    """float32 (tiles, length from the first tile's begin to the last one's end): weights by the distance to the tile's
+    own end, which sum to one at each place."""
+    place = np.arange(starts[0], starts[-1] + size, dtype=np.float32) + 0.5
+    middle = np.array(starts, np.float32)[:, None] + size / 2
+    reach = np.clip(size / 2 - np.abs(place - middle), 0, None).astype(np.float32)
+    ramp: NDArray[np.float32] = reach / reach.sum(axis=0)
+    return ramp
+
+
+def tile_by_tile(weights: NDArray[np.float32], starts: tuple[int, ...], size: int) -> NDArray[np.float32]:
+    """(tiles, length) to (tiles, size): of each tile's weights those that lie on it."""
+    return np.stack([row[start - starts[0] :][:size] for row, start in zip(weights, starts, strict=True)])
+
+
+def high_frequency_energy(picture: NDArray[np.uint8], known: Mask) -> tuple[float, int]:
+    """Sum and number of the finest detail at the known pixels, in gray levels.
+
+    picture: (H, W, 3). known: bool (H, W). Detail is the absolute fourth difference, by rows and by columns, over 16:
+    all of a checkerboard's amplitude, a quarter of it at twice the wavelength, and nothing of gradients. Only
+    differences between known pixels count.
+    """
+    total, count = 0.0, 0
+    for axis in (0, 1):
+        pixels, inside = np.moveaxis(picture, axis, 0).astype(np.int16), np.moveaxis(known, axis, 0)
+        middle = pixels[2:-2]
+        difference = pixels[:-4] - 4 * pixels[1:-3] + 6 * middle - 4 * pixels[3:-1] + pixels[4:]
+        whole = inside[:-4] & inside[1:-3] & inside[2:-2] & inside[3:-1] & inside[4:]
+        total += float(np.abs(difference)[whole].mean(axis=-1, dtype=np.float64).sum() / 16)
+        count += int(whole.sum())
+    return total, count

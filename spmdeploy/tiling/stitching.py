@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from spmdeploy.tiling.pieces import Indices
-from spmdeploy.types import Image, Mask
+from spmdeploy.types import Image, Indices, Mask
 
 # Pixels handled at once where an index array would otherwise grow with the length of the mask's rim.
 _CHUNK = 1 << 19
@@ -33,7 +32,7 @@ def extrapolate_border(picture: Image, mask: Mask, depth: int) -> list[BorderRin
     rings = []
     line = hidden.shape[1]
     around = np.array([-line - 1, -line, -line + 1, -1, 1, line - 1, line, line + 1])
-    at = np.flatnonzero(_grown(known) & hidden)
+    at = np.flatnonzero(_dilate8(known) & hidden)
     for step in range(1, depth + 1):
         if len(at) == 0:
             break
@@ -57,15 +56,15 @@ def _pad_false(flags: Mask) -> Mask:
     return framed
 
 
-def _grown(flags: Mask) -> Mask:
+def _dilate8(flags: Mask) -> Mask:
     """The flags and their 8 neighbors."""
-    grown = flags.copy()
-    grown[1:] |= flags[:-1]
-    grown[:-1] |= flags[1:]
-    upright = grown.copy()
-    grown[:, 1:] |= upright[:, :-1]
-    grown[:, :-1] |= upright[:, 1:]
-    return grown
+    dilated = flags.copy()
+    dilated[1:] |= flags[:-1]
+    dilated[:-1] |= flags[1:]
+    upright = dilated.copy()
+    dilated[:, 1:] |= upright[:, :-1]
+    dilated[:, :-1] |= upright[:, 1:]
+    return dilated
 
 
 def _known_mean(picture: Image, known: Mask, at: Indices, around: Indices) -> Image:

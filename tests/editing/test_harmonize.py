@@ -17,7 +17,7 @@ def two_classes(height: int, width: int) -> np.ndarray:
     return labels
 
 
-def hole(height: int, width: int) -> np.ndarray:
+def mask_of(height: int, width: int) -> np.ndarray:
     mask = np.zeros((height, width), np.bool_)
     mask[8:-8, 8 : width // 2] = True
     return mask
@@ -26,7 +26,7 @@ def hole(height: int, width: int) -> np.ndarray:
 @settings(max_examples=25, deadline=None)
 @given(SIDES, SIDES, st.tuples(*[st.integers(-40, 40)] * 3))
 def test_a_cast_on_an_even_surface_is_taken_out(height: int, width: int, cast: tuple[int, int, int]) -> None:
-    labels, mask = two_classes(height, width), hole(height, width)
+    labels, mask = two_classes(height, width), mask_of(height, width)
     photo = np.where(labels[..., None] == 1, np.uint8([200, 180, 160]), np.uint8([60, 70, 80])).astype(np.uint8)
     edited = photo.copy()
     edited[mask] = edited[mask] + np.array(cast)
@@ -35,7 +35,7 @@ def test_a_cast_on_an_even_surface_is_taken_out(height: int, width: int, cast: t
 
 
 def test_each_class_is_judged_by_its_own_surroundings() -> None:
-    labels, mask = two_classes(80, 80), hole(80, 80)
+    labels, mask = two_classes(80, 80), mask_of(80, 80)
     edited = np.full((80, 80, 3), 100, np.uint8)
     edited[mask & (labels == 1)] = 120
     match_color_statistics(edited, labels, mask)
@@ -44,7 +44,7 @@ def test_each_class_is_judged_by_its_own_surroundings() -> None:
 
 def test_known_pixels_and_classes_without_a_border_stay_as_they_are() -> None:
     rng = np.random.default_rng(0)
-    labels, mask = two_classes(80, 80), hole(80, 80)
+    labels, mask = two_classes(80, 80), mask_of(80, 80)
     labels[30:50, 15:30] = 3  # under the mask alone
     edited = rng.integers(0, 256, (80, 80, 3), dtype=np.uint8)
     before = edited.copy()
@@ -55,7 +55,7 @@ def test_known_pixels_and_classes_without_a_border_stay_as_they_are() -> None:
 
 
 def test_another_object_of_the_class_is_not_copied() -> None:
-    labels, mask = np.ones((80, 80), np.uint8), hole(80, 80)
+    labels, mask = np.ones((80, 80), np.uint8), mask_of(80, 80)
     edited = np.where(mask[..., None], np.uint8(0), np.uint8(250)).astype(np.uint8)
     edited = np.repeat(edited[..., :1], 3, axis=2)
     match_color_statistics(edited, labels, mask)
@@ -64,7 +64,7 @@ def test_another_object_of_the_class_is_not_copied() -> None:
 
 def test_detail_under_the_mask_is_kept() -> None:
     rng = np.random.default_rng(1)
-    labels, mask = np.ones((96, 96), np.uint8), hole(96, 96)
+    labels, mask = np.ones((96, 96), np.uint8), mask_of(96, 96)
     texture = rng.normal(0, 12, (96, 96, 1)).repeat(3, axis=2)
     edited = np.clip(128 + texture - 30 * mask[..., None], 0, 255).astype(np.uint8)
     before = edited.astype(float)
@@ -78,7 +78,7 @@ def test_detail_under_the_mask_is_kept() -> None:
 @settings(max_examples=10, deadline=None)
 @given(st.integers(520, 700), st.integers(100, 700))
 def test_large_pictures_are_measured_on_cells(height: int, width: int) -> None:
-    labels, mask = two_classes(height, width), hole(height, width)
+    labels, mask = two_classes(height, width), mask_of(height, width)
     edited = np.full((height, width, 3), 100, np.uint8)
     edited[mask] = 90
     match_color_statistics(edited, labels, mask)
@@ -87,7 +87,7 @@ def test_large_pictures_are_measured_on_cells(height: int, width: int) -> None:
 
 def test_an_even_class_passes_its_grain_on() -> None:
     rng = np.random.default_rng(2)
-    labels, mask = np.ones((96, 96), np.uint8), hole(96, 96)
+    labels, mask = np.ones((96, 96), np.uint8), mask_of(96, 96)
     grain = np.clip(128 + rng.normal(0, 3, (96, 96, 1)), 0, 255).astype(np.uint8).repeat(3, axis=2)
     edited = np.where(mask[..., None], np.uint8(128), grain).astype(np.uint8)
     match_noise(edited, labels, mask)
@@ -101,7 +101,7 @@ def test_an_even_class_passes_its_grain_on() -> None:
 
 def test_structure_is_not_taken_for_grain() -> None:
     rng = np.random.default_rng(3)
-    labels, mask = np.ones((96, 96), np.uint8), hole(96, 96)
+    labels, mask = np.ones((96, 96), np.uint8), mask_of(96, 96)
     wall = rng.integers(0, 256, (96, 96, 1), dtype=np.uint8).repeat(3, axis=2)
     wall[mask] = 128
     before = wall.copy()

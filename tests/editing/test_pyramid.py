@@ -21,9 +21,9 @@ from spmdeploy.editing.tally import PhaseTimer
 from spmdeploy.errors import BundleError, InputError, UsageError
 from spmdeploy.labels import ClassTable, LabelClass
 from spmdeploy.tiling.letterbox import fit_letterbox
-from spmdeploy.tiling.outpaint import Padding, grown_size, new_pixels
+from spmdeploy.tiling.outpaint import Padding, extended_size, padding_mask
 from spmdeploy.tiling.pyramid import plan_pyramid
-from spmdeploy.tiling.windows import Window, plan_windows, whole_photo
+from spmdeploy.tiling.windows import Window, full_window, plan_windows
 
 quick = settings(max_examples=25, deadline=None)
 CLASSES = ClassTable("four", tuple(LabelClass(i, f"class {i}", (i, i, i)) for i in range(4)), 255)
@@ -135,7 +135,7 @@ def test_each_level_lies_exactly_over_the_one_before(height: int, width: int, se
         plane = 128 + slope[0] * (y - height / 2) + slope[1] * (x - width / 2)
         return np.repeat(plane[..., None], 3, axis=2).astype(np.float32)
 
-    window = whole_photo(height, width)
+    window = full_window(height, width)
     mask = np.ones((height, width), bool)
     mask[0, 0] = False
     levels, frame = plan_pyramid(window, mask, size), fit_letterbox(window, size)
@@ -155,7 +155,7 @@ def test_the_picture_between_levels_is_not_rounded() -> None:
     """A slope of a tenth of a gray level a pixel has no steps wider than a gray level's own."""
     mask = np.ones((1000, 1000), bool)
     mask[0, 0] = False
-    window = whole_photo(1000, 1000)
+    window = full_window(1000, 1000)
     levels, frame = plan_pyramid(window, mask), fit_letterbox(window)
     edited = np.linspace(100, 120, 256, dtype=np.float32)[None, :, None].repeat(256, axis=0).repeat(3, axis=2)
     scene = EditRegion(np.zeros((1000, 1000, 3), np.uint8), np.zeros_like(mask, np.uint8), mask, None)
@@ -389,7 +389,7 @@ def test_windows_that_are_carried_up_one_after_the_other_keep_apart() -> None:
 
 
 def extend(session: Session, image: np.ndarray, sides: Padding, **more: Any) -> EditResult:
-    shape = grown_size(image.shape, sides)
+    shape = extended_size(image.shape, sides)
     numbers = np.arange(shape[0] * shape[1], dtype=np.int32).reshape(shape)
     more = {"feather": 0} | more
     return Editor(session, CLASSES).extend(image, np.zeros(shape, np.uint8), sides, numbers, **more)
@@ -404,14 +404,14 @@ def test_a_session_that_knows_what_is_beyond_gives_the_whole_picture(height: int
     """Bit for bit, in every direction, over as many windows as it takes."""
     if not any(sides):
         return
-    whole = noise(*grown_size((height, width), sides))
+    whole = noise(*extended_size((height, width), sides))
     photo = whole[sides.top : sides.top + height, sides.left : sides.left + width]
     for tiling in ("cascade", "auto"):
         session = Session(64, whole.reshape(-1, 3))
         result = extend(session, photo, sides, tiling=tiling)
         if tiling == "cascade" or all(window.scale == 1 for window in result.report.windows):
             np.testing.assert_array_equal(result.image, whole)
-        np.testing.assert_array_equal(result.image[new_pixels(photo.shape, sides) == 0], photo.reshape(-1, 3))
+        np.testing.assert_array_equal(result.image[padding_mask(photo.shape, sides) == 0], photo.reshape(-1, 3))
         assert result.report.edited_pixels == whole[..., 0].size - height * width
 
 

@@ -286,7 +286,7 @@ def test_the_explanation_shows_windows_and_the_tiles_of_every_size() -> None:
     mask = np.zeros((900, 1300), bool)
     mask[200:700, 300:800] = mask[100, 1200] = True
     small, large = sorted(plan_windows(mask), key=lambda site: site.window.width)
-    levels = plan_pyramid(large.window, large.hole(mask))
+    levels = plan_pyramid(large.window, large.mask_of(mask))
     windows = [
         WindowReport(small, fit_letterbox(small.window)),
         WindowReport(large, fit_letterbox(large.window), levels),

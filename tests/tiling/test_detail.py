@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from spmdeploy.tiling.detail import high_frequency_energy
+from spmdeploy.tiling.pyramid import high_frequency_energy
 
 EVERYWHERE = np.ones((20, 30), np.bool_)
 

@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spmdeploy.tiling.blending import blend_windows
-from spmdeploy.tiling.pyramid import BASE_ENLARGED, PyramidLevel, plan_pyramid, tile_starts
+from spmdeploy.tiling.pyramid import BASE_ENLARGED, PyramidLevel, blend_windows, plan_pyramid, tile_starts
 from spmdeploy.tiling.seams import border_lines, seam_score
 from spmdeploy.tiling.windows import Window, plan_windows
 

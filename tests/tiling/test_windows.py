@@ -8,10 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spmdeploy.tiling import letterbox as frames
-from spmdeploy.tiling import pieces, stitching
+from spmdeploy.tiling import stitching, windows
 from spmdeploy.tiling.letterbox import Letterbox, fit_letterbox
-from spmdeploy.tiling.pieces import mask_components
-from spmdeploy.tiling.windows import Window
+from spmdeploy.tiling.windows import Window, mask_components
 from spmdeploy.tiling.windows import plan_windows as plan_sites
 
 quick = settings(max_examples=60, deadline=None)
@@ -62,7 +61,7 @@ def brute_pieces(mask: np.ndarray, reach: int) -> list[tuple[int, int, int, int]
 def test_pieces_lie_between_touching_pixels_and_pixels_a_block_apart(mask: np.ndarray, block: int) -> None:
     """No two touching pixels are torn apart, and nothing is joined that lies two blocks apart."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pieces, "BLOCK", block)
+        patch.setattr(windows, "BLOCK", block)
         boxes = {tuple(box) for box in mask_components(mask).tolist()}
     for top, left, bottom, right in brute_pieces(mask, 1):
         assert any(a <= top and b <= left and c >= bottom and d >= right for a, b, c, d in boxes)
@@ -74,7 +73,7 @@ def test_pieces_lie_between_touching_pixels_and_pixels_a_block_apart(mask: np.nd
 @given(small_masks())
 def test_with_blocks_of_one_pixel_the_pieces_are_the_connected_components(mask: np.ndarray) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pieces, "BLOCK", 1)
+        patch.setattr(windows, "BLOCK", 1)
         assert sorted(tuple(box) for box in mask_components(mask).tolist()) == brute_pieces(mask, 1)
 
 
@@ -106,12 +105,12 @@ def test_connected_groups_are_those_of_a_plain_search(count: int, links: list[tu
             group[a] = group[b] = min(group[a], group[b])
     numbers = {root: number for number, root in enumerate(sorted(set(group)))}
     first, second = np.array([a for a, _ in links], np.intp), np.array([b for _, b in links], np.intp)
-    assert pieces.connected_groups(count, first, second).tolist() == [numbers[root] for root in group]
+    assert windows.connected_groups(count, first, second).tolist() == [numbers[root] for root in group]
 
 
 def test_connected_groups_of_a_long_shuffled_chain() -> None:
     order = np.random.default_rng(1).permutation(20_000)
-    assert not pieces.connected_groups(20_000, order[:-1], order[1:]).any()
+    assert not windows.connected_groups(20_000, order[:-1], order[1:]).any()
 
 
 # ---- windows ----
@@ -131,7 +130,7 @@ def test_sites_have_every_masked_pixel_once_in_windows_that_are_large_enough(mas
         assert window.top >= 0 and window.left >= 0
         assert window.top + window.height <= height and window.left + window.width <= width
         assert window.height >= min(256, height) and window.width >= min(256, width)
-        hole = site.hole(mask)
+        hole = site.mask_of(mask)
         assert hole.any() and not (hole & ~mask[window.slices]).any()
         covered[window.slices] += hole
     np.testing.assert_array_equal(covered, mask)
@@ -142,7 +141,7 @@ def test_sites_have_every_masked_pixel_once_in_windows_that_are_large_enough(mas
 def test_windows_keep_context_around_what_is_edited(mask: np.ndarray) -> None:
     """Known margins on all sides up to the photo's border, and at least the context factor where the photo has it."""
     for site in plan_sites(mask):
-        window, hole = site.window, site.hole(mask)
+        window, hole = site.window, site.mask_of(mask)
         rows, columns = np.flatnonzero(hole.any(axis=1)), np.flatnonzero(hole.any(axis=0))
         longer = max(int(np.ptp(rows)), int(np.ptp(columns))) + 1
         for used, start, side, photo in (
@@ -160,7 +159,7 @@ def test_holes_of_different_sites_never_touch(mask: np.ndarray) -> None:
     """By far: the feather of one would otherwise be made from what the other still hides."""
     owner = np.full(mask.shape, -1)
     for number, site in enumerate(plan_sites(mask)):
-        owner[site.window.slices][site.hole(mask)] = number
+        owner[site.window.slices][site.mask_of(mask)] = number
     for axis in (0, 1):
         for shift in range(1, min(33, mask.shape[axis])):
             one = owner.take(range(shift, mask.shape[axis]), axis)
@@ -216,7 +215,7 @@ def test_pieces_whose_common_window_would_be_too_large_keep_their_own() -> None:
     left, right = plan_sites(mask)
     assert [left.window, right.window] == [Window(350, 150, 300, 300), Window(350, 430, 300, 300)]
     assert left.window.overlaps(right.window)
-    assert left.hole(mask).sum() == right.hole(mask).sum() == 40_000
+    assert left.mask_of(mask).sum() == right.mask_of(mask).sum() == 40_000
 
 
 def test_specks_all_over_a_photo_are_edited_at_their_own_size() -> None:
