@@ -9,9 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
 
-from PIL import Image
+from PIL import Image as PilImage
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.ImageFile import ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
@@ -19,8 +18,8 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from spmdeploy.errors import InputError
-
-FilePath: TypeAlias = str | os.PathLike[str]
+from spmdeploy.imaging.formats import complete_jpeg, format_of, sanitize
+from spmdeploy.inputs import IMAGE_BYTES, STDIN, FilePath, read_input
 
 # Cameras make 100 megapixels; 200 of them decoded are 600 MB. (Pillow itself stops at 179 for WebP.)
 MAX_MEGAPIXELS = 200
@@ -31,17 +30,18 @@ _READERS: dict[str, type[ImageFile]] = {
     "WebP": WebPImageFile,
     "BMP": BmpImageFile,
 }
-_READABLE = "PNG, JPEG, WebP or BMP"
 
 
 @dataclass(frozen=True, eq=False)
 class DecodedFile:
-    """A picture in memory, upright, and what Pillow's mode does not tell about how the file stores it."""
+    """An image in memory, upright, and what Pillow's mode does not say about how the file stores it."""
 
-    image: Image.Image
+    image: PilImage.Image
     format: str  # a key of _READERS
     layout: str  # Pillow's raw mode: "L;4" is a 4-bit gray PNG, which arrives as mode "L", scaled
-    exif: bytes | None
+    exif: bytes | None  # as it is written back
+    icc_profile: bytes | None
+    orientation: int  # of the EXIF block, 1..8; the image has been turned by it
     notes: tuple[str, ...]
 
     @property
@@ -50,30 +50,53 @@ class DecodedFile:
         return self.format == "PNG" and ";16" in self.layout
 
 
-def decode_image(path: FilePath, content: bytes | None) -> DecodedFile:
-    """Read, check and turn upright. InputError for whatever a file can have wrong before its mode matters.
+def decode_image(path: FilePath, content: bytes | None = None) -> DecodedFile:
+    """Read an image file, check it and turn it upright.
 
-    content: the file's bytes where they are in memory already; `path` is then only what messages call it.
+    Args:
+        path: a PNG, JPEG, WebP or BMP file, "-" for standard input.
+        content: the bytes of the file where they are in memory already; `path` then only names it in messages.
+
+    Raises:
+        InputError: for everything that can be wrong with a file before its mode matters.
     """
-    path = Path(path)
-    with io_errors(path, "read"), path.open("rb") if content is None else io.BytesIO(content) as stream:
-        start = stream.read(16)
-        stream.seek(0)
-        format = _format_of(start, path)
-        # The reader's class instead of Image.open: no other plugin can be reached, and Pillow's limit for
-        # decompression bombs, a global lower than ours, is left alone.
-        with decode_errors(path):
-            image = _READERS[format](stream)
-        _check_extent(image, path)
-        layout = _layout(image)
-        with decode_errors(path):
+    name = Path("standard input" if os.fspath(path) == STDIN else path)
+    content = read_input(path, IMAGE_BYTES) if content is None else content
+    format = format_of(content, name)
+    file = sanitize(content, format, name)
+    notes = list(file.notes)
+    # The reader's class instead of PilImage.open: no other plugin can be reached, and Pillow's limit for decompression
+    # bombs, a global lower than ours, is left alone.
+    with decode_errors(name):
+        image = _READERS[format](io.BytesIO(file.content))
+    _check_extent(image, name)
+    layout = _layout(image)
+    with decode_errors(name):
+        try:
             image.load()
-    orientation, exif, notes = _metadata(image, path)
+        except OSError:
+            complete = _without_end_marker(file.content, format)
+            if complete is None:
+                raise
+            image = complete
+            notes.append(f"{name} lacks the marker at its end; all of its pixels are there")
+    orientation, exif, more = _metadata(image, name)
+    notes += more
+    profile = file.icc_profile if format == "PNG" else image.info.get("icc_profile")
     turn = _TURNS.get(orientation)
-    if turn is None:
-        return DecodedFile(image, format, layout, exif, notes)
-    turned = image.transpose(turn)
-    return DecodedFile(turned, format, layout, exif, (f"{path} is turned upright (EXIF {orientation})", *notes))
+    if turn is not None:
+        notes.insert(0, f"{name} is turned upright (EXIF {orientation})")
+    upright = image if turn is None else image.transpose(turn)
+    return DecodedFile(upright, format, layout, exif, profile, orientation, tuple(notes))
+
+
+def _without_end_marker(content: bytes, format: str) -> ImageFile | None:
+    """The image of a JPEG that lacks nothing but its end marker; None for other files."""
+    versions = complete_jpeg(content) if format == "JPEG" else None
+    if versions is None:
+        return None
+    first, second = (JpegImageFile(io.BytesIO(version)) for version in versions)
+    return first if first.tobytes() == second.tobytes() else None
 
 
 def decode_ids(path: FilePath, content: bytes | None) -> DecodedFile:
@@ -84,20 +107,6 @@ def decode_ids(path: FilePath, content: bytes | None) -> DecodedFile:
             "save the map as PNG straight from where it is made: a lossy copy already holds wrong ids",
         )
     return file
-
-
-def _format_of(start: bytes, path: Path) -> str:
-    if not start:
-        raise InputError(f"{path} is an empty file (0 bytes)", "copy or export it again")
-    if start.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "PNG"
-    if start.startswith(b"\xff\xd8\xff"):
-        return "JPEG"
-    if start.startswith(b"RIFF") and start[8:12] == b"WEBP":
-        return "WebP"
-    if start.startswith(b"BM"):
-        return "BMP"
-    raise InputError(f"{path} is no {_READABLE} picture, whatever its name says", "convert it to PNG")
 
 
 def _check_extent(image: ImageFile, path: Path) -> None:
@@ -121,7 +130,7 @@ def _layout(image: ImageFile) -> str:
 
 @contextmanager
 def io_errors(path: Path, verb: str) -> Iterator[None]:
-    """Turns what the operating system refuses into an InputError about the file."""
+    """Translate errors of the operating system into an InputError about the file."""
     try:
         yield
     except FileNotFoundError as exc:
@@ -136,12 +145,12 @@ def io_errors(path: Path, verb: str) -> Iterator[None]:
 
 @contextmanager
 def decode_errors(path: Path) -> Iterator[None]:
-    """Turns a decoder's error into an InputError about the file."""
+    """Translate errors of a decoder into an InputError about the file."""
     try:
         yield
-    except MemoryError:
+    except (MemoryError, InputError):
         raise
-    except Image.DecompressionBombError as exc:
+    except PilImage.DecompressionBombError as exc:
         raise InputError(f"{path} has too many pixels: {exc}", "crop or shrink it first") from exc
     except Exception as exc:  # on hostile bytes decoders raise anything: OSError, SyntaxError, struct.error, zlib.error
         raise InputError(f"{path} is truncated or damaged: {exc}", "copy or export it again") from exc
@@ -149,21 +158,23 @@ def decode_errors(path: Path) -> Iterator[None]:
 
 # Which transposition undoes which EXIF orientation.
 _TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
+    2: PilImage.Transpose.FLIP_LEFT_RIGHT,
+    3: PilImage.Transpose.ROTATE_180,
+    4: PilImage.Transpose.FLIP_TOP_BOTTOM,
+    5: PilImage.Transpose.TRANSPOSE,
+    6: PilImage.Transpose.ROTATE_270,
+    7: PilImage.Transpose.TRANSVERSE,
+    8: PilImage.Transpose.ROTATE_90,
 }
+# The TIFF types that hold an integer: BYTE, SHORT, LONG, SLONG.
+_INTEGERS = {1: "B", 3: "H", 4: "I", 9: "i"}
 _ORIENTATION, _THUMBNAIL_AT, _THUMBNAIL_LENGTH = 0x0112, 0x0201, 0x0202
 
 
 def _metadata(image: ImageFile, path: Path) -> tuple[int, bytes | None, tuple[str, ...]]:
     """The orientation, the EXIF block as it is written back, and notes on what is lost."""
     notes = []
-    if image.info.get("xmp") or image.info.get("XML:com.adobe.xmp"):
+    if image.info.get("xmp"):
         notes.append(f"the XMP metadata of {path} is not kept")
     if "mp" in image.info:
         notes.append(f"{path} holds further pictures (a preview or depth map) after the first; they are not kept")
@@ -175,6 +186,9 @@ def _metadata(image: ImageFile, path: Path) -> tuple[int, bytes | None, tuple[st
     except (KeyError, struct.error):
         notes.append(f"the EXIF metadata of {path} is damaged and is not kept")
         return 1, None, tuple(notes)
+    if orientation not in range(1, 9):
+        notes.append(f"the EXIF orientation of {path} is {orientation}, which means nothing; it is not turned")
+        orientation = 1
     return orientation, exif, tuple(notes)
 
 
@@ -192,8 +206,11 @@ def _upright_exif(block: bytes) -> tuple[int, bytes]:
     entries, next_at = _directory(tiff, order, first)
     orientation = 1
     if _ORIENTATION in entries:
-        (orientation,) = struct.unpack_from(f"{order}H", tiff, entries[_ORIENTATION])
-        struct.pack_into(f"{order}H", tiff, entries[_ORIENTATION], 1)
+        at = entries[_ORIENTATION]
+        (kind,) = struct.unpack_from(f"{order}H", tiff, at - 6)
+        form = order + _INTEGERS.get(kind, "H")
+        (orientation,) = struct.unpack_from(form, tiff, at)
+        tiff[at : at + 4] = struct.pack(form, 1).ljust(4, b"\0")
     if next_at + 4 <= len(tiff):
         (thumbnail,) = struct.unpack_from(f"{order}I", tiff, next_at)
         struct.pack_into(f"{order}I", tiff, next_at, 0)

@@ -11,17 +11,20 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image as PilImage
 
 from spmdeploy.errors import InputError
-from spmdeploy.imaging.decode import DecodedFile, FilePath, decode_ids, decode_image, io_errors
+from spmdeploy.imaging.decode import DecodedFile, decode_errors, decode_ids, decode_image, io_errors
+from spmdeploy.inputs import FilePath
+from spmdeploy.labels import ClassTable
+from spmdeploy.types import Image, Mask
 
 Pixels: TypeAlias = NDArray[np.uint8]
-Mask: TypeAlias = NDArray[np.bool_]
+"""uint8 (H, W)."""
 
 # A mask value this near to 0 or 255 is taken for it: the ringing that JPEG puts around an edge at usual qualities.
 BINARY_SLACK = 32
@@ -50,10 +53,11 @@ _LONGEST_SIDE = {"JPEG": 65500, "WebP": 16383}
 class Photo:
     """A decoded photo, upright, with what has to be written back beside its pixels."""
 
-    pixels: Pixels  # uint8 (H, W, 3) RGB
+    pixels: Image  # uint8 (H, W, 3) RGB
     alpha: Pixels | None = None  # uint8 (H, W), 255 = opaque; None where the file has no transparency
     icc_profile: bytes | None = None  # of an RGB color space; the pixels are in that space, unconverted
     exif: bytes | None = None  # "Exif\0\0" and a TIFF block that says orientation 1 and holds no thumbnail
+    orientation: int = 1  # EXIF orientation, 1..8, by which the pixels have been turned
     notes: tuple[str, ...] = ()  # what reading changed or could not keep, a sentence each
 
 
@@ -76,33 +80,77 @@ def read_photo(path: FilePath, content: bytes | None = None) -> Photo:
         notes.append(f"{path} is gray; it is edited and written as RGB")
     if file.image.mode == "P":
         notes.append(f"{path} is a palette picture; it is edited and written as RGB")
-    pixels, alpha = _rgb_and_alpha(file.image)
-    profile = file.image.info.get("icc_profile")
+    pixels, alpha = _rgb_and_alpha(file, path)
+    if alpha is not None and file.format == "BMP" and not alpha.any():
+        notes.append(
+            f"{path} is a BMP with alpha zero everywhere, as programs without alpha write it; it is read as opaque"
+        )
+        alpha = None
+    profile = file.icc_profile
     # Bytes 16..20 of a profile name its color space. A gray one beside RGB pixels would make the file invalid.
     if profile and profile[16:20] != b"RGB ":
         notes.append(f"{path} has a color profile that is not for RGB; it is not kept")
         profile = None
-    return Photo(pixels, alpha, profile or None, file.exif, tuple(notes))
+    return Photo(pixels, alpha, profile or None, file.exif, file.orientation, tuple(notes))
 
 
-def read_labels(path: FilePath, content: bytes | None = None) -> Pixels:
-    """The class ids in a PNG file: uint8 (H, W).
+def read_labels(path: FilePath, content: bytes | None = None, table: ClassTable | None = None) -> Pixels:
+    """Return the class ids in a PNG file.
 
-    Gray PNGs of 1, 2, 4, 8 and 16 bits hold the ids as their values, palette PNGs as their indices: the colors of the
-    palette play no part. InputError for color pictures, lossy files and ids above 255.
+    Gray PNGs of 1, 2, 4, 8 and 16 bits hold the ids as their values, palette PNGs as their indices, and color PNGs in
+    three equal channels. An alpha channel must be opaque.
+
+    Args:
+        path: the file, "-" for standard input.
+        content: the bytes of the file where they are in memory already.
+        table: the classes of the model. With it, a palette whose colors are all class colors, but of other classes than
+            the indices say, is refused: image programs reorder palettes, and the indices then mean nothing.
+
+    Returns:
+        uint8 (H, W).
+
+    Raises:
+        InputError: for color images, lossy files, ids above 255 and reordered palettes.
     """
     file = decode_ids(path, content)
-    if file.image.mode == "RGB":
-        raise InputError(
-            f"{path} is a color picture, not a map of class ids",
-            "`spmdeploy labels convert` turns class colors into ids; "
-            "if all three channels hold the id, save one of them as a gray PNG",
-        )
+    if file.image.mode in ("RGB", "RGBA", "LA") and not file.wide:
+        rgb, alpha = _rgb_and_alpha(file, path)
+        if alpha is not None and (alpha != 255).any():
+            raise InputError(
+                f"{path} is partly transparent; a map of class ids is not", "save it without an alpha channel"
+            )
+        if not _all_equal(rgb):
+            raise InputError(
+                f"{path} is a color image, not a map of class ids",
+                "`spmdeploy labels convert` turns class colors into ids",
+            )
+        return np.ascontiguousarray(rgb[..., 0])
+    if table is not None and file.image.mode == "P":
+        _check_palette(file.image, table, path)
     ids = _stored_values(file, path)
     if ids.dtype != np.uint8 and ids.size and int(ids.max()) > 255:
         above = np.unique(ids[ids > 255])
         raise InputError(f"{path} holds {_listed(above)}; class ids are 0 to 255", "is it an instance map?")
     return ids.astype(np.uint8)
+
+
+def _check_palette(image: PilImage.Image, table: ClassTable, path: FilePath) -> None:
+    """InputError where the palette shows every index that is used in the color of another class."""
+    used = np.flatnonzero(np.asarray(image.histogram()))
+    palette = np.array(image.getpalette("RGB"), np.uint8).reshape(-1, 3)
+    owners: dict[tuple[int, ...], set[int]] = {}
+    for label in table.classes:
+        owners.setdefault(label.color, set()).add(label.id)
+    shown = {int(i): owners.get(tuple(map(int, palette[i])), set()) for i in used if i < len(palette)}
+    wrong = {index: ids for index, ids in shown.items() if index not in ids}
+    if not wrong or not all(shown.values()) or len(shown) < len(used):
+        return  # the colors are the classes' own, or have nothing to do with the table
+    index, ids = next(iter(wrong.items()))
+    raise InputError(
+        f"the palette of {path} was reordered: index {index} is shown in the color of {table.classes[min(ids)].name} "
+        f"(id {min(ids)} in {table.name})",
+        "the colors say which class is meant: `spmdeploy labels convert` turns them into ids",
+    )
 
 
 def read_instances(path: FilePath, content: bytes | None = None) -> NDArray[np.int32]:
@@ -123,39 +171,88 @@ def read_instances(path: FilePath, content: bytes | None = None) -> NDArray[np.i
     return rgb[..., 1].astype(np.int32)
 
 
+MaskAlpha = Literal["opaque", "transparent"]
+"""Which part of an alpha channel is edited."""
+
+
+class MaskFile(NamedTuple):
+    """A mask, and what reading it decided."""
+
+    mask: Mask
+    notes: tuple[str, ...]
+
+
 def read_mask(path: FilePath, content: bytes | None = None) -> Mask:
-    """The mask in an image file: bool (H, W), True = edit.
+    """Return the mask in an image file, bool (H, W), True = edit, as `read_mask_file` does with its defaults."""
+    return read_mask_file(path, content).mask
+
+
+def read_mask_file(
+    path: FilePath, content: bytes | None = None, *, threshold: int | None = None, alpha: MaskAlpha | None = None
+) -> MaskFile:
+    """Return the mask in an image file.
 
     Two-valued masks: 0 is kept, the other value, whatever it is, edited. Clearly binary ones (every value within 32 of
-    0 or 255, some near 255: what JPEG makes of a mask) are cut at 128. RGB counts where its channels agree, a palette
-    by its colors, so that what looks black is kept; where they decide nothing, index 0 is kept. An alpha channel must
-    be opaque: tools disagree on whether transparent means edit or keep. InputError for everything else.
-    An empty or full mask is returned as such; `check_mask` refuses it.
+    0 or 255, some near 255: what JPEG makes of a mask), and others whose values between lie along edges only
+    (antialiasing), are cut at 128. RGB counts where its channels agree, a palette by its colors, so that what looks
+    black is kept; where they decide nothing, index 0 is kept. Where the colors are the same everywhere, opaque pixels
+    are edited; otherwise an alpha channel must be opaque, because programs disagree on what transparent means.
+
+    Args:
+        path: the file, "-" for standard input.
+        content: the bytes of the file where they are in memory already.
+        threshold: 1 to 255; pixels of at least this value (of the gray image, or of alpha) are edited, whatever else
+            the file holds.
+        alpha: take this part of the alpha channel as the mask.
+
+    Returns:
+        bool (H, W), True = edit, and notes. An empty or full mask is returned as such; `check_mask` refuses it.
+
+    Raises:
+        InputError: for everything that is not clearly a mask.
     """
     file = decode_image(path, content)
+    if alpha is not None:
+        return _alpha_mask(file, path, alpha, threshold)
+    if threshold is not None:
+        with decode_errors(Path(path)):
+            gray = np.asarray(file.image.convert("L")) if not file.wide else np.asarray(file.image) >> 8
+        return MaskFile(np.asarray(gray >= threshold), ())
     image = file.image
     if image.mode == "P":
         if _indices_decide(image):
-            return np.asarray(np.asarray(image) != 0)
+            return MaskFile(np.asarray(np.asarray(image) != 0), ())
     elif image.mode == "I;16":
         return _binary_mask(np.asarray(image), path)
     elif file.wide or image.mode not in ("1", "L", "LA", "RGB", "RGBA"):
         raise InputError(
-            f"{path} is no mask: it is a {image.mode} picture with {16 if file.wide else 8} bits", _MASK_HINT
+            f"{path} is not a mask: it is a {image.mode} image with {16 if file.wide else 8} bits", _MASK_HINT
         )
     if image.mode in ("1", "L") and "transparency" not in image.info:
         return _binary_mask(np.asarray(image.convert("L")), path)
-    rgb, alpha = _rgb_and_alpha(image)
-    if alpha is not None and (alpha != 255).any():
+    rgb, transparency = _rgb_and_alpha(file, path)
+    if transparency is not None and (transparency != 255).any():
+        if (rgb == rgb[0, 0]).all():
+            mask, notes = _binary_mask(transparency, path)
+            return MaskFile(mask, (*notes, f"{path} has one color; its opaque pixels are taken as the mask"))
         raise InputError(
-            f"{path} is partly transparent, and tools disagree on whether that means edit or keep", _MASK_HINT
+            f"{path} is partly transparent, and programs disagree on whether that means edit or keep",
+            "--mask-alpha transparent edits its transparent pixels, --mask-alpha opaque the others",
         )
     if _all_equal(rgb):
         return _binary_mask(np.ascontiguousarray(rgb[..., 0]), path)
     edit = rgb >= 128
     if not _is_nearly_binary(rgb) or not _all_equal(edit):
-        raise InputError(f"{path} is a colored picture, not a mask", _MASK_HINT)
-    return np.ascontiguousarray(edit[..., 0])
+        raise InputError(f"{path} is a color image, not a mask", _MASK_HINT)
+    return MaskFile(np.ascontiguousarray(edit[..., 0]), ())
+
+
+def _alpha_mask(file: DecodedFile, path: FilePath, part: MaskAlpha, threshold: int | None) -> MaskFile:
+    _, alpha = _rgb_and_alpha(file, path)
+    if alpha is None:
+        raise InputError(f"{path} has no alpha channel to take the mask from", "leave --mask-alpha out")
+    found = MaskFile(np.asarray(alpha >= threshold), ()) if threshold is not None else _binary_mask(alpha, path)
+    return found if part == "opaque" else found._replace(mask=~found.mask)
 
 
 def check_mask(mask: NDArray[Any], source: str) -> None:
@@ -169,15 +266,20 @@ def check_mask(mask: NDArray[Any], source: str) -> None:
         )
 
 
-_MASK_HINT = "a mask is black (keep) and white (edit) without shades: save it as an 8-bit gray PNG without transparency"
+_MASK_HINT = (
+    "a mask is black (keep) and white (edit): save it as an 8-bit gray PNG without transparency, "
+    "or say with --mask-threshold N from which value on it edits"
+)
 
 
-def _rgb_and_alpha(image: Image.Image) -> tuple[Pixels, Pixels | None]:
-    """uint8 (H, W, 3) and, where the picture has any transparency, uint8 (H, W)."""
-    if image.mode in ("RGBA", "LA") or "transparency" in image.info:
-        rgba = np.asarray(image.convert("RGBA"))
-        return np.ascontiguousarray(rgba[..., :3]), np.ascontiguousarray(rgba[..., 3])
-    return np.array(image.convert("RGB")), None  # a copy: what Pillow lends is read-only
+def _rgb_and_alpha(file: DecodedFile, path: FilePath) -> tuple[Image, Pixels | None]:
+    """uint8 (H, W, 3) and, where the file has any transparency, uint8 (H, W)."""
+    image = file.image
+    with decode_errors(Path(path)):  # palettes that are too short show here
+        if image.mode in ("RGBA", "LA") or "transparency" in image.info:
+            rgba = np.asarray(image.convert("RGBA"))
+            return np.ascontiguousarray(rgba[..., :3]), np.ascontiguousarray(rgba[..., 3])
+        return np.array(image.convert("RGB")), None  # a copy: what Pillow lends is read-only
 
 
 def _stored_values(file: DecodedFile, path: FilePath) -> NDArray[np.uint8 | np.uint16]:
@@ -196,7 +298,7 @@ def _stored_values(file: DecodedFile, path: FilePath) -> NDArray[np.uint8 | np.u
     return np.asarray(values // values.dtype.type(stretch[file.layout]))
 
 
-def _indices_decide(image: Image.Image) -> bool:
+def _indices_decide(image: PilImage.Image) -> bool:
     """Whether a palette mask is two-valued by its indices: 0 and another one, and the colors do not contradict.
 
     They do where the other index is black and 0 is not (optimizers write white first), or where one is transparent.
@@ -210,19 +312,38 @@ def _indices_decide(image: Image.Image) -> bool:
     return not palette[0].any() or bool(palette[used[1]].any())
 
 
-def _binary_mask(values: NDArray[np.uint8 | np.uint16], path: FilePath) -> Mask:
-    """One channel of a mask file as bool, True = edit; InputError where it is neither two-valued nor clearly binary."""
+def _binary_mask(values: NDArray[np.uint8 | np.uint16], path: FilePath) -> MaskFile:
+    """One channel of a mask file as a mask; InputError where it is neither two-valued nor clearly binary."""
     # Pillow counts 8-bit values in place; numpy would need 8 bytes for each.
-    distinct = np.flatnonzero(Image.fromarray(values).histogram()) if values.dtype == np.uint8 else np.unique(values)
+    distinct = np.flatnonzero(PilImage.fromarray(values).histogram()) if values.dtype == np.uint8 else np.unique(values)
     if len(distinct) == 1 or (len(distinct) == 2 and distinct[0] == 0):
-        return np.asarray(values != 0)
-    if values.dtype == np.uint8 and _is_nearly_binary(distinct) and distinct[-1] >= 128:
-        return np.asarray(values >= 128)
-    raise InputError(f"{path} is no mask: it holds {_listed(distinct)} instead of 0 and one other value", _MASK_HINT)
+        return MaskFile(np.asarray(values != 0), ())
+    if values.dtype == np.uint8 and distinct[-1] >= 128:
+        if _is_nearly_binary(distinct):
+            return MaskFile(np.asarray(values >= 128), ())
+        between = _between(values)
+        if not (between & ~(_beside(values <= BINARY_SLACK) & _beside(values >= 255 - BINARY_SLACK))).any():
+            note = f"{path} has {np.count_nonzero(between)} gray pixels along the edges of its mask; it is cut at 128"
+            return MaskFile(np.asarray(values >= 128), (note,))
+    raise InputError(f"{path} is not a mask: it holds {_listed(distinct)} instead of 0 and one other value", _MASK_HINT)
+
+
+def _between(values: NDArray[Any]) -> Mask:
+    """Which values are neither near 0 nor near 255."""
+    return np.asarray((values > BINARY_SLACK) & (values < 255 - BINARY_SLACK))
+
+
+def _beside(mask: Mask, reach: int = 2) -> Mask:
+    """Pixels at most `reach` rows and columns away from one of the mask."""
+    for _ in range(reach):
+        padded = np.pad(mask, 1)
+        rows = padded[:-2] | padded[1:-1] | padded[2:]
+        mask = rows[:, :-2] | rows[:, 1:-1] | rows[:, 2:]
+    return mask
 
 
 def _is_nearly_binary(values: NDArray[Any]) -> bool:
-    return not ((values > BINARY_SLACK) & (values < 255 - BINARY_SLACK)).any()
+    return not _between(values).any()
 
 
 def _all_equal(rgb: NDArray[Any]) -> bool:
@@ -264,7 +385,7 @@ def write_photo(path: FilePath, photo: Photo, overwrite: bool = False) -> tuple[
     return tuple(notes)
 
 
-def write_picture(path: FilePath, pixels: Pixels, overwrite: bool = False) -> None:
+def write_picture(path: FilePath, pixels: Image | Pixels, overwrite: bool = False) -> None:
     """Write a plain picture: uint8 (H, W, 3) RGB, or uint8 (H, W) such as a label map, which must be .png.
 
     The file appears whole or not at all. InputError as for `write_photo`.
@@ -329,7 +450,7 @@ def _write(
     try:
         # Not tempfile: its files are for the owner alone, while this one is to get the mode that any new file gets.
         with io_errors(path, "write"), temporary.open("xb") as stream:
-            Image.fromarray(np.ascontiguousarray(pixels)).save(stream, format, **options)
+            PilImage.fromarray(np.ascontiguousarray(pixels)).save(stream, format, **options)
         with io_errors(path, "write"):
             _atomic_write(temporary, path, overwrite)
     finally:

@@ -32,7 +32,6 @@ from spmdeploy.imaging.files import (
     write_photo,
     write_picture,
 )
-from spmdeploy.imaging.resize import resize_labels, resize_mask_conservative, resize_photo
 
 READERS: tuple[Callable[..., object], ...] = (read_photo, read_labels, read_instances, read_mask)
 # A smooth picture with all corners different: JPEG keeps it nearly, and every turn of it is another picture.
@@ -93,7 +92,7 @@ def exif_block(order: str, orientation: int, thumbnail: bytes = b"") -> bytes:
 
 
 @pytest.mark.parametrize("read", READERS)
-def test_files_that_are_no_pictures(read: Callable[[Path], object], tmp_path: Path) -> None:
+def test_read_other_content_names_what_it_is(read: Callable[[Path], object], tmp_path: Path) -> None:
     (tmp_path / "empty.png").touch()
     (tmp_path / "text.png").write_text("I am a text, and long enough to have a signature\n")
     (tmp_path / "moving.gif").write_bytes(b"GIF89a" + bytes(40))
@@ -101,8 +100,8 @@ def test_files_that_are_no_pictures(read: Callable[[Path], object], tmp_path: Pa
         "none.png": "there is no file",
         ".": "is a folder",
         "empty.png": r"empty file \(0 bytes\)",
-        "text.png": "no PNG, JPEG, WebP or BMP picture",
-        "moving.gif": "no PNG, JPEG, WebP or BMP picture",
+        "text.png": "is not a PNG, JPEG, WebP or BMP image",
+        "moving.gif": "is a GIF file",
     }
     for name, problem in problems.items():
         with pytest.raises(InputError, match=problem) as caught:
@@ -111,7 +110,7 @@ def test_files_that_are_no_pictures(read: Callable[[Path], object], tmp_path: Pa
         assert caught.value.exit_code == 7
 
 
-def test_bytes_in_hand_are_read_instead_of_the_file(tmp_path: Path) -> None:
+def test_read_content_in_memory_ignores_path(tmp_path: Path) -> None:
     ids = save(tmp_path / "ids.png", SCENE[..., 0]).read_bytes()
     mask = save(tmp_path / "mask.png", Image.fromarray(HALF)).read_bytes()
     np.testing.assert_array_equal(read_photo("no.zip/a.png", ids).pixels[..., 0], SCENE[..., 0])
@@ -123,11 +122,11 @@ def test_bytes_in_hand_are_read_instead_of_the_file(tmp_path: Path) -> None:
             read("no.zip/a.png", ids[:60])
 
 
-def test_permission_denied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def deny(self: Path, *_: object) -> None:  # instead of chmod, which does not stop root
-        raise PermissionError(13, "Permission denied", str(self))
+def test_read_without_permission_names_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def deny(path: Path, *_: object) -> None:  # instead of chmod, which does not stop root
+        raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(Path, "open", deny)
+    monkeypatch.setattr(os, "open", deny)
     with pytest.raises(InputError, match=r"permission to read .*a\.png is denied"):
         read_photo(tmp_path / "a.png")
 
@@ -135,7 +134,7 @@ def test_permission_denied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "bmp"])
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_truncated_files(suffix: str, data: st.DataObject, tmp_path: Path) -> None:
+def test_read_truncated_file_is_refused_unless_complete(suffix: str, data: st.DataObject, tmp_path: Path) -> None:
     whole = save(tmp_path / f"whole.{suffix}", SCENE).read_bytes()
     path = tmp_path / f"cut.{suffix}"
     path.write_bytes(whole[: data.draw(st.integers(1, len(whole) - 1))])
@@ -146,7 +145,7 @@ def test_truncated_files(suffix: str, data: st.DataObject, tmp_path: Path) -> No
         assert str(path) in error.problem and error.hint
 
 
-def test_half_a_photo_is_refused(tmp_path: Path) -> None:
+def test_read_half_a_photo_is_refused(tmp_path: Path) -> None:
     for suffix in ("png", "jpg", "webp", "bmp"):
         path = save(tmp_path / f"a.{suffix}", SCENE)
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
@@ -156,7 +155,7 @@ def test_half_a_photo_is_refused(tmp_path: Path) -> None:
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(at=st.integers(8, 200), value=st.integers(0, 255), suffix=st.sampled_from(["png", "jpg", "webp", "bmp"]))
-def test_damaged_bytes_never_raise_anything_else(at: int, value: int, suffix: str, tmp_path: Path) -> None:
+def test_read_damaged_bytes_raises_only_input_error(at: int, value: int, suffix: str, tmp_path: Path) -> None:
     content = bytearray(save(tmp_path / f"whole.{suffix}", SCENE).read_bytes())
     assume(at < len(content))
     content[at] = value
@@ -168,21 +167,21 @@ def test_damaged_bytes_never_raise_anything_else(at: int, value: int, suffix: st
 
 
 @pytest.mark.parametrize("read", READERS)
-def test_decompression_bombs(read: Callable[[Path], object], tmp_path: Path) -> None:
+def test_read_decompression_bomb_is_refused(read: Callable[[Path], object], tmp_path: Path) -> None:
     path = tmp_path / "bomb.png"
     path.write_bytes(png_bytes(8, 0, 20000, 10001, b""))
     with pytest.raises(InputError, match=r"20000×10001, 200 megapixels; at most 200"):
         read(path)
 
 
-def test_a_hundred_megapixels_are_read(tmp_path: Path) -> None:
+def test_read_hundred_megapixels_succeeds(tmp_path: Path) -> None:
     path = tmp_path / "large.png"
     path.write_bytes(png_bytes(1, 0, 10000, 10000, (b"\0" + b"\x0f" * 1250) * 10000))
     mask = read_mask(path)  # one bit a pixel: the other readers would take the test long
     assert mask.shape == (10000, 10000) and mask[:, 4:8].all() and not mask[:, :4].any()
 
 
-def test_a_webp_bomb(tmp_path: Path) -> None:
+def test_read_webp_bomb_is_refused(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     Image.fromarray(SCENE).save(buffer, "WebP", lossless=True)
     content = bytearray(buffer.getvalue())
@@ -195,7 +194,7 @@ def test_a_webp_bomb(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", ["png", "webp"])
 @pytest.mark.parametrize("read", READERS)
-def test_animations(read: Callable[[Path], object], suffix: str, tmp_path: Path) -> None:
+def test_read_animation_is_refused(read: Callable[[Path], object], suffix: str, tmp_path: Path) -> None:
     frames = [Image.fromarray(SCENE), Image.fromarray(SCENE[::-1].copy())]
     path = save(tmp_path / f"a.{suffix}", frames[0], save_all=True, append_images=frames[1:])
     with pytest.raises(InputError, match="animation"):
@@ -206,14 +205,14 @@ def test_animations(read: Callable[[Path], object], suffix: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("suffix", ["png", "webp", "bmp"])
-def test_photos_are_read_exactly(suffix: str, tmp_path: Path) -> None:
+def test_read_photo_lossless_is_exact(suffix: str, tmp_path: Path) -> None:
     photo = read_photo(save(tmp_path / f"a.{suffix}", SCENE, **({"lossless": True} if suffix == "webp" else {})))
     np.testing.assert_array_equal(photo.pixels, SCENE)
     assert photo.pixels.flags.writeable and photo.pixels.dtype == np.uint8
     assert (photo.alpha, photo.icc_profile, photo.exif, photo.notes) == (None, None, None, ())
 
 
-def test_color_order_is_rgb(tmp_path: Path) -> None:
+def test_read_photo_color_order_is_rgb(tmp_path: Path) -> None:
     picture = np.zeros((8, 8, 3), np.uint8)
     picture[..., 0] = 255
     (tmp_path / "red.png").write_bytes(png_bytes(8, 2, 1, 1, b"\0\xff\0\0"))
@@ -223,7 +222,7 @@ def test_color_order_is_rgb(tmp_path: Path) -> None:
         assert written.getpixel((0, 0)) == (255, 0, 0)
 
 
-def test_grey_and_palette_photos_become_rgb_and_say_so(tmp_path: Path) -> None:
+def test_read_photo_gray_or_palette_becomes_rgb_with_note(tmp_path: Path) -> None:
     gray = read_photo(save(tmp_path / "gray.png", SCENE[..., 0]))
     np.testing.assert_array_equal(gray.pixels, np.repeat(SCENE[..., :1], 3, axis=2))
     assert "is gray" in gray.notes[0]
@@ -235,7 +234,7 @@ def test_grey_and_palette_photos_become_rgb_and_say_so(tmp_path: Path) -> None:
     assert read_photo(tmp_path / "bits.png").pixels[0, :, 2].tolist() == [0] * 4 + [255] * 4
 
 
-def test_transparency_of_every_kind_is_kept(tmp_path: Path) -> None:
+def test_read_photo_transparency_is_kept(tmp_path: Path) -> None:
     alpha = (np.arange(24 * 40).reshape(24, 40) % 256).astype(np.uint8)
     for name, picture in {"rgba": np.dstack([SCENE, alpha]), "la": np.dstack([SCENE[..., 1], alpha])}.items():
         photo = read_photo(save(tmp_path / f"{name}.png", picture))
@@ -247,7 +246,7 @@ def test_transparency_of_every_kind_is_kept(tmp_path: Path) -> None:
     assert palette.alpha is not None and palette.alpha[0].tolist() == [255, 7, 7, 7]
 
 
-def test_photos_that_are_refused(tmp_path: Path) -> None:
+def test_read_photo_unsupported_mode_is_refused(tmp_path: Path) -> None:
     save(tmp_path / "cmyk.jpg", Image.new("CMYK", (8, 8)))
     save(tmp_path / "grey16.png", np.zeros((8, 8), np.uint16))
     (tmp_path / "rgb16.png").write_bytes(png_bytes(16, 2, 1, 1, b"\0" + bytes(6)))
@@ -261,7 +260,7 @@ def test_photos_that_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("order", ["<", ">"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_photos_are_turned_upright(orientation: int, order: str, tmp_path: Path) -> None:
+def test_read_photo_exif_orientation_is_applied(orientation: int, order: str, tmp_path: Path) -> None:
     upright = {
         1: SCENE,
         2: SCENE[:, ::-1],
@@ -278,7 +277,7 @@ def test_photos_are_turned_upright(orientation: int, order: str, tmp_path: Path)
     assert any("upright" in note for note in photo.notes) == (orientation != 1)
 
 
-def test_masks_and_maps_turn_with_their_photo(tmp_path: Path) -> None:
+def test_read_maps_exif_orientation_is_applied(tmp_path: Path) -> None:
     exif = exif_block("<", 6)
     mask = np.zeros((4, 6), np.uint8)
     mask[0, 1] = 9
@@ -290,7 +289,7 @@ def test_masks_and_maps_turn_with_their_photo(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
-def test_metadata_is_written_back(suffix: str, tmp_path: Path) -> None:
+def test_write_photo_metadata_is_kept(suffix: str, tmp_path: Path) -> None:
     source = save(tmp_path / "in.jpg", SCENE, exif=exif_block(">", 6), icc_profile=SRGB)
     photo = read_photo(source)
     write_photo(tmp_path / f"out.{suffix}", photo)
@@ -302,7 +301,7 @@ def test_metadata_is_written_back(suffix: str, tmp_path: Path) -> None:
         assert written.getexif()[0x010F] == "Cam"
 
 
-def test_the_thumbnail_does_not_outlive_the_edit(tmp_path: Path) -> None:
+def test_write_photo_exif_thumbnail_is_blanked(tmp_path: Path) -> None:
     secret = b"\xff\xd8 the removed car \xff\xd9"
     exif = exif_block("<", 1, secret)
     assert secret in exif
@@ -315,7 +314,7 @@ def test_the_thumbnail_does_not_outlive_the_edit(tmp_path: Path) -> None:
 
 
 @given(st.binary(max_size=80))
-def test_damaged_exif_never_stops_a_photo(tail: bytes) -> None:
+def test_metadata_damaged_exif_is_dropped_with_note(tail: bytes) -> None:
     for block in (exif_block("<", 6, b"thumbnail")[: 6 + 8 + len(tail)] + tail, tail, b"Exif\0\0II*\0" + tail):
         picture = Image.fromarray(SCENE)
         picture.info["exif"] = block
@@ -324,7 +323,7 @@ def test_damaged_exif_never_stops_a_photo(tail: bytes) -> None:
         assert exif is not None or notes or not block
 
 
-def test_metadata_that_is_lost_is_named(tmp_path: Path) -> None:
+def test_read_photo_lost_metadata_is_noted(tmp_path: Path) -> None:
     grey_profile = SRGB[:16] + b"GRAY" + SRGB[20:]
     cases = {
         "XMP": save(tmp_path / "xmp.jpg", SCENE, xmp=b"<x:xmpmeta/>"),
@@ -350,7 +349,7 @@ def test_metadata_that_is_lost_is_named(tmp_path: Path) -> None:
 
 @given(ids=hnp.arrays(np.uint8, (3, 5)))
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_label_maps_there_and_back(ids: np.ndarray, tmp_path: Path) -> None:
+def test_labels_write_then_read_is_identical(ids: np.ndarray, tmp_path: Path) -> None:
     write_picture(tmp_path / "ids.png", ids, overwrite=True)
     np.testing.assert_array_equal(read_labels(tmp_path / "ids.png"), ids)
     np.testing.assert_array_equal(read_instances(tmp_path / "ids.png"), ids)
@@ -358,7 +357,7 @@ def test_label_maps_there_and_back(ids: np.ndarray, tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_labels(tmp_path / "wide.png"), ids)
 
 
-def test_palette_maps_are_indices_whatever_the_colors(tmp_path: Path) -> None:
+def test_read_labels_palette_returns_indices(tmp_path: Path) -> None:
     indices = np.arange(12).reshape(3, 4) % 5
     for k, colors in enumerate(([(255, 255, 255)] * 5, [(90 + i, 7, 200 - i) for i in range(5)])):
         path = palette_png(tmp_path / f"{k}.png", indices, colors)
@@ -370,7 +369,7 @@ def test_palette_maps_are_indices_whatever_the_colors(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("color_type", [0, 3])
 @pytest.mark.parametrize("depth", [1, 2, 4])
-def test_maps_of_few_bits_hold_small_ids(depth: int, color_type: int, tmp_path: Path) -> None:
+def test_read_labels_few_bits_are_not_scaled(depth: int, color_type: int, tmp_path: Path) -> None:
     ids = list(range(2**depth))
     packed = int("".join(f"{i:0{depth}b}" for i in ids).ljust(8, "0"), 2).to_bytes(max(len(ids) * depth // 8, 1), "big")
     content = png_bytes(depth, color_type, len(ids), 1, b"\0" + packed)
@@ -383,7 +382,7 @@ def test_maps_of_few_bits_hold_small_ids(depth: int, color_type: int, tmp_path: 
     assert read_instances(tmp_path / "few.png").tolist() == [ids]
 
 
-def test_maps_that_are_refused(tmp_path: Path) -> None:
+def test_read_labels_not_a_map_is_refused(tmp_path: Path) -> None:
     save(tmp_path / "color.png", SCENE)
     save(tmp_path / "alpha.png", np.dstack([SCENE, SCENE[..., 0]]))
     save(tmp_path / "la.png", np.dstack([SCENE[..., 0], SCENE[..., 0]]))
@@ -391,12 +390,12 @@ def test_maps_that_are_refused(tmp_path: Path) -> None:
     save(tmp_path / "high.png", np.array([[3, 256, 26001]], np.uint16))
     (tmp_path / "rgb16.png").write_bytes(png_bytes(16, 2, 1, 1, b"\0" + bytes(6)))
     cases = {
-        "color.png": "color picture",
-        "alpha.png": "with transparency",
-        "la.png": "with transparency",
+        "color.png": "color image",
+        "alpha.png": "partly transparent",
+        "la.png": "partly transparent",
         "lossy.jpg": "only in PNG",
         "high.png": r"2 values \(256, 26001\)",
-        "rgb16.png": "color picture",
+        "rgb16.png": "16-bit color or gray",
     }
     for name, problem in cases.items():
         with pytest.raises(InputError, match=problem) as caught:
@@ -407,7 +406,7 @@ def test_maps_that_are_refused(tmp_path: Path) -> None:
     assert caught.value.hint and "spmdeploy labels convert" in caught.value.hint
 
 
-def test_instance_maps_of_both_data_sets(tmp_path: Path) -> None:
+def test_read_instances_both_datasets_are_read(tmp_path: Path) -> None:
     wide = np.array([[7, 26001], [33018, 65535]], np.uint16)
     instances = read_instances(save(tmp_path / "cityscapes.png", wide))
     assert instances.dtype == np.int32
@@ -427,7 +426,7 @@ def test_instance_maps_of_both_data_sets(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [1, 2, 127, 128, 254, 255])
-def test_two_valued_masks(value: int, tmp_path: Path) -> None:
+def test_read_mask_two_values_nonzero_edits(value: int, tmp_path: Path) -> None:
     gray = HALF.astype(np.uint8) * np.uint8(value)
     np.testing.assert_array_equal(read_mask(save(tmp_path / "gray.png", gray)), HALF)
     np.testing.assert_array_equal(read_mask(save(tmp_path / "rgb.png", np.dstack([gray] * 3))), HALF)
@@ -449,12 +448,14 @@ def test_two_valued_masks(value: int, tmp_path: Path) -> None:
         ([(9, 9, 9), (0, 0, 0), (255, 255, 255)], HALF + 1),
     ],
 )
-def test_palette_masks(colors: list[tuple[int, int, int]], indices: np.ndarray, tmp_path: Path) -> None:
+def test_read_mask_palette_black_is_kept(
+    colors: list[tuple[int, int, int]], indices: np.ndarray, tmp_path: Path
+) -> None:
     np.testing.assert_array_equal(read_mask(palette_png(tmp_path / "p.png", indices, colors)), HALF)
 
 
 @pytest.mark.parametrize("picture", [HALF * np.uint8(255), np.dstack([HALF * np.uint8(255)] * 3)])
-def test_jpeg_masks(picture: np.ndarray, tmp_path: Path) -> None:
+def test_read_mask_jpeg_is_cut_at_128(picture: np.ndarray, tmp_path: Path) -> None:
     path = save(
         tmp_path / "mask.jpg", np.roll(picture, 3, axis=1), quality=75
     )  # an edge inside JPEG's blocks: it rings
@@ -463,7 +464,7 @@ def test_jpeg_masks(picture: np.ndarray, tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_mask(path), np.roll(HALF, 3, axis=1))
 
 
-def test_masks_that_are_refused(tmp_path: Path) -> None:
+def test_read_mask_not_a_mask_is_refused(tmp_path: Path) -> None:
     ramp = np.tile(np.arange(32, dtype=np.uint8) * 8, (16, 1))
     white = HALF * np.uint8(255)
     cases = {
@@ -471,8 +472,8 @@ def test_masks_that_are_refused(tmp_path: Path) -> None:
         r"3 values \(0, 1, 2\)": save(tmp_path / "ids.png", np.arange(12, dtype=np.uint8).reshape(3, 4) % 3),
         r"2 values \(10, 20\)": save(tmp_path / "no_zero.png", 10 + HALF.astype(np.uint8) * np.uint8(10)),
         r"3 values \(0, 1, 65535\)": save(tmp_path / "wide.png", np.array([[0, 1, 65535]], np.uint16)),
-        "colored": save(tmp_path / "scene.png", SCENE),
-        "colored picture": save(tmp_path / "red.png", np.dstack([white, white * 0, white * 0])),
+        "color image": save(tmp_path / "scene.png", SCENE),
+        "a color image": save(tmp_path / "red.png", np.dstack([white, white * 0, white * 0])),
         "partly transparent": save(tmp_path / "alpha.png", np.dstack([white, white, white, white])),
         "CMYK": save(tmp_path / "cmyk.jpg", Image.new("CMYK", (8, 8))),
     }
@@ -486,7 +487,7 @@ def test_masks_that_are_refused(tmp_path: Path) -> None:
         assert str(path) in caught.value.problem and caught.value.hint
 
 
-def test_empty_and_full_masks(tmp_path: Path) -> None:
+def test_check_mask_empty_or_full_is_refused(tmp_path: Path) -> None:
     for value, word in ((0, "empty"), (1, "full"), (255, "full")):
         mask = read_mask(save(tmp_path / f"{value}.png", np.full((4, 4), value, np.uint8)))
         with pytest.raises(InputError, match=rf"^m\.png is {word}: "):
@@ -504,7 +505,9 @@ def test_empty_and_full_masks(tmp_path: Path) -> None:
     suffix=st.sampled_from([".png", ".webp", ".PNG"]),
 )
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_png_and_webp_are_exact(pixels: np.ndarray, alpha: np.ndarray | None, suffix: str, tmp_path: Path) -> None:
+def test_write_photo_png_and_webp_are_exact(
+    pixels: np.ndarray, alpha: np.ndarray | None, suffix: str, tmp_path: Path
+) -> None:
     path = tmp_path / f"a{suffix}"
     assert write_photo(path, Photo(pixels, alpha), overwrite=True) == ()
     again = read_photo(path)
@@ -516,14 +519,14 @@ def test_png_and_webp_are_exact(pixels: np.ndarray, alpha: np.ndarray | None, su
 
 
 @pytest.mark.parametrize("suffix", ["png", "webp"])
-def test_pixels_under_full_transparency_are_exact(suffix: str, tmp_path: Path) -> None:
+def test_write_photo_transparent_pixels_are_exact(suffix: str, tmp_path: Path) -> None:
     alpha = np.zeros(SCENE.shape[:2], np.uint8)
     alpha[4:9, 4:9] = 200
     write_photo(tmp_path / f"a.{suffix}", Photo(SCENE, alpha))
     np.testing.assert_array_equal(read_photo(tmp_path / f"a.{suffix}").pixels, SCENE)
 
 
-def test_jpeg_is_close_and_says_what_is_lost(tmp_path: Path) -> None:
+def test_write_photo_jpeg_notes_what_is_lost(tmp_path: Path) -> None:
     photo = Photo(SCENE, np.full(SCENE.shape[:2], 9, np.uint8), exif=b"Exif\0\0" + bytes(70000))
     notes = write_photo(tmp_path / "a.jpg", photo)
     for word, note in zip(("not equal", "EXIF", "transparency"), notes, strict=True):
@@ -535,7 +538,7 @@ def test_jpeg_is_close_and_says_what_is_lost(tmp_path: Path) -> None:
     assert len(write_photo(tmp_path / "b.jpeg", opaque)) == 1
 
 
-def test_outputs_that_are_refused(tmp_path: Path) -> None:
+def test_check_output_unusable_is_refused(tmp_path: Path) -> None:
     (tmp_path / "taken.png").write_bytes(b"mine")
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "dangling.png").symlink_to(tmp_path / "nowhere.png")
@@ -564,7 +567,7 @@ def test_outputs_that_are_refused(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dangling.png", "folder.png", "taken.png"]
 
 
-def test_instances_there_and_back(tmp_path: Path) -> None:
+def test_instances_write_then_read_is_identical(tmp_path: Path) -> None:
     ids = np.array([[0, 7, 255, 256], [26001, 33999, 65534, 65535]], np.int32)
     write_instances(tmp_path / "ids.png", ids)
     assert (tmp_path / "ids.png").read_bytes()[24:26] == bytes([16, 0])  # bit depth, gray
@@ -579,7 +582,7 @@ def test_instances_there_and_back(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["ids.png"]
 
 
-def test_overwriting_replaces_the_whole_file(tmp_path: Path) -> None:
+def test_write_overwrite_replaces_whole_file(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     path.write_bytes(b"mine")
     write_picture(path, SCENE, overwrite=True)
@@ -587,7 +590,7 @@ def test_overwriting_replaces_the_whole_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_new_files_get_the_usual_mode(tmp_path: Path) -> None:
+def test_write_new_file_has_usual_mode(tmp_path: Path) -> None:
     (tmp_path / "other").touch()
     write_picture(tmp_path / "a.png", SCENE)
     assert (tmp_path / "a.png").stat().st_mode == (tmp_path / "other").stat().st_mode
@@ -595,7 +598,7 @@ def test_new_files_get_the_usual_mode(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 @pytest.mark.parametrize("taken", [False, True])
-def test_a_failed_write_leaves_nothing(
+def test_write_failure_leaves_nothing(
     error: BaseException, taken: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(self: Image.Image, stream: io.BytesIO, *_: object, **__: object) -> None:
@@ -615,7 +618,7 @@ def test_a_failed_write_leaves_nothing(
 
 @pytest.mark.parametrize("links", [True, False])
 @pytest.mark.parametrize("late", [True, False])
-def test_a_file_that_appears_meanwhile_is_not_overwritten(
+def test_write_file_that_appears_meanwhile_is_kept(
     links: bool, late: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "a.png"
@@ -640,83 +643,3 @@ def test_a_file_that_appears_meanwhile_is_not_overwritten(
         write_picture(path, SCENE)
         np.testing.assert_array_equal(read_photo(path).pixels, SCENE)
     assert list(tmp_path.iterdir()) == [path]
-
-
-# ------------------------------------------------------------------------------------------------------ resizing
-
-SIDES = st.integers(1, 19)
-
-
-@given(hnp.arrays(np.uint8, st.tuples(SIDES, SIDES, st.just(3))), st.data())
-@settings(deadline=None)
-def test_shrinking_is_the_area_average(pixels: np.ndarray, data: st.DataObject) -> None:
-    height, width = (data.draw(st.integers(1, side)) for side in pixels.shape[:2])
-    # By definition: repeat every pixel `size` times, then every cell averages `length` of the copies; halves go up.
-    fine = pixels.repeat(height, axis=0).repeat(width, axis=1).astype(int)
-    sums = fine.reshape(height, pixels.shape[0], width, pixels.shape[1], 3).sum(axis=(1, 3))
-    copies = pixels.shape[0] * pixels.shape[1]
-    coarse = resize_photo(pixels, height, width)
-    assert coarse.dtype == np.uint8
-    np.testing.assert_array_equal(coarse, (2 * sums + copies) // (2 * copies))
-
-
-def contributes(pixel: int, cell: int, length: int, size: int) -> bool:
-    """Whether one of `length` pixels counts in one of `size` cells, as intervals on the same line."""
-    if size <= length:  # area average: they overlap
-        return pixel * size < (cell + 1) * length and cell * length < (pixel + 1) * size
-    apart = (2 * pixel + 1) * size - (2 * cell + 1) * length  # of the centers, in 1 / (2 * size) pixel
-    return -4 * size < apart <= 4 * size  # bicubic: two pixels to either side
-
-
-@given(hnp.arrays(bool, st.tuples(SIDES, SIDES)), SIDES, SIDES)
-@settings(deadline=None)
-def test_the_covering_mask_is_what_contributes(mask: np.ndarray, height: int, width: int) -> None:
-    covering = resize_mask_conservative(mask, height, width)
-    assert covering.shape == (height, width) and covering.dtype == bool
-    for y, x in np.ndindex(height, width):
-        rows = [contributes(row, y, mask.shape[0], height) for row in range(mask.shape[0])]
-        columns = [contributes(column, x, mask.shape[1], width) for column in range(mask.shape[1])]
-        assert covering[y, x] == mask[rows][:, columns].any()
-
-
-@given(hnp.arrays(np.uint8, st.tuples(SIDES, SIDES, st.just(3))), hnp.arrays(np.uint8, (19, 19, 3)), st.data())
-@settings(deadline=None)
-def test_hidden_pixels_stay_under_the_covering_mask(pixels: np.ndarray, other: np.ndarray, data: st.DataObject) -> None:
-    mask = data.draw(hnp.arrays(bool, pixels.shape[:2]))
-    height, width = data.draw(SIDES), data.draw(SIDES)
-    changed = np.where(mask[..., None], other[: mask.shape[0], : mask.shape[1]], pixels)
-    covering = resize_mask_conservative(mask, height, width)
-    assert covering.shape == (height, width) and covering.dtype == bool
-    differs = (resize_photo(pixels, height, width) != resize_photo(changed, height, width)).any(axis=2)
-    assert not (differs & ~covering).any()
-
-
-def test_the_covering_mask_is_tight_when_shrinking() -> None:
-    pixels = np.zeros((30, 20, 3), np.uint8)
-    for y, x in ((0, 0), (7, 13), (29, 19), (15, 9)):
-        mask = np.zeros((30, 20), bool)
-        mask[y, x] = True
-        touched = resize_photo(np.where(mask[..., None], np.uint8(255), pixels), 8, 6).any(axis=2)
-        np.testing.assert_array_equal(resize_mask_conservative(mask, 8, 6), touched)
-
-
-def test_growing_keeps_flat_pictures_flat_and_sizes() -> None:
-    flat = np.full((5, 4, 3), 77, np.uint8)
-    for height, width in ((10, 9), (3, 9), (10, 2), (5, 4)):
-        grown = resize_photo(flat, height, width)
-        assert grown.shape == (height, width, 3) and (grown == 77).all()
-    assert resize_photo(flat, 5, 4) is not flat
-
-
-@given(hnp.arrays(np.int32, st.tuples(SIDES, SIDES)), SIDES, SIDES)
-def test_labels_take_the_nearest_id(ids: np.ndarray, height: int, width: int) -> None:
-    resized = resize_labels(ids, height, width)
-    assert resized.shape == (height, width) and resized.dtype == ids.dtype
-    for y, x in np.ndindex(height, width):
-        assert resized[y, x] == ids[int((y + 0.5) * ids.shape[0] / height), int((x + 0.5) * ids.shape[1] / width)]
-    np.testing.assert_array_equal(resize_labels(resized.repeat(3, 0).repeat(3, 1), height, width), resized)
-
-
-def test_resized_labels_follow_the_photo() -> None:
-    ids = np.arange(36, dtype=np.uint8).reshape(6, 6)
-    np.testing.assert_array_equal(resize_labels(ids, 2, 2), ids[1::3, 1::3])
