@@ -1,4 +1,4 @@
-"""Where the process begins. Importing the command line takes a tenth of a second: Ctrl-C ends in words then too."""
+"""Console entry point. Reports Ctrl-C cleanly even while imports are still running."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def entry() -> None:
         from spmdeploy.cli import entry
     except KeyboardInterrupt:
         if "--json" in sys.argv:
-            told = {"schema": "spmdeploy.error/1", "error": "interrupted", "hint": None, "exit_code": _INTERRUPTED}
-            print(json.dumps(told))
+            error = {"schema": "spmdeploy.error/1", "error": "interrupted", "hint": None, "exit_code": _INTERRUPTED}
+            print(json.dumps(error))
         else:
             print("error: interrupted", file=sys.stderr)
         sys.exit(_INTERRUPTED)

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
+from spmdeploy.cli.console import format_table, log_notes, print_result
 from spmdeploy.cli.options import Classes, Json, Overwrite
-from spmdeploy.cli.talk import format_table, log_notes, print_result
 from spmdeploy.errors import UsageError
 
 labels_app = typer.Typer(help="Check, show and convert label maps.", rich_markup_mode=None)

@@ -2,18 +2,42 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import typer
 
-from spmdeploy.cli.choices import Backend, PrecisionChoice, TilingChoice
+import spmdeploy
+from spmdeploy.cli.console import log, require_extra
+
+if TYPE_CHECKING:
+    from spmdeploy.editing.editor import Editor
+    from spmdeploy.labels import ClassTable
+
+Preset = Literal["paper", "small"]
+BackendName = Literal["auto", "onnxruntime", "tensorrt", "tensorrt-rtx", "torch"]
+PrecisionName = Literal["auto", "fp32", "fp16"]
+TilingName = Literal["auto", "off", "crop", "cascade"]
+
+T = TypeVar("T")
 
 
-class Preset(StrEnum):
-    paper = "paper"
-    small = "small"
+def one_of(choices: Sequence[str]) -> Callable[[list[str] | None], list[str] | None]:
+    """Callback of a repeatable option: refuses values that are not in `choices`."""
+
+    def check(values: list[str] | None) -> list[str] | None:
+        for value in values or ():
+            if value not in choices:
+                raise typer.BadParameter(f"{value!r} is not one of {', '.join(map(repr, choices))}.")
+        return values
+
+    return check
+
+
+def unique(values: Sequence[T]) -> tuple[T, ...]:
+    """The values without repetitions, in their order."""
+    return tuple(dict.fromkeys(values))
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout, also on failure.")]
@@ -28,11 +52,11 @@ Model = Annotated[
 
 
 BackendOption = Annotated[
-    Backend,
+    BackendName,
     typer.Option(
         "--backend",
         metavar="auto|onnxruntime|tensorrt|tensorrt-rtx|torch",
-        help="Who computes; asked for by name, never replaced. auto: an engine that fits, else ONNX Runtime.",
+        help="Inference backend. An explicit choice is never replaced. auto: a compatible engine, else ONNX Runtime.",
     ),
 ]
 
@@ -41,13 +65,13 @@ Device = Annotated[str, typer.Option("--device", metavar="auto|cpu|cuda:N", help
 
 
 PrecisionOption = Annotated[
-    PrecisionChoice,
+    PrecisionName,
     typer.Option("--precision", metavar="auto|fp32|fp16", help="Which of the bundle's graphs to run."),
 ]
 
 
 Tiling = Annotated[
-    TilingChoice,
+    TilingName,
     typer.Option(
         "--tiling",
         metavar="auto|off|crop|cascade",
@@ -84,3 +108,19 @@ Targets = Annotated[
 
 
 Classes = Annotated[str, typer.Option("--classes", help="cityscapes, ade20k, street, or a JSON file of your own.")]
+
+
+def open_editor_from_options(
+    model: Path | None,
+    backend: str,
+    device: str,
+    precision: str,
+    require_signature: str | None,
+    on_loading: Callable[[ClassTable], None] = lambda classes: None,
+) -> Editor:
+    """Open the editor and log what was chosen for it."""
+    with require_extra("export"):
+        editor = spmdeploy.open_editor(model, backend, device, precision, require_signature, on_loading)
+    for choice in editor.choices:
+        log(choice)
+    return editor

@@ -19,7 +19,7 @@ from PIL import Image
 import spmdeploy
 from spmdeploy import cli
 from spmdeploy.assets.samples import SAMPLE_EDITS
-from spmdeploy.cli import commands
+from spmdeploy.cli import app as commands
 from spmdeploy.editing.options import DEFAULT_DILATION
 from spmdeploy.labels import class_table, colorise
 

@@ -22,8 +22,8 @@ from spmdeploy.errors import UnavailableError, UsageError
 from spmdeploy.export import pipeline
 from spmdeploy.gpu.driver import GpuFacts
 from tests.bundle.conftest import write_street
+from tests.simulators.recording_tensorrt import recording_tensorrt
 
-from .recording_tensorrt import recording_tensorrt
 from .test_engine_builder import VERSIONS
 
 ORIN = GpuFacts("Orin", "8.7", "12.6", None)

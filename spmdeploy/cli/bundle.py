@@ -1,4 +1,4 @@
-"""inspect, verify, doctor, and the commands of `bundle`."""
+"""The commands `inspect`, `verify` and `bundle`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import spmdeploy
-from spmdeploy.cli.choices import Backend, PrecisionChoice
-from spmdeploy.cli.one_edit import open_editor_from_options
+from spmdeploy.cli.console import format_db, format_table, log_notes, print_result, progress_bar
 from spmdeploy.cli.options import (
     BackendOption,
     Device,
@@ -19,8 +18,8 @@ from spmdeploy.cli.options import (
     Overwrite,
     PrecisionOption,
     RequireSignature,
+    open_editor_from_options,
 )
-from spmdeploy.cli.talk import format_table, log_notes, print_result, progress_bar
 from spmdeploy.errors import UsageError, VerificationError
 
 if TYPE_CHECKING:
@@ -31,7 +30,7 @@ bundle_app = typer.Typer(help="Pack, sign, unpack and slim bundles for devices."
 
 
 PASSWORD = "SPMDEPLOY_KEY_PASSWORD"
-"""The environment variable with the password of a secret key, for where nobody can type one."""
+"""Environment variable with the password of a secret key, for use without a terminal."""
 
 
 SigningKey = Annotated[
@@ -57,9 +56,9 @@ def inspect(
 
 def verify(
     bundle: Annotated[Path | None, typer.Argument(help="A bundle; without it the built-in one.")] = None,
-    backend: BackendOption = Backend.auto,
+    backend: BackendOption = "auto",
     device: Device = "auto",
-    precision: PrecisionOption = PrecisionChoice.auto,
+    precision: PrecisionOption = "auto",
     require_signature: RequireSignature = None,
     as_json: Json = False,
 ) -> None:
@@ -70,9 +69,9 @@ def verify(
     from spmdeploy.backends.verify import verify as repeat_golden_edits
     from spmdeploy.bundle.bundle import open_bundle
 
-    opened = open_bundle(bundle or spmdeploy.default_model(), _public_key(require_signature))
+    opened = open_bundle(bundle or spmdeploy.default_model(), public_key_from(require_signature))
     opened.check_all()
-    with open_editor_from_options(opened.path, backend.value, device, precision.value, require_signature) as editor:
+    with open_editor_from_options(opened.path, backend, device, precision, require_signature) as editor:
         session = editor.session
         results = repeat_golden_edits(session, opened)
         ran = {key: getattr(session, key) for key in ("backend", "device", "precision", "provider")}
@@ -82,7 +81,7 @@ def verify(
             "ok" if result.passed else "FAILED",
             f"{result.drift.max_grey}",
             f"{result.drift.mean_grey:.3f}",
-            _format_db(result.drift.to_json()["psnr_db"]),
+            format_db(result.drift.to_json()["psnr_db"]),
         )
         for result in results
     ]
@@ -133,7 +132,7 @@ def bundle_unpack(
     from spmdeploy.bundle.bundle import open_bundle
     from spmdeploy.engines.pack import unpack
 
-    opened = open_bundle(file, _public_key(require_signature))
+    opened = open_bundle(file, public_key_from(require_signature))
     log_notes([f"{name} stays behind: no hash covers it" for name in opened.surplus])
     with progress_bar("unpacking") as show:
         unpacked = unpack(opened, folder, overwrite, show)
@@ -212,34 +211,7 @@ def bundle_keygen(
     print_result("bundle-keygen", payload, lines, as_json)
 
 
-def doctor(
-    bundle: Annotated[
-        Path | None, typer.Argument(help="Whose engines to look for; without it the built-in one.")
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Show what this machine can run.
-
-    And for what it cannot: why not, and what to do.
-    """
-    from spmdeploy.backends import doctor as examination
-    from spmdeploy.bundle.bundle import open_bundle
-
-    opened = open_bundle(bundle or spmdeploy.default_model())
-    findings, machine = examination.run_checks(opened), examination.machine()
-    rows = [(finding.name, "usable" if finding.usable else "not usable", finding.reason) for finding in findings]
-    lines = [", ".join(f"{name} {value}" for name, value in machine.items())]
-    lines += format_table(("", "", ""), rows)[1:]
-    remedies: dict[str, str] = {}  # each is said once
-    for finding in findings:
-        if finding.remedy:
-            remedies.setdefault(finding.remedy, finding.name)
-    lines += [f"{name}: {remedy}" for remedy, name in remedies.items()]
-    payload = {"machine": machine, "findings": [finding.to_json() for finding in findings]}
-    print_result("doctor", payload, lines, as_json)
-
-
-def _public_key(given: str | None) -> PublicKey | None:
+def public_key_from(given: str | None) -> PublicKey | None:
     from spmdeploy.bundle.signature import read_public_key
 
     return None if given is None else read_public_key(given)
@@ -259,7 +231,7 @@ def _password(key: Path, new: bool = False) -> str:
         return asked
     if not password:
         hint = f"put it into ${PASSWORD}" + (", or pass --no-password" if new else "")
-        raise UsageError(f"the key {key} needs a password, and nobody is there to type one", hint)
+        raise UsageError(f"the key {key} needs a password, and there is no terminal to type it in", hint)
     return password
 
 
@@ -281,10 +253,6 @@ def _packed_facts(packed: Bundle) -> dict[str, Any]:
 def _pack_summary(facts: dict[str, Any]) -> str:
     signed = "signed" if facts["signed"] else "not signed"
     return f"{facts['files']} files, {facts['bytes'] / 1e6:.1f} MB, {signed}, SHA-256 {facts['sha256']}"
-
-
-def _format_db(psnr: float | None) -> str:
-    return "identical" if psnr is None else f"{psnr:.1f} dB"
 
 
 def _checkpoint_lines(facts: dict[str, Any]) -> list[str]:
@@ -309,7 +277,7 @@ def _bundle_lines(facts: dict[str, Any]) -> list[str]:
                 f"{graph['graph']} {graph['precision']}",
                 f"{graph['bytes'] / 1e6:.1f} MB",
                 f"{counted['fp16_share']:.0%}",
-                _format_db(graph["parity"]["psnr_db"]),
+                format_db(graph["parity"]["psnr_db"]),
                 fp32 if graph["precision"] == "fp16" else "all",
             )
         )

@@ -1,4 +1,4 @@
-"""Results on stdout, talk and progress on stderr, errors as words or JSON. typer comes when it is needed."""
+"""Prints results to stdout, notes and progress to stderr, and errors as text or JSON."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+
+import typer
 
 from spmdeploy.errors import SpmDeployError, UnavailableError
 
@@ -30,8 +32,6 @@ def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
         if total < 2 or not sys.stderr.isatty():
             return
         if bar is None:
-            import typer
-
             bar = typer.progressbar(length=total, label=title, file=sys.stderr)
             bar.__enter__()
         bar.update(done - bar.pos)
@@ -45,10 +45,10 @@ def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
 
 @contextmanager
 def status_line() -> Iterator[Callable[[str, float], None]]:
-    """A line on stderr for each step, with a percentage where that is a terminal."""
+    """One line on stderr per step, with a percentage where stderr is a terminal."""
     current = ""
 
-    def talk(step: str, share: float) -> None:
+    def show(step: str, share: float) -> None:
         nonlocal current
         live = sys.stderr.isatty()
         if step != current:
@@ -58,7 +58,7 @@ def status_line() -> Iterator[Callable[[str, float], None]]:
             print(f"\r{step} {share:.0%}", end="", file=sys.stderr, flush=True)
 
     try:
-        yield talk
+        yield show
     finally:
         if current and sys.stderr.isatty():
             print(file=sys.stderr)
@@ -76,7 +76,10 @@ def log_notes(notes: Sequence[str]) -> None:
 def print_result(
     command: str, payload: dict[str, Any], lines: Sequence[str], as_json: bool, failure: SpmDeployError | None = None
 ) -> None:
-    """The result on stdout, in words or as JSON. A failure belongs into the same JSON object and ends the command."""
+    """Print the result to stdout, as lines or as one JSON object.
+
+    A failure is part of the same JSON object and ends the command with its exit code.
+    """
     if as_json:
         error = {} if failure is None else error_fields(failure, failure.exit_code)
         print_json({"schema": f"spmdeploy.{command}/1", **payload, **error})
@@ -85,8 +88,6 @@ def print_result(
         if failure is not None:
             report_error(failure)
     if failure is not None:
-        import typer
-
         raise typer.Exit(failure.exit_code)
 
 
@@ -111,3 +112,7 @@ def report_error(error: SpmDeployError) -> None:
     log(f"error: {error.problem}")
     if error.hint:
         log(f"hint: {error.hint}")
+
+
+def format_db(psnr: float | None) -> str:
+    return "identical" if psnr is None else f"{psnr:.1f} dB"

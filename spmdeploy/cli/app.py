@@ -1,0 +1,135 @@
+"""The command-line application: collects the commands, runs one, turns exceptions into messages and exit codes.
+
+Modules of commands import nothing heavy at the top: `spmdeploy COMMAND --help` must stay quick.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from contextlib import suppress
+from io import TextIOWrapper
+from typing import Annotated
+
+import typer
+
+from spmdeploy.cli.batch import batch
+from spmdeploy.cli.bench import bench_app
+from spmdeploy.cli.build import build
+from spmdeploy.cli.bundle import bundle_app, inspect, verify
+from spmdeploy.cli.console import error_fields, print_json, report_error
+from spmdeploy.cli.dataset import dataset_app
+from spmdeploy.cli.doctor import doctor
+from spmdeploy.cli.edit import edit
+from spmdeploy.cli.export import export, export_triton
+from spmdeploy.cli.labels import labels_app
+from spmdeploy.cli.train import evaluate, train
+from spmdeploy.errors import OutOfMemoryError, SpmDeployError, UsageError
+from spmdeploy.version import __version__
+
+_INTERRUPTED = 130
+
+app = typer.Typer(
+    name="spmdeploy",
+    help="Semantic image editing: a photo, a label map and a mask go in, what is under the mask comes back repainted.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command()(edit)
+app.command()(batch)
+app.command()(export)
+app.command()(inspect)
+app.command()(build)
+app.command()(verify)
+app.command("export-triton")(export_triton)
+app.command()(doctor)
+app.command()(train)
+app.command()(evaluate)
+app.add_typer(bundle_app, name="bundle")
+app.add_typer(labels_app, name="labels")
+app.add_typer(bench_app, name="bench")
+app.add_typer(dataset_app, name="dataset")
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
+) -> None:
+    if version:
+        print(__version__)
+    elif context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+def run_command(arguments: Sequence[str]) -> int:
+    """Run the command in `arguments` and return its exit code. Raises UsageError if they cannot be parsed."""
+    try:
+        return int(app(list(arguments), prog_name="spmdeploy", standalone_mode=False) or 0)
+    except typer.TyperException as error:
+        context = getattr(error, "ctx", None)
+        hint = f"see {context.command_path} --help" if context else None
+        raise UsageError(error.format_message().replace("Value error, ", ""), hint) from error
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code. The only place where exceptions become messages."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    as_json = "--json" in arguments
+    try:
+        exit_code = run_command(arguments)
+        if exit_code == _INTERRUPTED:  # typer's own answer to Ctrl-C
+            return _fail(SpmDeployError("interrupted"), as_json, _INTERRUPTED)
+        sys.stdout.flush()
+        return exit_code
+    except KeyboardInterrupt:
+        return _fail(SpmDeployError("interrupted"), as_json, _INTERRUPTED)
+    except SpmDeployError as error:
+        return _fail(error, as_json)
+    except MemoryError:
+        return _fail(OutOfMemoryError("out of memory", "use a smaller photo or close other programs"), as_json)
+    except BrokenPipeError:
+        return 1  # stdout was closed, as in `spmdeploy inspect X | head -1`
+    except Exception as error:
+        unexpected = SpmDeployError(
+            f"{type(error).__name__}: {error}", "this is a defect; SPMDEPLOY_DEBUG=1 shows where"
+        )
+        return _fail(unexpected, as_json)
+
+
+def _fail(error: SpmDeployError, as_json: bool, exit_code: int | None = None) -> int:
+    exit_code = error.exit_code if exit_code is None else exit_code
+    if os.environ.get("SPMDEPLOY_DEBUG") == "1" and sys.exc_info()[0] is not None:
+        traceback.print_exc()
+    if as_json:
+        with suppress(OSError):  # a full disk behind stdout, say: the exit code still tells
+            print_json({"schema": "spmdeploy.error/1", **error_fields(error, exit_code)})
+    else:
+        report_error(error)
+    return exit_code
+
+
+def entry() -> None:
+    """Console entry point. Ends the process."""
+    is_edit = sys.argv[1:2] == ["edit"]
+    if is_edit and not any("torch" in argument for argument in sys.argv):
+        # Importing numpy starts a thread for each core, which take turns in waiting for matrices; here there are none.
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # file names hold anything, terminals do not
+    exit_code = main()
+    try:
+        sys.stdout.flush()
+    except OSError:
+        # The interpreter's own flush at the end would fail again, with an exit code of its own.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if is_edit and not (sys.gettrace() or sys.getprofile()):
+        # Its files are written and its session is closed. To take the interpreter down as well, module by module,
+        # takes a twentieth of a second and changes nothing.
+        with suppress(OSError):
+            sys.stderr.flush()
+        os._exit(exit_code)
+    sys.exit(exit_code)

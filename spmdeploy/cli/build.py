@@ -1,0 +1,111 @@
+"""The command `build`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from spmdeploy.cli.bundle import public_key_from
+from spmdeploy.cli.console import log, log_notes, print_result
+from spmdeploy.cli.options import Json, Overwrite, RequireSignature, Targets
+
+if TYPE_CHECKING:
+    from spmdeploy.bundle.bundle import Bundle
+    from spmdeploy.engines.build import EngineOptions, EnginePlan
+
+
+def build(
+    bundle: Annotated[Path, typer.Argument(help="The bundle whose graphs to build.")],
+    runtime: Annotated[
+        Literal["auto", "tensorrt", "tensorrt-rtx"],
+        typer.Option("--runtime", metavar="auto|tensorrt|tensorrt-rtx", help="The library that builds and later runs."),
+    ] = "auto",
+    precision: Annotated[
+        Literal["fp32", "fp16"], typer.Option("--precision", metavar="fp32|fp16", help="Which of the bundle's graphs.")
+    ] = "fp16",
+    graph: Annotated[
+        Literal["edit", "refine", "all"],
+        typer.Option("--graph", metavar="edit|refine|all", help="Which of them, by what it computes."),
+    ] = "all",
+    max_batch: Annotated[int, typer.Option("--max-batch", help="Edits at once, at most.")] = 8,
+    opt_batch: Annotated[int, typer.Option("--opt-batch", help="Edits at once to optimize for.")] = 1,
+    target: Targets = None,
+    timing_cache: Annotated[
+        Path | None,
+        typer.Option("--timing-cache", help="TensorRT: folder of measurements that make later builds short."),
+    ] = None,
+    workspace: Annotated[
+        int | None, typer.Option("--workspace", min=1, help="MiB that one layer may use for itself. Default: all.")
+    ] = None,
+    into: Annotated[
+        Literal["bundle", "cache"] | None,
+        typer.Option("--into", metavar="bundle|cache", help="Default: the bundle if it can be written to."),
+    ] = None,
+    require_signature: RequireSignature = None,
+    clean: Annotated[
+        bool, typer.Option("--clean", help="Build nothing: remove engines that no longer fit, saying why.")
+    ] = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Build engines from a bundle's graphs.
+
+    On the machine that will run them, or with TensorRT-RTX ahead of time for listed targets. What is there already is
+    kept. Precision is read back: FP16 that came out as FP32 is an error.
+    """
+    from spmdeploy.bundle.bundle import open_bundle
+    from spmdeploy.engines.store import remove_stale_engines
+
+    opened = open_bundle(bundle, public_key_from(require_signature))
+    if clean:
+        removed = [engine.to_json() for engine in remove_stale_engines(opened)]
+        lines = [
+            f"removed {engine['path']}: {'; '.join(engine['faults'] + engine['differences'])}" for engine in removed
+        ]
+        print_result("build", {"bundle": str(opened.path), "removed": removed}, lines or ["nothing to remove"], as_json)
+        return
+    from spmdeploy.engines.build import EngineOptions
+
+    options = EngineOptions(
+        runtime=runtime,
+        precision=precision,
+        graph=graph,
+        max_batch=max_batch,
+        opt_batch=opt_batch,
+        targets=tuple(target or ()),
+        timing_cache=timing_cache,
+        workspace_mb=workspace,
+        place=into,
+        overwrite=overwrite,
+    )
+    engines, lines = build_engines_with_progress(opened, options)
+    print_result("build", {"bundle": str(opened.path), "engines": engines}, lines, as_json)
+
+
+def build_engines_with_progress(
+    bundle: Bundle, options: EngineOptions, plan: EnginePlan | None = None
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Builds and talks meanwhile; the engines as JSON and in words."""
+    from spmdeploy.engines.build import build_engines
+
+    def tell(words: str, seconds: float) -> None:
+        log(f"[{seconds // 60:.0f}:{seconds % 60:02.0f}] {words}" if seconds else words)
+
+    results = build_engines(bundle, options, plan, tell)
+    log_notes(
+        [f"{result.path.with_name('build.log')}: {result.warnings} warnings" for result in results if result.warnings]
+    )
+    engines = [{"path": str(result.path), "built": result.built, **result.record.to_json()} for result in results]
+    lines = []
+    for result in results:
+        record = result.record
+        how = f"built in {record.build_seconds:.1f} s" if result.built else "there already"
+        lines.append(
+            f"{result.path}: {record.engine.bytes / 1e6:.1f} MB for {record.made_for}, batches {record.batch}, "
+            f"{record.computes_in}, {how}"
+        )
+        if record.computes_in.unread:
+            lines.append(f"  not read back from the engine itself: {record.computes_in.unread}")
+    return engines, lines

@@ -1,0 +1,146 @@
+"""The commands `export` and `export-triton`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from spmdeploy.cli.build import build_engines_with_progress
+from spmdeploy.cli.console import format_db, format_table, log, print_result, require_extra
+from spmdeploy.cli.options import Classes, Json, Overwrite, PrecisionOption, Targets, one_of
+from spmdeploy.errors import UsageError
+
+if TYPE_CHECKING:
+    from spmdeploy.engines.build import EngineOptions, EnginePlan
+    from spmdeploy.export.pipeline import ExportOptions
+    from spmdeploy.types import Precision
+
+GRAPH_PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16")
+
+
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="Weights: .safetensors of ours, or a .pth checkpoint with netG.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The bundle, NAME.spm.")],
+    classes: Classes,
+    precision: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--precision",
+            metavar="fp32|fp16",
+            help="Repeat for several; default: both.",
+            callback=one_of(GRAPH_PRECISIONS),
+        ),
+    ] = None,
+    half_weights: Annotated[
+        bool, typer.Option("--half-weights", help="Store the FP32 graph's weights as FP16: half the file.")
+    ] = False,
+    cpu_only: Annotated[
+        bool, typer.Option("--cpu-only", help="Write the graph for CPUs alone: half the bundle.")
+    ] = False,
+    licence: Annotated[
+        str | None, typer.Option("--licence", help="Terms of the weights, for manifest and card.")
+    ] = None,
+    engine: Annotated[bool, typer.Option("--engine", help="Build engines too, as `build` does.")] = False,
+    target: Targets = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Turn weights into a bundle.
+
+    Every graph is run and compared with PyTorch before it may ship.
+    """
+    with require_extra("export"):
+        from spmdeploy.export.pipeline import UNSTATED_LICENCE, ExportOptions, export_bundle
+    from spmdeploy.labels import class_table
+
+    options = ExportOptions(
+        table=class_table(classes),
+        precisions=[name for name in GRAPH_PRECISIONS if name in precision] if precision else list(GRAPH_PRECISIONS),
+        half_weights=half_weights,
+        cpu_only=cpu_only,
+        licence=licence or UNSTATED_LICENCE,
+        overwrite=overwrite,
+    )
+    engine_options, engine_plan = _engines_of_export(options, engine, target or [])
+    result = export_bundle(checkpoint, output, options, lambda step: log(f"{step} ..."))
+    graphs = [{**graph.record.to_json(), "seconds": round(graph.seconds, 2)} for graph in result.graphs]
+    rows = [
+        (
+            f"{graph['graph']} {graph['precision']}",
+            f"{graph['bytes'] / 1e6:.1f} MB",
+            f"{graph['parity']['max_grey']:g}",
+            f"{graph['parity']['mean_grey']:.3f}",
+            format_db(graph["parity"]["psnr_db"]),
+            f"{graph['seconds']:.1f} s",
+        )
+        for graph in graphs
+    ]
+    heading = ("graph", "size", "largest drift", "mean drift", "PSNR in mask", "time")
+    lines = [f"{output}: {result.bundle.manifest.generator.parameters / 1e6:.1f} M parameters, {result.seconds:.1f} s"]
+    lines += format_table(heading, rows)
+    payload = {"output": str(output), "seconds": round(result.seconds, 2), "graphs": graphs}
+    if engine_options is not None:
+        payload["engines"], engine_words = build_engines_with_progress(result.bundle, engine_options, engine_plan)
+        lines += engine_words
+    print_result("export", payload, lines, as_json)
+
+
+def export_triton(
+    bundle: Annotated[Path, typer.Argument(help="A bundle, folder or file.")],
+    repository: Annotated[Path, typer.Argument(help="The model repository; other models in it are left alone.")],
+    name: Annotated[str | None, typer.Option("--name", help="Of the model; default: the bundle's.")] = None,
+    graph: Annotated[
+        Literal["edit", "refine"],
+        typer.Option("--graph", metavar="edit|refine", help="Which graph, by what it computes."),
+    ] = "edit",
+    precision: PrecisionOption = "auto",
+    device: Annotated[
+        Literal["gpu", "cpu"], typer.Option("--device", metavar="gpu|cpu", help="What the server runs it on.")
+    ] = "gpu",
+    engine: Annotated[
+        str | None,
+        typer.Option("--engine", metavar="KEY", help="Serve this TensorRT engine, not the graph."),
+    ] = None,
+    max_batch: Annotated[
+        int | None,
+        typer.Option("--max-batch", min=1, help="Edits in one batch. Default: 8, or what the engine takes."),
+    ] = None,
+    instances: Annotated[int, typer.Option("--instances", min=1, help="Copies of the model on each device.")] = 1,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Write a model repository for the Triton Inference Server.
+
+    Dynamic batching, instances, and a golden edit that every instance computes before it serves. The server takes and
+    gives what the graph does: bytes in, bytes out.
+    """
+    with require_extra("export"):
+        from spmdeploy.bundle.bundle import open_bundle
+        from spmdeploy.export.triton import TritonOptions
+        from spmdeploy.export.triton import export_triton as write_model
+
+    options = TritonOptions(name, graph, precision, device, engine, max_batch, instances, overwrite)
+    model = write_model(open_bundle(bundle), repository, options)
+    lines = [f"{model.folder}: {model.source}, batches up to {model.max_batch}; the server needs {model.needs}"]
+    rows = [(name, f"{size / 1e6:.1f} MB") for name, size in model.files.items()]
+    print_result("export-triton", model.to_json(), lines + format_table(("", ""), rows)[1:], as_json)
+
+
+def _engines_of_export(
+    export: ExportOptions, wanted: bool, targets: Sequence[str]
+) -> tuple[EngineOptions | None, EnginePlan | None]:
+    """What to build after an export, checked before it: an export takes minutes."""
+    if not wanted:
+        if targets:
+            raise UsageError("--target is for engines", "add --engine")
+        return None, None
+    if export.cpu_only:
+        raise UsageError("no engine can be built from the graph for CPUs", "leave out --cpu-only or --engine")
+    from spmdeploy.engines.build import EngineOptions, plan_engines
+
+    precision: Precision = "fp16" if "fp16" in export.precisions else "fp32"
+    options = EngineOptions(precision=precision, targets=tuple(targets))
+    return options, plan_engines(options)
