@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
@@ -13,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spmdeploy.errors import InputError
+from spmdeploy.serialization import parse_json
 
 Color: TypeAlias = tuple[int, int, int]
 
@@ -210,12 +210,12 @@ def offset_labels(
 
 def _table_in(path: Path) -> ClassTable:
     try:
-        content = json.loads(path.read_text("utf-8"))
+        content = parse_json(path.read_bytes())
     except FileNotFoundError as exc:
         raise InputError(f"there is no file {path}", _names_hint()) from exc
     except OSError as exc:
         raise InputError(f"{path} cannot be read: {exc.strerror}") from exc
-    except (ValueError, RecursionError) as exc:
+    except ValueError as exc:
         raise InputError(f"{path} is not JSON: {exc}", _TABLE_HINT) from exc
     return ClassTable.from_json(content, str(path))
 

@@ -7,12 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import types
-import typing
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union
+from typing import Any, Literal
 
 from spmdeploy.bench.fidelity import Parity
 from spmdeploy.bench.machine import BackgroundLoad, Machine, State
@@ -20,12 +17,11 @@ from spmdeploy.bench.profile import LayerGroup
 from spmdeploy.bench.roofline import PeakRates, RooflineBound
 from spmdeploy.bench.schedule import WarmUp
 from spmdeploy.errors import InputError
-from spmdeploy.serialization import FieldError, as_count, as_flag, as_number, as_object, as_text, parse, refuse
-from spmdeploy.serialization import schema_version as version_of
+from spmdeploy.serialization import Schema
 from spmdeploy.stats import Ratio, Summary
 
-SCHEMA_FAMILY, SCHEMA_VERSION = "spmdeploy.bench/", 1
-SCHEMA = f"{SCHEMA_FAMILY}{SCHEMA_VERSION}"
+MEASURE = "write records with `spmdeploy bench --output FILE.json`"
+SCHEMA = Schema("spmdeploy.bench/", 1, "a benchmark record", InputError, MEASURE)
 
 Scope = Literal["engine", "frame", "edit", "cold-start"]
 Status = Literal["measured", "unavailable", "differs", "crashed"]
@@ -157,35 +153,21 @@ class Record:
 
     def to_json(self) -> dict[str, Any]:
         """What `from_json` reads."""
-        return {"schema": SCHEMA, **dataclasses.asdict(self)}
+        return {"schema": SCHEMA.name, **dataclasses.asdict(self)}
 
     @classmethod
     def from_json(cls, value: object, source: str) -> Record:
         """Raises InputError naming `source` and the field."""
-        version = version_of(value, SCHEMA_FAMILY)
-        if version is None:
-            found = value.get("schema") if isinstance(value, dict) else None
-            raise InputError(f"{source}: no benchmark record: its schema is {found!r}, not {SCHEMA}", MEASURE)
-        if version > SCHEMA_VERSION:
-            raise InputError(f"{source}: its schema is newer than {SCHEMA}, which this version reads", "upgrade")
-        try:
-            return as_dataclass(cls)(value, "")
-        except FieldError as error:
-            raise InputError(f"{source}: {error}", MEASURE) from error
-
-
-MEASURE = "write records with `spmdeploy bench --output FILE.json`"
+        return SCHEMA.convert(value, cls, source)
 
 
 def read_record(path: Path) -> Record:
     """Raises InputError."""
     try:
-        value = parse(path.read_bytes())
+        content = path.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}", MEASURE) from error
-    except ValueError as error:
-        raise InputError(f"{path}: not valid JSON: {error}", MEASURE) from error
-    return Record.from_json(value, str(path))
+    return Record.from_json(SCHEMA.parse(content, str(path)), str(path))
 
 
 def record_text(record: Record) -> str:
@@ -199,73 +181,3 @@ def record_text(record: Record) -> str:
         # Inside a text the quotes would be escaped, so that this finds the field and nothing else.
         text = text.replace(f'"samples_ms": "{place}"', f'"samples_ms": {json.dumps(samples)}')
     return text + "\n"
-
-
-# ----------------------------------------------------------------------------------------------------- reading by type
-
-T = TypeVar("T")
-Reader = Callable[[object, str], Any]
-_PLAIN: dict[object, Reader] = {str: as_text, int: as_count, float: as_number, bool: as_flag, object: lambda v, w: v}
-
-
-def as_dataclass(kind: type[T]) -> Callable[[object, str], T]:
-    """A reader of JSON objects whose fields are those of a dataclass, by their annotations. Others are passed over, and
-    those with a default, which came later than the schema, may be missing."""
-    hints = typing.get_type_hints(kind)
-    later = {field.name for field in dataclasses.fields(kind) if field.default is not dataclasses.MISSING}  # type: ignore[arg-type]
-
-    def read(value: object, where: str) -> T:
-        given = as_object(value, where or "the record")
-        missing = next((name for name in hints if name not in given and name not in later), None)
-        if missing:
-            raise FieldError(f"{where}{'.' if where else ''}{missing} is missing")
-        prefix = f"{where}." if where else ""
-        there = {name: hint for name, hint in hints.items() if name in given}
-        return kind(**{name: _reader(hint)(given[name], prefix + name) for name, hint in there.items()})
-
-    return read
-
-
-def _reader(hint: Any) -> Reader:
-    """For the annotations that the records use; any other is a mistake of ours."""
-    if hint in _PLAIN:
-        return _PLAIN[hint]
-    if dataclasses.is_dataclass(hint):
-        return as_dataclass(typing.cast(type, hint))
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (Union, types.UnionType):
-        return _union(arguments)
-    if origin is Literal:
-        return lambda value, where: value if value in arguments else refuse(value, where, " or ".join(arguments))
-    if origin is tuple and arguments[1:] == (...,):
-        return _sequence(_reader(arguments[0]))
-    if origin is dict and arguments[0] is str:
-        read = _reader(arguments[1])
-        return lambda value, where: {key: read(item, f"{where}.{key}") for key, item in as_object(value, where).items()}
-    raise AssertionError(hint)
-
-
-def _union(arguments: tuple[Any, ...]) -> Reader:
-    """`X | None`, or `str | int`."""
-    readers = [_reader(argument) for argument in arguments if argument is not type(None)]
-
-    def read(value: object, where: str) -> Any:
-        if value is None and type(None) in arguments:
-            return None
-        for reader in readers[:-1]:
-            try:
-                return reader(value, where)
-            except FieldError:
-                continue
-        return readers[-1](value, where)
-
-    return read
-
-
-def _sequence(read_item: Reader) -> Reader:
-    def read(value: object, where: str) -> tuple[Any, ...]:
-        if not isinstance(value, list):
-            refuse(value, where, "a list")
-        return tuple(read_item(item, f"{where}[{place}]") for place, item in enumerate(value))
-
-    return read

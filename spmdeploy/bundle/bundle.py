@@ -50,7 +50,7 @@ from spmdeploy.bundle.storage import (
     SUMS,
     FileStore,
     FolderStore,
-    damaged,
+    corrupt_bundle_error,
     open_storage,
 )
 from spmdeploy.errors import BundleError, InputError
@@ -146,7 +146,7 @@ class Bundle:
         keys, entries = _find_bytes(stream, self._store.sizes[record.file], (_LOCATION, entry))
         if keys != (entries if name else 0):
             may = f"other files than {record.weights}" if name else "files that the manifest does not name"
-            raise damaged(self.path / record.file, f"asks for weights in {may}")
+            raise corrupt_bundle_error(self.path / record.file, f"asks for weights in {may}")
 
     def read_signature(self) -> bytes | None:
         """The signature file in the bundle, checked or not."""
@@ -203,7 +203,7 @@ def _open_store(store: FileStore, signed_with: PublicKey | None = None) -> Bundl
     signature = None if signed_with is None else _check_signature(store, sums, signed_with)
     digests = _parse_sums(sums, store.shown / SUMS)
     if MANIFEST not in digests:
-        raise damaged(store.shown / SUMS, f"does not list {MANIFEST}")
+        raise corrupt_bundle_error(store.shown / SUMS, f"does not list {MANIFEST}")
     _compare(shown, hashlib.sha256(content).hexdigest(), digests[MANIFEST])
     manifest = Manifest.from_bytes(content, str(shown))
     _check_presence(store, digests)
@@ -223,9 +223,9 @@ def _check_signature(store: FileStore, sums: bytes, key: PublicKey) -> Signature
 
 def _read_text(store: FileStore, name: str) -> bytes:
     if name not in store.sizes:
-        raise damaged(store.shown / name, "missing")
+        raise corrupt_bundle_error(store.shown / name, "missing")
     if store.sizes[name] > MAX_TEXT_BYTES:
-        raise damaged(store.shown / name, f"{store.sizes[name]} bytes, more than {MAX_TEXT_BYTES}")
+        raise corrupt_bundle_error(store.shown / name, f"{store.sizes[name]} bytes, more than {MAX_TEXT_BYTES}")
     with store.open(name) as stream:
         return stream.read(store.sizes[name])
 
@@ -236,7 +236,9 @@ def _parse_sums(written: bytes, shown: Path) -> dict[str, str]:
     for number, line in enumerate(written.decode("utf-8", "replace").removesuffix("\n").split("\n"), start=1):
         parsed = re.fullmatch(r"([0-9a-f]{64}) [ *](.+)", line)
         if parsed is None or not is_safe_relative_path(parsed[2]) or parsed[2] in digests:
-            raise damaged(shown, f"line {number} is {line[:100]!r}: no SHA-256, an unsafe name, or one twice")
+            raise corrupt_bundle_error(
+                shown, f"line {number} is {line[:100]!r}: no SHA-256, an unsafe name, or one twice"
+            )
         digests[parsed[2]] = parsed[1]
     return digests
 
@@ -244,21 +246,21 @@ def _parse_sums(written: bytes, shown: Path) -> dict[str, str]:
 def _check_presence(store: FileStore, digests: Mapping[str, str]) -> None:
     for name in digests:
         if name not in store.sizes:
-            raise damaged(store.shown / name, f"missing, though {SUMS} lists it")
+            raise corrupt_bundle_error(store.shown / name, f"missing, though {SUMS} lists it")
         if store.sizes[name] > MAX_FILE_BYTES:
-            raise damaged(store.shown / name, f"{store.sizes[name]} bytes, more than {MAX_FILE_BYTES}")
+            raise corrupt_bundle_error(store.shown / name, f"{store.sizes[name]} bytes, more than {MAX_FILE_BYTES}")
 
 
 def _check_graphs(store: FileStore, digests: Mapping[str, str], manifest: Manifest) -> None:
     for record in manifest.graphs:
         for name in record.files:
             if name not in digests:
-                raise damaged(store.shown / name, f"named in {MANIFEST}, but {SUMS} does not list it")
+                raise corrupt_bundle_error(store.shown / name, f"named in {MANIFEST}, but {SUMS} does not list it")
         shown = store.shown / record.file
         size = store.sizes[record.file]
         if size != record.bytes:
             words = "truncated" if size < record.bytes else "tampered with or damaged"
-            raise damaged(shown, f"{words}: {size} bytes, but {MANIFEST} says {record.bytes}")
+            raise corrupt_bundle_error(shown, f"{words}: {size} bytes, but {MANIFEST} says {record.bytes}")
         _compare(shown, digests[record.file], record.sha256, MANIFEST)
 
 
@@ -267,13 +269,15 @@ def _check_golden(store: FileStore, digests: Mapping[str, str], manifest: Manife
     for edit in manifest.golden:
         for picture in (*GOLDEN_PICTURES, *([GOLDEN_REFINED] if refines else [])):
             if f"{edit.folder}/{picture}" not in digests:
-                raise damaged(store.shown / edit.folder / picture, f"missing from the golden edit {edit.name}")
+                raise corrupt_bundle_error(
+                    store.shown / edit.folder / picture, f"missing from the golden edit {edit.name}"
+                )
 
 
 def _compare(shown: Path, actual: str, expected: str, said_by: str = SUMS) -> None:
     if actual != expected:
         words = f"SHA-256 is {actual[:12]}…, but {said_by} says {expected[:12]}…"
-        raise damaged(shown, f"tampered with or damaged: {words}")
+        raise corrupt_bundle_error(shown, f"tampered with or damaged: {words}")
 
 
 def _digest(stream: BinaryIO, size: int) -> str:
@@ -312,7 +316,7 @@ def _bundle_errors(subject: Path) -> Iterator[None]:
     try:
         yield
     except OSError as exc:
-        raise damaged(exc.filename or subject, f"cannot be read: {exc.strerror or exc}") from exc
+        raise corrupt_bundle_error(exc.filename or subject, f"cannot be read: {exc.strerror or exc}") from exc
 
 
 # ---------------------------------------------------------------------------------------------------------- writing

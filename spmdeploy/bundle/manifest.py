@@ -1,54 +1,35 @@
-"""manifest.json of a bundle: its records, and their strict reading from JSON."""
+"""Records of a bundle's manifest.json."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
+from collections import Counter
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date
 from pathlib import PurePosixPath
 from typing import Any
 
-from spmdeploy.bundle.storage import EXPORT_FIRST, damaged
+from spmdeploy.bundle.storage import COPY_AGAIN, corrupt_bundle_error
 from spmdeploy.errors import BundleError, SpmDeployError
+from spmdeploy.files import is_safe_relative_path
 from spmdeploy.labels import ClassTable
-from spmdeploy.serialization import (
-    FieldError,
-    Fields,
-    Reader,
-    as_anything,
-    as_count,
-    as_date,
-    as_digest,
-    as_inside_name,
-    as_number,
-    as_object,
-    as_plain_name,
-    as_text,
-    list_of,
-    mapping_of,
-    one_of,
-    or_none,
-    parse,
-    repeated,
-    schema_version,
-)
-from spmdeploy.types import MODULATIONS, STAGE_COUNTS, ChannelOrder, Modulation, Precision, StageCount, WeightsDtype
+from spmdeploy.serialization import Count, Finite, Schema, Sha256, format_json, parse_json, shorten
+from spmdeploy.types import ChannelOrder, Modulation, Precision, StageCount, WeightsDtype
 
-SCHEMA_FAMILY, SCHEMA_VERSION = "spmdeploy.bundle/", 1
-SCHEMA = f"{SCHEMA_FAMILY}{SCHEMA_VERSION}"
+SCHEMA = Schema("spmdeploy.bundle/", 1, "the manifest of a bundle", BundleError, COPY_AGAIN)
 
 
 @dataclass(frozen=True)
 class GeneratorFacts:
     """The size of the network that the graphs were made from."""
 
-    classes: int
-    width: int
-    hidden: int
-    parameters: int
-    gflop: float
+    classes: Count
+    width: Count
+    hidden: Count
+    parameters: Count
+    gflop: Finite
     """Operations of one 256x256 edit, in units of 1e9."""
     modulation: Modulation = "spm"
     stages: StageCount = 3
@@ -74,16 +55,16 @@ class GraphRecord:
     precision: Precision
     file: str
     """A name inside the bundle."""
-    bytes: int
-    sha256: str
-    opset: int
+    bytes: Count
+    sha256: Sha256
+    opset: Count
     weights_dtype: WeightsDtype
     """How the weights are stored; an FP32 graph may keep halves and cast them."""
-    fp16_share: float
+    fp16_share: Finite
     """Share of the operations that compute in FP16, 0..1."""
-    fp32_operations: dict[str, int]
+    fp32_operations: dict[str, Count]
     """Operations that compute in FP32, by ONNX operator."""
-    parity: dict[str, float | None]
+    parity: dict[str, Finite | None]
     """Figures of the comparison with torch in FP32. None: infinite (the PSNR of equal pictures)."""
     weights: str | None = None
     """The file beside it that holds its large weights, shared with other graphs; None: it holds them itself."""
@@ -111,9 +92,9 @@ class GoldenEdit:
 class ParityLimits:
     """What any backend must keep to, inside the mask, against the expected picture of a golden edit."""
 
-    max_grey: float
-    mean_grey: float
-    min_psnr_db: float
+    max_grey: Finite
+    mean_grey: Finite
+    min_psnr_db: Finite
 
 
 @dataclass(frozen=True)
@@ -121,7 +102,7 @@ class SourceFacts:
     """The checkpoint that the bundle was exported from."""
 
     file: str
-    sha256: str
+    sha256: Sha256
     format: str
 
 
@@ -137,7 +118,7 @@ class Manifest:
     classes: ClassTable
     channel_order: ChannelOrder
     """The order that the source weights were trained in. The graphs take and give RGB in any case."""
-    native_size: int
+    native_size: Count
     """Height and width of the pictures that the graphs take."""
     generator: GeneratorFacts
     graphs: tuple[GraphRecord, ...]
@@ -151,32 +132,31 @@ class Manifest:
 
     @classmethod
     def from_bytes(cls, content: bytes, source: str) -> Manifest:
-        """Raises BundleError as `from_json`, and for what is not strict JSON: NaN, a key that is there twice."""
-        try:
-            value = parse(content)
-        except ValueError as exc:
-            raise damaged(source, f"not valid JSON: {exc}") from exc
-        return cls.from_json(value, source)
+        """Reads manifest.json. Raises BundleError naming `source` and, where one is wrong, the field."""
+        return cls.from_json(SCHEMA.parse(content, source), source)
 
     @classmethod
     def from_json(cls, value: object, source: str) -> Manifest:
-        """Raises BundleError naming `source` and the field; for a schema that is not ours or newer, saying that."""
-        _check_schema(value, source)
-        try:
-            manifest = _manifest(value, "")
-        except FieldError as exc:
-            raise damaged(source, exc) from exc
-        if fault := manifest._contradiction():
-            raise damaged(source, fault)
+        """The same from parsed JSON."""
+        fields = SCHEMA.check(value, source)
+        if isinstance(fields.get("classes"), dict):
+            try:
+                fields = {**fields, "classes": ClassTable.from_json(fields["classes"], "classes")}
+            except SpmDeployError as exc:
+                raise corrupt_bundle_error(source, exc.problem) from exc
+        manifest = SCHEMA.convert(fields, cls, source)
+        if problem := manifest._problem():
+            raise corrupt_bundle_error(source, problem)
         return manifest
 
     def to_bytes(self) -> bytes:
-        return (json.dumps(self.to_json(), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+        """The content of manifest.json."""
+        return format_json(self.to_json())
 
     def to_json(self) -> dict[str, Any]:
         """What `from_json` reads."""
         return {
-            "schema": SCHEMA,
+            "schema": SCHEMA.name,
             **dataclasses.asdict(self),
             "created": self.created.isoformat(),
             "classes": self.classes.to_json(),
@@ -184,123 +164,39 @@ class Manifest:
             "golden": [dataclasses.asdict(edit) for edit in self.golden],
         }
 
-    def _contradiction(self) -> str | None:
+    def _problem(self) -> str | None:
+        """What types alone do not tell: unsafe names, and records that contradict each other."""
+        for where, name, plain in self._names():
+            if not is_safe_relative_path(name) or (plain and "/" in name):
+                expected = "a plain name without /" if plain else "a relative path inside the bundle"
+                return f"{where} is {shorten(name)}, not {expected}"
         if len(self.classes) != self.generator.classes:
             return f"generator.classes is {self.generator.classes}, but classes lists {len(self.classes)}"
-        for words, keys in (
+        for what, keys in (
             ("graph", [f"{record.graph} {record.precision}" for record in self.graphs]),
             ("golden edit", [edit.name for edit in self.golden]),
         ):
-            if twice := repeated(keys):
-                return f"the {words} {twice} is there twice"
+            if twice := [key for key, count in Counter(keys).items() if count > 1]:
+                return f"the {what} {twice[0]} is there twice"
         for record in self.graphs:
             if record.weights and PurePosixPath(record.weights).parent != PurePosixPath(record.file).parent:
-                return f"the weights {record.weights} do not lie beside {record.file}"
+                return f"the weights {record.weights} are not in the folder of {record.file}"
         unlimited = {record.precision for record in self.graphs} - self.limits.keys()
         return f"limits has none for {min(unlimited)}, the precision of a graph" if unlimited else None
 
-
-# --------------------------------------------------------------------------------------------------------- the schema
+    def _names(self) -> Iterator[tuple[str, str, bool]]:
+        """Every name and path with the path of its field, and whether it must be without slashes."""
+        yield "name", self.name, True
+        for i, record in enumerate(self.graphs):
+            yield f"graphs[{i}].file", record.file, False
+            if record.weights is not None:
+                yield f"graphs[{i}].weights", record.weights, False
+        for i, edit in enumerate(self.golden):
+            yield f"golden[{i}].name", edit.name, True
+            yield f"golden[{i}].folder", edit.folder, False
 
 
 def check_version(content: bytes, source: str) -> None:
-    """Raises BundleError if manifest.json is another program's or a later version's. Looks at nothing else."""
+    """Raises BundleError if manifest.json is another program's or of a later schema, and for nothing else."""
     with suppress(ValueError):
-        _check_schema(parse(content), source)
-
-
-def _check_schema(value: object, source: str) -> None:
-    number = schema_version(value, SCHEMA_FAMILY)
-    if number is None:
-        schema = value.get("schema") if isinstance(value, dict) else None
-        raise BundleError(f"{source}: not a bundle's: its schema is {schema!r}, not {SCHEMA}", EXPORT_FIRST)
-    if number > SCHEMA_VERSION:
-        newer = f"{SCHEMA_FAMILY}{number}"
-        raise BundleError(f"{source}: {newer} is newer than {SCHEMA}, which this version reads", "upgrade spmdeploy")
-
-
-# ------------------------------------------------------------------------------------------------ record by record
-
-
-def _manifest(value: object, where: str) -> Manifest:
-    fields = Fields(value, where)
-    take = fields.take
-    return Manifest(
-        name=take("name", as_plain_name),
-        created=take("created", as_date),
-        tools=take("tools", mapping_of(as_text, as_text)),
-        classes=take("classes", _class_table),
-        channel_order=take("channel_order", one_of("RGB", "BGR")),
-        native_size=take("native_size", as_count),
-        generator=take("generator", _generator_facts),
-        graphs=take("graphs", list_of(_graph_record)),
-        golden=take("golden", list_of(_golden_edit)),
-        limits=take("limits", mapping_of(as_precision, _parity_limits)),
-        source=take("source", _source_facts),
-        licence=take("licence", as_text),
-        training=fields.take_optional("training", mapping_of(as_text, as_anything)),
-    )
-
-
-def _generator_facts(value: object, where: str) -> GeneratorFacts:
-    fields = Fields(value, where)
-    take = fields.take
-    return GeneratorFacts(
-        classes=take("classes", as_count),
-        width=take("width", as_count),
-        hidden=take("hidden", as_count),
-        parameters=take("parameters", as_count),
-        gflop=take("gflop", as_number),
-        # Bundles from before there was a choice do not name it.
-        modulation=fields.take_optional("modulation", one_of(*MODULATIONS)) or "spm",
-        stages=fields.take_optional("stages", one_of(*STAGE_COUNTS)) or 3,
-    )
-
-
-def _graph_record(value: object, where: str) -> GraphRecord:
-    fields = Fields(value, where)
-    take = fields.take
-    return GraphRecord(
-        graph=take("graph", as_text),
-        precision=take("precision", as_precision),
-        file=take("file", as_inside_name),
-        bytes=take("bytes", as_count),
-        sha256=take("sha256", as_digest),
-        opset=take("opset", as_count),
-        weights_dtype=take("weights_dtype", one_of("float32", "float16")),
-        fp16_share=take("fp16_share", as_number),
-        fp32_operations=take("fp32_operations", mapping_of(as_text, as_count)),
-        parity=take("parity", mapping_of(as_text, or_none(as_number))),
-        weights=fields.take_optional("weights", as_inside_name),
-    )
-
-
-def _golden_edit(value: object, where: str) -> GoldenEdit:
-    take = Fields(value, where).take
-    return GoldenEdit(
-        name=take("name", as_plain_name), folder=take("folder", as_inside_name), note=take("note", as_text)
-    )
-
-
-def _parity_limits(value: object, where: str) -> ParityLimits:
-    take = Fields(value, where).take
-    return ParityLimits(
-        max_grey=take("max_grey", as_number),
-        mean_grey=take("mean_grey", as_number),
-        min_psnr_db=take("min_psnr_db", as_number),
-    )
-
-
-def _source_facts(value: object, where: str) -> SourceFacts:
-    take = Fields(value, where).take
-    return SourceFacts(file=take("file", as_text), sha256=take("sha256", as_digest), format=take("format", as_text))
-
-
-def _class_table(value: object, where: str) -> ClassTable:
-    try:
-        return ClassTable.from_json(as_object(value, where), where)
-    except SpmDeployError as exc:
-        raise FieldError(exc.problem) from exc
-
-
-as_precision: Reader[Precision] = one_of("fp32", "fp16")
+        SCHEMA.check(parse_json(content), source)

@@ -36,7 +36,7 @@ WHOLE_BUNDLE = "this is one part of a bundle; give the .spm folder that it came 
 PACK_AGAIN = "make the zip inside the bundle's folder: zip -0 -X -r ../NAME.spm.zip ."
 
 
-def damaged(subject: str | Path, problem: object) -> BundleError:
+def corrupt_bundle_error(subject: str | Path, problem: object) -> BundleError:
     return BundleError(f"{subject}: {problem}", COPY_AGAIN)
 
 
@@ -91,7 +91,7 @@ def _interrupted_overwrite(path: Path) -> str:
 
 def _no_manifest(path: Path, names: list[str]) -> BundleError:
     if SUMS in names:
-        return damaged(path / MANIFEST, "missing")
+        return corrupt_bundle_error(path / MANIFEST, "missing")
     if any(name.endswith(f"/{MANIFEST}") for name in names):
         return BundleError(f"{path}: not a bundle: the {MANIFEST} lies one folder too deep", PACK_AGAIN)
     what = "without a manifest.json" if names else "empty"
@@ -113,7 +113,9 @@ class FolderStore:
         with open(self.root / name, "rb") as stream:
             size = os.fstat(stream.fileno()).st_size
             if size != self.sizes[name]:
-                raise damaged(self.shown / name, f"{size} bytes, but {self.sizes[name]} when the bundle was opened")
+                raise corrupt_bundle_error(
+                    self.shown / name, f"{size} bytes, but {self.sizes[name]} when the bundle was opened"
+                )
             yield stream
 
     def _listing(self) -> Iterator[tuple[str, int]]:
@@ -186,7 +188,7 @@ def _directory_start(archive: BinaryIO, path: Path) -> int:
     archive.seek(max(0, size - 42))
     locator, _, record = archive.read(42).rpartition(b"PK\5\6")
     if len(record) != 18:
-        raise damaged(path, "truncated, or something follows the zip: it does not end with its directory")
+        raise corrupt_bundle_error(path, "truncated, or something follows the zip: it does not end with its directory")
     length, start, comment = (int(number) for number in struct.unpack("<2LH", record[8:]))
     if locator[:4] == b"PK\6\7" or comment or start + length != size - 22:
         raise _zip_fault(path, "more than 4 GiB, or something precedes the zip in the file")

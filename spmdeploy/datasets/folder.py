@@ -6,7 +6,6 @@ of its own (as in the paper); one outside them, often 255, belongs to no class, 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from spmdeploy.datasets.masks import THING_ID, Mask, connected_components, rando
 from spmdeploy.errors import InputError
 from spmdeploy.imaging import files as images
 from spmdeploy.labels import ClassTable, class_table
+from spmdeploy.serialization import parse_json
 
 INSTANCE_FOLDERS = ("inst_map", "inst_map_cc")
 """Annotated instances, or ones derived from connected components; the first that exists is read."""
@@ -292,7 +292,7 @@ def read_instance_rules(root: Path) -> InstanceRules:
     """`thing_ids` and `instances` ("numbered") of ROOT/labels.json, both optional. Raises InputError."""
     path = root / "labels.json"
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = parse_json(path.read_bytes())
         things = tuple(int(value) for value in fields.get("thing_ids", ()))
         style = fields.get("instances")
     except (OSError, ValueError, TypeError, AttributeError) as error:

@@ -14,31 +14,17 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import date
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from spmdeploy.bundle.manifest import as_precision
+import msgspec
+
 from spmdeploy.errors import BundleError
-from spmdeploy.serialization import (
-    FieldError,
-    Fields,
-    as_count,
-    as_date,
-    as_digest,
-    as_flag,
-    as_inside_name,
-    as_number,
-    as_plain_name,
-    as_text,
-    list_of,
-    one_of,
-    or_none,
-    parse,
-    schema_version,
-)
+from spmdeploy.files import is_safe_relative_path
+from spmdeploy.serialization import Count, Finite, Schema, Sha256, format_json, shorten
 from spmdeploy.types import Precision
 
-SCHEMA_FAMILY, SCHEMA_VERSION = "spmdeploy.engine/", 1
-SCHEMA = f"{SCHEMA_FAMILY}{SCHEMA_VERSION}"
+BUILD_AGAIN = "build the engines again on the machine that runs them: spmdeploy build BUNDLE"
+SCHEMA = Schema("spmdeploy.engine/", 1, "the record of an engine", BundleError, BUILD_AGAIN)
 RECORD_FILE = "engine.json"
 ENGINE_SUFFIX = ".engine"
 
@@ -46,8 +32,6 @@ EngineRuntime = Literal["tensorrt", "tensorrt-rtx"]
 ENGINE_RUNTIMES: tuple[EngineRuntime, ...] = ("tensorrt", "tensorrt-rtx")
 BATCH = -1
 """Stands for the batch in the shape of a port."""
-
-BUILD_AGAIN = "build the engines again on the machine that runs them: spmdeploy build BUNDLE"
 
 
 @dataclass(frozen=True)
@@ -85,9 +69,9 @@ class BuilderFacts:
 class BatchRange:
     """The batch sizes that the engine takes, and the one that it is optimized for."""
 
-    min: int
-    opt: int
-    max: int
+    min: Count
+    opt: Count
+    max: Count
 
     def __str__(self) -> str:
         return f"{self.min} to {self.max}, best at {self.opt}"
@@ -100,7 +84,7 @@ class Port:
     name: str
     dtype: str
     """As numpy names it."""
-    shape: tuple[int, ...]
+    shape: tuple[Annotated[int, msgspec.Meta(ge=BATCH, le=2**63 - 1)], ...]
     """`BATCH` (-1) for the batch."""
 
 
@@ -108,11 +92,11 @@ class Port:
 class MeasuredPrecision:
     """What the engine computes in, as far as it could be read back."""
 
-    fp16_share: float | None
+    fp16_share: Finite | None
     """Of the layers that the built engine computes in floating point, the share in FP16: 0..1, by the inspector."""
     unread: str | None
     """Why the inspector could not tell."""
-    network_fp16_share: float
+    network_fp16_share: Finite
     """The same of the typed network that was built; a strongly typed engine computes in exactly these types."""
 
     def __str__(self) -> str:
@@ -127,7 +111,7 @@ class SourceFile:
 
     file: str
     """Its name inside the bundle."""
-    sha256: str
+    sha256: Sha256
 
 
 @dataclass(frozen=True)
@@ -135,8 +119,8 @@ class EngineFile:
     """The engine itself, beside the record."""
 
     file: str
-    bytes: int
-    sha256: str
+    bytes: Count
+    sha256: Sha256
 
 
 @dataclass(frozen=True)
@@ -146,9 +130,9 @@ class Verification:
     passed: bool
     on: date
     gpu: str
-    max_grey: float
-    mean_grey: float
-    psnr_db: float | None
+    max_grey: Finite
+    mean_grey: Finite
+    psnr_db: Finite | None
     """None: infinite."""
 
 
@@ -183,7 +167,7 @@ class EngineRecord:
     weights: SourceFile | None
     """The file that the ONNX file keeps its weights in, where it does."""
     engine: EngineFile
-    build_seconds: float
+    build_seconds: Finite
     timing_cache: bool
     """Whether measurements from an earlier build were at hand."""
     created: date
@@ -192,31 +176,18 @@ class EngineRecord:
 
     @classmethod
     def from_bytes(cls, content: bytes, source: str) -> EngineRecord:
-        """Raises BundleError naming `source` and the field; for a schema that is not ours or newer, saying that."""
-        try:
-            value = parse(content)
-        except ValueError as exc:
-            raise BundleError(f"{source}: not valid JSON: {exc}", BUILD_AGAIN) from exc
-        number = schema_version(value, SCHEMA_FAMILY)
-        if number is None:
-            raise BundleError(f"{source}: not the record of an engine: its schema is not {SCHEMA}", BUILD_AGAIN)
-        if number > SCHEMA_VERSION:
-            newer = f"{SCHEMA_FAMILY}{number} is newer than {SCHEMA}, which this version reads"
-            raise BundleError(f"{source}: {newer}", "upgrade spmdeploy, or build the engine again")
-        try:
-            record = _record(value)
-        except FieldError as exc:
-            raise BundleError(f"{source}: {exc}", BUILD_AGAIN) from exc
-        if fault := record._contradiction():
-            raise BundleError(f"{source}: {fault}", BUILD_AGAIN)
+        """Reads engine.json. Raises BundleError naming `source` and, where one is wrong, the field."""
+        record = SCHEMA.convert(SCHEMA.parse(content, source), cls, source)
+        if problem := record._problem():
+            raise BundleError(f"{source}: {problem}", BUILD_AGAIN)
         return record
 
     def to_bytes(self) -> bytes:
-        """What `from_bytes` reads."""
-        return (json.dumps(self.to_json(), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+        """The content of engine.json."""
+        return format_json(self.to_json())
 
     def to_json(self) -> dict[str, Any]:
-        value = {"schema": SCHEMA, **dataclasses.asdict(self), "created": self.created.isoformat()}
+        value = {"schema": SCHEMA.name, **dataclasses.asdict(self), "created": self.created.isoformat()}
         if self.verification is not None:
             value["verification"]["on"] = self.verification.on.isoformat()
         return value
@@ -239,7 +210,14 @@ class EngineRecord:
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         return f"{slug(*words)[:100]}-{digest[:12]}"
 
-    def _contradiction(self) -> str | None:
+    def _problem(self) -> str | None:
+        """What types alone do not tell: unsafe names, and fields that contradict each other."""
+        for where, name in (("bundle", self.bundle), ("graph", self.graph), ("engine.file", self.engine.file)):
+            if not is_safe_relative_path(name) or "/" in name:
+                return f"{where} is {shorten(name)}, not a plain name without /"
+        for where, source in (("onnx", self.onnx), ("weights", self.weights)):
+            if source is not None and not is_safe_relative_path(source.file):
+                return f"{where}.file is {shorten(source.file)}, not a relative path inside the bundle"
         if (self.gpu is None) == (not self.targets):
             return "it names both a GPU and targets, or neither"
         if self.targets and self.runtime == "tensorrt":
@@ -316,96 +294,3 @@ def _compared(record: EngineRecord, host: EngineHost) -> Iterator[tuple[str, boo
         yield f"operating system: built on {record.builder.os}, here {host.os}", True
     if record.builder.architecture != host.architecture:
         yield f"architecture: built on {record.builder.architecture}, here {host.architecture}", True
-
-
-# ------------------------------------------------------------------------------------------------ record by record
-
-
-def _record(value: object) -> EngineRecord:
-    fields = Fields(value, "")
-    take = fields.take
-    return EngineRecord(
-        bundle=take("bundle", as_plain_name),
-        graph=take("graph", as_plain_name),
-        precision=take("precision", as_precision),
-        runtime=take("runtime", one_of(*ENGINE_RUNTIMES)),
-        version=take("version", as_text),
-        gpu=take("gpu", or_none(_gpu)),
-        targets=take("targets", list_of(as_text)),
-        builder=take("builder", _builder),
-        strongly_typed=take("strongly_typed", as_flag),
-        fallback=take("fallback", or_none(as_text)),
-        flags=take("flags", list_of(as_text)),
-        batch=take("batch", _batch),
-        inputs=take("inputs", list_of(_port)),
-        outputs=take("outputs", list_of(_port)),
-        computes_in=take("computes_in", _reading),
-        onnx=take("onnx", _source),
-        weights=take("weights", or_none(_source)),
-        engine=take("engine", _engine_file),
-        build_seconds=take("build_seconds", as_number),
-        timing_cache=take("timing_cache", as_flag),
-        created=take("created", as_date),
-        verification=take("verification", or_none(_verification)),
-    )
-
-
-def _gpu(value: object, where: str) -> Gpu:
-    take = Fields(value, where).take
-    return Gpu(name=take("name", as_text), compute_capability=take("compute_capability", as_text))
-
-
-def _builder(value: object, where: str) -> BuilderFacts:
-    take = Fields(value, where).take
-    return BuilderFacts(
-        os=take("os", as_text),
-        architecture=take("architecture", as_text),
-        driver=take("driver", or_none(as_text)),
-        cuda=take("cuda", or_none(as_text)),
-        spmdeploy=take("spmdeploy", as_text),
-    )
-
-
-def _batch(value: object, where: str) -> BatchRange:
-    take = Fields(value, where).take
-    return BatchRange(min=take("min", as_count), opt=take("opt", as_count), max=take("max", as_count))
-
-
-def _port(value: object, where: str) -> Port:
-    take = Fields(value, where).take
-    return Port(name=take("name", as_text), dtype=take("dtype", as_text), shape=take("shape", list_of(_dimension)))
-
-
-def _dimension(value: object, where: str) -> int:
-    return BATCH if type(value) is int and value == BATCH else as_count(value, where)
-
-
-def _reading(value: object, where: str) -> MeasuredPrecision:
-    take = Fields(value, where).take
-    return MeasuredPrecision(
-        fp16_share=take("fp16_share", or_none(as_number)),
-        unread=take("unread", or_none(as_text)),
-        network_fp16_share=take("network_fp16_share", as_number),
-    )
-
-
-def _source(value: object, where: str) -> SourceFile:
-    take = Fields(value, where).take
-    return SourceFile(file=take("file", as_inside_name), sha256=take("sha256", as_digest))
-
-
-def _engine_file(value: object, where: str) -> EngineFile:
-    take = Fields(value, where).take
-    return EngineFile(file=take("file", as_plain_name), bytes=take("bytes", as_count), sha256=take("sha256", as_digest))
-
-
-def _verification(value: object, where: str) -> Verification:
-    take = Fields(value, where).take
-    return Verification(
-        passed=take("passed", as_flag),
-        on=take("on", as_date),
-        gpu=take("gpu", as_text),
-        max_grey=take("max_grey", as_number),
-        mean_grey=take("mean_grey", as_number),
-        psnr_db=take("psnr_db", or_none(as_number)),
-    )

@@ -14,7 +14,6 @@ Numbers that the table leaves out are never right. Labels that no number goes to
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from torch.nn import functional as F
 from spmdeploy.backends.onnxruntime import import_onnxruntime
 from spmdeploy.errors import InputError
 from spmdeploy.labels import ClassTable
+from spmdeploy.serialization import parse_json
 from spmdeploy.training.perceptual import IMAGENET_MEAN, IMAGENET_STD
 
 Pixels = npt.NDArray[np.uint8]
@@ -104,7 +104,7 @@ def read_segmenter_table(path: Path, classes: ClassTable) -> SegmenterTable:
     """Raises InputError naming the file and the entry."""
     hint = 'write {"classes": {"0": "road", ...}}: the network\'s class number to a name in labels.json'
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = parse_json(path.read_bytes())
         names = fields["classes"]
         numbers = {int(number): str(name) for number, name in names.items()}
         if not numbers or min(numbers) < 0:

@@ -25,6 +25,7 @@ from torch import Tensor
 from spmdeploy.errors import InputError
 from spmdeploy.model.generator import Generator, GeneratorConfig
 from spmdeploy.model.stage import STAGE_PLANS
+from spmdeploy.serialization import parse_json
 
 CONFIG_SCHEMA = "spmdeploy.generator/1"
 
@@ -82,7 +83,7 @@ def _load_own(path: Path) -> Checkpoint:
 
 def _read_config(path: Path) -> tuple[GeneratorConfig, dict[str, object] | None]:
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = parse_json(path.read_bytes())
         schema = fields.pop("schema")
         if schema != CONFIG_SCHEMA:
             raise ValueError(f"schema is {schema!r}, expected {CONFIG_SCHEMA!r}")

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import types
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,9 +11,10 @@ from typing import Any, Literal, TypeVar
 from spmdeploy.datasets.config import DataConfig, require
 from spmdeploy.errors import InputError
 from spmdeploy.model.generator import PRESETS
+from spmdeploy.serialization import Schema, unknown_field
 from spmdeploy.types import Modulation, StageCount
 
-SCHEMA = "spmdeploy.training/1"
+SCHEMA = Schema("spmdeploy.training/", 1, "a training configuration", InputError, "a run keeps its own in config.json")
 
 Options = Mapping[str, Any]
 """Fields of a part of the configuration; None: not asked for."""
@@ -203,56 +201,23 @@ def _given(options: Options) -> dict[str, Any]:
 def read_config(path: Path) -> TrainConfig:
     """The configuration in a JSON file. Raises InputError naming the file and the field."""
     try:
-        return from_json(json.loads(path.read_text(encoding="utf-8")), str(path))
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{path}: not a training configuration: {error}", "a run keeps its own in config.json"
-        ) from error
+        content = path.read_bytes()
+    except OSError as exc:
+        raise InputError(f"{path}: cannot be read: {exc.strerror}", SCHEMA.hint) from exc
+    return from_json(SCHEMA.parse(content, str(path)), str(path))
 
 
 def to_json(config: TrainConfig) -> dict[str, Any]:
-    return {"schema": SCHEMA, **dataclasses.asdict(config)}
+    return {"schema": SCHEMA.name, **dataclasses.asdict(config)}
 
 
-def from_json(fields: Any, source: str) -> TrainConfig:
+def from_json(fields: object, source: str) -> TrainConfig:
     """The configuration that `to_json` wrote. Raises InputError naming `source` and the field."""
-    if not isinstance(fields, dict) or fields.get("schema") != SCHEMA:
-        found = fields.get("schema") if isinstance(fields, dict) else type(fields).__name__
-        raise InputError(f"{source}: not a training configuration: schema is {found!r}, expected {SCHEMA!r}")
+    values = {name: value for name, value in SCHEMA.check(fields, source).items() if name != "schema"}
     try:
-        config = _read(TrainConfig, {name: value for name, value in fields.items() if name != "schema"}, "config")
-    except InputError as error:
-        raise InputError(f"{source}: {error.problem}") from error
-    assert isinstance(config, TrainConfig)
+        config = SCHEMA.convert(fields, TrainConfig, source)
+    except InputError as exc:  # of `require`, which does not know the source
+        raise InputError(f"{source}: {exc.problem.removeprefix(f'{source}: ')}", exc.hint) from exc
+    if name := unknown_field(values, config):
+        raise InputError(f"{source}: there is no field {name}", SCHEMA.hint)
     return config
-
-
-def _read(kind: Any, value: Any, name: str) -> Any:
-    """`value` from JSON as `kind`: dataclasses, tuples of them and plain values."""
-    if dataclasses.is_dataclass(kind):
-        return _read_dataclass(kind, value, name)
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin is tuple:
-        require(isinstance(value, list | tuple), name, value, "a list")
-        return tuple(_read(arguments[0], item, f"{name}[{index}]") for index, item in enumerate(value))
-    if origin is Literal:
-        known = any(type(value) is type(choice) and value == choice for choice in arguments)  # True is 1 to Python
-        require(known, name, value, f"one of {', '.join(map(str, arguments))}")
-        return value
-    if origin is types.UnionType:
-        return None if value is None else _read(arguments[0], value, name)
-    plain = dict if origin is dict else kind
-    fits = isinstance(value, int | float) and not isinstance(value, bool) if plain is float else type(value) is plain
-    require(fits, name, value, f"of type {plain.__name__}")
-    return value
-
-
-def _read_dataclass(kind: Any, value: Any, name: str) -> Any:
-    require(isinstance(value, dict), name, value, "an object")
-    hints = typing.get_type_hints(kind)
-    unknown = value.keys() - hints.keys()
-    require(not unknown, name, sorted(unknown), f"fields out of {', '.join(hints)}")
-    try:
-        return kind(**{key: _read(hints[key], item, f"{name}.{key}") for key, item in value.items()})
-    except TypeError as error:  # a field without default is missing
-        raise InputError(f"{name}: {error}") from error

@@ -25,7 +25,7 @@ import torch
 from spmdeploy.errors import InputError, UsageError
 from spmdeploy.model.checkpoint import save_generator
 from spmdeploy.model.generator import Generator
-from spmdeploy.training.config import TrainConfig, from_json, to_json
+from spmdeploy.training.config import TrainConfig, read_config, to_json
 
 CHECKPOINT_SCHEMA = "spmdeploy.checkpoint/1"
 
@@ -66,11 +66,9 @@ class RunDirectory:
 
     def config(self) -> TrainConfig:
         """The run's configuration. Raises InputError when there is none."""
-        try:
-            fields = json.loads(self._config.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise InputError(f"{self._config}: no run to resume: {error}", "start one without --resume") from error
-        return from_json(fields, str(self._config))
+        if not self._config.exists():
+            raise InputError(f"{self._config}: no run to resume", "start one without --resume")
+        return read_config(self._config)
 
     def sample_sheet(self, images: int) -> Path:
         """Where the sample sheet after so many images goes."""

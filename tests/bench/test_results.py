@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -52,18 +51,16 @@ def test_further_fields_are_passed_over() -> None:
 @pytest.mark.parametrize(
     ("path", "wrong", "words"),
     [
-        ("spmdeploy", 1, r"r.json: spmdeploy is 1, not text"),
-        ("rows", {}, r"rows is \{\}, not a list"),
-        ("rows/0/status", "fine", r"rows\[0\]\.status is 'fine', not measured or"),
-        ("rows/0/latency_ms/p50", "fast", r"rows\[0\]\.latency_ms\.p50 is 'fast', not a finite number"),
-        ("rows/0/latency_ms/n", -1, r"rows\[0\]\.latency_ms\.n is -1"),
-        ("rows/0/samples_ms", [[math.inf]], r"rows\[0\]\.samples_ms\[0\]\[0\] is inf"),
-        ("rows/0/latency_ms/unstable", 0, r"unstable is 0, not true or false"),
+        ("spmdeploy", 1, r"r.json: spmdeploy is 1, expected `str`"),
+        ("rows", {}, r"rows is \{\}, expected `array`"),
+        ("rows/0/status", "fine", r"rows\[0\]\.status is 'fine', expected measured or"),
+        ("rows/0/latency_ms/p50", "fast", r"rows\[0\]\.latency_ms\.p50 is 'fast', expected `float`"),
+        ("rows/0/latency_ms/unstable", 0, r"unstable is 0, expected `bool`"),
         ("rows/1/notes", {"windows": []}, r"rows\[1\]\.notes\.windows is \[\]"),
         ("machine/cpu", ..., r"machine\.cpu is missing"),
         ("schema", "spmdeploy.bench/2", "newer than spmdeploy.bench/1"),
-        ("schema", "spmdeploy.bundle/1", "no benchmark record"),
-        ("schema", ..., "no benchmark record"),
+        ("schema", "spmdeploy.bundle/1", "not a benchmark record"),
+        ("schema", ..., "not a benchmark record"),
     ],
 )
 def test_wrong_fields_are_refused(path: str, wrong: Any, words: str) -> None:
@@ -80,7 +77,7 @@ def test_wrong_fields_are_refused(path: str, wrong: Any, words: str) -> None:
         Record.from_json(value, "r.json")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "NaN", '{"schema": "spmdeploy.bench/1"}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", "NaN", '{"schema": "spmdeploy.bench/1"}', '{"p50": 1e999}'])
 def test_rubbish_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "r.json").write_text(text)
     with pytest.raises(InputError, match=r"r\.json"):

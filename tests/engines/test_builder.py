@@ -32,8 +32,7 @@ from spmdeploy.errors import (
 )
 from spmdeploy.gpu.driver import GpuFacts
 from tests.bundle.conftest import WEIGHTS, with_weights_beside, write_street
-
-from .recording_tensorrt import Behavior, inspector_json, recording_tensorrt
+from tests.simulators.recording_tensorrt import Behavior, inspector_json, recording_tensorrt
 
 VERSIONS = ("10.3", "10.16", "11.4")
 GPU = GpuFacts("Orin", "8.7", "12.6", "540.4.0")

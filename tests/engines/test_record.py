@@ -23,8 +23,7 @@ from spmdeploy.engines.record import (
 )
 from spmdeploy.errors import BundleError
 from spmdeploy.files import is_safe_relative_path
-
-from .records import A10, HOST, SAMPLE, for_targets, sample
+from tests.simulators.records import A10, HOST, SAMPLE, for_targets, sample
 
 VERIFIED = Verification(True, date(2026, 11, 23), "NVIDIA GeForce RTX 3060", 3, 0.2, None)
 
@@ -65,7 +64,7 @@ def test_no_field_takes_whatever_comes(field: str) -> None:
     [
         ("schema", "spmdeploy.engine/2", "is newer than spmdeploy.engine/1"),
         ("schema", "spmdeploy.bundle/1", "not the record of an engine"),
-        ("runtime", "onnxruntime", "runtime is 'onnxruntime', not tensorrt or tensorrt-rtx"),
+        ("runtime", "onnxruntime", "runtime is 'onnxruntime', expected tensorrt or tensorrt-rtx"),
         ("engine/file", "../edit.engine", "engine.file is"),
         ("engine/file", "edit.so", "not .*engine"),
         ("onnx/file", "/etc/passwd", "onnx.file is"),
@@ -74,7 +73,7 @@ def test_no_field_takes_whatever_comes(field: str) -> None:
         ("batch/min", 0, "batch sizes are 0 to 8"),
         ("batch/opt", 9, "batch sizes are 1 to 8, best at 9"),
         ("inputs/0/shape/0", -2, r"inputs\[0\].shape\[0\] is -2"),
-        ("strongly_typed", 1, "strongly_typed is 1, not true or false"),
+        ("strongly_typed", 1, "strongly_typed is 1, expected `bool`"),
     ],
 )
 def test_a_wrong_field_is_named_with_its_value(field: str, value: object, words: str) -> None:

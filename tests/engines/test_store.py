@@ -29,9 +29,8 @@ from spmdeploy.engines.store import (
 )
 from spmdeploy.errors import BundleError, InputError, UnavailableError, UsageError
 from tests.bundle.conftest import GRAPHS, write_street
-
-from .records import A10, HOST, SAMPLE, for_targets, sample
-from .test_engine_record import VERIFIED
+from tests.engines.test_record import VERIFIED
+from tests.simulators.records import A10, HOST, SAMPLE, for_targets, sample
 
 CONTENT = b"not really an engine"
 FP16 = SourceFile("graphs/edit.fp16.onnx", hashlib.sha256(GRAPHS["fp16"]).hexdigest())
