@@ -175,7 +175,7 @@ def test_the_command(machine: Machine, capsys: pytest.CaptureFixture[str]) -> No
     assert any(line.startswith("onnxruntime on cpu: ") and "pip install" in line for line in lines)
     assert cli.main(["doctor", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert told["schema"] == "spmdeploy.backends.doctor/1" and set(told) == {"schema", "machine", "findings"}
+    assert told["schema"] == "spmdeploy.doctor/1" and set(told) == {"schema", "machine", "findings"}
     assert {"system", "machine", "python", "cores"} <= set(told["machine"])
     assert set(told["findings"][0]) == {"name", "usable", "reason", "remedy"}
 

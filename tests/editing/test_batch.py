@@ -310,7 +310,7 @@ def test_the_command_tells_how_many_failed(
     assert cli.main(command(folder, street_bundle, "--jobs", 2)) == 3
     printed = capsys.readouterr()
     told = json.loads(printed.out)
-    assert told["schema"] == "spmdeploy.editing.batch/1" and told["exit_code"] == 3
+    assert told["schema"] == "spmdeploy.batch/1" and told["exit_code"] == 3
     assert told["counts"] == {"done": 2, "skipped": 0, "failed": 1}
     assert [item["status"] for item in told["items"]] == ["done", "failed", "done"]
     assert "row 2: output '../b.png' leads out" in printed.err

@@ -74,16 +74,16 @@ def test_every_file_of_the_package_is_inside(unpacked: Path) -> None:
     inside = listing(unpacked / "spmdeploy")
     ours = {name for name in listing(ROOT / "spmdeploy") if "__pycache__" not in name}
     assert inside == ours
-    tables = {f"class_tables/{name}.json" for name in built_in_tables()}
-    samples = {f"samples/{sample.name}/{file}" for sample in SAMPLE_EDITS for file in ("photo.jpg", "mask.png")}
-    assert {"py.typed", "samples/ATTRIBUTION.txt", *tables, *samples} <= inside and len(tables) >= 3
+    tables = {f"assets/classes/{name}.json" for name in built_in_tables()}
+    samples = {f"assets/samples/{sample.name}/{file}" for sample in SAMPLE_EDITS for file in ("photo.jpg", "mask.png")}
+    assert {"py.typed", "assets/samples/ATTRIBUTION.txt", *tables, *samples} <= inside and len(tables) >= 3
 
 
 def test_what_the_metadata_says(unpacked: Path) -> None:
     distribution = PathDistribution(unpacked / f"spmdeploy-{spmdeploy.__version__}.dist-info")
     requires = distribution.requires or []
     base = {name.partition(">")[0] for name in requires if "extra ==" not in name}
-    assert base == {"numpy", "pillow", "typer"}
+    assert base == {"numpy", "pillow", "typer", "msgspec"}
     assert {"cpu", "gpu", "export"} <= set(distribution.metadata.get_all("Provides-Extra") or [])
     (script,) = distribution.entry_points
     assert (script.group, script.name, script.value) == ("console_scripts", "spmdeploy", "spmdeploy.__main__:entry")

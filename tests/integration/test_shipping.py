@@ -61,7 +61,7 @@ def edit(model: Path | str, *words: str) -> list[str]:
 def test_pack_says_what_it_wrote(run: Any, street_bundle: Path, tmp_path: Path) -> None:
     ran = run("bundle", "pack", street_bundle, "tiny.spm", "--json")
     content = (tmp_path / "tiny.spm").read_bytes()
-    assert ran.code == 0 and ran.json["schema"] == "spmdeploy.bundle.bundle-pack/1" and ran.json["signed"] is False
+    assert ran.code == 0 and ran.json["schema"] == "spmdeploy.bundle-pack/1" and ran.json["signed"] is False
     assert (ran.json["bytes"], ran.json["sha256"]) == (len(content), hashlib.sha256(content).hexdigest())
     assert ran.json["files"] == len(open_bundle(street_bundle).files())
     assert run("bundle", "pack", street_bundle, "tiny.spm").code == 7
