@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import secrets
 from pathlib import Path
 
 from spmdeploy.bench.plot import plot
 from spmdeploy.bench.results import Record, record_text
 from spmdeploy.bench.tables import markdown
 from spmdeploy.errors import InputError
+from spmdeploy.files import EXISTS_HINT, atomic_write
 from spmdeploy.imaging import files as images
 
 
@@ -40,15 +40,9 @@ def _check(path: Path, suffix: str, overwrite: bool) -> None:
     if path.is_dir():
         raise InputError(f"{path} is a folder", "name a file in it")
     if os.path.lexists(path) and not overwrite:
-        raise InputError(f"{path} exists already", "choose another name, or allow it with --overwrite")
+        raise InputError(f"{path} exists already", EXISTS_HINT)
 
 
 def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror}", "choose another folder") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_write(path) as stream:
+        stream.write(text.encode())

@@ -19,10 +19,8 @@ the signature finds that, where it is asked for.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
-import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -38,8 +36,6 @@ from spmdeploy.bundle.manifest import (
 )
 from spmdeploy.bundle.signature import PublicKey, Signature, check_signature
 from spmdeploy.bundle.storage import (
-    ASIDE,
-    BUILDING,
     COPY_AGAIN,
     ENGINES,
     GOLDEN_PICTURES,
@@ -53,8 +49,8 @@ from spmdeploy.bundle.storage import (
     corrupt_bundle_error,
     open_storage,
 )
-from spmdeploy.errors import BundleError, InputError
-from spmdeploy.files import is_safe_relative_path
+from spmdeploy.errors import BundleError
+from spmdeploy.files import is_safe_relative_path, os_errors, sha256
 
 MAX_TEXT_BYTES = 4 << 20  # manifest.json and SHA256SUMS, read before anything is trusted
 
@@ -96,7 +92,7 @@ class Bundle:
         return self._digests[name]
 
     @property
-    def surplus(self) -> tuple[str, ...]:
+    def unlisted_files(self) -> tuple[str, ...]:
         """Files that SHA256SUMS does not cover, its signature and engines/ apart. Nothing reads them."""
         known = {SUMS, SIGNATURE, *self._digests}
         return tuple(sorted(name for name in self._store.sizes if name not in known and not name.startswith(ENGINES)))
@@ -164,7 +160,7 @@ class Bundle:
         return self._store.root / name
 
     def check_all(self) -> tuple[str, ...]:
-        """Hashes every file and returns the surplus ones. Raises one BundleError that names every damaged file."""
+        """Hashes every file and returns `unlisted_files`. Raises one BundleError that names every corrupt file."""
         faults = []
         for name in self._digests:
             try:
@@ -173,12 +169,12 @@ class Bundle:
                 faults.append(exc.problem)
         if faults:
             raise BundleError("; ".join(faults), COPY_AGAIN)
-        return self.surplus
+        return self.unlisted_files
 
     def _check(self, name: str) -> None:
         expected = self.digest(name)
         with _bundle_errors(self.path / name), self._store.open(name) as stream:
-            actual = _digest(stream, self._store.sizes[name])
+            actual = sha256(stream, self._store.sizes[name])
         _compare(self.path / name, actual, expected)
 
 
@@ -191,10 +187,10 @@ def open_bundle(path: str | Path, signed_with: PublicKey | None = None) -> Bundl
     """
     path = Path(path)
     with _bundle_errors(path):
-        return _open_store(open_storage(path), signed_with)
+        return open_store(open_storage(path), signed_with)
 
 
-def _open_store(store: FileStore, signed_with: PublicKey | None = None) -> Bundle:
+def open_store(store: FileStore, signed_with: PublicKey | None = None) -> Bundle:
     shown = store.shown / MANIFEST
     content = _read_text(store, MANIFEST)
     if signed_with is None:  # else the signature comes before everything
@@ -280,15 +276,6 @@ def _compare(shown: Path, actual: str, expected: str, said_by: str = SUMS) -> No
         raise corrupt_bundle_error(shown, f"tampered with or damaged: {words}")
 
 
-def _digest(stream: BinaryIO, size: int) -> str:
-    """SHA-256 of the next `size` bytes."""
-    digest = hashlib.sha256()
-    while size > 0 and (chunk := stream.read(min(size, 1 << 20))):
-        digest.update(chunk)
-        size -= len(chunk)
-    return digest.hexdigest()
-
-
 _LOCATION = b"location"
 
 
@@ -305,205 +292,7 @@ def _find_bytes(stream: BinaryIO, size: int, words: tuple[bytes, bytes]) -> tupl
     return first, second
 
 
-def _measure(path: Path) -> tuple[int, str]:
-    with open(path, "rb") as stream:
-        size = os.fstat(stream.fileno()).st_size
-        return size, _digest(stream, size)
-
-
 @contextmanager
 def _bundle_errors(subject: Path) -> Iterator[None]:
-    try:
+    with os_errors(subject, "read", BundleError):
         yield
-    except OSError as exc:
-        raise corrupt_bundle_error(exc.filename or subject, f"cannot be read: {exc.strerror or exc}") from exc
-
-
-# ---------------------------------------------------------------------------------------------------------- writing
-
-
-class BundleWriter:
-    """Builds a bundle in a hidden folder beside `target`, which appears whole or not at all.
-
-        with BundleWriter(target) as writer:
-            onnx.save(model, writer.path("graphs/edit.fp32.onnx"))
-            size, digest = writer.measure("graphs/edit.fp32.onnx")
-            bundle = writer.finish(manifest)
-
-    Without `finish` the block leaves nothing behind, exception or not, but what `save_rejected` moved out.
-    An existing target is refused; with `overwrite` it is replaced if it is an intact bundle and nothing else.
-    Raises InputError where the target cannot be written, BundleError for a manifest that does not fit the files.
-    """
-
-    def __init__(self, target: str | Path, overwrite: bool = False) -> None:
-        self.target = _resolve_target(target)
-        self.overwrite = overwrite
-        self._folder = _staging_path(self.target)
-
-    def __enter__(self) -> BundleWriter:
-        _check_not_exists(self.target, self.overwrite)
-        with _write_errors(self.target):
-            self._folder.mkdir()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        shutil.rmtree(self._folder, ignore_errors=True)
-
-    def path(self, name: str) -> Path:
-        """Where to write the file `name`; the folders above it are made."""
-        if not is_safe_relative_path(name) or name in (MANIFEST, SUMS):
-            raise BundleError(f"{self.target}: no file in it may be named {name!r}", "use a plain relative name")
-        path = self._folder / name
-        with _write_errors(self.target):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        return path
-
-    def add_bytes(self, name: str, content: bytes) -> None:
-        """Writes a new file. Raises BundleError if the name is taken."""
-        with _write_errors(self.target), open(self._vacant_path(name), "xb") as stream:
-            stream.write(content)
-
-    def add_file(self, name: str, source: str | Path) -> None:
-        """Copies the content of `source` into a new file. Raises BundleError if the name is taken."""
-        path = self._vacant_path(name)
-        with _write_errors(self.target):
-            shutil.copyfile(source, path)
-
-    def measure(self, name: str) -> tuple[int, str]:
-        """Size in bytes and SHA-256 of a file as it is now, for its record in the manifest."""
-        with _write_errors(self.target):
-            return _measure(self.path(name))
-
-    def save_rejected(self, name: str) -> Path:
-        """Moves a file that must not ship out to `TARGET.FILE.rejected`, for a look at it; replaces an earlier one."""
-        kept = self.target.with_name(f"{self.target.name}.{PurePosixPath(name).name}.rejected")
-        with _write_errors(kept):
-            os.replace(self.path(name), kept)
-        return kept
-
-    def finish(self, manifest: Manifest) -> Bundle:
-        """Writes manifest and SHA256SUMS, opens the result as a reader would, and puts it at the target."""
-        with _write_errors(self.target):
-            Manifest.from_json(manifest.to_json(), str(self.target / MANIFEST))  # what is written can be read
-            (self._folder / MANIFEST).write_bytes(manifest.to_bytes())
-            self._write_sums()
-            _open_store(FolderStore(self._folder, shown=self.target))
-            _swap_directory(self._folder, self.target, self.overwrite)
-        return open_bundle(self.target)
-
-    def _vacant_path(self, name: str) -> Path:
-        path = self.path(name)
-        if path.exists():
-            raise BundleError(f"{self.target}: {name} is in it already", "add every file once")
-        return path
-
-    def _write_sums(self) -> None:
-        digests = {}
-        for name in FolderStore(self._folder, shown=self.target).sizes:
-            if not name.startswith(ENGINES):
-                digests[name] = _measure(self._folder / name)[1]
-                _flush_to_disk(self._folder / name)
-        (self._folder / SUMS).write_bytes(format_checksums(digests))
-        _flush_to_disk(self._folder / SUMS)
-
-
-def check_replaceable(target: Path) -> None:
-    """Raises InputError unless an intact bundle with nothing else in it is at `target`."""
-    try:
-        surplus = open_bundle(target).surplus
-    except BundleError as exc:
-        raise InputError(f"{target}: not replaced, no intact bundle: {exc.problem}", "remove it yourself") from exc
-    if surplus:
-        raise InputError(f"{target}: not replaced, {surplus[0]} is no part of the bundle in it", "move that file away")
-
-
-@contextmanager
-def atomic_replace_dir(
-    target: str | Path, overwrite: bool = False, check: Callable[[Path], None] = check_replaceable
-) -> Iterator[Path]:
-    """A hidden path beside `target` to write a folder or a file to, which is renamed to it at the end.
-
-    An exception in the block leaves nothing behind. What is at the target already is refused; with `overwrite` it is
-    replaced if `check` raises nothing. Raises InputError where nothing can be written.
-    """
-    target = _resolve_target(target)
-    building = _staging_path(target)
-    _check_not_exists(target, overwrite, check)
-    try:
-        with _write_errors(target):
-            yield building
-            for written in (building, *building.rglob("*")):
-                _flush_to_disk(written)
-            _swap_directory(building, target, overwrite, check)
-    finally:
-        _remove(building)
-
-
-def format_checksums(digests: Mapping[str, str]) -> bytes:
-    """SHA256SUMS for these digests by name."""
-    return "".join(f"{digests[name]}  {name}\n" for name in sorted(digests)).encode()
-
-
-def _resolve_target(path: str | Path) -> Path:
-    """Absolute; behind a link, what it points to, so that this is replaced and the link stays."""
-    return Path(os.path.realpath(path) if os.path.islink(path) else os.path.abspath(path))
-
-
-def _staging_path(target: Path) -> Path:
-    return target.with_name(f".{target.name}.{os.urandom(4).hex()}{BUILDING}")
-
-
-def _check_not_exists(target: Path, overwrite: bool, check: Callable[[Path], None] = check_replaceable) -> None:
-    """Raises InputError unless `target` is free or, with `overwrite`, what `check` has nothing against."""
-    if not os.path.lexists(target):
-        return
-    if not overwrite:
-        raise InputError(f"{target}: exists already", "choose another name, or pass --overwrite to replace it")
-    check(target)
-
-
-def _swap_directory(
-    built: Path, target: Path, overwrite: bool, check: Callable[[Path], None] = check_replaceable
-) -> None:
-    """Renames `built` to `target`. The old one is moved aside before and deleted after: one is always whole."""
-    _check_not_exists(target, overwrite, check)  # again: somebody else may have written it while this one was built
-    aside = built.with_suffix(ASIDE)
-    replaces = os.path.lexists(target)
-    if replaces:
-        os.rename(target, aside)
-    try:
-        os.rename(built, target)
-    except BaseException:
-        if replaces:
-            os.rename(aside, target)
-        raise
-    _flush_to_disk(target.parent)
-    if replaces:
-        _remove(aside)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)  # what cannot be deleted stays, hidden; the new bundle is in place
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _flush_to_disk(path: Path) -> None:
-    """Without it a power cut after an overwrite could leave a bundle of empty files, and the old one deleted."""
-    if os.name != "posix":  # elsewhere folders and files opened for reading cannot be flushed
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def _write_errors(target: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as exc:
-        hint = "does the folder exist, may you write there, and is there room?"
-        raise InputError(f"{target}: cannot be written: {exc}", hint) from exc

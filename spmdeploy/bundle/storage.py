@@ -18,14 +18,13 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple, Protocol
 
 from spmdeploy.errors import BundleError
-from spmdeploy.files import MAX_NAME_LENGTH, is_safe_relative_path
+from spmdeploy.files import ASIDE, MAX_NAME_LENGTH, is_safe_relative_path
 
 MANIFEST, SUMS, ENGINES = "manifest.json", "SHA256SUMS", "engines/"
 SIGNATURE = f"{SUMS}.minisig"  # optional: the name that `minisign -S -m SHA256SUMS` gives it
 GOLDEN_PICTURES = ("image.png", "labels.png", "mask.png", "expected.png")
 GOLDEN_REFINED = "refined.png"  # where there is a refine graph
 GOLDEN_INSTANCES = "instances.png"  # optional: without it the labels stand in
-BUILDING, ASIDE = ".building", ".previous"  # end the names of hidden neighbors while a bundle is written
 
 MAX_ENTRIES = 4096  # a bundle has dozens; more is somebody's home folder, or an attack
 MAX_FILE_BYTES = (2 << 30) - 1  # an ONNX file cannot be larger: the limit of protobuf

@@ -110,7 +110,7 @@ def bundle_pack(
     from spmdeploy.engines.pack import pack
 
     opened, key = open_bundle(bundle), _secret_key(sign)
-    log_notes([f"{name} stays behind: no hash covers it" for name in opened.surplus])
+    log_notes([f"{name} stays behind: no hash covers it" for name in opened.unlisted_files])
     with progress_bar("packing") as show:
         packed = open_bundle(pack(opened, output, overwrite, key, show))
     payload = _packed_facts(packed)
@@ -133,7 +133,7 @@ def bundle_unpack(
     from spmdeploy.engines.pack import unpack
 
     opened = open_bundle(file, public_key_from(require_signature))
-    log_notes([f"{name} stays behind: no hash covers it" for name in opened.surplus])
+    log_notes([f"{name} stays behind: no hash covers it" for name in opened.unlisted_files])
     with progress_bar("unpacking") as show:
         unpacked = unpack(opened, folder, overwrite, show)
     signature = None if opened.signature is None else vars(opened.signature)
@@ -169,11 +169,11 @@ def bundle_slim(
     signed with it.
     """
     from spmdeploy.bundle.bundle import open_bundle
-    from spmdeploy.engines.pack import slim
+    from spmdeploy.engines.pack import extract_subset
 
     opened, key = open_bundle(bundle), _secret_key(sign)
     with progress_bar("packing") as show:
-        slimmed = slim(opened, output, keep, engine or (), overwrite, key, show)
+        slimmed = extract_subset(opened, output, keep, engine or (), overwrite, key, show)
     before, after = opened.files(), slimmed.files()
     rows = [
         (name, f"{size / 1e6:.1f} MB", "dropped" if name not in after else "kept" if name in before else "added")

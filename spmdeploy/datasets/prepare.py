@@ -34,6 +34,7 @@ import numpy as np
 import numpy.typing as npt
 
 from spmdeploy.errors import InputError, SpmDeployError, UsageError
+from spmdeploy.files import TEMPORARY, atomic_write
 from spmdeploy.imaging import files as images
 from spmdeploy.imaging.resize import resize_labels, resize_photo
 from spmdeploy.labels import check_labels, class_table
@@ -270,13 +271,12 @@ def _check_target(kind: Kind, target: Path) -> None:
 
 
 def _make_folders(target: Path) -> None:
-    """The folders, without what a killed run left in them."""
     for folder in (target / split / kind for split in ("train", "test") for kind in FOLDERS):
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"{folder} cannot be made: {error.strerror}") from error
-        for left_over in folder.glob(".*.tmp"):  # how `images` calls a file until it is whole
+        for left_over in folder.glob(f".*{TEMPORARY}"):  # of a run that was killed
             left_over.unlink(missing_ok=True)
 
 
@@ -300,9 +300,8 @@ def _write_class_table(kind: Kind, target: Path) -> None:
         **download.labels_json,
         "labels": table.to_json()["classes"],
     }
-    staging = target / ".labels.json.tmp"
-    staging.write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
-    os.replace(staging, target / "labels.json")
+    with atomic_write(target / "labels.json") as stream:
+        stream.write((json.dumps(fields, indent=1) + "\n").encode())
 
 
 # -------------------------------------------------------------------------------------------------------- the pictures

@@ -6,8 +6,6 @@ Runs on the device itself: no torch, no onnx.
 from __future__ import annotations
 
 import hashlib
-import os
-import secrets
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -40,6 +38,7 @@ from spmdeploy.engines.record import (
 )
 from spmdeploy.engines.store import EnginePlace, EngineWriter, Place, choose_place, find_engines
 from spmdeploy.errors import BundleError, InputError, UnavailableError, UsageError, VerificationError
+from spmdeploy.files import atomic_write
 from spmdeploy.gpu.driver import GpuFacts, gpu_facts
 from spmdeploy.types import Precision
 from spmdeploy.version import __version__
@@ -378,13 +377,12 @@ class _EngineBuild:
         file = self._timing_cache_file()
         if file is None or built.timing_cache is None:
             return
-        beside = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            beside.write_bytes(built.timing_cache)
-            os.replace(beside, file)
         except OSError as exc:
             raise _unusable_cache(self._options.timing_cache, exc) from exc
+        with atomic_write(file) as stream:
+            stream.write(built.timing_cache)
 
 
 def _unusable_cache(folder: Path | None, exc: OSError) -> InputError:

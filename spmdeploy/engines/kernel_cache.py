@@ -5,14 +5,14 @@ They are code for the GPU that no hash in a bundle covers, so they are kept in t
 
 from __future__ import annotations
 
-import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from spmdeploy.engines.record import EngineRecord
 from spmdeploy.engines.store import cache_folder
-from spmdeploy.errors import UnavailableError
+from spmdeploy.errors import InputError, UnavailableError
+from spmdeploy.files import atomic_write
 
 MAX_BYTES = 1 << 30
 
@@ -39,15 +39,11 @@ class KernelCache:
         content = b"" if serialized is None else bytes(serialized)
         if content in (b"", self._content):
             return []
-        beside = self._path.with_name(f".{self._path.name}.{os.urandom(4).hex()}")
         try:
             self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            beside.write_bytes(content)
-            os.replace(beside, self._path)
-        except OSError as error:
-            return [f"compiled kernels are lost, {self._path} cannot be written: {error.strerror or error}"]
-        finally:
-            with suppress(OSError):
-                beside.unlink(missing_ok=True)
+            with atomic_write(self._path) as stream:
+                stream.write(content)
+        except (OSError, InputError) as exc:
+            return [f"compiled kernels are lost: {exc}"]
         self._content = content
         return []

@@ -13,13 +13,15 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from spmdeploy.bundle.bundle import Bundle, atomic_replace_dir, format_checksums, open_bundle
+from spmdeploy.bundle.bundle import Bundle, open_bundle
 from spmdeploy.bundle.manifest import EDIT, EDIT_ON_CPU, GraphRecord, Manifest
 from spmdeploy.bundle.signature import SecretKey, sign
 from spmdeploy.bundle.storage import ENGINES, MANIFEST, PACK_AGAIN, SIGNATURE, SUMS, WHAT_IT_IS
+from spmdeploy.bundle.writer import check_replaceable, format_checksums
 from spmdeploy.engines.record import RECORD_FILE
 from spmdeploy.engines.store import named_engines
 from spmdeploy.errors import BundleError, InputError, UsageError
+from spmdeploy.files import atomic_replace_dir, atomic_write
 from spmdeploy.types import Progress
 
 """Told how many files are done, and how many there are."""
@@ -74,7 +76,7 @@ def unpack(bundle: Bundle, folder: str | Path, overwrite: bool = False, progress
     _check_names_differ(bundle.files(), bundle.path)
     bundle.check_all()
     signature = bundle.read_signature()
-    with atomic_replace_dir(folder, overwrite) as building:
+    with atomic_replace_dir(folder, overwrite, check_replaceable) as building:
         _write_new(building / SUMS, bundle.sums)
         if signature is not None:
             _write_new(building / SIGNATURE, signature)
@@ -107,7 +109,7 @@ def _sign(sums: bytes, manifest: Manifest, key: SecretKey) -> bytes:
 # ------------------------------------------------------------------------------------------------------------- slim
 
 
-def slim(
+def extract_subset(
     bundle: Bundle,
     target: str | Path,
     keep: Sequence[str],
@@ -198,10 +200,10 @@ def _write_zip(
     target = Path(target)
     if target.suffix.lower() in WHAT_IT_IS:
         raise InputError(f"{target}: {target.suffix} is no suffix of a bundle", "call it NAME.spm")
-    with atomic_replace_dir(target, overwrite) as building:
+    with atomic_write(target, overwrite, check=check_replaceable) as stream:
         try:
             # Without zip64, which `open_bundle` refuses: the two halves of such a header may contradict each other.
-            with zipfile.ZipFile(building, "x", zipfile.ZIP_STORED, allowZip64=False) as archive:
+            with zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED, allowZip64=False) as archive:
                 archive.writestr(_entry(SUMS), sums)
                 if signature is not None:
                     archive.writestr(_entry(SIGNATURE), signature)

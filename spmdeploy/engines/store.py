@@ -11,15 +11,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from spmdeploy.bundle.bundle import Bundle
-from spmdeploy.bundle.storage import ASIDE, BUILDING, ENGINES, SUMS, FileStore, FolderStore, open_storage
+from spmdeploy.bundle.storage import ENGINES, SUMS, FileStore, FolderStore, open_storage
 from spmdeploy.engines.library import local_host
 from spmdeploy.engines.record import (
     BUILD_AGAIN,
@@ -33,6 +32,7 @@ from spmdeploy.engines.record import (
     permanent_incompatibilities,
 )
 from spmdeploy.errors import BundleError, InputError, UnavailableError, UsageError
+from spmdeploy.files import atomic_write, os_errors, put_in_place, sha256, staging_dir
 
 LOG_FILE = "build.log"
 MAX_RECORD_BYTES = 1 << 20
@@ -115,15 +115,8 @@ class StoredEngine:
         path = self.path.with_name(RECORD_FILE)
         if self.shipped:
             raise InputError(f"{path}: cannot be written: it was shipped with the bundle", "what is shipped stays")
-        beside = path.with_name(f".{RECORD_FILE}.{os.urandom(4).hex()}")
-        try:
-            beside.write_bytes(record.to_bytes())
-            os.replace(beside, path)
-        except OSError as exc:
-            raise InputError(f"{path}: cannot be written: {exc}", "may you write there, and is there room?") from exc
-        finally:
-            with suppress(OSError):  # inside a zip there is no such folder
-                beside.unlink(missing_ok=True)
+        with atomic_write(path) as stream:
+            stream.write(record.to_bytes())
         return replace(self, record=record)
 
 
@@ -305,15 +298,11 @@ def _content_fault(record: EngineRecord, size: int, digest: str) -> str | None:
 
 
 def _digest(store: FileStore, name: str) -> str:
-    digest, left = hashlib.sha256(), store.sizes[name]
     try:
         with store.open(name) as stream:
-            while left and (chunk := stream.read(min(left, 1 << 20))):
-                digest.update(chunk)
-                left -= len(chunk)
+            return sha256(stream, store.sizes[name])
     except OSError as exc:
         return f"unreadable ({exc.strerror})"
-    return digest.hexdigest()
 
 
 def _concerns(bundle: Bundle, record: EngineRecord | None) -> bool:
@@ -388,53 +377,50 @@ class EngineWriter:
     def __init__(self, place: EnginePlace, name: str) -> None:
         """name: of graph and precision, for the log of a build that fails."""
         self._place = place
-        self._folder = place.folder / f".{name}.{os.urandom(4).hex()}{BUILDING}"
-        self.log = self._folder / LOG_FILE
+        self._name = name
+        self._stack = ExitStack()
+        self._folder: Path
         self.failed_log = place.folder / f"{name}.failed.log"
 
+    @property
+    def log(self) -> Path:
+        """Where to write the log of the build."""
+        return self._folder / LOG_FILE
+
     def __enter__(self) -> EngineWriter:
-        # What lies in the cache is run: nobody else may put anything there.
+        # Engines in the cache are executed: other users must not be able to add any.
         mode = 0o700 if self._place.place == "cache" else 0o777
         with _write_errors(self._place.folder):
+            if self._place.folder.is_file():
+                raise InputError(f"{self._place.folder} is a file, not a folder", "move it away")
             self._place.folder.mkdir(mode, parents=True, exist_ok=True)
-            self._folder.mkdir()
+            self._folder = self._stack.enter_context(staging_dir(self._place.folder / self._name))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         if kind is not None and self.log.exists():
             with suppress(OSError):
                 os.replace(self.log, self.failed_log)
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._stack.close()
 
     def finish(self, record: EngineRecord, content: bytes) -> Path:
         """Writes engine and record; an engine of the same key is replaced. Returns the path of the engine."""
         target = self._place.folder / record.key
-        aside = self._folder.with_suffix(ASIDE)
         with _write_errors(target):
-            _write_flushed(self._folder / record.engine.file, content)
-            _write_flushed(self._folder / RECORD_FILE, record.to_bytes())
-            if target.exists():
-                os.rename(target, aside)
-            os.rename(self._folder, target)
-            shutil.rmtree(aside, ignore_errors=True)
+            (self._folder / record.engine.file).write_bytes(content)
+            (self._folder / RECORD_FILE).write_bytes(record.to_bytes())
+            put_in_place(self._folder, target)
             self.failed_log.unlink(missing_ok=True)
         return target / record.engine.file
-
-
-def _write_flushed(path: Path, content: bytes) -> None:
-    with open(path, "xb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
 
 
 @contextmanager
 def _write_errors(target: Path) -> Iterator[None]:
     try:
-        yield
-    except OSError as exc:
-        hint = "may you write there, and is there room? SPMDEPLOY_CACHE names another cache"
-        raise InputError(f"{target}: cannot be written: {exc}", hint) from exc
+        with os_errors(target, "write"):
+            yield
+    except InputError as exc:
+        raise InputError(exc.problem, f"{exc.hint}; SPMDEPLOY_CACHE names another cache") from exc
 
 
 # ---------------------------------------------------------------------------------------------------------- removing

@@ -17,7 +17,7 @@ import torch
 from spmdeploy.assets.samples import ATTRIBUTION
 from spmdeploy.backends.pytorch import TorchSession
 from spmdeploy.backends.verify import GoldenSample
-from spmdeploy.bundle.bundle import Bundle, BundleWriter
+from spmdeploy.bundle.bundle import Bundle
 from spmdeploy.bundle.manifest import (
     EDIT,
     ON_CPU,
@@ -29,6 +29,7 @@ from spmdeploy.bundle.manifest import (
     ParityLimits,
     SourceFacts,
 )
+from spmdeploy.bundle.writer import BundleWriter
 from spmdeploy.errors import InputError, UsageError, VerificationError
 from spmdeploy.export.card import bundle_card
 from spmdeploy.export.cpu import specialize_for_mask

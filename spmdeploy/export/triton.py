@@ -22,11 +22,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spmdeploy.backends.verify import EXPORT_AGAIN, read_golden
-from spmdeploy.bundle.bundle import Bundle, atomic_replace_dir
+from spmdeploy.bundle.bundle import Bundle
 from spmdeploy.bundle.manifest import EDIT, ON_CPU, GraphRecord
 from spmdeploy.engines.record import BATCH, Port
 from spmdeploy.engines.store import named_engines
 from spmdeploy.errors import BundleError, InputError, UsageError
+from spmdeploy.files import atomic_replace_dir
 
 TritonDevice = Literal["gpu", "cpu"]
 CONFIG, VERSION, WARMUP = "config.pbtxt", "1", "warmup"

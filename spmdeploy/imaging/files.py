@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from PIL import Image as PilImage
 
 from spmdeploy.errors import InputError
-from spmdeploy.imaging.decode import DecodedFile, decode_errors, decode_ids, decode_image, io_errors
+from spmdeploy.files import EXISTS_HINT, atomic_write
+from spmdeploy.imaging.decode import DecodedFile, decode_errors, decode_ids, decode_image
 from spmdeploy.inputs import FilePath
 from spmdeploy.labels import ClassTable
 from spmdeploy.types import Image, Mask
@@ -422,7 +423,7 @@ def check_output(path: FilePath, overwrite: bool) -> str:
     if path.is_dir():
         raise InputError(f"{path} is a folder", "name a file in it")
     if not overwrite and os.path.lexists(path):
-        raise _exists(path)
+        raise InputError(f"{path} exists already", EXISTS_HINT)
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise InputError(f"permission to write into {path.parent} is denied", "check its owner and mode")
     return format
@@ -438,37 +439,9 @@ def check_output_size(path: FilePath, height: int, width: int) -> None:
         )
 
 
-def _exists(path: Path) -> InputError:
-    return InputError(f"{path} exists already", "choose another name, or allow it with --overwrite")
-
-
 def _write(
     path: Path, pixels: NDArray[np.uint8 | np.uint16], format: str, options: dict[str, Any], overwrite: bool
 ) -> None:
     check_output_size(path, *pixels.shape[:2])
-    temporary = path.with_name(f".{os.urandom(8).hex()}.tmp")
-    try:
-        # Not tempfile: its files are for the owner alone, while this one is to get the mode that any new file gets.
-        with io_errors(path, "write"), temporary.open("xb") as stream:
-            PilImage.fromarray(np.ascontiguousarray(pixels)).save(stream, format, **options)
-        with io_errors(path, "write"):
-            _atomic_write(temporary, path, overwrite)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _atomic_write(temporary: Path, path: Path, overwrite: bool) -> None:
-    """Give the finished file its name; without `overwrite` never in the place of another, however late it came."""
-    if overwrite:
-        os.replace(temporary, path)
-        return
-    try:
-        os.link(temporary, path)
-    except FileExistsError as exc:
-        raise _exists(path) from exc
-    except OSError:  # a file system without hard links, such as FAT: claim the name with an empty file instead
-        try:
-            path.open("xb").close()
-        except FileExistsError as exc:
-            raise _exists(path) from exc
-        os.replace(temporary, path)
+    with atomic_write(path, overwrite) as stream:
+        PilImage.fromarray(np.ascontiguousarray(pixels)).save(stream, format, **options)

@@ -15,7 +15,7 @@ import fcntl
 import json
 import os
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from spmdeploy.errors import InputError, UsageError
+from spmdeploy.files import atomic_write
 from spmdeploy.model.checkpoint import save_generator
 from spmdeploy.model.generator import Generator
 from spmdeploy.training.config import TrainConfig, read_config, to_json
@@ -44,7 +45,8 @@ class RunDirectory:
         if self._config.exists():
             raise UsageError(f"{self.path} already holds a run", "continue it with --resume, or choose another folder")
         (self.path / "samples").mkdir(parents=True, exist_ok=True)
-        _write_atomically(self._config, lambda path: _write_json(path, to_json(config)))
+        with atomic_write(self._config) as stream:
+            stream.write((json.dumps(to_json(config), indent=1) + "\n").encode())
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -95,12 +97,14 @@ class RunDirectory:
     def drop_metrics_after(self, images: int) -> None:
         """Forgets what was logged between the last checkpoint and the kill: those steps run again."""
         kept = "".join(json.dumps(line) + "\n" for line in self.metrics() if line["images"] <= images)
-        _write_atomically(self._metrics, lambda path: path.write_text(kept, encoding="utf-8"))
+        with atomic_write(self._metrics) as stream:
+            stream.write(kept.encode())
 
     # -- checkpoints
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
-        _write_atomically(self.checkpoint, lambda path: torch.save({"schema": CHECKPOINT_SCHEMA, **state}, path))
+        with atomic_write(self.checkpoint) as stream:
+            torch.save({"schema": CHECKPOINT_SCHEMA, **state}, stream)
 
     def load_checkpoint(self) -> dict[str, Any] | None:
         """The last checkpoint, None when the run was ended before its first. Raises InputError naming the file."""
@@ -123,16 +127,3 @@ class RunDirectory:
         os.replace(staging.with_suffix(".json"), target.with_suffix(".json"))
         os.replace(staging, target)
         return target
-
-
-def _write_atomically(target: Path, write: Callable[[Path], object]) -> None:
-    """Writes beside `target`, flushes to the disk, then renames: a reader sees the old file or the new one."""
-    staging = target.with_name(f"{target.name}.incoming")
-    write(staging)
-    with staging.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(staging, target)
-
-
-def _write_json(path: Path, fields: dict[str, Any]) -> None:
-    path.write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")

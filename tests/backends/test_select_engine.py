@@ -18,8 +18,9 @@ import spmdeploy
 from spmdeploy import cli
 from spmdeploy.backends.base import OpenedBackend, open_session
 from spmdeploy.backends.verify import GoldenSample
-from spmdeploy.bundle.bundle import Bundle, BundleWriter, open_bundle
+from spmdeploy.bundle.bundle import Bundle, open_bundle
 from spmdeploy.bundle.manifest import REFINE
+from spmdeploy.bundle.writer import BundleWriter
 from spmdeploy.engines import library as engine_library
 from spmdeploy.engines.pack import pack
 from spmdeploy.engines.record import EngineFile, EngineRecord, Gpu, SourceFile

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from spmdeploy.bundle.bundle import Bundle, BundleWriter, open_bundle
+from spmdeploy.bundle.bundle import Bundle, open_bundle
 from spmdeploy.bundle.manifest import (
     GeneratorFacts,
     GoldenEdit,
@@ -23,6 +23,7 @@ from spmdeploy.bundle.manifest import (
     SourceFacts,
 )
 from spmdeploy.bundle.storage import GOLDEN_PICTURES, MANIFEST, SUMS
+from spmdeploy.bundle.writer import BundleWriter
 from spmdeploy.engines.pack import pack
 from spmdeploy.errors import BundleError
 from spmdeploy.labels import ClassTable

@@ -298,7 +298,7 @@ def test_a_verification_is_noted_in_the_record(bundle: Bundle) -> None:
     assert noted.record.verification == VERIFIED and noted.read() == CONTENT
     assert sorted(file.name for file in path.parent.iterdir()) == ["build.log", "edit.fp16.engine", "engine.json"]
     shutil.rmtree(path.parent)
-    with pytest.raises(InputError, match=r"engine\.json: cannot be written"):
+    with pytest.raises(InputError, match=r"the folder of .*engine\.json does not exist"):
         noted.with_verification(VERIFIED)
 
 
@@ -344,7 +344,7 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 def test_a_place_that_cannot_be_written_to(bundle: Bundle, cache: Path) -> None:
     cache.parent.mkdir()
     cache.write_text("a file")
-    with pytest.raises(InputError, match="cannot be written"):
+    with pytest.raises(InputError, match="engines is a file, not a folder"):
         add(choose_place(bundle, "cache"))
 
 

@@ -15,8 +15,9 @@ import onnx
 import pytest
 
 from spmdeploy import cli
-from spmdeploy.bundle.bundle import Bundle, BundleWriter, open_bundle
+from spmdeploy.bundle.bundle import Bundle, open_bundle
 from spmdeploy.bundle.storage import GOLDEN_PICTURES
+from spmdeploy.bundle.writer import BundleWriter
 from spmdeploy.engines import build as to_engine
 from spmdeploy.engines import library as engine_library
 from spmdeploy.engines.build import EngineOptions, build_engines, plan_engines

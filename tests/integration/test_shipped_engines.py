@@ -12,7 +12,7 @@ import pytest
 from spmdeploy.bundle.bundle import Bundle, open_bundle
 from spmdeploy.bundle.signature import SecretKey
 from spmdeploy.bundle.storage import SIGNATURE, SUMS
-from spmdeploy.engines.pack import slim, unpack
+from spmdeploy.engines.pack import extract_subset, unpack
 from spmdeploy.engines.record import EngineFile, EngineRecord, SourceFile
 from spmdeploy.engines.store import (
     EngineWriter,
@@ -59,7 +59,7 @@ def add(bundle: Bundle, record: EngineRecord, place: Place | None = None) -> Pat
 def shipped(bundle: Bundle, name: str = "device.spm", key: SecretKey | None = None) -> Bundle:
     """The bundle with its FP16 graph and its engine for sm86, as one file."""
     add(bundle, SM86)
-    return slim(bundle, bundle.path.with_name(name), ["fp16"], ["sm86"], key=key)
+    return extract_subset(bundle, bundle.path.with_name(name), ["fp16"], ["sm86"], key=key)
 
 
 def only(bundle: Bundle) -> StoredEngine:
@@ -70,7 +70,7 @@ def only(bundle: Bundle) -> StoredEngine:
 def test_it_arrives_as_it_left(bundle: Bundle, tmp_path: Path) -> None:
     packed = shipped(bundle)
     name = f"engines/{own(SM86).key}/edit.fp16.engine"
-    assert packed.read(name) == CONTENT and packed.check_all() == () == packed.surplus
+    assert packed.read(name) == CONTENT and packed.check_all() == () == packed.unlisted_files
     for arrived in (packed, unpack(packed, tmp_path / "back.spm")):
         found = only(arrived)
         assert (found.place, found.shipped, found.reasons, found.record) == ("bundle", True, (), own(SM86))
@@ -109,12 +109,12 @@ def test_engines_of_graphs_that_go_and_damaged_ones_are_not_shipped(bundle: Bund
     path = add(bundle, SM86)
     target = bundle.path.with_name("device.spm")
     with pytest.raises(UsageError, match=r"was built from graphs/edit\.fp16\.onnx, which goes"):
-        slim(bundle, target, ["fp32"], ["sm86"])
+        extract_subset(bundle, target, ["fp32"], ["sm86"])
     path.write_bytes(HOSTILE)
     with pytest.raises(BundleError, match="tampered"):
-        slim(bundle, target, ["fp16"], ["sm86"])
+        extract_subset(bundle, target, ["fp16"], ["sm86"])
     assert not target.exists()
-    assert find_engines(slim(bundle, target, ["fp16"]), HOST) == []  # not asked for
+    assert find_engines(extract_subset(bundle, target, ["fp16"]), HOST) == []  # not asked for
 
 
 def test_a_consistent_pair_of_engine_and_record_is_still_not_what_was_shipped(bundle: Bundle, tmp_path: Path) -> None:
@@ -185,6 +185,6 @@ def test_a_signed_bundle_takes_no_engines(bundle: Bundle, cache: Path) -> None:
 
 def test_slimming_a_slimmed_bundle_takes_its_engines_by_name_again(bundle: Bundle, tmp_path: Path) -> None:
     first = shipped(bundle)
-    assert find_engines(slim(first, tmp_path / "a.spm", ["fp16"]), HOST) == []
-    again = slim(first, tmp_path / "b.spm", ["fp16"], ["sm86"])
+    assert find_engines(extract_subset(first, tmp_path / "a.spm", ["fp16"]), HOST) == []
+    again = extract_subset(first, tmp_path / "b.spm", ["fp16"], ["sm86"])
     assert again.path.read_bytes() == first.path.read_bytes()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import torch
@@ -51,8 +52,8 @@ def test_a_checkpoint_replaces_the_last_one_whole(tmp_path: Path, monkeypatch: p
     run = RunDirectory(tmp_path)
     run.save_checkpoint({"value": torch.ones(3)})
 
-    def killed_halfway(state: object, path: Path) -> None:
-        path.write_bytes(b"half")
+    def killed_halfway(state: object, stream: BinaryIO) -> None:
+        stream.write(b"half")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(torch, "save", killed_halfway)
