@@ -454,7 +454,7 @@ OBJECTS = {
     "runtime": "Runtime",
 }
 """What these variables hold, in the files that talk to the library through them."""
-TALKERS = ("export/engine_builder.py", "export/engine_precision.py")
+TALKERS = ("engines/builder.py", "engines/precision.py")
 VALUES = {"serialized", "name"}
 """Variables that hold a plain value from the library."""
 
