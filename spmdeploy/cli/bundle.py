@@ -237,10 +237,10 @@ def _password(key: Path, new: bool = False) -> str:
 
 def _packed_facts(packed: Bundle) -> dict[str, Any]:
     """What a packed bundle is; the hash is that of the whole file."""
-    import hashlib
+    from spmdeploy.files import os_errors, sha256
 
-    with open(packed.path, "rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    with os_errors(packed.path, "read"), open(packed.path, "rb") as stream:
+        digest = sha256(stream)
     return {
         "output": str(packed.path),
         "files": len(packed.files()),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import hashlib
 import json
@@ -22,6 +23,7 @@ from spmdeploy.bundle.manifest import (
     ParityLimits,
     SourceFacts,
 )
+from spmdeploy.bundle.signature import SecretKey
 from spmdeploy.bundle.storage import GOLDEN_PICTURES, MANIFEST, SUMS
 from spmdeploy.bundle.writer import BundleWriter
 from spmdeploy.engines.pack import pack
@@ -139,3 +141,11 @@ def no_flushing() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
         yield
+
+
+def secret_key(key_id: bytes, seed: bytes) -> SecretKey:
+    """The same key for the same bytes, 8 and 32, packed as minisign does."""
+    ed25519 = pytest.importorskip("cryptography.hazmat.primitives.asymmetric.ed25519", reason="needs the extra sign")
+    public = ed25519.Ed25519PrivateKey.from_private_bytes(seed).public_key().public_bytes_raw()
+    packed = b"Ed\0\0B2" + bytes(48) + key_id + seed + public + bytes(32)
+    return SecretKey(base64.b64encode(packed).decode())

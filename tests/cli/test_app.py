@@ -53,6 +53,7 @@ COMMANDS = {
 GROUPS = ("bundle", "labels", "dataset")
 HEAVY = {
     "cryptography",
+    "minisign",
     "torch",
     "onnx",
     "onnxscript",

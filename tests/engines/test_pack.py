@@ -12,7 +12,7 @@ import pytest
 
 from spmdeploy.bundle.bundle import open_bundle
 from spmdeploy.bundle.manifest import GraphRecord
-from spmdeploy.bundle.signature import SecretKey, sign
+from spmdeploy.bundle.signature import sign
 from spmdeploy.bundle.storage import MANIFEST, SIGNATURE, SUMS
 from spmdeploy.bundle.writer import BundleWriter
 from spmdeploy.engines.pack import extract_subset, pack, unpack
@@ -25,11 +25,12 @@ from tests.bundle.conftest import (
     manifest_of,
     names_in,
     rewrite_manifest,
+    secret_key,
     with_weights_beside,
     write_street,
 )
 
-KEY, OTHER = SecretKey(b"\1" * 8, b"\2" * 32), SecretKey(b"\1" * 8, b"\3" * 32)
+KEY, OTHER = secret_key(b"\1" * 8, b"\2" * 32), secret_key(b"\1" * 8, b"\3" * 32)
 
 
 def listing(folder: Path) -> dict[str, bytes]:

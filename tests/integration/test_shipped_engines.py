@@ -24,12 +24,12 @@ from spmdeploy.engines.store import (
     remove_stale_engines,
 )
 from spmdeploy.errors import BundleError, InputError, UsageError
-from tests.bundle.conftest import GRAPHS, write_street
+from tests.bundle.conftest import GRAPHS, secret_key, write_street
 
 from .records import HOST, SAMPLE, for_targets
 from .test_engine_record import VERIFIED
 
-KEY = SecretKey(b"\1" * 8, b"\2" * 32)
+KEY = secret_key(b"\1" * 8, b"\2" * 32)
 CONTENT, HOSTILE = b"not really an engine", b"something hostile!!!"
 FP16 = SourceFile("graphs/edit.fp16.onnx", hashlib.sha256(GRAPHS["fp16"]).hexdigest())
 SM86, SM89 = for_targets("sm86"), for_targets("sm89", "sm120")
