@@ -37,11 +37,12 @@ from spmdeploy.backends.onnxruntime_profile import profiled_nodes
 from spmdeploy.backends.pytorch import TorchSession, bundled_generator
 from spmdeploy.backends.verify import measure_deviation
 from spmdeploy.bench.machine import LoadMeter, describe_machine
-from spmdeploy.bench.workloads import EditBatch, edit_batch, scaled_mask
+from spmdeploy.bench.workloads import edit_batch, scaled_mask
 from spmdeploy.bundle.bundle import Bundle, open_bundle
 from spmdeploy.bundle.manifest import EDIT, ON_CPU
 from spmdeploy.imaging import files as images
 from spmdeploy.imaging.resize import resize_labels, resize_photo
+from spmdeploy.types import ModelInput
 
 SCHEMA = "spmdeploy.quantization/1"
 BEGIN, END = "<!-- quantization: written by `make figures` -->", "<!-- end of quantization -->"
@@ -49,7 +50,7 @@ MIN_PSNR_DB = 35.0
 """Under the mask, on every photo: below it no option for users."""
 CALIBRATION_PHOTOS, TEST_PHOTOS = 8, 9
 SHARES = (0.05, 0.12, 0.25)
-Run = Callable[[EditBatch], NDArray[np.uint8]]
+Run = Callable[[ModelInput], NDArray[np.uint8]]
 
 PROFILED_RUNS = 10
 OPERATOR_GROUPS = {
@@ -139,7 +140,7 @@ def _lines(result: dict[str, Any]) -> Iterator[str]:
         yield f"| {' | '.join(map(str, cells))} |"
 
 
-def photos(folder: Path, bundle: Bundle, count: int) -> Iterator[EditBatch]:
+def photos(folder: Path, bundle: Bundle, count: int) -> Iterator[ModelInput]:
     """Edits of `count` photos, evenly spread over a folder: their middle square, 5, 12 or 25% of it masked."""
     paths = sorted((folder / "images").iterdir())
     size = bundle.manifest.native_size
@@ -153,30 +154,30 @@ def photos(folder: Path, bundle: Bundle, count: int) -> Iterator[EditBatch]:
         box[size // 3 : size // 2, size // 4 + 7 * place % 80 : size // 2 + 5 * place % 90] = True
         ids = resize_labels(labels[middle], size, size)[None]
         mask = scaled_mask(box, SHARES[place % len(SHARES)])[None].astype(np.uint8)
-        yield EditBatch(resize_photo(photo[middle], size, size)[None], ids, ids.astype(np.int32), mask)
+        yield ModelInput(resize_photo(photo[middle], size, size)[None], ids, ids.astype(np.int32), mask)
 
 
 class _Photos(CalibrationDataReader):  # type: ignore[misc]
-    def __init__(self, cases: list[EditBatch]) -> None:
+    def __init__(self, cases: list[ModelInput]) -> None:
         self._cases = iter(cases)
 
     def get_next(self) -> dict[str, NDArray[Any]] | None:
         case = next(self._cases, None)
-        return None if case is None else case.named
+        return None if case is None else case._asdict()
 
 
 def by_torch(bundle: Bundle) -> Iterator[tuple[str, Run]]:
     reference = TorchSession(bundled_generator(bundle))
-    yield "torch fp32", lambda case: reference.run(*case.arrays)
+    yield "torch fp32", lambda case: reference.run(*case)
 
-    def in_bf16(case: EditBatch) -> NDArray[np.uint8]:
+    def in_bf16(case: ModelInput) -> NDArray[np.uint8]:
         with torch.autocast("cpu", torch.bfloat16):
-            return reference.run(*case.arrays)
+            return reference.run(*case)
 
     yield "torch bf16 (autocast)", in_bf16
 
 
-def quantized_graphs(bundle: Bundle, calibration: Iterator[EditBatch]) -> Iterator[tuple[str, bytes]]:
+def quantized_graphs(bundle: Bundle, calibration: Iterator[ModelInput]) -> Iterator[tuple[str, bytes]]:
     """For ONNX Runtime; the first is not quantized."""
     plain = with_plain_weights(_loaded(bundle))
     yield "onnxruntime fp32", plain.SerializeToString()
@@ -209,7 +210,7 @@ def with_plain_weights(model: onnx.ModelProto) -> onnx.ModelProto:
     return model
 
 
-def quantized(model: onnx.ModelProto, name_parts: tuple[str, ...], cases: list[EditBatch]) -> bytes:
+def quantized(model: onnx.ModelProto, name_parts: tuple[str, ...], cases: list[ModelInput]) -> bytes:
     convolutions = [it.name for it in model.graph.node if it.op_type == "Conv" and "LeakyRelu" not in it.name]
     chosen = [
         name for name in convolutions if any(part in name for part in name_parts)
@@ -237,14 +238,14 @@ def _session(graph: bytes) -> Run:
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
-    def run(case: EditBatch) -> NDArray[np.uint8]:
-        edited: NDArray[np.uint8] = session.run(["edited"], case.named)[0]
+    def run(case: ModelInput) -> NDArray[np.uint8]:
+        edited: NDArray[np.uint8] = session.run(["edited"], case._asdict())[0]
         return edited
 
     return run
 
 
-def worst_deviation(run: Run, cases: list[EditBatch], expected: list[NDArray[np.uint8]]) -> dict[str, Any]:
+def worst_deviation(run: Run, cases: list[ModelInput], expected: list[NDArray[np.uint8]]) -> dict[str, Any]:
     """Worst and median deviation over all cases."""
     deviations = [
         measure_deviation(run(case), reference, case.mask) for case, reference in zip(cases, expected, strict=True)
@@ -258,9 +259,9 @@ def worst_deviation(run: Run, cases: list[EditBatch], expected: list[NDArray[np.
     }
 
 
-def time_by_operator(graph: bytes, case: EditBatch) -> dict[str, float]:
+def time_by_operator(graph: bytes, case: ModelInput) -> dict[str, float]:
     """Milliseconds of an edit by kind of operator, each node at its fastest of `PROFILED_RUNS` runs."""
-    nodes = profiled_nodes(GraphFiles(graph), "CPUExecutionProvider", case.named, PROFILED_RUNS)
+    nodes = profiled_nodes(GraphFiles(graph), "CPUExecutionProvider", case._asdict(), PROFILED_RUNS)
     count = len(nodes) // PROFILED_RUNS
     totals = dict.fromkeys((*OPERATOR_GROUPS, "rest"), 0.0)
     for place in range(count):
@@ -270,7 +271,7 @@ def time_by_operator(graph: bytes, case: EditBatch) -> dict[str, float]:
     return {name: round(value, 2) for name, value in totals.items()}
 
 
-def time_interleaved(runs: dict[str, Run], case: EditBatch, seconds: float) -> dict[str, list[float]]:
+def time_interleaved(runs: dict[str, Run], case: ModelInput, seconds: float) -> dict[str, list[float]]:
     """Milliseconds of every edit, interleaved, about `seconds` for each; the first three are not counted."""
     samples: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(3):

@@ -1,11 +1,19 @@
-"""The backends that can be compared, and how each is opened, measured and described.
+"""The backends that a benchmark compares: how each is opened, described and run on a device.
 
-What is asked for by name is opened or refused with the reason; nothing here chooses for the user.
+A backend named by the user is opened or refused with the reason, never replaced.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from spmdeploy.backends.base import Session, check_device, open_session
 from spmdeploy.backends.onnxruntime import OnnxRuntimeSession
@@ -14,28 +22,30 @@ from spmdeploy.bench.results import BackendInfo
 from spmdeploy.bundle.bundle import Bundle
 from spmdeploy.bundle.manifest import EDIT, ON_CPU, GraphRecord
 from spmdeploy.errors import UnavailableError
+from spmdeploy.gpu.arrays import DeviceArray
+from spmdeploy.gpu.device import Device
 from spmdeploy.gpu.driver import visible_gpus
+from spmdeploy.types import ModelInput
 
 REFERENCE_BACKEND = "torch"
-"""The plain generator in eager PyTorch, in FP32: what every other picture and every speed is held against."""
+"""The plain generator in eager PyTorch; in FP32 it is the reference for results and the baseline for ratios."""
 BACKENDS = (REFERENCE_BACKEND, "torch-compile", "onnxruntime", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx")
-_ON_GPU_ONLY = frozenset({"onnxruntime-cuda", "tensorrt", "tensorrt-rtx"})
+_GPU_ONLY = frozenset({"onnxruntime-cuda", "tensorrt", "tensorrt-rtx"})
 
 
 def open_backend(bundle: Bundle, name: str, device: str, precision: str) -> Session:
     """device: auto, cpu or cuda:N. precision: auto, fp32 or fp16.
 
-    Raises UnavailableError saying why this machine cannot, BundleError when the bundle does not hold it.
+    Raises UnavailableError with the reason if this machine cannot run it, BundleError if the bundle lacks the graph.
     """
-    place = _device_of(name, device)
+    chosen = _device_of(name, device)
     if name in (REFERENCE_BACKEND, "torch-compile"):
-        return _open_torch(bundle, name, place, precision)
-    library = name.removesuffix("-cuda")
-    return open_session(bundle, library, place, precision).session
+        return _open_torch(bundle, name, chosen, precision)
+    return open_session(bundle, name.removesuffix("-cuda"), chosen, precision).session
 
 
 def skip_by_default(name: str) -> None:
-    """Raises UnavailableError for what is not measured unless asked for by name."""
+    """Raises UnavailableError for backends that are only measured when named."""
     if name != "torch-compile":
         return
     try:
@@ -43,22 +53,23 @@ def skip_by_default(name: str) -> None:
     except OSError:
         gpus = 0
     if not gpus:
-        raise UnavailableError("left out: compiling for a CPU takes minutes", "ask for it: --backend torch-compile")
+        raise UnavailableError("left out: compiling for a CPU takes minutes", "name it: --backend torch-compile")
 
 
 def cold_start_options(name: str, device: str, precision: str) -> list[str]:
-    """The options with which `spmdeploy edit` uses a backend. Raises UnavailableError where it does not offer it."""
+    """Options of `spmdeploy edit` for a backend. Raises UnavailableError where it does not offer it."""
     if name == "torch-compile":
         raise UnavailableError("`spmdeploy edit` does not offer it", "leave it out of --scope cold-start")
     return ["--backend", name.removesuffix("-cuda"), "--device", _device_of(name, device), "--precision", precision]
 
 
 def has_torch() -> bool:
-    """Whether the reference can be made here; without importing anything."""
+    """Whether the reference is available here; imports nothing."""
     return all(importlib.util.find_spec(name) is not None for name in ("torch", "onnx"))
 
 
 def describe(session: Session, bundle: Bundle) -> BackendInfo:
+    """Facts of an opened session for the record."""
     provider, threads = session.provider, None
     if session.backend in (REFERENCE_BACKEND, "torch-compile"):
         from spmdeploy.bench.torch_backends import compute_settings
@@ -71,41 +82,12 @@ def describe(session: Session, bundle: Bundle) -> BackendInfo:
         provider=provider,
         threads=threads,
         file_bytes=loaded_bytes(session, bundle),
-        weights_bytes=bundle.manifest.generator.parameters * (2 if session.precision == "fp16" else 4),
+        weights_bytes=bundle.manifest.generator.parameters * (4 if session.precision in ("fp32", "tf32") else 2),
     )
 
 
-def _device_of(name: str, device: str) -> str:
-    if device != "auto":
-        check_device(device)
-    if name in _ON_GPU_ONLY:
-        if device == "cpu":
-            raise UnavailableError(f"{name} runs on GPUs only, and --device cpu was asked for", "leave --device out")
-        return "cuda:0" if device == "auto" else device
-    if name == "onnxruntime":
-        if device not in ("auto", "cpu"):
-            raise UnavailableError(
-                f"onnxruntime stands for the CPU here, and --device {device} was asked for",
-                "--backend onnxruntime-cuda is its name on a GPU",
-            )
-        return "cpu"
-    return device
-
-
-def _open_torch(bundle: Bundle, name: str, device: str, precision: str) -> Session:
-    try:
-        from spmdeploy.backends.pytorch import open_torch_session
-        from spmdeploy.bench.torch_backends import open_compiled_session
-    except ModuleNotFoundError as error:
-        raise UnavailableError(f"this needs the package {error.name}", 'pip install "spmdeploy[export]"') from error
-    if name == REFERENCE_BACKEND:
-        return open_torch_session(bundle, REFERENCE_BACKEND, device, precision).session
-    return open_compiled_session(bundle, device, precision)
-
-
 def loaded_bytes(session: Session, bundle: Bundle) -> int | None:
-    """Bytes of the graphs or engines that a session has loaded by now, weights that they share counted once; None where
-    it loads no files."""
+    """Bytes of the graphs or engines loaded so far, shared weights counted once; None for backends without files."""
     if isinstance(session, TensorRtSession):
         return session.engine_bytes
     if not isinstance(session, OnnxRuntimeSession):
@@ -123,3 +105,127 @@ def _record_of(session: Session, bundle: Bundle, name: str) -> GraphRecord | Non
     names = (ON_CPU[name], name) if session.device == "cpu" else (name,)
     records = {record.graph: record for record in bundle.manifest.graphs if record.precision == session.precision}
     return next((records[name] for name in names if name in records), None)
+
+
+def _device_of(name: str, device: str) -> str:
+    if device != "auto":
+        check_device(device)
+    if name in _GPU_ONLY:
+        if device == "cpu":
+            raise UnavailableError(f"{name} runs on GPUs only, but --device is cpu", "leave --device out")
+        return "cuda:0" if device == "auto" else device
+    if name == "onnxruntime":
+        if device not in ("auto", "cpu"):
+            raise UnavailableError(
+                f"onnxruntime means the CPU here, but --device is {device}", "on a GPU: --backend onnxruntime-cuda"
+            )
+        return "cpu"
+    return device
+
+
+def _open_torch(bundle: Bundle, name: str, device: str, precision: str) -> Session:
+    try:
+        from spmdeploy.backends.pytorch import open_torch_session
+        from spmdeploy.bench.torch_backends import open_compiled_session
+    except ModuleNotFoundError as exc:
+        raise UnavailableError(f"this needs the package {exc.name}", 'pip install "spmdeploy[export]"') from exc
+    if name == REFERENCE_BACKEND:
+        return open_torch_session(bundle, REFERENCE_BACKEND, device, precision).session
+    return open_compiled_session(bundle, device, precision)
+
+
+class DeviceRun(Protocol):
+    """One batch whose inputs and output stay in the GPU's memory.
+
+    The engine scope times it by events on `stream`. ONNX Runtime computes on a stream of its own and waits for it
+    before it returns: there the events enclose the call.
+    """
+
+    stream: int
+
+    def launch(self) -> None:
+        """Enqueues the edit on the stream; need not wait for it."""
+
+    def fetch(self) -> NDArray[np.uint8]:
+        """The edited images of the last launch, uint8 (B, S, S, 3). Call after the stream is synchronized."""
+
+
+def device_run(session: Session, batch: ModelInput, device: Device, stack: ExitStack) -> DeviceRun:
+    """Copies the batch to the session's GPU until the stack is closed. Raises UnavailableError."""
+    if isinstance(session, TensorRtSession | OnnxRuntimeSession):
+        return _DeviceArrays(session, batch, device, stack)
+    if session.backend.startswith("torch"):
+        from spmdeploy.backends.pytorch import TorchSession
+        from spmdeploy.bench.torch_backends import TorchDeviceRun
+
+        assert isinstance(session, TorchSession)
+        return TorchDeviceRun(session, batch)
+    raise UnavailableError(f"{session.backend} accepts no inputs in the GPU's memory", "use --scope edit")
+
+
+def time_on_device(run: DeviceRun, device: Device) -> tuple[float, float]:
+    """Milliseconds of one edit on the device, and milliseconds of its launch on the host."""
+    with device.current():
+        with device.timed(run.stream) as passed:
+            called = time.perf_counter()
+            run.launch()
+            launched = time.perf_counter()
+        return passed[0], (launched - called) * 1000
+
+
+class _DeviceArrays:
+    """`DeviceRun` for libraries that take device addresses."""
+
+    def __init__(
+        self, session: TensorRtSession | OnnxRuntimeSession, batch: ModelInput, device: Device, stack: ExitStack
+    ) -> None:
+        self._device = device
+        self._stack = stack
+        with device.current():
+            self.stream = device.stream()
+            stack.callback(self._release, device.destroy_stream, self.stream)
+            self._inputs = {name: self._upload(array, name) for name, array in batch._asdict().items()}
+            self._edited = self._allocate(batch.image, "edited")
+            device.synchronize(self.stream)
+        if isinstance(session, TensorRtSession):
+            self._launch: Callable[[], None] = partial(
+                session.run_device, self._inputs, {"edited": self._edited}, self.stream
+            )
+            stack.callback(session.synchronize)
+        else:
+            self._launch = session.bound(self._inputs, {"edited": self._edited})
+
+    def launch(self) -> None:
+        self._launch()
+
+    def fetch(self) -> NDArray[np.uint8]:
+        edited = np.empty(self._edited.shape, np.uint8)
+        with self._device.current():
+            pinned = self._device.pinned(edited.nbytes, "the edited images")
+            try:
+                self._device.copy_out(pinned, self._edited.address, self.stream)
+                self._device.synchronize(self.stream)
+                edited[:] = pinned.reshape(edited.shape)
+            finally:
+                self._device.free_pinned(pinned)
+        return edited
+
+    def _upload(self, array: NDArray[Any], name: str) -> DeviceArray:
+        allocated = self._allocate(array, name)
+        pinned = self._device.pinned(array.nbytes, name)
+        try:
+            pinned[:] = np.ascontiguousarray(array).view(np.uint8).reshape(-1)
+            self._device.copy_in(allocated.address, pinned, self.stream)
+            self._device.synchronize(self.stream)
+        finally:
+            self._device.free_pinned(pinned)
+        return allocated
+
+    def _allocate(self, like: NDArray[Any], name: str) -> DeviceArray:
+        address = self._device.allocate(like.nbytes, name)
+        self._stack.callback(self._release, self._device.free, address)
+        return DeviceArray(address, like.shape, like.dtype.name)
+
+    def _release(self, release: Callable[[int], None], handle: int) -> None:
+        with self._device.current():
+            release(handle)

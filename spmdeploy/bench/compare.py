@@ -1,4 +1,4 @@
-"""Two records side by side: what became faster, what slower, and what cannot be told from noise."""
+"""Compares two records: what became faster or slower, and what is within noise."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from spmdeploy.bench import format as words
+from spmdeploy.bench.format import backend_name, title
 from spmdeploy.bench.machine import differences
 from spmdeploy.bench.results import Record, Result
 from spmdeploy.errors import InputError
@@ -22,20 +22,20 @@ class Change:
     before: float
     after: float
     speedup: Ratio
-    """How many times faster the later record is; its interval says what noise allows."""
+    """Speed of the later record relative to the earlier, with a 95% interval."""
     verdict: str
-    """faster, slower, or `no difference shown` where the interval holds 1."""
+    """faster, slower, or `no difference shown` where the interval contains 1."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What changed from one record to another."""
+    """Changes from one record to another."""
 
     changes: tuple[Change, ...]
     unmatched: tuple[str, ...]
-    """Cases that only one of them has figures for, and why."""
+    """Cases with figures in only one record, and why."""
     circumstances: tuple[str, ...]
-    """What else differs: machine, libraries, weights, protocol."""
+    """Other differences: machine, libraries, weights, methodology."""
     warnings: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -48,7 +48,7 @@ def compare(before: Record, after: Record, names: tuple[str, str], force: bool =
     if other_machine and not force:
         raise InputError(
             f"{names[0]} and {names[1]} were measured on different machines: {'; '.join(other_machine)}",
-            "measure both on one machine; --force compares them all the same",
+            "measure both on one machine, or use --force",
         )
     first, second = ({row.identity: row for row in record.rows} for record in (before, after))
     both = [key for key in first if key in second]
@@ -58,11 +58,7 @@ def compare(before: Record, after: Record, names: tuple[str, str], force: bool =
         unmatched=(
             *(_unmatched(first[key], names[1]) for key in first if key not in second),
             *(_unmatched(second[key], names[0]) for key in second if key not in first),
-            *(
-                _missing_cases(first[key], second[key], names)
-                for key in both
-                if first[key].status != second[key].status
-            ),
+            *(_missing_case(first[key], second[key], names) for key in both if first[key].status != second[key].status),
         ),
         circumstances=(*other_machine, *_environment_differences(before, after)),
         warnings=tuple(
@@ -77,22 +73,21 @@ def _change(before: Result, after: Result) -> Change:
     verdict = "faster" if speedup.value > 1 else "slower"
     if speedup.interval.holds(1):
         verdict = "no difference shown"
-    title, backend = words.title(after), words.backend(after)
-    return Change(title, backend, before.latency_ms.p50, after.latency_ms.p50, speedup, verdict)
+    return Change(title(after), backend_name(after), before.latency_ms.p50, after.latency_ms.p50, speedup, verdict)
 
 
 def _unmatched(row: Result, missing_in: str) -> str:
-    return f"{words.title(row)}, {words.backend(row)}: not in {missing_in}"
+    return f"{title(row)}, {backend_name(row)}: not in {missing_in}"
 
 
-def _missing_cases(before: Result, after: Result, names: tuple[str, str]) -> str:
-    """Measured in one, not in the other."""
+def _missing_case(before: Result, after: Result, names: tuple[str, str]) -> str:
+    """For a case measured in one record only."""
     without, name = (before, names[0]) if before.status != "measured" else (after, names[1])
-    return f"{words.title(without)}, {words.backend(without)}: no figures in {name}: {without.reason}"
+    return f"{title(without)}, {backend_name(without)}: no figures in {name}: {without.reason}"
 
 
 def _environment_differences(before: Record, after: Record) -> list[str]:
-    """What may explain a change besides the code."""
+    """Facts that may explain a change, besides the code."""
 
     def facts(record: Record) -> dict[str, object]:
         machine = record.machine

@@ -1,18 +1,31 @@
-"""Which part of the network a profiled operation belongs to. Names in exported graphs carry the module's path."""
+"""Time of an edit by part of the network, from the profilers of ONNX Runtime and PyTorch.
+
+Names of operations in exported graphs contain the path of the PyTorch module.
+"""
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from spmdeploy.types import ModelInput
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from spmdeploy.backends.onnxruntime import Graph
+    from spmdeploy.backends.pytorch import TorchSession
 
 PROFILED_RUNS = 3
-"""The mean of so many is told."""
+"""Runs whose mean is reported."""
 _STAGE = re.compile(r"stages\.(\d+)")
 _MODULE = re.compile(r"\.(features|context_\w+?|layout_\w+?|to_rgb)(?=/|$)")
 _LAYER = re.compile(r"\.(?:encoder|decoder)\.\d+")
-# What `to_cpu` adds to compute in the box around the mask, and to put that into the whole; at the end what it did once.
+# Nodes that the exporter's CPU graph adds to compute only the box around the mask and to paste it into the whole map.
 _BOX = re.compile(
     r"^(?:box|classes)/|/(?:around|borders|wide|inside|changed)(?:/|$)|/(?:padded|rows|base|base_box|change|changes|everywhere)$"
 )
@@ -31,7 +44,7 @@ _OPERATORS = {
 
 @dataclass(frozen=True)
 class Operation:
-    """One operation of one run. name: the module's path, in a graph followed by the operator's own name."""
+    """One operation of one run. name: the module's path; in a graph, followed by the operator's own name."""
 
     name: str
     operator: str
@@ -40,10 +53,10 @@ class Operation:
 
 @dataclass(frozen=True)
 class LayerGroup:
-    """Time of one part of the network in one run, from the library's own profiler."""
+    """Time of one part of the network in one run, by the library's own profiler."""
 
     stage: str
-    """1 (coarsest) to 3, or `-` for what belongs to none."""
+    """1 (coarsest) to 3, or `-` outside the stages."""
     kind: str
     """main convolution, context modulation, layout branch, ..."""
     milliseconds: float
@@ -52,17 +65,17 @@ class LayerGroup:
 
 @dataclass(frozen=True)
 class Profile:
-    """Where an edit spends time and memory."""
+    """Time by part of the network, and memory of activations."""
 
     parts: tuple[LayerGroup, ...]
     activation_bytes: int | None
-    """The most that was held at once beside the weights, where the library tells."""
+    """Largest amount held at once in addition to the weights; None if unavailable."""
 
 
 def group_by_layer(operations: Iterable[Operation], runs: int) -> tuple[LayerGroup, ...]:
-    """Time by stage and kind, of the mean run, the longest first.
+    """Time by stage and kind, averaged over `runs`, longest first.
 
-    Operations that a library has added have no path: they belong to the stage of the one before.
+    Operations added by the library have no path: they belong to the stage of the preceding one.
     """
     spent: defaultdict[tuple[str, str], float] = defaultdict(float)
     stage = "-"
@@ -85,12 +98,12 @@ def stage_of(name: str) -> str:
 def kind_of(name: str, operator: str) -> str:
     if operator in _OPERATORS:
         return _OPERATORS[operator]
-    name = name.removesuffix("_nchwc")  # ONNX Runtime's mark of a node that it moved to its blocked layout
+    name = name.removesuffix("_nchwc")  # ONNX Runtime's suffix for nodes in its blocked layout
     if _BOX.search(name):
         return "around the mask"
     if module := _MODULE.search(name):
         return _KINDS[module[1].partition("_")[0]]
-    if operator in ("Conv", "FusedConv"):  # fused with the activation behind it, whose name it has taken
+    if operator in ("Conv", "FusedConv"):  # fused with the following activation, whose name it takes
         return _fused_kind(name.rpartition("/")[2])
     if _LAYER.search(name):
         return _ARITHMETIC
@@ -98,10 +111,98 @@ def kind_of(name: str, operator: str) -> str:
 
 
 def _fused_kind(activation: str) -> str:
-    """`modulation.py` applies two ReLUs in each layer: to the context first, then to the layout. Before its last
-    activation `to_cpu` has a convolution that changes nothing."""
+    """Kind of a convolution from the name of the activation fused with it.
+
+    Each layer of `model/modulation.py` applies two ReLUs, to the context and then to the layout. The CPU graph has an
+    identity convolution before its last activation.
+    """
     if activation == "Relu":
         return _KINDS["context"]
     if activation in ("LeakyRelu", "same"):
         return _ARITHMETIC
     return _KINDS["layout"] if activation.startswith("Relu") else _KINDS["to"]
+
+
+def profile_onnxruntime(graph: Graph, provider: str, batch: ModelInput) -> Profile:
+    """Profiles a graph in a session of its own. provider: ONNX Runtime's name of it."""
+    from spmdeploy.backends.onnxruntime_profile import profiled_nodes
+
+    nodes = profiled_nodes(graph, provider, batch._asdict(), PROFILED_RUNS)
+    operations = [
+        Operation(
+            str(node["name"]).removesuffix("_kernel_time"), str(node["args"]["op_name"]), float(node.get("dur", 0))
+        )
+        for node in nodes
+    ]
+    held = [int(node["args"]["mem_bytes_in_use"]) for node in nodes if "mem_bytes_in_use" in node["args"]]
+    return Profile(group_by_layer(operations, PROFILED_RUNS), max(held) - min(held) if held else None)
+
+
+def profile_torch(session: TorchSession, batch: ModelInput) -> Profile:
+    """Profiles eager PyTorch. Time of an operator that a module calls includes what the operator calls."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    session.run(*batch)
+    activities = [ProfilerActivity.CPU]
+    if session.device != "cpu":
+        activities.append(ProfilerActivity.CUDA)
+        torch.cuda.reset_peak_memory_stats(session.device)
+    with ExitStack() as stack:
+        for name, module in session.edit_graph.named_modules():
+            _record_module(module, name, stack)
+        with profile(activities=activities) as profiler:
+            for _ in range(PROFILED_RUNS):
+                session.run(*batch)
+    operations = [
+        Operation(
+            module.removeprefix("generator."),
+            event.name.removeprefix("aten::"),
+            event.cpu_time_total if session.device == "cpu" else event.device_time_total,
+        )
+        for event in profiler.events()
+        if (module := _calling_module(event)) is not None
+    ]
+    return Profile(group_by_layer(operations, PROFILED_RUNS), _peak_activation_bytes(session))
+
+
+_MODULE_PREFIX = "module "
+
+
+def _record_module(module: nn.Module, name: str, stack: ExitStack) -> None:
+    """Adds a range named after the module to the profile, until the stack is closed."""
+    from torch.profiler import record_function
+
+    open_ranges: list[Any] = []
+
+    def enter(*_: Any) -> None:
+        open_ranges.append(record_function(_MODULE_PREFIX + name))
+        open_ranges[-1].__enter__()
+
+    def leave(*_: Any) -> None:
+        open_ranges.pop().__exit__(None, None, None)
+
+    hooks: list[Callable[[], None]] = [
+        module.register_forward_pre_hook(enter).remove,
+        module.register_forward_hook(leave).remove,
+    ]
+    for remove in hooks:
+        stack.callback(remove)
+
+
+def _calling_module(event: Any) -> str | None:
+    """The module that called the operator directly; None for module ranges and for operators called by operators."""
+    parent = event.cpu_parent
+    if event.name.startswith(_MODULE_PREFIX) or parent is None or not parent.name.startswith(_MODULE_PREFIX):
+        return None
+    return str(parent.name.removeprefix(_MODULE_PREFIX))
+
+
+def _peak_activation_bytes(session: TorchSession) -> int | None:
+    """Peak of torch's GPU allocations without the weights; None on CPUs, where torch does not count."""
+    import torch
+
+    if session.device == "cpu":
+        return None
+    weights = sum(it.numel() * it.element_size() for it in session.edit_graph.parameters())
+    return torch.cuda.max_memory_allocated(session.device) - weights

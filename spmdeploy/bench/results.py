@@ -1,6 +1,6 @@
 """The record of a benchmark run: every sample, and where it was measured. See docs/benchmarks.md.
 
-The dataclasses are the schema: written field by field, read back strictly by their types.
+The dataclasses are the schema.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from spmdeploy.bench.fidelity import Parity
 from spmdeploy.bench.machine import BackgroundLoad, Machine, State
+from spmdeploy.bench.parity import Parity
 from spmdeploy.bench.profile import LayerGroup
 from spmdeploy.bench.roofline import PeakRates, RooflineBound
 from spmdeploy.bench.schedule import WarmUp
@@ -23,17 +23,17 @@ from spmdeploy.stats import Ratio, Summary
 MEASURE = "write records with `spmdeploy bench --output FILE.json`"
 SCHEMA = Schema("spmdeploy.bench/", 1, "a benchmark record", InputError, MEASURE)
 
-Scope = Literal["engine", "frame", "edit", "cold-start"]
+Scope = Literal["engine", "cached-layout", "edit", "cold-start"]
 Status = Literal["measured", "unavailable", "differs", "crashed"]
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What was edited with."""
+    """The model that was measured."""
 
     name: str
     weights: str
-    """Where they are from: a bundle, or random ones of a preset."""
+    """Their source: the bundle, or random ones of a preset."""
     graphs: dict[str, str]
     """SHA-256 of each graph by name and precision."""
     classes: int
@@ -45,59 +45,59 @@ class ModelInfo:
 
 
 @dataclass(frozen=True)
-class Protocol:
-    """How it was measured; the constants are those of `contest`."""
+class Methodology:
+    """How it was measured; constants are those of `schedule`."""
 
     command: str
-    """To be typed for the same run; paths are left out."""
+    """Repeats the run; without folders."""
     masks: str
-    """The rule by which masks were made."""
+    """Rule for the masks."""
     warm_up: str
     measuring: str
     seconds: float | None
-    """Asked for with --duration; None: 200 iterations (20 cold starts) and 10 seconds, whichever is longer."""
+    """Value of --duration; None: 200 iterations (20 cold starts) and 10 seconds, whichever is longer."""
 
 
 @dataclass(frozen=True)
 class BackendInfo:
-    """What really computes, as the session says."""
+    """What computed, as reported by the opened session."""
 
     device: str
     precision: str
     provider: str
     threads: int | None
-    """Of one call, where the library says; else its default, a thread for each core."""
+    """Threads of one call; None: the library's default, one for each core."""
     file_bytes: int | None
-    """Of the graph or engine that was loaded."""
+    """Size of the loaded graph or engine."""
     weights_bytes: int
-    """Of all parameters, in the precision of the arithmetic."""
+    """Size of all parameters in the precision of the arithmetic."""
 
 
 @dataclass(frozen=True)
-class RowMemoryUsage:
-    """Bytes; None where nobody tells."""
+class MemoryUsage:
+    """Memory of the backend's process in bytes; None if unavailable."""
 
     ready: int | None
-    """Resident set of the backend's own process when it had loaded and run nothing."""
+    """Resident set after loading, before the first run."""
     peak: int | None
-    """Largest resident set of that process while the row was measured."""
+    """Largest resident set while the row was measured."""
     device: int | None
-    """Of that process on the GPU, by NVML."""
-    activations: int | None
-    """What the library says it needs beside the weights: TensorRT always, ONNX Runtime and PyTorch with --profile."""
+    """GPU memory of the process after the row, by NVML."""
+    activations: int | None = None
+    """Memory besides the weights, by the library: TensorRT always, ONNX Runtime and PyTorch with --profile."""
     loaded: int | None = None
-    """The files of the graphs or engines that were loaded by then: `refine` among them once a large edit used it."""
+    """Size of the graph or engine files loaded by then: includes `refine` once a large edit used it."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """One backend in one case. Unless it was measured, it holds a reason and no time."""
+    """One backend in one case: measured figures, or the reason why there are none."""
 
     scope: Scope
     backend: str
     asked_precision: str
     size: int
-    """Height and width of the picture."""
+    """Height and width of the image."""
     mask: str
     batch: int
     streams: int
@@ -107,30 +107,30 @@ class Result:
     masked_share: float | None
     parity: Parity | None
     first_ms: float | None
-    """The very first run, which may compile."""
+    """The first run, which may compile."""
     warm_up: WarmUp | None
     latency_ms: Summary | None
     ratio: Ratio | None
     edits_per_second: float | None
     megapixels_per_second: float | None
     joules_per_edit: float | None
-    memory: RowMemoryUsage | None
+    memory: MemoryUsage | None
     floor: RooflineBound | None
     phases_ms: dict[str, float]
     """Medians by phase."""
     notes: dict[str, str | int]
     parts: tuple[LayerGroup, ...]
     samples_ms: tuple[tuple[float, ...], ...]
-    """Every iteration, in the turns in which they were taken."""
+    """Every iteration, by turns."""
 
     @property
     def identity(self) -> tuple[object, ...]:
-        """What two rows must share to be the same case."""
+        """Key of the same row in another record."""
         return self.scope, self.backend, self.asked_precision, self.size, self.mask, self.batch, self.streams
 
     @property
     def case(self) -> tuple[object, ...]:
-        """What rows of one group share."""
+        """Key of the group of rows that did the same work."""
         return self.scope, self.size, self.mask, self.batch, self.streams
 
 
@@ -142,7 +142,7 @@ class Record:
     created: str
     """Date and time, UTC."""
     subject: ModelInfo
-    protocol: Protocol
+    protocol: Methodology
     machine: Machine
     before: State
     after: State
@@ -152,13 +152,25 @@ class Record:
     warnings: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """What `from_json` reads."""
+        """Inverse of `from_json`."""
         return {"schema": SCHEMA.name, **dataclasses.asdict(self)}
 
     @classmethod
     def from_json(cls, value: object, source: str) -> Record:
         """Raises InputError naming `source` and the field."""
-        return SCHEMA.convert(value, cls, source)
+        return SCHEMA.convert(_with_current_names(value), cls, source)
+
+
+def _with_current_names(value: object) -> object:
+    """Replaces names of earlier versions: the scope `frame` is now `cached-layout`."""
+    rows = value.get("rows") if isinstance(value, dict) else None
+    if not isinstance(value, dict) or not isinstance(rows, list):
+        return value
+    renamed = [
+        row | {"scope": "cached-layout"} if isinstance(row, dict) and row.get("scope") == "frame" else row
+        for row in rows
+    ]
+    return value | {"rows": renamed}
 
 
 def read_record(path: Path) -> Record:
@@ -171,13 +183,13 @@ def read_record(path: Path) -> Record:
 
 
 def record_text(record: Record) -> str:
-    """The file: a line a field, but for the samples, where a row's turns share a line."""
+    """The file: one line for each field, but all samples of a row in one line."""
     rows = [row.samples_ms for row in record.rows]
     value = record.to_json()
     for place, row in enumerate(value["rows"]):
         row["samples_ms"] = str(place)
     text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
     for place, samples in enumerate(rows):
-        # Inside a text the quotes would be escaped, so that this finds the field and nothing else.
+        # Quotes inside a text are escaped, so this only finds the field.
         text = text.replace(f'"samples_ms": "{place}"', f'"samples_ms": {json.dumps(samples)}')
     return text + "\n"

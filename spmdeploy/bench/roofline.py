@@ -1,9 +1,8 @@
-"""How fast could it be? The work that was counted, at the rates that this machine was measured to reach.
+"""Roofline lower bound on latency, from counted work and the measured peak rates of the machine.
 
-The floor of an edit is the larger of two times: its convolutions' operations at the rate of a large matrix product, and
-the bytes that must be moved at least (the weights once, the pictures in and out once) at the rate of a large copy. Both
-are best cases: no backend keeps up either rate all the way. A backend that leaves out superfluous work, or transforms
-convolutions, may get below it.
+The bound is the larger of two times: the operations of the convolutions at the rate of a large matrix product, and the
+smallest number of bytes to move (weights once, images in and out once) at the rate of a large copy. No backend sustains
+either rate throughout. A backend that skips superfluous work or transforms convolutions may be faster than the bound.
 """
 
 from __future__ import annotations
@@ -19,19 +18,19 @@ from spmdeploy.bench.machine import usable_cores
 
 MATRIX_SIDE = 2048
 COPIED_BYTES = 256 << 20
-"""More than any cache holds."""
+"""Larger than any cache."""
 BYTES_PER_PIXEL = 3 + 1 + 4 + 1 + 3
 """image, labels, instances and mask in, edited out."""
 
 
 @dataclass(frozen=True)
 class PeakRates:
-    """What one device reached, in the precision of a row."""
+    """Measured rates of one device in one precision."""
 
     device: str
     precision: str
     library: str
-    """Whose matrix product was the fastest."""
+    """Library with the fastest matrix product."""
     gflops: float
     """Of a matrix product of `MATRIX_SIDE`, 2 operations per multiply-add."""
     copy_gb_per_second: float
@@ -40,23 +39,23 @@ class PeakRates:
 
 @dataclass(frozen=True)
 class RooflineBound:
-    """The least time for what a row does."""
+    """Lower bound on the time of one call."""
 
     gflop: float
     """Counted operations of the plain generator, of the whole batch."""
     megabytes: float
-    """Weights once, pictures in and out."""
+    """Weights once, images in and out."""
     milliseconds: float
     bound_by: str
     """arithmetic or memory."""
     reached: float
-    """Share of the floor's speed: floor / median, 1 = as fast as the counted work allows."""
+    """bound / median: 1 = as fast as the counted work allows."""
 
 
 def roofline_bound(
     gflop: float, weights_bytes: int, batch: int, size: int, rates: PeakRates, median: float
 ) -> RooflineBound:
-    """gflop: of one edit. median: milliseconds that a call took."""
+    """gflop: of one edit. median: milliseconds of one call."""
     moved = weights_bytes + batch * size * size * BYTES_PER_PIXEL
     arithmetic = gflop * batch / rates.gflops * 1e3
     memory = moved / (rates.copy_gb_per_second * 1e9) * 1e3
@@ -66,16 +65,16 @@ def roofline_bound(
 
 
 def numpy_rates(seconds: float) -> PeakRates:
-    """What numpy reaches on the cores that this process may use. seconds: for each rate."""
+    """Rates that numpy reaches on the usable cores. seconds: for each rate."""
     matrix = np.random.default_rng(0).standard_normal((MATRIX_SIDE, MATRIX_SIDE), np.float32)
     product = np.empty_like(matrix)
     product_seconds = best_seconds(lambda: np.matmul(matrix, matrix, out=product), seconds)
     cores = len(usable_cores())
     source = np.ones(COPIED_BYTES, np.uint8)
     target = np.empty_like(source)
-    pieces = list(zip(np.array_split(target, cores), np.array_split(source, cores), strict=True))
+    chunks = list(zip(np.array_split(target, cores), np.array_split(source, cores), strict=True))
     with ThreadPoolExecutor(cores) as pool:  # numpy copies without the interpreter's lock
-        copy_seconds = best_seconds(lambda: list(pool.map(lambda piece: np.copyto(*piece), pieces)), seconds)
+        copy_seconds = best_seconds(lambda: list(pool.map(lambda chunk: np.copyto(*chunk), chunks)), seconds)
     return rates_from("cpu", "fp32", f"numpy {np.__version__}", product_seconds, copy_seconds)
 
 
@@ -85,7 +84,7 @@ def rates_from(device: str, precision: str, library: str, product_seconds: float
 
 
 def best_seconds(work: Callable[[], object], seconds: float, wait: Callable[[], object] = lambda: None) -> float:
-    """The shortest repetition within `seconds`, after one that does not count. wait: until the work is done."""
+    """The shortest repetition within `seconds`, after one warm-up. wait: blocks until the work is done."""
     work()
     wait()
     times: list[float] = []
@@ -97,8 +96,8 @@ def best_seconds(work: Callable[[], object], seconds: float, wait: Callable[[], 
     return min(times)
 
 
-def best_of(rates: list[PeakRates]) -> PeakRates:
+def fastest(rates: list[PeakRates]) -> PeakRates:
     """The faster product and the faster copy of the same device and precision."""
-    fastest = max(rates, key=lambda it: it.gflops)
+    best = max(rates, key=lambda it: it.gflops)
     copying = max(it.copy_gb_per_second for it in rates)
-    return PeakRates(fastest.device, fastest.precision, fastest.library, fastest.gflops, copying)
+    return PeakRates(best.device, best.precision, best.library, best.gflops, copying)

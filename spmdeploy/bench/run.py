@@ -1,9 +1,11 @@
-"""One run of the benchmark, from what was asked to a record."""
+"""Runs a benchmark: from options to a record, and to its files."""
 
 from __future__ import annotations
 
 import itertools
 import multiprocessing
+import os
+import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
@@ -14,29 +16,30 @@ from tempfile import TemporaryDirectory
 from typing import TypeVar
 
 from spmdeploy import default_model
-from spmdeploy.bench import schedule as contest
+from spmdeploy.bench import schedule
 from spmdeploy.bench.backends import BACKENDS, REFERENCE_BACKEND, has_torch, skip_by_default
-from spmdeploy.bench.group import BackendUnderTest, Case, Group, Progress, without_folders
 from spmdeploy.bench.machine import BackgroundLoad, LoadMeter, State, describe_machine, read_state
-from spmdeploy.bench.results import ModelInfo, Protocol, Record, Result, Scope
-from spmdeploy.bench.roofline import PeakRates, best_of, numpy_rates, roofline_bound
+from spmdeploy.bench.results import Methodology, ModelInfo, Record, Result, Scope, record_text
+from spmdeploy.bench.roofline import PeakRates, fastest, numpy_rates, roofline_bound
+from spmdeploy.bench.runner import BackendUnderTest, Case, CaseRunner, Progress, without_folders
 from spmdeploy.bench.schedule import StopCondition
+from spmdeploy.bench.tables import markdown
 from spmdeploy.bench.worker import Worker
 from spmdeploy.bench.workloads import MASK_RULE, edit_batch
 from spmdeploy.bundle.bundle import Bundle, open_bundle
-from spmdeploy.errors import SpmDeployError, UnavailableError, VerificationError
+from spmdeploy.errors import InputError, SpmDeployError, UnavailableError, VerificationError
 from spmdeploy.types import Precision
 from spmdeploy.version import __version__
 
 T = TypeVar("T")
 
 SECONDS = 10.0
-ITERATIONS: dict[Scope, int] = {"engine": 200, "frame": 200, "edit": 200, "cold-start": 20}
-"""At least so many, unless a duration is asked for. A cold start takes a second or more."""
-SHORTEST_RATE = 1.0
-"""Seconds for which each rate of the machine is looked for; less when the whole run is shorter."""
-ENQUEUED_ABOVE = 0.8
-"""Share of the GPU's time that launching may take before the host is said to hold it up (trtexec's threshold)."""
+ITERATIONS: dict[Scope, int] = {"engine": 200, "cached-layout": 200, "edit": 200, "cold-start": 20}
+"""Minimum iterations without --duration. A cold start takes about a second."""
+MAX_RATE_SECONDS = 1.0
+"""Time for measuring each peak rate of the machine; less in shorter runs."""
+HOST_BOUND_RATIO = 0.8
+"""Share of the GPU's time above which launching makes an edit host-bound: trtexec's threshold."""
 
 
 @dataclass(frozen=True)
@@ -44,28 +47,28 @@ class Options:
     """What to measure."""
 
     bundle: Path | None = None
-    """None: the built-in one, unless there is a preset."""
+    """None: the built-in model, unless a preset is given."""
     preset: str | None = None
     """Random weights of this size instead of a bundle."""
     backends: tuple[str, ...] = ()
-    """Empty: every one that makes sense here."""
+    """Empty: all that make sense here."""
     precisions: tuple[str, ...] = ("auto",)
     device: str = "auto"
     scopes: tuple[Scope, ...] = ("engine",)
     batches: tuple[int, ...] = (1,)
     streams: tuple[int, ...] = (1,)
     sizes: tuple[int, ...] = (512,)
-    """Of the photos that are edited; the engine scope has the graph's size."""
+    """Sides of the photos of the scopes edit and cold-start; the others use the graph's size."""
     masks: tuple[str, ...] = ("small", "medium", "large")
     seconds: float | None = None
     baseline: str = REFERENCE_BACKEND
     profile: bool = False
 
-    def enough(self, scope: Scope) -> StopCondition:
+    def stop_condition(self, scope: Scope) -> StopCondition:
         return StopCondition(SECONDS, ITERATIONS[scope]) if self.seconds is None else StopCondition(self.seconds, 0)
 
     def command(self) -> str:
-        """What to type for the same run, without the folders of anything."""
+        """The command that repeats the run, without folders."""
         repeated: dict[str, Iterable[object]] = {
             "preset": [self.preset] if self.preset else [],
             "backend": self.backends,
@@ -79,55 +82,55 @@ class Options:
             "duration": [] if self.seconds is None else [f"{self.seconds:g}"],
             "baseline": [self.baseline],
         }
-        words = ["spmdeploy bench", *([self.bundle.name] if self.bundle else [])]
-        words += [f"--{name} {value}" for name, values in repeated.items() for value in values]
-        return " ".join(words + ["--profile"] * self.profile)
+        arguments = ["spmdeploy bench", *([self.bundle.name] if self.bundle else [])]
+        arguments += [f"--{name} {value}" for name, values in repeated.items() for value in values]
+        return " ".join(arguments + ["--profile"] * self.profile)
 
 
-def run_bench(options: Options, talk: Progress = lambda what, share: None) -> Record:
-    """Measures. Raises BundleError; what goes wrong with one backend is written into its rows instead."""
+def run_bench(options: Options, progress: Progress = lambda step, share: None) -> Record:
+    """Measures all cases. Raises BundleError and UnavailableError; failures of one backend go into its rows."""
     machine, meter, before = describe_machine(), LoadMeter(), read_state()
     rows: list[Result] = []
     with ExitStack() as stack:
-        bundle = _opened(options, talk, stack)
-        seconds = min(SHORTEST_RATE, options.seconds or SHORTEST_RATE)
+        bundle = _open_bundle(options, progress, stack)
+        seconds = min(MAX_RATE_SECONDS, options.seconds or MAX_RATE_SECONDS)
         with ExitStack() as workers:
-            entrants = list(_open_backends(bundle, options, talk, workers))
-            there_are_any = any(entrant.worker is not None for entrant in entrants)
-            talk("what this machine can do", 0.0)
-            rates = _cpu_rates(seconds) if there_are_any else []
-            reference = _reference(bundle, entrants, workers) if there_are_any else None
+            backends = list(_open_backends(bundle, options, progress, workers))
+            any_opened = any(backend.worker is not None for backend in backends)
+            progress("measuring peak rates", 0.0)
+            rates = _cpu_rates(seconds) if any_opened else []
+            reference = _reference(bundle, backends, workers) if any_opened else None
             for case in cases(bundle, options):
-                group = Group(bundle, case, entrants, reference, options.baseline, options.device)
-                rows += group.measure(options.enough(case.scope), talk)
+                runner = CaseRunner(bundle, case, backends, reference, options.baseline, options.device)
+                rows += runner.measure(options.stop_condition(case.scope), progress)
             if options.profile:
-                rows = [_profiled(row, bundle, entrants, talk) for row in rows]
+                rows = [_profile(row, bundle, backends, progress) for row in rows]
         rates += _gpu_rates(rows, seconds)
-        others, after = meter.other_load(), read_state()  # our processes have ended: their time is known
+        others, after = meter.other_load(), read_state()  # our processes have ended: their CPU time is known
         rows = [_add_roofline(row, bundle, rates) for row in rows]
         return Record(
             spmdeploy=__version__,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             subject=_subject(bundle, options.preset),
-            protocol=_protocol(options),
+            protocol=_methodology(options),
             machine=machine,
             before=before,
             after=after,
             others=others,
             rates=tuple(rates),
             rows=tuple(rows),
-            warnings=tuple(warnings(rows, options.baseline, (before, after), others)),
+            warnings=tuple(reader_warnings(rows, options.baseline, (before, after), others)),
         )
 
 
-def failure(record: Record) -> SpmDeployError | None:
-    """What a run ends with besides its record: nothing, if something was measured and no picture was wrong."""
+def exit_error(record: Record) -> SpmDeployError | None:
+    """The error a run ends with; None if something was measured and no result was wrong."""
     differing = [f"{row.backend}: {row.reason}" for row in record.rows if row.status == "differs"]
     crashed = [f"{row.backend}: {row.reason}" for row in record.rows if row.status == "crashed"]
     if differing:
         return VerificationError("; ".join(dict.fromkeys(differing)), "do not use this backend with this bundle")
     if crashed:
-        return SpmDeployError("; ".join(dict.fromkeys(crashed)), "`spmdeploy verify` with this backend may tell more")
+        return SpmDeployError("; ".join(dict.fromkeys(crashed)), "run `spmdeploy verify` with this backend")
     if not any(row.status == "measured" for row in record.rows):
         reasons = dict.fromkeys(f"{row.backend}: {row.reason}" for row in record.rows)
         return UnavailableError(f"nothing could be measured: {'; '.join(reasons)}", "see `spmdeploy doctor`")
@@ -135,9 +138,9 @@ def failure(record: Record) -> SpmDeployError | None:
 
 
 def cases(bundle: Bundle, options: Options) -> Iterator[Case]:
-    """The groups of a run. Scopes are never mixed: each row says which it is, and ratios stay within a group."""
+    """The cases of a run. Scopes are never mixed: ratios stay within a case."""
     for scope, mask in itertools.product(options.scopes, options.masks):
-        if scope in ("engine", "frame"):
+        if scope in ("engine", "cached-layout"):
             for batch, streams in itertools.product(options.batches, options.streams):
                 yield Case(scope, bundle.manifest.native_size, mask, batch, streams)
         else:
@@ -145,8 +148,10 @@ def cases(bundle: Bundle, options: Options) -> Iterator[Case]:
                 yield Case(scope, size, mask)
 
 
-def warnings(rows: Sequence[Result], baseline: str, states: Sequence[State], others: BackgroundLoad) -> Iterator[str]:
-    """What a reader of the figures must know before believing them."""
+def reader_warnings(
+    rows: Sequence[Result], baseline: str, states: Sequence[State], others: BackgroundLoad
+) -> Iterator[str]:
+    """Reasons not to trust the figures."""
     measured = [row for row in rows if row.status == "measured"]
     if others.is_significant:
         yield f"other processes used {others.cpu_share:.0%} of the cores during the run: do not publish these figures"
@@ -155,89 +160,85 @@ def warnings(rows: Sequence[Result], baseline: str, states: Sequence[State], oth
     for row in measured:
         name = f"{row.backend} ({row.scope}, {row.size}×{row.size}, {row.mask} mask, batch {row.batch})"
         if row.warm_up is not None and not row.warm_up.steady:
-            yield f"{name} was not steady after {row.warm_up.seconds:.0f} s of warm-up"
+            yield f"{name} was not stable after {row.warm_up.seconds:.0f} s of warm-up"
         if row.latency_ms is not None and row.latency_ms.unstable:
             yield f"{name} is unstable: its times vary by {row.latency_ms.cv:.1%} (standard deviation over mean)"
-        if row.latency_ms is not None and row.phases_ms.get("launch", 0) > ENQUEUED_ABOVE * row.latency_ms.p50:
-            yield f"{name} waits for the host: launching takes {row.phases_ms['launch']:.2f} ms"
+        if row.latency_ms is not None and row.phases_ms.get("launch", 0) > HOST_BOUND_RATIO * row.latency_ms.p50:
+            yield f"{name} is host-bound: launching takes {row.phases_ms['launch']:.2f} ms"
     for gpu in states[-1].gpus:
         if gpu.throttled:
             yield f"the GPU was slowed down at the end: {', '.join(gpu.slowed_by)}"
 
 
-# ------------------------------------------------------------------------------------------------------- who takes part
-
-
-def _opened(options: Options, talk: Progress, stack: ExitStack) -> Bundle:
+def _open_bundle(options: Options, progress: Progress, stack: ExitStack) -> Bundle:
     if options.preset is None:
         return open_bundle(options.bundle or default_model())
     if not has_torch():
         raise UnavailableError("exporting random weights needs torch and onnx", 'pip install "spmdeploy[export]"')
-    talk(f"exporting random weights of the {options.preset} preset", 0.0)
+    progress(f"exporting random weights of the {options.preset} preset", 0.0)
     precisions = tuple(name for name in ("fp32", "fp16") if name == "fp32" or name in options.precisions)
     folder = Path(stack.enter_context(TemporaryDirectory()))
     return open_bundle(_in_process(_export_random, options.preset, folder, precisions))
 
 
 def _export_random(preset: str, folder: Path, precisions: tuple[Precision, ...]) -> Path:
-    from spmdeploy.bench.random_bundle import export_random
+    from spmdeploy.bench.seeded_bundles import export_random
 
     return export_random(preset, folder, precisions)
 
 
-def _open_backends(bundle: Bundle, options: Options, talk: Progress, stack: ExitStack) -> Iterator[BackendUnderTest]:
+def _open_backends(
+    bundle: Bundle, options: Options, progress: Progress, stack: ExitStack
+) -> Iterator[BackendUnderTest]:
     for backend, precision in itertools.product(options.backends or BACKENDS, options.precisions):
-        talk(f"opening {backend}", 0.0)
+        progress(f"opening {backend}", 0.0)
         try:
             if not options.backends:
                 skip_by_default(backend)
             worker = stack.enter_context(Worker(bundle.path, backend, options.device, precision))
             golden = tuple(worker.verify()) if bundle.manifest.golden else ()
             yield BackendUnderTest(backend, precision, worker, worker.describe(), golden)
-        except SpmDeployError as error:
-            yield BackendUnderTest(backend, precision, failure=error)
+        except SpmDeployError as exc:
+            yield BackendUnderTest(backend, precision, failure=exc)
 
 
-def _reference(bundle: Bundle, entrants: Sequence[BackendUnderTest], stack: ExitStack) -> Worker | None:
-    """Eager PyTorch in FP32: the one that takes part, or one that only draws; None where it cannot be had."""
-    taking_part = next(
-        (it.worker for it in entrants if it.backend == REFERENCE_BACKEND and it.worker is not None), None
-    )
-    if taking_part is not None or not has_torch():
-        return taking_part
+def _reference(bundle: Bundle, backends: Sequence[BackendUnderTest], stack: ExitStack) -> Worker | None:
+    """Eager PyTorch in FP32: a measured one, or a further worker; None if unavailable."""
+    for backend in backends:
+        if backend.backend == REFERENCE_BACKEND and backend.ran is not None and backend.ran.precision == "fp32":
+            return backend.worker
+    if not has_torch():
+        return None
     try:
         return stack.enter_context(Worker(bundle.path, REFERENCE_BACKEND, "auto", "fp32"))
-    except SpmDeployError:  # a bundle without FP32 graphs: its golden edits remain
+    except SpmDeployError:  # a bundle without FP32 graphs: its golden edits are the reference
         return None
 
 
-def _profiled(row: Result, bundle: Bundle, entrants: Sequence[BackendUnderTest], talk: Progress) -> Result:
-    """With the time of its parts and the memory of its activations, where the backend's library tells."""
+def _profile(row: Result, bundle: Bundle, backends: Sequence[BackendUnderTest], progress: Progress) -> Result:
+    """Adds time by part and activation memory, where the library reports them."""
     if row.scope != "engine" or row.memory is None:
         return row
-    worker = next(it.worker for it in entrants if (it.backend, it.precision) == (row.backend, row.asked_precision))
+    worker = next(it.worker for it in backends if (it.backend, it.precision) == (row.backend, row.asked_precision))
     assert worker is not None
-    talk(f"profiling {row.backend}, {row.mask} mask, batch {row.batch}", 0.0)
+    progress(f"profiling {row.backend}, {row.mask} mask, batch {row.batch}", 0.0)
     try:
         profile = worker.profile(edit_batch(bundle.manifest.classes, row.size, row.mask, row.batch))
-    except SpmDeployError as error:
-        return replace(row, notes=row.notes | {"profile": without_folders(error.problem)})
+    except SpmDeployError as exc:
+        return replace(row, notes=row.notes | {"profile": without_folders(exc.problem)})
     return replace(row, parts=profile.parts, memory=replace(row.memory, activations=profile.activation_bytes))
 
 
-# ------------------------------------------------------------------------------------------------------- what is beside
-
-
 def _cpu_rates(seconds: float) -> list[PeakRates]:
-    """Measured in processes of their own, so that no library stays behind in this one."""
+    """Measured in separate processes, so that no library stays loaded in this one."""
     rates = [_in_process(numpy_rates, seconds)]
     if has_torch():
         rates.append(_in_process(_torch_rates, "cpu", "fp32", seconds))
-    return [best_of(rates)]
+    return [fastest(rates)]
 
 
 def _gpu_rates(rows: Sequence[Result], seconds: float) -> list[PeakRates]:
-    """Of every GPU and precision that took part; torch alone can measure them."""
+    """Rates of every GPU and precision that was measured; only torch can measure them."""
     places = {(row.ran.device, row.ran.precision) for row in rows if row.ran is not None and row.ran.device != "cpu"}
     return [_in_process(_torch_rates, *place, seconds) for place in sorted(places)] if has_torch() else []
 
@@ -254,7 +255,7 @@ def _in_process(work: Callable[..., T], *arguments: object) -> T:
 
 
 def _add_roofline(row: Result, bundle: Bundle, rates: Sequence[PeakRates]) -> Result:
-    """Only the engine scope is compared with the work counted in the graph."""
+    """The bound applies to the engine scope, whose work is counted in the graph."""
     if row.scope != "engine" or row.ran is None or row.latency_ms is None:
         return row
     place = row.ran.device, row.ran.precision
@@ -279,16 +280,56 @@ def _subject(bundle: Bundle, preset: str | None) -> ModelInfo:
     )
 
 
-def _protocol(options: Options) -> Protocol:
-    return Protocol(
+def _methodology(options: Options) -> Methodology:
+    return Methodology(
         command=options.command(),
         masks=MASK_RULE,
         warm_up=(
-            f"{contest.WARM_UP_SECONDS:g} s and until the medians of the last {contest.STEADY_WINDOWS} windows agree "
-            f"within {contest.STEADY_WITHIN:.0%}, at most {contest.WARM_UP_LIMIT:g} s"
+            f"{schedule.WARM_UP_SECONDS:g} s and until the medians of the last {schedule.STABLE_WINDOWS} windows agree "
+            f"within {schedule.STABLE_TOLERANCE:.0%}, at most {schedule.MAX_WARM_UP_SECONDS:g} s"
         ),
-        measuring=(
-            f"in turns of {contest.TURN_SECONDS:g} s or one iteration, all backends in every round; nothing removed"
-        ),
+        measuring=(f"interleaved, in turns of {schedule.TURN_SECONDS:g} s or one iteration; no sample removed"),
         seconds=options.seconds,
     )
+
+
+def check_outputs(record: Path | None, chart: Path | None, report: Path | None, overwrite: bool) -> None:
+    """Checks the paths of output files before the run. Raises InputError."""
+    for path, suffix in ((record, ".json"), (chart, ".png"), (report, ".md")):
+        if path is not None:
+            _check_output(path, suffix, overwrite)
+
+
+def write_outputs(record: Record, text: Path | None, chart: Path | None, report: Path | None) -> None:
+    """Writes the record, a chart and a report, each to its path if given. Raises InputError, UnavailableError."""
+    if text is not None:
+        _write(text, record_text(record).encode())
+    if report is not None:
+        _write(report, markdown(record).encode())
+    if chart is not None:
+        from spmdeploy.bench.plot import plot_record
+
+        _write(chart, plot_record(record))
+
+
+def _check_output(path: Path, suffix: str, overwrite: bool) -> None:
+    if path.suffix != suffix:
+        raise InputError(f"{path} does not end in {suffix}", f"name it {path.with_suffix(suffix).name}")
+    if not path.parent.is_dir():
+        raise InputError(f"the folder of {path} does not exist", f"mkdir -p {path.parent}")
+    if path.is_dir():
+        raise InputError(f"{path} is a folder", "name a file in it")
+    if os.path.lexists(path) and not overwrite:
+        raise InputError(f"{path} exists already", "choose another name, or allow it with --overwrite")
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Replaces the file atomically."""
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except OSError as exc:
+        raise InputError(f"{path}: cannot be written: {exc.strerror}", "choose another folder") from exc
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,7 +1,6 @@
-"""Who runs when: warm up each contestant until it is steady, then let them take turns.
+"""Warm-up and interleaved measurement of several backends.
 
-The rules are here and nowhere else, and know nothing of what is measured: a contestant is whatever can run for a while
-and say how long each iteration took.
+All timing rules are in this module. It measures any `Timeable`.
 """
 
 from __future__ import annotations
@@ -12,31 +11,30 @@ from dataclasses import dataclass
 from typing import Protocol
 
 WARM_UP_SECONDS = 2.0
-WARM_UP_LIMIT = 30.0
-"""Seconds after which no further window is begun, steady or not."""
+MAX_WARM_UP_SECONDS = 30.0
+"""No further warm-up window begins after this, stable or not."""
 WINDOW_SECONDS = 0.5
 WINDOW_ITERATIONS = 3
-"""A window lasts so long and has so many iterations at least."""
-STEADY_WINDOWS = 3
-STEADY_WITHIN = 0.05
-"""The medians of the last `STEADY_WINDOWS` windows may differ by this much of the smallest (perf_analyzer's rule with
-half its tolerance)."""
+"""Minimum duration and iteration count of a warm-up window."""
+STABLE_WINDOWS = 3
+STABLE_TOLERANCE = 0.05
+"""Largest difference between the medians of the last `STABLE_WINDOWS` windows, relative to the smallest: the rule of
+perf_analyzer with half its tolerance."""
 TURN_SECONDS = 0.2
-"""Length of a turn. An edit on a CPU takes longer and is a turn of its own; on a GPU a turn holds hundreds, because
-changing the process for every one would measure the change."""
-FEWEST_ROUNDS = 3
+"""Minimum duration of a turn: one edit on a CPU, hundreds on a GPU. Shorter turns would measure process switches."""
+MIN_ROUNDS = 3
 
 
 @dataclass(frozen=True)
 class Round:
-    """What a contestant did in one go."""
+    """One backend's turn in one round."""
 
     samples: tuple[float, ...]
     """Milliseconds of every iteration."""
     seconds: float
-    """On the wall, from the first to the last."""
+    """Wall-clock time from the first to the last iteration."""
     joules: float | None = None
-    """Spent by the device, where it tells."""
+    """Energy used by the device; None if unavailable."""
 
 
 class Timeable(Protocol):
@@ -46,38 +44,38 @@ class Timeable(Protocol):
 
 @dataclass(frozen=True)
 class WarmUp:
-    """How a contestant was warmed up."""
+    """Record of a warm-up."""
 
     seconds: float
     iterations: int
     windows: tuple[float, ...]
     """Median of each window in milliseconds."""
     steady: bool
-    """Whether the last windows agreed; if not, `WARM_UP_LIMIT` ended it."""
+    """Whether the last windows agreed; if not, `MAX_WARM_UP_SECONDS` ended it."""
 
 
 @dataclass(frozen=True)
 class StopCondition:
-    """When to stop: every contestant has run so long and so often."""
+    """Minimum duration and iteration count of every backend."""
 
     seconds: float
     iterations: int
 
     def reached(self, turns: Sequence[Round]) -> bool:
         return (
-            len(turns) >= FEWEST_ROUNDS
+            len(turns) >= MIN_ROUNDS
             and sum(turn.seconds for turn in turns) >= self.seconds
             and sum(len(turn.samples) for turn in turns) >= self.iterations
         )
 
 
-def warm_up(contestant: Timeable) -> WarmUp:
-    """Runs a contestant for `WARM_UP_SECONDS` and until its last windows agree, but not beyond `WARM_UP_LIMIT`."""
+def warm_up(backend: Timeable) -> WarmUp:
+    """Runs a backend for `WARM_UP_SECONDS` and until its last windows agree, at most `MAX_WARM_UP_SECONDS`."""
     turns: list[Round] = []
     window: list[Round] = []
     windows: list[float] = []
     while True:
-        turn = contestant.turn(WINDOW_SECONDS, 1)
+        turn = backend.turn(WINDOW_SECONDS, 1)
         turns.append(turn)
         window.append(turn)
         seconds = sum(turn.seconds for turn in turns)
@@ -86,36 +84,38 @@ def warm_up(contestant: Timeable) -> WarmUp:
             windows.append(statistics.median(samples))
             window = []
         steady = is_stable(windows)
-        if (seconds >= WARM_UP_SECONDS and steady) or seconds >= WARM_UP_LIMIT:
+        if (seconds >= WARM_UP_SECONDS and steady) or seconds >= MAX_WARM_UP_SECONDS:
             iterations = sum(len(turn.samples) for turn in turns)
             return WarmUp(seconds, iterations, tuple(windows), steady)
 
 
 def is_stable(windows: Sequence[float]) -> bool:
-    last = windows[-STEADY_WINDOWS:]
-    return len(last) == STEADY_WINDOWS and max(last) - min(last) <= STEADY_WITHIN * min(last)
+    """Whether the last `STABLE_WINDOWS` medians agree within `STABLE_TOLERANCE`."""
+    last = windows[-STABLE_WINDOWS:]
+    return len(last) == STABLE_WINDOWS and max(last) - min(last) <= STABLE_TOLERANCE * min(last)
 
 
 def run_interleaved(
-    contestants: Sequence[Timeable], enough: StopCondition, progress: Callable[[float], None] = lambda share: None
+    backends: Sequence[Timeable], stop: StopCondition, progress: Callable[[float], None] = lambda share: None
 ) -> list[list[Round]]:
-    """Rounds in which every contestant has one turn, in the same order, until all of them have had enough.
+    """Runs rounds in which every backend has one turn, in the same order, until all have reached `stop`.
 
-    Returns each one's turns; turn i of all of them belongs to round i. progress is told the share done, 0..1.
+    Returns the turns of each backend; turn i of all of them belongs to round i. progress: called with the share done,
+    0..1.
     """
-    turns: list[list[Round]] = [[] for _ in contestants]
-    while not all(enough.reached(own) for own in turns):
-        for contestant, own in zip(contestants, turns, strict=True):
-            own.append(contestant.turn(TURN_SECONDS, 1))
-        progress(min(_share(own, enough) for own in turns))
+    turns: list[list[Round]] = [[] for _ in backends]
+    while not all(stop.reached(own) for own in turns):
+        for backend, own in zip(backends, turns, strict=True):
+            own.append(backend.turn(TURN_SECONDS, 1))
+        progress(min(_share_done(own, stop) for own in turns))
     return turns
 
 
-def _share(turns: Sequence[Round], enough: StopCondition) -> float:
+def _share_done(turns: Sequence[Round], stop: StopCondition) -> float:
     seconds, iterations = sum(turn.seconds for turn in turns), sum(len(turn.samples) for turn in turns)
     return min(
         1.0,
-        len(turns) / FEWEST_ROUNDS,
-        seconds / enough.seconds if enough.seconds else 1.0,
-        iterations / enough.iterations if enough.iterations else 1.0,
+        len(turns) / MIN_ROUNDS,
+        seconds / stop.seconds if stop.seconds else 1.0,
+        iterations / stop.iterations if stop.iterations else 1.0,
     )

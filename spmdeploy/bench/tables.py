@@ -1,11 +1,25 @@
-"""A record as tables: for the terminal, and in Markdown for reports and the README."""
+"""Tables of records: for the terminal, and in Markdown for reports and the README."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from spmdeploy.bench import format as words
+from spmdeploy.bench.format import (
+    backend_name,
+    format_bytes,
+    format_deviation,
+    format_duration,
+    format_interval,
+    format_model,
+    format_number,
+    format_phases,
+    format_speedup,
+    format_versions,
+    groups,
+    title,
+)
 from spmdeploy.bench.results import Record, Result
+from spmdeploy.errors import InputError
 
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 """Heading and rows."""
@@ -15,25 +29,25 @@ README_END = "<!-- end of figures -->"
 
 
 def group_table(rows: Sequence[Result]) -> Table:
-    """The measured rows of one group. Columns that would be empty are left out."""
+    """The measured rows of one group, without empty columns."""
     measured = [row for row in rows if row.status == "measured"]
     baseline = next((row.ratio.baseline for row in measured if row.ratio is not None), "baseline")
     columns = {
-        "backend": [words.backend(row) for row in measured],
-        "median": [words.duration(row.latency_ms.p50) if row.latency_ms else "" for row in measured],
-        "95% interval": [words.span(row.latency_ms.p50_interval) if row.latency_ms else "" for row in measured],
-        "p95": [words.duration(row.latency_ms.p95) if row.latency_ms else "" for row in measured],
+        "backend": [backend_name(row) for row in measured],
+        "median": [format_duration(row.latency_ms.p50) if row.latency_ms else "" for row in measured],
+        "95% interval": [format_interval(row.latency_ms.p50_interval) if row.latency_ms else "" for row in measured],
+        "p95": [format_duration(row.latency_ms.p95) if row.latency_ms else "" for row in measured],
         "n": [str(row.latency_ms.n) if row.latency_ms else "" for row in measured],
-        f"times {baseline}": [words.times(row) for row in measured],
-        "edits/s": [words.digits(row.edits_per_second or 0) for row in measured],
+        f"times {baseline}": [format_speedup(row) for row in measured],
+        "edits/s": [format_number(row.edits_per_second or 0) for row in measured],
         "tiling": [_tiling(row) for row in measured],
-        "MP/s": [words.digits(row.megapixels_per_second or 0) for row in measured],
-        "of the floor's speed": [f"{row.floor.reached:.0%}" if row.floor else "" for row in measured],
-        "peak RAM": [words.size(row.memory.peak) if row.memory else "" for row in measured],
-        "GPU memory": [words.size(row.memory.device) if row.memory else "" for row in measured],
-        "activations": [words.size(row.memory.activations) if row.memory else "" for row in measured],
+        "MP/s": [format_number(row.megapixels_per_second or 0) for row in measured],
+        "of the roofline": [f"{row.floor.reached:.0%}" if row.floor else "" for row in measured],
+        "peak RAM": [format_bytes(row.memory.peak) if row.memory else "" for row in measured],
+        "GPU memory": [format_bytes(row.memory.device) if row.memory else "" for row in measured],
+        "activations": [format_bytes(row.memory.activations) if row.memory else "" for row in measured],
         "energy/edit": [f"{row.joules_per_edit:.3g} J" if row.joules_per_edit else "" for row in measured],
-        "from PyTorch FP32": [words.drift(row) for row in measured],
+        "from PyTorch FP32": [format_deviation(row) for row in measured],
         "": ["unstable" if row.latency_ms and row.latency_ms.unstable else "" for row in measured],
     }
     kept = {name: cells for name, cells in columns.items() if any(cells)}
@@ -41,7 +55,7 @@ def group_table(rows: Sequence[Result]) -> Table:
 
 
 def _tiling(row: Result) -> str:
-    """How an edit was cut up, and how often the network was called."""
+    """Tiling of an edit, and number of calls of the network."""
     if "tiling" not in row.notes:
         return ""
     counts = ", ".join(f"{row.notes[name]} {name}" for name in ("windows", "tiles", "calls"))
@@ -49,46 +63,46 @@ def _tiling(row: Result) -> str:
 
 
 def failure_lines(rows: Sequence[Result]) -> list[str]:
-    """A line for each backend that has no figures."""
-    said = {"unavailable": "cannot run here", "differs": "no speed", "crashed": "failed"}
-    return [f"{words.backend(row)}: {said[row.status]}: {row.reason}" for row in rows if row.status != "measured"]
+    """One line for each backend without figures."""
+    labels = {"unavailable": "cannot run here", "differs": "no time", "crashed": "failed"}
+    return [f"{backend_name(row)}: {labels[row.status]}: {row.reason}" for row in rows if row.status != "measured"]
 
 
 def phase_lines(rows: Sequence[Result]) -> list[str]:
-    """A line for each backend whose phases were timed."""
-    return [f"{words.backend(row)}: {words.phases(row)}" for row in rows if row.phases_ms]
+    """One line for each backend with timed phases."""
+    return [f"{backend_name(row)}: {format_phases(row)}" for row in rows if row.phases_ms]
 
 
 def heading(record: Record) -> list[str]:
-    """What was measured, on what, how."""
+    """Model, machine and command of a record."""
     return [
-        f"{words.subject(record)}, {record.subject.parameters / 1e6:.1f} M parameters",
+        f"{format_model(record)}, {record.subject.parameters / 1e6:.1f} M parameters",
         f"on {record.machine.title()}; {record.machine.system}, Python {record.machine.python}, "
-        f"{words.versions(record)}",
+        f"{format_versions(record)}",
         f"{record.created}, `{record.protocol.command}`",
     ]
 
 
 def markdown(record: Record) -> str:
-    """A whole report."""
+    """A report of a record."""
     lines = ["# Benchmark", "", *(f"{line}  " for line in heading(record)), ""]
     lines += [f"> {warning}" for warning in record.warnings] + [""] * bool(record.warnings)
-    for title, rows in words.groups(record.rows):
-        lines += [f"## {title[0].upper()}{title[1:]}", ""]
+    for heading_text, rows in groups(record.rows):
+        lines += [f"## {heading_text[0].upper()}{heading_text[1:]}", ""]
         if any(row.status == "measured" for row in rows):
             lines += [*markdown_table(group_table(rows)), ""]
-        said = phase_lines(rows) + failure_lines(rows)
-        lines += [f"- {line}" for line in said] + [""] * bool(said)
+        notes = phase_lines(rows) + failure_lines(rows)
+        lines += [f"- {line}" for line in notes] + [""] * bool(notes)
         for row in rows:
             if row.parts:
-                lines += [f"Where {words.backend(row)} spends it:", "", *markdown_table(parts_table(row)), ""]
+                lines += [f"{backend_name(row)} by part:", "", *markdown_table(parts_table(row)), ""]
     protocol = record.protocol
     lines += [f"Masks: {protocol.masks}. Warm-up: {protocol.warm_up}. Measured {protocol.measuring}."]
     return "\n".join(lines) + "\n"
 
 
 def parts_table(row: Result) -> Table:
-    """Time by kind of layer (the longest first) and by stage, `-` being what belongs to none."""
+    """Time by kind of layer, longest first, and by stage; `-`: outside the stages."""
     spent = {(part.kind, part.stage): part.milliseconds for part in row.parts}
     stages = sorted({part.stage for part in row.parts}, key=lambda stage: (stage == "-", stage))
     sums = {kind: sum(spent.get((kind, stage), 0.0) for stage in stages) for kind, _ in spent}
@@ -96,8 +110,8 @@ def parts_table(row: Result) -> Table:
     rows = [
         (
             kind,
-            *(words.duration(spent[kind, stage]) if (kind, stage) in spent else "" for stage in stages),
-            words.duration(total),
+            *(format_duration(spent[kind, stage]) if (kind, stage) in spent else "" for stage in stages),
+            format_duration(total),
             f"{total / whole:.1%}",
         )
         for kind, total in sorted(sums.items(), key=lambda item: -item[1])
@@ -106,40 +120,55 @@ def parts_table(row: Result) -> Table:
 
 
 def readme_tables(records: Sequence[Record]) -> str:
-    """What stands between the markers in the README: everything measured, in one table for each machine."""
-    if not records:
-        return "No figures yet: `make bench` measures them on a quiet machine.\n"
-    lines: list[str] = []
+    """The table between the markers in the README, from all records that may be published.
+
+    Raises InputError for a record with an unstable row or measured while other processes used the cores.
+    """
+    rows = [(record, row) for record in records for row in record.rows if row.latency_ms is not None]
+    if not rows:
+        return "No figures yet: `make bench` measures them on an idle machine.\n"
     for record in records:
-        measured = [row for row in record.rows if row.latency_ms is not None]
-        baseline = next((row.ratio.baseline for row in measured if row.ratio is not None), "baseline")
-        heading = ("", "backend", "median", "95% interval", f"times {baseline}", "peak RAM", "from PyTorch FP32")
-        cells = [
-            (
-                words.title(row),
-                words.backend(row) + (" (unstable)" if row.latency_ms.unstable else ""),
-                words.duration(row.latency_ms.p50),
-                words.span(row.latency_ms.p50_interval),
-                words.times(row),
-                words.size(row.memory.peak if row.memory else None),
-                words.drift(row),
-            )
-            for row in measured
-            if row.latency_ms is not None
-        ]
-        about = (
-            f"{words.subject(record)} on {record.machine.title()} ({words.versions(record)}), {record.created[:10]}:"
+        if reason := unpublishable(record):
+            raise InputError(f"the record of {record.subject.name} ({record.created}) {reason}", "measure it again")
+    heading = ("model", "", "backend", "median", "95% interval", "times as fast", "peak RAM", "from PyTorch FP32")
+    cells = [
+        (
+            record.subject.name,
+            title(row),
+            backend_name(row),
+            format_duration(row.latency_ms.p50),
+            format_interval(row.latency_ms.p50_interval),
+            format_speedup(row),
+            format_bytes(row.memory.peak if row.memory else None),
+            format_deviation(row),
         )
-        lines += [about, "", *markdown_table((heading, cells)), ""]
-        lines += [f"> {warning}" for warning in record.warnings] + [""] * bool(record.warnings)
-    return "\n".join(lines)
+        for record, row in rows
+        if row.latency_ms is not None
+    ]
+    machines = dict.fromkeys(f"{record.machine.title()} ({format_versions(record)})" for record in records)
+    about = f"Measured on {'; '.join(machines)}. Ratios are to `{_baseline(rows)}` in the same rows."
+    return "\n".join([*markdown_table((heading, cells)), "", about, ""])
+
+
+def unpublishable(record: Record) -> str | None:
+    """Why the figures of a record must not be published; None if they may be."""
+    unstable = [row for row in record.rows if row.latency_ms is not None and row.latency_ms.unstable]
+    if unstable:
+        return f"has an unstable row: {backend_name(unstable[0])}, {title(unstable[0])}"
+    if record.others.is_significant:
+        return f"was measured while other processes used {record.others.cpu_share:.0%} of the cores"
+    return None
+
+
+def _baseline(rows: Sequence[tuple[Record, Result]]) -> str:
+    return next((row.ratio.baseline for _, row in rows if row.ratio is not None), "no baseline")
 
 
 def insert_tables(readme: str, records: Sequence[Record]) -> str:
-    """The README with the figures of these records between its markers."""
+    """Replaces the figures between the markers of the README."""
     before, begin, rest = readme.partition(README_BEGIN)
     _, end, after = rest.partition(README_END)
-    assert begin and end, "the README has lost its markers"
+    assert begin and end, "the README has no markers for the figures"
     return f"{before}{begin}\n\n{readme_tables(records)}\n{end}{after}"
 
 

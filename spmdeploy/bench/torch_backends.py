@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from spmdeploy.backends.base import LayoutRun
 from spmdeploy.backends.pytorch import TorchSession, bundled_generator
 from spmdeploy.bench.roofline import COPIED_BYTES, MATRIX_SIDE, PeakRates, best_seconds, rates_from
-from spmdeploy.bench.workloads import EditBatch
 from spmdeploy.bundle.bundle import Bundle
 from spmdeploy.errors import UnavailableError, UsageError
 from spmdeploy.model.generator import Generator
-from spmdeploy.types import Precision
+from spmdeploy.types import ModelInput, Precision
 
 
 class CompiledSession(TorchSession):
@@ -62,12 +61,12 @@ class AutocastSession(TorchSession):
         self._refine: Any = None if self._refine is None else _InHalves(self._refine)
 
 
-class ResidentTorchEdit:
-    """An edit whose inputs and output stay on the GPU; see `resident.DeviceRun`."""
+class TorchDeviceRun:
+    """An edit whose inputs and output stay on the GPU; see `backends.DeviceRun`."""
 
-    def __init__(self, session: TorchSession, batch: EditBatch) -> None:
+    def __init__(self, session: TorchSession, batch: ModelInput) -> None:
         self._edit = session.edit_graph
-        self._inputs = [torch.from_numpy(array).to(session.device) for array in batch.arrays]
+        self._inputs = [torch.from_numpy(array).to(session.device) for array in batch]
         self._outputs: list[Tensor] = []
         self.stream = int(torch.cuda.current_stream(session.device).cuda_stream)
 

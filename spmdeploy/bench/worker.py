@@ -1,6 +1,6 @@
-"""A process for each backend: its memory is its own, its crash ends nobody else, and its turns come when it is told.
+"""Runs each backend in its own process, so that memory is measured separately and a crash is contained.
 
-`BackendProcess` lives in the process and does the work; `Worker` is its handle outside.
+`BackendProcess` lives in that process and does the work; `Worker` is its handle in the parent.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from functools import partial
-from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
@@ -28,15 +30,21 @@ from spmdeploy.backends.base import Session, SupportsLayoutCache
 from spmdeploy.backends.onnxruntime import OnnxRuntimeSession
 from spmdeploy.backends.tensorrt import TensorRtSession
 from spmdeploy.backends.verify import GoldenResult, verify_edits
-from spmdeploy.bench.backends import REFERENCE_BACKEND, describe, loaded_bytes, open_backend
-from spmdeploy.bench.nvml import GpuMeter, Nvml
-from spmdeploy.bench.onnxruntime_profile import profiled_in_onnxruntime
-from spmdeploy.bench.profile import Profile
-from spmdeploy.bench.racer import BackendCrashedError, FirstRun, MemoryUsage
-from spmdeploy.bench.resident import DeviceRun, device_run, time_on_device
-from spmdeploy.bench.results import BackendInfo
-from spmdeploy.bench.schedule import Round
-from spmdeploy.bench.workloads import EditBatch, EditCase, write_case
+from spmdeploy.bench.backends import (
+    REFERENCE_BACKEND,
+    DeviceRun,
+    describe,
+    device_run,
+    graph_of,
+    loaded_bytes,
+    open_backend,
+    time_on_device,
+)
+from spmdeploy.bench.machine import GpuMeter, nvml
+from spmdeploy.bench.profile import Profile, profile_onnxruntime, profile_torch
+from spmdeploy.bench.results import BackendInfo, MemoryUsage
+from spmdeploy.bench.schedule import Round, Timeable
+from spmdeploy.bench.workloads import EditCase, write_case
 from spmdeploy.bundle.bundle import open_bundle
 from spmdeploy.editing.editor import Editor
 from spmdeploy.editing.run import EditOutcome, run_edit_files
@@ -44,26 +52,51 @@ from spmdeploy.errors import OutOfMemoryError, SpmDeployError, UnavailableError,
 from spmdeploy.gpu.device import Device
 from spmdeploy.gpu.driver import gpu_uuid
 from spmdeploy.imaging import files as images
+from spmdeploy.types import ModelInput
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 _STATUS = Path("/proc/self/status")
-_CLEAR = Path("/proc/self/clear_refs")
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+_SHUTDOWN_SECONDS = 10
 
 
-class Timed(Protocol):
-    """What one iteration is."""
-
-    def __call__(self) -> float:
-        """Runs it once; returns milliseconds."""
+class BackendCrashedError(SpmDeployError):
+    """The backend failed with an unexpected exception, or its process died."""
 
 
-# ------------------------------------------------------------------------------------------------- inside the process
+@dataclass(frozen=True)
+class FirstRun:
+    """The first run of a case, before any warm-up."""
+
+    photo: NDArray[np.uint8]
+    """The input images, uint8 (B, S, S, 3) RGB; decoded from the file where there is one."""
+    edited: NDArray[np.uint8]
+    """The output, same shape."""
+    seconds: float
+    notes: dict[str, str | int]
+    """Facts for `Result.notes`."""
+
+
+class Measurable(Timeable, Protocol):
+    """A `Timeable` that reports time by phase and memory."""
+
+    def reset(self) -> None:
+        """Discards earlier runs from `phase_medians` and `memory`."""
+
+    def phase_medians(self) -> dict[str, float]:
+        """Median milliseconds by phase."""
+
+    def memory(self) -> MemoryUsage: ...
+
+
+Timed = Callable[[], float]
+"""Runs one iteration; returns milliseconds."""
 
 
 class BackendProcess:
-    """One backend on one bundle, ready to be timed."""
+    """One backend with one bundle, inside its own process."""
 
     def __init__(self, bundle: Path, backend: str, device: str, precision: str) -> None:
         self._resources = ExitStack()
@@ -77,44 +110,46 @@ class BackendProcess:
         self._ready = _resident_bytes("VmRSS")
         self._device: Device | None = None
         self._meter: GpuMeter | None = None
-        if self._session.device != "cpu":
+        if self._session.device.startswith("cuda:"):
             ordinal = int(self._session.device.removeprefix("cuda:"))
             self._device = Device(ordinal)
             self._resources.callback(self._device.close)
-            self._meter = self._resources.enter_context(Nvml()).meter(gpu_uuid(ordinal))
-        self._case = self._resources.enter_context(ExitStack())  # the last, so that it is closed before the device
+            self._meter = self._resources.enter_context(nvml()).meter(gpu_uuid(ordinal))
+        self._case = self._resources.enter_context(ExitStack())  # entered last: closed before the device
 
     def describe(self) -> BackendInfo:
         return describe(self._session, self._bundle)
 
     def verify(self) -> list[GoldenResult]:
-        return verify_edits(self._session, self._bundle)  # refining would load a graph that is not timed here
+        return verify_edits(self._session, self._bundle)  # verifying `refine` would load a graph that is not timed
 
-    def prepare_engine(self, batch: EditBatch, streams: int) -> FirstRun:
-        """The graph alone, from arrays to arrays; on a GPU with both in its memory."""
+    def prepare_engine(self, batch: ModelInput, streams: int) -> FirstRun:
+        """Prepares the edit graph alone, from arrays to arrays; on a GPU both stay in its memory."""
         self._end_case()
         started = time.perf_counter()
         if self._device is None:
-            picture = self._session.run(*batch.arrays)
-            self._timed = [_timed_on_host(lambda: self._session.run(*batch.arrays))] * streams
+            edited = self._session.run(*batch)
+            self._timed = [_timed_on_host(lambda: self._session.run(*batch))] * streams
         else:
             sessions = self._sessions(streams)
-            edits = [device_run(one, batch, self._device, self._case) for one in sessions]
-            for session in sessions:  # at the end of the case nobody works any more when the first is given back
+            runs = [device_run(session, batch, self._device, self._case) for session in sessions]
+            for session in sessions:  # all work must be finished before the first session is closed
                 if isinstance(session, TensorRtSession):
                     self._case.callback(session.synchronize)
-            picture = _first_picture(edits, self._device)
-            self._timed = [self._timed_on_device(edit, self._device) for edit in edits]
-        modes: dict[str, str | int] = {"inputs": "on the GPU", "CUDA graphs": "no"} if self._device else {}
-        return FirstRun(batch.image, picture, time.perf_counter() - started, modes)
+            edited = _first_output(runs, self._device)
+            self._timed = [self._timed_on_device(run, self._device) for run in runs]
+        notes: dict[str, str | int] = {"inputs": "on the GPU", "CUDA graphs": "no"} if self._device else {}
+        return FirstRun(batch.image, edited, time.perf_counter() - started, notes)
 
     def _sessions(self, count: int) -> list[Session]:
-        """So many, until the end of the case: each has a stream, contexts and weights of its own, and none waits for
-        another. Raises UnavailableError for PyTorch, whose calls would share a stream."""
+        """`count` sessions with their own stream, contexts and weights, until the end of the case.
+
+        Raises UnavailableError for PyTorch, whose calls would share a stream.
+        """
         session = self._session
         if count > 1 and not isinstance(session, TensorRtSession | OnnxRuntimeSession):
             raise UnavailableError(
-                f"{self._backend} is measured with one stream on a GPU", "several are for engines and ONNX Runtime"
+                f"{self._backend} supports one stream on a GPU", "use engines or ONNX Runtime for several streams"
             )
         others = []
         for _ in range(count - 1):
@@ -122,31 +157,33 @@ class BackendProcess:
             self._case.callback(others[-1].close)
         return [session, *others]
 
-    def prepare_frame(self, batch: EditBatch, streams: int) -> FirstRun:
-        """The graph for one image more under a layout that the session keeps, from arrays to arrays."""
+    def prepare_cached_layout(self, batch: ModelInput, streams: int) -> FirstRun:
+        """Prepares the graph for further images under a layout that the session caches, from arrays to arrays."""
         self._end_case()
         session = self._session
-        if self._device is not None or not isinstance(session, SupportsLayoutCache):
-            raise UnavailableError("it keeps no layouts: every frame costs what an edit costs", "see the engine scope")
+        if not isinstance(session, SupportsLayoutCache):
+            raise UnavailableError(f"{self._backend} caches no layouts", "use --scope engine")
         started = time.perf_counter()
         run = session.cache_layout_run(batch.labels, batch.instances, batch.mask)
-        kept = time.perf_counter() - started
-        picture = run(batch.image)
+        caching = time.perf_counter() - started
+        edited = run(batch.image)
         self._timed = [_timed_on_host(lambda: run(batch.image))] * streams
-        notes: dict[str, str | int] = {"milliseconds to keep the layout": round(kept * 1000)}
-        return FirstRun(batch.image, picture, time.perf_counter() - started, notes)
+        notes: dict[str, str | int] = {"milliseconds to cache the layout": round(caching * 1000)}
+        if self._device is not None:
+            notes["inputs"] = "on the host"
+        return FirstRun(batch.image, edited, time.perf_counter() - started, notes)
 
     def prepare_edit(self, case: EditCase) -> FirstRun:
-        """A photo file, a label file and a mask file become an edited PNG file."""
+        """Prepares an edit of files: photo, label and mask file to a PNG file."""
         self._end_case()
         folder = Path(self._case.enter_context(tempfile.TemporaryDirectory()))
         files = write_case(case, folder)
         editor = Editor(self._session, self._bundle.manifest.classes)
 
         def edit() -> EditOutcome:
-            done = run_edit_files(editor, files)
-            self._phases.append(done.report.milliseconds)
-            return done
+            outcome = run_edit_files(editor, files)
+            self._phases.append(outcome.report.milliseconds)
+            return outcome
 
         started = time.perf_counter()
         report = edit().report
@@ -158,41 +195,44 @@ class BackendProcess:
             "tiles": report.tiles,
             "calls": report.batches,
         }
-        if kept := {window.between_levels for window in report.windows if window.between_levels}:
-            notes["between levels"] = " and ".join(sorted(kept))
-        photo, picture = (images.read_photo(path).pixels[None] for path in (files.image, files.output))
-        return FirstRun(photo, picture, seconds, notes)
+        if between := {window.between_levels for window in report.windows if window.between_levels}:
+            notes["between levels"] = " and ".join(sorted(between))
+        photo, edited = (images.read_photo(path).pixels[None] for path in (files.image, files.output))
+        return FirstRun(photo, edited, seconds, notes)
 
     def turn(self, seconds: float, iterations: int) -> Round:
-        """Runs what was prepared last until both are reached; several streams run at once."""
-        joules = None if self._meter is None else self._meter.joules()
-        samples, elapsed = _together([partial(_repeated, timed, seconds, iterations) for timed in self._timed])
-        spent = None if self._meter is None else self._meter.joules()
-        energy = None if joules is None or spent is None else spent - joules
-        return Round(tuple(samples), elapsed, energy)
+        """Runs the prepared case until both limits are reached; several streams run concurrently."""
+        before = None if self._meter is None else self._meter.joules()
+        samples, elapsed = _run_concurrently([partial(_repeat, timed, seconds, iterations) for timed in self._timed])
+        after = None if self._meter is None else self._meter.joules()
+        joules = None if before is None or after is None else after - before
+        return Round(tuple(samples), elapsed, joules)
 
-    def forget(self) -> None:
-        """What ran so far does not count for `medians`."""
+    def reset(self) -> None:
+        """Discards earlier runs from `phase_medians`."""
         self._phases.clear()
         self._launches.clear()
 
-    def medians(self) -> dict[str, float]:
-        """Where the time of an edit went: medians in milliseconds by phase; and of launching, on a GPU."""
+    def phase_medians(self) -> dict[str, float]:
+        """Median milliseconds by phase of an edit; on a GPU also of the launch."""
         names = self._phases[0] if self._phases else {}
         medians = {name: float(np.median([phases[name] for phases in self._phases])) for name in names}
         return medians | ({"launch": float(np.median(self._launches))} if self._launches else {})
 
-    def profile(self, batch: EditBatch) -> Profile:
-        """One profiled batch. Takes memory and time of its own: ask after everything has been measured."""
+    def profile(self, batch: ModelInput) -> Profile:
+        """Profiles one batch. Needs time and memory of its own: call after all measurements."""
         self._end_case()
         session = self._session
         if session.backend == "onnxruntime":
-            return profiled_in_onnxruntime(self._bundle, session, batch)
-        if session.backend == REFERENCE_BACKEND:
-            from spmdeploy.bench.torch_profile import profiled_in_torch
+            record = graph_of(session, self._bundle)
+            assert record is not None
+            return profile_onnxruntime(self._bundle.read_graph(record), session.provider.partition(" ")[0], batch)
+        if self._backend == REFERENCE_BACKEND:
+            from spmdeploy.backends.pytorch import TorchSession
 
-            return profiled_in_torch(session, batch)
-        raise UnavailableError(f"{session.backend} is not profiled by part", "profile onnxruntime or torch")
+            assert isinstance(session, TorchSession)
+            return profile_torch(session, batch)
+        raise UnavailableError(f"{self._backend} is not profiled by part", "profile onnxruntime or torch")
 
     def memory(self) -> MemoryUsage:
         device = None if self._meter is None else self._meter.memory_of(os.getpid())
@@ -204,17 +244,18 @@ class BackendProcess:
         self._resources.close()
 
     def _end_case(self) -> None:
-        """Gives back what the last case needed, and lets the peak of memory begin anew."""
+        """Releases the resources of the last case and resets the peak of memory."""
         self._timed = []
         self._case.close()
-        self.forget()
-        _forget_peak()
+        self.reset()
+        with suppress(OSError):  # Linux, where permitted: VmHWM restarts from the current resident set
+            _CLEAR_REFS.write_text("5")
 
-    def _timed_on_device(self, edit: DeviceRun, device: Device) -> Timed:
+    def _timed_on_device(self, run: DeviceRun, device: Device) -> Timed:
         def timed() -> float:
-            passed, launching = time_on_device(edit, device)
-            self._launches.append(launching)
-            return passed
+            on_device, launch = time_on_device(run, device)
+            self._launches.append(launch)
+            return on_device
 
         return timed
 
@@ -228,7 +269,7 @@ def _timed_on_host(run: Callable[[], object]) -> Timed:
     return timed
 
 
-def _repeated(timed: Timed, seconds: float, iterations: int) -> list[float]:
+def _repeat(timed: Timed, seconds: float, iterations: int) -> list[float]:
     samples: list[float] = []
     end = time.perf_counter() + seconds
     while len(samples) < iterations or time.perf_counter() < end:
@@ -236,21 +277,21 @@ def _repeated(timed: Timed, seconds: float, iterations: int) -> list[float]:
     return samples
 
 
-def _first_picture(edits: list[DeviceRun], device: Device) -> NDArray[np.uint8]:
-    """What all make of it, by one after the other. Raises VerificationError where they do not agree."""
-    pictures = []
-    for edit in edits:
-        time_on_device(edit, device)
-        pictures.append(edit.fetch())
-    if not all(np.array_equal(picture, pictures[0]) for picture in pictures):
-        raise VerificationError("one and the same edit comes out differently in another stream", "report it")
-    return pictures[0]
+def _first_output(runs: list[DeviceRun], device: Device) -> NDArray[np.uint8]:
+    """The output, which must be the same in every stream. Raises VerificationError."""
+    outputs = []
+    for run in runs:
+        time_on_device(run, device)
+        outputs.append(run.fetch())
+    if not all(np.array_equal(output, outputs[0]) for output in outputs):
+        raise VerificationError("the same edit gives different results in different streams", "report this")
+    return outputs[0]
 
 
-def _together(loops: list[Callable[[], list[float]]]) -> tuple[list[float], float]:
-    """Runs all loops at once, each in a thread of its own; one alone in this thread. Raises what any of them raises.
+def _run_concurrently(loops: list[Callable[[], list[float]]]) -> tuple[list[float], float]:
+    """Runs all loops at once, each in a thread; a single one in this thread. Raises what any of them raises.
 
-    Returns what they return, and the seconds from the moment when all were ready until the last had ended.
+    Returns all samples, and the seconds from the start of all loops to the end of the last.
     """
     if len(loops) == 1:
         started = time.perf_counter()
@@ -259,14 +300,14 @@ def _together(loops: list[Callable[[], list[float]]]) -> tuple[list[float], floa
     began: list[float] = []
     ready = threading.Barrier(len(loops), action=lambda: began.append(time.perf_counter()))
 
-    def run(place: int) -> None:
+    def run(index: int) -> None:
         ready.wait()
         try:
-            results[place] = loops[place]()
-        except BaseException as error:
-            results[place] = error
+            results[index] = loops[index]()
+        except BaseException as exc:
+            results[index] = exc
 
-    threads = [threading.Thread(target=run, args=(place,)) for place in range(len(loops))]
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(len(loops))]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -281,9 +322,9 @@ def _together(loops: list[Callable[[], list[float]]]) -> tuple[list[float], floa
 
 
 def _resident_bytes(field: str) -> int | None:
-    """VmRSS (now) or VmHWM (largest) of this process.
+    """VmRSS (current) or VmHWM (peak) of this process; None outside Linux.
 
-    Not getrusage: its maximum survives exec, so that a child starts with the size of its parent.
+    psutil reports no peak on Linux, and the maximum of getrusage survives exec: a child would start with its parent's.
     """
     try:
         found = re.search(rf"^{field}:\s+(\d+) kB", _STATUS.read_text(), re.MULTILINE)
@@ -292,69 +333,59 @@ def _resident_bytes(field: str) -> int | None:
     return int(found[1]) * 1024 if found else None
 
 
-def _forget_peak() -> None:
-    """Makes VmHWM start again from what is resident now, where the system lets us."""
-    with suppress(OSError):
-        _CLEAR.write_text("5")
+_backend: BackendProcess | None = None
+"""The backend of this process, which is a worker."""
 
 
-def _serve(connection: Connection, bundle: Path, backend: str, device: str, precision: str) -> None:
-    """The process: makes a Bench, then calls what it is told to until the other side closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends us
-    os.dup2(sys.stderr.fileno(), 1)  # stdout is for one JSON object, whatever a library prints
-    bench: BackendProcess | None = None
-    with suppress(EOFError, BrokenPipeError):
-        bench = _answered(connection, partial(BackendProcess, bundle, backend, device, precision))
-        while bench is not None:
-            name, arguments = connection.recv()
-            _answered(connection, partial(getattr(bench, name), *arguments))
-    if bench is not None:
-        bench.close()
+def _start_process() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends this process
+    os.dup2(sys.stderr.fileno(), 1)  # stdout is for one JSON object, whatever libraries print
 
 
-def _answered(connection: Connection, work: Callable[[], Any]) -> Any:
-    """Sends what `work` returns or why it failed; returns it too, None for a failure."""
+def _open(bundle: Path, backend: str, device: str, precision: str) -> int:
+    """Opens the backend; returns the id of the process."""
+    global _backend
+    _backend = _contained(BackendProcess, bundle, backend, device, precision)
+    return os.getpid()
+
+
+def _call(method: str, *arguments: Any) -> Any:
+    assert _backend is not None
+    return _contained(getattr(_backend, method), *arguments)
+
+
+def _contained(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Turns exceptions of libraries into errors that can be sent to the parent and belong to one row."""
     try:
-        result = work()
-    except SpmDeployError as error:
-        connection.send(("failed", error))
-        return None
+        return function(*arguments)
+    except SpmDeployError:
+        raise
     except MemoryError:
-        connection.send(("failed", OutOfMemoryError("the backend's process ran out of memory", "close other programs")))
-        return None
-    except Exception as error:  # whatever a library throws is one row's misfortune, not the end of the run
-        connection.send(("failed", BackendCrashedError(f"{type(error).__name__}: {error}")))
-        return None
-    connection.send(("done", None if isinstance(result, BackendProcess) else result))
-    return result
-
-
-# ------------------------------------------------------------------------------------------------ outside the process
+        raise OutOfMemoryError("the backend's process ran out of memory", "close other programs") from None
+    except Exception as exc:
+        raise BackendCrashedError(f"{type(exc).__name__}: {exc}") from None
 
 
 class Worker:
-    """A `BackendProcess` in a process of its own; close it, or use it as a context manager.
+    """A `BackendProcess` in its own process; close it, or use it as a context manager.
 
-    Every method may raise what the one of `BackendProcess` raises, and `BackendCrashedError`.
+    Every method raises what the method of `BackendProcess` raises, and `BackendCrashedError`.
     """
 
     def __init__(self, bundle: Path, backend: str, device: str, precision: str) -> None:
         context = multiprocessing.get_context("spawn")
-        self._connection, other = context.Pipe()
-        arguments = (other, bundle, backend, device, precision)
-        self._process = context.Process(target=_serve, args=arguments, daemon=True)
-        self._process.start()
-        other.close()
+        self._pool = ProcessPoolExecutor(1, mp_context=context, initializer=_start_process)
+        self._process: Any = None
         try:
-            self._result()
+            pid = self._submit(_open, bundle, backend, device, precision)
         except BaseException:
             self.close()
             raise
+        self._process = next(child for child in multiprocessing.active_children() if child.pid == pid)
 
     @property
     def pid(self) -> int:
-        assert self._process.pid is not None
-        return self._process.pid
+        return int(self._process.pid)
 
     def describe(self) -> BackendInfo:
         return self._call(BackendProcess.describe)
@@ -362,11 +393,11 @@ class Worker:
     def verify(self) -> list[GoldenResult]:
         return self._call(BackendProcess.verify)
 
-    def prepare_engine(self, batch: EditBatch, streams: int) -> FirstRun:
+    def prepare_engine(self, batch: ModelInput, streams: int) -> FirstRun:
         return self._call(BackendProcess.prepare_engine, batch, streams)
 
-    def prepare_frame(self, batch: EditBatch, streams: int) -> FirstRun:
-        return self._call(BackendProcess.prepare_frame, batch, streams)
+    def prepare_cached_layout(self, batch: ModelInput, streams: int) -> FirstRun:
+        return self._call(BackendProcess.prepare_cached_layout, batch, streams)
 
     def prepare_edit(self, case: EditCase) -> FirstRun:
         return self._call(BackendProcess.prepare_edit, case)
@@ -374,13 +405,13 @@ class Worker:
     def turn(self, seconds: float, iterations: int) -> Round:
         return self._call(BackendProcess.turn, seconds, iterations)
 
-    def forget(self) -> None:
-        self._call(BackendProcess.forget)
+    def reset(self) -> None:
+        self._call(BackendProcess.reset)
 
-    def medians(self) -> dict[str, float]:
-        return self._call(BackendProcess.medians)
+    def phase_medians(self) -> dict[str, float]:
+        return self._call(BackendProcess.phase_medians)
 
-    def profile(self, batch: EditBatch) -> Profile:
+    def profile(self, batch: ModelInput) -> Profile:
         return self._call(BackendProcess.profile, batch)
 
     def memory(self) -> MemoryUsage:
@@ -388,11 +419,16 @@ class Worker:
 
     def close(self) -> None:
         """Ends the process; safe to call twice."""
-        self._connection.close()
-        self._process.join(timeout=10)
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join()
+        process, self._process = self._process, None
+        if process is not None:
+            with suppress(SpmDeployError, RuntimeError):  # already dead
+                self._pool.submit(_call, "close")
+        self._pool.shutdown(wait=process is None)
+        if process is not None:
+            process.join(timeout=_SHUTDOWN_SECONDS)
+            if process.is_alive():
+                process.kill()
+                process.join()
 
     def __enter__(self) -> Worker:
         return self
@@ -408,24 +444,20 @@ class Worker:
         *arguments: Arguments.args,
         **_: Arguments.kwargs,
     ) -> Result:
-        try:
-            self._connection.send((method.__name__, arguments))
-        except OSError as error:
-            raise self._ended() from error
-        result: Result = self._result()
+        result: Result = self._submit(_call, method.__name__, *arguments)
         return result
 
-    def _result(self) -> Any:
+    def _submit(self, function: Callable[..., Any], *arguments: Any) -> Any:
         try:
-            kind, value = self._connection.recv()
-        except (EOFError, OSError) as error:
-            raise self._ended() from error
-        if kind == "failed":
-            raise value
-        return value
+            return self._pool.submit(function, *arguments).result()
+        except BrokenProcessPool as exc:
+            raise BackendCrashedError(
+                f"its process ended with {self._exit_status()}", "run `spmdeploy verify` with this backend"
+            ) from exc
 
-    def _ended(self) -> BackendCrashedError:
-        self._process.join(timeout=10)
+    def _exit_status(self) -> str:
+        if self._process is None:
+            return "no result while it loaded the model"
+        self._process.join(timeout=_SHUTDOWN_SECONDS)
         code = self._process.exitcode
-        how = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
-        return BackendCrashedError(f"its process ended with {how}", "run `spmdeploy verify` with this backend")
+        return f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"

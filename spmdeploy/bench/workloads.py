@@ -1,8 +1,8 @@
-"""What is edited in a benchmark: the photos that ship with the package, under a small, a medium and a large mask.
+"""Inputs of a benchmark: the sample photos of the package under a small, a medium and a large mask.
 
-The rule for all of them: the largest square of the photo around the edit, resized to the wanted size; the sample's own
-mask, scaled about the middle of its box until it covers the wanted share of the square (its box moved as little as
-needed to stay inside). Nothing is random.
+Each case is the largest square of the photo around the edit, resized to the requested size, and the sample's own mask,
+scaled about the middle of its box until it covers the requested share of the square (its box moved as little as needed
+to stay inside). Nothing is random.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +19,7 @@ from spmdeploy.editing.options import EditRequest
 from spmdeploy.imaging.files import write_picture
 from spmdeploy.imaging.resize import resize_labels, resize_photo
 from spmdeploy.labels import ClassTable
+from spmdeploy.types import ModelInput
 
 MASK_SHARES = {"small": 0.05, "medium": 0.12, "large": 0.25}
 MASK_RULE = (
@@ -38,27 +38,9 @@ class EditCase:
     mask: NDArray[np.bool_]
 
 
-@dataclass(frozen=True)
-class EditBatch:
-    """What an edit graph takes: see `Session.run`."""
-
-    image: NDArray[np.uint8]
-    labels: NDArray[np.uint8]
-    instances: NDArray[np.int32]
-    mask: NDArray[np.uint8]
-
-    @property
-    def named(self) -> dict[str, NDArray[Any]]:
-        """By the names of the graph's inputs."""
-        return {"image": self.image, "labels": self.labels, "instances": self.instances, "mask": self.mask}
-
-    @property
-    def arrays(self) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.int32], NDArray[np.uint8]]:
-        return self.image, self.labels, self.instances, self.mask
-
-    @property
-    def masked_share(self) -> float:
-        return float(np.mean(self.mask != 0))
+def masked_share(batch: ModelInput) -> float:
+    """Fraction of the pixels that is edited."""
+    return float(np.mean(batch.mask != 0))
 
 
 def edit_case(table: ClassTable, size: int, mask: str, sample: SampleEdit = SAMPLE_EDITS[0]) -> EditCase:
@@ -73,15 +55,15 @@ def edit_case(table: ClassTable, size: int, mask: str, sample: SampleEdit = SAMP
     )
 
 
-def edit_batch(table: ClassTable, size: int, mask: str, batch: int) -> EditBatch:
-    """`batch` edits for one call of a graph: the samples one after the other, again from the first after the last."""
+def edit_batch(table: ClassTable, size: int, mask: str, batch: int) -> ModelInput:
+    """`batch` edits for one call of a graph: the samples in order, repeated from the first."""
     samples = [SAMPLE_EDITS[place % len(SAMPLE_EDITS)] for place in range(batch)]
-    return stacked([edit_case(table, size, mask, sample) for sample in samples])
+    return stack_cases([edit_case(table, size, mask, sample) for sample in samples])
 
 
-def stacked(cases: Sequence[EditCase]) -> EditBatch:
+def stack_cases(cases: Sequence[EditCase]) -> ModelInput:
     labels = np.stack([case.labels for case in cases])
-    return EditBatch(
+    return ModelInput(
         image=np.stack([case.photo for case in cases]),
         labels=labels,
         instances=labels.astype(np.int32),
@@ -90,12 +72,12 @@ def stacked(cases: Sequence[EditCase]) -> EditBatch:
 
 
 def scaled_mask(mask: NDArray[np.bool_], share: float) -> NDArray[np.bool_]:
-    """The mask made larger or smaller until it covers `share` of the picture, as nearly as whole pixels allow.
+    """Scales a mask until it covers `share` of the image, as closely as whole pixels allow.
 
-    mask: bool (S, S), not empty, without holes. What would leave the picture is cut off, and the rest grows on.
+    mask: bool (S, S), not empty, without gaps. Parts outside the image are cut off.
     """
     smallest, largest = 1e-3, 1e3
-    for _ in range(30):  # halves the interval on a logarithmic scale until pixels no longer change
+    for _ in range(30):  # halves the interval on a logarithmic scale until no pixel changes
         middle = (smallest * largest) ** 0.5
         if _magnified(mask, middle).mean() < share:
             smallest = middle
@@ -107,12 +89,12 @@ def scaled_mask(mask: NDArray[np.bool_], share: float) -> NDArray[np.bool_]:
 
 
 def _magnified(mask: NDArray[np.bool_], factor: float) -> NDArray[np.bool_]:
-    """Every pixel shows what lies at the place that it came from; beyond the picture lies nothing."""
+    """Nearest-neighbor magnification; nothing outside the image is masked."""
     rows, columns = (_origins(np.any(mask, axis=axis), factor) for axis in (1, 0))
     inside = ((rows >= 0) & (rows < len(mask)))[:, None] & (columns >= 0) & (columns < mask.shape[1])
     picked = mask[np.clip(rows, 0, len(mask) - 1)[:, None], np.clip(columns, 0, mask.shape[1] - 1)]
-    grown: NDArray[np.bool_] = picked & inside
-    return grown
+    magnified: NDArray[np.bool_] = picked & inside
+    return magnified
 
 
 def _origins(occupied: NDArray[np.bool_], factor: float) -> NDArray[np.int64]:
@@ -120,14 +102,14 @@ def _origins(occupied: NDArray[np.bool_], factor: float) -> NDArray[np.int64]:
     length = len(occupied)
     places = np.flatnonzero(occupied)
     middle, reach = (places[0] + places[-1] + 1) / 2, (places[-1] + 1 - places[0]) / 2 * factor
-    # The box stays inside where it fits, else it lies in the middle.
+    # The box stays inside where it fits, else it is centered.
     moved = length / 2 if 2 * reach >= length else float(np.clip(middle, reach, length - reach))
     origins: NDArray[np.float64] = np.floor(middle + (np.arange(length) + 0.5 - moved) / factor)
     return np.clip(origins, -1, length).astype(np.int64)
 
 
 def _square_around(mask: NDArray[np.bool_]) -> tuple[slice, slice]:
-    """The largest square of the picture whose center is nearest to that of the mask's box."""
+    """The largest square of the image whose center is nearest to that of the mask's box."""
     side = min(mask.shape)
 
     def span(occupied: NDArray[np.bool_]) -> slice:
@@ -139,7 +121,7 @@ def _square_around(mask: NDArray[np.bool_]) -> tuple[slice, slice]:
 
 
 def write_case(case: EditCase, folder: Path) -> EditRequest:
-    """The case as files, the photo as JPEG."""
+    """Writes the case as files, the photo as JPEG."""
     files = EditRequest(
         image=folder / "photo.jpg",
         output=folder / "edited.png",

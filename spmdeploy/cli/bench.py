@@ -28,7 +28,7 @@ bench_app = typer.Typer(
 )
 
 
-Scope = Literal["engine", "frame", "edit", "cold-start"]
+Scope = Literal["engine", "cached-layout", "edit", "cold-start"]
 BenchBackend = Literal["torch", "torch-compile", "onnxruntime", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx"]
 BACKENDS: tuple[BenchBackend, ...] = get_args(BenchBackend)
 SCOPES: tuple[Scope, ...] = get_args(Scope)
@@ -64,10 +64,10 @@ def bench_run(
         list[str] | None,
         typer.Option(
             "--scope",
-            metavar="engine|frame|edit|cold-start|all",
-            help="The network; the network under a layout that is kept; files to file; a whole process. Repeat for "
+            metavar="engine|cached-layout|edit|cold-start|all",
+            help="The network; the network under a cached layout; files to file; a whole process. Repeat for "
             "several; default: engine.",
-            callback=one_of((*SCOPES, "all")),
+            callback=one_of((*SCOPES, "frame", "all")),
         ),
     ] = None,
     batch_size: Annotated[
@@ -106,14 +106,15 @@ def bench_run(
     Backends take turns in one run, after a warm-up; each is first compared with PyTorch, and one whose pictures differ
     gets no speed. Figures and record: docs/benchmarks.md. `spmdeploy bench compare` compares two records.
     """
-    from spmdeploy.bench import outputs, run
+    from spmdeploy.bench import run
 
     if bundle is not None and preset is not None:
         raise UsageError("give a bundle or --preset, not both", "leave one of them out")
     if duration is not None and not 0 < duration < float("inf"):
         raise UsageError(f"--duration {duration:g} is no time to measure for", "give seconds, more than 0")
-    outputs.check_outputs(output, plot, markdown, overwrite)
-    scopes = SCOPES if "all" in (scope or ()) else [name for name in SCOPES if name in (scope or ["engine"])]
+    run.check_outputs(output, plot, markdown, overwrite)
+    named = ["cached-layout" if name == "frame" else name for name in scope or ["engine"]]
+    scopes = SCOPES if "all" in named else [name for name in SCOPES if name in named]
     options = run.Options(
         bundle=bundle,
         preset=preset,
@@ -131,10 +132,10 @@ def bench_run(
     )
     with status_line() as show:
         record = run.run_bench(options, show)
-    outputs.write_outputs(record, output, plot, markdown, overwrite)
+    run.write_outputs(record, output, plot, markdown)
     for warning in record.warnings:
         log(f"warning: {warning}")
-    print_result("bench", record.to_json(), _record_lines(record), as_json, run.failure(record))
+    print_result("bench", record.to_json(), _record_lines(record), as_json, run.exit_error(record))
 
 
 @bench_app.command("compare")
@@ -148,14 +149,21 @@ def bench_compare(
 
     Times as medians, the change with its 95% interval. Records of different machines are refused.
     """
-    from spmdeploy.bench import format as words
     from spmdeploy.bench.compare import compare
+    from spmdeploy.bench.format import format_duration, format_ratio
     from spmdeploy.bench.results import read_record
 
     names = (str(before), str(after))
     comparison = compare(read_record(before), read_record(after), names, force)
     rows = [
-        (it.case, it.backend, words.duration(it.before), words.duration(it.after), words.factor(it.speedup), it.verdict)
+        (
+            it.case,
+            it.backend,
+            format_duration(it.before),
+            format_duration(it.after),
+            format_ratio(it.speedup),
+            it.verdict,
+        )
         for it in comparison.changes
     ]
     lines = (
@@ -169,16 +177,16 @@ def bench_compare(
 
 
 def _record_lines(record: Record) -> list[str]:
-    from spmdeploy.bench import format as words
     from spmdeploy.bench import tables
+    from spmdeploy.bench.format import backend_name, groups
 
     lines = tables.heading(record)
-    for title, rows in words.groups(record.rows):
+    for title, rows in groups(record.rows):
         lines += ["", title]
         if any(row.status == "measured" for row in rows):
             lines += format_table(*tables.group_table(rows))
         lines += tables.phase_lines(rows) + tables.failure_lines(rows)
         for row in rows:
             if row.parts:
-                lines += ["", f"{words.backend(row)}, by part:", *format_table(*tables.parts_table(row))]
+                lines += ["", f"{backend_name(row)}, by part:", *format_table(*tables.parts_table(row))]
     return lines

@@ -1,15 +1,14 @@
-"""Records without measuring anything."""
+"""Records built without measuring."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
 
-from spmdeploy.bench.fidelity import IN_THIS_RUN, Parity
-from spmdeploy.bench.machine import BackgroundLoad, Cpu, Machine, State
-from spmdeploy.bench.nvml import GpuRecord, GpuState
+from spmdeploy.bench.machine import BackgroundLoad, Cpu, GpuRecord, GpuState, Machine, State
+from spmdeploy.bench.parity import IN_THIS_RUN, Parity
 from spmdeploy.bench.profile import LayerGroup
-from spmdeploy.bench.results import BackendInfo, ModelInfo, Protocol, Record, Result, RowMemoryUsage
+from spmdeploy.bench.results import BackendInfo, MemoryUsage, Methodology, ModelInfo, Record, Result
 from spmdeploy.bench.roofline import PeakRates, RooflineBound
 from spmdeploy.bench.schedule import WarmUp
 from spmdeploy.stats import ratio_of_medians, summarize
@@ -18,7 +17,7 @@ SLOW, FAST = [[800.0, 810.0], [805.0], [790.0, 820.0]], [[400.0, 405.0], [402.0]
 
 
 def measured_row(backend: str = "torch", turns: Sequence[Sequence[float]] = SLOW, **changes: object) -> Result:
-    """One engine row with everything in it."""
+    """An engine row with all figures."""
     row = Result(
         scope="engine",
         backend=backend,
@@ -39,7 +38,7 @@ def measured_row(backend: str = "torch", turns: Sequence[Sequence[float]] = SLOW
         edits_per_second=1.25,
         megapixels_per_second=0.08,
         joules_per_edit=None,
-        memory=RowMemoryUsage(100, 200, None, 50),
+        memory=MemoryUsage(100, 200, None, 50),
         floor=RooflineBound(93.8, 150.0, 300.0, "arithmetic", 0.375),
         phases_ms={"run": 800.0},
         notes={"tiling": "crop", "windows": 1, "tiles": 0, "calls": 1},
@@ -65,7 +64,7 @@ def record_of(*rows: Result, cpu: str = "Fast CPU", **changes: object) -> Record
         spmdeploy="0.1.0",
         created="2026-11-22T12:00:00+00:00",
         subject=ModelInfo("street", "its own weights", {"edit fp32": "a" * 64}, 12, 32, 64, 1000, 93.8),
-        protocol=Protocol("spmdeploy bench --backend torch", "by a rule", "2 s", "in turns", 1.5),
+        protocol=Methodology("spmdeploy bench --backend torch", "by a rule", "2 s", "in turns", 1.5),
         machine=Machine(
             cpu=Cpu(cpu, "x86_64", 4, 2, ("avx2",), ("performance",)),
             memory_gb=16.0,

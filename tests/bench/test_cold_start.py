@@ -1,4 +1,4 @@
-"""Starting the command again and again."""
+"""ColdStart with a tiny bundle."""
 
 from __future__ import annotations
 
@@ -16,35 +16,35 @@ from spmdeploy.labels import class_table
 STREET = class_table("street")
 
 
-def test_a_start_is_accounted_for(street_bundle: Path, tmp_path: Path) -> None:
+def test_turn_one_start_sums_to_its_phases(street_bundle: Path, tmp_path: Path) -> None:
     case = edit_case(STREET, 256, "small")
     files = write_case(case, tmp_path)
     start = ColdStart(files, ["--model", str(street_bundle), "--backend", "onnxruntime", "--device", "cpu"])
     first = start.first()
-    assert first.picture.shape == first.photo.shape == (1, 256, 256, 3)
-    assert (first.picture[0][~case.mask] == first.photo[0][~case.mask]).all()
-    assert (first.picture != first.photo).any() and files.output.exists()
-    start.forget()
+    assert first.edited.shape == first.photo.shape == (1, 256, 256, 3)
+    assert (first.edited[0][~case.mask] == first.photo[0][~case.mask]).all()
+    assert (first.edited != first.photo).any() and files.output.exists()
+    start.reset()
 
     turn = start.turn(0.01, 1)
-    (whole,) = turn.samples
-    phases = start.medians()
-    assert turn.seconds * 1000 >= whole > 0
-    assert sum(phases[name] for name in ("start", "open", "edit", "end")) == pytest.approx(whole)
+    (total,) = turn.samples
+    phases = start.phase_medians()
+    assert turn.seconds * 1000 >= total > 0
+    assert sum(phases[name] for name in ("start", "open", "edit", "end")) == pytest.approx(total)
     assert all(phases[name] > 0 for name in ("start", "open", "edit"))
     assert {"import python", "import numpy", "import PIL"} <= set(phases)
     memory = start.memory()
     assert memory.peak is not None and memory.peak > 20e6
 
 
-def test_a_failing_command_says_why(tmp_path: Path) -> None:
+def test_first_failing_command_gives_reason(tmp_path: Path) -> None:
     case = edit_case(STREET, 256, "small")
     start = ColdStart(write_case(case, tmp_path), ["--model", str(tmp_path / "missing.spm")])
     with pytest.raises(SpmDeployError, match=r"ended with 6: .*missing\.spm"):
         start.first()
 
 
-def test_modules_may_be_compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_process_environment_allows_bytecode(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     started: dict[str, Any] = {}
     monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
     monkeypatch.setenv("SPMDEPLOY_CACHE", "elsewhere")
@@ -53,7 +53,7 @@ def test_modules_may_be_compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert started["env"]["SPMDEPLOY_CACHE"] == "elsewhere" and "PYTHONDONTWRITEBYTECODE" not in started["env"]
 
 
-def test_import_times() -> None:
+def test_import_times_sums_by_package() -> None:
     text = (
         "import time: self [us] | cumulative | imported package\n"
         "import time:       200 |        300 |   numpy.core\n"
@@ -66,8 +66,7 @@ def test_import_times() -> None:
     assert import_times("") == {}
 
 
-def test_pictures_are_those_of_the_case(tmp_path: Path) -> None:
-    """The rule for masks holds on disk too, for whoever wants to repeat a case by hand."""
+def test_write_case_keeps_mask_share(tmp_path: Path) -> None:
     case = edit_case(STREET, 256, "large")
     assert np.asarray(case.mask).mean() == pytest.approx(0.25, abs=0.01)
     assert write_case(case, tmp_path).image.suffix == ".jpg"

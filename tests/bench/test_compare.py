@@ -1,4 +1,4 @@
-"""Two records side by side."""
+"""Comparison of two records."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def comparison(before: Record, after: Record, force: bool = False) -> Comparison
     return compare(before, after, NAMES, force)
 
 
-def test_faster_slower_and_no_difference() -> None:
+def test_compare_medians_gives_verdict() -> None:
     slow, fast = record_of(measured_row(turns=SLOW)), record_of(measured_row(turns=FAST))
     (change,) = comparison(slow, fast).changes
     assert (change.before, change.after, change.verdict) == (805, 402, "faster")
@@ -34,7 +34,7 @@ def test_faster_slower_and_no_difference() -> None:
     assert same.verdict == "no difference shown" and same.speedup.value == 1
 
 
-def test_another_machine_is_refused_unless_forced() -> None:
+def test_compare_other_machine_needs_force() -> None:
     here, there = record_of(measured_row()), record_of(measured_row(), cpu="Slow CPU")
     with pytest.raises(InputError, match="measured on different machines: CPU: Fast CPU → Slow CPU"):
         comparison(here, there)
@@ -43,7 +43,7 @@ def test_another_machine_is_refused_unless_forced() -> None:
 
 
 @pytest.mark.parametrize("field", ["uuid_hash", "name"])
-def test_another_gpu_is_another_machine(field: str) -> None:
+def test_compare_other_gpu_is_refused(field: str) -> None:
     here = record_of(measured_row())
     gpus = (replace(here.machine.gpus[0], **{field: "other"}),)
     there = replace(here, machine=replace(here.machine, gpus=gpus))
@@ -51,14 +51,14 @@ def test_another_gpu_is_another_machine(field: str) -> None:
         comparison(here, there)
 
 
-def test_cores_in_use_are_part_of_the_machine() -> None:
+def test_compare_other_affinity_is_refused() -> None:
     here = record_of(measured_row())
     there = replace(here, machine=replace(here.machine, cpu=replace(here.machine.cpu, cores_used=1)))
     with pytest.raises(InputError, match="cores used: 2 → 1"):
         comparison(here, there)
 
 
-def test_versions_and_settings_are_told_not_refused() -> None:
+def test_compare_other_versions_are_listed() -> None:
     here = record_of(measured_row())
     there = replace(
         here,
@@ -66,43 +66,43 @@ def test_versions_and_settings_are_told_not_refused() -> None:
         subject=replace(here.subject, graphs={"edit fp32": "b" * 64}),
         protocol=replace(here.protocol, seconds=None),
     )
-    told = comparison(here, there).circumstances
-    assert "torch: 1.0 → 2.0" in told and "OMP_NUM_THREADS: 2 → None" in told and "duration: 1.5 → None" in told
-    assert any(text.startswith("graphs: ") for text in told) and len(told) == 4
+    result = comparison(here, there).circumstances
+    assert "torch: 1.0 → 2.0" in result and "OMP_NUM_THREADS: 2 → None" in result and "duration: 1.5 → None" in result
+    assert any(text.startswith("graphs: ") for text in result) and len(result) == 4
 
 
-def test_what_cannot_be_compared_is_named() -> None:
+def test_compare_unmatched_rows_are_listed() -> None:
     before = record_of(measured_row(), measured_row("onnxruntime", FAST), measured_row(batch=4))
     after = record_of(
-        measured_row(), empty_row("onnxruntime", "differs", "its picture is not PyTorch's"), measured_row(batch=8)
+        measured_row(), empty_row("onnxruntime", "differs", "its results differ from PyTorch's"), measured_row(batch=8)
     )
     result = comparison(before, after)
     assert [change.backend for change in result.changes] == ["torch fp32"]
     missing, surplus, lost = result.unmatched
     assert "batch 4" in missing and "not in b.json" in missing
     assert "batch 8" in surplus and "not in a.json" in surplus
-    assert "no figures in b.json: its picture is not PyTorch's" in lost
+    assert "no figures in b.json: its results differ from PyTorch's" in lost
 
 
-def test_warnings_go_with_their_record() -> None:
+def test_compare_warnings_name_their_record() -> None:
     result = comparison(record_of(measured_row(), warnings=("shaky",)), record_of(measured_row(), warnings=()))
     assert result.warnings == ("a.json: shaky",)
 
 
-def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compare_command_prints_table_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     paths = [tmp_path / name for name in ("before.json", "after.json")]
     for path, turns in zip(paths, (SLOW, FAST), strict=True):
         path.write_text(record_text(record_of(measured_row(turns=turns))), encoding="utf-8")
-    words = ["bench", "compare", *map(str, paths)]
-    assert cli.main(words) == 0
+    arguments = ["bench", "compare", *map(str, paths)]
+    assert cli.main(arguments) == 0
     table = capsys.readouterr().out
     assert "805 ms" in table and "402 ms" in table and "faster" in table
-    assert cli.main([*words, "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["schema"] == "spmdeploy.bench-compare/1" and told["changes"][0]["verdict"] == "faster"
+    assert cli.main([*arguments, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["schema"] == "spmdeploy.bench-compare/1" and result["changes"][0]["verdict"] == "faster"
 
     paths[1].write_text(record_text(record_of(measured_row(), cpu="Slow CPU")), encoding="utf-8")
-    assert cli.main([*words, "--json"]) == 7
+    assert cli.main([*arguments, "--json"]) == 7
     assert "different machines" in json.loads(capsys.readouterr().out)["error"]
-    assert cli.main([*words, "--force"]) == 0
+    assert cli.main([*arguments, "--force"]) == 0
     assert "differs: CPU" in capsys.readouterr().out

@@ -15,14 +15,17 @@ import pytest
 from spmdeploy.bench import machine as bench_machine
 from spmdeploy.bench.machine import (
     BackgroundLoad,
+    GpuState,
     LoadMeter,
+    Nvml,
+    NvmlMissingError,
     describe_jetson,
     describe_machine,
     differences,
+    hash_of,
     read_state,
     usable_cores,
 )
-from spmdeploy.bench.nvml import GpuState, Nvml, NvmlMissingError, hash_of
 
 CPUINFO = """processor\t: 0
 model name\t: Imaginary CPU 9000

@@ -1,4 +1,4 @@
-"""Profiled operations find their part of the network by the names that exported graphs carry."""
+"""Profiled operations are assigned to parts of the network by their names."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ from spmdeploy.bundle.bundle import open_bundle
         ("stages.0", "upsample_bilinear2d", "1", "resize"),
     ],
 )
-def test_kinds(name: str, operator: str, stage: str, kind: str) -> None:
+def test_kind_of_operation_name(name: str, operator: str, stage: str, kind: str) -> None:
     assert (stage_of(name), kind_of(name, operator)) == (stage, kind)
 
 
-def test_every_node_of_a_real_graph_has_a_part() -> None:
+def test_kind_of_builtin_graph_covers_every_convolution() -> None:
     bundle = open_bundle(spmdeploy.default_model())
     graph = onnx.load_from_string(bundle.read(bundle.manifest.graphs[0].file)).graph
     convolutions = [node for node in graph.node if node.op_type == "Conv"]
@@ -60,7 +60,7 @@ def test_every_node_of_a_real_graph_has_a_part() -> None:
     assert {stage_of(node.name) for node in graph.node} == {"1", "2", "3", "-"}
 
 
-def test_grouping() -> None:
+def test_group_by_layer_averages_runs() -> None:
     parts = group_by_layer(
         [
             Operation("stages.0.encoder.0.features/Conv", "Conv", 4000),
@@ -70,8 +70,8 @@ def test_grouping() -> None:
         ],
         runs=2,
     )
-    told = [(part.stage, part.kind, part.milliseconds) for part in parts]
-    assert told == [
+    times = [(part.stage, part.kind, part.milliseconds) for part in parts]
+    assert times == [
         ("1", "main convolution", 5.0),
         ("-", "conditioning and compositing", 4.0),
         ("1", "memory layout", 1.0),

@@ -1,4 +1,4 @@
-"""The record: what is written is read, what is wrong is refused by its path."""
+"""Records: written and read back, wrong fields refused by path."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ def a_record() -> Record:
     return record_of(measured_row(), measured_row("onnxruntime", FAST), unavailable)
 
 
-def test_it_survives_its_file(tmp_path: Path) -> None:
+def test_record_text_reads_back_equal(tmp_path: Path) -> None:
     (tmp_path / "r.json").write_text(record_text(a_record()), encoding="utf-8")
     assert read_record(tmp_path / "r.json") == a_record()
 
 
-def test_the_file_is_json_with_a_schema_and_every_sample() -> None:
+def test_record_text_is_json_with_every_sample() -> None:
     value = json.loads(record_text(a_record()))
     assert value["schema"] == "spmdeploy.bench/1"
     assert value == json.loads(json.dumps(a_record().to_json()))
     assert value["rows"][0]["samples_ms"] == [[800.0, 810.0], [805.0], [790.0, 820.0]]
 
 
-def test_a_row_of_samples_is_a_line() -> None:
+def test_record_text_samples_of_a_row_share_a_line() -> None:
     assert '   "samples_ms": [[800.0, 810.0], [805.0], [790.0, 820.0]]' in record_text(a_record()).splitlines()
 
 
-def test_text_that_looks_like_a_placeholder_stays(tmp_path: Path) -> None:
+def test_record_text_placeholder_in_text_stays(tmp_path: Path) -> None:
     record = record_of(measured_row(), measured_row(reason='"samples_ms": "0"'))
     (tmp_path / "r.json").write_text(record_text(record), encoding="utf-8")
     assert read_record(tmp_path / "r.json") == record
 
 
-def test_further_fields_are_passed_over() -> None:
+def test_from_json_unknown_fields_are_ignored() -> None:
     value = json.loads(record_text(a_record()))
     value["mood"] = value["rows"][0]["mood"] = "good"
     assert Record.from_json(value, "r.json") == a_record()
@@ -63,7 +63,7 @@ def test_further_fields_are_passed_over() -> None:
         ("schema", ..., "not a benchmark record"),
     ],
 )
-def test_wrong_fields_are_refused(path: str, wrong: Any, words: str) -> None:
+def test_from_json_wrong_field_is_refused(path: str, wrong: Any, words: str) -> None:
     value: Any = json.loads(record_text(a_record()))
     *above, last = [int(part) if part.isdigit() else part for part in path.split("/")]
     place = value
@@ -78,7 +78,7 @@ def test_wrong_fields_are_refused(path: str, wrong: Any, words: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "NaN", '{"schema": "spmdeploy.bench/1"}', '{"p50": 1e999}'])
-def test_rubbish_is_refused(text: str, tmp_path: Path) -> None:
+def test_read_record_invalid_file_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "r.json").write_text(text)
     with pytest.raises(InputError, match=r"r\.json"):
         read_record(tmp_path / "r.json")
@@ -86,15 +86,26 @@ def test_rubbish_is_refused(text: str, tmp_path: Path) -> None:
         read_record(tmp_path / "missing.json")
 
 
-def test_rows_know_their_case() -> None:
+def test_result_case_ignores_backend() -> None:
     torch, other = measured_row(), measured_row("onnxruntime", FAST)
     assert torch.case == other.case and torch.identity != other.identity
     assert replace(other, batch=4).case != other.case
 
 
-def test_a_record_from_before_a_figure_was_added() -> None:
+def test_from_json_without_later_field_is_read() -> None:
     value = json.loads(json.dumps(a_record().to_json()))
     for row in value["rows"]:
         if row["memory"]:
             del row["memory"]["loaded"]
     assert Record.from_json(value, "r.json") == a_record()
+
+
+def test_from_json_scope_frame_of_earlier_versions_is_cached_layout() -> None:
+    value = json.loads(json.dumps(a_record().to_json()))
+    value["rows"][0]["scope"] = "frame"
+    assert Record.from_json(value, "r.json").rows[0].scope == "cached-layout"
+
+
+def test_read_record_committed_records_are_readable() -> None:
+    paths = sorted((Path(__file__).parents[2] / "bench/results").glob("bench_*.json"))
+    assert [read_record(path).rows for path in paths]

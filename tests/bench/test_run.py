@@ -18,15 +18,13 @@ import spmdeploy
 from spmdeploy import cli
 from spmdeploy.bench import run as bench_run
 from spmdeploy.bench.backends import BACKENDS, cold_start_options, open_backend, skip_by_default
-from spmdeploy.bench.fidelity import GOLDEN
-from spmdeploy.bench.machine import BackgroundLoad
-from spmdeploy.bench.nvml import GpuState
-from spmdeploy.bench.racer import BackendCrashedError
+from spmdeploy.bench.machine import BackgroundLoad, GpuState
+from spmdeploy.bench.parity import GOLDEN
 from spmdeploy.bench.results import Record, read_record
 from spmdeploy.bench.roofline import BYTES_PER_PIXEL, PeakRates, best_of, numpy_rates, roofline_bound
 from spmdeploy.bench.run import Options, cases, warnings
 from spmdeploy.bench.schedule import WarmUp
-from spmdeploy.bench.worker import Worker
+from spmdeploy.bench.worker import BackendCrashedError, Worker
 from spmdeploy.bench.workloads import edit_batch, edit_case
 from spmdeploy.bundle.bundle import open_bundle
 from spmdeploy.errors import SpmDeployError, UnavailableError

@@ -1,4 +1,4 @@
-"""The inputs: real photos, masks by the stated rule."""
+"""Workloads: sample photos and masks of stated sizes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from spmdeploy.assets.samples import SAMPLE_EDITS
-from spmdeploy.bench.workloads import MASK_RULE, MASK_SHARES, edit_batch, edit_case, scaled_mask, write_case
+from spmdeploy.bench.workloads import (
+    MASK_RULE,
+    MASK_SHARES,
+    edit_batch,
+    edit_case,
+    masked_share,
+    scaled_mask,
+    write_case,
+)
 from spmdeploy.imaging.files import read_labels, read_mask, read_photo
 from spmdeploy.labels import check_labels, class_table
 
@@ -20,19 +28,19 @@ STREET = class_table("street")
 
 @pytest.mark.parametrize("mask", MASK_SHARES)
 @pytest.mark.parametrize("size", [64, 256, 700])
-def test_masks_cover_what_they_should(mask: str, size: int) -> None:
+def test_edit_case_mask_covers_its_share(mask: str, size: int) -> None:
     for sample in SAMPLE_EDITS:
         case = edit_case(STREET, size, mask, sample)
         assert case.photo.shape == (size, size, 3) and case.labels.shape == case.mask.shape == (size, size)
         assert case.mask.mean() == pytest.approx(MASK_SHARES[mask], abs=2 / size)
 
 
-def test_the_rule_names_the_shares() -> None:
+def test_mask_rule_names_the_shares() -> None:
     for name, share in MASK_SHARES.items():
         assert f"{share:.0%} ({name})" in MASK_RULE
 
 
-def test_the_photo_is_the_sample() -> None:
+def test_edit_case_photo_is_a_cut_of_the_sample() -> None:
     photo, labels, mask = SAMPLE_EDITS[0].read(STREET)
     size = photo.shape[0]
     case = edit_case(STREET, size, "small")
@@ -41,37 +49,34 @@ def test_the_photo_is_the_sample() -> None:
     assert set(np.unique(case.labels)) <= set(np.unique(labels)) and mask.any()
 
 
-def test_classes_of_another_table() -> None:
+def test_edit_case_other_table_has_its_classes() -> None:
     table = class_table("cityscapes")
     check_labels(edit_case(table, 128, "large").labels, table, "labels")
 
 
-def test_a_batch_goes_through_the_samples() -> None:
+def test_edit_batch_repeats_samples() -> None:
     batch = edit_batch(STREET, 64, "medium", 5)
     assert batch.image.shape == (5, 64, 64, 3)
-    assert [array.dtype.name for array in batch.arrays] == ["uint8", "uint8", "int32", "uint8"]
+    assert [array.dtype.name for array in batch] == ["uint8", "uint8", "int32", "uint8"]
     assert (batch.image[0] == batch.image[3]).all() and (batch.image[0] != batch.image[1]).any()
-    assert list(batch.named) == ["image", "labels", "instances", "mask"]
-    assert batch.masked_share == pytest.approx(MASK_SHARES["medium"], abs=0.02)
+    assert list(batch._asdict()) == ["image", "labels", "instances", "mask"]
+    assert masked_share(batch) == pytest.approx(MASK_SHARES["medium"], abs=0.02)
     first = edit_batch(STREET, 64, "medium", 1)
-    assert all((one[0] == five[0]).all() for one, five in zip(first.arrays, batch.arrays, strict=True))
+    assert all((one[0] == five[0]).all() for one, five in zip(first, batch, strict=True))
 
 
-def test_files_hold_the_case(tmp_path: Path) -> None:
+def test_write_case_files_hold_the_case(tmp_path: Path) -> None:
     case = edit_case(STREET, 128, "large")
     files = write_case(case, tmp_path)
     assert files.labels is not None and files.mask is not None
     assert (read_labels(files.labels) == case.labels).all() and (read_mask(files.mask) == case.mask).all()
-    drift = np.abs(read_photo(files.image).pixels.astype(int) - case.photo)
-    assert drift.mean() < 4  # a JPEG, as photos are
-
-
-# ------------------------------------------------------------------------------------------------------- scaled masks
+    difference = np.abs(read_photo(files.image).pixels.astype(int) - case.photo)
+    assert difference.mean() < 4  # JPEG
 
 
 @given(st.integers(0, 30), st.integers(0, 30), st.integers(2, 30), st.integers(2, 30), st.floats(0.05, 0.5))
 @settings(max_examples=25, deadline=None)
-def test_any_box_is_scaled_to_its_share(top: int, left: int, height: int, width: int, share: float) -> None:
+def test_scaled_mask_any_box_covers_share(top: int, left: int, height: int, width: int, share: float) -> None:
     mask = np.zeros((40, 40), bool)
     mask[top : top + height, left : left + width] = True
     scaled = scaled_mask(mask, share)
@@ -88,7 +93,7 @@ def disc(radius: float, row: float, column: float) -> NDArray[np.bool_]:
 
 
 @pytest.mark.parametrize("share", MASK_SHARES.values())
-def test_a_disc_grows_about_its_middle(share: float) -> None:
+def test_scaled_mask_disc_keeps_center(share: float) -> None:
     scaled = scaled_mask(disc(10, 50, 50), share)
     assert scaled.mean() == pytest.approx(share, abs=0.01)
     rows, columns = (np.flatnonzero(scaled.any(axis=axis)) for axis in (1, 0))
@@ -98,14 +103,14 @@ def test_a_disc_grows_about_its_middle(share: float) -> None:
         assert (places[-1] - places[0] + 1) / 2 == pytest.approx(radius, abs=2)
 
 
-def test_one_at_the_edge_moves_inside_instead_of_being_cut() -> None:
+def test_scaled_mask_at_border_moves_inside() -> None:
     scaled = scaled_mask(disc(8, 10, 90), 0.12)
     rows, columns = (np.flatnonzero(scaled.any(axis=axis)) for axis in (1, 0))
     assert rows[0] == 0 and columns[-1] == 99
     assert len(rows) == pytest.approx(len(columns), abs=1)
 
 
-def test_a_bar_that_meets_both_sides_goes_on_growing() -> None:
+def test_scaled_mask_bar_at_both_borders_grows() -> None:
     bar = np.zeros((60, 60), bool)
     bar[29:31, 5:55] = True
     scaled = scaled_mask(bar, 0.3)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spmdeploy.bench.resident import device_run, time_on_device
+from spmdeploy.bench.backends import device_run, time_on_device
 from spmdeploy.bench.worker import BackendProcess
 from spmdeploy.bench.workloads import EditBatch
 from spmdeploy.bundle.bundle import Bundle

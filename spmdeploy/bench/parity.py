@@ -1,0 +1,88 @@
+"""Compares the results of a backend with PyTorch in FP32 before any time is reported."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spmdeploy.backends.verify import Deviation, GoldenResult, measure_deviation
+from spmdeploy.bundle.bundle import Bundle
+from spmdeploy.bundle.manifest import ParityLimits
+from spmdeploy.errors import UnavailableError
+
+IN_THIS_RUN = "eager PyTorch in FP32, in this run"
+GOLDEN = "the bundle's golden edits, made by PyTorch in FP32 at export"
+_REDUCED_PRECISIONS = ("fp16", "bf16", "tf32")
+_REDUCED_LIMITS = ParityLimits(max_grey=48, mean_grey=1.0, min_psnr_db=40)
+"""For reduced precisions that the bundle states no limits for; those of exported FP16 graphs."""
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Deviation from PyTorch in FP32 under the mask, in gray levels of 255."""
+
+    against: str
+    """`IN_THIS_RUN` where torch is installed, else `GOLDEN`."""
+    max_grey: int
+    mean_grey: float
+    psnr_db: float | None
+    """None for equal images."""
+    faults: tuple[str, ...]
+    """Limits of the bundle that are exceeded, here or on its golden edits."""
+
+    @property
+    def passed(self) -> bool:
+        return not self.faults
+
+
+def check_parity(
+    edited: NDArray[np.uint8],
+    reference: NDArray[np.uint8],
+    photo: NDArray[np.uint8],
+    mask: NDArray[np.uint8],
+    limits: ParityLimits,
+    golden: Sequence[GoldenResult],
+) -> Parity:
+    """edited, reference, photo: uint8 (B, S, S, 3) RGB. mask: (B, S, S), 0 = keep. golden: of the same backend."""
+    deviation = measure_deviation(edited, reference, mask)
+    faults = deviation.faults(limits)
+    if not np.array_equal(edited[mask == 0], photo[mask == 0]):
+        faults.append("pixels outside the mask were changed")
+    return _parity(IN_THIS_RUN, deviation, faults + golden_faults(golden))
+
+
+def check_golden_parity(golden: Sequence[GoldenResult]) -> Parity:
+    """The worst of at least one golden edit: where PyTorch is not installed."""
+    deviations = [result.drift for result in golden]
+    worst = Deviation(
+        max(deviation.max_grey for deviation in deviations),
+        max(deviation.mean_grey for deviation in deviations),
+        min(deviation.psnr_db for deviation in deviations),
+    )
+    return _parity(GOLDEN, worst, golden_faults(golden))
+
+
+def golden_faults(golden: Sequence[GoldenResult]) -> list[str]:
+    return [f"golden edit {result.name}: {fault}" for result in golden for fault in result.faults]
+
+
+def limits_of(bundle: Bundle, precision: str) -> ParityLimits:
+    """Allowed deviation in a precision. Raises UnavailableError if the bundle states none."""
+    for name, limits in bundle.manifest.limits.items():
+        if name == precision:
+            return limits
+    if precision in _REDUCED_PRECISIONS:
+        return _REDUCED_LIMITS
+    raise UnavailableError(
+        f"the bundle states no limits for {precision}, so its results cannot be checked",
+        f"export it with --precision {precision}",
+    )
+
+
+def _parity(against: str, deviation: Deviation, faults: Sequence[str]) -> Parity:
+    psnr = None if math.isinf(deviation.psnr_db) else round(deviation.psnr_db, 2)
+    return Parity(against, deviation.max_grey, round(deviation.mean_grey, 4), psnr, tuple(faults))
