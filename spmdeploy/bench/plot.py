@@ -18,6 +18,7 @@ from spmdeploy.bench.format import (
     groups,
 )
 from spmdeploy.bench.results import Record, Result
+from spmdeploy.bench.tables import is_publishable
 from spmdeploy.errors import UnavailableError
 
 _WIDTH, _MIN_HEIGHT, _DPI = 16.0, 9.0, 100
@@ -53,7 +54,7 @@ def plot_record(record: Record) -> bytes:
 def plot_comparison(records: Sequence[Record], scope: str = "engine") -> bytes:
     """Returns a PNG chart of several records: a group of bars for each model, medians in ms on a logarithmic axis.
 
-    Only stable rows of one mask and batch are drawn: those of the first such case of each record.
+    Only publishable rows of one mask and batch are drawn: those of the first such case of each record.
     """
     chosen = [(record, _first_case(record, scope)) for record in records]
     chosen = [(record, rows) for record, rows in chosen if rows]
@@ -88,7 +89,7 @@ def _title(rows: Sequence[Result]) -> str:
 
 
 def _first_case(record: Record, scope: str) -> list[Result]:
-    stable = [row for row in record.rows if row.scope == scope and row.latency_ms and not row.latency_ms.unstable]
+    stable = [row for row in record.rows if row.scope == scope and is_publishable(record, row)]
     first = next(groups(stable), None)
     return [] if first is None else first[1]
 

@@ -162,7 +162,9 @@ def reader_warnings(
         if row.warm_up is not None and not row.warm_up.steady:
             yield f"{name} was not stable after {row.warm_up.seconds:.0f} s of warm-up"
         if row.latency_ms is not None and row.latency_ms.unstable:
-            yield f"{name} is unstable: its times vary by {row.latency_ms.cv:.1%} (standard deviation over mean)"
+            interval = row.latency_ms.p50_interval
+            width = (interval.high - interval.low) / row.latency_ms.p50
+            yield f"{name} is unstable: the 95% interval of its median is {width:.1%} wide"
         if row.latency_ms is not None and row.phases_ms.get("launch", 0) > HOST_BOUND_RATIO * row.latency_ms.p50:
             yield f"{name} is host-bound: launching takes {row.phases_ms['launch']:.2f} ms"
     for gpu in states[-1].gpus:

@@ -19,7 +19,6 @@ from spmdeploy.bench.format import (
     title,
 )
 from spmdeploy.bench.results import Record, Result
-from spmdeploy.errors import InputError
 
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 """Heading and rows."""
@@ -120,16 +119,11 @@ def parts_table(row: Result) -> Table:
 
 
 def readme_tables(records: Sequence[Record]) -> str:
-    """The table between the markers in the README, from all records that may be published.
-
-    Raises InputError for a record with an unstable row or measured while other processes used the cores.
-    """
-    rows = [(record, row) for record in records for row in record.rows if row.latency_ms is not None]
+    """The table between the markers in the README: the publishable rows of all records."""
+    measured = [(record, row) for record in records for row in record.rows if row.latency_ms is not None]
+    rows = [(record, row) for record, row in measured if is_publishable(record, row)]
     if not rows:
         return "No figures yet: `make bench` measures them on an idle machine.\n"
-    for record in records:
-        if reason := unpublishable(record):
-            raise InputError(f"the record of {record.subject.name} ({record.created}) {reason}", "measure it again")
     heading = ("model", "", "backend", "median", "95% interval", "times as fast", "peak RAM", "from PyTorch FP32")
     cells = [
         (
@@ -145,23 +139,19 @@ def readme_tables(records: Sequence[Record]) -> str:
         for record, row in rows
         if row.latency_ms is not None
     ]
-    machines = dict.fromkeys(f"{record.machine.title()} ({format_versions(record)})" for record in records)
-    about = f"Measured on {'; '.join(machines)}. Ratios are to `{_baseline(rows)}` in the same rows."
+    machines = dict.fromkeys(f"{record.machine.title()} ({format_versions(record)})" for record, _ in rows)
+    dates = dict.fromkeys(record.created[:10] for record, _ in rows)
+    baselines = dict.fromkeys(f"`{row.ratio.baseline}`" for _, row in rows if row.ratio is not None)
+    about = f"Measured on {'; '.join(machines)}, {', '.join(dates)}."
+    about += f" Ratios are to {' and '.join(baselines)} in the same run." * bool(baselines)
+    if left_out := len(measured) - len(rows):
+        about += f" {left_out} unstable row{'s are' if left_out > 1 else ' is'} not shown."
     return "\n".join([*markdown_table((heading, cells)), "", about, ""])
 
 
-def unpublishable(record: Record) -> str | None:
-    """Why the figures of a record must not be published; None if they may be."""
-    unstable = [row for row in record.rows if row.latency_ms is not None and row.latency_ms.unstable]
-    if unstable:
-        return f"has an unstable row: {backend_name(unstable[0])}, {title(unstable[0])}"
-    if record.others.is_significant:
-        return f"was measured while other processes used {record.others.cpu_share:.0%} of the cores"
-    return None
-
-
-def _baseline(rows: Sequence[tuple[Record, Result]]) -> str:
-    return next((row.ratio.baseline for _, row in rows if row.ratio is not None), "no baseline")
+def is_publishable(record: Record, row: Result) -> bool:
+    """Whether a measured row is stable and other processes did not use the cores during the run."""
+    return row.latency_ms is not None and not row.latency_ms.unstable and not record.others.is_significant
 
 
 def insert_tables(readme: str, records: Sequence[Record]) -> str:

@@ -1,10 +1,13 @@
-"""What is said of a machine, read from file systems that are made up."""
+"""Description of the machine, with fake libraries and file systems."""
 
 from __future__ import annotations
 
 import json
 import os
 import socket
+import sys
+from collections import namedtuple
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -17,24 +20,33 @@ from spmdeploy.bench.machine import (
     BackgroundLoad,
     GpuState,
     LoadMeter,
-    Nvml,
-    NvmlMissingError,
+    _gpu_records,
+    _gpu_states,
     describe_jetson,
     describe_machine,
     differences,
-    hash_of,
+    hash_uuid,
+    nvml,
     read_state,
+    require_bench_extra,
     usable_cores,
 )
+from spmdeploy.errors import UnavailableError
 
-CPUINFO = """processor\t: 0
-model name\t: Imaginary CPU 9000
-flags\t\t: fpu avx2 avx512f avx512_vnni sse
-cpu MHz\t\t: 2600.500
-processor\t: 1
-model name\t: Imaginary CPU 9000
-cpu MHz\t\t: 1300.000
-"""
+CPU_INFO = {"brand_raw": "Imaginary CPU 9000", "flags": ["avx2", "avx512f", "avx512_vnni", "amx_bf16", "sse"]}
+Frequency = namedtuple("Frequency", "current")
+
+
+@pytest.fixture
+def cpu_info(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    """The answer of py-cpuinfo, which takes a second."""
+    info: dict[str, Any] = dict(CPU_INFO)
+    library: Any = ModuleType("cpuinfo")
+    library.get_cpu_info = lambda: info
+    monkeypatch.setitem(sys.modules, "cpuinfo", library)
+    bench_machine._cpu_info.cache_clear()
+    yield info
+    bench_machine._cpu_info.cache_clear()
 
 
 def write(root: Path, name: str, text: str) -> None:
@@ -42,36 +54,61 @@ def write(root: Path, name: str, text: str) -> None:
     (root / name).write_text(text)
 
 
-def test_a_machine_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write(tmp_path, "proc/cpuinfo", CPUINFO)
-    write(tmp_path, "proc/meminfo", "MemTotal:       16000000 kB\nMemFree: 1 kB\n")
+def test_describe_machine_without_gpu_names_cpu_features(
+    cpu_info: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write(tmp_path, "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor", "performance\n")
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=16_384_000_000))
     found = describe_machine(tmp_path)
     assert found.cpu.model == "Imaginary CPU 9000"
-    assert found.cpu.features == ("avx2", "avx512f", "avx512_vnni")
+    assert found.cpu.features == ("avx2", "avx512f", "avx512_vnni", "amx_bf16")
     assert (found.cpu.governors, found.cpu.cores_used) == (("performance",), len(usable_cores()))
     assert found.memory_gb == pytest.approx(16.4)
     assert found.variables["OMP_NUM_THREADS"] == "2" and "numpy" in found.libraries
     assert found.jetson is None and "Imaginary CPU 9000" in found.title()
-    assert read_state(tmp_path).cpu_mhz == (2600.5, 1300.0)
 
 
-def test_nothing_is_told_is_no_error(tmp_path: Path) -> None:
+def test_read_state_lists_core_frequencies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("psutil.cpu_freq", lambda percpu: [Frequency(2600.5), Frequency(1300.0)])
+    write(tmp_path, "sys/devices/system/cpu/cpu0/thermal_throttle/core_throttle_count", "3\n")
+    state = read_state(tmp_path)
+    assert state.cpu_mhz == (2600.5, 1300.0) and state.cpu_throttled == 3
+
+
+def test_describe_machine_unknown_properties_are_empty(
+    cpu_info: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpu_info.clear()
+
+    def unsupported(percpu: bool) -> None:
+        raise NotImplementedError
+
+    monkeypatch.setattr("psutil.cpu_freq", unsupported)
     found = describe_machine(tmp_path)
-    assert found.memory_gb is None and found.cpu.features == () and found.cpu.model
+    assert found.cpu.features == () and found.cpu.model
     state = read_state(tmp_path)
     assert state.cpu_mhz == () and state.cpu_throttled is None and state.gpus == ()
 
 
-def test_nobody_is_named() -> None:
+def test_describe_machine_identifies_nobody(cpu_info: dict[str, Any]) -> None:
     text = json.dumps([asdict(describe_machine()), asdict(read_state())])
     assert socket.gethostname() not in text or len(socket.gethostname()) < 4
     assert str(Path.home()) not in text and str(Path.cwd()) not in text
     assert os.uname().release not in text
 
 
-def test_jetson(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("module", "package"), [("psutil", "psutil"), ("cpuinfo", "py-cpuinfo")])
+def test_require_bench_extra_missing_package_names_pip_command(
+    module: str, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UnavailableError, match=f"need the package {package}") as caught:
+        require_bench_extra()
+    assert caught.value.hint == 'pip install "spmdeploy[bench]"'
+
+
+def test_describe_jetson_reads_release_and_power_mode(tmp_path: Path) -> None:
     assert describe_jetson(tmp_path) is None
     write(tmp_path, "proc/device-tree/model", "NVIDIA Jetson AGX Orin Developer Kit\0")
     write(tmp_path, "etc/nv_tegra_release", "# R36 (release), REVISION: 4.3\nmore\n")
@@ -90,60 +127,50 @@ def test_jetson(tmp_path: Path) -> None:
     assert again is not None and again.clocks_locked
 
 
-# ---------------------------------------------------------------------------------------------------------- other load
+class Clocks:
+    """The clocks that a load meter reads, set by hand."""
 
-
-class _Times:
-    """The clocks that a load meter looks at, moved by hand."""
-
-    def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.root = root
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.seconds, self.own = 100.0, 5.0
+        self.busy = dict.fromkeys(sorted(usable_cores()), 0.0)
         monkeypatch.setattr(bench_machine.time, "monotonic", lambda: self.seconds)
         monkeypatch.setattr(bench_machine, "own_cpu_seconds", lambda: self.own)
-        self.busy = dict.fromkeys(sorted(usable_cores()), 0.0)
-        self.write()
+        monkeypatch.setattr("psutil.cpu_times", self.cpu_times)
 
-    def write(self) -> None:
-        tick = os.sysconf("SC_CLK_TCK")
-        lines = [f"cpu{core} {round(spent * tick)} 0 0 9999 77 0 0 0 0 0" for core, spent in self.busy.items()]
-        # A core that is not ours, and the sum of all, which must not count.
-        write(self.root, "proc/stat", "\n".join(["cpu 1 2 3 4 5 6 7 8 9 10", *lines, "cpu777 99999 0 0 0 0 0 0 0"]))
+    def cpu_times(self, percpu: bool) -> list[SimpleNamespace]:
+        unused = SimpleNamespace(user=9999.0, nice=0.0, system=0.0, idle=0.0)  # not in the affinity mask
+        cores = [SimpleNamespace(user=self.busy[core], nice=0, system=0, idle=99, iowait=77) for core in self.busy]
+        assert sorted(self.busy) == list(range(len(self.busy))) and percpu
+        return [*cores, unused]
 
 
-def test_load_of_others_is_what_we_did_not_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    times = _Times(tmp_path, monkeypatch)
-    meter = LoadMeter(tmp_path)
-    cores = len(times.busy)
-    times.seconds += 10
-    times.own += 4 * cores
-    times.busy = dict.fromkeys(times.busy, 7.0)  # of 10 seconds, 4 were ours on every core
-    times.write()
+def test_load_meter_counts_what_own_processes_did_not_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_machine, "usable_cores", lambda: frozenset({0, 1}))
+    monkeypatch.setattr(sys.modules[__name__], "usable_cores", lambda: frozenset({0, 1}))
+    clocks = Clocks(monkeypatch)
+    meter = LoadMeter()
+    cores = len(clocks.busy)
+    clocks.seconds += 10
+    clocks.own += 4 * cores
+    clocks.busy = dict.fromkeys(clocks.busy, 7.0)  # of 10 seconds, 4 were ours on every core
     assert meter.other_load() == BackgroundLoad(0.3) and meter.other_load().is_significant
-    times.busy = dict.fromkeys(times.busy, 4.1)
-    times.write()
+    clocks.busy = dict.fromkeys(clocks.busy, 4.1)
     assert meter.other_load().cpu_share == pytest.approx(0.01) and not meter.other_load().is_significant
+    assert not BackgroundLoad(None).is_significant  # older records
 
 
-def test_load_is_unknown_where_the_system_does_not_tell(tmp_path: Path) -> None:
-    assert LoadMeter(tmp_path).other_load() == BackgroundLoad(None) and not BackgroundLoad(None).is_significant
-
-
-def test_differences() -> None:
+def test_differences_lists_changed_entries() -> None:
     assert differences({"a": 1, "b": 2}, {"a": 1, "b": 3, "c": None}) == ["b: 2 → 3"]
 
 
-# ---------------------------------------------------------------------------------------------------------------- NVML
-
-
 def fake_nvml(**answers: Any) -> ModuleType:
-    """The module pynvml with one GPU; an answer that is an exception is raised."""
+    """The module pynvml with one GPU; a function given as None is not supported."""
     library: Any = ModuleType("pynvml")
     library.NVMLError = type("NVMLError", (Exception,), {})
     library.NVML_CLOCK_SM, library.NVML_CLOCK_MEM, library.NVML_TEMPERATURE_GPU = "sm", "memory", "gpu"
     library.closed = 0
     clocks = {"sm": 1700, "memory": 7000}
-    told = {
+    functions = {
         "nvmlInit": lambda: None,
         "nvmlDeviceGetCount": lambda: 1,
         "nvmlDeviceGetHandleByIndex": lambda index: f"gpu {index}",
@@ -170,7 +197,7 @@ def fake_nvml(**answers: Any) -> ModuleType:
 
         return answer
 
-    for name, value in told.items():
+    for name, value in functions.items():
         setattr(library, name, answering(value))
 
     def shut_down() -> None:
@@ -180,17 +207,17 @@ def fake_nvml(**answers: Any) -> ModuleType:
     return library
 
 
-def test_a_gpu_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nvml_supported_gpu_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
     library = fake_nvml()
     monkeypatch.setitem(__import__("sys").modules, "pynvml", library)
-    with Nvml(required=True) as nvml:
-        (facts,), (state,) = tuple(nvml.facts()), tuple(nvml.states())
-        meter = nvml.meter("GPU-12345678-aaaa")
+    with nvml() as opened:
+        (facts,), (state,) = tuple(_gpu_records(opened)), tuple(_gpu_states(opened))
+        meter = opened.meter("GPU-12345678-aaaa")
         assert meter is not None
         assert (meter.joules(), meter.memory_of(7), meter.memory_of(8)) == (2.5, 123, None)
     assert library.closed == 1
     assert (facts.name, facts.sm, facts.driver, facts.memory_gb) == ("NVIDIA Imaginary", "8.6", "575.1", 8.0)
-    assert facts.uuid_hash == hash_of("GPU-12345678-aaaa") and "12345678" not in str(facts)
+    assert facts.uuid_hash == hash_uuid("GPU-12345678-aaaa") and "12345678" not in str(facts)
     assert (state.sm_mhz, state.memory_mhz, state.temperature_c) == (1700, 7000, 71)
     assert (state.watts, state.watts_limit, state.processes) == (91.5, 170.0, 1)
     assert state.slowed_by == ("power cap", "thermal slowdown (hardware)") and state.throttled
@@ -204,37 +231,36 @@ def test_a_gpu_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
         ("nvmlDeviceGetComputeRunningProcesses", "processes"),
     ],
 )
-def test_what_a_board_does_not_tell_is_none(missing: str, field: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nvml_unsupported_query_is_none(missing: str, field: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "pynvml", fake_nvml(**{missing: None}))
-    with Nvml() as nvml:
-        (state,) = nvml.states()
+    with nvml() as opened:
+        (state,) = _gpu_states(opened)
     assert getattr(state, field) is None and state.sm_mhz == 1700
 
 
-def test_the_older_name_of_the_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nvml_old_driver_uses_older_name(monkeypatch: pytest.MonkeyPatch) -> None:
     library = fake_nvml(nvmlDeviceGetCurrentClocksThrottleReasons=lambda handle: 0x1)
     del library.nvmlDeviceGetCurrentClocksEventReasons
     monkeypatch.setitem(__import__("sys").modules, "pynvml", library)
-    with Nvml() as nvml:
-        (state,) = nvml.states()
+    with nvml() as opened:
+        (state,) = _gpu_states(opened)
     assert state.slowed_by == ("idle",) and not state.throttled
 
 
-def test_no_energy_counter(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nvml_without_energy_counter_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "pynvml", fake_nvml(nvmlDeviceGetTotalEnergyConsumption=None))
-    with Nvml() as nvml:
-        meter = nvml.meter("GPU-12345678-aaaa")
+    with nvml() as opened:
+        meter = opened.meter("GPU-12345678-aaaa")
         assert meter is not None and meter.joules() is None
 
 
 @pytest.mark.parametrize(("library", "words"), [(None, "nvidia-ml-py"), (fake_nvml(nvmlInit=None), "not supported")])
-def test_without_nvml(library: ModuleType | None, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nvml_unavailable_says_why(library: ModuleType | None, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "pynvml", library)
-    with Nvml() as nvml:
-        assert not nvml.usable and list(nvml.facts()) == [] and list(nvml.states()) == [] and nvml.meter("x") is None
-    with pytest.raises(NvmlMissingError, match=words), Nvml(required=True):
-        pass
+    with nvml() as opened:
+        assert opened.note is not None and words in opened.note
+        assert list(_gpu_records(opened)) == [] and list(_gpu_states(opened)) == [] and opened.meter("x") is None
 
 
-def test_a_gpu_that_idles_is_not_throttled() -> None:
+def test_gpu_state_idle_is_not_throttled() -> None:
     assert not GpuState(None, None, None, None, None, ("idle", "application clocks"), None).throttled

@@ -17,7 +17,7 @@ from spmdeploy.bench.results import BackendInfo, MemoryUsage, Result
 from spmdeploy.bench.run import exit_error
 from spmdeploy.bench.runner import BackendUnderTest, Case, CaseRunner, without_folders
 from spmdeploy.bench.schedule import Round, StopCondition
-from spmdeploy.bench.worker import BackendCrashedError, FirstRun, MemoryUsage, Worker
+from spmdeploy.bench.worker import BackendCrashedError, FirstRun, Worker
 from spmdeploy.bundle.bundle import open_bundle
 from spmdeploy.errors import OutOfMemoryError, SpmDeployError, UnavailableError, VerificationError
 from spmdeploy.types import ModelInput

@@ -107,7 +107,7 @@ def test_readme_tables_unstable_row_is_left_out() -> None:
     assert unstable.latency_ms is not None
     unstable = replace(unstable, latency_ms=replace(unstable.latency_ms, unstable=True))
     text = tables.readme_tables([record_of(stable, unstable)])
-    assert "torch fp32" in text and "onnxruntime" not in text and "1 unstable row is not shown" in text
+    assert "torch fp32" in text and "onnxruntime fp32" not in text and "1 unstable row is not shown" in text
     assert "No figures yet" in tables.readme_tables([record_of(unstable)])
 
 
