@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import os
-import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
@@ -28,6 +27,7 @@ from spmdeploy.bench.worker import Worker
 from spmdeploy.bench.workloads import MASK_RULE, edit_batch
 from spmdeploy.bundle.bundle import Bundle, open_bundle
 from spmdeploy.errors import InputError, SpmDeployError, UnavailableError, VerificationError
+from spmdeploy.files import EXISTS_HINT, atomic_write
 from spmdeploy.types import Precision
 from spmdeploy.version import __version__
 
@@ -322,16 +322,9 @@ def _check_output(path: Path, suffix: str, overwrite: bool) -> None:
     if path.is_dir():
         raise InputError(f"{path} is a folder", "name a file in it")
     if os.path.lexists(path) and not overwrite:
-        raise InputError(f"{path} exists already", "choose another name, or allow it with --overwrite")
+        raise InputError(f"{path} exists already", EXISTS_HINT)
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Replaces the file atomically."""
-    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    except OSError as exc:
-        raise InputError(f"{path}: cannot be written: {exc.strerror}", "choose another folder") from exc
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_write(path) as stream:
+        stream.write(content)
