@@ -1,13 +1,15 @@
-"""The exception tree: every error says what is wrong, usually what to do, and which exit code a command ends with."""
+"""Exceptions with the problem, a hint and the exit code of the command."""
 
 from __future__ import annotations
 
 
 class SpmDeployError(Exception):
-    """Base of every error raised on purpose.
+    """Base of all errors that the package raises.
 
-    `problem` names the offending file or value; `hint` says what to do about it; `exit_code` is what the command line
-    returns.
+    Attributes:
+        problem: What is wrong, with the file or value.
+        hint: What to do about it.
+        exit_code: What the command line returns.
     """
 
     exit_code = 1
@@ -31,30 +33,30 @@ class BatchItemsFailedError(SpmDeployError):
 
 
 class UnavailableError(SpmDeployError):
-    """This machine cannot do what was asked: no GPU, no driver, a library that is not installed."""
+    """This machine lacks something: a GPU, a driver, a library."""
 
     exit_code = 4
 
 
 class VerificationError(SpmDeployError):
-    """A graph or engine ran, but its pictures differ from the reference by more than the limits allow."""
+    """A graph or engine ran, but its results deviate from the reference by more than the limits allow."""
 
     exit_code = 5
 
 
 class BundleError(SpmDeployError):
-    """A bundle that is incomplete, altered, unsafe or made for something else."""
+    """A bundle is incomplete, corrupt, unsafe or made for something else."""
 
     exit_code = 6
 
 
 class InputError(SpmDeployError):
-    """A picture, label map, mask, checkpoint or manifest that cannot be used as it is."""
+    """An image, label map, mask, checkpoint or manifest cannot be used as it is."""
 
     exit_code = 7
 
 
 class OutOfMemoryError(SpmDeployError):
-    """The device or the host has too little memory for what was asked."""
+    """The device or the host has too little memory."""
 
     exit_code = 8

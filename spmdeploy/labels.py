@@ -1,4 +1,4 @@
-"""Class tables (which id means what, in which color) and the checks and conversions of label maps that need one."""
+"""Class tables (names and colors of class ids), and checks and conversions of label maps by them."""
 
 from __future__ import annotations
 
@@ -16,13 +16,12 @@ from spmdeploy.serialization import parse_json
 
 Color: TypeAlias = tuple[int, int, int]
 
-# Label maps are 8-bit, so no table can tell more classes apart.
-MOST_CLASSES = 256
-# Where the built-in tables lie: NAME.json, the same form as a table given by path.
+MAX_CLASSES = 256  # label maps have 8 bits
+# The built-in tables: NAME.json, of the same form as a table given by path.
 BUILT_IN = Path(__file__).parent / "assets" / "classes"
-VOID_COLOUR: Color = (0, 0, 0)
-# What `colorise` paints where an id has no class. White is no class's color in the built-in tables.
-UNKNOWN_COLOUR: Color = (255, 255, 255)
+VOID_COLOR: Color = (0, 0, 0)
+# For ids without a class. White is no class's color in the built-in tables.
+UNKNOWN_COLOR: Color = (255, 255, 255)
 
 
 @dataclass(frozen=True)
@@ -50,9 +49,12 @@ class ClassTable:
         return len(self.classes)
 
     def find(self, wanted: str) -> LabelClass:
-        """The class of that name or id ("car", "Traffic_Light", "26"); InputError with close matches if there is none.
+        """Finds a class by name or id: "car", "Traffic_Light", "26".
 
-        Upper and lower case, blanks, hyphens and underscores make no difference; a name wins over an id.
+        Case, blanks, hyphens and underscores are ignored; a name is preferred to an id.
+
+        Raises:
+            InputError: There is none; suggests close matches.
         """
         by_name = {_plain(label.name): label for label in self.classes}
         if (label := by_name.get(_plain(wanted))) is not None:
@@ -67,10 +69,16 @@ class ClassTable:
 
     @classmethod
     def from_json(cls, content: object, source: str) -> ClassTable:
-        """A table from parsed JSON; `source` names where it came from in errors.
+        """Converts parsed JSON.
 
-        Two forms are read: {"name", "void_id", "classes": [{"id", "name", "color"}]} and the one of data folders,
-        {"dataset", "void_id", "labels": [...]}. Other entries are ignored. InputError says what is wrong.
+        Two forms are accepted: {"name", "void_id", "classes": [{"id", "name", "color"}]} and that of data folders,
+        {"dataset", "void_id", "labels": [...]}. Other fields are ignored.
+
+        Args:
+            source: Named in errors.
+
+        Raises:
+            InputError: It is no class table.
         """
         if not isinstance(content, dict):
             raise InputError(f"{source} is not a class table: it holds no JSON object", _TABLE_HINT)
@@ -78,15 +86,15 @@ class ClassTable:
         if not isinstance(name, str) or not name:
             raise InputError(f"{source} is not a class table: its name is {name!r}", _TABLE_HINT)
         rows = content.get("classes", content.get("labels"))
-        if not isinstance(rows, list) or not 1 <= len(rows) <= MOST_CLASSES:
-            raise InputError(f"{source} lists no classes, or more than {MOST_CLASSES}", _TABLE_HINT)
+        if not isinstance(rows, list) or not 1 <= len(rows) <= MAX_CLASSES:
+            raise InputError(f"{source} lists no classes, or more than {MAX_CLASSES}", _TABLE_HINT)
         void_id = content.get("void_id")
         if void_id is not None and not _is_byte(void_id):
             raise InputError(f"{source} has the void id {void_id!r}; it must be null or 0 to 255", _TABLE_HINT)
         return cls(name, _ordered([_label_class(row, source) for row in rows], source), void_id)
 
     def to_json(self) -> dict[str, Any]:
-        """The table as what `from_json` reads (plain dicts, lists, strings and numbers)."""
+        """What `from_json` reads."""
         rows = [asdict(label) | {"color": list(label.color)} for label in self.classes]
         return {"name": self.name, "void_id": self.void_id, "classes": rows}
 
@@ -97,7 +105,8 @@ _TABLE_HINT = 'a class table is {"name": ..., "void_id": null, "classes": [{"id"
 def class_table(name_or_path: str | Path) -> ClassTable:
     """The built-in table of that name ("cityscapes", "ade20k"), or the one in that JSON file.
 
-    InputError when there is neither, or the file is no class table.
+    Raises:
+        InputError: There is neither, or the file is no class table.
     """
     if str(name_or_path) in built_in_tables():
         return _table_in(BUILT_IN / f"{name_or_path}.json")
@@ -112,13 +121,13 @@ def built_in_tables() -> tuple[str, ...]:
 
 
 def count_labels(labels: NDArray[np.integer[Any]]) -> dict[int, int]:
-    """How many pixels each id has, by ascending id. labels: integers of any shape."""
+    """The number of pixels of each id, by ascending id. labels: integers of any shape."""
     if labels.dtype != np.uint8:
         ids, counts = np.unique(labels, return_counts=True)
         return {int(i): int(n) for i, n in zip(ids, counts, strict=True)}
     flat = labels.ravel()
     totals = np.zeros(256, np.int64)
-    # In pieces: bincount makes 8 bytes of every label, which for a whole 100-megapixel map would be 800 MB.
+    # In blocks: bincount makes 8 bytes of every label, which for a whole 100-megapixel map would be 800 MB.
     for start in range(0, flat.size, 1 << 20):
         totals += np.bincount(flat[start : start + (1 << 20)], minlength=256)
     return {int(i): int(totals[i]) for i in np.flatnonzero(totals)}
@@ -127,10 +136,15 @@ def count_labels(labels: NDArray[np.integer[Any]]) -> dict[int, int]:
 def check_labels(
     labels: NDArray[np.integer[Any]], table: ClassTable, source: str, where: NDArray[np.bool_] | None = None
 ) -> None:
-    """InputError, listing ids and pixel counts, when a label is neither a class of the table nor its void id.
+    """Checks that every label is a class of the table or its void id.
 
-    labels: integers (H, W); where: bool (H, W), only these pixels count (all of them when None); source: what the
-    error calls the map.
+    Args:
+        labels: Integers (H, W).
+        source: The name of the map in errors.
+        where: Bool (H, W), the pixels to check; None for all.
+
+    Raises:
+        InputError: Lists other ids and their pixel counts.
     """
     if not np.issubdtype(labels.dtype, np.integer):
         raise InputError(f"{source} holds {labels.dtype} values; class ids are whole numbers")
@@ -147,23 +161,26 @@ def check_labels(
         )
 
 
-def colorise(labels: NDArray[np.uint8], table: ClassTable) -> NDArray[np.uint8]:
-    """The map as a picture: uint8 (H, W) ids to uint8 (H, W, 3) RGB.
+def colorize(labels: NDArray[np.uint8], table: ClassTable) -> NDArray[np.uint8]:
+    """Paints a label map in class colors: uint8 (H, W) to uint8 (H, W, 3) RGB.
 
     A void id that is no class is black, any other id that is no class white.
     """
-    colors = np.full((MOST_CLASSES, 3), UNKNOWN_COLOUR, np.uint8)
+    colors = np.full((MAX_CLASSES, 3), UNKNOWN_COLOR, np.uint8)
     if table.void_id is not None:
-        colors[table.void_id] = VOID_COLOUR
+        colors[table.void_id] = VOID_COLOR
     colors[: len(table)] = [label.color for label in table.classes]
     return colors[labels]
 
 
 def labels_from_colors(rgb: NDArray[np.uint8], table: ClassTable, source: str) -> NDArray[np.uint8]:
-    """The ids of a map drawn in class colors: uint8 (H, W, 3) RGB to uint8 (H, W).
+    """Converts a map in class colors to ids: uint8 (H, W, 3) RGB to uint8 (H, W).
 
-    A color that several classes share (`shared_colors`) becomes the first of them. Black becomes the void id where
-    no class is black. InputError lists the colors that belong to no class, with pixel counts.
+    A color of several classes (`shared_colors`) becomes the first of them. Black becomes the void id if no class is
+    black.
+
+    Raises:
+        InputError: Lists colors without a class and their pixel counts.
     """
     ids = _ids_by_color(table)[_packed(rgb)]
     missing = ids < 0
@@ -179,7 +196,7 @@ def labels_from_colors(rgb: NDArray[np.uint8], table: ClassTable, source: str) -
 
 
 def shared_colors(table: ClassTable) -> dict[Color, tuple[LabelClass, ...]]:
-    """The colors that more than one class has, so that a colored map cannot tell these classes apart.
+    """The colors of more than one class, which a colored map cannot tell apart.
 
     Cityscapes shows five void classes in black and pole groups like poles; ADE20K skyscrapers like roads.
     """
@@ -192,18 +209,19 @@ def shared_colors(table: ClassTable) -> dict[Color, tuple[LabelClass, ...]]:
 def offset_labels(
     labels: NDArray[np.integer[Any]], offset: int, source: str, void_id: int | None = None
 ) -> NDArray[np.uint8]:
-    """Every id plus `offset`, as uint8 of the same shape; `void_id` stays what it is.
+    """Adds `offset` to every id but `void_id`; returns uint8 of the same shape.
 
-    InputError lists the ids that would leave 0..255, with pixel counts.
+    Raises:
+        InputError: Lists ids that would leave 0..255 and their pixel counts.
     """
-    outside = {i: n for i, n in count_labels(labels).items() if i != void_id and not 0 <= i + offset < MOST_CLASSES}
+    outside = {i: n for i, n in count_labels(labels).items() if i != void_id and not 0 <= i + offset < MAX_CLASSES}
     if outside:
         listed = _some(f"{i} ({_pixels(n)})" for i, n in outside.items())
         raise InputError(
             f"{source} cannot be shifted by {offset:+d}: these ids would leave 0..255: {listed}",
-            "say which id is void (it is not shifted), or choose another offset",
+            "name the void id, which is not shifted, or choose another offset",
         )
-    # int64 first: the sum of an 8-bit id and the offset must not wrap before it is known to be the void id.
+    # int64: the sum of an 8-bit void id and the offset would wrap
     shifted = labels.astype(np.int64) + offset
     return np.where(labels == void_id, labels, shifted).astype(np.uint8)
 
@@ -238,7 +256,7 @@ def _label_class(row: object, source: str) -> LabelClass:
 
 
 def _ordered(classes: list[LabelClass], source: str) -> tuple[LabelClass, ...]:
-    """The classes by id, once it is sure that ids are 0..K-1 and no two names could be confused."""
+    """The classes sorted by id; checks that ids are 0..K-1 and names distinct."""
     ids = sorted(label.id for label in classes)
     if ids != list(range(len(classes))):
         wrong = sorted({i for i in ids if ids.count(i) > 1 or i >= len(classes)})
@@ -256,11 +274,11 @@ def _ordered(classes: list[LabelClass], source: str) -> tuple[LabelClass, ...]:
 
 
 def _ids_by_color(table: ClassTable) -> NDArray[np.int16]:
-    """int16 (2**24,): the id of every packed color, -1 where no class has it."""
+    """int16 (2**24,): the id of every packed color, -1 for colors without a class."""
     ids = np.full(1 << 24, -1, np.int16)
     if table.void_id is not None:
-        ids[_packed(np.array(VOID_COLOUR, np.uint8))] = table.void_id
-    for label in reversed(table.classes):  # so that the first of several owners stays
+        ids[_packed(np.array(VOID_COLOR, np.uint8))] = table.void_id
+    for label in reversed(table.classes):  # the first of several classes is kept
         ids[_packed(np.array(label.color, np.uint8))] = label.id
     return ids
 
@@ -280,22 +298,22 @@ def _is_byte(value: object) -> TypeGuard[int]:
 
 
 def _plain(name: str) -> str:
-    """A name as it is compared."""
+    """A name in the form that is compared."""
     return " ".join(name.casefold().replace("_", " ").replace("-", " ").split())
 
 
 def _near(wanted: str, names: Iterable[str]) -> list[str]:
-    """Up to three names that look like the wanted one or contain it."""
+    """Up to three names that are similar to the wanted one or contain it."""
     names = list(names)
     containing = [name for name in names if wanted and wanted in name]
     return list(dict.fromkeys(get_close_matches(wanted, names, n=3) + containing))[:3]
 
 
-def _some(words: Iterable[str], most: int = 8) -> str:
-    """The first few, and how many more there are."""
-    words = list(words)
-    more = f" and {len(words) - most} more" if len(words) > most else ""
-    return ", ".join(words[:most]) + more
+def _some(items: Iterable[str], limit: int = 8) -> str:
+    """Lists the first few and counts the others."""
+    items = list(items)
+    more = f" and {len(items) - limit} more" if len(items) > limit else ""
+    return ", ".join(items[:limit]) + more
 
 
 def _pixels(count: int) -> str:

@@ -19,7 +19,7 @@ from spmdeploy.labels import (
     built_in_tables,
     check_labels,
     class_table,
-    colorise,
+    colorize,
     count_labels,
     labels_from_colors,
     offset_labels,
@@ -196,7 +196,7 @@ def test_check_labels_of_odd_arrays() -> None:
 
 @given(hnp.arrays(np.uint8, (5, 4), elements=st.sampled_from([0, 1, 255])))
 def test_colors_there_and_back(labels: np.ndarray) -> None:
-    picture = colorise(labels, TWO)
+    picture = colorize(labels, TWO)
     assert picture.shape == (5, 4, 3) and picture.dtype == np.uint8
     np.testing.assert_array_equal(labels_from_colors(picture, TWO, "x"), labels)
 
@@ -204,13 +204,13 @@ def test_colors_there_and_back(labels: np.ndarray) -> None:
 def test_every_unshared_class_survives_colors() -> None:
     for table in (CITYSCAPES, ADE20K):
         ids = np.arange(len(table), dtype=np.uint8)[None]
-        back = labels_from_colors(colorise(ids, table), table, "x")
+        back = labels_from_colors(colorize(ids, table), table, "x")
         first = {label.id: owners[0].id for owners in shared_colors(table).values() for label in owners}
         assert back.tolist() == [[first.get(i, i) for i in range(len(table))]]
 
 
 def test_colors_of_ids_without_a_class() -> None:
-    picture = colorise(np.array([[255, 9]], np.uint8), TWO)
+    picture = colorize(np.array([[255, 9]], np.uint8), TWO)
     assert picture.tolist() == [[[0, 0, 0], [255, 255, 255]]]
 
 

@@ -72,7 +72,7 @@ def compatible_engine(bundle: Bundle) -> tuple[StoredEngine | None, str]:
         return None, _reasons(there, "auto")
     refine = _refine_beside(bundle, fit[0], there)
     crops = f"; it cannot cascade, {refine.problem}" if isinstance(refine, Unsupported) else ""
-    return fit[0], f"{fit[0].path.parent.name}, built for {fit[0].require_compatible().made_for}{crops}"
+    return fit[0], f"{fit[0].path.parent.name}, built for {fit[0].require_compatible().target}{crops}"
 
 
 def _open(
@@ -92,7 +92,7 @@ def _open(
     except BaseException:
         session.close()
         raise
-    choices = [f"backend {record.runtime}: {engine.path} was built for {record.made_for}; {proof}"]
+    choices = [f"backend {record.runtime}: {engine.path} was built for {record.target}; {proof}"]
     if precision == "auto":
         why = "faster on a GPU, within the bundle's limits of FP32" if record.precision == "fp16" else "no other fits"
         choices.append(f"precision {record.precision}: {why}")

@@ -1,19 +1,19 @@
-"""The `.spm` bundle: what is in it, what proves it whole, and how one is written.
+"""Opens, reads and verifies `.spm` bundles.
 
 A bundle is a folder, or an uncompressed zip of one:
 
-    manifest.json      what it is (`Manifest`)
-    graphs/*.onnx      the product
-    graphs/*.weights   weights of several graphs, stored once
-    golden/NAME/       an edit to repeat: image, labels, mask, expected, perhaps instances and refined, all PNG
-    card.md            for people
-    engines/           caches that a device builds for itself, with records of their own, and engines that were shipped
-    SHA256SUMS         `sha256sum -c SHA256SUMS` covers every file but itself, its signature and the caches
-    SHA256SUMS.minisig perhaps: a signature over SHA256SUMS, and so over all that is shipped
+    manifest.json      description (`Manifest`)
+    graphs/*.onnx      the graphs
+    graphs/*.weights   weights that several graphs share
+    golden/NAME/       an edit to repeat: image, labels, mask, expected, optionally instances and refined, all PNG
+    card.md            model card
+    engines/           engines that a device built for itself, with records of their own, and engines that were shipped
+    SHA256SUMS         `sha256sum -c SHA256SUMS` covers every file but itself, its signature and engines built later
+    SHA256SUMS.minisig optional: a signature over SHA256SUMS, and so over everything that is shipped
 
-Opening checks structure, names and sizes; content is hashed when it is read, and the bytes that were hashed are the
-bytes handed out. The hashes find damage and mix-ups: whoever can rewrite SHA256SUMS can rewrite the rest with it. Only
-the signature finds that, where it is asked for.
+Opening checks structure, names and sizes. Content is hashed when it is read, and exactly the bytes that were hashed
+are returned. The hashes find damage and mix-ups; tampering is found by the signature alone, because an attacker who
+can change a file can change SHA256SUMS too.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from spmdeploy.bundle.signature import PublicKey, Signature, check_signature
 from spmdeploy.bundle.storage import (
     COPY_AGAIN,
     ENGINES,
-    GOLDEN_PICTURES,
+    GOLDEN_IMAGES,
     GOLDEN_REFINED,
     MANIFEST,
     MAX_FILE_BYTES,
@@ -60,7 +60,7 @@ class GraphFiles(NamedTuple):
 
     content: bytes
     weights: Mapping[str, bytes] = {}
-    """The files beside it that it keeps weights in, by the names that it has for them."""
+    """Contents of the external data files, by the names that the graph has for them."""
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,9 @@ class Bundle:
     path: Path
     manifest: Manifest
     sums: bytes = field(repr=False)
-    """SHA256SUMS as it is: what a signature covers."""
+    """The content of SHA256SUMS, which a signature covers."""
     signature: Signature | None
-    """The signature that was asked for when opening; None: none was asked for, there may still be one."""
+    """The signature that was required when opening; None if none was required, though there may be one."""
     _store: FileStore = field(repr=False)
     _digests: Mapping[str, str] = field(repr=False)
 
@@ -93,19 +93,19 @@ class Bundle:
 
     @property
     def unlisted_files(self) -> tuple[str, ...]:
-        """Files that SHA256SUMS does not cover, its signature and engines/ apart. Nothing reads them."""
+        """Files that SHA256SUMS does not list, except its signature and engines/. They are never read."""
         known = {SUMS, SIGNATURE, *self._digests}
         return tuple(sorted(name for name in self._store.sizes if name not in known and not name.startswith(ENGINES)))
 
     def graph(self, graph: str, precision: str) -> GraphRecord:
-        """The record of one graph. Raises BundleError listing those that there are."""
+        """The record of one graph. Raises BundleError listing the graphs in the bundle."""
         for record in self.manifest.graphs:
             if (record.graph, record.precision) == (graph, precision):
                 return record
-        there = ", ".join(f"{record.graph} {record.precision}" for record in self.manifest.graphs) or "none at all"
+        available = ", ".join(f"{record.graph} {record.precision}" for record in self.manifest.graphs) or "none"
         raise BundleError(
-            f"{self.path}: no graph {graph!r} in {precision}; there is {there}",
-            f"ask for one that is there, or export again with --precision {precision} and without --cpu-only",
+            f"{self.path}: no graph {graph!r} in {precision}; there is {available}",
+            f"choose one of these, or export again with --precision {precision} and without --cpu-only",
         )
 
     def read(self, name: str) -> bytes:
@@ -117,15 +117,19 @@ class Bundle:
         return content
 
     def read_graph(self, record: GraphRecord) -> GraphFiles:
-        """A graph, and the weights beside it, as `read` gives them. Raises BundleError, also for a graph that asks for
-        weights in any other file: libraries open whatever file a graph names."""
+        """A graph and its external weights, read as by `read`.
+
+        Raises:
+            BundleError: As `read`, or the graph refers to weights in another file: libraries open any file that a graph
+                names.
+        """
         content = self.read(record.file)
         self._check_locations(record, BytesIO(content))
         weights = {} if record.weights is None else {PurePosixPath(record.weights).name: self.read(record.weights)}
         return GraphFiles(content, weights)
 
     def path_of_graph(self, record: GraphRecord) -> Path:
-        """The path of a graph, its weights beside it; checked as by `read_graph` and used as by `path_of`."""
+        """The path of a graph, in the folder of its weights; checked as by `read_graph`, used as that of `path_of`."""
         path = self.path_of(record.file)
         with _bundle_errors(path), self._store.open(record.file) as stream:
             self._check_locations(record, stream)
@@ -150,9 +154,9 @@ class Bundle:
             return _read_text(self._store, SIGNATURE) if SIGNATURE in self._store.sizes else None
 
     def path_of(self, name: str) -> Path:
-        """The path of a file, hashed just now, for libraries that cannot take bytes. Only of a bundle that is a folder.
+        """The path of a file that has just been hashed, for libraries that cannot take bytes; not of one in a zip.
 
-        Between the hash and the use somebody may replace the file: prefer `read`.
+        The file may be replaced between the hash and its use: prefer `read`.
         """
         if not isinstance(self._store, FolderStore):
             raise BundleError(f"{self.path}: {name} lies inside a zip and has no path", "unpack the zip into a folder")
@@ -179,11 +183,16 @@ class Bundle:
 
 
 def open_bundle(path: str | Path, signed_with: PublicKey | None = None) -> Bundle:
-    """Opens a folder or an uncompressed zip and checks everything that is cheap to check.
+    """Opens a folder or an uncompressed zip and checks what is cheap to check.
 
-    That is: names, links, zip headers, the manifest and its hash, and that every file it needs is there in the size it
-    should have. Graphs and pictures are hashed when they are read. With `signed_with` the signature over all hashes
-    comes first: without a fitting one nothing else is looked at. Raises BundleError.
+    These are names, links, zip headers, the manifest and its hash, and presence and size of every file it needs. Graphs
+    and images are hashed when they are read.
+
+    Args:
+        signed_with: Requires a signature by this key, which is checked before anything else is read.
+
+    Raises:
+        BundleError: The bundle is incomplete, corrupt, unsafe, or not signed as required.
     """
     path = Path(path)
     with _bundle_errors(path):
@@ -194,7 +203,7 @@ def open_store(store: FileStore, signed_with: PublicKey | None = None) -> Bundle
     shown = store.shown / MANIFEST
     content = _read_text(store, MANIFEST)
     if signed_with is None:  # else the signature comes before everything
-        check_version(content, str(shown))  # first: a later version may keep its hashes differently
+        check_version(content, str(shown))  # first: a later version may store its hashes differently
     sums = _read_text(store, SUMS)
     signature = None if signed_with is None else _check_signature(store, sums, signed_with)
     digests = _parse_sums(sums, store.shown / SUMS)
@@ -255,25 +264,25 @@ def _check_graphs(store: FileStore, digests: Mapping[str, str], manifest: Manife
         shown = store.shown / record.file
         size = store.sizes[record.file]
         if size != record.bytes:
-            words = "truncated" if size < record.bytes else "tampered with or damaged"
-            raise corrupt_bundle_error(shown, f"{words}: {size} bytes, but {MANIFEST} says {record.bytes}")
+            fault = "truncated" if size < record.bytes else "tampered with or damaged"
+            raise corrupt_bundle_error(shown, f"{fault}: {size} bytes, but {MANIFEST} says {record.bytes}")
         _compare(shown, digests[record.file], record.sha256, MANIFEST)
 
 
 def _check_golden(store: FileStore, digests: Mapping[str, str], manifest: Manifest) -> None:
     refines = any(record.graph in (REFINE, ON_CPU[REFINE]) for record in manifest.graphs)
     for edit in manifest.golden:
-        for picture in (*GOLDEN_PICTURES, *([GOLDEN_REFINED] if refines else [])):
-            if f"{edit.folder}/{picture}" not in digests:
+        for image in (*GOLDEN_IMAGES, *([GOLDEN_REFINED] if refines else [])):
+            if f"{edit.folder}/{image}" not in digests:
                 raise corrupt_bundle_error(
-                    store.shown / edit.folder / picture, f"missing from the golden edit {edit.name}"
+                    store.shown / edit.folder / image, f"missing from the golden edit {edit.name}"
                 )
 
 
-def _compare(shown: Path, actual: str, expected: str, said_by: str = SUMS) -> None:
+def _compare(shown: Path, actual: str, expected: str, listed_in: str = SUMS) -> None:
     if actual != expected:
-        words = f"SHA-256 is {actual[:12]}…, but {said_by} says {expected[:12]}…"
-        raise corrupt_bundle_error(shown, f"tampered with or damaged: {words}")
+        difference = f"SHA-256 is {actual[:12]}…, but {listed_in} says {expected[:12]}…"
+        raise corrupt_bundle_error(shown, f"tampered with or damaged: {difference}")
 
 
 _LOCATION = b"location"

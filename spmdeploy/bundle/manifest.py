@@ -23,7 +23,7 @@ SCHEMA = Schema("spmdeploy.bundle/", 1, "the manifest of a bundle", BundleError,
 
 @dataclass(frozen=True)
 class GeneratorFacts:
-    """The size of the network that the graphs were made from."""
+    """Size of the network that the graphs were exported from."""
 
     classes: Count
     width: Count
@@ -36,11 +36,11 @@ class GeneratorFacts:
 
 
 EDIT = "edit"
-"""The graph for every library: engines are built from it."""
+"""The graph for all libraries; engines are built from it."""
 EDIT_ON_CPU = "edit_cpu"
-"""The same inputs and outputs for ONNX Runtime on the CPU: shapes depend on the mask, which spares work."""
+"""The same inputs and outputs for ONNX Runtime on the CPU: shapes depend on the mask, which saves work."""
 REFINE = "refine"
-"""The last stage alone, which carries a result up to twice its size. A generator of one stage has none."""
+"""The last stage alone, which refines a result at twice its size. A generator of one stage has none."""
 REFINE_ON_CPU = "refine_cpu"
 """The same, as `EDIT_ON_CPU` is to `EDIT`."""
 ON_CPU = {EDIT: EDIT_ON_CPU, REFINE: REFINE_ON_CPU}
@@ -48,10 +48,10 @@ ON_CPU = {EDIT: EDIT_ON_CPU, REFINE: REFINE_ON_CPU}
 
 @dataclass(frozen=True)
 class GraphRecord:
-    """One ONNX file and what was measured on it when it was written."""
+    """One ONNX file and its measurements at export."""
 
     graph: str
-    """What it computes and for whom: `EDIT`, `EDIT_ON_CPU`, `REFINE` or `REFINE_ON_CPU`."""
+    """`EDIT`, `EDIT_ON_CPU`, `REFINE` or `REFINE_ON_CPU`."""
     precision: Precision
     file: str
     """A name inside the bundle."""
@@ -65,13 +65,13 @@ class GraphRecord:
     fp32_operations: dict[str, Count]
     """Operations that compute in FP32, by ONNX operator."""
     parity: dict[str, Finite | None]
-    """Figures of the comparison with torch in FP32. None: infinite (the PSNR of equal pictures)."""
+    """Comparison with torch in FP32. None: infinite (the PSNR of equal images)."""
     weights: str | None = None
-    """The file beside it that holds its large weights, shared with other graphs; None: it holds them itself."""
+    """The external data file in the same folder, which other graphs may share; None if it has none."""
 
     @property
     def files(self) -> tuple[str, ...]:
-        """Every file of the bundle that it takes to load it; graphs may share some."""
+        """The files that it is loaded from; graphs may share some."""
         return (self.file,) if self.weights is None else (self.file, self.weights)
 
     def to_json(self) -> dict[str, Any]:
@@ -80,17 +80,17 @@ class GraphRecord:
 
 @dataclass(frozen=True)
 class GoldenEdit:
-    """An edit with the picture that torch in FP32 makes of it."""
+    """An edit with its result by torch in FP32."""
 
     name: str
     folder: str
     note: str
-    """Where the photo is from and under which licence."""
+    """Source and license of the photo."""
 
 
 @dataclass(frozen=True)
 class ParityLimits:
-    """What any backend must keep to, inside the mask, against the expected picture of a golden edit."""
+    """Maximum deviation of a backend from the expected image of a golden edit, inside the mask."""
 
     max_grey: Finite
     mean_grey: Finite
@@ -111,24 +111,24 @@ class Manifest:
     """manifest.json."""
 
     name: str
-    """The bundle's, usable as that of a file."""
+    """Usable as the name of a file."""
     created: date
     tools: dict[str, str]
-    """Versions of what made it: spmdeploy, torch, onnx, ..."""
+    """Versions of spmdeploy, torch, onnx, ... that made it."""
     classes: ClassTable
     channel_order: ChannelOrder
-    """The order that the source weights were trained in. The graphs take and give RGB in any case."""
+    """The order that the source weights were trained in. The graphs use RGB in any case."""
     native_size: Count
-    """Height and width of the pictures that the graphs take."""
+    """Height and width of the graphs' images."""
     generator: GeneratorFacts
     graphs: tuple[GraphRecord, ...]
     golden: tuple[GoldenEdit, ...]
     limits: dict[Precision, ParityLimits]
     source: SourceFacts
     licence: str
-    """Terms of the weights, in words."""
+    """Terms of the weights."""
     training: dict[str, object] | None = None
-    """What is known of the training run, as it was recorded."""
+    """The record of the training run, if there is one."""
 
     @classmethod
     def from_bytes(cls, content: bytes, source: str) -> Manifest:

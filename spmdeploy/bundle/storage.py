@@ -1,7 +1,4 @@
-"""Where the files of a bundle lie: a folder, or an uncompressed zip of one, and under which names.
-
-Nothing here is trusted: names that lead outside, links, and whatever a zip can hide are refused before a byte is read.
-"""
+"""Reads the files of a bundle from a folder or an uncompressed zip, refusing unsafe names, links and zip tricks."""
 
 from __future__ import annotations
 
@@ -22,16 +19,16 @@ from spmdeploy.files import ASIDE, MAX_NAME_LENGTH, is_safe_relative_path
 
 MANIFEST, SUMS, ENGINES = "manifest.json", "SHA256SUMS", "engines/"
 SIGNATURE = f"{SUMS}.minisig"  # optional: the name that `minisign -S -m SHA256SUMS` gives it
-GOLDEN_PICTURES = ("image.png", "labels.png", "mask.png", "expected.png")
+GOLDEN_IMAGES = ("image.png", "labels.png", "mask.png", "expected.png")
 GOLDEN_REFINED = "refined.png"  # where there is a refine graph
 GOLDEN_INSTANCES = "instances.png"  # optional: without it the labels stand in
 
-MAX_ENTRIES = 4096  # a bundle has dozens; more is somebody's home folder, or an attack
+MAX_ENTRIES = 4096  # a bundle has dozens; more is another folder, or an attack
 MAX_FILE_BYTES = (2 << 30) - 1  # an ONNX file cannot be larger: the limit of protobuf
 
 COPY_AGAIN = "copy the bundle again from where it came from, or export it again"
 EXPORT_FIRST = "turn weights into a bundle: spmdeploy export CHECKPOINT --output NAME.spm --classes cityscapes"
-WHOLE_BUNDLE = "this is one part of a bundle; give the .spm folder that it came from"
+WHOLE_BUNDLE = "this is one part of a bundle; name the .spm folder that it came from"
 PACK_AGAIN = "make the zip inside the bundle's folder: zip -0 -X -r ../NAME.spm.zip ."
 
 
@@ -39,18 +36,16 @@ def corrupt_bundle_error(subject: str | Path, problem: object) -> BundleError:
     return BundleError(f"{subject}: {problem}", COPY_AGAIN)
 
 
-# ------------------------------------------------------------------------------------------------ what a path leads to
-
-
 class FileStore(Protocol):
-    """Where a bundle's bytes lie. `sizes` has every file by its name, in bytes; nothing in it is trusted."""
+    """The files of a bundle. Nothing in it is trusted."""
 
     shown: Path
-    """The path to name in messages."""
+    """The path that messages name."""
     sizes: dict[str, int]
+    """Size in bytes of every file, by its name."""
 
     def open(self, name: str) -> AbstractContextManager[BinaryIO]:
-        """A stream that stands at the first byte of a file in `sizes`; it may go on behind the last one."""
+        """A stream positioned at the first byte of a file in `sizes`; it may continue after the last one."""
 
 
 WHAT_IT_IS = {
@@ -66,7 +61,7 @@ WHAT_IT_IS = {
 
 
 def open_storage(path: Path) -> FileStore:
-    """Folder or zip. Raises BundleError, saying what else it is where that can be told."""
+    """Opens a folder or zip. Raises BundleError, naming what else the path is where that is known."""
     if path.is_dir():
         if not os.path.lexists(path / MANIFEST):
             raise _no_manifest(path, os.listdir(path))
@@ -92,16 +87,13 @@ def _no_manifest(path: Path, names: list[str]) -> BundleError:
     if SUMS in names:
         return corrupt_bundle_error(path / MANIFEST, "missing")
     if any(name.endswith(f"/{MANIFEST}") for name in names):
-        return BundleError(f"{path}: not a bundle: the {MANIFEST} lies one folder too deep", PACK_AGAIN)
+        return BundleError(f"{path}: not a bundle: the {MANIFEST} is one folder too deep", PACK_AGAIN)
     what = "without a manifest.json" if names else "empty"
     return BundleError(f"{path}: not a bundle: it is {what}", EXPORT_FIRST)
 
 
-# ------------------------------------------------------------------------------------------------------------- folder
-
-
 class FolderStore:
-    """A folder. Links are followed as long as they stay inside; `shown` is what messages call it."""
+    """A folder. Links are followed as long as they stay inside; messages name `shown`."""
 
     def __init__(self, root: Path, shown: Path | None = None) -> None:
         self.root, self.shown = root, shown or root
@@ -124,7 +116,7 @@ class FolderStore:
                 found = list(islice(entries, MAX_ENTRIES + 1 - seen))
             seen += len(found)
             if seen > MAX_ENTRIES:
-                raise BundleError(f"{self.shown}: more than {MAX_ENTRIES} files", "give the .spm folder alone")
+                raise BundleError(f"{self.shown}: more than {MAX_ENTRIES} files", "name the .spm folder alone")
             for entry in found:
                 if entry.is_dir(follow_symlinks=False):
                     pending.append(Path(entry.path))
@@ -141,14 +133,11 @@ class FolderStore:
         return name
 
 
-# ---------------------------------------------------------------------------------------------------------------- zip
-
-
 class ZipStore:
-    """An uncompressed zip: each file is one stretch of the archive, found once and read without zipfile after that.
+    """An uncompressed zip: each file is one range of bytes, found once and read without zipfile after that.
 
-    The central directory and the local headers must tell the same story, and no two entries may share a byte: programs
-    that trust one or the other would see different files, and overlaps are how zip bombs are made.
+    The central directory and the local headers must agree, and no two entries may overlap: programs that trust one or
+    the other would see different files, and zip bombs are made of overlaps.
     """
 
     def __init__(self, path: Path) -> None:
@@ -182,7 +171,7 @@ def _zip_fault(path: Path, problem: str, entry: str | None = None) -> BundleErro
 
 
 def _directory_start(archive: BinaryIO, path: Path) -> int:
-    """Where the central directory starts. Read before zipfile loads all of it: a hostile one can fill the memory."""
+    """The offset of the central directory. Checked before zipfile loads it: a hostile one can fill the memory."""
     size = archive.seek(0, os.SEEK_END)
     archive.seek(max(0, size - 42))
     locator, _, record = archive.read(42).rpartition(b"PK\5\6")
@@ -213,7 +202,7 @@ def _read_directory(archive: BinaryIO, path: Path) -> list[zipfile.ZipInfo]:
 
 
 def _check_entry(entry: zipfile.ZipInfo, path: Path) -> None:
-    """What the central directory says of an entry. orig_filename: zipfile itself cuts names at a NUL."""
+    """Checks an entry of the central directory. orig_filename: zipfile itself cuts names at a NUL."""
     name, kind = entry.orig_filename, stat.S_IFMT(entry.external_attr >> 16)
     faults = (
         (not is_safe_relative_path(name.removesuffix("/")), "has a name that leads outside or is not plain"),
@@ -224,13 +213,13 @@ def _check_entry(entry: zipfile.ZipInfo, path: Path) -> None:
         (entry.file_size > MAX_FILE_BYTES, f"claims {entry.file_size} bytes, more than {MAX_FILE_BYTES}"),
         (name.endswith("/") and entry.file_size, "is a folder with content"),
     )
-    for wrong, words in faults:
+    for wrong, problem in faults:
         if wrong:
-            raise _zip_fault(path, words, name)
+            raise _zip_fault(path, problem, name)
 
 
 def _span(archive: BinaryIO, entry: zipfile.ZipInfo, path: Path) -> _Span:
-    """Where an entry lies, after its local header has been compared with the central directory."""
+    """The range of an entry, after its local header has been compared with the central directory."""
     _check_entry(entry, path)
     archive.seek(entry.header_offset)
     header = archive.read(30)
@@ -238,8 +227,15 @@ def _span(archive: BinaryIO, entry: zipfile.ZipInfo, path: Path) -> _Span:
         raise _zip_fault(path, "has no header where the directory says", entry.orig_filename)
     flags, method, crc, packed, size, name_length, extra_length = struct.unpack("<6x2H4x3L2H", header)
     name = archive.read(name_length).decode("utf-8" if flags & 0x800 else "cp437", "replace")
-    told = (entry.flag_bits, entry.compress_type, entry.CRC, entry.compress_size, entry.file_size, entry.orig_filename)
-    if (flags, method, crc, packed, size, name) != told:
+    expected = (
+        entry.flag_bits,
+        entry.compress_type,
+        entry.CRC,
+        entry.compress_size,
+        entry.file_size,
+        entry.orig_filename,
+    )
+    if (flags, method, crc, packed, size, name) != expected:
         raise _zip_fault(path, "has a header that differs from the directory", entry.orig_filename)
     data = entry.header_offset + 30 + name_length + extra_length
     return _Span(entry.header_offset, data, data + size, name)

@@ -103,7 +103,7 @@ def build_engines_with_progress(
         record = result.record
         how = f"built in {record.build_seconds:.1f} s" if result.built else "there already"
         lines.append(
-            f"{result.path}: {record.engine.bytes / 1e6:.1f} MB for {record.made_for}, batches {record.batch}, "
+            f"{result.path}: {record.engine.bytes / 1e6:.1f} MB for {record.target}, batches {record.batch}, "
             f"{record.computes_in}, {how}"
         )
         if record.computes_in.unread:

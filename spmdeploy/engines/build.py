@@ -233,7 +233,7 @@ def _present(bundle: Bundle, graph: GraphRecord, plan: EnginePlan) -> EngineResu
     wanted = (graph.graph, graph.precision, plan.runtime, plan.version, plan.built_for, plan.targets, plan.batch)
     here = EngineHost.with_gpu(plan.built_for, {plan.runtime: plan.version})
     for found in find_engines(bundle, here):
-        if found.record is None or found.faults:
+        if found.record is None or found.problems:
             continue
         record = found.record
         made = (

@@ -1,4 +1,4 @@
-"""A bundle on its way to a device: packed into one file, unpacked again, and slimmed to what the device needs."""
+"""Packs bundles into one file, unpacks them, and extracts the parts that a device needs."""
 
 from __future__ import annotations
 
@@ -24,27 +24,23 @@ from spmdeploy.errors import BundleError, InputError, UsageError
 from spmdeploy.files import atomic_replace_dir, atomic_write
 from spmdeploy.types import Progress
 
-"""Told how many files are done, and how many there are."""
 CARD = "card.md"
 
 
 class _File(NamedTuple):
-    """A file on its way into a zip, read when its turn comes: all of them at once might not fit the memory."""
+    """A file to write into a zip; read only then, because all of them might not fit into memory."""
 
     name: str
     sha256: str
     read: Callable[[], bytes]
 
 
-def _made(name: str, content: bytes) -> _File:
+def _from_bytes(name: str, content: bytes) -> _File:
     return _File(name, hashlib.sha256(content).hexdigest(), lambda: content)
 
 
 def _no_progress(done: int, total: int) -> None:
     pass
-
-
-# ----------------------------------------------------------------------------------------------------- pack and unpack
 
 
 def pack(
@@ -54,11 +50,16 @@ def pack(
     key: SecretKey | None = None,
     progress: Progress = _no_progress,
 ) -> Path:
-    """Writes a bundle as one uncompressed zip, hashing every file on the way: the same bytes for the same bundle.
+    """Writes a bundle as one uncompressed zip, checking every hash; equal bundles give equal files.
 
-    key: signs it; without one a signature that is in it already goes along. What SHA256SUMS does not cover stays
-    behind: the engines that this machine built for itself. Raises BundleError, or InputError where nothing can be
-    written.
+    Files that SHA256SUMS does not list, such as engines built on this machine, are left out.
+
+    Args:
+        key: Signs the result; None keeps a signature that the bundle has.
+
+    Raises:
+        BundleError: The bundle is corrupt.
+        InputError: The target cannot be written.
     """
     signature = bundle.read_signature() if key is None else _sign(bundle.sums, bundle.manifest, key)
     files = [_File(name, bundle.digest(name), partial(bundle.read, name)) for name in bundle.files()]
@@ -66,10 +67,11 @@ def pack(
 
 
 def unpack(bundle: Bundle, folder: str | Path, overwrite: bool = False, progress: Progress = _no_progress) -> Bundle:
-    """Writes what SHA256SUMS covers, and its signature, into a new folder, after all of it has been checked.
+    """Writes the files that SHA256SUMS lists, and its signature, into a new folder, after checking all hashes.
 
-    Nothing is re-made: hashes and signature stay what they were. Surplus files stay behind. Raises BundleError before
-    anything is written, or InputError where nothing can be.
+    Raises:
+        BundleError: The bundle is corrupt; nothing has been written.
+        InputError: The folder cannot be written.
     """
     if bundle.is_folder:
         raise InputError(f"{bundle.path}: a folder already", "unpack takes the one file that pack writes")
@@ -87,7 +89,7 @@ def unpack(bundle: Bundle, folder: str | Path, overwrite: bool = False, progress
 
 
 def _check_names_differ(names: Iterable[str], shown: Path) -> None:
-    """Names that are one and the same to a file system that knows no case would overwrite each other."""
+    """Refuses names that a file system without case would take for the same file."""
     folded = Counter(unicodedata.normalize("NFC", name).casefold() for name in names)
     twice = next((name for name, count in folded.items() if count > 1), None)
     within = next((name for name in folded for above in PurePosixPath(name).parents if str(above) in folded), None)
@@ -106,9 +108,6 @@ def _sign(sums: bytes, manifest: Manifest, key: SecretKey) -> bytes:
     return sign(sums, key, f"spmdeploy bundle {manifest.name} of {manifest.created}")
 
 
-# ------------------------------------------------------------------------------------------------------------- slim
-
-
 def extract_subset(
     bundle: Bundle,
     target: str | Path,
@@ -118,13 +117,18 @@ def extract_subset(
     key: SecretKey | None = None,
     progress: Progress = _no_progress,
 ) -> Bundle:
-    """Packs only the graphs that `keep` names and the engines that `engines` names; all that is neither goes along.
+    """Packs some graphs and engines of a bundle, together with all files that are neither.
 
-    keep: precisions (fp16), graphs (edit), both at once (edit.fp32), or cpu for all graphs made for CPUs. engines: keys
-    or parts of them (sm86), from the bundle or the cache; SHA256SUMS lists them from then on. Files that stay keep
-    their hashes; manifest and card no longer name the graphs that went. key: signs the result; an older signature no
-    longer fits.
-    Raises UsageError where nothing would be left to edit with, or for an engine of a graph that goes.
+    Files keep their hashes; manifest and card no longer name the graphs that are left out. A signature of the bundle
+    does not fit the result and is left out.
+
+    Args:
+        keep: Precisions (fp16), graphs (edit), both (edit.fp32), or cpu for all graphs made for CPUs.
+        engines: Keys or parts of them (sm86), in the bundle or the cache; the result's SHA256SUMS lists them.
+        key: Signs the result.
+
+    Raises:
+        UsageError: No graph to edit with would be left, or an engine was built from a graph that is left out.
     """
     kept = _kept_graphs(bundle, keep)
     needed = {name for record in kept for name in record.files}
@@ -134,9 +138,9 @@ def extract_subset(
     files = _engine_files(bundle, engines, dropped)
     for name in bundle.files():
         if name == MANIFEST:
-            files.append(_made(name, manifest.to_bytes()))
+            files.append(_from_bytes(name, manifest.to_bytes()))
         elif name == CARD:
-            files.append(_made(name, _card_without(bundle.read(name), dropped)))
+            files.append(_from_bytes(name, _card_without(bundle.read(name), dropped)))
         elif name not in dropped and not name.startswith(ENGINES):
             files.append(_File(name, bundle.digest(name), partial(bundle.read, name)))
     sums = format_checksums({file.name: file.sha256 for file in files})
@@ -144,31 +148,32 @@ def extract_subset(
     return open_bundle(_write_zip(target, overwrite, sums, signature, files, progress))
 
 
-def _engine_files(bundle: Bundle, words: Sequence[str], dropped: Iterable[str]) -> list[_File]:
+def _engine_files(bundle: Bundle, names: Sequence[str], dropped: Iterable[str]) -> list[_File]:
     """Engines and their records."""
     files = []
-    for engine in named_engines(bundle, words):
+    for engine in named_engines(bundle, names):
         record = engine.record
         assert record is not None
         if record.onnx.file in dropped:
-            problem = f"the engine {record.key} was built from {record.onnx.file}, which goes"
+            problem = f"the engine {record.key} was built from {record.onnx.file}, which is left out"
             raise UsageError(f"{bundle.path}: {problem}", "keep that graph too, or leave the engine out")
         folder = f"{ENGINES}{record.key}/"
-        files.append(_made(folder + RECORD_FILE, record.to_bytes()))
+        files.append(_from_bytes(folder + RECORD_FILE, record.to_bytes()))
         files.append(_File(folder + record.engine.file, record.engine.sha256, engine.content))
     return files
 
 
 def _kept_graphs(bundle: Bundle, keep: Sequence[str]) -> tuple[GraphRecord, ...]:
     graphs = bundle.manifest.graphs
-    there = ", ".join(f"{record.graph}.{record.precision}" for record in graphs)
-    for word in keep:
-        if not any(word in _names(record) for record in graphs):
-            raise UsageError(f"{bundle.path}: holds no graph {word}; there is {there}", "keep fp16, say, or cpu")
+    available = ", ".join(f"{record.graph}.{record.precision}" for record in graphs)
+    for name in keep:
+        if not any(name in _names(record) for record in graphs):
+            raise UsageError(f"{bundle.path}: holds no graph {name}; there is {available}", "keep fp16, say, or cpu")
     kept = tuple(record for record in graphs if not _names(record).isdisjoint(keep))
     if not any(record.graph in (EDIT, EDIT_ON_CPU) for record in kept):
         left = ", ".join(keep) or "nothing"
-        raise UsageError(f"{left} leaves no device anything to edit with; there is {there}", "keep an edit graph too")
+        problem = f"{left} leaves no graph to edit with; there is {available}"
+        raise UsageError(problem, "keep an edit graph too")
     return kept
 
 
@@ -178,14 +183,11 @@ def _names(record: GraphRecord) -> set[str]:
 
 
 def _card_without(card: bytes, dropped: Iterable[str]) -> bytes:
-    """The card less the rows of its tables that are about dropped files."""
+    """The card without the rows of its tables that are about dropped files."""
     lines = card.decode("utf-8", "surrogateescape").splitlines(keepends=True)
     marks = [f"`{name}`" for name in dropped]
     kept = [line for line in lines if not (line.startswith("|") and any(mark in line for mark in marks))]
     return "".join(kept).encode("utf-8", "surrogateescape")
-
-
-# -------------------------------------------------------------------------------------------------------------- the zip
 
 
 def _write_zip(
@@ -196,7 +198,7 @@ def _write_zip(
     files: Sequence[_File],
     progress: Progress,
 ) -> Path:
-    """SHA256SUMS and its signature first, so that whoever reads on from the start may judge the rest as it comes."""
+    """Writes the zip with SHA256SUMS and signature first, so that the rest can be checked while it is read."""
     target = Path(target)
     if target.suffix.lower() in WHAT_IT_IS:
         raise InputError(f"{target}: {target.suffix} is no suffix of a bundle", "call it NAME.spm")

@@ -1,7 +1,7 @@
-"""engine.json, the record beside every engine, and the comparison of a record with the machine at hand.
+"""Records of TensorRT engines (engine.json), and their comparison with a machine.
 
-An engine file is code for one library version and one kind of GPU, and says nothing readable of either: everything
-that is needed to judge it without loading it stands in the record. No engine library is imported here.
+An engine file is code for one library version and one kind of GPU, and neither can be read from it: the record holds
+everything that is needed to check an engine without loading it. No engine library is imported here.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ ENGINE_SUFFIX = ".engine"
 EngineRuntime = Literal["tensorrt", "tensorrt-rtx"]
 ENGINE_RUNTIMES: tuple[EngineRuntime, ...] = ("tensorrt", "tensorrt-rtx")
 BATCH = -1
-"""Stands for the batch in the shape of a port."""
+"""The batch dimension in the shape of a port."""
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU as the driver names it."""
+    """A GPU, named as by the driver."""
 
     name: str
     compute_capability: str
@@ -44,7 +44,7 @@ class Gpu:
 
     @property
     def target(self) -> str:
-        """The same as the name of a target: sm86."""
+        """The name as a build target: sm86."""
         return "sm" + self.compute_capability.replace(".", "")
 
     def __str__(self) -> str:
@@ -53,7 +53,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class BuilderFacts:
-    """The machine that built the engine. None: it had none, or could not tell."""
+    """The machine that built the engine; None for what it did not have or report."""
 
     os: str
     """Linux or Windows."""
@@ -67,7 +67,7 @@ class BuilderFacts:
 
 @dataclass(frozen=True)
 class BatchRange:
-    """The batch sizes that the engine takes, and the one that it is optimized for."""
+    """The batch sizes that the engine accepts, and the one that it is optimized for."""
 
     min: Count
     opt: Count
@@ -90,14 +90,14 @@ class Port:
 
 @dataclass(frozen=True)
 class MeasuredPrecision:
-    """What the engine computes in, as far as it could be read back."""
+    """The precision that the engine computes in, as far as it could be read back."""
 
     fp16_share: Finite | None
     """Of the layers that the built engine computes in floating point, the share in FP16: 0..1, by the inspector."""
     unread: str | None
-    """Why the inspector could not tell."""
+    """Why the inspector did not report it."""
     network_fp16_share: Finite
-    """The same of the typed network that was built; a strongly typed engine computes in exactly these types."""
+    """The same share of the typed network; a strongly typed engine computes in exactly these types."""
 
     def __str__(self) -> str:
         if self.fp16_share is not None:
@@ -116,7 +116,7 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class EngineFile:
-    """The engine itself, beside the record."""
+    """The engine file in the folder of the record."""
 
     file: str
     bytes: Count
@@ -125,7 +125,7 @@ class EngineFile:
 
 @dataclass(frozen=True)
 class Verification:
-    """The golden edits of the bundle, repeated with this engine; the worst figures among them."""
+    """Result of repeating the golden edits of the bundle with this engine; the worst figures among them."""
 
     passed: bool
     on: date
@@ -144,14 +144,14 @@ class EngineRecord:
     """The name of the bundle that the graph is from."""
     graph: str
     precision: Precision
-    """As asked for; `computes_in` is what came out."""
+    """As requested; `computes_in` is what was measured."""
     runtime: EngineRuntime
     version: str
-    """The library's, in full."""
+    """Full version of the library."""
     gpu: Gpu | None
     """The GPU that the engine was built on and for; None where it was built for `targets`."""
     targets: tuple[str, ...]
-    """Compute capabilities that it was built for without looking at a GPU, as in sm86."""
+    """Compute capabilities that it was built for without a GPU, as in sm86."""
     builder: BuilderFacts
     strongly_typed: bool
     """Whether the types in the graph bind the engine."""
@@ -165,11 +165,11 @@ class EngineRecord:
     computes_in: MeasuredPrecision
     onnx: SourceFile
     weights: SourceFile | None
-    """The file that the ONNX file keeps its weights in, where it does."""
+    """The external data file of the ONNX file, if it has one."""
     engine: EngineFile
     build_seconds: Finite
     timing_cache: bool
-    """Whether measurements from an earlier build were at hand."""
+    """Whether measurements from an earlier build were used."""
     created: date
     verification: Verification | None = None
     """None until the golden edits have run on a GPU."""
@@ -193,22 +193,22 @@ class EngineRecord:
         return value
 
     @property
-    def made_for(self) -> str:
-        """The GPU or the targets, in words."""
+    def target(self) -> str:
+        """The GPU or the targets, for messages."""
         return str(self.gpu) if self.gpu else ", ".join(self.targets)
 
     @property
     def key(self) -> str:
-        """The name of the engine's folder: readable parts, then a digest of everything that tells engines apart."""
-        made_for = (self.gpu.name,) if self.gpu else self.targets
-        words = (self.graph, self.precision, f"b{self.batch.max}", self.runtime, self.version, *made_for)
+        """The name of the engine's folder: readable parts, then a digest of everything that distinguishes engines."""
+        targets = (self.gpu.name,) if self.gpu else self.targets
+        parts = (self.graph, self.precision, f"b{self.batch.max}", self.runtime, self.version, *targets)
         identity = (
             *(self.runtime, self.version, self.graph, self.precision, dataclasses.asdict(self.batch)),
             *(self.gpu and dataclasses.asdict(self.gpu), self.targets, self.builder.os, self.builder.architecture),
             *(self.onnx.sha256, self.weights and self.weights.sha256),
         )
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-        return f"{slug(*words)[:100]}-{digest[:12]}"
+        return f"{slug(*parts)[:100]}-{digest[:12]}"
 
     def _problem(self) -> str | None:
         """What types alone do not tell: unsafe names, and fields that contradict each other."""
@@ -221,7 +221,7 @@ class EngineRecord:
         if (self.gpu is None) == (not self.targets):
             return "it names both a GPU and targets, or neither"
         if self.targets and self.runtime == "tensorrt":
-            return "TensorRT builds for the GPU at hand, but the record lists targets"
+            return "TensorRT builds for the GPU of its machine, but the record lists targets"
         if not 1 <= self.batch.min <= self.batch.opt <= self.batch.max:
             return f"its batch sizes are {self.batch}"
         if not self.engine.file.endswith(ENGINE_SUFFIX):
@@ -229,20 +229,17 @@ class EngineRecord:
         return None
 
 
-def slug(*words: str) -> str:
-    """Words as a name for a file, whatever is in them."""
-    return "-".join(re.sub(r"[^a-z0-9.]+", "_", word.lower()).strip("_.") for word in words)
-
-
-# ------------------------------------------------------------------------------------------------ against a machine
+def slug(*parts: str) -> str:
+    """Joins any texts into a name for a file."""
+    return "-".join(re.sub(r"[^a-z0-9.]+", "_", part.lower()).strip("_.") for part in parts)
 
 
 @dataclass(frozen=True)
 class EngineHost:
-    """What decides on this machine whether an engine can run on it."""
+    """The properties of a machine that decide whether an engine can run on it."""
 
     versions: Mapping[EngineRuntime, str]
-    """Of the engine libraries that can be loaded here."""
+    """Of the engine libraries that can be loaded."""
     gpu: Gpu | None
     """The device that is to run the engine; None where there is none."""
     os: str
@@ -250,43 +247,43 @@ class EngineHost:
 
     @classmethod
     def with_gpu(cls, gpu: Gpu | None, versions: Mapping[EngineRuntime, str]) -> EngineHost:
-        """This machine, as far as Python itself knows it."""
+        """This machine, as far as Python knows it."""
         return cls(versions, gpu, *operating_system())
 
 
 def operating_system() -> tuple[str, str]:
-    """Operating system and architecture, in the same words whatever the platform calls them."""
+    """Operating system and architecture under the same names on all platforms."""
     machine = platform.machine().lower()
     return platform.system(), {"amd64": "x86_64", "arm64": "aarch64"}.get(machine, machine)
 
 
-def differences(record: EngineRecord, host: EngineHost) -> tuple[str, ...]:
+def incompatibilities(record: EngineRecord, host: EngineHost) -> tuple[str, ...]:
     """Every reason why this engine cannot run on this machine, with both values; empty when it can.
 
     TensorRT engines are bound to version, GPU model, operating system and architecture. TensorRT-RTX engines for
     targets are bound to version and compute capability; they are portable between Windows and Linux by its
-    documentation ("CPU-Only AOT and TensorRT-RTX Engines"), which nobody has tried here.
+    documentation ("CPU-Only AOT and TensorRT-RTX Engines"), which has not been tried here.
     """
-    return tuple(words for words, _ in _compared(record, host))
+    return tuple(reason for reason, _ in _compare(record, host))
 
 
 def permanent_incompatibilities(record: EngineRecord, host: EngineHost) -> tuple[str, ...]:
-    """Those differences that nothing but another engine can mend.
+    """Those incompatibilities that only another engine can resolve.
 
-    A library that is not installed or a driver that is not loaded may come back, and an engine for targets was made for
-    other machines on purpose.
+    A library that is not installed or a driver that is not loaded may come back, and an engine for targets is meant for
+    other machines.
     """
-    return tuple(words for words, lasting in _compared(record, host) if lasting)
+    return tuple(reason for reason, permanent in _compare(record, host) if permanent)
 
 
-def _compared(record: EngineRecord, host: EngineHost) -> Iterator[tuple[str, bool]]:
-    """Differences in words, and whether each is lasting."""
+def _compare(record: EngineRecord, host: EngineHost) -> Iterator[tuple[str, bool]]:
+    """Incompatibilities as text, and whether each is permanent."""
     here = host.versions.get(record.runtime)
     if record.version != here:
         yield f"{record.runtime}: built with {record.version}, here {here or 'not installed'}", here is not None
     if record.gpu is None:
         if host.gpu is None or host.gpu.target not in record.targets:
-            yield f"GPU: built for {record.made_for}, here {host.gpu or 'none'}", False
+            yield f"GPU: built for {record.target}, here {host.gpu or 'none'}", False
         return
     if record.gpu != host.gpu:
         yield f"GPU: built on {record.gpu}, here {host.gpu or 'none'}", host.gpu is not None

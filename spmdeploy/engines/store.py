@@ -1,10 +1,10 @@
-"""Where engines lie: in the bundle's engines/, or in this user's cache where a bundle cannot be written to.
+"""Finds, checks, writes and removes engines, in the engines/ of a bundle or in the user's cache.
 
-Either holds a folder for each engine, named by the key of its record, with the engine, engine.json and the log of the
-build. ONNX is the product and engines can always be built again: what does not fit is never loaded, and `clean` says
-why before it removes anything.
+Both hold a folder for each engine, named by the key of its record, with the engine, engine.json and the log of the
+build. The cache is used where a bundle cannot be written to. Engines can always be built again from the graphs: one
+that does not fit is never loaded, and `clean` reports why before it removes any.
 
-A bundle may be shipped with engines: SHA256SUMS lists them then, and nothing here changes, adds to or removes them.
+A bundle may be shipped with engines, which SHA256SUMS then lists: they are never changed, added to or removed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from spmdeploy.engines.record import (
     EngineHost,
     EngineRecord,
     Verification,
-    differences,
+    incompatibilities,
     operating_system,
     permanent_incompatibilities,
 )
@@ -43,55 +43,56 @@ Place = Literal["bundle", "cache"]
 
 @dataclass(frozen=True)
 class StoredEngine:
-    """An engine file, or what is left of one, judged without loading it."""
+    """An engine file, or what is left of one, checked without loading it."""
 
     path: Path
-    """For messages; it leads nowhere if the bundle is a zip."""
+    """For messages; there is no such file if the bundle is a zip."""
     place: Place
     record: EngineRecord | None
-    """None where there is none that can be read."""
-    faults: tuple[str, ...]
-    """Why nobody should load it: damaged, renamed, or built from a graph that the bundle no longer holds."""
-    differences: tuple[str, ...]
-    """Why it cannot run on the machine that it was judged for."""
-    lasting: tuple[str, ...]
-    """Of these, those that nothing but another engine can mend."""
+    """None if there is none that can be read."""
+    problems: tuple[str, ...]
+    """Why it must not be loaded: corrupt, renamed, or built from a graph that the bundle no longer holds."""
+    incompatibilities: tuple[str, ...]
+    """Why it cannot run on the machine that it was checked for."""
+    permanent: tuple[str, ...]
+    """Those incompatibilities that only another engine can resolve."""
     shipped: bool
-    """Whether SHA256SUMS lists it: then it is part of the bundle, and no cache."""
+    """Whether SHA256SUMS lists it, which makes it a part of the bundle."""
     _store: FileStore = field(repr=False)
     _folder: str = field(repr=False)
 
     @property
     def fit(self) -> bool:
-        return not self.faults and not self.differences
+        return not self.problems and not self.incompatibilities
 
     def to_json(self) -> dict[str, Any]:
         record = None if self.record is None else self.record.to_json()
-        verdict = {
+        result = {
             "shipped": self.shipped,
             "fit": self.fit,
-            "faults": list(self.faults),
-            "differences": list(self.differences),
+            "faults": list(self.problems),
+            "differences": list(self.incompatibilities),
         }
-        return {"path": str(self.path), "place": self.place, **verdict, "record": record}
+        return {"path": str(self.path), "place": self.place, **result, "record": record}
 
     @property
     def reasons(self) -> tuple[str, ...]:
-        """Everything that speaks against it."""
-        return self.faults + self.differences
+        """All problems and incompatibilities."""
+        return self.problems + self.incompatibilities
 
     def read(self) -> bytes:
-        """The engine, hashed just now: exactly the bytes that the record lists. Only of one that is `fit`.
+        """The engine, hashed just now: exactly the bytes that the record lists.
 
-        Raises BundleError with every reason against it.
+        Raises:
+            BundleError: It is not `fit`; lists every reason.
         """
         self.require_compatible()
         return self.content()
 
     def content(self) -> bytes:
-        """The same, for whatever machine the engine is. Raises BundleError for its faults."""
-        if self.record is None or self.faults:
-            raise _unfit(self.path, self.faults)
+        """The same, also of an engine for another machine. Raises BundleError for its problems."""
+        if self.record is None or self.problems:
+            raise _unfit(self.path, self.problems)
         record = self.record
         name = self._folder + record.engine.file
         try:
@@ -104,17 +105,19 @@ class StoredEngine:
         return content
 
     def require_compatible(self) -> EngineRecord:
-        """The record of an engine that is fit. Raises BundleError with every reason against it."""
+        """The record of an engine that is `fit`. Raises BundleError with every reason if it is not."""
         if self.record is None or not self.fit:
             raise _unfit(self.path, self.reasons)
         return self.record
 
     def with_verification(self, verification: Verification) -> StoredEngine:
-        """Notes in engine.json how the golden edits went. Raises InputError where that cannot be written."""
+        """Adds the result of the golden edits to engine.json. Raises InputError if that cannot be written."""
         record = replace(self.require_compatible(), verification=verification)
         path = self.path.with_name(RECORD_FILE)
         if self.shipped:
-            raise InputError(f"{path}: cannot be written: it was shipped with the bundle", "what is shipped stays")
+            raise InputError(
+                f"{path}: cannot be written: it was shipped with the bundle", "shipped engines never change"
+            )
         with atomic_write(path) as stream:
             stream.write(record.to_bytes())
         return replace(self, record=record)
@@ -124,46 +127,49 @@ def _unfit(path: Path, reasons: tuple[str, ...]) -> BundleError:
     return BundleError(f"{path} does not fit: {'; '.join(reasons)}", BUILD_AGAIN)
 
 
-# ---------------------------------------------------------------------------------------------------------- finding
-
-
 def find_engines(bundle: Bundle, host: EngineHost | None = None, hashing: bool = True) -> list[StoredEngine]:
-    """Every engine in the bundle and every one of it in the cache, fit or not, sorted by path.
+    """Finds the engines of a bundle, in it and in the cache, fit or not, sorted by path.
 
-    host: the machine to judge for; None: this one, looked at only when there is an engine. hashing: whether to hash the
-    engines here; `FoundEngine.read` does it in any case. Engines of other bundles in the cache are passed over.
-    Raises BundleError where they cannot be looked for.
+    Args:
+        host: The machine to check for; None for this one, which is examined only when there is an engine.
+        hashing: Whether to hash the engines now; `StoredEngine.read` does so in any case.
+
+    Raises:
+        BundleError: The bundle cannot be read.
     """
     found: list[StoredEngine] = []
     for store, prefix, place in _stores(bundle):
         for folder, names in _folders(store, prefix):
             host = host or local_host()
-            judged = _judge_folder(bundle, store, folder, names, host, hashing, place)
-            found += [engine for engine in judged if place == "bundle" or _concerns(bundle, engine.record)]
+            checked = _check_folder(bundle, store, folder, names, host, hashing, place)
+            found += [engine for engine in checked if place == "bundle" or _concerns(bundle, engine.record)]
     return sorted(found, key=lambda engine: engine.path)
 
 
-def named_engines(bundle: Bundle, words: Sequence[str]) -> list[StoredEngine]:
-    """The engines that `words` name, for whatever machines they are, each key once, sorted by key.
+def named_engines(bundle: Bundle, names: Sequence[str]) -> list[StoredEngine]:
+    """The engines with the given names, for any machine, each key once, sorted by key.
 
-    A word is a whole key or a part between its dashes: sm86, edit, fp16, tensorrt_rtx, b8. Raises UsageError for a word
-    that names none, listing those that there are.
+    Args:
+        names: Whole keys, or parts between their dashes: sm86, edit, fp16, tensorrt_rtx, b8.
+
+    Raises:
+        UsageError: No engine has one of the names; lists the engines.
     """
     found = find_engines(bundle, EngineHost({}, None, *operating_system()), hashing=False)
-    found.sort(key=lambda engine: (not engine.faults, engine.place == "bundle"))  # of equal keys the last one counts
+    found.sort(key=lambda engine: (not engine.problems, engine.place == "bundle"))  # of equal keys the last one counts
     by_key = {engine.record.key: engine for engine in found if engine.record}
     named: dict[str, StoredEngine] = {}
-    for word in words:
-        keys = [key for key in by_key if word == key or word in key.split("-")]
+    for name in names:
+        keys = [key for key in by_key if name == key or name in key.split("-")]
         if not keys:
-            there = ", ".join(sorted(by_key)) or "none at all"
-            raise UsageError(f"{bundle.path}: no engine is {word!r}; there is {there}", "build it: spmdeploy build")
+            available = ", ".join(sorted(by_key)) or "none"
+            raise UsageError(f"{bundle.path}: no engine is {name!r}; there is {available}", "build it: spmdeploy build")
         named |= {key: by_key[key] for key in keys}
     return [named[key] for key in sorted(named)]
 
 
 def _stores(bundle: Bundle) -> list[tuple[FileStore, str, Place]]:
-    """What to look through, and below which prefix."""
+    """Where to search, and below which prefix."""
     stores: list[tuple[FileStore, str, Place]] = []
     try:
         stores.append((open_storage(bundle.path), ENGINES, "bundle"))
@@ -188,7 +194,7 @@ def _folders(store: FileStore, prefix: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def check_engine(path: Path, host: EngineHost | None = None) -> StoredEngine:
-    """One engine by its path, wherever it lies; whether it is stale only its bundle could tell. Raises InputError."""
+    """Checks one engine by its path, without its bundle, so not whether it is stale. Raises InputError."""
     if not path.is_file():
         raise InputError(f"there is no {path}", "give an engine with its engine.json beside it")
     try:
@@ -196,11 +202,11 @@ def check_engine(path: Path, host: EngineHost | None = None) -> StoredEngine:
     except OSError as exc:
         raise InputError(f"{path.parent}: cannot be read: {exc}", "may you read that folder?") from exc
     names = [name for name in store.sizes if name == RECORD_FILE or name.endswith(ENGINE_SUFFIX)]
-    judged = _judge_folder(None, store, "", names, host or local_host(), True, "bundle")
-    return next(engine for engine in judged if engine.path == path)
+    checked = _check_folder(None, store, "", names, host or local_host(), True, "bundle")
+    return next(engine for engine in checked if engine.path == path)
 
 
-def _judge_folder(
+def _check_folder(
     bundle: Bundle | None,
     store: FileStore,
     folder: str,
@@ -209,7 +215,7 @@ def _judge_folder(
     hashing: bool,
     place: Place,
 ) -> Iterator[StoredEngine]:
-    """The engine that the folder's record speaks of, then engine files that it does not speak of."""
+    """The engine that the folder's record describes, then engine files that it does not describe."""
     shown = store.shown / folder
     engines = sorted(name for name in names if name.endswith(ENGINE_SUFFIX))
     covered = () if bundle is None or place == "cache" else bundle.files()
@@ -219,18 +225,18 @@ def _judge_folder(
         for name in engines or [RECORD_FILE]:
             yield StoredEngine(shown / name, place, None, (str(fault),), (), (), shipped, store, folder)
         return
-    faults = tuple(_faults(bundle, store, folder, record, hashing))
+    problems = tuple(_problems(bundle, store, folder, record, hashing))
     if bundle is not None and place == "bundle":
-        faults += tuple(_uncovered(bundle, store, folder, record))
+        problems += tuple(_unsigned(bundle, store, folder, record))
     if others := [name for name in engines if name != record.engine.file]:
         if record.engine.file not in engines:
-            faults = (f"{record.engine.file} is missing; was it renamed to {', '.join(others)}?", *faults)
+            problems = (f"{record.engine.file} is missing; was it renamed to {', '.join(others)}?", *problems)
     elif not engines:
-        faults = (f"{record.engine.file} is missing", *faults)
-    against, lasting = differences(record, host), permanent_incompatibilities(record, host)
-    yield StoredEngine(shown / record.engine.file, place, record, faults, against, lasting, shipped, store, folder)
+        problems = (f"{record.engine.file} is missing", *problems)
+    reasons, permanent = incompatibilities(record, host), permanent_incompatibilities(record, host)
+    yield StoredEngine(shown / record.engine.file, place, record, problems, reasons, permanent, shipped, store, folder)
     for name in others:
-        unlisted = f"{RECORD_FILE} beside it speaks of {record.engine.file}, not of it"
+        unlisted = f"{RECORD_FILE} beside it describes {record.engine.file}, not this file"
         yield StoredEngine(shown / name, place, None, (unlisted,), (), (), shipped, store, folder)
 
 
@@ -248,7 +254,9 @@ def _read_record(store: FileStore, folder: str) -> tuple[EngineRecord | None, st
         return None, f"{RECORD_FILE} cannot be read: {exc.strerror or exc}"
 
 
-def _faults(bundle: Bundle | None, store: FileStore, folder: str, record: EngineRecord, hashing: bool) -> Iterator[str]:
+def _problems(
+    bundle: Bundle | None, store: FileStore, folder: str, record: EngineRecord, hashing: bool
+) -> Iterator[str]:
     if (store.shown / folder).absolute().name != record.key:
         yield f"{RECORD_FILE} belongs to the folder {record.key}: moved or altered"
     if bundle is not None:
@@ -261,8 +269,8 @@ def _faults(bundle: Bundle | None, store: FileStore, folder: str, record: Engine
             yield fault
 
 
-def _uncovered(bundle: Bundle, store: FileStore, folder: str, record: EngineRecord) -> Iterator[str]:
-    """What SHA256SUMS has against an engine in the bundle. What it does not list is a cache, unless it is signed."""
+def _unsigned(bundle: Bundle, store: FileStore, folder: str, record: EngineRecord) -> Iterator[str]:
+    """Where an engine in the bundle contradicts SHA256SUMS or, if a signature is required, is not listed there."""
     covered = bundle.files()
     digests = {folder + RECORD_FILE: _digest(store, folder + RECORD_FILE)}
     digests[folder + record.engine.file] = record.engine.sha256
@@ -289,11 +297,11 @@ def _stale(bundle: Bundle, record: EngineRecord) -> Iterator[str]:
 
 def _content_fault(record: EngineRecord, size: int, digest: str) -> str | None:
     if size != record.engine.bytes:
-        words = "truncated" if size < record.engine.bytes else "tampered with or damaged"
-        return f"{words}: {size} bytes, but {RECORD_FILE} says {record.engine.bytes}"
+        fault = "truncated" if size < record.engine.bytes else "tampered with or damaged"
+        return f"{fault}: {size} bytes, but {RECORD_FILE} says {record.engine.bytes}"
     if digest != record.engine.sha256:
-        said = f"{RECORD_FILE} says {record.engine.sha256[:12]}…"
-        return f"tampered with or damaged: SHA-256 is {digest[:12]}…, but {said}"
+        expected = f"{RECORD_FILE} says {record.engine.sha256[:12]}…"
+        return f"tampered with or damaged: SHA-256 is {digest[:12]}…, but {expected}"
     return None
 
 
@@ -306,17 +314,14 @@ def _digest(store: FileStore, name: str) -> str:
 
 
 def _concerns(bundle: Bundle, record: EngineRecord | None) -> bool:
-    """Whether an engine in the cache is this bundle's: of its graphs, of one so named, or nobody's."""
+    """Whether an engine in the cache belongs to this bundle, by graph or by name, or to no bundle."""
     if record is None or record.bundle == bundle.manifest.name:
         return True
     return record.onnx.sha256 in {graph.sha256 for graph in bundle.manifest.graphs}
 
 
-# ---------------------------------------------------------------------------------------------------------- writing
-
-
 def cache_folder() -> Path:
-    """Where engines of bundles that cannot be written to are kept. Raises UnavailableError where no home is known.
+    """The folder for engines of bundles that cannot be written to. Raises UnavailableError if no home is known.
 
     $SPMDEPLOY_CACHE, else spmdeploy/ in $XDG_CACHE_HOME (which the XDG specification ignores unless it is absolute),
     else ~/.cache/spmdeploy.
@@ -370,8 +375,7 @@ def _why_not_writable(bundle: Bundle) -> str | None:
 class EngineWriter:
     """A hidden folder in which one engine is prepared; `finish` puts it in place, whole or not at all.
 
-    Without `finish` nothing stays but the log of the build, as `failed_log`. Raises InputError where the place cannot
-    be written to.
+    Without `finish` only the log of the build is kept, as `failed_log`. Raises InputError if nothing can be written.
     """
 
     def __init__(self, place: EnginePlace, name: str) -> None:
@@ -423,18 +427,15 @@ def _write_errors(target: Path) -> Iterator[None]:
         raise InputError(exc.problem, f"{exc.hint}; SPMDEPLOY_CACHE names another cache") from exc
 
 
-# ---------------------------------------------------------------------------------------------------------- removing
-
-
 def remove_stale_engines(bundle: Bundle, host: EngineHost | None = None) -> list[StoredEngine]:
-    """Removes engines that nobody should load and those that will never run here again; returns what they were.
+    """Removes engines with problems and those that will never run here again; returns what they were.
 
-    That an engine is for targets, or that library or driver are missing at the moment, is no reason. What was shipped
-    with the bundle stays, and a zip keeps what is in it. Raises InputError where something cannot be removed.
+    Engines for targets, and those whose library or driver is missing at the moment, are kept; so are engines that were
+    shipped with the bundle or are in a zip. Raises InputError if something cannot be removed.
     """
     removed = []
     for engine in find_engines(bundle, host):
-        if engine.shipped or not (engine.faults or engine.lasting):
+        if engine.shipped or not (engine.problems or engine.permanent):
             continue
         if engine.place == "bundle" and not bundle.is_folder:
             continue
@@ -445,11 +446,11 @@ def remove_stale_engines(bundle: Bundle, host: EngineHost | None = None) -> list
 
 
 def _remove(engine: StoredEngine) -> None:
-    """The file, and record, log and folder with the last engine in it; nothing else that lies there."""
+    """Removes the file, with the last engine of a folder also record, log and folder, and nothing else."""
     folder = engine.path.parent
     engine.path.unlink(missing_ok=True)
     if engine.record is not None or not any(folder.glob(f"*{ENGINE_SUFFIX}")):
         for name in (RECORD_FILE, LOG_FILE):
             (folder / name).unlink(missing_ok=True)
-        with suppress(OSError):  # somebody else's files are in it
+        with suppress(OSError):  # other files are in it
             folder.rmdir()

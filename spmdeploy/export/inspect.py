@@ -39,8 +39,8 @@ def _bundle_facts(bundle: Bundle) -> dict[str, Any]:
 
 def _engine_facts(path: Path) -> dict[str, Any]:
     engine = check_engine(path)
-    if engine.faults:
-        raise BundleError(f"{path}: {'; '.join(engine.faults)}", BUILD_AGAIN)
+    if engine.problems:
+        raise BundleError(f"{path}: {'; '.join(engine.problems)}", BUILD_AGAIN)
     return {"kind": "engine", **engine.to_json()}
 
 

@@ -187,7 +187,7 @@ def _served_engine(bundle: Bundle, word: str, options: TritonOptions) -> _Served
         file="model.plan",
         source=f"engines/{record.key}/{record.engine.file}",
         sha256=record.engine.sha256,
-        needs=f"TensorRT {record.version} and {record.made_for}",
+        needs=f"TensorRT {record.version} and {record.target}",
         max_batch=max_batch,
         inputs=record.inputs,
         outputs=record.outputs,

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from spmdeploy.imaging.resize import resize_labels
-from spmdeploy.labels import ClassTable, colorise, count_labels
+from spmdeploy.labels import ClassTable, colorize, count_labels
 
 CELL_SIDE = 640
 """Longer side that a cell of a sheet is shrunk to when it is larger."""
@@ -29,7 +29,7 @@ def edit_sheet(photo: Rgb, labels: NDArray[np.uint8], mask: NDArray[np.bool_], e
     used = [classes.classes[i] for i in count_labels(labels[mask]) if i < len(classes)]
     before, after = fitted(photo), fitted(edited)
     labels, mask = resize_labels(labels, *before.shape[:2]), resize_labels(mask, *before.shape[:2])
-    layout = np.where(mask[..., None], colorise(labels, classes), _faded(before))
+    layout = np.where(mask[..., None], colorize(labels, classes), _faded(before))
     layout[_outline(mask)] = _OUTLINE
     tinted = with_mask(before, mask)
     cells = {"before": before, "labels under the mask": layout, "mask": tinted, "after": after}

@@ -18,7 +18,7 @@ from spmdeploy.datasets.folder import (
     with_random_mask,
 )
 from spmdeploy.imaging.contact_sheet import sheet
-from spmdeploy.labels import ClassTable, colorise
+from spmdeploy.labels import ClassTable, colorize
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -43,7 +43,7 @@ def mask_sheet(root: Path, rows: int = 8, crop: int = 256, seed: int = 0) -> Pix
     for index in range(rows):
         rng = np.random.default_rng((seed, index))
         cut = random_crop(folder[folder.names[index * len(folder.names) // rows]], crop, 1.0, False, rng)
-        row = {"labels": colorise(cut.labels, classes)}
+        row = {"labels": colorize(cut.labels, classes)}
         for kind in MASK_KINDS:
             row[kind] = apply_mask(with_random_mask(cut, kind, len(classes), rng))
         page.append(row)
@@ -57,4 +57,4 @@ def apply_mask(sample: Sample) -> Pixels:
 
 def layout(sample: Sample, classes: ClassTable) -> Pixels:
     """The labels under the mask in their colors, white elsewhere: uint8 (S, S, 3)."""
-    return np.where(sample.mask[..., None], colorise(sample.labels, classes), np.uint8(255))
+    return np.where(sample.mask[..., None], colorize(sample.labels, classes), np.uint8(255))

@@ -24,7 +24,7 @@ from spmdeploy.bundle.manifest import (
     SourceFacts,
 )
 from spmdeploy.bundle.signature import SecretKey
-from spmdeploy.bundle.storage import GOLDEN_PICTURES, MANIFEST, SUMS
+from spmdeploy.bundle.storage import GOLDEN_IMAGES, MANIFEST, SUMS
 from spmdeploy.bundle.writer import BundleWriter
 from spmdeploy.engines.pack import pack
 from spmdeploy.errors import BundleError
@@ -71,7 +71,7 @@ def graph_record(precision: Any, size: int, digest: str) -> GraphRecord:
 def fill(writer: BundleWriter, graphs: Mapping[str, bytes] = GRAPHS) -> tuple[GraphRecord, ...]:
     for precision, content in graphs.items():
         writer.add_bytes(f"graphs/edit.{precision}.onnx", content)
-    for picture in GOLDEN_PICTURES:
+    for picture in GOLDEN_IMAGES:
         writer.add_bytes(f"golden/tree/{picture}", picture.encode())
     writer.add_bytes("card.md", b"# street\n")
     return tuple(graph_record(key, *writer.measure(f"graphs/edit.{key}.onnx")) for key in GRAPHS)

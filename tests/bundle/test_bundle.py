@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from spmdeploy.bundle.bundle import open_bundle
 from spmdeploy.bundle.manifest import GoldenEdit, Manifest
-from spmdeploy.bundle.storage import GOLDEN_PICTURES, MANIFEST, SUMS
+from spmdeploy.bundle.storage import GOLDEN_IMAGES, MANIFEST, SUMS
 from spmdeploy.bundle.writer import BundleWriter
 from spmdeploy.engines.pack import pack
 from spmdeploy.errors import BundleError, InputError, VerificationError
@@ -54,7 +54,7 @@ def test_what_is_written_is_read(street: Path, packed: bool) -> None:
     assert list(bundle.files()) == sorted(
         [
             "card.md",
-            *(f"golden/tree/{p}" for p in GOLDEN_PICTURES),
+            *(f"golden/tree/{p}" for p in GOLDEN_IMAGES),
             *(f"graphs/edit.{key}.onnx" for key in GRAPHS),
             MANIFEST,
         ]

@@ -21,7 +21,7 @@ from spmdeploy import cli
 from spmdeploy.assets.samples import SAMPLE_EDITS
 from spmdeploy.cli import app as commands
 from spmdeploy.editing.options import DEFAULT_DILATION
-from spmdeploy.labels import class_table, colorise
+from spmdeploy.labels import class_table, colorize
 
 COMMANDS = {
     "edit": ["edit"],
@@ -498,7 +498,7 @@ def test_unknown_labels_count_under_the_mask_alone(files: Edit, run: Any) -> Non
 
 
 def test_a_color_label_map_is_not_guessed_at(files: Edit, run: Any) -> None:
-    save(files.labels, colorise(pixels(files.labels), class_table("street")))
+    save(files.labels, colorize(pixels(files.labels), class_table("street")))
     refused(run(*files.words(json=True)), files, 7, "labels.png", "labels convert")
 
 

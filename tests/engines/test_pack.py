@@ -338,7 +338,7 @@ def test_something_to_edit_with_must_be_left(street: Path) -> None:
 
     rewrite_manifest(street, only_another)
     for keep in (["fp32"], ["another"], []):
-        with pytest.raises(UsageError, match="leaves no device anything to edit with"):
+        with pytest.raises(UsageError, match="leaves no graph to edit with"):
             extract_subset(open_bundle(street), street.with_name("device.spm"), keep)
     assert extract_subset(open_bundle(street), street.with_name("device.spm"), ["another", "fp16"]).manifest.graphs
 

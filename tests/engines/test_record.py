@@ -18,7 +18,7 @@ from spmdeploy.engines.record import (
     Gpu,
     SourceFile,
     Verification,
-    differences,
+    incompatibilities,
     operating_system,
 )
 from spmdeploy.errors import BundleError
@@ -82,7 +82,7 @@ def test_a_wrong_field_is_named_with_its_value(field: str, value: object, words:
 
 
 def test_targets_are_for_rtx_only() -> None:
-    with pytest.raises(BundleError, match="TensorRT builds for the GPU at hand"):
+    with pytest.raises(BundleError, match="TensorRT builds for the GPU of its machine"):
         EngineRecord.from_bytes(for_targets("sm86", runtime="tensorrt").to_bytes(), "e.json")
 
 
@@ -96,31 +96,33 @@ def test_what_is_no_record(content: bytes) -> None:
 
 
 def test_an_engine_fits_the_machine_that_built_it() -> None:
-    assert differences(SAMPLE, HOST) == ()
-    assert differences(for_targets("sm86", "sm120"), HOST) == ()
+    assert incompatibilities(SAMPLE, HOST) == ()
+    assert incompatibilities(for_targets("sm86", "sm120"), HOST) == ()
 
 
 def test_every_difference_is_named_with_both_values() -> None:
     elsewhere = replace(HOST, versions={"tensorrt": "10.3.0"}, gpu=A10, os="Windows", architecture="aarch64")
-    assert differences(SAMPLE, elsewhere) == (
+    assert incompatibilities(SAMPLE, elsewhere) == (
         "tensorrt: built with 10.16.1, here 10.3.0",
         "GPU: built on NVIDIA GeForce RTX 3060 (sm86), here NVIDIA A10 (sm86)",
         "operating system: built on Linux, here Windows",
         "architecture: built on x86_64, here aarch64",
     )
-    assert differences(SAMPLE, replace(HOST, gpu=None)) == ("GPU: built on NVIDIA GeForce RTX 3060 (sm86), here none",)
+    assert incompatibilities(SAMPLE, replace(HOST, gpu=None)) == (
+        "GPU: built on NVIDIA GeForce RTX 3060 (sm86), here none",
+    )
 
 
 def test_engines_for_targets_ask_for_version_and_compute_capability() -> None:
     record = for_targets("sm86", "sm120")
     for gpu in (A10, Gpu("NVIDIA GeForce RTX 5090", "12.0")):
-        assert differences(record, replace(HOST, gpu=gpu, os="Windows")) == ()
+        assert incompatibilities(record, replace(HOST, gpu=gpu, os="Windows")) == ()
     host = replace(HOST, gpu=Gpu("NVIDIA H100", "9.0"), versions={})
-    assert differences(record, host) == (
+    assert incompatibilities(record, host) == (
         "tensorrt-rtx: built with 1.7.1.116, here not installed",
         "GPU: built for sm86, sm120, here NVIDIA H100 (sm90)",
     )
-    assert differences(record, replace(HOST, gpu=None)) == ("GPU: built for sm86, sm120, here none",)
+    assert incompatibilities(record, replace(HOST, gpu=None)) == ("GPU: built for sm86, sm120, here none",)
 
 
 def test_platforms_have_one_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -120,7 +120,7 @@ def test_the_machine_is_looked_at_only_when_there_is_an_engine(bundle: Bundle, m
 def test_all_differences_stop_it_from_being_read(bundle: Bundle) -> None:
     add(in_bundle(bundle))
     (found,) = find_engines(bundle, replace(HOST, versions={"tensorrt": "10.3.0"}, gpu=A10))
-    assert not found.fit and not found.faults and len(found.reasons) == 2
+    assert not found.fit and not found.problems and len(found.reasons) == 2
     with pytest.raises(BundleError, match=r"built with 10\.16\.1, here 10\.3\.0; GPU: .*RTX 3060.*A10") as caught:
         found.read()
     assert caught.value.exit_code == 6
@@ -184,7 +184,7 @@ def test_a_damaged_engine_is_refused_for_the_right_reason(bundle: Bundle, damage
     path = add(in_bundle(bundle))
     damage(path)
     found = find_engines(bundle, replace(HOST, gpu=A10) if damage is claim_another_gpu else HOST)
-    assert FAULTS[damage] in "; ".join(found[0].faults)
+    assert FAULTS[damage] in "; ".join(found[0].problems)
     for engine in found:
         with pytest.raises(BundleError, match="does not fit"):
             engine.read()
@@ -217,7 +217,7 @@ def test_an_engine_that_the_record_does_not_speak_of_is_never_read(bundle: Bundl
     other.write_bytes(CONTENT)
     known, unknown = find_engines(bundle, HOST)
     assert known.read() == CONTENT and unknown.path == other
-    assert unknown.faults == ("engine.json beside it speaks of edit.fp16.engine, not of it",)
+    assert unknown.problems == ("engine.json beside it describes edit.fp16.engine, not this file",)
     assert [engine.path for engine in remove_stale_engines(bundle, HOST)] == [other]
     assert only(bundle).fit
 
@@ -249,7 +249,7 @@ def test_cleaning_leaves_what_may_still_be_of_use(bundle: Bundle) -> None:
     assert remove_stale_engines(bundle, no_driver) == []
     removed = remove_stale_engines(bundle, HOST)
     assert {engine.path for engine in removed} == {outdated, elsewhere}
-    assert all(engine.lasting for engine in removed)
+    assert all(engine.permanent for engine in removed)
     assert here.exists() and for_fleet.exists() and not outdated.parent.exists()
 
 
@@ -263,7 +263,7 @@ def test_cleaning_takes_nobody_elses_files(bundle: Bundle) -> None:
 def test_a_zip_is_never_cleaned(bundle: Bundle, tmp_path: Path) -> None:
     truncate(add(in_bundle(bundle)))
     zipped = zip_all(bundle, tmp_path / "z.spm.zip")
-    assert only(zipped).faults and remove_stale_engines(zipped, HOST) == []
+    assert only(zipped).problems and remove_stale_engines(zipped, HOST) == []
 
 
 # ---------------------------------------------------------------------------------------------------------- writing

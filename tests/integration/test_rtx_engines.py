@@ -16,7 +16,7 @@ import pytest
 
 from spmdeploy import cli
 from spmdeploy.bundle.bundle import Bundle, open_bundle
-from spmdeploy.bundle.storage import GOLDEN_PICTURES
+from spmdeploy.bundle.storage import GOLDEN_IMAGES
 from spmdeploy.bundle.writer import BundleWriter
 from spmdeploy.engines import build as to_engine
 from spmdeploy.engines import library as engine_library
@@ -68,7 +68,7 @@ def golden_bundle(golden_model: onnx.ModelProto, tmp_path_factory: pytest.TempPa
             name = f"graphs/edit.{precision}.onnx"
             onnx.save(model, writer.path(name))
             records.append(graph_record(precision, *writer.measure(name)))
-        for picture in GOLDEN_PICTURES:
+        for picture in GOLDEN_IMAGES:
             writer.add_bytes(f"golden/tree/{picture}", b"")
         return writer.finish(manifest_of(tuple(records)))
 

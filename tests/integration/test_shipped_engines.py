@@ -108,7 +108,7 @@ def test_an_engine_that_is_in_the_bundle_and_in_the_cache_is_taken_once(bundle: 
 def test_engines_of_graphs_that_go_and_damaged_ones_are_not_shipped(bundle: Bundle) -> None:
     path = add(bundle, SM86)
     target = bundle.path.with_name("device.spm")
-    with pytest.raises(UsageError, match=r"was built from graphs/edit\.fp16\.onnx, which goes"):
+    with pytest.raises(UsageError, match=r"was built from graphs/edit\.fp16\.onnx, which is left out"):
         extract_subset(bundle, target, ["fp32"], ["sm86"])
     path.write_bytes(HOSTILE)
     with pytest.raises(BundleError, match="tampered"):
@@ -121,10 +121,10 @@ def test_a_consistent_pair_of_engine_and_record_is_still_not_what_was_shipped(bu
     arrived = unpack(shipped(bundle), tmp_path / "back.spm")
     folder = only(arrived).path.parent
     (folder / "edit.fp16.engine").write_bytes(HOSTILE)
-    assert "engine.json says" in str(only(arrived).faults)
+    assert "engine.json says" in str(only(arrived).problems)
     (folder / "engine.json").write_bytes(own(SM86, HOSTILE).to_bytes())
     found = only(arrived)
-    assert found.shipped and len([fault for fault in found.faults if "SHA256SUMS lists another" in fault]) == 2
+    assert found.shipped and len([fault for fault in found.problems if "SHA256SUMS lists another" in fault]) == 2
     with pytest.raises(BundleError, match="SHA256SUMS lists another"):
         found.read()
     with pytest.raises(BundleError, match="tampered"):
@@ -135,7 +135,7 @@ def test_an_engine_that_only_half_is_shipped(bundle: Bundle, tmp_path: Path) -> 
     arrived = unpack(shipped(bundle), tmp_path / "back.spm")
     lines = (arrived.path / SUMS).read_text().splitlines(keepends=True)
     (arrived.path / SUMS).write_text("".join(line for line in lines if not line.endswith("engine.json\n")))
-    assert "SHA256SUMS lists another engine.json" in str(only(open_bundle(arrived.path)).faults)
+    assert "SHA256SUMS lists another engine.json" in str(only(open_bundle(arrived.path)).problems)
 
 
 def test_a_required_signature_covers_engines_too(bundle: Bundle, tmp_path: Path) -> None:
@@ -151,11 +151,11 @@ def test_a_required_signature_covers_engines_too(bundle: Bundle, tmp_path: Path)
             archive.writestr(f"engines/{own(SM89).key}/{name}", content)
             (folder / name).write_bytes(content)
     for path in (arrived.path, hidden):
-        faults = [len(engine.faults) for engine in find_engines(open_bundle(path), HOST)]
+        faults = [len(engine.problems) for engine in find_engines(open_bundle(path), HOST)]
         assert faults == [0, 0]
         by_key = {e.record.key: e for e in find_engines(open_bundle(path, KEY.public), HOST) if e.record}
         assert by_key[own(SM86).key].fit and not by_key[own(SM89).key].fit
-        assert "the signature that is required does not cover it" in str(by_key[own(SM89).key].faults)
+        assert "the signature that is required does not cover it" in str(by_key[own(SM89).key].problems)
 
 
 def test_what_this_machine_built_for_itself_needs_no_signature(bundle: Bundle) -> None:
@@ -171,7 +171,9 @@ def test_what_was_shipped_stays(bundle: Bundle, tmp_path: Path, cache: Path) -> 
     with pytest.raises(UsageError, match="shipped with engines"):
         choose_place(arrived, "bundle")
     other = replace(HOST, versions={"tensorrt-rtx": "1.8"})
-    assert only(arrived).fit and find_engines(arrived, other)[0].lasting and remove_stale_engines(arrived, other) == []
+    assert (
+        only(arrived).fit and find_engines(arrived, other)[0].permanent and remove_stale_engines(arrived, other) == []
+    )
     with pytest.raises(InputError, match="shipped with the bundle"):
         only(arrived).with_verification(VERIFIED)
     assert open_bundle(arrived.path).check_all() == () and only(arrived).fit
