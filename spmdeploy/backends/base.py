@@ -238,7 +238,7 @@ def _open_on(
 
 def _content(bundle: Bundle, record: GraphRecord) -> Path | GraphFiles:
     """A path spares the copy in memory that bytes cost, but only a folder has one."""
-    return bundle.path_of_graph(record) if bundle.is_folder else bundle.read_graph(record)
+    return bundle.path_of_graph(record) if bundle.is_on_disk(record) else bundle.read_graph(record)
 
 
 def _choose_graph(bundle: Bundle, precision: str, device: str) -> tuple[GraphRecord, str | None]:

@@ -23,10 +23,10 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from io import BytesIO
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
+from spmdeploy.bundle.external_data import external_locations
 from spmdeploy.bundle.manifest import (
     ON_CPU,
     REFINE,
@@ -38,8 +38,10 @@ from spmdeploy.bundle.signature import PublicKey, Signature, check_signature
 from spmdeploy.bundle.storage import (
     COPY_AGAIN,
     ENGINES,
+    FETCH_LFS,
     GOLDEN_IMAGES,
     GOLDEN_REFINED,
+    LFS_POINTER,
     MANIFEST,
     MAX_FILE_BYTES,
     SIGNATURE,
@@ -51,6 +53,7 @@ from spmdeploy.bundle.storage import (
 )
 from spmdeploy.errors import BundleError
 from spmdeploy.files import is_safe_relative_path, os_errors, sha256
+from spmdeploy.serialization import shorten
 
 MAX_TEXT_BYTES = 4 << 20  # manifest.json and SHA256SUMS, read before anything is trusted
 
@@ -78,8 +81,13 @@ class Bundle:
 
     @property
     def is_folder(self) -> bool:
-        """Whether the files have paths (`path_of`); those in a zip have none."""
+        """Whether it is a folder, whose files have paths, and not a zip."""
         return isinstance(self._store, FolderStore)
+
+    def is_on_disk(self, record: GraphRecord) -> bool:
+        """Whether a graph has a path (`path_of_graph`): not in a zip, nor where a file of it is a link that leads out
+        of the bundle, because libraries refuse external data that is."""
+        return self.is_folder and self._store.outside.isdisjoint(record.files)
 
     def files(self) -> dict[str, int]:
         """The files that SHA256SUMS covers and their sizes in bytes, sorted by name."""
@@ -124,29 +132,27 @@ class Bundle:
                 names.
         """
         content = self.read(record.file)
-        self._check_locations(record, BytesIO(content))
+        self._check_locations(record, content)
         weights = {} if record.weights is None else {PurePosixPath(record.weights).name: self.read(record.weights)}
         return GraphFiles(content, weights)
 
     def path_of_graph(self, record: GraphRecord) -> Path:
         """The path of a graph, in the folder of its weights; checked as by `read_graph`, used as that of `path_of`."""
-        path = self.path_of(record.file)
-        with _bundle_errors(path), self._store.open(record.file) as stream:
-            self._check_locations(record, stream)
+        self._check_locations(record, self.read(record.file))
         for name in record.files[1:]:
             self.path_of(name)
-        return path
+        return self.path_of(record.file)
 
-    def _check_locations(self, record: GraphRecord, stream: BinaryIO) -> None:
-        """Without a parser, which devices need not have: the key of an ONNX file's entry for a file name is `location`,
-        and no such word may be in the graph but in entries as they are written for the one file that it may name."""
-        name = b"" if record.weights is None else PurePosixPath(record.weights).name.encode()
-        length = bytes([min(len(name), 255)])  # from 128 on it would be written otherwise: such names are refused
-        entry = b"\x0a\x08" + _LOCATION + b"\x12" + length + name
-        keys, entries = _find_bytes(stream, self._store.sizes[record.file], (_LOCATION, entry))
-        if keys != (entries if name else 0):
-            may = f"other files than {record.weights}" if name else "files that the manifest does not name"
-            raise corrupt_bundle_error(self.path / record.file, f"asks for weights in {may}")
+    def _check_locations(self, record: GraphRecord, content: bytes) -> None:
+        shown = self.path / record.file
+        try:
+            locations = external_locations(content)
+        except ValueError as exc:
+            raise corrupt_bundle_error(shown, f"no ONNX graph: {exc}") from exc
+        allowed = set() if record.weights is None else {PurePosixPath(record.weights).name.encode()}
+        if other := sorted(locations - allowed):
+            name = shorten(other[0].decode("utf-8", "replace"))
+            raise corrupt_bundle_error(shown, f"asks for weights in {name}, which the manifest does not name")
 
     def read_signature(self) -> bytes | None:
         """The signature file in the bundle, checked or not."""
@@ -264,9 +270,17 @@ def _check_graphs(store: FileStore, digests: Mapping[str, str], manifest: Manife
         shown = store.shown / record.file
         size = store.sizes[record.file]
         if size != record.bytes:
+            _check_no_pointer(store, record.file)
             fault = "truncated" if size < record.bytes else "tampered with or damaged"
             raise corrupt_bundle_error(shown, f"{fault}: {size} bytes, but {MANIFEST} says {record.bytes}")
         _compare(shown, digests[record.file], record.sha256, MANIFEST)
+
+
+def _check_no_pointer(store: FileStore, name: str) -> None:
+    if store.sizes[name] < 1024:
+        with store.open(name) as stream:
+            if stream.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise BundleError(f"{store.shown / name}: a pointer of Git LFS, not the file", FETCH_LFS)
 
 
 def _check_golden(store: FileStore, digests: Mapping[str, str], manifest: Manifest) -> None:
@@ -283,22 +297,6 @@ def _compare(shown: Path, actual: str, expected: str, listed_in: str = SUMS) -> 
     if actual != expected:
         difference = f"SHA-256 is {actual[:12]}…, but {listed_in} says {expected[:12]}…"
         raise corrupt_bundle_error(shown, f"tampered with or damaged: {difference}")
-
-
-_LOCATION = b"location"
-
-
-def _find_bytes(stream: BinaryIO, size: int, words: tuple[bytes, bytes]) -> tuple[int, int]:
-    """How often each word stands in the next `size` bytes; piece by piece, as graphs may be large."""
-    first, second, seen = 0, 0, b""
-    longest = max(map(len, words))
-    while size > 0 and (chunk := stream.read(min(size, 1 << 20))):
-        size -= len(chunk)
-        window = seen + chunk
-        first += window.count(words[0]) - seen.count(words[0])
-        second += window.count(words[1]) - seen.count(words[1])
-        seen = window[-(longest - 1) :]
-    return first, second
 
 
 @contextmanager

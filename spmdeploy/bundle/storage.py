@@ -28,6 +28,7 @@ MAX_FILE_BYTES = (2 << 30) - 1  # an ONNX file cannot be larger: the limit of pr
 
 COPY_AGAIN = "copy the bundle again from where it came from, or export it again"
 EXPORT_FIRST = "turn weights into a bundle: spmdeploy export CHECKPOINT --output NAME.spm --classes cityscapes"
+LFS_POINTER, FETCH_LFS = b"version https://git-lfs.github.com/", "fetch it with git lfs pull"
 WHOLE_BUNDLE = "this is one part of a bundle; name the .spm folder that it came from"
 PACK_AGAIN = "make the zip inside the bundle's folder: zip -0 -X -r ../NAME.spm.zip ."
 
@@ -43,6 +44,8 @@ class FileStore(Protocol):
     """The path that messages name."""
     sizes: dict[str, int]
     """Size in bytes of every file, by its name."""
+    outside: set[str]
+    """Names of links that lead out of the bundle."""
 
     def open(self, name: str) -> AbstractContextManager[BinaryIO]:
         """A stream positioned at the first byte of a file in `sizes`; it may continue after the last one."""
@@ -72,10 +75,14 @@ def open_storage(path: Path) -> FileStore:
         what, hint = WHAT_IT_IS[path.suffix.lower()]
         raise BundleError(f"{path}: {what}, not a bundle", hint)
     with open(path, "rb") as stream:
-        start = stream.read(4)
-    if start in (b"PK\3\4", b"PK\5\6"):
+        start = stream.read(64)
+    if start[:4] in (b"PK\3\4", b"PK\5\6"):
         return ZipStore(path)
-    raise BundleError(f"{path}: not a bundle: neither a folder nor a zip (starts with {start!r})", EXPORT_FIRST)
+    if start.startswith(LFS_POINTER):
+        raise BundleError(f"{path}: a pointer of Git LFS, not the file", FETCH_LFS)
+    if start.lstrip()[:1] == b"<":
+        raise BundleError(f"{path}: a web page, not a bundle", "download the file itself")
+    raise BundleError(f"{path}: not a bundle: neither a folder nor a zip (starts with {start[:4]!r})", EXPORT_FIRST)
 
 
 def _interrupted_overwrite(path: Path) -> str:
@@ -93,10 +100,16 @@ def _no_manifest(path: Path, names: list[str]) -> BundleError:
 
 
 class FolderStore:
-    """A folder. Links are followed as long as they stay inside; messages name `shown`."""
+    """A folder, in which files and folders may be links, as package managers and download caches make them.
+
+    `outside` has the names of those that lead out of the folder: they may be read only if a hash covers the content.
+    Messages name `shown`.
+    """
 
     def __init__(self, root: Path, shown: Path | None = None) -> None:
         self.root, self.shown = root, shown or root
+        self._real_root = Path(os.path.realpath(root))
+        self.outside: set[str] = set()
         self.sizes = dict(self._listing())
 
     @contextmanager
@@ -104,33 +117,46 @@ class FolderStore:
         with open(self.root / name, "rb") as stream:
             size = os.fstat(stream.fileno()).st_size
             if size != self.sizes[name]:
-                raise corrupt_bundle_error(
-                    self.shown / name, f"{size} bytes, but {self.sizes[name]} when the bundle was opened"
-                )
+                fault = f"{size} bytes, but {self.sizes[name]} when the bundle was opened"
+                raise corrupt_bundle_error(self.shown / name, fault)
             yield stream
 
     def _listing(self) -> Iterator[tuple[str, int]]:
-        pending, seen = [self.root], 0
+        pending, seen, listed = [self.root], 0, set()
         while pending:
-            with os.scandir(pending.pop()) as entries:
-                found = list(islice(entries, MAX_ENTRIES + 1 - seen))
+            folder = pending.pop()
+            try:
+                status = os.stat(folder)
+                with os.scandir(folder) as entries:
+                    found = list(islice(entries, MAX_ENTRIES + 1 - seen))
+            except FileNotFoundError:
+                if folder == self.root:
+                    raise
+                continue  # of an engine that is being replaced
+            if (status.st_dev, status.st_ino) in listed:
+                shown = self.shown / folder.relative_to(self.root)
+                raise BundleError(f"{shown}: a link to a folder that is in the bundle already", "take it out")
+            listed.add((status.st_dev, status.st_ino))
             seen += len(found)
             if seen > MAX_ENTRIES:
                 raise BundleError(f"{self.shown}: more than {MAX_ENTRIES} files", "name the .spm folder alone")
             for entry in found:
-                if entry.is_dir(follow_symlinks=False):
+                if entry.is_dir():
                     pending.append(Path(entry.path))
-                else:
-                    yield self._name(entry), entry.stat().st_size
+                elif size := self._size(Path(entry.path)):
+                    yield size
 
-    def _name(self, entry: os.DirEntry[str]) -> str:
-        name = Path(entry.path).relative_to(self.root).as_posix()
-        target = Path(os.path.realpath(entry.path))  # Path.resolve raises RuntimeError for a link to itself
-        if Path(os.path.realpath(self.root)) not in target.parents:
-            raise BundleError(f"{self.shown / name}: a link to {target}, outside the bundle", COPY_AGAIN)
+    def _size(self, path: Path) -> tuple[str, int] | None:
+        """Name and size of a file; None if it is gone by now."""
+        name = path.relative_to(self.root).as_posix()
+        target = Path(os.path.realpath(path))  # Path.resolve raises RuntimeError for a link to itself
         if not target.is_file():
+            if not os.path.lexists(path):
+                return None
             raise BundleError(f"{self.shown / name}: no regular file", "take it out of the bundle")
-        return name
+        if self._real_root not in target.parents:
+            self.outside.add(name)
+        return name, target.stat().st_size
 
 
 class ZipStore:
@@ -142,6 +168,7 @@ class ZipStore:
 
     def __init__(self, path: Path) -> None:
         self.shown = path
+        self.outside: set[str] = set()
         with open(path, "rb") as archive:
             directory_start = _directory_start(archive, path)
             entries = _read_directory(archive, path)

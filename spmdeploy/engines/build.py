@@ -395,7 +395,7 @@ def _graph_on_disk(bundle: Bundle, graph: GraphRecord) -> Iterator[Path]:
 
     Parsers need a path, and files of a zip have none: they are written to a folder that only this user can read.
     """
-    if bundle.is_folder:
+    if bundle.is_on_disk(graph):
         yield bundle.path_of_graph(graph)
         return
     content, weights = bundle.read_graph(graph)

@@ -10,6 +10,7 @@ A bundle may be shipped with engines, which SHA256SUMS then lists: they are neve
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -36,6 +37,7 @@ from spmdeploy.files import atomic_write, os_errors, put_in_place, sha256, stagi
 
 LOG_FILE = "build.log"
 MAX_RECORD_BYTES = 1 << 20
+logger = logging.getLogger("spmdeploy")
 PACKAGE = Path(os.path.realpath(__file__)).parents[1]
 
 Place = Literal["bundle", "cache"]
@@ -170,15 +172,14 @@ def named_engines(bundle: Bundle, names: Sequence[str]) -> list[StoredEngine]:
 
 def _stores(bundle: Bundle) -> list[tuple[FileStore, str, Place]]:
     """Where to search, and below which prefix."""
-    stores: list[tuple[FileStore, str, Place]] = []
+    with os_errors(bundle.path, "read", BundleError):
+        stores: list[tuple[FileStore, str, Place]] = [(open_storage(bundle.path), ENGINES, "bundle")]
     try:
-        stores.append((open_storage(bundle.path), ENGINES, "bundle"))
-        with suppress(UnavailableError):
-            cache = cache_folder()
-            if cache.is_dir():
-                stores.append((FolderStore(cache), "", "cache"))
-    except OSError as exc:
-        raise BundleError(f"{exc.filename or bundle.path}: cannot be read: {exc.strerror or exc}", "try again") from exc
+        cache = cache_folder()
+        if cache.is_dir():
+            stores.append((FolderStore(cache), "", "cache"))
+    except (OSError, BundleError, UnavailableError) as exc:  # such as a home folder that this user may not enter
+        logger.info("engines in the cache are not used: %s", exc)
     return stores
 
 
@@ -218,8 +219,13 @@ def _check_folder(
     """The engine that the folder's record describes, then engine files that it does not describe."""
     shown = store.shown / folder
     engines = sorted(name for name in names if name.endswith(ENGINE_SUFFIX))
-    covered = () if bundle is None or place == "cache" else bundle.files()
+    covered = {} if bundle is None or place == "cache" else bundle.files()
     shipped = any(folder + name in covered for name in names)
+    if links := sorted(name for name in names if folder + name in store.outside - covered.keys()):
+        leads_out = f"{links[0]} is a link that leads out of {store.shown}, and no hash covers it"
+        for name in engines or [RECORD_FILE]:
+            yield StoredEngine(shown / name, place, None, (leads_out,), (), (), shipped, store, folder)
+        return
     record, fault = _read_record(store, folder) if RECORD_FILE in names else (None, f"no {RECORD_FILE} beside it")
     if record is None:
         for name in engines or [RECORD_FILE]:
@@ -309,8 +315,8 @@ def _digest(store: FileStore, name: str) -> str:
     try:
         with store.open(name) as stream:
             return sha256(stream, store.sizes[name])
-    except OSError as exc:
-        return f"unreadable ({exc.strerror})"
+    except (OSError, BundleError) as exc:
+        return f"unreadable ({exc})"
 
 
 def _concerns(bundle: Bundle, record: EngineRecord | None) -> bool:

@@ -78,15 +78,35 @@ def fill(writer: BundleWriter, graphs: Mapping[str, bytes] = GRAPHS) -> tuple[Gr
 
 
 WEIGHTS = b"weights of both"
-LOCATION = b"\n\x08location\x12\x0eshared.weights"
-"""What a graph says that keeps weights in graphs/shared.weights."""
 
 
-def with_weights_beside(target: Path, said: bytes = LOCATION) -> Bundle:
-    """A bundle whose graphs share a file of weights. said: in both of them, beside other things."""
+def message(number: int, content: bytes) -> bytes:
+    """A length-delimited field of a protobuf message."""
+    size, length = len(content), b""
+    while size > 127:
+        length, size = length + bytes([size & 127 | 128]), size >> 7
+    return bytes([number << 3 & 127 | 130, number >> 4]) + length + bytes([size]) + content
+
+
+def entry(key: bytes, value: bytes) -> bytes:
+    """A StringStringEntryProto."""
+    return message(1, key) + message(2, value)
+
+
+def graph_with(*entries: bytes) -> bytes:
+    """A ModelProto with an initializer whose external data has these entries."""
+    return message(7, message(5, b"".join(message(13, each) for each in entries)))
+
+
+LOCATION = graph_with(entry(b"location", b"shared.weights"))
+"""A graph that keeps weights in graphs/shared.weights."""
+
+
+def with_weights_beside(target: Path, graph: bytes = LOCATION) -> Bundle:
+    """A bundle whose graphs share a file of weights. graph: both of them, but for the name of their producer."""
     with BundleWriter(target) as writer:
         writer.add_bytes("graphs/shared.weights", WEIGHTS)
-        records = fill(writer, {key: content + said + content for key, content in GRAPHS.items()})
+        records = fill(writer, {key: message(2, content) + graph for key, content in GRAPHS.items()})
         records = tuple(dataclasses.replace(record, weights="graphs/shared.weights") for record in records)
         return writer.finish(manifest_of(records))
 

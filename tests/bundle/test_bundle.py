@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spmdeploy.bundle.bundle import open_bundle
+from spmdeploy.bundle.external_data import external_locations
 from spmdeploy.bundle.manifest import GoldenEdit, Manifest
 from spmdeploy.bundle.storage import GOLDEN_IMAGES, MANIFEST, SUMS
 from spmdeploy.bundle.writer import BundleWriter
@@ -31,9 +32,12 @@ from .conftest import (
     GRAPHS,
     LOCATION,
     WEIGHTS,
+    entry,
     fill,
+    graph_with,
     list_sums,
     manifest_of,
+    message,
     names_in,
     refusal,
     with_weights_beside,
@@ -171,9 +175,18 @@ def test_a_truncated_graph_is_found_at_once(street: Path) -> None:
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("start", [0, (1 << 20) - 20, (1 << 20) - 1])  # also where two pieces meet that are read
-def test_a_graph_is_read_with_the_weights_that_it_may_name(tmp_path: Path, packed: bool, start: int) -> None:
-    bundle = with_weights_beside(tmp_path / "street.spm", bytes(start) + LOCATION)
+@pytest.mark.parametrize(
+    "graph",
+    [
+        LOCATION,
+        b"".join(graph_with(entry(b"location", b"shared.weights"), entry(b"offset", b"0")) for _ in range(3)),
+        graph_with(message(2, b"shared.weights") + message(1, b"location")),
+        LOCATION + message(6, b"docs about the location of things"),
+        message(7, message(1, message(5, message(5, message(13, entry(b"location", b"shared.weights")))))),
+    ],
+)
+def test_read_graph_weights_that_the_manifest_names_are_read(tmp_path: Path, packed: bool, graph: bytes) -> None:
+    bundle = with_weights_beside(tmp_path / "street.spm", graph)
     bundle = open_bundle(pack(bundle, tmp_path / "one.zip")) if packed else bundle
     for record in bundle.manifest.graphs:
         files = bundle.read_graph(record)
@@ -182,28 +195,83 @@ def test_a_graph_is_read_with_the_weights_that_it_may_name(tmp_path: Path, packe
             assert bundle.path_of_graph(record).with_name("shared.weights").read_bytes() == WEIGHTS
 
 
-HOSTILE = [
-    LOCATION.replace(b"shared.weights", b"/../../e.passwd"[:14]),
-    LOCATION.replace(b"\x0e", b"\x8e\x00"),  # the same length in two bytes
-    LOCATION.replace(b"\x08location", b"\x88\x00location"),
-    LOCATION[10:] + LOCATION[:10],  # the name before the key
-    LOCATION[:-14] + b"\x0f./shared.weight",
-    LOCATION + LOCATION.replace(b"shared", b"others"),
-    bytes((1 << 20) - 5) + b"location",
-]
+OTHER = message(13, entry(b"location", b"/etc/passwd"))
+HOSTILE = {
+    "another": message(7, message(5, OTHER)),
+    "second": LOCATION + message(7, message(5, OTHER)),
+    "given twice": graph_with(entry(b"location", b"shared.weights") + message(2, b"/etc/passwd")),
+    "key given twice": graph_with(message(1, b"offset") + entry(b"location", b"/etc/passwd")),
+    "before the key": graph_with(message(2, b"/etc/passwd") + message(1, b"location")),
+    "looks like an entry": graph_with(
+        message(15, b"j\x1a") + entry(b"location", b"shared.weights") + message(2, b"/etc")
+    ),
+    "attribute": message(7, message(1, message(5, message(5, OTHER)))),
+    "attributes": message(7, message(1, message(5, message(10, OTHER)))),
+    "inner graph": message(7, message(1, message(5, message(6, message(5, OTHER))))),
+    "inner graphs": message(7, message(1, message(5, message(11, message(5, OTHER))))),
+    "sparse": message(7, message(15, message(1, OTHER))),
+    "sparse indices": message(7, message(15, message(2, OTHER))),
+    "sparse attribute": message(7, message(1, message(5, message(22, message(2, OTHER))))),
+    "sparse attributes": message(7, message(1, message(5, message(23, message(1, OTHER))))),
+    "function": message(25, message(7, message(5, message(5, OTHER)))),
+    "default of a function": message(25, message(11, message(5, OTHER))),
+    "training": message(20, message(1, message(5, OTHER))),
+    "training algorithm": message(20, message(2, message(5, OTHER))),
+    "empty": graph_with(message(1, b"location")),
+}
 
 
-@pytest.mark.parametrize("said", HOSTILE)
+@pytest.mark.parametrize("graph", HOSTILE.values(), ids=HOSTILE)
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_graph_that_asks_for_other_weights_is_refused(tmp_path: Path, said: bytes, packed: bool) -> None:
-    bundle = with_weights_beside(tmp_path / "street.spm", said)
+def test_read_graph_other_weights_are_refused(tmp_path: Path, graph: bytes, packed: bool) -> None:
+    bundle = with_weights_beside(tmp_path / "street.spm", graph)
     bundle = open_bundle(pack(bundle, tmp_path / "one.zip")) if packed else bundle
     for record in bundle.manifest.graphs:
         for way in (bundle.read_graph, *([] if packed else [bundle.path_of_graph])):
-            with pytest.raises(BundleError, match=r"asks for weights in other files than graphs/shared\.weights"):
+            with pytest.raises(BundleError, match=r"asks for weights in '.*', which the manifest does not name"):
                 way(record)
-            with pytest.raises(BundleError, match="in files that the manifest does not name"):
-                way(dataclasses.replace(record, weights=None))
+
+
+def test_read_graph_weights_that_the_record_does_not_name_are_refused(tmp_path: Path) -> None:
+    bundle = with_weights_beside(tmp_path / "street.spm")
+    with pytest.raises(BundleError, match="asks for weights in 'shared"):
+        bundle.read_graph(dataclasses.replace(bundle.manifest.graphs[0], weights=None))
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.data())
+def test_external_locations_agree_with_onnx_on_changed_graphs(data: st.DataObject) -> None:
+    onnx = pytest.importorskip("onnx")
+    decode_error = pytest.importorskip("google.protobuf.message").DecodeError
+    content = bytearray(data.draw(st.sampled_from(sorted(HOSTILE.values()))))
+    for place in data.draw(st.lists(st.integers(0, len(content) - 1), max_size=3)):
+        content[place] = data.draw(st.integers(0, 255))
+    try:
+        model = onnx.ModelProto.FromString(bytes(content))
+    except decode_error:
+        return  # no library loads it
+    tensors = [*model.graph.initializer]
+    entries = [(each.key, each.value) for tensor in tensors for each in tensor.external_data]
+    values = [value for key, value in entries if key in ("location", b"location")]
+    expected = {value if isinstance(value, bytes) else value.encode() for value in values}  # bytes if it is no UTF-8
+    try:
+        assert expected <= external_locations(bytes(content))
+    except ValueError:
+        return  # stricter than protobuf is safe
+
+
+@pytest.mark.parametrize("content", [b"\x0a\x7flocation", b"\x0blocation", b"\xff" * 11 + b"location", b"abcdORTM"])
+def test_external_locations_what_is_no_graph_is_refused(content: bytes) -> None:
+    with pytest.raises(ValueError, match=r"ends after|wire type|10 bytes|own format"):
+        external_locations(content)
+
+
+def test_external_locations_deep_nesting_is_refused() -> None:
+    content = b"location"
+    for _ in range(60):
+        content = message(1, message(5, message(6, content)))
+    with pytest.raises(ValueError, match="nested too deeply"):
+        external_locations(message(7, content))
 
 
 def test_damaged_weights_are_found(tmp_path: Path) -> None:

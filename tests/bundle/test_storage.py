@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 
 from spmdeploy.bundle import storage as bundle_files
 from spmdeploy.bundle.bundle import open_bundle
-from spmdeploy.bundle.storage import MANIFEST
+from spmdeploy.bundle.storage import MANIFEST, SUMS
 from spmdeploy.engines.pack import pack
 from spmdeploy.errors import BundleError
 from spmdeploy.files import is_safe_relative_path
@@ -81,37 +82,81 @@ def test_a_large_folder_with_a_manifest_is_not_walked_to_the_end(street: Path, m
 # ---------------------------------------------------------------------------------------------------------------- links
 
 
-def _outside(street: Path) -> Path:
-    secret = street.parent / "secret.png"
-    secret.write_bytes(b"image.png")  # the very bytes that are listed: it is the link that is refused
-    return secret
+def test_open_links_to_listed_content_outside_are_read(street: Path) -> None:
+    store = street.parent / "store"
+    store.mkdir()
+    for number, path in enumerate(sorted(path for path in street.rglob("*") if path.is_file())):
+        shutil.move(path, store / str(number))
+        path.symlink_to(store / str(number))
+    (street / "README.md").symlink_to(store / "0")
+    bundle = open_bundle(street)
+    assert bundle.check_all() == ("README.md",)
+    record = bundle.graph("edit", "fp16")
+    assert bundle.read(record.file) == GRAPHS["fp16"]
+    assert not bundle.is_on_disk(record)  # libraries refuse external data behind such links
 
 
-def test_a_link_that_leads_outside_is_refused(street: Path) -> None:
-    picture = street / "golden/tree/image.png"
-    picture.unlink()
-    picture.symlink_to(_outside(street))
-    assert f"{picture}: a link to {street.parent / 'secret.png'}, outside the bundle" in refusal(street)
+def test_open_link_outside_with_other_content_is_refused(street: Path) -> None:
+    (street.parent / "secret.png").write_bytes(b"other.png")
+    image = street / "golden/tree/image.png"
+    image.unlink()
+    image.symlink_to(street.parent / "secret.png")
+    assert "golden/tree/image.png: tampered with or damaged" in refusal(street)
 
 
-def test_a_folder_that_is_a_link_is_refused(street: Path) -> None:
+def test_open_hugging_face_cache_is_read(street: Path) -> None:
+    snapshot = street.parent / "models--a--b/snapshots/0123"
+    blobs = street.parent / "models--a--b/blobs"
+    blobs.mkdir(parents=True)
+    for path in [path for path in street.rglob("*") if path.is_file()]:
+        blob = blobs / hashlib.sha256(path.read_bytes()).hexdigest()
+        shutil.move(path, blob)
+        link = snapshot / path.relative_to(street)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    assert open_bundle(snapshot).check_all() == ()
+    assert open_bundle(pack(open_bundle(snapshot), street.parent / "copy.spm")).check_all() == ()
+
+
+def test_open_folder_that_is_a_link_is_read(street: Path) -> None:
     shutil.move(street / "golden", street.parent / "golden")
     (street / "golden").symlink_to(street.parent / "golden")
-    assert "golden: a link to" in refusal(street)
+    assert open_bundle(street).check_all() == ()
 
 
-def test_links_inside_the_bundle_are_followed_and_broken_or_circular_ones_are_not(street: Path) -> None:
+def test_open_links_inside_are_followed_and_broken_or_circular_ones_are_refused(street: Path) -> None:
     (street / "graphs/edit.fp16.onnx").rename(street / "graphs/half.onnx")
     (street / "graphs/edit.fp16.onnx").symlink_to("half.onnx")
-    assert open_bundle(street).read("graphs/edit.fp16.onnx") == GRAPHS["fp16"]
+    bundle = open_bundle(street)
+    assert bundle.read("graphs/edit.fp16.onnx") == GRAPHS["fp16"] and bundle.is_on_disk(bundle.graph("edit", "fp16"))
     (street / "loose").symlink_to("nowhere")
     assert "loose: no regular file" in refusal(street)
     (street / "loose").unlink()
     (street / "loop").symlink_to(".")
-    assert "loop: a link to" in refusal(street)
+    assert "loop: a link to a folder that is in the bundle already" in refusal(street)
     (street / "loop").unlink()
     (street / "loop").symlink_to("loop")
-    assert "loop: no regular file" in refusal(street)
+    assert "loop: too many symbolic links" in refusal(street)
+
+
+def test_gitattributes_no_hashed_file_is_converted_by_git() -> None:
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        pytest.skip("no clone")
+    bundle = root / "spmdeploy/assets/models/street.spm"
+    names = [str(bundle / name) for name in (*open_bundle(bundle).files(), SUMS)]
+    done = subprocess.run(["git", "check-attr", "text", "--", *names], cwd=root, capture_output=True, text=True)
+    assert len(done.stdout.splitlines()) == len(names)
+    assert all(line.endswith("text: unset") for line in done.stdout.splitlines()), done.stdout
+
+
+def test_open_pointer_of_git_lfs_and_web_page_are_named(street: Path) -> None:
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 99\n"
+    (street / "graphs/edit.fp16.onnx").write_bytes(pointer)
+    assert "edit.fp16.onnx: a pointer of Git LFS" in refusal(street) and "git lfs pull" in refusal(street)
+    for content, message in ((pointer, "a pointer of Git LFS"), (b"\n<!DOCTYPE html><html>", "a web page")):
+        (street.parent / "page.spm").write_bytes(content)
+        assert message in refusal(street.parent / "page.spm")
 
 
 def test_a_pipe_is_refused_instead_of_waited_for(street: Path) -> None:

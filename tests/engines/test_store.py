@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
 import stat
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -353,5 +357,57 @@ def test_a_link_out_of_the_cache_is_not_followed(bundle: Bundle, cache: Path, tm
     outside = tmp_path / "outside.engine"
     path.rename(outside)
     path.symlink_to(outside)
-    with pytest.raises(BundleError, match="a link to"):
-        find_engines(bundle, HOST)
+    found = only(bundle)
+    assert not found.fit and "is a link that leads out of" in found.problems[0]
+
+
+@pytest.mark.parametrize("failing", ["is_dir", "scandir"])
+def test_find_engines_cache_that_cannot_be_entered_holds_none(
+    bundle: Bundle, cache: Path, failing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache.mkdir(parents=True)
+    is_dir, scandir = Path.is_dir, os.scandir
+
+    def refuse(path: Any) -> Any:
+        if Path(path) == cache:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return (is_dir if failing == "is_dir" else scandir)(path)
+
+    monkeypatch.setattr(*((Path, "is_dir", refuse) if failing == "is_dir" else (os, "scandir", refuse)))
+    assert find_engines(bundle, HOST) == []
+
+
+def test_find_engines_cache_with_a_broken_link_holds_none(bundle: Bundle, cache: Path) -> None:
+    cache.mkdir(parents=True)
+    (cache / "loose").symlink_to("nowhere")
+    assert find_engines(bundle, HOST) == []
+
+
+def test_find_engines_link_out_of_the_bundle_is_not_loaded(bundle: Bundle, tmp_path: Path) -> None:
+    path = add(in_bundle(bundle))
+    shutil.move(path, tmp_path / "elsewhere.engine")
+    path.symlink_to(tmp_path / "elsewhere.engine")
+    found = only(bundle)
+    assert not found.fit and "is a link that leads out of" in found.problems[0]
+
+
+BUILD = """
+import sys
+from pathlib import Path
+from spmdeploy.bundle.bundle import open_bundle
+from tests.engines.test_store import HOST, add, choose_place, find_engines
+bundle = open_bundle(sys.argv[1])
+for _ in range(25):
+    add(choose_place(bundle, "cache"))
+    (found,) = find_engines(bundle, HOST)
+    found.read()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere an engine is replaced in two steps")
+def test_engine_writer_two_processes_in_one_cache_leave_one_whole_engine(bundle: Bundle, cache: Path) -> None:
+    command = [sys.executable, "-c", BUILD, str(bundle.path)]
+    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [(process.communicate()[1], process.returncode) for process in processes] == [("", 0), ("", 0)]
+    assert only(bundle).read() == CONTENT
+    assert [path.name for path in cache.iterdir()] == [only(bundle).path.parent.name]

@@ -25,9 +25,8 @@ from spmdeploy.engines.store import (
 )
 from spmdeploy.errors import BundleError, InputError, UsageError
 from tests.bundle.conftest import GRAPHS, secret_key, write_street
-
-from .records import HOST, SAMPLE, for_targets
-from .test_engine_record import VERIFIED
+from tests.engines.test_record import VERIFIED
+from tests.simulators.records import HOST, SAMPLE, for_targets
 
 KEY = secret_key(b"\1" * 8, b"\2" * 32)
 CONTENT, HOSTILE = b"not really an engine", b"something hostile!!!"
