@@ -29,10 +29,8 @@ REFERENCE = "torch fp32"
 def large_edit(golden: GoldenSample) -> EditRegion:
     """A golden edit's photo side by side with itself, four by five, and a square hole over several of them: it has
     detail in every pixel, so that every level is refined."""
-    side = golden.mask.shape[1]
-    picture, labels, instances = (
-        np.tile(array[0], (4, 5, 1)[: array[0].ndim]) for array in (golden.image, golden.labels, golden.instances)
-    )
+    side = golden.inputs.mask.shape[1]
+    picture, labels, instances = (np.tile(array[0], (4, 5, 1)[: array[0].ndim]) for array in golden.inputs[:3])
     mask = np.zeros(labels.shape, np.bool_)
     mask[3 * side // 4 : 13 * side // 4, side : 7 * side // 2] = True
     return EditRegion(picture, labels, mask, instances)

@@ -41,6 +41,7 @@ from spmdeploy.bench.machine import describe_machine, read_state
 from spmdeploy.bundle.bundle import Bundle, open_bundle
 from spmdeploy.errors import SpmDeployError, UnavailableError
 from spmdeploy.gpu.driver import visible_gpus
+from spmdeploy.types import ModelInput
 
 SCHEMA = "spmdeploy.gpu-check/2"
 FAILED, NOT_PREPARED = 5, 4
@@ -229,20 +230,16 @@ def _golden(bundle: Bundle) -> dict[str, GoldenSample]:
     return {edit.name: read_golden(bundle, edit) for edit in bundle.manifest.golden}
 
 
-def _inputs(golden: GoldenSample) -> tuple[NDArray[Any], ...]:
-    return golden.image, golden.labels, golden.instances, golden.mask
-
-
 def pictures(runner: Runner, contender: Contender, bundle: Bundle, work: Path) -> dict[str, Any]:
     """Compared with the reference contender's pictures (which it leaves behind), and with those of the export."""
     name = bundle.path.stem
     kept, limits = work / f"reference.{name}.npz", bundle.manifest.limits[contender.limits]  # type: ignore[index]
     golden = _golden(bundle)
-    made = {edit: runner.run(*_inputs(one)) for edit, one in golden.items()}
+    made = {edit: runner.run(one.inputs) for edit, one in golden.items()}
     of = {edit: (one, one.expected) for edit, one in golden.items()}
     for edit, one in golden.items():
         if runner.refine is not None and one.refined is not None:
-            unrounded = runner.refine(*_inputs(one), one.coarse)
+            unrounded = runner.refine(one.inputs, one.coarse)
             made[f"{edit} refined"] = np.clip(np.rint(unrounded), 0, 255).astype(np.uint8)
             of[f"{edit} refined"] = one, one.refined
     if contender.name == "torch fp32":
@@ -251,11 +248,11 @@ def pictures(runner: Runner, contender: Contender, bundle: Bundle, work: Path) -
     with np.load(kept) as reference:
         for name_of, picture in made.items():
             one, at_export = of[name_of]
-            keep = one.mask == 0
-            if not np.array_equal(picture[keep], one.image[keep]):
+            keep = one.inputs.mask == 0
+            if not np.array_equal(picture[keep], one.inputs.image[keep]):
                 faults.append(f"{name_of}: pixels outside the mask were changed")
             for whose, expected in {"torch fp32 here": reference[name_of], "torch at export": at_export}.items():
-                drift = measure_deviation(picture, expected, one.mask)
+                drift = measure_deviation(picture, expected, one.inputs.mask)
                 drifts.append({"edit": name_of, "from": whose, **drift.to_json()})
                 faults += [f"{name_of}, from {whose}: {fault}" for fault in drift.faults(limits)]
     told = {"name": f"pictures of the {name} bundle", "passed": not faults, "drifts": drifts}
@@ -264,10 +261,10 @@ def pictures(runner: Runner, contender: Contender, bundle: Bundle, work: Path) -
 
 def repeated(runner: Runner, contender: Contender, bundle: Bundle, repeats: int) -> dict[str, Any]:
     """The same bytes every time, and no memory that goes with the runs."""
-    inputs = _inputs(next(iter(_golden(bundle).values())))
+    inputs = next(iter(_golden(bundle).values())).inputs
     digests, free = set(), []
     for number in range(repeats):
-        digests.add(hashlib.sha256(runner.run(*inputs).tobytes()).hexdigest())
+        digests.add(hashlib.sha256(runner.run(inputs).tobytes()).hexdigest())
         if contender.device != "cpu" and number in (min(9, repeats - 1), repeats - 1):
             free.append(free_bytes())
     lost = free[0] - free[-1] if free and free[0] is not None and free[-1] is not None else None
@@ -281,10 +278,10 @@ def reopened(contender: Contender, bundle: Bundle) -> list[dict[str, Any]]:
     """Opening, running and closing gives the memory back."""
     if contender.device == "cpu" or free_bytes() is None:
         return []
-    inputs, free = _inputs(next(iter(_golden(bundle).values()))), []
+    inputs, free = next(iter(_golden(bundle).values())).inputs, []
     for _ in range(3):
         with _opened(contender, bundle) as runner:
-            runner.run(*inputs)
+            runner.run(inputs)
         _let_torch_go()
         free.append(free_bytes() or 0)
     lost = free[0] - free[-1]
@@ -312,15 +309,15 @@ def beside_torch(runner: Runner, contender: Contender, bundle: Bundle) -> list[d
         return []
     if not torch.cuda.is_available():
         return []
-    inputs = _inputs(next(iter(_golden(bundle).values())))
-    alone = runner.run(*inputs)
+    inputs = next(iter(_golden(bundle).values())).inputs
+    alone = runner.run(inputs)
     factor = torch.arange(1 << 20, device="cuda", dtype=torch.float32).reshape(1024, 1024) % 7
     product, stream, faults = factor @ factor, torch.cuda.current_stream().cuda_stream, []
     side = torch.cuda.Stream()
     for _ in range(5):
         with torch.cuda.stream(side):
             again = factor @ factor
-        if not np.array_equal(runner.run(*inputs), alone):
+        if not np.array_equal(runner.run(inputs), alone):
             faults.append("other pictures beside PyTorch than alone")
         torch.cuda.synchronize()
         if not torch.equal(again, product):
@@ -335,12 +332,11 @@ def beside_torch(runner: Runner, contender: Contender, bundle: Bundle) -> list[d
     return checks
 
 
-def _on_tensors(runner: Runner, inputs: tuple[NDArray[Any], ...], alone: NDArray[np.uint8]) -> dict[str, Any]:
+def _on_tensors(runner: Runner, inputs: ModelInput, alone: NDArray[np.uint8]) -> dict[str, Any]:
     import torch
 
     assert runner.run_device is not None
-    names = ("image", "labels", "instances", "mask")
-    tensors = {name: torch.from_numpy(array).cuda() for name, array in zip(names, inputs, strict=True)}
+    tensors = {name: torch.from_numpy(array).cuda() for name, array in inputs._asdict().items()}
     edited = torch.zeros(alone.shape, dtype=torch.uint8, device="cuda")
     for stream in (torch.cuda.current_stream(), torch.cuda.Stream()):
         edited.zero_()
@@ -362,18 +358,18 @@ def latency(runner: Runner, bundle: Bundle, repeats: int) -> dict[str, Any]:
     golden = next(iter(_golden(bundle).values()))
     told: dict[str, Any] = {}
     for batch in BATCHES:
-        inputs = [np.repeat(array, batch, axis=0) for array in _inputs(golden)]
+        inputs = ModelInput(*(np.repeat(array, batch, axis=0) for array in golden.inputs))
         for _ in range(min(WARM_UP, repeats)):
-            runner.run(*inputs)
+            runner.run(inputs)
         wall = [_seconds(runner.run, inputs) * 1e3 for _ in range(repeats)]
-        device = [runner.timed(*inputs) for _ in range(repeats)] if runner.timed else None
+        device = [runner.timed(inputs) for _ in range(repeats)] if runner.timed else None
         told[str(batch)] = {"wall": _summary(wall), "device": None if device is None else _summary(device)}
     return told
 
 
-def _seconds(call: Callable[..., Any], inputs: list[NDArray[Any]]) -> float:
+def _seconds(call: Callable[..., Any], inputs: ModelInput) -> float:
     started = time.perf_counter()
-    call(*inputs)
+    call(inputs)
     return time.perf_counter() - started
 
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from spmdeploy.bundle.bundle import Bundle
 from spmdeploy.errors import UnavailableError
+from spmdeploy.types import ModelInput
 
 _EMPTY = (((3,), np.uint8), ((), np.uint8), ((), np.int32), ((), np.uint8))
 
@@ -66,17 +67,17 @@ def _torch(bundle: Bundle, device: str, half: bool = False, compiled: bool = Fal
     else:
         session = (AutocastSession if half else TorchSession)(generator, device)
 
-    def timed(image: Any, labels: Any, instances: Any, mask: Any) -> float:
+    def timed(inputs: ModelInput) -> float:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
-        session.run(image, labels, instances, mask)
+        session.run(inputs)
         end.record()
         end.synchronize()
         return float(start.elapsed_time(end))
 
     if compiled:
         try:
-            session.run(*(np.zeros((1, 256, 256, *more), kind) for more, kind in _EMPTY))
+            session.run(ModelInput(*(np.zeros((1, 256, 256, *more), kind) for more, kind in _EMPTY)))
         except Exception as error:  # whatever the compiler lacks: Triton, a C compiler, this GPU
             raise UnavailableError(f"torch.compile does not work here: {' '.join(str(error).split())[:300]}") from error
     name = torch.cuda.get_device_name(0) if device != "cpu" else "the CPU"

@@ -78,7 +78,7 @@ def _read_by_norms(generator: Generator, golden: GoldenSample, look: Any) -> dic
                 seen[name] = look(output.detach())
 
             hooks.append(module.features.register_forward_hook(note))
-    arrays = (golden.image, golden.labels, golden.instances, golden.mask)
+    arrays = golden.inputs
     with torch.inference_mode():
         EditGraph(generator).eval()(*(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays))
     for hook in hooks:

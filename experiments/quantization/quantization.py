@@ -168,11 +168,11 @@ class _Photos(CalibrationDataReader):  # type: ignore[misc]
 
 def by_torch(bundle: Bundle) -> Iterator[tuple[str, Run]]:
     reference = TorchSession(bundled_generator(bundle))
-    yield "torch fp32", lambda case: reference.run(*case)
+    yield "torch fp32", lambda case: reference.run(case)
 
     def in_bf16(case: ModelInput) -> NDArray[np.uint8]:
         with torch.autocast("cpu", torch.bfloat16):
-            return reference.run(*case)
+            return reference.run(case)
 
     yield "torch bf16 (autocast)", in_bf16
 

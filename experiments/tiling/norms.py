@@ -18,6 +18,7 @@ from torch import Tensor
 from spmdeploy.model import deploy, modulation
 from spmdeploy.model.deploy import COLOR_BLOCK, EditGraph, RefineGraph
 from spmdeploy.tiling.pyramid import PyramidLevel
+from spmdeploy.types import ModelInput
 
 Canvas = NDArray[np.float32]
 Moments = tuple[Tensor, Tensor]
@@ -57,29 +58,29 @@ class ExperimentSession:
         self.coarse: list[Moments | None] = []
         self.runs = 0
 
-    def run(self, *inputs: NDArray[Any]) -> NDArray[np.uint8]:
-        return np.rint(self.edit(*inputs)).astype(np.uint8)
+    def run(self, inputs: ModelInput) -> NDArray[np.uint8]:
+        return np.rint(self.edit(inputs)).astype(np.uint8)
 
-    def run_unrounded(self, *inputs: NDArray[Any]) -> Canvas:
+    def run_unrounded(self, inputs: ModelInput) -> Canvas:
         sums: dict[int, MomentSums] = {}
         content = torch.zeros(1, 1, self.size, self.size)
         content[..., : self.content[0], : self.content[1]] = 1
         with replay_norms([], lambda number, x: sums.setdefault(number, MomentSums()).add(x, content)):
-            image = self.edit(*inputs)
+            image = self.edit(inputs)
         self.coarse = collect_moments(sums, MIN_SIDE)[-self._norms_of_last :]
         return image
 
-    def edit(self, *inputs: NDArray[Any]) -> Canvas:
+    def edit(self, inputs: ModelInput) -> Canvas:
         return self._outputs(self._edit, *inputs)
 
-    def refine(self, *inputs: NDArray[Any]) -> Canvas:
+    def refine(self, inputs: ModelInput, coarse: Canvas) -> Canvas:
         by_default = {
             "tile": nullcontext(),
             "coarse": replay_norms(self.coarse),
             "bounded": replay_norms(self.coarse, bound=MAX_VARIANCE_RATIO),
         }[self.statistics]
         with next(self.norms, by_default), replaced(deploy, *self._color_transfer()):
-            return self._outputs(self._last_stage, *inputs)
+            return self._outputs(self._last_stage, *inputs, coarse)
 
     def _color_transfer(self) -> tuple[str, Any]:
         """Name and value to replace in the deploy module."""

@@ -47,6 +47,7 @@ from spmdeploy.tiling.pyramid import plan_pyramid
 from spmdeploy.tiling.seams import border_lines, seam_score
 from spmdeploy.tiling.windows import full_window
 from spmdeploy.training.perceptual import Lpips
+from spmdeploy.types import ModelInput
 
 HEIGHT, WIDTH = 640, 896
 HALF_SINE = geometry.blend_windows
@@ -148,12 +149,13 @@ def run_variants(network: ExperimentSession, scene: EditRegion) -> dict[str, dic
     frame = fit_letterbox(window)
     inputs = stacked([model_input(scene, frame.height, frame.width, 256)])
     network.content = (frame.height, frame.width)
-    edited = network.run_unrounded(*inputs)[0]
+    edited = network.run_unrounded(inputs)[0]
     half, _ = refine_on_host(
         network, tuple(coarser), coarse_canvas(frame, edited, coarser[0]), scene, BATCH, PhaseTimer()
     )
     started, network.color_block = time.process_time(), 0
-    whole = network.refine(*(part[None, :HEIGHT] for part in model_input(scene, HEIGHT, WIDTH, WIDTH)), half[None])[0]
+    uncut = ModelInput(*(part[None, :HEIGHT] for part in model_input(scene, HEIGHT, WIDTH, WIDTH)))
+    whole = network.refine(uncut, half[None])[0]
     seconds = time.process_time() - started
     lines = border_lines(last.rows, 256), border_lines(last.columns, 256)
     seam = seam_score(whole, scene.mask, *lines)
@@ -195,8 +197,8 @@ class Independent:
     def __init__(self, network: ExperimentSession) -> None:
         self.network = network
 
-    def refine(self, *inputs: NDArray[Any]) -> Canvas:
-        return self.network.edit(*inputs[:4])
+    def refine(self, inputs: ModelInput, coarse: Canvas) -> Canvas:
+        return self.network.edit(inputs)
 
 
 def ramps_of(kind: str) -> Callable[[tuple[int, ...], int], NDArray[np.float32]]:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from spmdeploy.bundle.bundle import Bundle, GraphFiles
 from spmdeploy.bundle.manifest import EDIT, ON_CPU, REFINE, GraphRecord
 from spmdeploy.errors import UnavailableError, UsageError
-from spmdeploy.types import Precision
+from spmdeploy.types import LayoutInput, ModelInput, Precision
 
 if TYPE_CHECKING:
     from spmdeploy.backends.device_pyramid import DeviceCascade
@@ -54,39 +54,24 @@ class Session(Protocol):
     def notes(self) -> tuple[str, ...]:
         """What did not go as it should, in words, though the results are right. May grow with use."""
 
-    def run(
-        self,
-        image: NDArray[np.uint8],
-        labels: NDArray[np.uint8],
-        instances: NDArray[np.int32],
-        mask: NDArray[np.uint8],
-    ) -> NDArray[np.uint8]:
-        """A batch of edits. image (B, size, size, 3) RGB; labels, instances, mask (B, size, size), mask 0 = keep.
+    def run(self, inputs: ModelInput) -> NDArray[np.uint8]:
+        """Edits a batch.
 
-        Returns (B, size, size, 3) RGB, equal to `image` bit for bit wherever the mask is 0.
+        Args:
+            inputs: A batch: image (B, size, size, 3); labels, instances and mask (B, size, size).
+
+        Returns:
+            uint8 (B, size, size, 3) RGB, equal to the image bit for bit where the mask is 0.
         """
 
-    def run_unrounded(
-        self,
-        image: NDArray[np.uint8],
-        labels: NDArray[np.uint8],
-        instances: NDArray[np.int32],
-        mask: NDArray[np.uint8],
-    ) -> NDArray[np.float32]:
+    def run_unrounded(self, inputs: ModelInput) -> NDArray[np.float32]:
         """`run` before its result is rounded: float32 (B, size, size, 3) RGB in 0..255, to be refined."""
 
-    def refine(
-        self,
-        image: NDArray[np.uint8],
-        labels: NDArray[np.uint8],
-        instances: NDArray[np.int32],
-        mask: NDArray[np.uint8],
-        coarse: NDArray[np.float32],
-    ) -> NDArray[np.float32]:
+    def refine(self, inputs: ModelInput, coarse: NDArray[np.float32]) -> NDArray[np.float32]:
         """Carries a result up to twice its size: `run_unrounded`, but content and light come from `coarse`.
 
         coarse: float32 (B, size/2, size/2, 3) RGB in 0..255, the result at half size; read under the mask and one of
-        its pixels around it. `image` is read outside the mask only. The graph is loaded at the first call. Raises
+        its pixels around it. The image is read outside the mask only. The graph is loaded at the first call. Raises
         BundleError where `refines` is false.
         """
 
@@ -102,9 +87,7 @@ LayoutRun = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
 class SupportsLayoutCache(Protocol):
     """A session that can compute once what many images share."""
 
-    def cache_layout_run(
-        self, labels: NDArray[np.uint8], instances: NDArray[np.int32], mask: NDArray[np.uint8]
-    ) -> LayoutRun:
+    def bind_layout(self, layout: LayoutInput) -> LayoutRun:
         """Computes now what these three decide. The pictures are those of `run` with the same arguments."""
 
 
@@ -120,13 +103,11 @@ class SupportsDevicePyramid(Protocol):
         """
 
 
-def bind_layout(
-    session: Session, labels: NDArray[np.uint8], instances: NDArray[np.int32], mask: NDArray[np.uint8]
-) -> LayoutRun:
+def bind_layout(session: Session, layout: LayoutInput) -> LayoutRun:
     """The layout kept by the session where it can, else given to it with every image."""
     if isinstance(session, SupportsLayoutCache):
-        return session.cache_layout_run(labels, instances, mask)
-    return lambda image: session.run(image, labels, instances, mask)
+        return session.bind_layout(layout)
+    return lambda image: session.run(ModelInput(image, *layout))
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from spmdeploy.imaging.resize import canvas_taps
 from spmdeploy.tiling.letterbox import Letterbox
 from spmdeploy.tiling.pyramid import PyramidLevel, Tile, blend_windows, coarse_size
 from spmdeploy.tiling.windows import Window
+from spmdeploy.types import ModelInput
 
 EnqueueBatch = Callable[[int], None]
 """Queues so many edits on the inputs in the memory's places; results stay in theirs."""
@@ -142,18 +143,12 @@ class DeviceCascade:
 
     # -- the levels
 
-    def coarse(
-        self,
-        image: NDArray[np.uint8],
-        labels: NDArray[np.uint8],
-        instances: NDArray[np.int32],
-        mask: NDArray[np.uint8],
-    ) -> None:
+    def coarse(self, inputs: ModelInput) -> None:
         """The edit of the whole window at the model's size, a batch of one, from which the first level starts."""
         memory, frame, layout = self._memory, self._frame, self._layout
         base, halfway = layout.base, self._start + layout.halfway
         with memory.in_use():
-            self._stage(image=image, labels=labels, instances=instances, mask=mask)
+            self._stage(**inputs._asdict())
             self._edit(1)
             edited, row = memory.address("unrounded"), self._size * 3
             across = frame.height * base.width * 3
@@ -170,10 +165,7 @@ class DeviceCascade:
     def paint(
         self,
         tiles: tuple[Tile, ...],
-        image: NDArray[np.uint8],
-        labels: NDArray[np.uint8],
-        instances: NDArray[np.int32],
-        mask: NDArray[np.uint8],
+        inputs: ModelInput,
         *,
         refined: bool,
     ) -> None:
@@ -182,9 +174,9 @@ class DeviceCascade:
             part = slice(start, start + self._most)
             with self._memory.in_use():
                 if refined:
-                    self._stage(image=image[part], labels=labels[part], instances=instances[part], mask=mask[part])
+                    self._stage(**{name: array[part] for name, array in inputs._asdict().items()})
                 else:
-                    self._stage(image=image[part], mask=mask[part])
+                    self._stage(image=inputs.image[part], mask=inputs.mask[part])
                 self._paint(tiles[part], refined)
                 self._memory.queued()
 

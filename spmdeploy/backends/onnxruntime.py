@@ -20,7 +20,7 @@ from spmdeploy.bundle.manifest import EDIT, REFINE
 from spmdeploy.errors import BundleError, OutOfMemoryError, UnavailableError
 from spmdeploy.gpu.arrays import DeviceArray
 from spmdeploy.gpu.driver import visible_gpus
-from spmdeploy.types import Precision
+from spmdeploy.types import LayoutInput, ModelInput, Precision
 
 if TYPE_CHECKING:
     from spmdeploy.backends.base import LayoutRun
@@ -60,7 +60,7 @@ class OnnxRuntimeSession:
     ) -> None:
         """device: cpu or cuda:N. threads: 0 = one per core (CPU only). refine: gets the graph when it is needed.
 
-        read_again: gets `edit` into memory for `cache_layout_run`; without it no layout is kept.
+        read_again: gets `edit` into memory for `bind_layout`; without it no layout is kept.
         """
         self.device = device
         self.precision = precision
@@ -77,38 +77,16 @@ class OnnxRuntimeSession:
         self._loading = threading.Lock()
         self.provider, self.size = self._edit.provider, self._edit.size
 
-    def run(
-        self,
-        image: NDArray[np.uint8],
-        labels: NDArray[np.uint8],
-        instances: NDArray[np.int32],
-        mask: NDArray[np.uint8],
-    ) -> NDArray[np.uint8]:
-        inputs: Arrays = {"image": image, "labels": labels, "instances": instances, "mask": mask}
-        edited: NDArray[np.uint8] = _open(self._edit).run(["edited"], inputs)[0]
+    def run(self, inputs: ModelInput) -> NDArray[np.uint8]:
+        edited: NDArray[np.uint8] = _open(self._edit).run(["edited"], inputs._asdict())[0]
         return edited
 
-    def run_unrounded(
-        self,
-        image: NDArray[np.uint8],
-        labels: NDArray[np.uint8],
-        instances: NDArray[np.int32],
-        mask: NDArray[np.uint8],
-    ) -> NDArray[np.float32]:
-        inputs: Arrays = {"image": image, "labels": labels, "instances": instances, "mask": mask}
-        unrounded: NDArray[np.float32] = _open(self._edit).run(["unrounded"], inputs)[0]
+    def run_unrounded(self, inputs: ModelInput) -> NDArray[np.float32]:
+        unrounded: NDArray[np.float32] = _open(self._edit).run(["unrounded"], inputs._asdict())[0]
         return unrounded
 
-    def refine(
-        self,
-        image: NDArray[np.uint8],
-        labels: NDArray[np.uint8],
-        instances: NDArray[np.int32],
-        mask: NDArray[np.uint8],
-        coarse: NDArray[np.float32],
-    ) -> NDArray[np.float32]:
-        inputs: Arrays = {"image": image, "labels": labels, "instances": instances, "mask": mask, "coarse": coarse}
-        unrounded: NDArray[np.float32] = self._refining().run(["unrounded"], inputs)[0]
+    def refine(self, inputs: ModelInput, coarse: NDArray[np.float32]) -> NDArray[np.float32]:
+        unrounded: NDArray[np.float32] = self._refining().run(["unrounded"], {**inputs._asdict(), "coarse": coarse})[0]
         return unrounded
 
     def _refining(self) -> LoadedGraph:
@@ -126,21 +104,19 @@ class OnnxRuntimeSession:
         """The graphs that are: `refine` is from its first use on."""
         return tuple(name for name, graph in ((EDIT, self._edit), (REFINE, self._refine)) if graph is not None)
 
-    def cache_layout_run(
-        self, labels: NDArray[np.uint8], instances: NDArray[np.int32], mask: NDArray[np.uint8]
-    ) -> LayoutRun:
+    def bind_layout(self, layout: LayoutInput) -> LayoutRun:
         """On CPUs the graph is split in two at the first call; the halves take the memory of its weights once more.
 
         On a GPU, where launches and not operations are what costs, the layout goes with every image.
         """
         if self._read_again is None or self.device != "cpu":
-            return lambda image: self.run(image, labels, instances, mask)
+            return lambda image: self.run(ModelInput(image, *layout))
         with self._loading:
             _open(self._edit)
             if self._halves is None:
                 graph = self._read_again()
                 self._halves = _SplitGraph(split_by_layout(graph.content), graph.weights, self._threads)
-        return self._halves.kept({"labels": labels, "instances": instances, "mask": mask})
+        return self._halves.kept(layout._asdict())
 
     def bound(self, inputs: Mapping[str, DeviceArray], outputs: Mapping[str, DeviceArray]) -> Callable[[], None]:
         """A call that runs the graph on arrays in the memory of this session's GPU, and returns when it is done."""

@@ -19,7 +19,7 @@ from spmdeploy.errors import BundleError, UnavailableError, UsageError
 from spmdeploy.model.deploy import EditGraph, RefineGraph
 from spmdeploy.model.generator import Generator, GeneratorConfig
 from spmdeploy.model.known_layout import cache_layout
-from spmdeploy.types import NATIVE_SIZE, Precision
+from spmdeploy.types import NATIVE_SIZE, LayoutInput, ModelInput, Precision
 
 
 class TorchSession:
@@ -44,47 +44,26 @@ class TorchSession:
         self.edit_graph = EditGraph(generator).to(device).eval()
         self._refine = RefineGraph(generator).to(device).eval() if self.refines else None
 
-    def run(
-        self,
-        image: NDArray[np.uint8],
-        labels: NDArray[np.uint8],
-        instances: NDArray[np.int32],
-        mask: NDArray[np.uint8],
-    ) -> NDArray[np.uint8]:
-        edited: NDArray[np.uint8] = self._outputs(self.edit_graph, image, labels, instances, mask)[0]
+    def run(self, inputs: ModelInput) -> NDArray[np.uint8]:
+        edited: NDArray[np.uint8] = self._outputs(self.edit_graph, *inputs)[0]
         return edited
 
-    def run_unrounded(
-        self,
-        image: NDArray[np.uint8],
-        labels: NDArray[np.uint8],
-        instances: NDArray[np.int32],
-        mask: NDArray[np.uint8],
-    ) -> NDArray[np.float32]:
-        unrounded: NDArray[np.float32] = self._outputs(self.edit_graph, image, labels, instances, mask)[1]
+    def run_unrounded(self, inputs: ModelInput) -> NDArray[np.float32]:
+        unrounded: NDArray[np.float32] = self._outputs(self.edit_graph, *inputs)[1]
         return unrounded
 
-    def refine(
-        self,
-        image: NDArray[np.uint8],
-        labels: NDArray[np.uint8],
-        instances: NDArray[np.int32],
-        mask: NDArray[np.uint8],
-        coarse: NDArray[np.float32],
-    ) -> NDArray[np.float32]:
+    def refine(self, inputs: ModelInput, coarse: NDArray[np.float32]) -> NDArray[np.float32]:
         if self._refine is None:
             assert self.refine_unsupported is not None
             raise BundleError(*self.refine_unsupported)
-        unrounded: NDArray[np.float32] = self._outputs(self._refine, image, labels, instances, mask, coarse)[1]
+        unrounded: NDArray[np.float32] = self._outputs(self._refine, *inputs, coarse)[1]
         return unrounded
 
-    def cache_layout_run(
-        self, labels: NDArray[np.uint8], instances: NDArray[np.int32], mask: NDArray[np.uint8]
-    ) -> LayoutRun:
+    def bind_layout(self, layout: LayoutInput) -> LayoutRun:
         with torch.inference_mode():
-            layout = [torch.from_numpy(np.ascontiguousarray(ids)).to(self.device) for ids in (labels, instances, mask)]
-            graph = cache_layout(self.edit_graph, *layout)
-        return lambda image: np.asarray(self._outputs(graph, image, labels, instances, mask)[0])
+            tensors = [torch.from_numpy(np.ascontiguousarray(ids)).to(self.device) for ids in layout]
+            graph = cache_layout(self.edit_graph, *tensors)
+        return lambda image: np.asarray(self._outputs(graph, image, *layout)[0])
 
     def _outputs(self, graph: nn.Module, *inputs: NDArray[Any]) -> list[NDArray[Any]]:
         tensors = [torch.from_numpy(np.ascontiguousarray(array)).to(self.device) for array in inputs]

@@ -22,6 +22,7 @@ from spmdeploy.gpu.buffers import EngineMemory
 from spmdeploy.gpu.device import Device
 from spmdeploy.tiling.letterbox import Letterbox
 from spmdeploy.tiling.pyramid import PyramidLevel
+from spmdeploy.types import ModelInput
 
 HostArrays = Mapping[str, NDArray[Any]]
 _NAMES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
@@ -86,38 +87,16 @@ class TensorRtSession:
 
     # -- from and to the host
 
-    def run(
-        self,
-        image: NDArray[np.uint8],
-        labels: NDArray[np.uint8],
-        instances: NDArray[np.int32],
-        mask: NDArray[np.uint8],
-    ) -> NDArray[np.uint8]:
-        inputs: HostArrays = {"image": image, "labels": labels, "instances": instances, "mask": mask}
-        edited: NDArray[np.uint8] = self._run(EDIT, "edited", inputs)
+    def run(self, inputs: ModelInput) -> NDArray[np.uint8]:
+        edited: NDArray[np.uint8] = self._run(EDIT, "edited", inputs._asdict())
         return edited
 
-    def run_unrounded(
-        self,
-        image: NDArray[np.uint8],
-        labels: NDArray[np.uint8],
-        instances: NDArray[np.int32],
-        mask: NDArray[np.uint8],
-    ) -> NDArray[np.float32]:
-        inputs: HostArrays = {"image": image, "labels": labels, "instances": instances, "mask": mask}
-        unrounded: NDArray[np.float32] = self._run(EDIT, "unrounded", inputs)
+    def run_unrounded(self, inputs: ModelInput) -> NDArray[np.float32]:
+        unrounded: NDArray[np.float32] = self._run(EDIT, "unrounded", inputs._asdict())
         return unrounded
 
-    def refine(
-        self,
-        image: NDArray[np.uint8],
-        labels: NDArray[np.uint8],
-        instances: NDArray[np.int32],
-        mask: NDArray[np.uint8],
-        coarse: NDArray[np.float32],
-    ) -> NDArray[np.float32]:
-        inputs: HostArrays = {"image": image, "labels": labels, "instances": instances, "mask": mask, "coarse": coarse}
-        unrounded: NDArray[np.float32] = self._run(REFINE, "unrounded", inputs)
+    def refine(self, inputs: ModelInput, coarse: NDArray[np.float32]) -> NDArray[np.float32]:
+        unrounded: NDArray[np.float32] = self._run(REFINE, "unrounded", {**inputs._asdict(), "coarse": coarse})
         return unrounded
 
     def _run(self, graph: str, output: str, inputs: HostArrays) -> NDArray[Any]:
@@ -132,20 +111,13 @@ class TensorRtSession:
             ]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    def timed_run(
-        self,
-        image: NDArray[np.uint8],
-        labels: NDArray[np.uint8],
-        instances: NDArray[np.int32],
-        mask: NDArray[np.uint8],
-    ) -> float:
+    def timed_run(self, inputs: ModelInput) -> float:
         """Milliseconds that the device spends on `run` of one batch of at most `max_batch`, copies in and out included.
 
         By its own clock; what the host does before and after does not count.
         """
-        inputs: HostArrays = {"image": image, "labels": labels, "instances": instances, "mask": mask}
         with self._memory.in_use():
-            return self._engine(EDIT).timed_run(inputs, "edited")
+            return self._engine(EDIT).timed_run(inputs._asdict(), "edited")
 
     # -- from and to the device
 

@@ -16,6 +16,7 @@ from spmdeploy.bundle.manifest import GoldenEdit, ParityLimits
 from spmdeploy.bundle.storage import GOLDEN_INSTANCES, GOLDEN_REFINED
 from spmdeploy.errors import BundleError, InputError
 from spmdeploy.imaging import files as images
+from spmdeploy.types import ModelInput
 
 Picture = TypeVar("Picture")
 
@@ -26,14 +27,11 @@ EXPORT_AGAIN = "export the bundle again"
 class GoldenSample:
     """One edit at the graph's own size, as a batch of one, and the pictures that torch in FP32 makes of it.
 
-    image, expected: uint8 (1, S, S, 3) RGB. labels: uint8 (1, S, S). instances: int32 (1, S, S). mask: uint8 (1, S, S),
-    0 = keep. refined: uint8 (1, S, S, 3), what becomes of `coarse` when it is refined; None where nothing refines.
+    expected: uint8 (1, S, S, 3) RGB. refined: uint8 (1, S, S, 3), the result of refining `coarse`; None if the model
+    has no refine graph.
     """
 
-    image: NDArray[np.uint8]
-    labels: NDArray[np.uint8]
-    instances: NDArray[np.int32]
-    mask: NDArray[np.uint8]
+    inputs: ModelInput
     expected: NDArray[np.uint8]
     refined: NDArray[np.uint8] | None = None
 
@@ -111,21 +109,21 @@ def read_golden(bundle: Bundle, edit: GoldenEdit) -> GoldenSample:
     has_instances = f"{edit.folder}/{GOLDEN_INSTANCES}" in bundle.files()
     instances = picture(images.read_instances, GOLDEN_INSTANCES) if has_instances else labels.astype(np.int32)
     has_refined = f"{edit.folder}/{GOLDEN_REFINED}" in bundle.files()
-    pictures = GoldenSample(
-        image=picture(images.read_photo, "image.png").pixels[None],
-        labels=labels[None],
-        instances=instances[None],
-        mask=picture(images.read_mask, "mask.png").astype(np.uint8)[None],
+    image = picture(images.read_photo, "image.png").pixels
+    mask = picture(images.read_mask, "mask.png").astype(np.uint8)
+    sample = GoldenSample(
+        inputs=ModelInput(image[None], labels[None], instances[None], mask[None]),
         expected=picture(images.read_photo, "expected.png").pixels[None],
         refined=picture(images.read_photo, GOLDEN_REFINED).pixels[None] if has_refined else None,
     )
     size = bundle.manifest.native_size
-    shapes = {name: array.shape[1:3] for name, array in vars(pictures).items() if array is not None}
+    arrays = {**sample.inputs._asdict(), "expected": sample.expected, "refined": sample.refined}
+    shapes = {name: array.shape[1:3] for name, array in arrays.items() if array is not None}
     wrong = next((name for name, shape in shapes.items() if shape != (size, size)), None)
-    if wrong or not pictures.mask.any():
+    if wrong or not sample.inputs.mask.any():
         fault = f"its {wrong} is {shapes[wrong]}, not {size}×{size}" if wrong else "its mask is empty"
         raise BundleError(f"{bundle.path / edit.folder}: not a golden edit: {fault}", EXPORT_AGAIN)
-    return pictures
+    return sample
 
 
 def measure_deviation(picture: NDArray[np.uint8], reference: NDArray[np.uint8], mask: NDArray[np.uint8]) -> Deviation:
@@ -139,14 +137,14 @@ def measure_deviation(picture: NDArray[np.uint8], reference: NDArray[np.uint8], 
 
 def run_golden(session: Session, golden: GoldenSample, name: str, limits: ParityLimits) -> GoldenResult:
     """Runs one golden edit and judges the result."""
-    edited = session.run(golden.image, golden.labels, golden.instances, golden.mask)
+    edited = session.run(golden.inputs)
     return judge(edited, golden.expected, golden, name, limits)
 
 
 def run_golden_refine(session: Session, golden: GoldenSample, name: str, limits: ParityLimits) -> GoldenResult:
     """Refines the result of one golden edit, which must have a `refined` picture, and judges that."""
     assert golden.refined is not None, name
-    unrounded = session.refine(golden.image, golden.labels, golden.instances, golden.mask, golden.coarse)
+    unrounded = session.refine(golden.inputs, golden.coarse)
     refined = np.clip(np.rint(unrounded), 0, 255).astype(np.uint8)
     return judge(refined, golden.refined, golden, f"{name} refined", limits)
 
@@ -159,9 +157,9 @@ def judge(
     limits: ParityLimits,
 ) -> GoldenResult:
     """How far a picture made from the golden edit is from the expected one, and what is wrong with it."""
-    drift = measure_deviation(picture, expected, golden.mask)
-    keep = golden.mask == 0
-    intact = bool(np.array_equal(picture[keep], golden.image[keep]))
+    drift = measure_deviation(picture, expected, golden.inputs.mask)
+    keep = golden.inputs.mask == 0
+    intact = bool(np.array_equal(picture[keep], golden.inputs.image[keep]))
     faults = drift.faults(limits) + ([] if intact else ["pixels outside the mask were changed"])
     return GoldenResult(name, drift, intact, tuple(faults))
 

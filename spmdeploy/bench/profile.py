@@ -143,7 +143,7 @@ def profile_torch(session: TorchSession, batch: ModelInput) -> Profile:
     import torch
     from torch.profiler import ProfilerActivity, profile
 
-    session.run(*batch)
+    session.run(batch)
     activities = [ProfilerActivity.CPU]
     if session.device != "cpu":
         activities.append(ProfilerActivity.CUDA)
@@ -153,7 +153,7 @@ def profile_torch(session: TorchSession, batch: ModelInput) -> Profile:
             _record_module(module, name, stack)
         with profile(activities=activities) as profiler:
             for _ in range(PROFILED_RUNS):
-                session.run(*batch)
+                session.run(batch)
     operations = [
         Operation(
             module.removeprefix("generator."),

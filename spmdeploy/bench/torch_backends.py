@@ -15,7 +15,7 @@ from spmdeploy.bench.roofline import COPIED_BYTES, MATRIX_SIDE, PeakRates, best_
 from spmdeploy.bundle.bundle import Bundle
 from spmdeploy.errors import UnavailableError, UsageError
 from spmdeploy.model.generator import Generator
-from spmdeploy.types import ModelInput, Precision
+from spmdeploy.types import LayoutInput, ModelInput, Precision
 
 
 class CompiledSession(TorchSession):
@@ -34,11 +34,9 @@ class CompiledSession(TorchSession):
         if self._refine is not None:
             self._refine = _compiled(self._refine, precision)
 
-    def cache_layout_run(
-        self, labels: NDArray[np.uint8], instances: NDArray[np.int32], mask: NDArray[np.uint8]
-    ) -> LayoutRun:
+    def bind_layout(self, layout: LayoutInput) -> LayoutRun:
         """Keeps nothing: a graph for every layout would be compiled for every layout."""
-        return lambda image: self.run(image, labels, instances, mask)
+        return lambda image: self.run(ModelInput(image, *layout))
 
     def _outputs(self, graph: nn.Module, *inputs: NDArray[Any]) -> list[NDArray[Any]]:
         try:

@@ -52,7 +52,7 @@ from spmdeploy.errors import OutOfMemoryError, SpmDeployError, UnavailableError,
 from spmdeploy.gpu.device import Device
 from spmdeploy.gpu.driver import gpu_uuid
 from spmdeploy.imaging import files as images
-from spmdeploy.types import ModelInput
+from spmdeploy.types import LayoutInput, ModelInput
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -128,8 +128,8 @@ class BackendProcess:
         self._end_case()
         started = time.perf_counter()
         if self._device is None:
-            edited = self._session.run(*batch)
-            self._timed = [_timed_on_host(lambda: self._session.run(*batch))] * streams
+            edited = self._session.run(batch)
+            self._timed = [_timed_on_host(lambda: self._session.run(batch))] * streams
         else:
             sessions = self._sessions(streams)
             runs = [device_run(session, batch, self._device, self._case) for session in sessions]
@@ -164,7 +164,7 @@ class BackendProcess:
         if not isinstance(session, SupportsLayoutCache):
             raise UnavailableError(f"{self._backend} caches no layouts", "use --scope engine")
         started = time.perf_counter()
-        run = session.cache_layout_run(batch.labels, batch.instances, batch.mask)
+        run = session.bind_layout(LayoutInput(*batch[1:]))
         caching = time.perf_counter() - started
         edited = run(batch.image)
         self._timed = [_timed_on_host(lambda: run(batch.image))] * streams

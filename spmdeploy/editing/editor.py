@@ -32,7 +32,7 @@ from spmdeploy.tiling.outpaint import OutpaintStep, Padding, extended_size, imag
 from spmdeploy.tiling.pyramid import plan_pyramid
 from spmdeploy.tiling.stitching import stitch
 from spmdeploy.tiling.windows import CROP_LIMIT, EditWindow, full_image_window, full_window, plan_windows
-from spmdeploy.types import Image, LabelMap, Mask, ModelInput, Progress
+from spmdeploy.types import Image, LabelMap, LayoutInput, Mask, ModelInput, Progress
 
 Tiling = Literal["auto", "off", "crop", "cascade"]
 
@@ -332,7 +332,7 @@ class Editor:
         with tally.phase("prepare"):
             if batch.run is None:
                 inputs = stacked([_frame_input(window.frame, scene) for window in batch.windows])
-                run = partial(self.session.run, *inputs)
+                run = partial(self.session.run, inputs)
             else:
                 run = partial(batch.run, _frame_images(batch, scene))
         with tally.phase("run"):
@@ -534,7 +534,7 @@ def _with_layout(session: Session, windows: list[WindowReport], scene: EditRegio
         part = scene.cut(frame.window)
         holes.append(resize_mask(part.mask, frame.height, frame.width))
         layouts.append(layout_tensors(part, holes[-1], frame.size))
-    return _Batch(windows, tuple(holes), bind_layout(session, *map(np.stack, zip(*layouts, strict=True))))
+    return _Batch(windows, tuple(holes), bind_layout(session, LayoutInput(*map(np.stack, zip(*layouts, strict=True)))))
 
 
 def _frame_images(batch: _Batch, scene: EditRegion) -> NDArray[np.uint8]:

@@ -97,7 +97,7 @@ def cascade(
     device, notes = _on_device(session, frame, levels, batch_size)
     if device is None:
         with tally.phase("run"):
-            edited = session.run_unrounded(*inputs)[0]
+            edited = session.run_unrounded(inputs)[0]
         tally.batches += 1
         tally.advance(1)
         canvas, reports = refine_on_host(
@@ -106,7 +106,7 @@ def cascade(
         return RefinedWindow(canvas, reports, "host", notes)
     with device:
         with tally.phase("run"):
-            device.coarse(*inputs)
+            device.coarse(inputs)
         tally.batches += 1
         tally.advance(1)
         canvas, reports = _refine_levels(_DeviceRenderer(device, tally), levels, scene, batch_size, tally)
@@ -190,7 +190,7 @@ class _HostRenderer:
         with self._tally.phase("prepare"):
             coarse = np.stack([_half(self._canvas, self._origin, tile, size // 2) for tile in tiles])
         with self._tally.phase("run"):
-            painted = self._session.refine(*inputs, coarse) if self._refined else _upsample_bilinear(coarse, size)
+            painted = self._session.refine(inputs, coarse) if self._refined else _upsample_bilinear(coarse, size)
         with self._tally.phase("stitch"):
             self._painter.add(tiles, painted, inputs)
 
@@ -215,7 +215,7 @@ class _DeviceRenderer:
 
     def paint(self, tiles: tuple[Tile, ...], inputs: ModelInput) -> None:
         with self._tally.phase("run"):
-            self._device.paint(tiles, *inputs, refined=self._seen[-1].refined)
+            self._device.paint(tiles, inputs, refined=self._seen[-1].refined)
         with self._tally.phase("stitch"):
             self._seen[-1].add(tiles, inputs)
 

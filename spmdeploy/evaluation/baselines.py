@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from spmdeploy.errors import UnavailableError
+from spmdeploy.types import ModelInput
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -23,8 +24,9 @@ class Telea:
     def __init__(self) -> None:
         self._cv2 = _import_cv2()
 
-    def run(self, image: Pixels, labels: Pixels, instances: npt.NDArray[np.int32], mask: Pixels) -> Pixels:
-        """image: uint8 (B, H, W, 3) RGB. mask: uint8 (B, H, W), 0 = keep. Returns the shape of `image`."""
+    def run(self, inputs: ModelInput) -> Pixels:
+        """Edits a batch: uint8 (B, H, W, 3) RGB."""
+        image, _, _, mask = inputs
         filled = [
             self._cv2.inpaint(np.ascontiguousarray(photo), hole, TELEA_RADIUS, self._cv2.INPAINT_TELEA)
             for photo, hole in zip(image, np.where(mask > 0, np.uint8(255), np.uint8(0)), strict=True)
@@ -39,8 +41,9 @@ class ClassMeanColor:
         """colors: (K, 3), mean color of each class over the training pictures."""
         self._colors = colors
 
-    def run(self, image: Pixels, labels: Pixels, instances: npt.NDArray[np.int32], mask: Pixels) -> Pixels:
-        """image: uint8 (B, H, W, 3) RGB. labels, mask: uint8 (B, H, W), 0 = keep. Returns the shape of `image`."""
+    def run(self, inputs: ModelInput) -> Pixels:
+        """Edits a batch: uint8 (B, H, W, 3) RGB."""
+        image, labels, _, mask = inputs
         return np.stack([self._fill(*parts) for parts in zip(image, labels, mask > 0, strict=True)])
 
     def _fill(self, image: Pixels, labels: Pixels, mask: npt.NDArray[np.bool_]) -> Pixels:

@@ -30,6 +30,7 @@ from spmdeploy.imaging.contact_sheet import sheet
 from spmdeploy.imaging.files import write_picture
 from spmdeploy.training.contact_sheets import apply_mask, layout
 from spmdeploy.training.perceptual import Lpips
+from spmdeploy.types import ModelInput
 
 BATCH = 4
 RESAMPLES = 1000
@@ -47,8 +48,8 @@ Pixels = npt.NDArray[np.uint8]
 class EditModel(Protocol):
     """What is judged: any session, or a baseline."""
 
-    def run(self, image: Pixels, labels: Pixels, instances: npt.NDArray[np.int32], mask: Pixels) -> Pixels:
-        """uint8 (B, S, S, 3) RGB, uint8 and int32 (B, S, S), uint8 (B, S, S) with 0 = keep, to uint8 (B, S, S, 3)."""
+    def run(self, inputs: ModelInput) -> Pixels:
+        """Edits a batch: uint8 (B, S, S, 3) RGB."""
 
 
 @dataclass(frozen=True)
@@ -230,10 +231,12 @@ def run_samples(model: EditModel, samples: Sequence[Sample]) -> Pixels:
         part = samples[start : start + BATCH]
         results.append(
             model.run(
-                np.stack([sample.image for sample in part]),
-                np.stack([sample.labels for sample in part]),
-                np.stack([sample.instances for sample in part]),
-                np.stack([sample.mask for sample in part]).astype(np.uint8),
+                ModelInput(
+                    np.stack([sample.image for sample in part]),
+                    np.stack([sample.labels for sample in part]),
+                    np.stack([sample.instances for sample in part]),
+                    np.stack([sample.mask for sample in part]).astype(np.uint8),
+                )
             )
         )
     return np.concatenate(results)

@@ -11,7 +11,7 @@ from spmdeploy.assets.samples import SAMPLE_EDITS
 from spmdeploy.backends.pytorch import TorchSession
 from spmdeploy.backends.verify import GoldenSample
 from spmdeploy.labels import ClassTable
-from spmdeploy.types import NATIVE_SIZE
+from spmdeploy.types import NATIVE_SIZE, ModelInput
 
 
 def golden_edits(reference: TorchSession, table: ClassTable) -> dict[str, GoldenSample]:
@@ -21,11 +21,10 @@ def golden_edits(reference: TorchSession, table: ClassTable) -> dict[str, Golden
         photo, labels, mask = sample.read(table)
         window = _window_around(mask)
         image, labels, holes = photo[window][None], labels[window][None], mask[window].astype(np.uint8)[None]
-        instances = labels.astype(np.int32)
-        expected = reference.run(image, labels, instances, holes)
-        pictures = GoldenSample(image, labels, instances, holes, expected)
+        inputs = ModelInput(image, labels, labels.astype(np.int32), holes)
+        pictures = GoldenSample(inputs, reference.run(inputs))
         if reference.refines:
-            refined = reference.refine(image, labels, instances, holes, pictures.coarse)
+            refined = reference.refine(inputs, pictures.coarse)
             pictures = replace(pictures, refined=np.rint(refined).astype(np.uint8))
         golden[sample.name] = pictures
     return golden

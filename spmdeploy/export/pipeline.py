@@ -230,9 +230,9 @@ def _write_graph(
 def _write_golden(writer: BundleWriter, golden: Mapping[str, GoldenSample]) -> None:
     for name, pictures in golden.items():
         for picture, array in (
-            ("image", pictures.image[0]),
-            ("labels", pictures.labels[0]),
-            ("mask", (pictures.mask[0] * 255).astype(np.uint8)),
+            ("image", pictures.inputs.image[0]),
+            ("labels", pictures.inputs.labels[0]),
+            ("mask", (pictures.inputs.mask[0] * 255).astype(np.uint8)),
             ("expected", pictures.expected[0]),
             ("refined", None if pictures.refined is None else pictures.refined[0]),
         ):

@@ -25,10 +25,11 @@ from spmdeploy.gpu.buffers import EngineMemory
 from spmdeploy.gpu.kernels import PTX
 from spmdeploy.imaging.resize import canvas_taps, resize_canvas
 from spmdeploy.labels import ClassTable, LabelClass
+from spmdeploy.types import ModelInput
 
 from .simulated_gpu import PACKAGES, Code, SimulatedGpu, plug_in
 from .simulated_tensorrt import edited_like
-from .test_trt import LIBRARIES, SIZE, cache, gpu, inputs_for, opened, session
+from .test_trt import LIBRARIES, SIZE, cache, gpu, inputs_for, opened, refine_inputs, session
 
 __all__ = ["cache", "gpu", "session"]  # fixtures of the neighbor
 CLASSES = ClassTable("four", tuple(LabelClass(i, f"class {i}", (i, i, i)) for i in range(4)), 255)
@@ -216,8 +217,8 @@ def test_too_little_memory_for_the_network_is_an_error(gpu: SimulatedGpu, tmp_pa
 def test_the_network_comes_first_where_memory_is_short(gpu: SimulatedGpu, tmp_path: Path) -> None:
     """What fits into the host's way of doing it still does."""
     with opened(gpu, tmp_path, activations=100_000) as session:
-        session.run(**inputs_for(1))
-        session.refine(**inputs_for(1, coarse=True))
+        session.run(ModelInput(**inputs_for(1)))
+        session.refine(*refine_inputs(inputs_for(1, coarse=True)))
         gpu.capacity = gpu.used + 301_000
         assert edit(session, 75, 90, batch_size=4).report.windows[0].between_levels == "host"
         gpu.capacity += 10_000_000
@@ -265,7 +266,7 @@ def test_other_threads_edit_between_the_tiles(gpu: SimulatedGpu, session: Tensor
 
     def others(done: int, total: int) -> None:
         inputs = inputs_for(1 + done % 8, done)
-        assert np.array_equal(session.run(**inputs), edited_like(inputs)["edited"])
+        assert np.array_equal(session.run(ModelInput(**inputs)), edited_like(inputs)["edited"])
 
     assert np.array_equal(edit(session, 75, 90, progress=others).image, expected.image)
 

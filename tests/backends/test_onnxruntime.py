@@ -33,6 +33,7 @@ from spmdeploy.bundle.bundle import Bundle, GraphFiles, open_bundle
 from spmdeploy.bundle.manifest import ParityLimits
 from spmdeploy.engines.pack import pack
 from spmdeploy.errors import BundleError, OutOfMemoryError, UnavailableError, UsageError
+from spmdeploy.types import ModelInput
 
 CUDA = "CUDAExecutionProvider"
 SQUARE = ["batch", 256, 256]
@@ -239,18 +240,17 @@ def test_a_zip_runs_like_its_folder(street_bundle: Path, tmp_path: Path) -> None
     folder = open_bundle(street_bundle)
     zipped = open_bundle(pack(folder, tmp_path / "tiny.spm.zip"))
     pictures = read_golden(folder, folder.manifest.golden[0])
-    inputs = (pictures.image, pictures.labels, pictures.instances, pictures.mask)
-    first, second = (open_session(bundle, device="cpu").session.run(*inputs) for bundle in (folder, zipped))
+    first, second = (open_session(bundle, device="cpu").session.run(pictures.inputs) for bundle in (folder, zipped))
     assert np.array_equal(first, second)
 
 
 # ---------------------------------------------------------------------------------------------------------- refining
 
 
-def coarse_edit(bundle: Bundle) -> tuple[GoldenSample, tuple[NDArray[Any], ...]]:
+def coarse_edit(bundle: Bundle) -> tuple[GoldenSample, tuple[ModelInput, NDArray[np.float32]]]:
     """A golden edit, and what refines it."""
     golden = read_golden(bundle, bundle.manifest.golden[0])
-    return golden, (golden.image, golden.labels, golden.instances, golden.mask, golden.coarse)
+    return golden, (golden.inputs, golden.coarse)
 
 
 def test_refining_gives_what_torch_gives_and_keeps_known_pixels(street_bundle: Path, tmp_path: Path) -> None:
@@ -262,17 +262,19 @@ def test_refining_gives_what_torch_gives_and_keeps_known_pixels(street_bundle: P
         assert session.refines
         refined = session.refine(*inputs)
         assert (refined.dtype, refined.shape) == (np.float32, (1, 256, 256, 3))
-        assert np.array_equal(refined[golden.mask == 0], golden.image[golden.mask == 0].astype(np.float32))
-        assert np.abs(refined - golden.refined)[golden.mask != 0].max() < 2.5
-        assert (refined[golden.mask != 0] % 1 != 0).any()
+        assert np.array_equal(
+            refined[golden.inputs.mask == 0], golden.inputs.image[golden.inputs.mask == 0].astype(np.float32)
+        )
+        assert np.abs(refined - golden.refined)[golden.inputs.mask != 0].max() < 2.5
+        assert (refined[golden.inputs.mask != 0] % 1 != 0).any()
 
 
 def test_the_edit_before_rounding(street_bundle: Path) -> None:
     bundle = open_bundle(street_bundle)
     _, inputs = coarse_edit(bundle)
     session = open_session(bundle, device="cpu").session
-    unrounded = session.run_unrounded(*inputs[:4])
-    assert np.array_equal(np.rint(unrounded), session.run(*inputs[:4])) and (unrounded % 1 != 0).any()
+    unrounded = session.run_unrounded(inputs[0])
+    assert np.array_equal(np.rint(unrounded), session.run(inputs[0])) and (unrounded % 1 != 0).any()
 
 
 def test_the_refine_graph_is_loaded_once_and_only_when_it_is_used(
@@ -289,7 +291,7 @@ def test_the_refine_graph_is_loaded_once_and_only_when_it_is_used(
     bundle = open_bundle(street_bundle)
     _, inputs = coarse_edit(bundle)
     session = open_session(bundle, device="cpu").session
-    session.run(*inputs[:4])
+    session.run(inputs[0])
     assert loaded == ["edit"]
     with ThreadPoolExecutor(3) as threads:
         first, *others = threads.map(lambda _: session.refine(*inputs), range(3))
@@ -297,7 +299,7 @@ def test_the_refine_graph_is_loaded_once_and_only_when_it_is_used(
     assert all(np.array_equal(first, other) for other in others)
     session.close()
     session.close()
-    for use in (lambda: session.run(*inputs[:4]), lambda: session.refine(*inputs)):
+    for use in (lambda: session.run(inputs[0]), lambda: session.refine(*inputs)):
         with pytest.raises(UnavailableError, match="was closed"):
             use()
 
@@ -317,10 +319,10 @@ def test_without_a_refine_graph(street_bundle: Path) -> None:
 def test_a_graph_from_before_there_was_refining(tmp_path: Path) -> None:
     session = ort.OnnxRuntimeSession(graph_file(tmp_path / "old.onnx", 64), "fp32")
     maps = np.zeros((1, 64, 64), np.uint8)
-    inputs = (np.zeros((1, 64, 64, 3), np.uint8), maps, maps.astype(np.int32), maps)
-    assert session.run(*inputs).shape == (1, 64, 64, 3)
+    inputs = ModelInput(np.zeros((1, 64, 64, 3), np.uint8), maps, maps.astype(np.int32), maps)
+    assert session.run(inputs).shape == (1, 64, 64, 3)
     with pytest.raises(BundleError, match="no unrounded result"):
-        session.run_unrounded(*inputs)
+        session.run_unrounded(inputs)
 
 
 def graph_file(path: Path, size: object = 256, instances: int = TensorProto.INT32, output: str = "edited") -> Path:
@@ -408,7 +410,7 @@ class Touching:
         self.expected = expected.copy()
         self.expected[0, 0, 0] ^= 1
 
-    def run(self, *inputs: NDArray[Any]) -> NDArray[np.uint8]:
+    def run(self, inputs: ModelInput) -> NDArray[np.uint8]:
         return self.expected
 
     def close(self) -> None:
@@ -418,7 +420,7 @@ class Touching:
 def test_known_pixels_must_stay(street_bundle: Path) -> None:
     bundle = open_bundle(street_bundle)
     pictures = read_golden(bundle, bundle.manifest.golden[0])
-    assert not pictures.mask[0, 0, 0]
+    assert not pictures.inputs.mask[0, 0, 0]
     result = run_golden(Touching(pictures.expected), pictures, "x", bundle.manifest.limits["fp32"])  # type: ignore[arg-type]
     assert not result.passed and result.faults == ("pixels outside the mask were changed",)
 

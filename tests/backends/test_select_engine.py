@@ -27,12 +27,13 @@ from spmdeploy.engines.record import EngineFile, EngineRecord, Gpu, SourceFile
 from spmdeploy.engines.store import EngineWriter, choose_place, find_engines
 from spmdeploy.errors import BundleError, SpmDeployError, UnavailableError, UsageError, VerificationError
 from spmdeploy.imaging import files as images
+from spmdeploy.types import ModelInput
 from tests.bundle.conftest import GRAPHS, fill, manifest_of
 
 from .records import A10, for_targets
 from .simulated_gpu import Code, SimulatedGpu, plug_in
 from .simulated_tensorrt import edited_like, engine_content, simulated_library
-from .test_trt import SIZE, inputs_for, record_of
+from .test_trt import SIZE, inputs_for, record_of, refine_inputs
 
 GOLDEN = inputs_for(1, seed=5)
 
@@ -72,7 +73,7 @@ def bundle(tmp_path: Path) -> Bundle:
     """A bundle whose golden edit, and what becomes of it, is what simulated engines compute."""
     pictures = {**{name: GOLDEN[name][0] for name in ("image", "labels")}, "expected": edited_like(GOLDEN)["edited"][0]}
     pictures["mask"] = GOLDEN["mask"][0] * 255
-    coarse = GoldenSample(**GOLDEN, expected=pictures["expected"][None]).coarse
+    coarse = GoldenSample(ModelInput(**GOLDEN), expected=pictures["expected"][None]).coarse
     pictures["refined"] = np.rint(edited_like({**GOLDEN, "coarse": coarse})["unrounded"][0]).astype(np.uint8)
     with BundleWriter(tmp_path / "street.spm") as writer:
         graphs = fill(writer)
@@ -100,7 +101,7 @@ def add(bundle: Bundle, record: EngineRecord, place: Any = None, **changes: Any)
 def edit_once(opened: OpenedBackend) -> None:
     """The session runs, and is closed."""
     given = inputs_for(3, 1)
-    assert np.array_equal(opened.session.run(**given), edited_like(given)["edited"])
+    assert np.array_equal(opened.session.run(ModelInput(**given)), edited_like(given)["edited"])
     opened.session.close()
 
 
@@ -160,7 +161,7 @@ def test_refine_engines_come_with_it(machine: Machine, bundle: Bundle) -> None:
     opened = open_session(bundle)
     given = inputs_for(2, coarse=True)
     assert opened.session.refines
-    assert np.array_equal(opened.session.refine(**given), edited_like(given)["unrounded"])
+    assert np.array_equal(opened.session.refine(*refine_inputs(given)), edited_like(given)["unrounded"])
 
 
 def test_a_missing_refine_engine_is_named_with_the_command_that_builds_it(machine: Machine, bundle: Bundle) -> None:

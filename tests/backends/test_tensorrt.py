@@ -25,6 +25,7 @@ from spmdeploy.engines.record import BatchRange, EngineFile, EngineRecord, Port
 from spmdeploy.engines.store import StoredEngine
 from spmdeploy.errors import BundleError, InputError, OutOfMemoryError, SpmDeployError, UnavailableError, UsageError
 from spmdeploy.gpu.arrays import DeviceArray
+from spmdeploy.types import ModelInput
 
 from .records import sample
 from .simulated_gpu import PACKAGES, Code, SimulatedGpu, host_context, plug_in
@@ -77,6 +78,11 @@ def inputs_for(batch: int, seed: int = 0, coarse: bool = False) -> dict[str, np.
     return drawn
 
 
+def refine_inputs(arrays: dict[str, np.ndarray]) -> tuple[ModelInput, np.ndarray]:
+    """The arguments of `refine`."""
+    return ModelInput(*(arrays[name] for name in ModelInput._fields)), arrays["coarse"]
+
+
 @pytest.fixture
 def session(gpu: SimulatedGpu, tmp_path: Path) -> Iterator[TensorRtSession]:
     with opened(gpu, tmp_path) as made:
@@ -107,7 +113,7 @@ def test_both_graphs_give_what_the_engines_compute(
         assert session.provider.startswith(f"{'TensorRT-RTX' if runtime.endswith('rtx') else 'TensorRT'} {version} on ")
         for seed in range(3):  # enqueued, captured, launched
             edit, refine = inputs_for(2, seed), inputs_for(2, seed, coarse=True)
-            assert np.array_equal(session.run(**edit), edited_like(edit)["edited"])
+            assert np.array_equal(session.run(ModelInput(**edit)), edited_like(edit)["edited"])
             assert np.array_equal(session.run_unrounded(**edit), edited_like(edit)["unrounded"])
             assert session.refines and np.array_equal(session.refine(**refine), edited_like(refine)["unrounded"])
         assert session.notes == ()
@@ -122,14 +128,14 @@ def test_any_batch_is_split_into_what_the_engine_takes(
     """The same session all along: whatever batches came before, and in whatever order."""
     for seed, batch in enumerate(batches):
         given = inputs_for(batch, seed)
-        result = session.run_unrounded(**given) if unrounded else session.run(**given)
+        result = session.run_unrounded(**given) if unrounded else session.run(ModelInput(**given))
         assert np.array_equal(result, edited_like(given)["unrounded" if unrounded else "edited"])
 
 
 def test_results_stay_when_the_next_batch_comes(session: TensorRtSession) -> None:
     first, second = inputs_for(1, 1), inputs_for(1, 2)
-    kept = session.run(**first)
-    session.run(**second)
+    kept = session.run(ModelInput(**first))
+    session.run(ModelInput(**second))
     assert np.array_equal(kept, edited_like(first)["edited"])
 
 
@@ -139,7 +145,7 @@ def test_threads_wait_for_each_other(session: TensorRtSession) -> None:
     def work(seed: int) -> None:
         for batch in (1, 3, 9):
             given = inputs_for(batch, seed)
-            if not np.array_equal(session.run(**given), edited_like(given)["edited"]):
+            if not np.array_equal(session.run(ModelInput(**given)), edited_like(given)["edited"]):
                 wrong.append(seed)
 
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
@@ -154,9 +160,9 @@ def test_several_sessions_at_once(gpu: SimulatedGpu, tmp_path: Path) -> None:
     given = inputs_for(2)
     with opened(gpu, tmp_path / "a") as first, opened(gpu, tmp_path / "b", "tensorrt-rtx", "1.7.1.116") as second:
         for _ in range(3):
-            assert np.array_equal(first.run(**given), second.run(**given))
+            assert np.array_equal(first.run(ModelInput(**given)), second.run(ModelInput(**given)))
         first.close()
-        assert np.array_equal(second.run(**given), edited_like(given)["edited"])
+        assert np.array_equal(second.run(ModelInput(**given)), edited_like(given)["edited"])
     assert gpu.left_behind == {}
 
 
@@ -167,7 +173,7 @@ TRANSFERS = {"cuMemcpyHtoDAsync", "cuMemcpyDtoHAsync", "execute_async_v3", "cuGr
 
 def calls_of(gpu: SimulatedGpu, session: TensorRtSession, batch: int) -> list[str]:
     gpu.calls.clear()
-    session.run(**inputs_for(batch))
+    session.run(ModelInput(**inputs_for(batch)))
     assert (gpu.calls[0], gpu.calls[-1]) == ("cuCtxPushCurrent", "cuCtxPopCurrent")
     return list(gpu.calls)
 
@@ -189,8 +195,8 @@ def test_the_order_of_calls(gpu: SimulatedGpu, session: TensorRtSession) -> None
 def test_a_graph_for_each_batch_size_and_each_output(gpu: SimulatedGpu, session: TensorRtSession) -> None:
     for _ in range(3):
         for batch in (1, 2, 3):
-            session.run(**inputs_for(batch))
-        session.run_unrounded(**inputs_for(3))
+            session.run(ModelInput(**inputs_for(batch)))
+        session.run_unrounded(ModelInput(**inputs_for(3)))
     assert gpu.calls.count("cuStreamBeginCapture") == gpu.calls.count("cuGraphInstantiate") == 4
     assert gpu.calls.count("create_execution_context") == 3  # one for each: a graph's context must stay as it was
 
@@ -198,22 +204,22 @@ def test_a_graph_for_each_batch_size_and_each_output(gpu: SimulatedGpu, session:
 def test_time_by_the_clock_of_the_device(gpu: SimulatedGpu, session: TensorRtSession) -> None:
     for _ in range(3):
         gpu.calls.clear()
-        assert session.timed_run(**inputs_for(2)) == gpu.milliseconds
+        assert session.timed_run(ModelInput(**inputs_for(2))) == gpu.milliseconds
         records = [place for place, call in enumerate(gpu.calls) if call == "cuEventRecord"]
         queued = [place for place, call in enumerate(gpu.calls) if call in TRANSFERS - {"cuStreamSynchronize"}]
         assert len(records) == 2 and records[0] < queued[-1] < records[1]
     assert records[0] < queued[0] and "events" not in gpu.left_behind
     given = inputs_for(2)
-    assert np.array_equal(session.run(**given), edited_like(given)["edited"])
+    assert np.array_equal(session.run(ModelInput(**given)), edited_like(given)["edited"])
 
 
 def test_memory_is_allocated_once(gpu: SimulatedGpu, session: TensorRtSession) -> None:
-    session.run(**inputs_for(8))
-    session.refine(**inputs_for(8, coarse=True))
+    session.run(ModelInput(**inputs_for(8)))
+    session.refine(*refine_inputs(inputs_for(8, coarse=True)))
     before = dict(gpu.memory)
     for batch in (1, 8, 20, 5):
-        session.run(**inputs_for(batch))
-        session.refine(**inputs_for(batch, coarse=True))
+        session.run(ModelInput(**inputs_for(batch)))
+        session.refine(*refine_inputs(inputs_for(batch, coarse=True)))
     assert gpu.memory.keys() == before.keys()
     # Weights twice; inputs, outputs and activations once: the engines share them.
     assert len(gpu.memory) == 4 and len(gpu.host) == 1
@@ -222,7 +228,7 @@ def test_memory_is_allocated_once(gpu: SimulatedGpu, session: TensorRtSession) -
 def test_larger_activations_make_older_graphs_anew(gpu: SimulatedGpu, session: TensorRtSession) -> None:
     for batch in (1, 1, 1, 6, 6, 6, 1, 1, 1):
         given = inputs_for(batch, batch)
-        assert np.array_equal(session.run(**given), edited_like(given)["edited"])
+        assert np.array_equal(session.run(ModelInput(**given)), edited_like(given)["edited"])
     assert gpu.calls.count("cuGraphInstantiate") == 3 and len(gpu.graphs) == 2
 
 
@@ -231,17 +237,17 @@ def test_what_cannot_be_captured_is_said_and_runs_all_the_same(gpu: SimulatedGpu
         with opened(gpu, tmp_path, runtime, version, capturable=False) as session:
             for seed in range(3):
                 given = inputs_for(2, seed)
-                assert np.array_equal(session.run(**given), edited_like(given)["edited"])
+                assert np.array_equal(session.run(ModelInput(**given)), edited_like(given)["edited"])
             (note,) = session.notes
             assert "edit: without CUDA graphs" in note and "capture" in note
     assert gpu.left_behind == {}
 
 
 def test_other_failures_while_capturing_are_errors(gpu: SimulatedGpu, session: TensorRtSession) -> None:
-    session.run(**inputs_for(1))
+    session.run(ModelInput(**inputs_for(1)))
     gpu.fails["cuGraphInstantiate"] = Code.CUDA_ERROR_ILLEGAL_ADDRESS
     with pytest.raises(UnavailableError, match="cuGraphInstantiate"):
-        session.run(**inputs_for(1))
+        session.run(ModelInput(**inputs_for(1)))
     assert session.notes == ()
 
 
@@ -250,8 +256,8 @@ def test_after_a_failure_the_context_is_off_and_the_session_works_again(
     call: str, gpu: SimulatedGpu, session: TensorRtSession
 ) -> None:
     given = inputs_for(1)
-    session.run(**given)
-    session.run(**given)
+    session.run(ModelInput(**given))
+    session.run(ModelInput(**given))
     with host_context(gpu):
         gpu.fails[call] = Code.CUDA_ERROR_ILLEGAL_ADDRESS
         with pytest.raises(SpmDeployError):
@@ -259,7 +265,7 @@ def test_after_a_failure_the_context_is_off_and_the_session_works_again(
                 **(given if call == "cuGraphLaunch" else inputs_for(2))
             )  # a new batch size needs everything else
         gpu.fails.clear()
-        assert np.array_equal(session.run(**given), edited_like(given)["edited"])
+        assert np.array_equal(session.run(ModelInput(**given)), edited_like(given)["edited"])
 
 
 # -------------------------------------------------------------------------------------------------------- out of memory
@@ -268,18 +274,18 @@ def test_after_a_failure_the_context_is_off_and_the_session_works_again(
 def test_too_little_memory_names_the_batch_that_would_fit(gpu: SimulatedGpu, session: TensorRtSession) -> None:
     gpu.capacity = gpu.used + 4_500
     with pytest.raises(OutOfMemoryError) as caught:
-        session.run(**inputs_for(8))
+        session.run(ModelInput(**inputs_for(8)))
     assert caught.value.exit_code == 8
     assert "no 8,000 bytes for activations: 4,500 of" in caught.value.problem
     assert "a batch of 8 is too large" in caught.value.problem and "a batch of 4 would fit" in str(caught.value.hint)
     given = inputs_for(4)
     for _ in range(3):
-        assert np.array_equal(session.run(**given), edited_like(given)["edited"])
+        assert np.array_equal(session.run(ModelInput(**given)), edited_like(given)["edited"])
     gpu.capacity = gpu.used - 4_000 + 500
     with pytest.raises(OutOfMemoryError, match="no 5,000 bytes"):
-        session.run(**inputs_for(5))
+        session.run(ModelInput(**inputs_for(5)))
     with pytest.raises(OutOfMemoryError) as caught:
-        session.run(**inputs_for(1))
+        session.run(ModelInput(**inputs_for(1)))
     assert "no smaller batch would fit" in str(caught.value.hint)
 
 
@@ -368,10 +374,10 @@ def test_a_library_that_refuses_to_run(gpu: SimulatedGpu, tmp_path: Path) -> Non
     with TensorRtSession(library, engine_file(tmp_path, record_of()), size=SIZE) as session:
         library._refuses = "Error Code 1: Cuda Runtime (invalid resource handle)"
         with pytest.raises(UnavailableError, match="on a batch of 3: Error Code 1: Cuda Runtime"):
-            session.run(**inputs_for(3))
+            session.run(ModelInput(**inputs_for(3)))
         library._refuses, library._no_contexts = "", True
         with pytest.raises(UnavailableError, match="makes no context"):
-            session.run(**inputs_for(2))
+            session.run(ModelInput(**inputs_for(2)))
 
 
 @pytest.mark.parametrize(
@@ -387,30 +393,30 @@ def test_a_library_that_refuses_to_run(gpu: SimulatedGpu, tmp_path: Path) -> Non
 )
 def test_arrays_that_do_not_fit(name: str, spoil: Any, words: str, session: TensorRtSession) -> None:
     with pytest.raises(InputError, match=words):
-        session.run(**{**inputs_for(2), name: spoil(inputs_for(2)[name])})
+        session.run(ModelInput(**{**inputs_for(2), name: spoil(inputs_for(2)[name])}))
 
 
 def test_without_a_refine_engine(gpu: SimulatedGpu, tmp_path: Path) -> None:
     with TensorRtSession(simulated_library(gpu), engine_file(tmp_path, record_of()), size=SIZE) as session:
         assert not session.refines and session.refine_unsupported is not None
         with pytest.raises(BundleError, match="no refine engine") as caught:
-            session.refine(**inputs_for(1, coarse=True))
+            session.refine(*refine_inputs(inputs_for(1, coarse=True)))
     assert "spmdeploy build BUNDLE --graph refine" in str(caught.value.hint)
 
 
 def test_a_closed_session(gpu: SimulatedGpu, tmp_path: Path) -> None:
     session = opened(gpu, tmp_path)
-    session.run(**inputs_for(2))
+    session.run(ModelInput(**inputs_for(2)))
     session.close()
     session.close()
     assert gpu.left_behind == {} and gpu.contexts == [] and gpu.retained == 0
     with pytest.raises(UnavailableError, match="was closed"):
-        session.run(**inputs_for(2))
+        session.run(ModelInput(**inputs_for(2)))
 
 
 def test_a_session_that_is_closed_on_a_broken_device_frees_what_it_can(gpu: SimulatedGpu, tmp_path: Path) -> None:
     session = opened(gpu, tmp_path)
-    session.run(**inputs_for(2))
+    session.run(ModelInput(**inputs_for(2)))
     gpu.fails["cuStreamSynchronize"] = Code.CUDA_ERROR_ILLEGAL_ADDRESS
     session.close()
     assert gpu.left_behind == {} and gpu.contexts == []
@@ -428,7 +434,7 @@ def test_the_second_start_compiles_nothing(gpu: SimulatedGpu, tmp_path: Path, ca
         gpu.calls.clear()
         with rtx(gpu, tmp_path) as session:
             for batch in (2, 3, 2, 3):
-                session.run(**inputs_for(batch))
+                session.run(ModelInput(**inputs_for(batch)))
         assert [call for call in gpu.calls if call.startswith("compile")] == expected
         assert session.notes == ()
     (kept,) = (cache / "kernels").iterdir()
@@ -437,19 +443,19 @@ def test_the_second_start_compiles_nothing(gpu: SimulatedGpu, tmp_path: Path, ca
 
 def test_kernels_of_another_version_are_made_anew(gpu: SimulatedGpu, tmp_path: Path, cache: Path) -> None:
     with rtx(gpu, tmp_path) as session:
-        session.run(**inputs_for(2))
+        session.run(ModelInput(**inputs_for(2)))
     (kept,) = (cache / "kernels").iterdir()
     kept.write_bytes(b"kernels of another version:2")
     gpu.calls.clear()
     with rtx(gpu, tmp_path) as session:
-        session.run(**inputs_for(2))
+        session.run(ModelInput(**inputs_for(2)))
     assert "compile 2" in gpu.calls and b"1.7.1.116:2" in kept.read_bytes()
 
 
 def test_kernels_that_cannot_be_kept_are_said_to_be_lost(gpu: SimulatedGpu, tmp_path: Path, cache: Path) -> None:
     cache.write_text("a file where the folder should be")
     with rtx(gpu, tmp_path) as session:
-        session.run(**inputs_for(2))
+        session.run(ModelInput(**inputs_for(2)))
     (note,) = session.notes
     assert "compiled kernels are lost" in note and str(cache) in note
 
@@ -504,7 +510,7 @@ def test_arrays_on_the_device_stay_there(
                 gpu.streams[stream].drain()
                 for name, expected in edited_like(given).items():
                     assert np.array_equal(outputs[name].array, expected)
-            assert np.array_equal(session.run(**edit), edited_like(edit)["edited"])
+            assert np.array_equal(session.run(ModelInput(**edit)), edited_like(edit)["edited"])
         del gpu.streams[stream]
     assert set(gpu.left_behind) == {"memory"}  # the caller's
 
@@ -526,7 +532,7 @@ def test_work_on_the_device_and_from_the_host_do_not_meet(gpu: SimulatedGpu, ses
     first, second = inputs_for(3, 1), inputs_for(3, 2)
     inputs, outputs = on_gpu(gpu, first)
     session.run_device(inputs, outputs, stream := gpu.foreign_stream())
-    assert np.array_equal(session.run(**second), edited_like(second)["edited"])
+    assert np.array_equal(session.run(ModelInput(**second)), edited_like(second)["edited"])
     assert np.array_equal(outputs["edited"].array, edited_like(first)["edited"])  # was done before
     assert not gpu.streams[stream].queue
 
@@ -544,7 +550,7 @@ def test_memory_that_grows_is_not_taken_from_under_work(gpu: SimulatedGpu, sessi
     small, large = inputs_for(1), inputs_for(8)
     inputs, outputs = on_gpu(gpu, small)
     session.run_device(inputs, outputs, gpu.foreign_stream())
-    assert np.array_equal(session.run(**large), edited_like(large)["edited"])
+    assert np.array_equal(session.run(ModelInput(**large)), edited_like(large)["edited"])
     assert np.array_equal(outputs["edited"].array, edited_like(small)["edited"])
 
 

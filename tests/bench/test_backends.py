@@ -100,8 +100,8 @@ def test_memory_counts_refine_once_loaded(machine: Machine, bundle: Bundle) -> N
     bench = BackendProcess(bundle.path, "tensorrt", "cuda:0", "fp16")
     sizes = [next(path.parent.glob("*.engine")).stat().st_size for path in (edit, refine)]
     bench.verify()
-    bench._session.run(**inputs_for(1))
+    bench._session.run(ModelInput(**inputs_for(1)))
     loaded = bench.memory().loaded
-    bench._session.refine(**inputs_for(1, coarse=True))
+    bench._session.refine(*refine_inputs(inputs_for(1, coarse=True)))
     assert bench.memory().loaded == sum(sizes) and loaded in (sizes[0], sum(sizes))
     bench.close()

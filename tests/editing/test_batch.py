@@ -21,6 +21,7 @@ from spmdeploy.editing.batch import STATUS_FILE, ItemStatus, read_manifest, run_
 from spmdeploy.editing.editor import Editor
 from spmdeploy.errors import InputError, OutOfMemoryError, UsageError
 from spmdeploy.labels import class_table
+from spmdeploy.types import ModelInput
 
 
 class Painter:
@@ -33,13 +34,8 @@ class Painter:
     def __init__(self, before: Callable[[int], None] = lambda run: None) -> None:
         self.before, self.runs = before, 0
 
-    def run(
-        self,
-        image: NDArray[np.uint8],
-        labels: NDArray[np.uint8],
-        instances: NDArray[np.int32],
-        mask: NDArray[np.uint8],
-    ) -> NDArray[np.uint8]:
+    def run(self, inputs: ModelInput) -> NDArray[np.uint8]:
+        image, labels, _, mask = inputs
         self.runs += 1
         self.before(self.runs)
         return np.where(mask[..., None] != 0, labels[..., None] * np.uint8(20), image)

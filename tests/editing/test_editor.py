@@ -16,6 +16,7 @@ from spmdeploy.editing.editor import Editor, EditResult, InputNames
 from spmdeploy.errors import InputError, UsageError
 from spmdeploy.labels import ClassTable, LabelClass
 from spmdeploy.tiling.windows import Window
+from spmdeploy.types import ModelInput
 
 quick = settings(max_examples=40, deadline=None)
 CLASSES = ClassTable("four", tuple(LabelClass(i, f"class {i}", (i, i, i)) for i in range(4)), 255)
@@ -35,12 +36,11 @@ class FakeSession:
         self.calls: list[tuple[np.ndarray, ...]] = []
         self.closed = False
 
-    def run(self, *inputs: np.ndarray) -> np.ndarray:
-        return self.run_unrounded(*inputs).astype(np.uint8)
+    def run(self, inputs: ModelInput) -> np.ndarray:
+        return self.run_unrounded(inputs).astype(np.uint8)
 
-    def run_unrounded(
-        self, image: np.ndarray, labels: np.ndarray, instances: np.ndarray, mask: np.ndarray, *coarse: np.ndarray
-    ) -> np.ndarray:
+    def run_unrounded(self, inputs: ModelInput, *coarse: np.ndarray) -> np.ndarray:
+        image, labels, instances, mask = inputs
         square = (len(image), self.size, self.size)
         assert image.shape == (*square, 3) and labels.shape == instances.shape == mask.shape == square
         assert [str(array.dtype) for array in (image, labels, instances, mask)] == ["uint8", "uint8", "int32", "uint8"]
@@ -49,11 +49,10 @@ class FakeSession:
         painted = self.paint(image, labels, instances, mask)
         return np.where(mask[..., None] != 0, painted, image).astype(np.float32)
 
-    def refine(self, *inputs: np.ndarray) -> np.ndarray:
+    def refine(self, inputs: ModelInput, coarse: np.ndarray) -> np.ndarray:
         assert self.refines
-        *_, coarse = inputs
-        assert coarse.shape == (len(inputs[0]), self.size // 2, self.size // 2, 3) and coarse.dtype == np.float32
-        return self.run_unrounded(*inputs)
+        assert coarse.shape == (len(inputs.image), self.size // 2, self.size // 2, 3) and coarse.dtype == np.float32
+        return self.run_unrounded(inputs, coarse)
 
     def close(self) -> None:
         self.closed = True

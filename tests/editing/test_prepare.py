@@ -26,6 +26,7 @@ from spmdeploy.bundle.bundle import open_bundle
 from spmdeploy.editing.editor import Editor
 from spmdeploy.errors import BundleError, InputError, UsageError
 from spmdeploy.model.generator import Generator, GeneratorConfig
+from spmdeploy.types import LayoutInput, ModelInput
 
 
 class KeepingSession(FakeSession):
@@ -35,12 +36,12 @@ class KeepingSession(FakeSession):
         super().__init__(everything_mixed, **more)
         self.kept = 0
 
-    def run(self, *inputs: np.ndarray) -> np.ndarray:
+    def run(self, inputs: ModelInput) -> np.ndarray:
         raise AssertionError("the layout was told with an image")
 
-    def cache_layout_run(self, *layout: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    def bind_layout(self, layout: LayoutInput) -> Callable[[np.ndarray], np.ndarray]:
         self.kept += 1
-        return lambda image: self.run_unrounded(image, *layout).astype(np.uint8)
+        return lambda image: self.run_unrounded(ModelInput(image, *layout)).astype(np.uint8)
 
 
 @given(partial_masks(), st.sampled_from([64, 256]), st.booleans(), st.booleans(), st.integers(1, 5))
@@ -153,9 +154,9 @@ def real(street_bundle: Path) -> dict[str, OnnxRuntimeSession]:
 def test_onnxruntime_draws_the_same(real: dict[str, OnnxRuntimeSession], graph: str, batch: int) -> None:
     session = real[graph]
     given = edit_batch(spmdeploy.open_editor().classes, 256, "medium", batch)
-    run = session.cache_layout_run(given.labels, given.instances, given.mask)
+    run = session.bind_layout(LayoutInput(*given[1:]))
     for image in (given.image, given.image[:, ::-1].copy()):
-        expected = session.run(image, given.labels, given.instances, given.mask)
+        expected = session.run(ModelInput(image, *given[1:]))
         assert not np.array_equal(expected, image)
         np.testing.assert_array_equal(run(image), expected)
 
@@ -163,9 +164,9 @@ def test_onnxruntime_draws_the_same(real: dict[str, OnnxRuntimeSession], graph: 
 def test_two_layouts_do_not_disturb_each_other(real: dict[str, OnnxRuntimeSession]) -> None:
     session, table = real["edit_cpu"], spmdeploy.open_editor().classes
     cases = [edit_batch(table, 256, mask, 1) for mask in ("small", "large")]
-    runs = [session.cache_layout_run(case.labels, case.instances, case.mask) for case in cases]
+    runs = [session.bind_layout(LayoutInput(*case[1:])) for case in cases]
     for case, run in zip(cases, runs, strict=True):
-        np.testing.assert_array_equal(run(case.image), session.run(*case.arrays))
+        np.testing.assert_array_equal(run(case.image), session.run(case))
 
 
 def test_an_editor_on_a_bundle_keeps_layouts(street_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,14 +188,14 @@ def test_torch_draws_the_same(options: dict[str, Any]) -> None:
         generator = Generator(GeneratorConfig(12, 2, 4, **options)).eval().requires_grad_(False)
     session = TorchSession(generator)
     given = edit_batch(spmdeploy.open_editor().classes, 256, "medium", 2)
-    expected = session.run(*given.arrays)
-    run = session.cache_layout_run(given.labels, given.instances, given.mask)
+    expected = session.run(given)
+    run = session.bind_layout(LayoutInput(*given[1:]))
     convolutions: list[str] = []
     for name, module in generator.named_modules():
         module.register_forward_hook(lambda *_, name=name: convolutions.append(name))
     np.testing.assert_array_equal(run(given.image), expected)
     assert not any("layout_" in name for name in convolutions)
-    np.testing.assert_array_equal(session.run(*given.arrays), expected)  # the generator itself is as it was
+    np.testing.assert_array_equal(session.run(given), expected)  # the generator itself is as it was
 
 
 # ---- the split ----

@@ -24,6 +24,7 @@ from spmdeploy.tiling.letterbox import fit_letterbox
 from spmdeploy.tiling.outpaint import Padding, extended_size, padding_mask
 from spmdeploy.tiling.pyramid import plan_pyramid
 from spmdeploy.tiling.windows import Window, full_window, plan_windows
+from spmdeploy.types import ModelInput
 
 quick = settings(max_examples=25, deadline=None)
 CLASSES = ClassTable("four", tuple(LabelClass(i, f"class {i}", (i, i, i)) for i in range(4)), 255)
@@ -41,23 +42,21 @@ class Session:
         self.refine_unsupported = None if refines else Unsupported("the model has no refine graph", "export it again")
         self.batches: list[int] = []
 
-    def run(self, *inputs: np.ndarray) -> np.ndarray:
-        return self.run_unrounded(*inputs).astype(np.uint8)
+    def run(self, inputs: ModelInput) -> np.ndarray:
+        return self.run_unrounded(inputs).astype(np.uint8)
 
-    def run_unrounded(
-        self, image: np.ndarray, labels: np.ndarray, instances: np.ndarray, mask: np.ndarray
-    ) -> np.ndarray:
+    def run_unrounded(self, inputs: ModelInput) -> np.ndarray:
+        image, _, instances, mask = inputs
         colors = np.zeros((1, 3), np.uint8) if self.colors is None else self.colors
         return np.where(mask[..., None] != 0, colors[instances % len(colors)], image).astype(np.float32)
 
-    def refine(
-        self, image: np.ndarray, labels: np.ndarray, instances: np.ndarray, mask: np.ndarray, coarse: np.ndarray
-    ) -> np.ndarray:
+    def refine(self, inputs: ModelInput, coarse: np.ndarray) -> np.ndarray:
+        image, mask = inputs.image, inputs.mask
         assert self.refines
         assert coarse.shape == (len(image), self.size // 2, self.size // 2, 3) and coarse.dtype == np.float32
         self.batches.append(len(image))
         if self.colors is not None:
-            return self.run_unrounded(image, labels, instances, mask)
+            return self.run_unrounded(inputs)
         return np.where(mask[..., None] != 0, doubled(coarse), image).astype(np.float32)
 
     def close(self) -> None:
@@ -166,9 +165,9 @@ def test_the_picture_between_levels_is_not_rounded() -> None:
 
 def test_tiles_see_the_photo_as_it_is_and_labels_of_their_own_pixels() -> None:
     class Watching(Session):
-        def refine(self, *inputs: np.ndarray) -> np.ndarray:
-            self.seen = [array[0] for array in inputs]
-            return super().refine(*inputs)
+        def refine(self, inputs: ModelInput, coarse: np.ndarray) -> np.ndarray:
+            self.seen = [array[0] for array in (*inputs, coarse)]
+            return super().refine(inputs, coarse)
 
     image = noise(300, 300)
     mask = np.zeros((300, 300), bool)
@@ -323,10 +322,11 @@ def test_tiles_that_differ_show_it_as_mismatch() -> None:
 
         calls = 0
 
-        def refine(self, image: np.ndarray, *others: np.ndarray) -> np.ndarray:
+        def refine(self, inputs: ModelInput, coarse: np.ndarray) -> np.ndarray:
+            image, mask = inputs.image, inputs.mask
             gray = 10.0 * (self.calls + np.arange(len(image)))
             self.calls += len(image)
-            return np.where(others[2][..., None] != 0, gray[:, None, None, None], image).astype(np.float32)
+            return np.where(mask[..., None] != 0, gray[:, None, None, None], image).astype(np.float32)
 
     mask = np.zeros((200, 110), bool)
     mask[5:100, 5:105] = True

@@ -27,6 +27,7 @@ from spmdeploy.tiling.letterbox import fit_letterbox
 from spmdeploy.tiling.outpaint import Padding
 from spmdeploy.tiling.pyramid import plan_pyramid
 from spmdeploy.tiling.windows import plan_windows
+from spmdeploy.types import ModelInput
 
 
 class Gray:
@@ -39,10 +40,10 @@ class Gray:
     def __init__(self, failure: Exception | None = None) -> None:
         self.failure = failure
 
-    def run(self, image: NDArray[np.uint8], *others: NDArray[Any]) -> NDArray[np.uint8]:
+    def run(self, inputs: ModelInput) -> NDArray[np.uint8]:
         if self.failure:
             raise self.failure
-        return np.where(others[-1][..., None] != 0, np.uint8(77), image)
+        return np.where(inputs.mask[..., None] != 0, np.uint8(77), inputs.image)
 
     def close(self) -> None:
         pass
@@ -173,14 +174,14 @@ def test_ctrl_c_between_the_tiles_of_a_cascade_leaves_what_was_there(files: Edit
     class Interrupted(Gray):
         size, refines, refine_unsupported, calls = 16, True, None, 0
 
-        def run_unrounded(self, *inputs: NDArray[Any]) -> NDArray[np.float32]:
-            return self.run(*inputs).astype(np.float32)
+        def run_unrounded(self, inputs: ModelInput) -> NDArray[np.float32]:
+            return self.run(inputs).astype(np.float32)
 
-        def refine(self, *inputs: NDArray[Any]) -> NDArray[np.float32]:
+        def refine(self, inputs: ModelInput, coarse: NDArray[np.float32]) -> NDArray[np.float32]:
             self.calls += 1
             if self.calls == 2:
                 raise KeyboardInterrupt
-            return self.run_unrounded(*inputs[:4])
+            return self.run_unrounded(inputs)
 
     session = Interrupted()
     (tmp_path / "edited.png").write_bytes(b"an earlier edit")

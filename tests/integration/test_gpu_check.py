@@ -26,6 +26,7 @@ from spmdeploy.export.parity import HALF_LIMITS
 from spmdeploy.labels import class_table
 from spmdeploy.model import modulation
 from spmdeploy.model.generator import Generator, GeneratorConfig
+from spmdeploy.types import ModelInput
 
 from .simulated_gpu import Code
 from .simulated_tensorrt import edited_like
@@ -77,11 +78,12 @@ def golden(generator: Generator) -> GoldenSample:
     cut = np.s_[top : top + 128, left : left + 128]
     maps = labels[cut][None], labels[cut].astype(np.int32)[None], mask[cut].astype(np.uint8)[None]
     assert maps[2].any() and not maps[2].all()
-    return GoldenSample(photo[cut][None], *maps, TorchSession(generator).run(photo[cut][None], *maps))
+    inputs = ModelInput(photo[cut][None], *maps)
+    return GoldenSample(inputs, TorchSession(generator).run(inputs))
 
 
 def edited_by(generator: Generator, golden: GoldenSample) -> np.ndarray:
-    return TorchSession(generator).run(golden.image, golden.labels, golden.instances, golden.mask)
+    return TorchSession(generator).run(golden.inputs)
 
 
 def in_halves(x: Tensor) -> Tensor:
@@ -105,12 +107,12 @@ def test_scaled_weights_overflow_statistics_in_halves_and_nothing_else(
     assert max(layer.peak for layer in layers) < np.finfo(np.float16).max / 2  # the values themselves are sound halves
 
     expected = edited_by(enlarged, golden)
-    assert not measure_deviation(expected, golden.expected, golden.mask).faults(HALF_LIMITS)  # the same pictures
+    assert not measure_deviation(expected, golden.expected, golden.inputs.mask).faults(HALF_LIMITS)  # the same pictures
 
     # The check can fail: halves in the norms are found out with these weights, and not without them.
     monkeypatch.setattr(modulation, "instance_norm", in_halves)
-    assert measure_deviation(edited_by(enlarged, golden), expected, golden.mask).faults(HALF_LIMITS)
-    assert not measure_deviation(edited_by(generator, golden), golden.expected, golden.mask).faults(HALF_LIMITS)
+    assert measure_deviation(edited_by(enlarged, golden), expected, golden.inputs.mask).faults(HALF_LIMITS)
+    assert not measure_deviation(edited_by(generator, golden), golden.expected, golden.inputs.mask).faults(HALF_LIMITS)
 
 
 # ------------------------------------------------------------------------------------------------------------- judging
@@ -135,12 +137,12 @@ def contender(scripts: dict[str, ModuleType], run: Callable[..., Any], name: str
     return scripts["gpu_contenders"].Contender(name, "cpu", "fp16", opened)
 
 
-def refined(*inputs: Any) -> np.ndarray:
-    return edited_like(dict(zip(("image", "labels", "instances", "mask", "coarse"), inputs, strict=True)))["unrounded"]
+def refined(inputs: ModelInput, coarse: np.ndarray) -> np.ndarray:
+    return edited_like({**inputs._asdict(), "coarse": coarse})["unrounded"]
 
 
-def right(image: Any, labels: Any, instances: Any, mask: Any) -> np.ndarray:
-    return edited_like({"image": image, "labels": labels, "instances": instances, "mask": mask})["edited"]
+def right(inputs: ModelInput) -> np.ndarray:
+    return edited_like(inputs._asdict())["edited"]
 
 
 def judged(scripts: dict[str, ModuleType], one: Any, work: Path, repeats: int = 4) -> dict[str, Any]:
@@ -169,22 +171,22 @@ class Changing:
     def __init__(self) -> None:
         self.runs = 0
 
-    def __call__(self, image: Any, labels: Any, instances: Any, mask: Any) -> np.ndarray:
+    def __call__(self, inputs: ModelInput) -> np.ndarray:
         self.runs += 1
-        return right(image, labels, instances, mask) ^ np.uint8((self.runs % 2) * (mask[..., None] != 0))
+        return right(inputs) ^ np.uint8((self.runs % 2) * (inputs.mask[..., None] != 0))
 
 
-def touching(image: Any, labels: Any, instances: Any, mask: Any) -> np.ndarray:
-    edited = right(image, labels, instances, mask)
-    edited[mask == 0] ^= 1
+def touching(inputs: ModelInput) -> np.ndarray:
+    edited = right(inputs)
+    edited[inputs.mask == 0] ^= 1
     return edited
 
 
-def black(image: Any, labels: Any, instances: Any, mask: Any) -> np.ndarray:
-    return painted_black({"image": image, "mask": mask})["edited"]
+def black(inputs: ModelInput) -> np.ndarray:
+    return painted_black(inputs._asdict())["edited"]
 
 
-def fails(*inputs: Any) -> np.ndarray:
+def fails(inputs: ModelInput) -> np.ndarray:
     raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
 
