@@ -26,10 +26,9 @@ from spmdeploy.gpu.kernels import PTX
 from spmdeploy.imaging.resize import canvas_taps, resize_canvas
 from spmdeploy.labels import ClassTable, LabelClass
 from spmdeploy.types import ModelInput
-
-from .simulated_gpu import PACKAGES, Code, SimulatedGpu, plug_in
-from .simulated_tensorrt import edited_like
-from .test_trt import LIBRARIES, SIZE, cache, gpu, inputs_for, opened, refine_inputs, session
+from tests.backends.test_tensorrt import LIBRARIES, SIZE, cache, gpu, inputs_for, opened, refine_inputs, session
+from tests.simulators.simulated_gpu import PACKAGES, Code, SimulatedGpu, plug_in
+from tests.simulators.simulated_tensorrt import edited_like
 
 __all__ = ["cache", "gpu", "session"]  # fixtures of the neighbor
 CLASSES = ClassTable("four", tuple(LabelClass(i, f"class {i}", (i, i, i)) for i in range(4)), 255)

@@ -28,12 +28,11 @@ from spmdeploy.engines.store import EngineWriter, choose_place, find_engines
 from spmdeploy.errors import BundleError, SpmDeployError, UnavailableError, UsageError, VerificationError
 from spmdeploy.imaging import files as images
 from spmdeploy.types import ModelInput
+from tests.backends.test_tensorrt import SIZE, inputs_for, record_of, refine_inputs
 from tests.bundle.conftest import GRAPHS, fill, manifest_of
-
-from .records import A10, for_targets
-from .simulated_gpu import Code, SimulatedGpu, plug_in
-from .simulated_tensorrt import edited_like, engine_content, simulated_library
-from .test_trt import SIZE, inputs_for, record_of, refine_inputs
+from tests.simulators.records import A10, for_targets
+from tests.simulators.simulated_gpu import Code, SimulatedGpu, plug_in
+from tests.simulators.simulated_tensorrt import edited_like, engine_content, simulated_library
 
 GOLDEN = inputs_for(1, seed=5)
 

@@ -26,10 +26,9 @@ from spmdeploy.engines.store import StoredEngine
 from spmdeploy.errors import BundleError, InputError, OutOfMemoryError, SpmDeployError, UnavailableError, UsageError
 from spmdeploy.gpu.arrays import DeviceArray
 from spmdeploy.types import ModelInput
-
-from .records import sample
-from .simulated_gpu import PACKAGES, Code, SimulatedGpu, host_context, plug_in
-from .simulated_tensorrt import edited_like, engine_content, offered, simulated_library
+from tests.simulators.records import sample
+from tests.simulators.simulated_gpu import PACKAGES, Code, SimulatedGpu, host_context, plug_in
+from tests.simulators.simulated_tensorrt import edited_like, engine_content, offered, simulated_library
 
 SIZE = 16
 LIBRARIES = [("tensorrt", "10.3.0"), ("tensorrt", "10.16.1"), ("tensorrt", "11.4.1"), ("tensorrt-rtx", "1.7.1.116")]
@@ -114,8 +113,10 @@ def test_both_graphs_give_what_the_engines_compute(
         for seed in range(3):  # enqueued, captured, launched
             edit, refine = inputs_for(2, seed), inputs_for(2, seed, coarse=True)
             assert np.array_equal(session.run(ModelInput(**edit)), edited_like(edit)["edited"])
-            assert np.array_equal(session.run_unrounded(**edit), edited_like(edit)["unrounded"])
-            assert session.refines and np.array_equal(session.refine(**refine), edited_like(refine)["unrounded"])
+            assert np.array_equal(session.run_unrounded(ModelInput(**edit)), edited_like(edit)["unrounded"])
+            assert session.refines and np.array_equal(
+                session.refine(*refine_inputs(refine)), edited_like(refine)["unrounded"]
+            )
         assert session.notes == ()
     assert gpu.left_behind == {} and not any("without a context" in call for call in gpu.calls)
 
@@ -128,7 +129,7 @@ def test_any_batch_is_split_into_what_the_engine_takes(
     """The same session all along: whatever batches came before, and in whatever order."""
     for seed, batch in enumerate(batches):
         given = inputs_for(batch, seed)
-        result = session.run_unrounded(**given) if unrounded else session.run(ModelInput(**given))
+        result = session.run_unrounded(ModelInput(**given)) if unrounded else session.run(ModelInput(**given))
         assert np.array_equal(result, edited_like(given)["unrounded" if unrounded else "edited"])
 
 
@@ -261,9 +262,8 @@ def test_after_a_failure_the_context_is_off_and_the_session_works_again(
     with host_context(gpu):
         gpu.fails[call] = Code.CUDA_ERROR_ILLEGAL_ADDRESS
         with pytest.raises(SpmDeployError):
-            session.run(
-                **(given if call == "cuGraphLaunch" else inputs_for(2))
-            )  # a new batch size needs everything else
+            # A new batch size needs everything else.
+            session.run(ModelInput(**(given if call == "cuGraphLaunch" else inputs_for(2))))
         gpu.fails.clear()
         assert np.array_equal(session.run(ModelInput(**given)), edited_like(given)["edited"])
 

@@ -22,9 +22,8 @@ from spmdeploy.errors import UnavailableError, UsageError
 from spmdeploy.export import pipeline
 from spmdeploy.gpu.driver import GpuFacts
 from tests.bundle.conftest import write_street
+from tests.engines.test_builder import VERSIONS
 from tests.simulators.recording_tensorrt import recording_tensorrt
-
-from .test_engine_builder import VERSIONS
 
 ORIN = GpuFacts("Orin", "8.7", "12.6", None)
 RTX_3060 = GpuFacts("NVIDIA GeForce RTX 3060", "8.6", "13.0", "580.95.05")

@@ -14,7 +14,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
-from test_editor import CLASSES, FakeSession, everything_mixed, labels_for, noise, partial_masks
 
 import spmdeploy
 from spmdeploy.backends.base import SupportsLayoutCache, open_session
@@ -27,6 +26,7 @@ from spmdeploy.editing.editor import Editor
 from spmdeploy.errors import BundleError, InputError, UsageError
 from spmdeploy.model.generator import Generator, GeneratorConfig
 from spmdeploy.types import LayoutInput, ModelInput
+from tests.editing.test_editor import CLASSES, FakeSession, everything_mixed, labels_for, noise, partial_masks
 
 
 class KeepingSession(FakeSession):

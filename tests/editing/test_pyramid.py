@@ -419,8 +419,8 @@ def test_each_window_sees_what_the_one_before_made() -> None:
     class Continuing(Session):
         """Paints one more than the brightest known pixel that it sees."""
 
-        def run_unrounded(self, image: np.ndarray, *others: np.ndarray) -> np.ndarray:
-            hole = others[-1][..., None] != 0
+        def run_unrounded(self, inputs: ModelInput) -> np.ndarray:
+            image, hole = inputs.image, inputs.mask[..., None] != 0
             return np.where(hole, np.where(hole, 0, image).max() + 1, image).astype(np.float32)
 
     photo = np.full((64, 64, 3), 10, np.uint8)
@@ -433,10 +433,10 @@ def test_each_window_sees_what_the_one_before_made() -> None:
 
 def test_what_is_still_to_come_never_reaches_the_session() -> None:
     class Strict(Session):
-        def run_unrounded(self, image: np.ndarray, *others: np.ndarray) -> np.ndarray:
-            known = image[others[-1] == 0]
+        def run_unrounded(self, inputs: ModelInput) -> np.ndarray:
+            known = inputs.image[inputs.mask == 0]
             assert (known == 200).all(), "black, the canvas before anything is made, would be seen"
-            return np.full(image.shape, 200, np.float32)
+            return np.full(inputs.image.shape, 200, np.float32)
 
     photo = np.full((50, 80, 3), 200, np.uint8)
     assert (extend(Strict(64), photo, Padding(90, 70, 110, 130), tiling="crop", feather=3).image == 200).all()

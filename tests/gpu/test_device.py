@@ -15,8 +15,7 @@ import pytest
 from spmdeploy.errors import OutOfMemoryError, UnavailableError
 from spmdeploy.gpu.device import Device, GraphCaptureError
 from spmdeploy.gpu.driver import gpu_uuid
-
-from .simulated_gpu import PACKAGES, RUBBISH, Code, SimulatedGpu, host_context, plug_in
+from tests.simulators.simulated_gpu import PACKAGES, RUBBISH, Code, SimulatedGpu, host_context, plug_in
 
 
 @pytest.fixture(params=PACKAGES)

@@ -27,11 +27,10 @@ from spmdeploy.labels import class_table
 from spmdeploy.model import modulation
 from spmdeploy.model.generator import Generator, GeneratorConfig
 from spmdeploy.types import ModelInput
-
-from .simulated_gpu import Code
-from .simulated_tensorrt import edited_like
-from .test_engine_session import Machine, add, bundle, machine, painted_black
-from .test_trt import record_of
+from tests.backends.test_select_engine import Machine, add, bundle, machine, painted_black
+from tests.backends.test_tensorrt import record_of
+from tests.simulators.simulated_gpu import Code
+from tests.simulators.simulated_tensorrt import edited_like
 
 BENCH = Path(__file__).parents[2] / "bench"
 __all__ = ["bundle", "machine"]  # fixtures of the neighbor

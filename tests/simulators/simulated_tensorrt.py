@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 
 from spmdeploy.engines.record import BATCH, EngineRecord
-
-from .simulated_gpu import Code, Refused, SimulatedGpu
+from tests.simulators.simulated_gpu import Code, Refused, SimulatedGpu
 
 MAGIC = b"kernels of "
 _DTYPES = {"uint8": "UINT8", "int32": "INT32", "float32": "FLOAT", "float16": "HALF"}
