@@ -3,7 +3,7 @@ DEMO := .venv-demo/bin
 DEV := .venv/bin
 SAMPLE := spmdeploy/assets/samples/car_away
 
-.PHONY: demo test train-smoke test-slow lint bench quantization figures gpu-check clean
+.PHONY: demo test train-smoke test-slow fuzz lint bench quantization figures gpu-check clean
 
 demo: .venv-demo/ready
 	@mkdir -p demo
@@ -18,6 +18,9 @@ train-smoke: .venv/ready
 
 test-slow: .venv/ready
 	$(DEV)/python -m pytest -m slow
+
+fuzz: .venv/ready
+	$(DEV)/python -m pytest -m fuzz -n 2 -rP --no-header tests/fuzz
 
 lint: .venv/ready
 	$(DEV)/ruff check .

@@ -3,6 +3,14 @@
 from __future__ import annotations
 
 
+def printable(text: str) -> str:
+    """Escapes control characters and changes of the writing direction, which texts from files may hold."""
+    if text.isprintable():
+        return text
+    # Lone surrogates stay: they stand for bytes of file names, and output streams escape them.
+    return "".join(c if c.isprintable() or c in "\n\t" or 0xD800 <= ord(c) < 0xE000 else repr(c)[1:-1] for c in text)
+
+
 class SpmDeployError(Exception):
     """Base of all errors that the package raises.
 
@@ -15,9 +23,9 @@ class SpmDeployError(Exception):
     exit_code = 1
 
     def __init__(self, problem: str, hint: str | None = None) -> None:
-        super().__init__(problem)
-        self.problem = problem
-        self.hint = hint
+        super().__init__(printable(problem))
+        self.problem = printable(problem)
+        self.hint = None if hint is None else printable(hint)
 
 
 class UsageError(SpmDeployError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
@@ -12,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spmdeploy.errors import InputError
+from spmdeploy.files import translated
 from spmdeploy.serialization import parse_json
 
 Color: TypeAlias = tuple[int, int, int]
@@ -110,7 +112,7 @@ def class_table(name_or_path: str | Path) -> ClassTable:
     """
     if str(name_or_path) in built_in_tables():
         return _table_in(BUILT_IN / f"{name_or_path}.json")
-    if Path(name_or_path).suffix.lower() != ".json" and not Path(name_or_path).exists():
+    if Path(name_or_path).suffix.lower() != ".json" and not os.path.exists(name_or_path):
         raise InputError(f"there is no class table called {str(name_or_path)!r}", _names_hint())
     return _table_in(Path(name_or_path))
 
@@ -232,7 +234,7 @@ def _table_in(path: Path) -> ClassTable:
     except FileNotFoundError as exc:
         raise InputError(f"there is no file {path}", _names_hint()) from exc
     except OSError as exc:
-        raise InputError(f"{path} cannot be read: {exc.strerror}") from exc
+        raise translated(exc, path, "read") from exc
     except ValueError as exc:
         raise InputError(f"{path} is not JSON: {exc}", _TABLE_HINT) from exc
     return ClassTable.from_json(content, str(path))

@@ -101,6 +101,8 @@ def parse_json(content: bytes | str) -> Any:
         raise ValueError("nested too deeply") from exc
     level = [value]
     for _ in range(MAX_DEPTH):
+        if text := next((item for item in level if isinstance(item, str) and not _is_unicode(item)), None):
+            raise ValueError(f"{shorten(text)} is not valid Unicode")
         level = [item for outer in level if isinstance(outer, dict | list) for item in _items(outer)]
         if not level:
             return value
@@ -150,7 +152,12 @@ def shorten(value: object, length: int = 60) -> str:
 
 
 def _items(outer: dict[str, object] | list[object]) -> typing.Iterable[object]:
-    return outer.values() if isinstance(outer, dict) else outer
+    return (*outer, *outer.values()) if isinstance(outer, dict) else outer
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text has no lone surrogates, which cannot be encoded."""
+    return text.isascii() or not any(0xD800 <= ord(character) < 0xE000 for character in text)
 
 
 def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:

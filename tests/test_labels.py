@@ -147,7 +147,7 @@ def test_tables_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "text.json").write_text("{")
     (tmp_path / "latin.json").write_bytes(b'{"name": "\xe9"}')
     (tmp_path / "folder.json").mkdir()
-    problems = {"text": "not JSON", "latin": "not JSON", "folder": "cannot be read", "none": "no file"}
+    problems = {"text": "not JSON", "latin": "not JSON", "folder": "is a folder", "none": "no file"}
     for name, problem in problems.items():
         with pytest.raises(InputError, match=problem):
             class_table(tmp_path / f"{name}.json")

@@ -40,6 +40,8 @@ class Whole:
         ("1e999", "the number 1e999 is out of range"),
         ("1" * 5000, "the number 11111111111111111111... is out of range"),
         ("18446744073709551616", "out of range"),
+        ('{"a": ["\\ud800"]}', r"'\\ud800' is not valid Unicode"),
+        ('{"\\udfff": 1}', r"'\\udfff' is not valid Unicode"),
         ("{", "Expecting property name"),
         ("", "Expecting value"),
     ],

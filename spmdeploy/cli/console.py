@@ -10,7 +10,7 @@ from typing import Any
 
 import typer
 
-from spmdeploy.errors import SpmDeployError, UnavailableError
+from spmdeploy.errors import SpmDeployError, UnavailableError, printable
 
 
 @contextmanager
@@ -65,7 +65,7 @@ def status_line() -> Iterator[Callable[[str, float], None]]:
 
 
 def log(text: str) -> None:
-    print(text, file=sys.stderr)
+    print(printable(text), file=sys.stderr)
 
 
 def log_notes(notes: Sequence[str]) -> None:
@@ -84,7 +84,7 @@ def print_result(
         error = {} if failure is None else error_fields(failure, failure.exit_code)
         print_json({"schema": f"spmdeploy.{command}/1", **payload, **error})
     else:
-        print("\n".join(lines))
+        print(printable("\n".join(lines)))
         if failure is not None:
             report_error(failure)
     if failure is not None:

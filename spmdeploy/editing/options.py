@@ -109,4 +109,7 @@ def parse_padding(text: str) -> Padding:
 
 
 def _same_file(first: Path, second: Path) -> bool:
-    return os.path.realpath(first) == os.path.realpath(second)
+    try:
+        return os.path.realpath(first) == os.path.realpath(second)
+    except ValueError:  # a zero byte in a name, which reading the file reports
+        return False

@@ -17,6 +17,10 @@ SIZE_MULTIPLE = 128
 finest one the whole seven times."""
 
 
+MAX_CHANNELS = 2048
+"""Of a layer; the paper has 32 to 256. Wider generators than any GPU holds come from corrupt files."""
+
+
 @dataclass(frozen=True)
 class GeneratorConfig:
     """Everything that fixes the shapes of the generator's weights."""
@@ -37,6 +41,8 @@ class GeneratorConfig:
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name} must be a positive integer, not {value!r}")
+            if value > MAX_CHANNELS:
+                raise ValueError(f"{name} must be at most {MAX_CHANNELS}, not {value}")
         if self.classes > 255:
             raise ValueError(f"classes must be at most 255 (label maps are 8-bit), not {self.classes}")
         if self.modulation not in MODULATIONS:
