@@ -1,4 +1,4 @@
-"""Measuring: what an edit costs on this machine in each backend, beside how far its picture is from PyTorch's.
+"""Measures what an edit costs on this machine with each backend, and how far its results are from PyTorch's.
 
-Everything but `torch_backends`, `torch_parts` and what opens them works where torch is not installed.
+Everything except `torch_backends`, `seeded_bundles` and what opens them works without torch.
 """

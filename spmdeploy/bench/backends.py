@@ -29,7 +29,17 @@ from spmdeploy.types import ModelInput
 
 REFERENCE_BACKEND = "torch"
 """The plain generator in eager PyTorch; in FP32 it is the reference for results and the baseline for ratios."""
-BACKENDS = (REFERENCE_BACKEND, "torch-compile", "onnxruntime", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx")
+BACKENDS = (
+    REFERENCE_BACKEND,
+    "torch-compile",
+    "onnxruntime",
+    "onnxruntime-plain",
+    "onnxruntime-cuda",
+    "tensorrt",
+    "tensorrt-rtx",
+)
+_COMPARISONS = ("torch-compile", "onnxruntime-plain")
+"""Backends that `spmdeploy edit` does not offer."""
 _GPU_ONLY = frozenset({"onnxruntime-cuda", "tensorrt", "tensorrt-rtx"})
 
 
@@ -41,24 +51,38 @@ def open_backend(bundle: Bundle, name: str, device: str, precision: str) -> Sess
     chosen = _device_of(name, device)
     if name in (REFERENCE_BACKEND, "torch-compile"):
         return _open_torch(bundle, name, chosen, precision)
+    if name == "onnxruntime-plain":
+        return _open_plain_onnxruntime(bundle, precision)
     return open_session(bundle, name.removesuffix("-cuda"), chosen, precision).session
+
+
+def default_precisions(name: str, device: str) -> tuple[str, ...]:
+    """Precisions that are compared when none is named."""
+    on_gpu = name in _GPU_ONLY or (name in (REFERENCE_BACKEND, "torch-compile") and device != "cpu" and has_gpu())
+    if name in (REFERENCE_BACKEND, "torch-compile"):
+        return ("fp32", "fp16") if on_gpu else ("fp32", "bf16")
+    return ("fp16", "fp32") if on_gpu else ("auto",)
+
+
+def has_gpu() -> bool:
+    """Whether the driver shows a GPU."""
+    try:
+        return visible_gpus() > 0
+    except OSError:
+        return False
 
 
 def skip_by_default(name: str) -> None:
     """Raises UnavailableError for backends that are only measured when named."""
     if name != "torch-compile":
         return
-    try:
-        gpus = visible_gpus()
-    except OSError:
-        gpus = 0
-    if not gpus:
+    if not has_gpu():
         raise UnavailableError("left out: compiling for a CPU takes minutes", "name it: --backend torch-compile")
 
 
 def cold_start_options(name: str, device: str, precision: str) -> list[str]:
     """Options of `spmdeploy edit` for a backend. Raises UnavailableError where it does not offer it."""
-    if name == "torch-compile":
+    if name in _COMPARISONS:
         raise UnavailableError("`spmdeploy edit` does not offer it", "leave it out of --scope cold-start")
     return ["--backend", name.removesuffix("-cuda"), "--device", _device_of(name, device), "--precision", precision]
 
@@ -70,16 +94,15 @@ def has_torch() -> bool:
 
 def describe(session: Session, bundle: Bundle) -> BackendInfo:
     """Facts of an opened session for the record."""
-    provider, threads = session.provider, None
+    threads = None
     if session.backend in (REFERENCE_BACKEND, "torch-compile"):
-        from spmdeploy.bench.torch_backends import compute_settings
+        from spmdeploy.bench.torch_backends import threads_of
 
-        threads, setting = compute_settings(session.device)
-        provider += setting
+        threads = threads_of(session.device)
     return BackendInfo(
         device=session.device,
         precision=session.precision,
-        provider=provider,
+        provider=session.provider,
         threads=threads,
         file_bytes=loaded_bytes(session, bundle),
         weights_bytes=bundle.manifest.generator.parameters * (4 if session.precision in ("fp32", "tf32") else 2),
@@ -103,6 +126,8 @@ def graph_of(session: Session, bundle: Bundle) -> GraphRecord | None:
 
 def _record_of(session: Session, bundle: Bundle, name: str) -> GraphRecord | None:
     names = (ON_CPU[name], name) if session.device == "cpu" else (name,)
+    if isinstance(session, PlainOnnxRuntimeSession):
+        names = (name,)
     records = {record.graph: record for record in bundle.manifest.graphs if record.precision == session.precision}
     return next((records[name] for name in names if name in records), None)
 
@@ -114,10 +139,10 @@ def _device_of(name: str, device: str) -> str:
         if device == "cpu":
             raise UnavailableError(f"{name} runs on GPUs only, but --device is cpu", "leave --device out")
         return "cuda:0" if device == "auto" else device
-    if name == "onnxruntime":
+    if name in ("onnxruntime", "onnxruntime-plain"):
         if device not in ("auto", "cpu"):
             raise UnavailableError(
-                f"onnxruntime means the CPU here, but --device is {device}", "on a GPU: --backend onnxruntime-cuda"
+                f"{name} means the CPU here, but --device is {device}", "on a GPU: --backend onnxruntime-cuda"
             )
         return "cpu"
     return device
@@ -125,13 +150,20 @@ def _device_of(name: str, device: str) -> str:
 
 def _open_torch(bundle: Bundle, name: str, device: str, precision: str) -> Session:
     try:
-        from spmdeploy.backends.pytorch import open_torch_session
-        from spmdeploy.bench.torch_backends import open_compiled_session
+        from spmdeploy.bench.torch_backends import open_baseline
     except ModuleNotFoundError as exc:
         raise UnavailableError(f"this needs the package {exc.name}", 'pip install "spmdeploy[export]"') from exc
-    if name == REFERENCE_BACKEND:
-        return open_torch_session(bundle, REFERENCE_BACKEND, device, precision).session
-    return open_compiled_session(bundle, device, precision)
+    return open_baseline(bundle, name, device, precision)
+
+
+class PlainOnnxRuntimeSession(OnnxRuntimeSession):
+    """The graph as exported, without the optimizations of the bundle's graph for CPUs: a baseline."""
+
+
+def _open_plain_onnxruntime(bundle: Bundle, precision: str) -> Session:
+    if precision not in ("auto", "fp32"):
+        raise UnavailableError("onnxruntime-plain computes in fp32 on CPUs", "leave --precision out")
+    return PlainOnnxRuntimeSession(bundle.read_graph(bundle.graph(EDIT, "fp32")), "fp32")
 
 
 class DeviceRun(Protocol):
@@ -150,15 +182,19 @@ class DeviceRun(Protocol):
         """The edited images of the last launch, uint8 (B, S, S, 3). Call after the stream is synchronized."""
 
 
-def device_run(session: Session, batch: ModelInput, device: Device, stack: ExitStack) -> DeviceRun:
-    """Copies the batch to the session's GPU until the stack is closed. Raises UnavailableError."""
+def device_run(
+    session: Session, batch: ModelInput, device: Device, stack: ExitStack, cuda_graphs: bool = True
+) -> DeviceRun:
+    """Copies the batch to the session's GPU until the stack is closed.
+
+    cuda_graphs: whether engines may replay CUDA graphs. Raises UnavailableError.
+    """
     if isinstance(session, TensorRtSession | OnnxRuntimeSession):
         return _DeviceArrays(session, batch, device, stack)
     if session.backend.startswith("torch"):
-        from spmdeploy.backends.pytorch import TorchSession
-        from spmdeploy.bench.torch_backends import TorchDeviceRun
+        from spmdeploy.bench.torch_backends import BaselineSession, TorchDeviceRun
 
-        assert isinstance(session, TorchSession)
+        assert isinstance(session, BaselineSession)
         return TorchDeviceRun(session, batch)
     raise UnavailableError(f"{session.backend} accepts no inputs in the GPU's memory", "use --scope edit")
 

@@ -16,7 +16,13 @@ from typing import TypeVar
 
 from spmdeploy import default_model
 from spmdeploy.bench import schedule
-from spmdeploy.bench.backends import BACKENDS, REFERENCE_BACKEND, has_torch, skip_by_default
+from spmdeploy.bench.backends import (
+    BACKENDS,
+    REFERENCE_BACKEND,
+    default_precisions,
+    has_torch,
+    skip_by_default,
+)
 from spmdeploy.bench.machine import BackgroundLoad, LoadMeter, State, describe_machine, read_state
 from spmdeploy.bench.results import Methodology, ModelInfo, Record, Result, Scope, record_text
 from spmdeploy.bench.roofline import PeakRates, fastest, numpy_rates, roofline_bound
@@ -52,7 +58,8 @@ class Options:
     """Random weights of this size instead of a bundle."""
     backends: tuple[str, ...] = ()
     """Empty: all that make sense here."""
-    precisions: tuple[str, ...] = ("auto",)
+    precisions: tuple[str, ...] = ()
+    """Empty: those of `default_precisions` for each backend."""
     device: str = "auto"
     scopes: tuple[Scope, ...] = ("engine",)
     batches: tuple[int, ...] = (1,)
@@ -178,7 +185,8 @@ def _open_bundle(options: Options, progress: Progress, stack: ExitStack) -> Bund
     if not has_torch():
         raise UnavailableError("exporting random weights needs torch and onnx", 'pip install "spmdeploy[export]"')
     progress(f"exporting random weights of the {options.preset} preset", 0.0)
-    precisions = tuple(name for name in ("fp32", "fp16") if name == "fp32" or name in options.precisions)
+    rows = set(rows_to_measure(options))
+    precisions = tuple(name for name in ("fp32", "fp16") if name == "fp32" or any(name in row for row in rows))
     folder = Path(stack.enter_context(TemporaryDirectory()))
     return open_bundle(_in_process(_export_random, options.preset, folder, precisions))
 
@@ -192,16 +200,34 @@ def _export_random(preset: str, folder: Path, precisions: tuple[Precision, ...])
 def _open_backends(
     bundle: Bundle, options: Options, progress: Progress, stack: ExitStack
 ) -> Iterator[BackendUnderTest]:
-    for backend, precision in itertools.product(options.backends or BACKENDS, options.precisions):
+    for backend, precision in rows_to_measure(options):
         progress(f"opening {backend}", 0.0)
         try:
             if not options.backends:
                 skip_by_default(backend)
+            if options.preset is not None and backend in ("tensorrt", "tensorrt-rtx"):
+                progress(f"building engines for {backend} {precision}", 0.0)
+                _in_process(_build_engines, bundle.path, backend, precision)
             worker = stack.enter_context(Worker(bundle.path, backend, options.device, precision))
             golden = tuple(worker.verify()) if bundle.manifest.golden else ()
             yield BackendUnderTest(backend, precision, worker, worker.describe(), golden)
         except SpmDeployError as exc:
             yield BackendUnderTest(backend, precision, failure=exc)
+
+
+def _build_engines(path: Path, runtime: str, precision: str) -> None:
+    """Builds the engines of a preset's bundle, which has none. Raises UnavailableError, BundleError."""
+    from spmdeploy.engines.build import EngineOptions, build_engines
+
+    chosen = "fp32" if precision == "fp32" else "fp16"
+    build_engines(open_bundle(path), EngineOptions(runtime=runtime, precision=chosen, place="bundle"))  # type: ignore[arg-type]
+
+
+def rows_to_measure(options: Options) -> Iterator[tuple[str, str]]:
+    """Backend and precision of each row of a case."""
+    for backend in options.backends or BACKENDS:
+        named = options.precisions or default_precisions(backend, options.device)
+        yield from ((backend, precision) for precision in named)
 
 
 def _reference(bundle: Bundle, backends: Sequence[BackendUnderTest], stack: ExitStack) -> Worker | None:

@@ -1,8 +1,12 @@
-"""PyTorch with its compiler, and PyTorch's edits kept on the device."""
+"""PyTorch at its best as a baseline: reduced precision, `torch.compile`, and edits in GPU memory.
+
+FP32 means FP32 here: TF32, which PyTorch enables for convolutions, is switched off unless the precision is tf32.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -14,107 +18,158 @@ from spmdeploy.backends.pytorch import TorchSession, bundled_generator
 from spmdeploy.bench.roofline import COPIED_BYTES, MATRIX_SIDE, PeakRates, best_seconds, rates_from
 from spmdeploy.bundle.bundle import Bundle
 from spmdeploy.errors import UnavailableError, UsageError
+from spmdeploy.model.deploy import EditGraph, RefineGraph
 from spmdeploy.model.generator import Generator
 from spmdeploy.types import LayoutInput, ModelInput, Precision
 
+PRECISIONS = ("fp32", "tf32", "fp16", "bf16")
+_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
-class CompiledSession(TorchSession):
-    """The deploy graph under `torch.compile`; FP16 is autocast, on GPUs alone.
 
-    It compiles at the first call with a batch size, which takes minutes on a CPU.
+class BaselineSession(TorchSession):
+    """The deploy graph in eager PyTorch or under `torch.compile`, in any of `PRECISIONS`.
+
+    Reduced precision: weights in FP16 or bf16, convolutions under autocast, instance norms in FP32. Reduced precision
+    and GPUs use channels_last; GPUs use cuDNN's benchmark mode, and pinned memory for the one output that is returned.
     """
 
-    backend = "torch-compile"
+    def __init__(self, generator: Generator, device: str, precision: str, compiled: bool = False) -> None:
+        """Changes global settings of PyTorch: one session for each process."""
+        set_fp32_mode(allow_tf32=precision == "tf32")
+        torch.backends.cudnn.benchmark = device != "cpu"
+        dtype = _DTYPES.get(precision)
+        if dtype is not None or device != "cpu":
+            generator = generator.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        super().__init__(generator if dtype is None else generator.to(dtype), device)
+        self.backend = "torch-compile" if compiled else "torch"
+        self.precision = cast(Precision, precision)
+        settings = [] if precision == "fp32" else [precision]
+        settings += ["channels_last"] * (dtype is not None or device != "cpu")
+        self._compiled = compiled
+        if dtype is not None:
+            self.edit_graph: Any = (
+                _Autocast(EditGraph(cast(Generator, _Fp32Output(generator))), dtype).to(device).eval()
+            )
+            self._refine: Any = _Autocast(RefineGraph(generator), dtype).to(device).eval() if self.refines else None
+        if compiled:
+            settings.append("torch.compile" if device == "cpu" else "torch.compile(max-autotune)")
+            self.edit_graph = _compile(self.edit_graph, device)
+            self._refine = None if self._refine is None else _compile(self._refine, device)
+        self.provider = ", ".join([self.provider, *settings])
 
-    def __init__(self, generator: Generator, device: str, precision: Precision) -> None:
-        super().__init__(generator, device)
-        self.precision = precision
-        self.provider = f"{self.provider}, torch.compile"
-        self.edit_graph = _compiled(self.edit_graph, precision)
-        if self._refine is not None:
-            self._refine = _compiled(self._refine, precision)
+    def run(self, inputs: ModelInput) -> NDArray[np.uint8]:
+        """Copies the edited images only, through pinned memory on a GPU."""
+        edited = self.launch([self.upload(array) for array in inputs])
+        if self.device == "cpu":
+            return np.asarray(edited.numpy())
+        host = torch.empty(edited.shape, dtype=edited.dtype, pin_memory=True)
+        host.copy_(edited, non_blocking=True)
+        torch.cuda.current_stream(self.device).synchronize()
+        return np.asarray(host.numpy())
 
-    def bind_layout(self, layout: LayoutInput) -> LayoutRun:
-        """Keeps nothing: a graph for every layout would be compiled for every layout."""
-        return lambda image: self.run(ModelInput(image, *layout))
+    def upload(self, array: NDArray[Any]) -> Tensor:
+        tensor = torch.from_numpy(np.ascontiguousarray(array))
+        return tensor if self.device == "cpu" else tensor.pin_memory().to(self.device, non_blocking=True)
 
-    def _outputs(self, graph: nn.Module, *inputs: NDArray[Any]) -> list[NDArray[Any]]:
+    def launch(self, tensors: list[Tensor]) -> Tensor:
+        """The edited images on the device; overwritten by the next launch with CUDA graphs."""
         try:
-            return super()._outputs(graph, *inputs)
-        except torch._dynamo.exc.TorchDynamoException as error:
-            reason = " ".join(str(error).split())[:300]
+            with torch.inference_mode():
+                if self._compiled:
+                    torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+                return cast(Tensor, self.edit_graph(*tensors)[0])
+        except torch._dynamo.exc.TorchDynamoException as exc:
+            reason = " ".join(str(exc).split())[:300]
             raise UnavailableError(
                 f"torch.compile cannot compile the graph here: {reason}", "it needs a C++ compiler, on GPUs Triton"
-            ) from error
+            ) from exc
 
-
-class AutocastSession(TorchSession):
-    """The deploy graph in eager PyTorch under FP16 autocast, on a GPU."""
-
-    def __init__(self, generator: Generator, device: str) -> None:
-        super().__init__(generator, device)
-        self.precision = "fp16"
-        self.provider = f"{self.provider}, FP16 autocast"
-        self.edit_graph: Any = _InHalves(self.edit_graph)
-        self._refine: Any = None if self._refine is None else _InHalves(self._refine)
+    def bind_layout(self, layout: LayoutInput) -> LayoutRun:
+        """Caches the layout in eager PyTorch only: a graph for every layout would be compiled for every layout."""
+        if self._compiled:
+            raise UnavailableError("torch.compile would compile a graph for every layout", "use --scope engine")
+        return super().bind_layout(layout)
 
 
 class TorchDeviceRun:
     """An edit whose inputs and output stay on the GPU; see `backends.DeviceRun`."""
 
-    def __init__(self, session: TorchSession, batch: ModelInput) -> None:
-        self._edit = session.edit_graph
-        self._inputs = [torch.from_numpy(array).to(session.device) for array in batch]
-        self._outputs: list[Tensor] = []
+    def __init__(self, session: BaselineSession, batch: ModelInput) -> None:
+        self._session = session
+        self._inputs = [session.upload(array) for array in batch]
+        self._edited = torch.empty(0)
         self.stream = int(torch.cuda.current_stream(session.device).cuda_stream)
 
     def launch(self) -> None:
-        with torch.inference_mode():
-            self._outputs = self._edit(*self._inputs)
+        self._edited = self._session.launch(self._inputs)
 
     def fetch(self) -> NDArray[np.uint8]:
-        edited: NDArray[np.uint8] = self._outputs[0].cpu().numpy()
+        edited: NDArray[np.uint8] = self._edited.cpu().numpy()
         return edited
 
 
-def open_compiled_session(bundle: Bundle, device: str, precision: str) -> CompiledSession:
-    """device: auto, cpu or cuda:N. precision: auto, fp32 or fp16; auto is FP32. Raises as `open_torch_session`."""
+def open_baseline(bundle: Bundle, name: str, device: str, precision: str) -> BaselineSession:
+    """name: torch or torch-compile. device: auto, cpu or cuda:N. precision: auto (fp32) or one of `PRECISIONS`.
+
+    Raises UnavailableError, UsageError, BundleError.
+    """
     if device == "auto":
         device = "cuda:0" if torch.cuda.is_available() else "cpu"
-    if precision not in ("auto", "fp32", "fp16"):
-        raise UsageError(f"unknown precision {precision!r}", "choose from auto, fp32, fp16")
-    if precision == "fp16" and device == "cpu":
-        raise UnavailableError("torch.compile computes in fp32 on CPUs", "leave --precision fp16 to GPUs")
-    return CompiledSession(bundled_generator(bundle), device, "fp16" if precision == "fp16" else "fp32")
+    if precision not in ("auto", *PRECISIONS):
+        raise UsageError(f"unknown precision {precision!r}", f"choose from auto, {', '.join(PRECISIONS)}")
+    if precision in ("fp16", "tf32") and device == "cpu":
+        raise UnavailableError(f"PyTorch does not compute in {precision} on CPUs", "use fp32 or bf16")
+    precision = "fp32" if precision == "auto" else precision
+    return BaselineSession(bundled_generator(bundle), device, precision, compiled=name == "torch-compile")
 
 
-def compute_settings(device: str) -> tuple[int | None, str]:
-    """Threads of one call, on CPUs; and what a provider's name should say of how FP32 is computed on GPUs."""
-    if device == "cpu":
-        return torch.get_num_threads(), ""
-    return None, ", TF32 in convolutions" if torch.backends.cudnn.allow_tf32 else ", no TF32"
+def set_fp32_mode(allow_tf32: bool = False) -> None:
+    """Whether FP32 convolutions and products may use TF32, which keeps 10 bits of the mantissa."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allow_tf32
 
 
-def _compiled(graph: nn.Module, precision: Precision) -> Any:
-    return torch.compile(_InHalves(graph) if precision == "fp16" else graph, dynamic=False)
+def threads_of(device: str) -> int | None:
+    """Threads of one call on CPUs."""
+    return torch.get_num_threads() if device == "cpu" else None
 
 
-class _InHalves(nn.Module):
-    """Autocast inside the module, so that it is compiled with it."""
+def _compile(graph: nn.Module, device: str) -> Any:
+    if device == "cpu":  # max-autotune takes an hour there
+        return torch.compile(graph, dynamic=False)
+    return torch.compile(graph, dynamic=False, mode="max-autotune")  # includes CUDA graphs
 
-    def __init__(self, graph: nn.Module) -> None:
+
+class _Autocast(nn.Module):
+    """Autocast inside the module, so that it is compiled with it. Weights in the same type are not converted again."""
+
+    def __init__(self, graph: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
         self.graph = graph
+        self._dtype = dtype
 
-    def forward(self, *inputs: Tensor) -> list[Tensor]:
-        with torch.autocast("cuda", torch.float16):
-            return list(self.graph(*inputs))
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        with torch.autocast(inputs[0].device.type, self._dtype):
+            return tuple(self.graph(*inputs))
+
+
+class _Fp32Output(nn.Module):
+    """A generator with FP32 output: arithmetic on 8-bit pixels needs more than the mantissa of bf16."""
+
+    def __init__(self, generator: Generator) -> None:
+        super().__init__()
+        self.generator = generator
+        self.config = generator.config
+        self.stages = generator.stages
+
+    def forward(self, image: Tensor, layout: Any) -> Any:
+        return SimpleNamespace(raw=[self.generator(image, layout).raw[-1].float()])
 
 
 def torch_rates(device: str, precision: str, seconds: float) -> PeakRates:
-    """What torch reaches on a device; see `floor`. TF32 stays off, as it is by default for products: it is not FP32."""
-    kind = torch.float16 if precision == "fp16" else torch.float32
-    matrix = torch.randn(MATRIX_SIDE, MATRIX_SIDE, device=device).to(kind)
+    """Peak rates of torch on a device. TF32 only for the precision tf32."""
+    set_fp32_mode(allow_tf32=precision == "tf32")
+    dtype = _DTYPES.get(precision, torch.float32)
+    matrix = torch.randn(MATRIX_SIDE, MATRIX_SIDE, device=device).to(dtype)
     product = torch.empty_like(matrix)
     source = torch.ones(COPIED_BYTES, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from spmdeploy.backends.base import Session, SupportsLayoutCache
 from spmdeploy.backends.onnxruntime import OnnxRuntimeSession
 from spmdeploy.backends.tensorrt import TensorRtSession
-from spmdeploy.backends.verify import GoldenResult, verify_edits
+from spmdeploy.backends.verify import GoldenResult, read_golden, run_golden
 from spmdeploy.bench.backends import (
     REFERENCE_BACKEND,
     DeviceRun,
@@ -41,6 +41,7 @@ from spmdeploy.bench.backends import (
     time_on_device,
 )
 from spmdeploy.bench.machine import GpuMeter, nvml
+from spmdeploy.bench.parity import limits_of
 from spmdeploy.bench.profile import Profile, profile_onnxruntime, profile_torch
 from spmdeploy.bench.results import BackendInfo, MemoryUsage
 from spmdeploy.bench.schedule import Round, Timeable
@@ -60,6 +61,8 @@ Result = TypeVar("Result")
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _SHUTDOWN_SECONDS = 10
+PLAIN_RUNS = 20
+"""Runs without CUDA graphs, for comparison."""
 
 
 class BackendCrashedError(SpmDeployError):
@@ -121,7 +124,10 @@ class BackendProcess:
         return describe(self._session, self._bundle)
 
     def verify(self) -> list[GoldenResult]:
-        return verify_edits(self._session, self._bundle)  # verifying `refine` would load a graph that is not timed
+        """The golden edits; verifying `refine` would load a graph that is not timed."""
+        limits = limits_of(self._bundle, self._session.precision)
+        edits = ((read_golden(self._bundle, edit), edit.name) for edit in self._bundle.manifest.golden)
+        return [run_golden(self._session, golden, name, limits) for golden, name in edits]
 
     def prepare_engine(self, batch: ModelInput, streams: int) -> FirstRun:
         """Prepares the edit graph alone, from arrays to arrays; on a GPU both stay in its memory."""
@@ -138,8 +144,19 @@ class BackendProcess:
                     self._case.callback(session.synchronize)
             edited = _first_output(runs, self._device)
             self._timed = [self._timed_on_device(run, self._device) for run in runs]
-        notes: dict[str, str | int] = {"inputs": "on the GPU", "CUDA graphs": "no"} if self._device else {}
+        notes: dict[str, str | int] = {}
+        if self._device is not None:
+            notes["inputs"] = "on the GPU"
+            if isinstance(self._session, TensorRtSession):
+                notes["microseconds without CUDA graphs"] = self._without_cuda_graphs(batch, self._device)
         return FirstRun(batch.image, edited, time.perf_counter() - started, notes)
+
+    def _without_cuda_graphs(self, batch: ModelInput, device: Device) -> int:
+        """Median time on the device when every kernel is launched by itself."""
+        with ExitStack() as stack:
+            run = device_run(self._session, batch, device, stack, cuda_graphs=False)
+            times = [time_on_device(run, device)[0] for _ in range(PLAIN_RUNS)]
+            return round(float(np.median(times)) * 1000)
 
     def _sessions(self, count: int) -> list[Session]:
         """`count` sessions with their own stream, contexts and weights, until the end of the case.
@@ -164,7 +181,7 @@ class BackendProcess:
         if not isinstance(session, SupportsLayoutCache):
             raise UnavailableError(f"{self._backend} caches no layouts", "use --scope engine")
         started = time.perf_counter()
-        run = session.bind_layout(LayoutInput(*batch[1:]))
+        run = session.bind_layout(LayoutInput(batch.labels, batch.instances, batch.mask))
         caching = time.perf_counter() - started
         edited = run(batch.image)
         self._timed = [_timed_on_host(lambda: run(batch.image))] * streams
@@ -340,6 +357,15 @@ _backend: BackendProcess | None = None
 def _start_process() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends this process
     os.dup2(sys.stderr.fileno(), 1)  # stdout is for one JSON object, whatever libraries print
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+    """Ends this process when the parent was killed: a pool's processes would wait for it forever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _open(bundle: Path, backend: str, device: str, precision: str) -> int:

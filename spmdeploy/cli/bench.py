@@ -29,9 +29,12 @@ bench_app = typer.Typer(
 
 
 Scope = Literal["engine", "cached-layout", "edit", "cold-start"]
-BenchBackend = Literal["torch", "torch-compile", "onnxruntime", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx"]
+BenchBackend = Literal[
+    "torch", "torch-compile", "onnxruntime", "onnxruntime-plain", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx"
+]
 BACKENDS: tuple[BenchBackend, ...] = get_args(BenchBackend)
 SCOPES: tuple[Scope, ...] = get_args(Scope)
+PRECISIONS = ("auto", "fp32", "tf32", "fp16", "bf16")
 MASK_SIZES: tuple[str, ...] = ("small", "medium", "large")
 
 
@@ -45,7 +48,7 @@ def bench_run(
         list[str] | None,
         typer.Option(
             "--backend",
-            metavar="torch|torch-compile|onnxruntime|onnxruntime-cuda|tensorrt|tensorrt-rtx",
+            metavar="torch|torch-compile|onnxruntime|onnxruntime-plain|onnxruntime-cuda|tensorrt|tensorrt-rtx",
             help="Repeat for several; default: all that make sense here.",
             callback=one_of(BACKENDS),
         ),
@@ -54,9 +57,9 @@ def bench_run(
         list[str] | None,
         typer.Option(
             "--precision",
-            metavar="auto|fp32|fp16",
-            help="Repeat for several; default: each backend's own.",
-            callback=one_of(("auto", "fp32", "fp16")),
+            metavar="auto|fp32|tf32|fp16|bf16",
+            help="Repeat for several; default: those that make sense for each backend.",
+            callback=one_of(PRECISIONS),
         ),
     ] = None,
     device: Device = "auto",
@@ -119,7 +122,7 @@ def bench_run(
         bundle=bundle,
         preset=preset,
         backends=unique(backend or ()),
-        precisions=unique(precision or ["auto"]),
+        precisions=unique(precision or ()),
         device=device,
         scopes=unique(scopes),
         batches=unique(batch_size or [1]),

@@ -23,6 +23,10 @@ from spmdeploy.cli.options import (
 from spmdeploy.errors import UsageError, VerificationError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from spmdeploy.backends.base import Session
+    from spmdeploy.bench.checks import Check
     from spmdeploy.bundle.bundle import Bundle
     from spmdeploy.bundle.signature import PublicKey, SecretKey
 
@@ -60,6 +64,12 @@ def verify(
     device: Device = "auto",
     precision: PrecisionOption = "auto",
     require_signature: RequireSignature = None,
+    thorough: Annotated[
+        bool,
+        typer.Option(
+            "--thorough", help="Also check repeatability, batches, cached layouts, a large edit and the GPU's memory."
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Repeat a bundle's golden edits here.
@@ -75,6 +85,7 @@ def verify(
         session = editor.session
         results = repeat_golden_edits(session, opened)
         ran = {key: getattr(session, key) for key in ("backend", "device", "precision", "provider")}
+        checks = list(_thorough_checks(opened, session)) if thorough else []
     rows = [
         (
             result.name,
@@ -87,10 +98,23 @@ def verify(
     ]
     lines = [f"{opened.path}: all hashes match; golden edits on {ran['provider']}, {ran['precision']}"]
     lines += format_table(("golden edit", "", "largest drift", "mean drift", "PSNR in mask"), rows)
+    if checks:
+        lines += ["", *format_table(("check", "", ""), [(it.name, it.status, it.reason or "") for it in checks])]
     payload = {"bundle": str(opened.path), **ran, "golden": [result.to_json() for result in results]}
+    payload |= {"checks": [it.to_json() for it in checks]} if thorough else {}
     faults = [f"{result.name}: {fault}" for result in results for fault in result.faults]
+    faults += [f"{it.name}: {it.reason}" for it in checks if it.failed]
     failure = VerificationError("; ".join(faults), "do not use this backend with this bundle") if faults else None
     print_result("verify", payload, lines, as_json, failure)
+
+
+def _thorough_checks(bundle: Bundle, session: Session) -> Iterator[Check]:
+    from spmdeploy.bench.checks import run_thorough
+
+    def reopen() -> Session:
+        return spmdeploy.open_editor(bundle.path, session.backend, session.device, session.precision).session
+
+    return run_thorough(bundle, session, reopen)
 
 
 @bundle_app.command("pack")

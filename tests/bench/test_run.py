@@ -6,6 +6,10 @@ import json
 import multiprocessing
 import os
 import re
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -59,7 +63,7 @@ def test_bench_command_writes_record_chart_and_report(
         name: tmp_path / f"r.{suffix}" for name, suffix in (("output", "json"), ("plot", "png"), ("markdown", "md"))
     }
     arguments = ["bench", str(street_bundle), "--backend", "torch", "--backend", "onnxruntime", "--backend", "tensorrt"]
-    arguments += ["--mask", "small", "--duration", "0.01", "--batch", "2", "--profile", "--json"]
+    arguments += ["--precision", "auto", "--mask", "small", "--duration", "0.01", "--batch", "2", "--profile", "--json"]
     arguments += [word for name, path in outputs.items() for word in (f"--{name}", str(path))]
     assert cli.main(arguments) == 0
     output = capfd.readouterr()
@@ -187,6 +191,36 @@ def test_cases_of_options_are_the_product() -> None:
     ]
 
 
+def test_backends_of_command_line_are_those_of_bench() -> None:
+    from spmdeploy.cli import bench as command
+
+    assert command.BACKENDS == BACKENDS
+
+
+def test_open_backend_plain_graph_missing_is_refused() -> None:
+    """The built-in model may hold graphs for CPUs only; what a plain export gives is then no baseline."""
+    bundle = open_bundle(spmdeploy.default_model())
+    if any(record.graph == "edit" and record.precision == "fp32" for record in bundle.manifest.graphs):
+        session = open_backend(bundle, "onnxruntime-plain", "auto", "auto")
+        assert session.precision == "fp32" and session.device == "cpu"
+        session.close()
+        return
+    with pytest.raises(SpmDeployError, match="edit"):
+        open_backend(bundle, "onnxruntime-plain", "auto", "auto")
+
+
+def test_rows_to_measure_without_precision_uses_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rows(**options: Any) -> list[tuple[str, str]]:
+        return list(bench_run.rows_to_measure(Options(backends=("torch", "onnxruntime"), **options)))
+
+    monkeypatch.setattr("spmdeploy.bench.backends.visible_gpus", lambda: 0)
+    assert rows() == [("torch", "fp32"), ("torch", "bf16"), ("onnxruntime", "auto")]
+    monkeypatch.setattr("spmdeploy.bench.backends.visible_gpus", lambda: 1)
+    assert rows() == [("torch", "fp32"), ("torch", "fp16"), ("onnxruntime", "auto")]
+    assert rows(device="cpu")[1] == ("torch", "bf16")
+    assert rows(precisions=("fp32",)) == [("torch", "fp32"), ("onnxruntime", "fp32")]
+
+
 def test_stop_condition_depends_on_scope() -> None:
     engine, cold = Options().stop_condition("engine"), Options().stop_condition("cold-start")
     assert (engine.seconds, engine.iterations, cold.iterations) == (10, 200, 20)
@@ -197,7 +231,7 @@ def test_stop_condition_depends_on_scope() -> None:
 def test_command_repeats_run_without_folders() -> None:
     options = Options(bundle=Path("/a/folder/street.spm"), backends=("torch",), seconds=1.5, profile=True)
     assert options.command() == (
-        "spmdeploy bench street.spm --backend torch --precision auto --device auto --scope engine --batch 1 "
+        "spmdeploy bench street.spm --backend torch --device auto --scope engine --batch 1 "
         "--streams 1 --size 512 --mask small --mask medium --mask large --duration 1.5 --baseline torch --profile"
     )
 
@@ -337,3 +371,27 @@ def test_worker_close_ends_the_process(worker: Worker) -> None:
 def test_record_identifies_nobody() -> None:
     text = json.dumps(record_of(measured_row(), measured_row("onnxruntime", FAST)).to_json())
     assert not re.search(r"/(?:home|root|Users|tmp)/", text) and np.isfinite(len(text))
+
+
+_KILLED_PARENT = """
+import os, signal
+from spmdeploy import default_model
+from spmdeploy.bench.worker import Worker
+if __name__ == "__main__":
+    print(Worker(default_model(), "onnxruntime", "auto", "auto").pid, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_worker_ends_when_parent_is_killed(tmp_path: Path) -> None:
+    (tmp_path / "parent.py").write_text(_KILLED_PARENT)
+    command = [sys.executable, str(tmp_path / "parent.py")]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL
+    for _ in range(100):
+        try:
+            os.kill(int(done.stdout), 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    pytest.fail("the worker is still running")
