@@ -28,13 +28,14 @@ lint: .venv/ready
 	$(DEV)/mypy
 	$(DEV)/lint-imports
 
-# Minutes on two cores that have nothing else to do; the records say whether they had.
+# About 20 minutes on two idle cores. Unstable rows are not published.
+CPU_ROWS := --backend torch --backend onnxruntime --backend onnxruntime-plain --scope engine --scope cached-layout --mask large --duration 60
 bench: .venv/ready
 	@mkdir -p bench/results
-	$(DEV)/spmdeploy bench --preset paper --backend torch --backend onnxruntime --scope engine --scope cached-layout --mask large \
-		--duration 35 --profile --output bench/results/bench_paper_cpu.json --overwrite
+	$(DEV)/spmdeploy bench --preset paper $(CPU_ROWS) --profile --output bench/results/bench_paper_cpu.json --overwrite
+	$(DEV)/spmdeploy bench $(CPU_ROWS) --output bench/results/bench_street_cpu.json --overwrite
 	$(DEV)/spmdeploy bench --scope edit --scope cold-start --backend onnxruntime --baseline onnxruntime \
-		--size 360 --mask medium --duration 20 --output bench/results/bench_street_cpu.json --overwrite
+		--size 360 --mask medium --duration 30 --output bench/results/bench_street_edit_cpu.json --overwrite
 	$(MAKE) figures
 
 # CAMVID names a data folder as for training, in the classes of the built-in model: for calibration and comparison.
@@ -46,9 +47,9 @@ figures: .venv/ready
 	$(DEV)/python tools/figures.py
 
 # For a machine with a GPU. GPU_PYTHON names an environment that has PyTorch with CUDA and what else is to be checked;
-# without it one is made here with everything that can be installed.
+# without it one is made here with everything that can be installed. GPU_CHECK: options, such as "--reuse --budget 1500".
 gpu-check: $(if $(GPU_PYTHON),,.venv-gpu/ready)
-	PYTHONPATH=. $(or $(GPU_PYTHON),.venv-gpu/bin/python) bench/gpu_check.py --output bench/results/gpu.json --work gpu-check
+	PYTHONPATH=. $(or $(GPU_PYTHON),.venv-gpu/bin/python) tools/gpu_check.py --output bench/results/gpu.json --work gpu-check $(GPU_CHECK)
 
 clean:
 	rm -rf .venv .venv-demo .venv-gpu demo gpu-check build dist *.egg-info

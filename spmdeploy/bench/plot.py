@@ -47,7 +47,8 @@ def plot_record(record: Record) -> bytes:
     height = figure.get_figheight()
     for number, (text, color) in enumerate([*((t, _PALE) for t in footer), *((t, _ALERT) for t in alerts)][::-1]):
         figure.text(0.01, (0.12 + 0.24 * number) / height, text, fontsize=10, color=color)
-    figure.get_layout_engine().set(rect=(0, (0.24 * len(footer + alerts) + 0.2) / height, 1, 1))
+    below = (0.24 * len(footer + alerts) + 0.2) / height
+    figure.get_layout_engine().set(rect=(0, below, 1, 1 - below))
     return _png(figure)
 
 
@@ -69,7 +70,9 @@ def plot_comparison(records: Sequence[Record], scope: str = "engine") -> bytes:
         axis.barh(range(len(rows)), medians, color=colors, height=0.7)
         axis.set_yticks(range(len(rows)), [backend_name(row) for row in rows])
         axis.invert_yaxis()
-        axis.set_xscale("log")
+        axis.set_xscale("log", subs=[2, 5])
+        axis.xaxis.set_major_formatter(_tick_formatter)
+        axis.xaxis.set_minor_formatter(_tick_formatter)
         for place, value in enumerate(medians):
             axis.annotate(
                 format_duration(value), (value, place), xytext=(5, 0), textcoords="offset points", va="center"
@@ -77,7 +80,9 @@ def plot_comparison(records: Sequence[Record], scope: str = "engine") -> bytes:
         _clean(axis)
     if chosen:
         record, rows = chosen[0]
-        axes[-1].set_xlabel("milliseconds, logarithmic")
+        medians = [row.latency_ms.p50 for _, group in chosen for row in group if row.latency_ms is not None]
+        axes[-1].set_xlim(10 ** np.floor(np.log10(min(medians))), 1.5 * max(medians))
+        axes[-1].set_xlabel("median, logarithmic")
         machines = dict.fromkeys(record.machine.title() for record, _ in chosen)
         figure.suptitle(f"{_title(rows)}, on {'; '.join(machines)}", x=0.01, ha="left", fontsize=11, color=_PALE)
     return _png(figure)
@@ -124,13 +129,17 @@ def _bars(axis: Any, title: str, rows: Sequence[Result]) -> None:
     axis.set_xlim(0, longest)
     axis.set_ylim(len(rows) - 0.5, -0.8)
     axis.set_yticks(range(len(rows)), [backend_name(row) for row in rows])
-    axis.xaxis.set_major_formatter(lambda value, _: format_tick(value))
+    axis.xaxis.set_major_formatter(_tick_formatter)
     _clean(axis)
 
 
 def format_tick(milliseconds: float) -> str:
     """Label of an axis."""
     return f"{milliseconds / 1000:g} s" if milliseconds >= 1000 else f"{milliseconds:g} ms"
+
+
+def _tick_formatter(value: float, _: int) -> str:
+    return format_tick(value)
 
 
 def _clean(axis: Any) -> None:

@@ -23,8 +23,8 @@ from spmdeploy.bench.results import Record, Result
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 """Heading and rows."""
 
-README_BEGIN = "<!-- figures: written by `make figures` from bench/results -->"
-README_END = "<!-- end of figures -->"
+BEGIN = "<!-- figures: written by `make figures` from bench/results -->"
+END = "<!-- end of figures -->"
 
 
 def group_table(rows: Sequence[Result]) -> Table:
@@ -154,12 +154,17 @@ def is_publishable(record: Record, row: Result) -> bool:
     return row.latency_ms is not None and not row.latency_ms.unstable and not record.others.is_significant
 
 
-def insert_tables(readme: str, records: Sequence[Record]) -> str:
-    """Replaces the figures between the markers of the README."""
-    before, begin, rest = readme.partition(README_BEGIN)
-    _, end, after = rest.partition(README_END)
-    assert begin and end, "the README has no markers for the figures"
-    return f"{before}{begin}\n\n{readme_tables(records)}\n{end}{after}"
+def commands(records: Sequence[Record]) -> list[str]:
+    """The commands of the records with published rows."""
+    return [it.protocol.command for it in records if any(is_publishable(it, row) for row in it.rows)]
+
+
+def insert_between_markers(page: str, text: str) -> str:
+    """Replaces the text between the markers of a page in Markdown."""
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    assert begin and end, "the page has no markers for the figures"
+    return f"{before}{begin}\n\n{text}\n{end}{after}"
 
 
 def markdown_table(table: Table) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from spmdeploy.bench import tables
 from spmdeploy.bench.format import format_duration, format_interval, groups
 from spmdeploy.bench.machine import BackgroundLoad
 from spmdeploy.bench.parity import IN_THIS_RUN, Parity
-from spmdeploy.bench.results import Record, read_record
+from spmdeploy.bench.results import Record
 from spmdeploy.stats import Interval
 
 from .conftest import FAST, empty_row, measured_row, record_of
@@ -31,19 +32,27 @@ def a_record() -> Record:
     return record_of(measured_row(), measured_row("onnxruntime", FAST), DIFFERING, UNAVAILABLE)
 
 
-def test_readme_shows_committed_records() -> None:
-    records = [read_record(path) for path in sorted((ROOT / "bench/results").glob("bench_*.json"))]
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert tables.insert_tables(readme, records) == readme, "run `make figures`"
+def test_pages_show_committed_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    figures = importlib.import_module("figures")
+    records = figures.committed_records()
+    for path, write in ((figures.README, figures.readme_page), (figures.BENCHMARKS, figures.benchmarks_page)):
+        page = path.read_text(encoding="utf-8")
+        assert write(page, records) == page, "run `make figures`"
 
 
-def test_insert_tables_replaces_text_between_markers() -> None:
-    readme = f"before\n{tables.README_BEGIN}\nold\n{tables.README_END}\nafter\n"
-    written = tables.insert_tables(readme, [a_record()])
-    assert written.startswith(f"before\n{tables.README_BEGIN}\n") and written.endswith(f"{tables.README_END}\nafter\n")
+def test_insert_between_markers_replaces_old_text() -> None:
+    page = f"before\n{tables.BEGIN}\nold\n{tables.END}\nafter\n"
+    written = tables.insert_between_markers(page, tables.readme_tables([a_record()]))
+    assert written.startswith(f"before\n{tables.BEGIN}\n") and written.endswith(f"{tables.END}\nafter\n")
     assert "old" not in written and "| 402 ms |" in written
-    assert tables.insert_tables(written, [a_record()]) == written
-    assert "make bench" in tables.insert_tables(readme, [])
+    assert tables.insert_between_markers(written, tables.readme_tables([a_record()])) == written
+    assert "make bench" in tables.readme_tables([])
+
+
+def test_commands_of_unpublished_records_are_left_out() -> None:
+    busy = record_of(measured_row(), others=BackgroundLoad(0.2))
+    assert tables.commands([busy, a_record()]) == ["spmdeploy bench --backend torch"]
 
 
 def test_group_table_differing_row_shows_no_time() -> None:

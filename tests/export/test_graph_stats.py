@@ -1,7 +1,4 @@
-"""How much work an edit is, pinned: these figures have no noise, so a change of theirs is a change of ours.
-
-Whoever changes the network or the graphs on purpose writes the new figures here, and says in the commit why.
-"""
+"""Counted work of an edit and of exported graphs: exact figures, updated with every intended change of the network."""
 
 from __future__ import annotations
 
@@ -19,7 +16,7 @@ WORK = {
     ("paper", 34): Work(gflop=93.773426688, weight_bytes=296_387_968, written_bytes=1_045_246_160, operators=1226),
     ("small", 12): Work(gflop=23.063528448, weight_bytes=73_982_144, written_bytes=527_317_152, operators=1226),
 }
-# Nodes of the graphs, which do not depend on the widths; torch.onnx and ONNX have no part in the convolutions' number.
+# Node counts do not depend on the widths.
 GRAPHS = {
     "edit.fp32": (1112, {"Conv": 381, "InstanceNormalization": 42, "Resize": 22, "Cast": 21, "Slice": 50}),
     "edit.fp16": (1204, {"Conv": 381, "InstanceNormalization": 42, "Resize": 22, "Cast": 113, "Slice": 50}),
@@ -28,13 +25,13 @@ GRAPHS = {
 
 
 @pytest.mark.parametrize(("preset", "classes"), WORK)
-def test_an_edit_of_each_preset(preset: str, classes: int) -> None:
+def test_edit_work_of_preset_is_unchanged(preset: str, classes: int) -> None:
     size = PRESETS[preset]
     assert edit_work(GeneratorConfig(classes, size["width"], size["hidden"])) == WORK[preset, classes]
 
 
 @pytest.mark.parametrize("name", GRAPHS)
-def test_operations_of_each_graph(name: str, street_bundle: Path) -> None:
+def test_graph_operators_are_unchanged(name: str, street_bundle: Path) -> None:
     graph = onnx.load(street_bundle / "graphs" / f"{name}.onnx")
     nodes, some = GRAPHS[name]
     counted = Counter(node.op_type for node in graph.graph.node)
@@ -42,6 +39,6 @@ def test_operations_of_each_graph(name: str, street_bundle: Path) -> None:
     assert len(graph.graph.node) == nodes
 
 
-def test_the_graph_counts_what_the_network_does(street_bundle: Path) -> None:
+def test_graph_facts_gflop_equals_edit_work(street_bundle: Path) -> None:
     facts = graph_facts(onnx.load(street_bundle / "graphs/edit.fp32.onnx"))
     assert facts.gflop == pytest.approx(edit_work(GeneratorConfig(12, 2, 8)).gflop, rel=1e-6)
