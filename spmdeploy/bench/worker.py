@@ -132,6 +132,11 @@ class BackendProcess:
     def prepare_engine(self, batch: ModelInput, streams: int) -> FirstRun:
         """Prepares the edit graph alone, from arrays to arrays; on a GPU both stay in its memory."""
         self._end_case()
+        notes: dict[str, str | int] = {}
+        if self._device is not None:
+            notes["inputs"] = "on the GPU"
+            if isinstance(self._session, TensorRtSession):
+                notes["microseconds without CUDA graphs"] = self._without_cuda_graphs(batch, self._device)
         started = time.perf_counter()
         if self._device is None:
             edited = self._session.run(batch)
@@ -144,11 +149,6 @@ class BackendProcess:
                     self._case.callback(session.synchronize)
             edited = _first_output(runs, self._device)
             self._timed = [self._timed_on_device(run, self._device) for run in runs]
-        notes: dict[str, str | int] = {}
-        if self._device is not None:
-            notes["inputs"] = "on the GPU"
-            if isinstance(self._session, TensorRtSession):
-                notes["microseconds without CUDA graphs"] = self._without_cuda_graphs(batch, self._device)
         return FirstRun(batch.image, edited, time.perf_counter() - started, notes)
 
     def _without_cuda_graphs(self, batch: ModelInput, device: Device) -> int:

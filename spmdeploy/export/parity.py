@@ -11,7 +11,7 @@ import numpy as np
 from spmdeploy.backends.onnxruntime import LoadedGraph
 from spmdeploy.backends.verify import GoldenResult, GoldenSample, judge
 from spmdeploy.bundle.manifest import EDIT, REFINE, ParityLimits
-from spmdeploy.model.deploy import EDIT_INPUTS, OUTPUTS, REFINE_INPUTS
+from spmdeploy.model.deploy import OUTPUTS
 
 # FP32 backends add in another order. That flips roundings (1 level); a few pixels sit where an instance norm divides
 # by nearly nothing, which amplifies the last bits: up to 0.3 levels before rounding on random weights. Hence 2.
@@ -28,7 +28,7 @@ def check_graph(path: Path, graph: str, golden: Mapping[str, GoldenSample], limi
     loaded = LoadedGraph(path, graph)
     results = []
     for name, pictures in golden.items():
-        inputs = {key: getattr(pictures, key) for key in (REFINE_INPUTS if graph == REFINE else EDIT_INPUTS)}
+        inputs = pictures.inputs._asdict() | ({"coarse": pictures.coarse} if graph == REFINE else {})
         edited, unrounded = loaded.run(OUTPUTS, inputs)
         expected = pictures.refined if graph == REFINE else pictures.expected
         assert expected is not None, name
