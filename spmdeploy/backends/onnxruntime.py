@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import io
+import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -210,6 +212,19 @@ def _options(library: Any, threads: int) -> Any:
     return options
 
 
+@cache
+def _bound_memory(library: Any) -> None:
+    """Limits the intermediate results of all sessions on the CPU to half of the machine's memory.
+
+    A graph can ask for any amount; beyond the limit ONNX Runtime raises an error instead of exhausting the machine.
+    """
+    if not hasattr(os, "sysconf"):
+        return
+    limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    memory = library.OrtMemoryInfo("Cpu", library.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, library.OrtMemType.DEFAULT)
+    library.create_and_register_allocator(memory, library.OrtArenaCfg({"max_mem": limit}))
+
+
 class LoadedGraph:
     """One graph in ONNX Runtime, proved to be where it was wanted and to be what it should be."""
 
@@ -219,7 +234,10 @@ class LoadedGraph:
         self._device = device
         options = _options(library, threads)
         providers = _providers(library, device)
-        if device != "cpu":
+        if device == "cpu":
+            _bound_memory(library)
+            options.add_session_config_entry("session.use_env_allocators", "1")
+        else:
             _preload_cuda(library)
             # Without this ONNX Runtime moves to the CPU whatever a GPU cannot do, or everything, and says nothing.
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
@@ -347,7 +365,8 @@ def _providers(library: Any, device: str) -> list[Any]:
 def _translated(error: Exception, device: str) -> Exception:
     """ONNX Runtime's exceptions as ours; they share no base class, only the words differ."""
     text = " ".join(str(error).split())[:400]
-    if isinstance(error, MemoryError) or "allocate memory" in text or "out of memory" in text.lower():
+    signs = ("allocate memory", "out of memory", "bad_alloc", "smaller than requested bytes")
+    if isinstance(error, MemoryError) or any(sign in text.lower() for sign in signs):
         return OutOfMemoryError(f"ONNX Runtime ran out of memory on {device}: {text}", "close other programs")
     if device != "cpu":
         return UnavailableError(f"ONNX Runtime cannot use {device}: {text}", "see `spmdeploy doctor`")

@@ -6,7 +6,9 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -351,9 +353,32 @@ def test_graphs_that_are_no_edit_graphs(tmp_path: Path) -> None:
         ort.OnnxRuntimeSession(tmp_path / "garbage.onnx", "fp32")
 
 
+def test_run_graph_that_asks_for_all_memory_is_out_of_memory(tmp_path: Path) -> None:
+    model = onnx.load(graph_file(tmp_path / "hostile.onnx", 64))
+    size = helper.make_tensor(
+        "size", TensorProto.INT64, [1], [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    )
+    model.graph.initializer.append(size)
+    ones = helper.make_tensor("one", TensorProto.UINT8, [1], [1])
+    huge = helper.make_node("ConstantOfShape", ["size"], ["huge"], value=ones)
+    maximum = helper.make_node("ReduceMax", ["huge"], ["maximum"], keepdims=0)
+    result = helper.make_node("Max", ["image", "maximum"], ["edited"])
+    del model.graph.node[:]
+    model.graph.node.extend([huge, maximum, result])
+    onnx.save(model, tmp_path / "hostile.onnx")
+    graph = ort.LoadedGraph(tmp_path / "hostile.onnx", "edit")
+    square = np.zeros((1, 64, 64), np.uint8)
+    inputs = {"image": np.zeros((1, 64, 64, 3), np.uint8), "labels": square, "instances": square.astype(np.int32)}
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(OutOfMemoryError, match="ran out of memory"):
+        graph.run(["edited"], {**inputs, "mask": square})
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB
+
+
 @pytest.mark.parametrize(
     ("error", "device", "becomes"),
     [
+        (RuntimeError("std::bad_alloc"), "cpu", OutOfMemoryError),
         (RuntimeError("bad_alloc: Failed to allocate memory"), "cpu", OutOfMemoryError),
         (RuntimeError("CUDA out of memory"), "cuda:0", OutOfMemoryError),
         (MemoryError(), "cpu", OutOfMemoryError),
