@@ -18,7 +18,7 @@ import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -104,7 +104,7 @@ class RunDirectory:
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         with atomic_write(self.checkpoint) as stream:
-            torch.save({"schema": CHECKPOINT_SCHEMA, **state}, stream)
+            _save({"schema": CHECKPOINT_SCHEMA, **state}, stream)
 
     def load_checkpoint(self) -> dict[str, Any] | None:
         """The last checkpoint, None when the run was ended before its first. Raises InputError naming the file."""
@@ -127,3 +127,31 @@ class RunDirectory:
         os.replace(staging.with_suffix(".json"), target.with_suffix(".json"))
         os.replace(staging, target)
         return target
+
+
+class _ErrorKeeper:
+    """A stream for torch.save, which replaces an OSError of the stream by an error that does not name the cause."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self.error: OSError | None = None
+
+    def write(self, content: Any) -> int:
+        try:
+            return self._stream.write(content)
+        except OSError as exc:
+            self.error = exc
+            raise
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+
+def _save(state: dict[str, Any], stream: BinaryIO) -> None:
+    keeper = _ErrorKeeper(stream)
+    try:
+        torch.save(state, keeper)  # type: ignore[arg-type]
+    except RuntimeError as exc:
+        if keeper.error is None:
+            raise
+        raise keeper.error from exc

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import BinaryIO
 
@@ -62,6 +63,26 @@ def test_a_checkpoint_replaces_the_last_one_whole(tmp_path: Path, monkeypatch: p
     state = run.load_checkpoint()
     assert state is not None
     assert torch.equal(state["value"], torch.ones(3))
+
+
+def test_save_checkpoint_full_disk_is_named_and_the_last_one_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resource = pytest.importorskip("resource")
+    run = RunDirectory(tmp_path)
+    run.save_checkpoint({"value": torch.ones(3)})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(InputError, match=r"cannot write .*checkpoint\.pt: larger than the system allows"):
+            run.save_checkpoint({"value": torch.zeros(1_000_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    state = run.load_checkpoint()
+    assert state is not None and torch.equal(state["value"], torch.ones(3))
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint"])
