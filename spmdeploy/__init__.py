@@ -56,14 +56,9 @@ def open_editor(
 
     key = None if require_signature is None else read_public_key(require_signature)
     bundle = open_bundle(default_model() if model is None else model, key)
-    if backend == "torch":
-        from spmdeploy.backends.pytorch import open_torch_session
+    from spmdeploy.backends.registry import open_backend
 
-        opened = open_torch_session(bundle, backend, device, precision)
-    else:
-        from spmdeploy.backends.base import open_session
-
-        opened = open_session(bundle, backend, device, precision, lambda: on_loading(bundle.manifest.classes))
+    opened = open_backend(bundle, backend, device, precision, lambda: on_loading(bundle.manifest.classes))
     from spmdeploy.editing.editor import Editor  # not before: what `on_loading` started may have imported it by now
 
     signer = (f"signature by the key {bundle.signature.key}: {bundle.signature.comment}",) if bundle.signature else ()

@@ -1,4 +1,4 @@
-"""What this machine can run, and if not, why not and what to do."""
+"""Checks what this machine can run, and reports why not and what to do."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ import importlib.util
 import os
 import platform
 import re
-from dataclasses import dataclass
 from typing import Any
 
+from spmdeploy.backends.base import Check
 from spmdeploy.backends.onnxruntime import import_onnxruntime, missing_cuda_library
+from spmdeploy.backends.registry import backends
 from spmdeploy.backends.select_engine import compatible_engine
 from spmdeploy.bundle.bundle import Bundle
 from spmdeploy.bundle.manifest import ON_CPU
 from spmdeploy.engines.library import import_engine_library
-from spmdeploy.engines.record import ENGINE_RUNTIMES, EngineRuntime
+from spmdeploy.engines.record import EngineRuntime
 from spmdeploy.errors import UnavailableError
 from spmdeploy.gpu.cuda_bindings import open_binding
 from spmdeploy.gpu.driver import visible_gpus
@@ -31,29 +32,14 @@ _STUB_REMEDY = (
 )
 
 
-@dataclass(frozen=True)
-class Check:
-    """One capability of this machine."""
-
-    name: str
-    usable: bool
-    reason: str
-    remedy: str | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        return {"name": self.name, "usable": self.usable, "reason": self.reason, "remedy": self.remedy}
-
-
 def run_checks(bundle: Bundle) -> list[Check]:
-    """Every capability, in the order of preference at run time, then what is needed to export.
+    """Check the GPU, every registered backend and what is needed to export.
 
-    bundle: whose engines are looked for.
+    bundle: Its engines are looked for.
     """
-    gpu = _gpu()
-    binding = _cuda_binding(gpu)
-    engines = [_engine_library(runtime, gpu, binding) for runtime in ENGINE_RUNTIMES]
-    others = [_onnxruntime_cuda(gpu), _onnxruntime_cpu(), _torch(), _export()]
-    return [gpu, binding, *engines, _engines(bundle), *others]
+    engines = [check for entry in backends() if entry.runs_engines for check in entry.run_checks()]
+    others = [check for entry in backends() if not entry.runs_engines for check in entry.run_checks()]
+    return [_gpu(), _cuda_binding(), *engines, _engines(bundle), *others, _export()]
 
 
 def machine() -> dict[str, Any]:
@@ -76,7 +62,8 @@ def _gpu() -> Check:
     return Check("NVIDIA GPU", True, f"{count} visible")
 
 
-def _cuda_binding(gpu: Check) -> Check:
+def _cuda_binding() -> Check:
+    gpu = _gpu()
     name = "CUDA for Python"
     try:
         return Check(name, gpu.usable, open_binding().name, gpu.remedy)
@@ -87,7 +74,7 @@ def _cuda_binding(gpu: Check) -> Check:
         return Check(name, False, str(error) if gpu.usable else gpu.reason, gpu.remedy or "check nvidia-smi")
 
 
-def _engine_library(runtime: EngineRuntime, gpu: Check, binding: Check) -> Check:
+def check_engine_library(runtime: EngineRuntime) -> Check:
     """Whether engines can be run with it: the library, a GPU and something to talk to the GPU with."""
     try:
         library = import_engine_library(runtime)
@@ -96,7 +83,8 @@ def _engine_library(runtime: EngineRuntime, gpu: Check, binding: Check) -> Check
     if not hasattr(library, "Runtime"):
         return Check(runtime, False, f"the module {library.__name__} is empty: leftovers of a package", _STUB_REMEDY)
     version = f"{runtime} {library.__version__}"
-    for needed in (gpu, binding):
+    binding = _cuda_binding()
+    for needed in (_gpu(), binding):
         if not needed.usable:
             builds = "; it can build engines for other machines" if runtime == "tensorrt-rtx" else ""
             return Check(runtime, False, f"{version}, but no usable {needed.name}{builds}", needed.remedy)
@@ -133,7 +121,12 @@ def _onnxruntime_cpu() -> Check:
     return Check(name, True, f"onnxruntime {library.__version__}{_mixed_packages()}")
 
 
-def _onnxruntime_cuda(gpu: Check) -> Check:
+def check_onnxruntime() -> list[Check]:
+    """On GPUs and on the CPU."""
+    return [_onnxruntime_cuda(), _onnxruntime_cpu()]
+
+
+def _onnxruntime_cuda() -> Check:
     name = "onnxruntime on cuda"
     both = {"onnxruntime", "onnxruntime-gpu"} & _installed()
     if len(both) == 2:
@@ -150,6 +143,7 @@ def _onnxruntime_cuda(gpu: Check) -> Check:
     if "CUDAExecutionProvider" not in library.get_available_providers():
         reason = f"the installed onnxruntime {library.__version__} is built without CUDA"
         return Check(name, False, reason, 'pip uninstall onnxruntime, then pip install "spmdeploy[gpu]"')
+    gpu = _gpu()
     if not gpu.usable:
         return Check(name, False, gpu.reason, gpu.remedy)
     if missing := missing_cuda_library(library):
@@ -158,7 +152,8 @@ def _onnxruntime_cuda(gpu: Check) -> Check:
     return Check(name, True, f"onnxruntime {library.__version__}; `spmdeploy verify --device cuda:0` proves it")
 
 
-def _torch() -> Check:
+def check_torch() -> Check:
+    """Whether the reference can be run."""
     missing = _missing("torch", "onnx")
     if missing:
         return Check("torch", False, f"{missing} is not installed", 'pip install "spmdeploy[export]"')

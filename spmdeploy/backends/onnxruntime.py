@@ -8,17 +8,17 @@ import io
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from spmdeploy.backends.base import Unsupported
+from spmdeploy.backends.base import OpenedBackend, Unsupported
 from spmdeploy.backends.layout_split import GraphPartition, split_by_layout
-from spmdeploy.bundle.bundle import GraphFiles
-from spmdeploy.bundle.manifest import EDIT, REFINE
+from spmdeploy.bundle.bundle import Bundle, GraphFiles
+from spmdeploy.bundle.manifest import EDIT, ON_CPU, REFINE, GraphRecord
 from spmdeploy.errors import BundleError, OutOfMemoryError, UnavailableError
 from spmdeploy.gpu.arrays import DeviceArray
 from spmdeploy.gpu.driver import visible_gpus
@@ -42,6 +42,77 @@ _INPUTS = {
 Graph = Path | GraphFiles
 """An ONNX file, its weights beside it where it holds them not itself; or all of that in memory."""
 Arrays = Mapping[str, NDArray[Any]]
+
+
+def open_onnxruntime(
+    bundle: Bundle, device: str, precision: str, on_loading: Callable[[], None] = lambda: None
+) -> OpenedBackend:
+    """Open a bundle in ONNX Runtime; device `auto` is a GPU that works, else the CPU."""
+    choices: list[str] = []
+    if device != "auto":
+        return _open_on(bundle, device, precision, choices, on_loading)
+    device, reason = best_device()
+    if device != "cpu" and not any(_suits(record, device) for record in bundle.manifest.graphs):
+        device, reason = "cpu", "the bundle holds a graph for CPUs only"
+    if device != "cpu":
+        try:
+            return _open_on(bundle, device, precision, [*choices, f"device {device}: {reason}"], on_loading)
+        except UnavailableError as error:
+            device, reason = "cpu", f"{device} was tried first; {error.problem}"
+    return _open_on(bundle, device, precision, [*choices, f"device {device}: {reason}"], on_loading)
+
+
+def _open_on(
+    bundle: Bundle, device: str, precision: str, choices: list[str], on_loading: Callable[[], None]
+) -> OpenedBackend:
+    """The session on exactly this device."""
+    record, why = _choose_graph(bundle, precision, device)
+    if why:
+        choices = [*choices, f"precision {record.precision}: {why}"]
+    finer = _find(bundle, REFINE, record.precision, device)
+    get_finer = None if finer is None else lambda: _content(bundle, finer)
+    on_loading()
+    session = OnnxRuntimeSession(
+        _content(bundle, record),
+        record.precision,
+        device,
+        refine=get_finer,
+        read_again=partial(bundle.read_graph, record),
+    )
+    return OpenedBackend(session, tuple(choices))
+
+
+def _content(bundle: Bundle, record: GraphRecord) -> Path | GraphFiles:
+    """A path spares the copy in memory that bytes cost, but only a folder has one."""
+    return bundle.path_of_graph(record) if bundle.is_on_disk(record) else bundle.read_graph(record)
+
+
+def _choose_graph(bundle: Bundle, precision: str, device: str) -> tuple[GraphRecord, str | None]:
+    """The record of the graph to load, and why when the choice was ours."""
+    if precision != "auto":
+        return _graph_for(bundle, precision, device), None
+    there = {record.precision for record in bundle.manifest.graphs if _suits(record, device)}
+    preferred: Precision = "fp32" if device == "cpu" else "fp16"
+    why = "CPUs compute in FP32" if device == "cpu" else "faster on a GPU, within the bundle's limits of FP32"
+    if preferred in there:
+        return _graph_for(bundle, preferred, device), why
+    other: Precision = "fp16" if preferred == "fp32" else "fp32"
+    return _graph_for(bundle, other, device), f"the bundle holds no {preferred} graph for {device}"
+
+
+def _suits(record: GraphRecord, device: str) -> bool:
+    return record.graph == EDIT or (record.graph == ON_CPU[EDIT] and device == "cpu")
+
+
+def _graph_for(bundle: Bundle, precision: str, device: str) -> GraphRecord:
+    """The `edit` graph for the device. Raises BundleError."""
+    return _find(bundle, EDIT, precision, device) or bundle.graph(EDIT, precision)
+
+
+def _find(bundle: Bundle, graph: str, precision: str, device: str) -> GraphRecord | None:
+    """The graph made for the device where there is one, else the one for all. graph: EDIT or REFINE."""
+    there = {record.graph: record for record in bundle.manifest.graphs if record.precision == precision}
+    return (there.get(ON_CPU[graph]) if device == "cpu" else None) or there.get(graph)
 
 
 class OnnxRuntimeSession:

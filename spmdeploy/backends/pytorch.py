@@ -74,14 +74,11 @@ class TorchSession:
         """Nothing to do: the weights go with the object."""
 
 
-def open_torch_session(
-    bundle: Bundle, backend: str = "torch", device: str = "auto", precision: str = "auto"
-) -> OpenedBackend:
+def open_torch(bundle: Bundle, device: str = "auto", precision: str = "auto") -> OpenedBackend:
     """The bundle's own weights, read back from its FP32 graph, in eager PyTorch.
 
     device: auto, cpu or cuda:N. precision: auto or fp32. Raises UnavailableError, UsageError, BundleError.
     """
-    assert backend == "torch", backend
     if precision not in ("auto", "fp32"):
         raise UsageError(f"the torch backend computes in fp32, not {precision!r}", "leave --precision out")
     choices = []

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from spmdeploy.backends.base import Session
+from spmdeploy.backends.base import Backend
 from spmdeploy.bundle.bundle import Bundle
 from spmdeploy.bundle.manifest import GoldenEdit, ParityLimits
 from spmdeploy.bundle.storage import GOLDEN_INSTANCES, GOLDEN_REFINED
@@ -135,13 +135,13 @@ def measure_deviation(picture: NDArray[np.uint8], reference: NDArray[np.uint8], 
     return Deviation(int(distance.max()), float(distance.mean()), psnr)
 
 
-def run_golden(session: Session, golden: GoldenSample, name: str, limits: ParityLimits) -> GoldenResult:
+def run_golden(session: Backend, golden: GoldenSample, name: str, limits: ParityLimits) -> GoldenResult:
     """Runs one golden edit and judges the result."""
     edited = session.run(golden.inputs)
     return judge(edited, golden.expected, golden, name, limits)
 
 
-def run_golden_refine(session: Session, golden: GoldenSample, name: str, limits: ParityLimits) -> GoldenResult:
+def run_golden_refine(session: Backend, golden: GoldenSample, name: str, limits: ParityLimits) -> GoldenResult:
     """Refines the result of one golden edit, which must have a `refined` picture, and judges that."""
     assert golden.refined is not None, name
     unrounded = session.refine(golden.inputs, golden.coarse)
@@ -164,7 +164,7 @@ def judge(
     return GoldenResult(name, drift, intact, tuple(faults))
 
 
-def verify(session: Session, bundle: Bundle) -> list[GoldenResult]:
+def verify(session: Backend, bundle: Bundle) -> list[GoldenResult]:
     """Repeats every golden edit of the bundle within the limits that it states for the session's precision.
 
     Where the session refines, what becomes of the edits when they are refined follows.
@@ -174,7 +174,7 @@ def verify(session: Session, bundle: Bundle) -> list[GoldenResult]:
     return verify_edits(session, bundle) + (verify_refinements(session, bundle) if session.refines else [])
 
 
-def verify_edits(session: Session, bundle: Bundle) -> list[GoldenResult]:
+def verify_edits(session: Backend, bundle: Bundle) -> list[GoldenResult]:
     """The golden edits, repeated. Raises BundleError when there is none."""
     if not bundle.manifest.golden:
         raise BundleError(f"{bundle.path}: holds no golden edits, so nothing can be verified", EXPORT_AGAIN)
@@ -182,7 +182,7 @@ def verify_edits(session: Session, bundle: Bundle) -> list[GoldenResult]:
     return [run_golden(session, read_golden(bundle, edit), edit.name, limits) for edit in bundle.manifest.golden]
 
 
-def verify_refinements(session: Session, bundle: Bundle) -> list[GoldenResult]:
+def verify_refinements(session: Backend, bundle: Bundle) -> list[GoldenResult]:
     """What becomes of the golden edits when they are refined. Raises BundleError when the bundle holds none of it."""
     limits = bundle.manifest.limits[session.precision]
     golden = {edit.name: read_golden(bundle, edit) for edit in bundle.manifest.golden}

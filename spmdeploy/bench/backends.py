@@ -5,7 +5,6 @@ A backend named by the user is opened or refused with the reason, never replaced
 
 from __future__ import annotations
 
-import importlib.util
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -15,7 +14,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from spmdeploy.backends.base import Session, check_device, open_session
+from spmdeploy.backends import registry
+from spmdeploy.backends.base import Backend, check_device
 from spmdeploy.backends.onnxruntime import OnnxRuntimeSession
 from spmdeploy.backends.tensorrt import TensorRtSession
 from spmdeploy.bench.results import BackendInfo
@@ -29,21 +29,17 @@ from spmdeploy.types import ModelInput
 
 REFERENCE_BACKEND = "torch"
 """The plain generator in eager PyTorch; in FP32 it is the reference for results and the baseline for ratios."""
-BACKENDS = (
-    REFERENCE_BACKEND,
-    "torch-compile",
-    "onnxruntime",
-    "onnxruntime-plain",
-    "onnxruntime-cuda",
-    "tensorrt",
-    "tensorrt-rtx",
-)
 _COMPARISONS = ("torch-compile", "onnxruntime-plain")
 """Backends that `spmdeploy edit` does not offer."""
-_GPU_ONLY = frozenset({"onnxruntime-cuda", "tensorrt", "tensorrt-rtx"})
 
 
-def open_backend(bundle: Bundle, name: str, device: str, precision: str) -> Session:
+def _is_gpu_only(name: str) -> bool:
+    return name.endswith("-cuda") or (
+        name in registry.backend_names() and "cpu" not in registry.backend_entry(name).devices
+    )
+
+
+def open_backend(bundle: Bundle, name: str, device: str, precision: str) -> Backend:
     """device: auto, cpu or cuda:N. precision: auto, fp32 or fp16.
 
     Raises UnavailableError with the reason if this machine cannot run it, BundleError if the bundle lacks the graph.
@@ -53,12 +49,12 @@ def open_backend(bundle: Bundle, name: str, device: str, precision: str) -> Sess
         return _open_torch(bundle, name, chosen, precision)
     if name == "onnxruntime-plain":
         return _open_plain_onnxruntime(bundle, precision)
-    return open_session(bundle, name.removesuffix("-cuda"), chosen, precision).session
+    return registry.open_backend(bundle, name.removesuffix("-cuda"), chosen, precision).session
 
 
 def default_precisions(name: str, device: str) -> tuple[str, ...]:
     """Precisions that are compared when none is named."""
-    on_gpu = name in _GPU_ONLY or (name in (REFERENCE_BACKEND, "torch-compile") and device != "cpu" and has_gpu())
+    on_gpu = _is_gpu_only(name) or (name in (REFERENCE_BACKEND, "torch-compile") and device != "cpu" and has_gpu())
     if name in (REFERENCE_BACKEND, "torch-compile"):
         return ("fp32", "fp16") if on_gpu else ("fp32", "bf16")
     return ("fp16", "fp32") if on_gpu else ("auto",)
@@ -89,10 +85,10 @@ def cold_start_options(name: str, device: str, precision: str) -> list[str]:
 
 def has_torch() -> bool:
     """Whether the reference is available here; imports nothing."""
-    return all(importlib.util.find_spec(name) is not None for name in ("torch", "onnx"))
+    return not registry.backend_entry(REFERENCE_BACKEND).missing()
 
 
-def describe(session: Session, bundle: Bundle) -> BackendInfo:
+def describe(session: Backend, bundle: Bundle) -> BackendInfo:
     """Facts of an opened session for the record."""
     threads = None
     if session.backend in (REFERENCE_BACKEND, "torch-compile"):
@@ -109,7 +105,7 @@ def describe(session: Session, bundle: Bundle) -> BackendInfo:
     )
 
 
-def loaded_bytes(session: Session, bundle: Bundle) -> int | None:
+def loaded_bytes(session: Backend, bundle: Bundle) -> int | None:
     """Bytes of the graphs or engines loaded so far, shared weights counted once; None for backends without files."""
     if isinstance(session, TensorRtSession):
         return session.engine_bytes
@@ -119,12 +115,12 @@ def loaded_bytes(session: Session, bundle: Bundle) -> int | None:
     return sum(bundle.files()[name] for name in {name for graph in graphs for name in graph.files})
 
 
-def graph_of(session: Session, bundle: Bundle) -> GraphRecord | None:
+def graph_of(session: Backend, bundle: Bundle) -> GraphRecord | None:
     """The record of the edit graph that a session has loaded; only ONNX Runtime loads one."""
     return _record_of(session, bundle, EDIT) if session.backend == "onnxruntime" else None
 
 
-def _record_of(session: Session, bundle: Bundle, name: str) -> GraphRecord | None:
+def _record_of(session: Backend, bundle: Bundle, name: str) -> GraphRecord | None:
     names = (ON_CPU[name], name) if session.device == "cpu" else (name,)
     if isinstance(session, PlainOnnxRuntimeSession):
         names = (name,)
@@ -135,7 +131,7 @@ def _record_of(session: Session, bundle: Bundle, name: str) -> GraphRecord | Non
 def _device_of(name: str, device: str) -> str:
     if device != "auto":
         check_device(device)
-    if name in _GPU_ONLY:
+    if _is_gpu_only(name):
         if device == "cpu":
             raise UnavailableError(f"{name} runs on GPUs only, but --device is cpu", "leave --device out")
         return "cuda:0" if device == "auto" else device
@@ -148,11 +144,10 @@ def _device_of(name: str, device: str) -> str:
     return device
 
 
-def _open_torch(bundle: Bundle, name: str, device: str, precision: str) -> Session:
-    try:
-        from spmdeploy.bench.torch_backends import open_baseline
-    except ModuleNotFoundError as exc:
-        raise UnavailableError(f"this needs the package {exc.name}", 'pip install "spmdeploy[export]"') from exc
+def _open_torch(bundle: Bundle, name: str, device: str, precision: str) -> Backend:
+    registry.backend_entry(REFERENCE_BACKEND).require_installed()
+    from spmdeploy.bench.torch_backends import open_baseline
+
     return open_baseline(bundle, name, device, precision)
 
 
@@ -160,7 +155,7 @@ class PlainOnnxRuntimeSession(OnnxRuntimeSession):
     """The graph as exported, without the optimizations of the bundle's graph for CPUs: a baseline."""
 
 
-def _open_plain_onnxruntime(bundle: Bundle, precision: str) -> Session:
+def _open_plain_onnxruntime(bundle: Bundle, precision: str) -> Backend:
     if precision not in ("auto", "fp32"):
         raise UnavailableError("onnxruntime-plain computes in fp32 on CPUs", "leave --precision out")
     return PlainOnnxRuntimeSession(bundle.read_graph(bundle.graph(EDIT, "fp32")), "fp32")
@@ -183,7 +178,7 @@ class DeviceRun(Protocol):
 
 
 def device_run(
-    session: Session, batch: ModelInput, device: Device, stack: ExitStack, cuda_graphs: bool = True
+    session: Backend, batch: ModelInput, device: Device, stack: ExitStack, cuda_graphs: bool = True
 ) -> DeviceRun:
     """Copies the batch to the session's GPU until the stack is closed.
 

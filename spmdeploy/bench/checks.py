@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from spmdeploy.backends.base import Session, SupportsDevicePyramid, SupportsLayoutCache
+from spmdeploy.backends.base import Backend, SupportsDevicePyramid, SupportsLayoutCache
 from spmdeploy.backends.tensorrt import TensorRtSession
 from spmdeploy.backends.verify import GoldenSample, measure_deviation, read_golden
 from spmdeploy.bench.parity import limits_of
@@ -50,7 +50,7 @@ class Check:
         return asdict(self)
 
 
-def run_thorough(bundle: Bundle, session: Session, reopen: Callable[[], Session]) -> Iterator[Check]:
+def run_thorough(bundle: Bundle, session: Backend, reopen: Callable[[], Backend]) -> Iterator[Check]:
     """Runs all checks, in order.
 
     Args:
@@ -79,7 +79,7 @@ def run_thorough(bundle: Bundle, session: Session, reopen: Callable[[], Session]
             yield Check(name, "failed", f"{type(exc).__name__}: {exc}"[:600])
 
 
-def check_repeatability(session: Session, golden: GoldenSample) -> Check:
+def check_repeatability(session: Backend, golden: GoldenSample) -> Check:
     """The same bytes in every run, and no growing GPU memory."""
     runs = CPU_RUNS if session.device == "cpu" else GPU_RUNS
     digests, free = set(), []
@@ -95,7 +95,7 @@ def check_repeatability(session: Session, golden: GoldenSample) -> Check:
     return _check("repeatability", faults, runs=runs, results=len(digests), bytes_lost=lost)
 
 
-def check_batches(session: Session, golden: GoldenSample, bundle: Bundle) -> Check:
+def check_batches(session: Backend, golden: GoldenSample, bundle: Bundle) -> Check:
     """Every image of a batch is edited like a single one, within the bundle's limits."""
     single = session.run(golden.inputs)
     repeated = {name: np.repeat(array, 3, axis=0) for name, array in golden.inputs._asdict().items()}
@@ -105,7 +105,7 @@ def check_batches(session: Session, golden: GoldenSample, bundle: Bundle) -> Che
     return _check("batches", deviation.faults(limits), **deviation.to_json())
 
 
-def check_cached_layout(session: Session, golden: GoldenSample) -> Check:
+def check_cached_layout(session: Backend, golden: GoldenSample) -> Check:
     """A cached layout changes no byte of the result."""
     if not isinstance(session, SupportsLayoutCache):
         return Check("cached layout", "skipped", f"{session.backend} caches no layouts")
@@ -116,7 +116,7 @@ def check_cached_layout(session: Session, golden: GoldenSample) -> Check:
     return _check("cached layout", faults)
 
 
-def check_large_edit(session: Session, golden: GoldenSample, bundle: Bundle) -> Check:
+def check_large_edit(session: Backend, golden: GoldenSample, bundle: Bundle) -> Check:
     """An edit refined coarse-to-fine keeps the known pixels; on a GPU it equals the same edit by way of the host."""
     if not session.refines:
         return Check("large edit", "skipped", "the bundle does not refine on this device")
@@ -137,7 +137,7 @@ def check_large_edit(session: Session, golden: GoldenSample, bundle: Bundle) -> 
     return _check("large edit", faults, tiles=result.report.tiles, between_levels=between, levels=levels)
 
 
-def check_cuda_graphs(session: Session, golden: GoldenSample) -> Check:
+def check_cuda_graphs(session: Backend, golden: GoldenSample) -> Check:
     """Replaying a CUDA graph gives the bytes of launching every kernel."""
     if not isinstance(session, TensorRtSession):
         return Check("CUDA graphs", "skipped", f"{session.backend} on {session.device} does not use ours")
@@ -160,7 +160,7 @@ def check_cuda_graphs(session: Session, golden: GoldenSample) -> Check:
     return _check("CUDA graphs", [] if same else ["other results than without CUDA graphs"])
 
 
-def check_beside_torch(session: Session, golden: GoldenSample) -> Check:
+def check_beside_torch(session: Backend, golden: GoldenSample) -> Check:
     """The session and PyTorch do not disturb each other on one GPU, and engines accept PyTorch's tensors."""
     if not session.device.startswith("cuda:"):
         return Check("beside PyTorch", "skipped", "only GPUs are shared")
@@ -187,7 +187,7 @@ def check_beside_torch(session: Session, golden: GoldenSample) -> Check:
     return _check("beside PyTorch", sorted(faults))
 
 
-def check_reopening(session: Session, golden: GoldenSample, reopen: Callable[[], Session]) -> Check:
+def check_reopening(session: Backend, golden: GoldenSample, reopen: Callable[[], Backend]) -> Check:
     """Opening, running and closing further sessions returns all GPU memory."""
     if free_gpu_bytes(session.device) is None:
         return Check("memory after closing", "skipped", f"no GPU memory is counted on {session.device}")
@@ -240,7 +240,7 @@ def free_gpu_bytes(device: str) -> int | None:
 class _WithoutDevicePyramid:
     """A session without `device_cascade`: levels pass through the host."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Backend) -> None:
         self._session = session
 
     def __getattr__(self, name: str) -> Any:

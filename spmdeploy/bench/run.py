@@ -15,9 +15,9 @@ from tempfile import TemporaryDirectory
 from typing import TypeVar
 
 from spmdeploy import default_model
+from spmdeploy.backends.registry import bench_names
 from spmdeploy.bench import schedule
 from spmdeploy.bench.backends import (
-    BACKENDS,
     REFERENCE_BACKEND,
     default_precisions,
     has_torch,
@@ -225,7 +225,7 @@ def _build_engines(path: Path, runtime: str, precision: str) -> None:
 
 def rows_to_measure(options: Options) -> Iterator[tuple[str, str]]:
     """Backend and precision of each row of a case."""
-    for backend in options.backends or BACKENDS:
+    for backend in options.backends or bench_names():
         named = options.precisions or default_precisions(backend, options.device)
         yield from ((backend, precision) for precision in named)
 

@@ -26,8 +26,9 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from spmdeploy.backends.base import Session, SupportsLayoutCache
+from spmdeploy.backends.base import Backend, SupportsLayoutCache
 from spmdeploy.backends.onnxruntime import OnnxRuntimeSession
+from spmdeploy.backends.registry import BackendEntry, backends, register
 from spmdeploy.backends.tensorrt import TensorRtSession
 from spmdeploy.backends.verify import GoldenResult, read_golden, run_golden
 from spmdeploy.bench.backends import (
@@ -105,7 +106,7 @@ class BackendProcess:
         self._resources = ExitStack()
         self._bundle = open_bundle(bundle)
         self._backend = backend
-        self._session: Session = open_backend(self._bundle, backend, device, precision)
+        self._session: Backend = open_backend(self._bundle, backend, device, precision)
         self._resources.callback(self._session.close)
         self._timed: list[Timed] = []
         self._phases: list[dict[str, float]] = []
@@ -158,7 +159,7 @@ class BackendProcess:
             times = [time_on_device(run, device)[0] for _ in range(PLAIN_RUNS)]
             return round(float(np.median(times)) * 1000)
 
-    def _sessions(self, count: int) -> list[Session]:
+    def _sessions(self, count: int) -> list[Backend]:
         """`count` sessions with their own stream, contexts and weights, until the end of the case.
 
         Raises UnavailableError for PyTorch, whose calls would share a stream.
@@ -354,7 +355,9 @@ _backend: BackendProcess | None = None
 """The backend of this process, which is a worker."""
 
 
-def _start_process() -> None:
+def _start_process(entries: tuple[BackendEntry, ...]) -> None:
+    for entry in entries:
+        register(entry)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends this process
     os.dup2(sys.stderr.fileno(), 1)  # stdout is for one JSON object, whatever libraries print
     threading.Thread(target=_exit_with_parent, daemon=True).start()
@@ -400,7 +403,7 @@ class Worker:
 
     def __init__(self, bundle: Path, backend: str, device: str, precision: str) -> None:
         context = multiprocessing.get_context("spawn")
-        self._pool = ProcessPoolExecutor(1, mp_context=context, initializer=_start_process)
+        self._pool = ProcessPoolExecutor(1, mp_context=context, initializer=_start_process, initargs=(backends(),))
         self._process: Any = None
         try:
             pid = self._submit(_open, bundle, backend, device, precision)

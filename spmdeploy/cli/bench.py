@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 import typer
 from typer.core import TyperGroup
 
+from spmdeploy.backends.registry import bench_names
 from spmdeploy.cli.console import format_table, log, print_result, status_line
 from spmdeploy.cli.options import Device, Json, Overwrite, Preset, one_of, unique
 from spmdeploy.errors import UsageError
@@ -29,10 +30,6 @@ bench_app = typer.Typer(
 
 
 Scope = Literal["engine", "cached-layout", "edit", "cold-start"]
-BenchBackend = Literal[
-    "torch", "torch-compile", "onnxruntime", "onnxruntime-plain", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx"
-]
-BACKENDS: tuple[BenchBackend, ...] = get_args(BenchBackend)
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 PRECISIONS = ("auto", "fp32", "tf32", "fp16", "bf16")
 MASK_SIZES: tuple[str, ...] = ("small", "medium", "large")
@@ -48,9 +45,9 @@ def bench_run(
         list[str] | None,
         typer.Option(
             "--backend",
-            metavar="torch|torch-compile|onnxruntime|onnxruntime-plain|onnxruntime-cuda|tensorrt|tensorrt-rtx",
+            metavar="|".join(bench_names()),
             help="Repeat for several; default: all that make sense here.",
-            callback=one_of(BACKENDS),
+            callback=one_of(bench_names),
         ),
     ] = None,
     precision: Annotated[
@@ -59,7 +56,7 @@ def bench_run(
             "--precision",
             metavar="auto|fp32|tf32|fp16|bf16",
             help="Repeat for several; default: those that make sense for each backend.",
-            callback=one_of(PRECISIONS),
+            callback=one_of(lambda: PRECISIONS),
         ),
     ] = None,
     device: Device = "auto",
@@ -70,7 +67,7 @@ def bench_run(
             metavar="engine|cached-layout|edit|cold-start|all",
             help="The network; the network under a cached layout; files to file; a whole process. Repeat for "
             "several; default: engine.",
-            callback=one_of((*SCOPES, "frame", "all")),
+            callback=one_of(lambda: (*SCOPES, "frame", "all")),
         ),
     ] = None,
     batch_size: Annotated[
@@ -89,14 +86,16 @@ def bench_run(
             "--mask",
             metavar="small|medium|large",
             help="Part that is edited; repeat for several; default: all.",
-            callback=one_of(MASK_SIZES),
+            callback=one_of(lambda: MASK_SIZES),
         ),
     ] = None,
     duration: Annotated[
         float | None,
         typer.Option("--duration", help="Seconds for each row; default: 10 and at least 200 iterations."),
     ] = None,
-    baseline: Annotated[BenchBackend, typer.Option("--baseline", help="What ratios refer to.")] = "torch",
+    baseline: Annotated[
+        str, typer.Option("--baseline", metavar="|".join(bench_names()), help="What ratios refer to.")
+    ] = "torch",
     profile: Annotated[bool, typer.Option("--profile", help="Also tell time by part of the network.")] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="The record, .json, with every sample.")] = None,
     plot: Annotated[Path | None, typer.Option("--plot", help="A picture for a slide, .png.")] = None,

@@ -25,7 +25,7 @@ from spmdeploy.errors import UsageError, VerificationError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from spmdeploy.backends.base import Session
+    from spmdeploy.backends.base import Backend
     from spmdeploy.bench.checks import Check
     from spmdeploy.bundle.bundle import Bundle
     from spmdeploy.bundle.signature import PublicKey, SecretKey
@@ -108,10 +108,10 @@ def verify(
     print_result("verify", payload, lines, as_json, failure)
 
 
-def _thorough_checks(bundle: Bundle, session: Session) -> Iterator[Check]:
+def _thorough_checks(bundle: Bundle, session: Backend) -> Iterator[Check]:
     from spmdeploy.bench.checks import run_thorough
 
-    def reopen() -> Session:
+    def reopen() -> Backend:
         return spmdeploy.open_editor(bundle.path, session.backend, session.device, session.precision).session
 
     return run_thorough(bundle, session, reopen)

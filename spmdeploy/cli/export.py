@@ -31,7 +31,7 @@ def export(
             "--precision",
             metavar="fp32|fp16",
             help="Repeat for several; default: both.",
-            callback=one_of(GRAPH_PRECISIONS),
+            callback=one_of(lambda: GRAPH_PRECISIONS),
         ),
     ] = None,
     half_weights: Annotated[

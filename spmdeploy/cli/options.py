@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 import typer
 
 import spmdeploy
+from spmdeploy.backends.registry import backend_names, backend_precisions, backends
 from spmdeploy.cli.console import log, require_extra
 
 if TYPE_CHECKING:
@@ -16,17 +17,16 @@ if TYPE_CHECKING:
     from spmdeploy.labels import ClassTable
 
 Preset = Literal["paper", "small"]
-BackendName = Literal["auto", "onnxruntime", "tensorrt", "tensorrt-rtx", "torch"]
-PrecisionName = Literal["auto", "fp32", "fp16"]
 TilingName = Literal["auto", "off", "crop", "cascade"]
 
 T = TypeVar("T")
 
 
-def one_of(choices: Sequence[str]) -> Callable[[list[str] | None], list[str] | None]:
-    """Callback of a repeatable option: refuses values that are not in `choices`."""
+def one_of(list_choices: Callable[[], Sequence[str]]) -> Callable[[list[str] | None], list[str] | None]:
+    """Callback of a repeatable option: refuses values that are not among the choices."""
 
     def check(values: list[str] | None) -> list[str] | None:
+        choices = list_choices()
         for value in values or ():
             if value not in choices:
                 raise typer.BadParameter(f"{value!r} is not one of {', '.join(map(repr, choices))}.")
@@ -52,11 +52,13 @@ Model = Annotated[
 
 
 BackendOption = Annotated[
-    BackendName,
+    str,
     typer.Option(
         "--backend",
-        metavar="auto|onnxruntime|tensorrt|tensorrt-rtx|torch",
-        help="Inference backend. An explicit choice is never replaced. auto: a compatible engine, else ONNX Runtime.",
+        metavar="|".join(("auto", *backend_names())),
+        help="Inference backend. An explicit choice is never replaced. auto: a compatible engine, else ONNX Runtime; "
+        + "; ".join(f"{entry.name}: {entry.help}" for entry in backends())
+        + ".",
     ),
 ]
 
@@ -65,8 +67,8 @@ Device = Annotated[str, typer.Option("--device", metavar="auto|cpu|cuda:N", help
 
 
 PrecisionOption = Annotated[
-    PrecisionName,
-    typer.Option("--precision", metavar="auto|fp32|fp16", help="Which of the bundle's graphs to run."),
+    str,
+    typer.Option("--precision", metavar="|".join(("auto", *backend_precisions())), help="Arithmetic to compute in."),
 ]
 
 

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from spmdeploy.backends.base import LayoutRun, Session, bind_layout
+from spmdeploy.backends.base import Backend, LayoutRun, bind_layout
 from spmdeploy.editing.harmonize import match_surroundings as match_part
 from spmdeploy.editing.preprocess import EditRegion, image_input, layout_tensors, model_input, resize_mask, stacked
 from spmdeploy.editing.pyramid import cascade
@@ -65,7 +65,7 @@ class Editor:
     choices: why it is this session, a line for each choice that was left open; first the signature, if one was checked.
     """
 
-    def __init__(self, session: Session, classes: ClassTable, choices: tuple[str, ...] = ()) -> None:
+    def __init__(self, session: Backend, classes: ClassTable, choices: tuple[str, ...] = ()) -> None:
         self.session = session
         self.classes = classes
         self.choices = choices
@@ -526,7 +526,7 @@ def _frame_input(frame: Letterbox, scene: EditRegion) -> ModelInput:
     return model_input(scene.cut(frame.window), frame.height, frame.width, frame.size)
 
 
-def _with_layout(session: Session, windows: list[WindowReport], scene: EditRegion) -> _Batch:
+def _with_layout(session: Backend, windows: list[WindowReport], scene: EditRegion) -> _Batch:
     """A batch whose layouts the session has been given. scene: of which the picture is not read."""
     holes, layouts = [], []
     for window in windows:

@@ -29,7 +29,7 @@ from spmdeploy.tiling.windows import Window
 from spmdeploy.types import Canvas, Mask, ModelInput
 
 if TYPE_CHECKING:
-    from spmdeploy.backends.base import Session
+    from spmdeploy.backends.base import Backend
     from spmdeploy.backends.device_pyramid import DeviceCascade
 
 # Mean gray levels of `high_frequency_energy` below which a photo has none. Photos at their own size have 0.5 (at
@@ -82,7 +82,7 @@ class RefinedWindow(NamedTuple):
 
 
 def cascade(
-    session: Session,
+    session: Backend,
     frame: Letterbox,
     inputs: ModelInput,
     levels: tuple[PyramidLevel, ...],
@@ -114,7 +114,7 @@ def cascade(
 
 
 def _on_device(
-    session: Session, frame: Letterbox, levels: tuple[PyramidLevel, ...], batch_size: int
+    session: Backend, frame: Letterbox, levels: tuple[PyramidLevel, ...], batch_size: int
 ) -> tuple[DeviceCascade | None, tuple[str, ...]]:
     """Where the session can keep the picture; None where it is on the CPU, or cannot, and then why."""
     if not isinstance(session, SupportsDevicePyramid):
@@ -126,7 +126,7 @@ def _on_device(
 
 
 def refine_on_host(
-    session: Session,
+    session: Backend,
     levels: tuple[PyramidLevel, ...],
     base: Canvas,
     scene: EditRegion,
@@ -177,7 +177,7 @@ def _refine_levels(
 class _HostRenderer:
     """By numpy, with a call of the session for every batch."""
 
-    def __init__(self, session: Session, base: Canvas, tally: PhaseTimer) -> None:
+    def __init__(self, session: Backend, base: Canvas, tally: PhaseTimer) -> None:
         self._session, self._tally = session, tally
         self._canvas, self._origin = base, (0, 0)
         self._reports: list[LevelReport] = []

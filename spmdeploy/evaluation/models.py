@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from spmdeploy.backends.base import open_session
 from spmdeploy.backends.pytorch import TorchSession
+from spmdeploy.backends.registry import open_backend
 from spmdeploy.bundle.bundle import open_bundle
 from spmdeploy.datasets.folder import ImageFolder, read_classes, read_instance_rules
 from spmdeploy.errors import InputError
@@ -49,7 +49,7 @@ def open_model(path: Path, classes: int) -> EditModel:
         known, session = generator.config.classes, TorchSession(generator)
     else:
         bundle = open_bundle(path)
-        known, session = len(bundle.manifest.classes), open_session(bundle).session
+        known, session = len(bundle.manifest.classes), open_backend(bundle).session
     if known != classes:
         raise InputError(f"{path} knows {known} classes, the data folder {classes}", "evaluate it on data of its own")
     return session

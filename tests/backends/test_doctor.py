@@ -187,9 +187,9 @@ def test_the_table_of_backends(machine: Machine) -> None:
         "tensorrt",
         "tensorrt-rtx",
         "engines of street",
+        "torch",
         "onnxruntime on cuda",
         "onnxruntime on cpu",
-        "torch",
         "export",
     ]
     for finding in machine.run_checks().values():
@@ -270,10 +270,12 @@ def test_engines_of_a_bundle(machine: Machine) -> None:
     assert not finding.usable and finding.reason == "no engine was built for this bundle"
     assert "spmdeploy build" in str(finding.remedy)
     reasons = ("GPU: built on NVIDIA A10 (sm86), here none", "tensorrt: built with 10.3, here not installed")
-    machine.engines([found_engine(differences=reasons), found_engine(faults=("truncated: 3 bytes",), record=None)])
+    machine.engines(
+        [found_engine(incompatibilities=reasons), found_engine(problems=("truncated: 3 bytes",), record=None)]
+    )
     finding = machine.run_checks()["engines of street"]
     assert not finding.usable and all(reason in finding.reason for reason in (*reasons, "truncated: 3 bytes"))
-    machine.engines([found_engine(differences=reasons), found_engine()])
+    machine.engines([found_engine(incompatibilities=reasons), found_engine()])
     finding = machine.run_checks()["engines of street"]
     there = "edit-fp16-b8, built for NVIDIA GeForce RTX 3060 (sm86)"
     assert finding.usable and finding.reason.startswith(f"{there}; it cannot cascade, the bundle holds no refine graph")

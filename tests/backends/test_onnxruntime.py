@@ -29,7 +29,7 @@ import spmdeploy
 from spmdeploy import cli
 from spmdeploy.assets.samples import SAMPLE_EDITS
 from spmdeploy.backends import onnxruntime as ort
-from spmdeploy.backends.base import open_session
+from spmdeploy.backends.registry import open_backend
 from spmdeploy.backends.verify import GoldenSample, measure_deviation, read_golden, run_golden, verify
 from spmdeploy.bundle.bundle import Bundle, GraphFiles, open_bundle
 from spmdeploy.bundle.manifest import ParityLimits
@@ -117,7 +117,7 @@ def test_a_gpu_that_fails_is_an_error(
 
 def test_a_session_says_where_it_is(street_bundle: Path, library: FakeOnnxRuntime) -> None:
     library.runs_on = CUDA
-    opened = open_session(open_bundle(street_bundle), device="cuda:3")
+    opened = open_backend(open_bundle(street_bundle), device="cuda:3")
     session = opened.session
     assert library.asked == [(CUDA, {"device_id": 3})]
     assert (session.backend, session.device, session.precision, session.size) == ("onnxruntime", "cuda:3", "fp16", 256)
@@ -141,7 +141,7 @@ def test_cuda_from_pip_packages_is_loaded_first_and_in_silence(
 def test_a_build_without_cuda(street_bundle: Path, library: FakeOnnxRuntime) -> None:
     library.get_available_providers = lambda: ["CPUExecutionProvider"]  # type: ignore[method-assign]
     with pytest.raises(UnavailableError, match="cuda:0 was asked for, but this ONNX Runtime has only CPU"):
-        open_session(open_bundle(street_bundle), device="cuda:0")
+        open_backend(open_bundle(street_bundle), device="cuda:0")
     assert ort.best_device() == ("cpu", "this ONNX Runtime is built without CUDA")
 
 
@@ -168,19 +168,19 @@ def test_auto_goes_on_to_the_cpu_and_says_why(
 ) -> None:
     monkeypatch.setattr(ort, "visible_gpus", lambda: 1)
     bundle = open_bundle(street_bundle)
-    opened = open_session(bundle)  # the fake claims CUDA and runs on the CPU
+    opened = open_backend(bundle)  # the fake claims CUDA and runs on the CPU
     assert (opened.session.device, opened.session.precision) == ("cpu", "fp32")
     assert any("cuda:0 was tried first" in choice and "would run on CPU" in choice for choice in opened.choices)
 
     library.runs_on = CUDA
-    assert open_session(bundle).session.device == "cuda:0"
+    assert open_backend(bundle).session.device == "cuda:0"
 
     library.runs_on = "CPUExecutionProvider"
     graphs = tuple(record for record in bundle.manifest.graphs if record.graph == "edit_cpu")
     only = dataclasses.replace(bundle, manifest=dataclasses.replace(bundle.manifest, graphs=graphs))
-    assert "device cpu: the bundle holds a graph for CPUs only" in open_session(only).choices
+    assert "device cpu: the bundle holds a graph for CPUs only" in open_backend(only).choices
     with pytest.raises(BundleError, match="no graph 'edit'"):
-        open_session(only, device="cuda:0")
+        open_backend(only, device="cuda:0")
 
 
 def test_onnxruntime_that_is_not_installed(street_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,21 +228,21 @@ def test_options_that_do_not_exist(options: dict[str, str], words: str, street_b
 
 def test_precision_is_that_of_the_graph_or_an_error(street_bundle: Path) -> None:
     bundle = open_bundle(street_bundle)
-    assert open_session(bundle, device="cpu").session.precision == "fp32"
-    assert open_session(bundle, device="cpu", precision="fp16").session.precision == "fp16"
+    assert open_backend(bundle, device="cpu").session.precision == "fp32"
+    assert open_backend(bundle, device="cpu", precision="fp16").session.precision == "fp16"
     halves = tuple(record for record in bundle.manifest.graphs if record.precision == "fp16")
     only = dataclasses.replace(bundle, manifest=dataclasses.replace(bundle.manifest, graphs=halves))
-    opened = open_session(only, device="cpu")
+    opened = open_backend(only, device="cpu")
     assert opened.session.precision == "fp16" and "holds no fp32 graph" in opened.choices[-1]
     with pytest.raises(BundleError, match="no graph 'edit' in fp32"):
-        open_session(only, device="cpu", precision="fp32")
+        open_backend(only, device="cpu", precision="fp32")
 
 
 def test_a_zip_runs_like_its_folder(street_bundle: Path, tmp_path: Path) -> None:
     folder = open_bundle(street_bundle)
     zipped = open_bundle(pack(folder, tmp_path / "tiny.spm.zip"))
     pictures = read_golden(folder, folder.manifest.golden[0])
-    first, second = (open_session(bundle, device="cpu").session.run(pictures.inputs) for bundle in (folder, zipped))
+    first, second = (open_backend(bundle, device="cpu").session.run(pictures.inputs) for bundle in (folder, zipped))
     assert np.array_equal(first, second)
 
 
@@ -260,7 +260,7 @@ def test_refining_gives_what_torch_gives_and_keeps_known_pixels(street_bundle: P
     golden, inputs = coarse_edit(folder)
     assert golden.refined is not None and golden.coarse.shape == (1, 128, 128, 3)
     for bundle in (folder, open_bundle(pack(folder, tmp_path / "tiny.spm.zip"))):
-        session = open_session(bundle, device="cpu").session
+        session = open_backend(bundle, device="cpu").session
         assert session.refines
         refined = session.refine(*inputs)
         assert (refined.dtype, refined.shape) == (np.float32, (1, 256, 256, 3))
@@ -274,7 +274,7 @@ def test_refining_gives_what_torch_gives_and_keeps_known_pixels(street_bundle: P
 def test_the_edit_before_rounding(street_bundle: Path) -> None:
     bundle = open_bundle(street_bundle)
     _, inputs = coarse_edit(bundle)
-    session = open_session(bundle, device="cpu").session
+    session = open_backend(bundle, device="cpu").session
     unrounded = session.run_unrounded(inputs[0])
     assert np.array_equal(np.rint(unrounded), session.run(inputs[0])) and (unrounded % 1 != 0).any()
 
@@ -292,7 +292,7 @@ def test_the_refine_graph_is_loaded_once_and_only_when_it_is_used(
     monkeypatch.setattr(ort, "LoadedGraph", Noting)
     bundle = open_bundle(street_bundle)
     _, inputs = coarse_edit(bundle)
-    session = open_session(bundle, device="cpu").session
+    session = open_backend(bundle, device="cpu").session
     session.run(inputs[0])
     assert loaded == ["edit"]
     with ThreadPoolExecutor(3) as threads:
@@ -311,8 +311,8 @@ def test_without_a_refine_graph(street_bundle: Path) -> None:
     _, inputs = coarse_edit(bundle)
     graphs = tuple(r for r in bundle.manifest.graphs if r.graph[:4] == "edit" or r.precision == "fp16")
     only = dataclasses.replace(bundle, manifest=dataclasses.replace(bundle.manifest, graphs=graphs))
-    session = open_session(only, device="cpu", precision="fp32").session
-    assert not session.refines and open_session(only, device="cpu", precision="fp16").session.refines
+    session = open_backend(only, device="cpu", precision="fp32").session
+    assert not session.refines and open_backend(only, device="cpu", precision="fp16").session.refines
     assert len(verify(session, only)) == 3
     with pytest.raises(BundleError, match="no refine graph in fp32 for cpu"):
         session.refine(*inputs)
@@ -454,7 +454,7 @@ def test_without_golden_edits_nothing_is_verified(street_bundle: Path) -> None:
     bundle = open_bundle(street_bundle)
     bare = dataclasses.replace(bundle, manifest=dataclasses.replace(bundle.manifest, golden=()))
     with pytest.raises(BundleError, match="no golden edits"):
-        verify(open_session(bundle, device="cpu").session, bare)
+        verify(open_backend(bundle, device="cpu").session, bare)
 
 
 # --------------------------------------------------------------------------------------------------- the command verify

@@ -16,7 +16,8 @@ import pytest
 
 import spmdeploy
 from spmdeploy import cli
-from spmdeploy.backends.base import OpenedBackend, open_session
+from spmdeploy.backends.base import OpenedBackend
+from spmdeploy.backends.registry import open_backend
 from spmdeploy.backends.verify import GoldenSample
 from spmdeploy.bundle.bundle import Bundle, open_bundle
 from spmdeploy.bundle.manifest import REFINE
@@ -108,7 +109,7 @@ def fallen_back(bundle: Bundle, patch: pytest.MonkeyPatch, **options: str) -> li
     """The choices of `auto` where ONNX Runtime is taken; it is simulated, as the graphs are made up."""
     made: list[tuple[Any, ...]] = []
     patch.setattr("spmdeploy.backends.onnxruntime.OnnxRuntimeSession", lambda *arguments, **_: made.append(arguments))
-    opened = open_session(bundle, **options)
+    opened = open_backend(bundle, **options)
     assert len(made) == 1 and opened.session is None
     return list(opened.choices)
 
@@ -118,7 +119,7 @@ def fallen_back(bundle: Bundle, patch: pytest.MonkeyPatch, **options: str) -> li
 
 def test_an_engine_that_fits_is_taken_first(machine: Machine, bundle: Bundle) -> None:
     path = add(bundle, record_of())
-    opened = open_session(bundle)
+    opened = open_backend(bundle)
     assert (opened.session.backend, opened.session.device, opened.session.precision) == ("tensorrt", "cuda:0", "fp16")
     backend, device, precision = opened.choices
     assert backend.startswith(
@@ -126,7 +127,7 @@ def test_an_engine_that_fits_is_taken_first(machine: Machine, bundle: Bundle) ->
     )
     assert device.startswith("device cuda:0: ") and precision.startswith("precision fp16: faster")
     edit_once(opened)
-    assert open_session(bundle, device="cuda:0", precision="fp16").choices[1:] == ()
+    assert open_backend(bundle, device="cuda:0", precision="fp16").choices[1:] == ()
     assert machine.gpu.left_behind != {}
 
 
@@ -139,11 +140,11 @@ def test_the_best_of_several_is_taken(machine: Machine, bundle: Bundle) -> None:
         replace(record_of(most=16), gpu=A10),
     ):
         add(bundle, record)
-    opened = open_session(bundle)
+    opened = open_backend(bundle)
     assert (opened.session.backend, opened.session.precision) == ("tensorrt", "fp16")
     assert opened.session.max_batch == 8  # type: ignore[attr-defined]
-    assert open_session(bundle, precision="fp32").session.precision == "fp32"
-    assert open_session(bundle, "tensorrt-rtx").session.backend == "tensorrt-rtx"
+    assert open_backend(bundle, precision="fp32").session.precision == "fp32"
+    assert open_backend(bundle, "tensorrt-rtx").session.backend == "tensorrt-rtx"
 
 
 def ports_of(record: EngineRecord) -> dict[str, Any]:
@@ -152,12 +153,12 @@ def ports_of(record: EngineRecord) -> dict[str, Any]:
 
 def test_refine_engines_come_with_it(machine: Machine, bundle: Bundle) -> None:
     add(bundle, record_of())
-    with_one = open_session(bundle).session
+    with_one = open_backend(bundle).session
     assert not with_one.refines
     add(bundle, replace(record_of(graph=REFINE), precision="fp32"))  # another precision than the edit engine's
-    assert not open_session(bundle).session.refines
+    assert not open_backend(bundle).session.refines
     add(bundle, record_of(graph=REFINE))
-    opened = open_session(bundle)
+    opened = open_backend(bundle)
     given = inputs_for(2, coarse=True)
     assert opened.session.refines
     assert np.array_equal(opened.session.refine(*refine_inputs(given)), edited_like(given)["unrounded"])
@@ -165,21 +166,21 @@ def test_refine_engines_come_with_it(machine: Machine, bundle: Bundle) -> None:
 
 def test_a_missing_refine_engine_is_named_with_the_command_that_builds_it(machine: Machine, bundle: Bundle) -> None:
     add(bundle, record_of())
-    lack = open_session(bundle).session.refine_unsupported
+    lack = open_backend(bundle).session.refine_unsupported
     assert lack is not None and lack.problem == "the bundle holds no refine graph in fp16"
     (graph,) = (record for record in bundle.manifest.graphs if record.precision == "fp16")
     both = replace(bundle.manifest, graphs=(*bundle.manifest.graphs, replace(graph, graph=REFINE)))
     whole = replace(bundle, manifest=both)
-    lack = open_session(whole).session.refine_unsupported
+    lack = open_backend(whole).session.refine_unsupported
     assert lack is not None and lack.problem == "an edit engine was built, but no refine engine"
     assert lack.hint.endswith("spmdeploy build BUNDLE --graph refine --runtime tensorrt --precision fp16")
     add(bundle, replace(record_of(graph=REFINE), precision="fp32"))
     add(bundle, replace(record_of(graph=REFINE), gpu=A10))
-    lack = open_session(whole).session.refine_unsupported
+    lack = open_backend(whole).session.refine_unsupported
     assert lack is not None and "built on NVIDIA A10" in lack.problem
     assert "tensorrt in fp32, beside an edit engine of tensorrt in fp16" in lack.problem
     add(bundle, record_of(graph=REFINE))
-    assert open_session(whole).session.refine_unsupported is None
+    assert open_backend(whole).session.refine_unsupported is None
 
 
 def test_a_refine_engine_without_an_edit_engine(
@@ -190,7 +191,7 @@ def test_a_refine_engine_without_an_edit_engine(
     (choice, *_) = fallen_back(bundle, monkeypatch)
     assert words in choice and "spmdeploy build BUNDLE --graph edit" in choice
     with pytest.raises(BundleError, match=words) as caught:
-        open_session(bundle, "tensorrt")
+        open_backend(bundle, "tensorrt")
     assert "--graph edit" in str(caught.value.hint)
 
 
@@ -222,7 +223,7 @@ def test_an_engine_that_does_not_work_is_passed_over_by_auto_alone(
     why = fallen_back(bundle, monkeypatch)[0]
     assert why.startswith("backend onnxruntime: no engine for this bundle works here: ") and words in why
     with pytest.raises(SpmDeployError, match=words):
-        open_session(bundle, "tensorrt")
+        open_backend(bundle, "tensorrt")
     machine.gpu.fails.clear()
     assert machine.gpu.left_behind == {} and machine.gpu.contexts == []
 
@@ -230,7 +231,7 @@ def test_an_engine_that_does_not_work_is_passed_over_by_auto_alone(
 def test_auto_takes_the_next_engine_and_says_what_was_wrong_with_the_first(machine: Machine, bundle: Bundle) -> None:
     add(bundle, record_of(most=8), weights=1 << 40)
     add(bundle, record_of(most=4))
-    opened = open_session(bundle)
+    opened = open_backend(bundle)
     assert opened.session.max_batch == 4  # type: ignore[attr-defined]
     assert "came out right just now; tried first: " in opened.choices[0] and "has no room" in opened.choices[0]
 
@@ -240,35 +241,35 @@ def test_auto_takes_the_next_engine_and_says_what_was_wrong_with_the_first(machi
 
 def test_by_name_it_is_done_or_refused(machine: Machine, bundle: Bundle) -> None:
     with pytest.raises(BundleError, match="no engine was built for this bundle") as caught:
-        open_session(bundle, "tensorrt")
+        open_backend(bundle, "tensorrt")
     assert caught.value.exit_code == 6 and "spmdeploy build" in str(caught.value.hint)
     add(bundle, replace(record_of(), gpu=Gpu("NVIDIA A10", "8.0"), version="10.3.0"))
     with pytest.raises(
         BundleError, match=r"built with 10\.3\.0, here 10\.16\.1, GPU: built on NVIDIA A10 \(sm80\), here"
     ):
-        open_session(bundle, "tensorrt")
+        open_backend(bundle, "tensorrt")
     with pytest.raises(BundleError, match="no engine was built for this bundle"):
-        open_session(bundle, "tensorrt-rtx")  # the engine that there is concerns TensorRT alone
+        open_backend(bundle, "tensorrt-rtx")  # the engine that there is concerns TensorRT alone
     for options in ({"device": "cpu"}, {"precision": "int8"}, {"device": "gpu"}):
         with pytest.raises(UsageError):
-            open_session(bundle, "tensorrt", **options)
+            open_backend(bundle, "tensorrt", **options)
 
 
 def test_without_library_or_gpu(machine: Machine, bundle: Bundle) -> None:
     add(bundle, record_of())
     machine.without("tensorrt")
     with pytest.raises(UnavailableError, match="tensorrt cannot be imported") as caught:
-        open_session(bundle, "tensorrt")
+        open_backend(bundle, "tensorrt")
     assert caught.value.exit_code == 4 and "pip install" in str(caught.value.hint)
     machine.without_driver()
     with pytest.raises(UnavailableError, match=r"tensorrt-rtx needs an NVIDIA GPU: no NVIDIA driver"):
-        open_session(bundle, "tensorrt-rtx")
+        open_backend(bundle, "tensorrt-rtx")
 
 
 def test_a_gpu_that_is_not_there(machine: Machine, bundle: Bundle) -> None:
     add(bundle, record_of())
     with pytest.raises(UnavailableError, match="cuDeviceGet with error 101"):
-        open_session(bundle, "tensorrt", "cuda:3")
+        open_backend(bundle, "tensorrt", "cuda:3")
 
 
 # --------------------------------------------------------------------------------------------------------------- proof
@@ -287,13 +288,13 @@ def proof_of(opened: OpenedBackend) -> str:
 
 def test_an_engine_is_proved_at_its_first_use_and_not_again(machine: Machine, bundle: Bundle) -> None:
     add(bundle, record_of())
-    assert proof_of(open_session(bundle)) == "its golden edits came out right just now"
+    assert proof_of(open_backend(bundle)) == "its golden edits came out right just now"
     (found,) = find_engines(bundle)
     assert found.record is not None and found.record.verification is not None
     noted = found.record.verification
     assert noted.passed and noted.gpu.startswith("NVIDIA GeForce RTX 3060, driver ") and noted.max_grey == 0
     machine.gpu.calls.clear()
-    assert proof_of(open_session(bundle)) == f"its golden edits came out right here on {date.today()}"
+    assert proof_of(open_backend(bundle)) == f"its golden edits came out right here on {date.today()}"
     assert "execute_async_v3" not in machine.gpu.calls
 
 
@@ -302,10 +303,10 @@ def test_on_another_gpu_or_driver_it_is_proved_again(machine: Machine, bundle: B
     add(bundle, replace(for_targets("sm86"), **ports_of(record_of())))
     for version, expected in (("580.1", "just now"), ("580.1", "right here on"), ("590.2", "just now")):
         (tmp_path / "version").write_text(version)
-        assert expected in proof_of(open_session(bundle))
+        assert expected in proof_of(open_backend(bundle))
     machine.gpu.name = "NVIDIA RTX A4000"
     plug_in(machine.patch, machine.gpu)
-    assert "just now" in proof_of(open_session(bundle))
+    assert "just now" in proof_of(open_backend(bundle))
 
 
 def test_wrong_pictures_are_an_error_now_and_later(
@@ -315,19 +316,19 @@ def test_wrong_pictures_are_an_error_now_and_later(
     machine.libraries["tensorrt"]._computes = painted_black
     for _ in range(2):
         with pytest.raises(VerificationError, match="tree: largest difference") as caught:
-            open_session(bundle, "tensorrt")
+            open_backend(bundle, "tensorrt")
         assert caught.value.exit_code == 5
     (found,) = find_engines(bundle)
     assert found.record is not None and found.record.verification is not None and not found.record.verification.passed
     assert cli.main(["verify", str(bundle.path), "--backend", "tensorrt", "--json"]) == 5
     assert "does not give the pictures" in json.loads(capsys.readouterr().out)["error"]
     machine.libraries["tensorrt"]._computes = edited_like
-    assert "just now" in proof_of(open_session(bundle, "tensorrt"))
+    assert "just now" in proof_of(open_backend(bundle, "tensorrt"))
 
 
 def test_a_refine_engine_is_proved_by_itself(machine: Machine, bundle: Bundle) -> None:
     add(bundle, record_of())
-    assert "just now" in proof_of(open_session(bundle, "tensorrt"))
+    assert "just now" in proof_of(open_backend(bundle, "tensorrt"))
     refine = add(bundle, record_of(graph=REFINE))
 
     def black_when_refined(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -335,14 +336,14 @@ def test_a_refine_engine_is_proved_by_itself(machine: Machine, bundle: Bundle) -
 
     machine.libraries["tensorrt"]._computes = black_when_refined
     with pytest.raises(VerificationError, match="tree refined: largest difference") as caught:
-        open_session(bundle, "tensorrt")
+        open_backend(bundle, "tensorrt")
     assert caught.value.problem.startswith(str(refine))
     machine.libraries["tensorrt"]._computes = edited_like
-    assert "right here on" in proof_of(open_session(bundle, "tensorrt"))
+    assert "right here on" in proof_of(open_backend(bundle, "tensorrt"))
     noted = {found.record.graph: found.record.verification for found in find_engines(bundle) if found.record}
     assert all(proof is not None and proof.passed for proof in noted.values()) and len(noted) == 2
     machine.gpu.calls.clear()
-    proof_of(open_session(bundle, "tensorrt"))
+    proof_of(open_backend(bundle, "tensorrt"))
     assert "execute_async_v3" not in machine.gpu.calls
 
 
@@ -355,21 +356,21 @@ def test_the_proof_of_what_cannot_be_written_to_is_kept_in_the_cache(
         for file in sorted(file for file in bundle.path.rglob("*") if file.is_file()):
             archive.write(file, file.relative_to(bundle.path).as_posix())
     zipped = open_bundle(tmp_path / "z.spm.zip")
-    assert proof_of(open_session(zipped)) == "its golden edits came out right just now"
-    assert "right here on" in proof_of(open_session(zipped))
+    assert proof_of(open_backend(zipped)) == "its golden edits came out right just now"
+    assert "right here on" in proof_of(open_backend(zipped))
     (kept,) = (tmp_path / "cache" / "verified").iterdir()
     kept.write_bytes(kept.read_bytes().replace(b'"edit"', b'"refine"', 1))
-    assert "just now" in proof_of(open_session(zipped))  # that was of another engine
+    assert "just now" in proof_of(open_backend(zipped))  # that was of another engine
     kept.write_text("rubbish")
-    assert "just now" in proof_of(open_session(zipped))
+    assert "just now" in proof_of(open_backend(zipped))
 
 
 def test_a_proof_that_cannot_be_kept_is_said(machine: Machine, bundle: Bundle, tmp_path: Path) -> None:
     zipped = open_bundle(pack(bundle, tmp_path / "z.spm.zip"))
     add(zipped, record_of())  # into the cache
     (tmp_path / "cache" / "verified").write_text("a file where the folder should be")
-    machine.patch.setattr("spmdeploy.engines.store.FoundEngine.with_verification", refuse_to_write)
-    assert "came out right just now, which cannot be noted: " in open_session(zipped).choices[0]
+    machine.patch.setattr("spmdeploy.engines.store.StoredEngine.with_verification", refuse_to_write)
+    assert "came out right just now, which cannot be noted: " in open_backend(zipped).choices[0]
 
 
 def refuse_to_write(self: object, verification: object) -> None:

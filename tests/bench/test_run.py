@@ -20,9 +20,10 @@ import pytest
 
 import spmdeploy
 from spmdeploy import cli
+from spmdeploy.backends.registry import bench_names
 from spmdeploy.bench import run as bench_run
 from spmdeploy.bench import schedule
-from spmdeploy.bench.backends import BACKENDS, cold_start_options, open_backend, skip_by_default
+from spmdeploy.bench.backends import cold_start_options, open_backend, skip_by_default
 from spmdeploy.bench.machine import BackgroundLoad, GpuState
 from spmdeploy.bench.parity import GOLDEN
 from spmdeploy.bench.results import Record, read_record
@@ -195,7 +196,7 @@ def test_cases_of_options_are_the_product() -> None:
 def test_backends_of_command_line_are_those_of_bench() -> None:
     from spmdeploy.cli import bench as command
 
-    assert command.BACKENDS == BACKENDS
+    assert command.bench_names() == bench_names()
 
 
 def test_open_backend_plain_graph_missing_is_refused() -> None:
@@ -250,7 +251,7 @@ def test_open_backend_wrong_device_is_refused() -> None:
 
 
 def test_skip_by_default_only_torch_compile_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in set(BACKENDS) - {"torch-compile"}:
+    for name in set(bench_names()) - {"torch-compile"}:
         skip_by_default(name)
     monkeypatch.setattr("spmdeploy.bench.backends.visible_gpus", lambda: 1)
     skip_by_default("torch-compile")

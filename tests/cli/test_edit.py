@@ -11,8 +11,8 @@ import pytest
 import spmdeploy
 from spmdeploy import cli
 from spmdeploy.assets.samples import SAMPLE_EDITS
-from spmdeploy.backends import base as session
 from spmdeploy.backends import onnxruntime as ort
+from spmdeploy.backends import registry as session
 from spmdeploy.bundle.bundle import open_bundle
 from spmdeploy.editing import run as run_edit_files
 from spmdeploy.errors import BundleError, UnavailableError
@@ -88,8 +88,8 @@ def test_what_goes_wrong_aside_is_told_as_ever(raised: BaseException, tmp_path: 
 
 def test_a_backend_that_does_not_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As with engines: the files are read afterwards."""
-    opened = session.open_session(open_bundle(spmdeploy.default_model()), "onnxruntime", "cpu")
-    monkeypatch.setattr(session, "open_session", lambda *arguments: opened)
+    opened = session.open_backend(open_bundle(spmdeploy.default_model()), "onnxruntime", "cpu")
+    monkeypatch.setattr(session, "open_backend", lambda *arguments: opened)
     assert cli.main(words(tmp_path / "o.png")) == 0
 
 

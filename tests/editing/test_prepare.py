@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 import spmdeploy
-from spmdeploy.backends.base import SupportsLayoutCache, open_session
+from spmdeploy.backends.base import SupportsLayoutCache
 from spmdeploy.backends.layout_split import split_by_layout
 from spmdeploy.backends.onnxruntime import OnnxRuntimeSession
 from spmdeploy.backends.pytorch import TorchSession
+from spmdeploy.backends.registry import open_backend
 from spmdeploy.bench.workloads import edit_batch
 from spmdeploy.bundle.bundle import open_bundle
 from spmdeploy.editing.editor import Editor
@@ -171,7 +172,7 @@ def test_two_layouts_do_not_disturb_each_other(real: dict[str, OnnxRuntimeSessio
 
 def test_an_editor_on_a_bundle_keeps_layouts(street_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = open_bundle(street_bundle)
-    session = open_session(bundle, "onnxruntime", "cpu").session
+    session = open_backend(bundle, "onnxruntime", "cpu").session
     assert isinstance(session, SupportsLayoutCache)
     given = edit_batch(bundle.manifest.classes, 256, "small", 1)
     editor = Editor(session, bundle.manifest.classes)

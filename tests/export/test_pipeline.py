@@ -12,9 +12,9 @@ import pytest
 import torch
 from onnx import TensorProto, numpy_helper
 
-from spmdeploy.backends.base import open_session
 from spmdeploy.backends.onnxruntime import LoadedGraph, OnnxRuntimeSession
-from spmdeploy.backends.pytorch import TorchSession, generator_from_graph, open_torch_session
+from spmdeploy.backends.pytorch import TorchSession, generator_from_graph, open_torch
+from spmdeploy.backends.registry import open_backend
 from spmdeploy.backends.verify import Deviation, measure_deviation, verify
 from spmdeploy.bundle.bundle import GraphFiles, open_bundle
 from spmdeploy.errors import BundleError, InputError, UsageError, VerificationError
@@ -357,12 +357,12 @@ def test_cpu_only_bundles_hold_one_graph_of_each_and_edit_with_torch_too(
     graphs = [(graph.graph, graph.weights_dtype) for graph in bundle.manifest.graphs]
     assert graphs == [("edit_cpu", "float16"), ("refine_cpu", "float16")]
     assert [name for name in bundle.files() if name.endswith(".weights")] == ["graphs/float16.weights"]
-    for open_it in (open_session, open_torch_session):
-        session = open_it(bundle, device="cpu", backend="torch" if open_it is open_torch_session else "auto").session
+    for open_it in (open_backend, open_torch):
+        session = open_it(bundle, device="cpu").session
         results = verify(session, bundle)
         assert len(results) == 6 and all(result.passed for result in results)
     with pytest.raises(BundleError, match=r"no graph 'edit' in fp32.*edit_cpu fp32"):
-        open_session(bundle, device="cuda:0", precision="fp32")
+        open_backend(bundle, device="cuda:0", precision="fp32")
     with pytest.raises(UsageError, match="no graph is left"):
         export_bundle(tmp_path / "g.safetensors", tmp_path / "c.spm", replace(options, precisions=("fp16",)))
 
@@ -404,12 +404,12 @@ def test_an_ablation_becomes_a_bundle_and_comes_back(tmp_path: Path) -> None:
     assert not any("context" in tensor.name or "stages.1." in tensor.name for tensor in plain.graph.initializer)
     assert graph_facts(on_cpu).gflop < 0.6 * graph_facts(plain).gflop
     edits = _edits(2)
-    session = open_session(bundle, device="cpu").session
+    session = open_backend(bundle, device="cpu").session
     for names in (("corner", "nothing"), ("nothing", "nothing"), ("a side", "other corner"), ("middle", "middle")):
         edits[3] = np.stack([MASKS[name] for name in names])
         expected = TorchSession(ablation).run(*edits)
         assert np.abs(session.run(*edits).astype(int) - expected).max() <= 1
-    assert np.array_equal(open_torch_session(bundle, device="cpu").session.run(*edits), expected)
+    assert np.array_equal(open_torch(bundle, device="cpu").session.run(*edits), expected)
     assert not measure_deviation(session.run(*edits), expected, edits[3]).faults(parity.FP32_LIMITS)
     assert [record.graph for record in bundle.manifest.graphs] == ["edit", "edit_cpu"] and not session.refines
 

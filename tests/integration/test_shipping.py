@@ -94,7 +94,7 @@ def test_a_signed_bundle_is_used(run: Any, signed: Path, tmp_path: Path) -> None
 def test_nothing_is_loaded_without_the_right_signature(
     run: Any, signed: Path, street_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("spmdeploy.backends.base.open_session", None)
+    monkeypatch.setattr("spmdeploy.backends.registry.open_backend", None)
     tampered = tmp_path / "tampered.spm"
     content = signed.read_bytes()
     digest = open_bundle(signed).digest("card.md").encode()
