@@ -1,4 +1,4 @@
-"""Class tables and label maps: the official entries, the errors with their numbers, and the ways back and forth."""
+"""Class tables and conversions of label maps: official entries, errors with their figures, round trips."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def json_with(**changes: Any) -> dict[str, Any]:
         (ADE20K, LabelClass(150, "flag", (92, 0, 255))),
     ],
 )
-def test_official_entries(table: ClassTable, entry: LabelClass) -> None:
+def test_built_in_tables_have_official_entries(table: ClassTable, entry: LabelClass) -> None:
     assert table.classes[entry.id] == entry
 
 
@@ -66,18 +66,18 @@ def test_built_in_tables_are_complete() -> None:
         assert len({label.name for label in table.classes}) == len(table)
 
 
-def test_shared_colors_are_the_known_ones() -> None:
+def test_shared_colors_of_built_in_tables_are_known() -> None:
     ids = {color: [label.id for label in labels] for color, labels in shared_colors(CITYSCAPES).items()}
     assert ids == {(0, 0, 0): [0, 1, 2, 3, 4], (153, 153, 153): [17, 18]}
     assert [[label.id for label in labels] for labels in shared_colors(ADE20K).values()] == [[7, 49]]
 
 
 @pytest.mark.parametrize("wanted", ["traffic light", "Traffic_Light", " traffic-light ", "19"])
-def test_find(wanted: str) -> None:
+def test_find_name_or_id_gives_the_class(wanted: str) -> None:
     assert CITYSCAPES.find(wanted).id == 19
 
 
-def test_a_name_wins_over_an_id() -> None:
+def test_find_name_is_preferred_to_id() -> None:
     table = ClassTable("odd", (LabelClass(0, "1", (0, 0, 0)), LabelClass(1, "0", (1, 1, 1))))
     assert table.find("1").id == 0
 
@@ -85,24 +85,24 @@ def test_a_name_wins_over_an_id() -> None:
 @pytest.mark.parametrize(
     ("wanted", "hint"), [("cra", "'car'"), ("traffic", "'traffic light'"), ("34", "name or the id"), ("", "the id")]
 )
-def test_find_suggests(wanted: str, hint: str) -> None:
+def test_find_unknown_name_suggests_similar_ones(wanted: str, hint: str) -> None:
     with pytest.raises(InputError, match="0 to 33") as caught:
         CITYSCAPES.find(wanted)
     assert caught.value.hint is not None and hint in caught.value.hint
 
 
 @pytest.mark.parametrize("table", [CITYSCAPES, ADE20K, TWO])
-def test_json_there_and_back(table: ClassTable, tmp_path: Path) -> None:
+def test_from_json_written_table_is_equal(table: ClassTable, tmp_path: Path) -> None:
     path = tmp_path / "table.json"
     path.write_text(json.dumps(table.to_json()))
     assert class_table(path) == class_table(str(path)) == table
 
 
-def test_classes_may_come_in_any_order() -> None:
+def test_from_json_any_order_is_sorted() -> None:
     assert ClassTable.from_json(json_with(classes=TWO.to_json()["classes"][::-1]), "x") == TWO
 
 
-def test_the_form_of_data_folders() -> None:
+def test_from_json_form_of_data_folders_is_read() -> None:
     content = {
         "dataset": "facades",
         "void_id": 0,
@@ -137,13 +137,13 @@ def test_the_form_of_data_folders() -> None:
         ),
     ],
 )
-def test_bad_tables_are_refused(content: object, problem: str) -> None:
+def test_from_json_invalid_table_is_refused(content: object, problem: str) -> None:
     with pytest.raises(InputError, match=problem) as caught:
         ClassTable.from_json(content, "mine.json")
     assert "mine.json" in caught.value.problem
 
 
-def test_tables_that_cannot_be_read(tmp_path: Path) -> None:
+def test_class_table_unreadable_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "text.json").write_text("{")
     (tmp_path / "latin.json").write_bytes(b'{"name": "\xe9"}')
     (tmp_path / "folder.json").mkdir()
@@ -157,18 +157,18 @@ def test_tables_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 @given(MAPS)
-def test_counts_agree_with_numpy(labels: np.ndarray) -> None:
+def test_count_labels_agrees_with_numpy(labels: np.ndarray) -> None:
     counts = count_labels(labels)
     assert counts == count_labels(labels.astype(np.int32))
     assert sum(counts.values()) == labels.size
     assert all((labels == i).sum() == n for i, n in counts.items())
 
 
-def test_counts_beyond_one_piece() -> None:
+def test_count_labels_beyond_one_block_agrees() -> None:
     assert count_labels(np.full((1025, 1025), 3, np.uint8)) == {3: 1025 * 1025}
 
 
-def test_check_labels_names_ids_and_counts() -> None:
+def test_check_labels_unknown_ids_are_listed() -> None:
     labels = np.array([[0, 1, 2], [2, 255, 9]], np.uint8)
     with pytest.raises(InputError, match=r"^l\.png holds ids that two does not have: 2 \(2 pixels\), 9 \(1 pixel\)$"):
         check_labels(labels, TWO, "l.png")
@@ -178,14 +178,14 @@ def test_check_labels_names_ids_and_counts() -> None:
     check_labels(labels, TWO, "l.png", np.isin(labels, (0, 1, 255)))
 
 
-def test_check_labels_takes_255_for_void_only_if_the_table_says_so() -> None:
+def test_check_labels_255_is_void_only_in_such_tables() -> None:
     labels = np.full((2, 2), 255, np.uint8)
     check_labels(labels, TWO, "l.png")
     with pytest.raises(InputError, match=r"255 \(4 pixels\)"):
         check_labels(labels, CITYSCAPES, "l.png")
 
 
-def test_check_labels_of_odd_arrays() -> None:
+def test_check_labels_other_arrays_are_checked() -> None:
     with pytest.raises(InputError, match="float64"):
         check_labels(np.zeros((2, 2)), TWO, "array")  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"-1 \(4 pixels\)"):
@@ -195,13 +195,13 @@ def test_check_labels_of_odd_arrays() -> None:
 
 
 @given(hnp.arrays(np.uint8, (5, 4), elements=st.sampled_from([0, 1, 255])))
-def test_colors_there_and_back(labels: np.ndarray) -> None:
+def test_labels_from_colors_painted_map_is_equal(labels: np.ndarray) -> None:
     picture = colorize(labels, TWO)
     assert picture.shape == (5, 4, 3) and picture.dtype == np.uint8
     np.testing.assert_array_equal(labels_from_colors(picture, TWO, "x"), labels)
 
 
-def test_every_unshared_class_survives_colors() -> None:
+def test_labels_from_colors_distinct_colors_are_exact() -> None:
     for table in (CITYSCAPES, ADE20K):
         ids = np.arange(len(table), dtype=np.uint8)[None]
         back = labels_from_colors(colorize(ids, table), table, "x")
@@ -209,12 +209,12 @@ def test_every_unshared_class_survives_colors() -> None:
         assert back.tolist() == [[first.get(i, i) for i in range(len(table))]]
 
 
-def test_colors_of_ids_without_a_class() -> None:
+def test_colorize_ids_without_class_are_black_or_white() -> None:
     picture = colorize(np.array([[255, 9]], np.uint8), TWO)
     assert picture.tolist() == [[[0, 0, 0], [255, 255, 255]]]
 
 
-def test_unknown_colors_are_listed_most_frequent_first() -> None:
+def test_labels_from_colors_unknown_ones_are_listed() -> None:
     rgb = np.zeros((2, 2, 3), np.uint8)
     rgb[0, 0] = 1, 2, 3
     rgb[1] = 9, 9, 9
@@ -223,7 +223,7 @@ def test_unknown_colors_are_listed_most_frequent_first() -> None:
 
 
 @given(MAPS, st.integers(-300, 300), st.none() | st.integers(0, 255))
-def test_offset_is_exact_or_refused(labels: np.ndarray, offset: int, void_id: int | None) -> None:
+def test_offset_labels_is_exact_or_refused(labels: np.ndarray, offset: int, void_id: int | None) -> None:
     expected = [i if i == void_id else i + offset for i in labels.ravel().tolist()]
     if all(0 <= i <= 255 for i in expected):
         shifted = offset_labels(labels, offset, "x", void_id)

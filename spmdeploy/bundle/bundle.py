@@ -165,7 +165,7 @@ class Bundle:
         The file may be replaced between the hash and its use: prefer `read`.
         """
         if not isinstance(self._store, FolderStore):
-            raise BundleError(f"{self.path}: {name} lies inside a zip and has no path", "unpack the zip into a folder")
+            raise BundleError(f"{self.path}: {name} is inside a zip and has no path", "unpack the zip into a folder")
         self._check(name)
         return self._store.root / name
 

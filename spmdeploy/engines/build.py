@@ -206,7 +206,7 @@ def build_engines(
     graphs = _graphs(bundle, options)
     place = choose_place(bundle, options.place)
     tell(plan.words, 0.0)
-    tell(place.words, 0.0)
+    tell(place.summary, 0.0)
     results = []
     for graph in graphs:
         present = None if options.overwrite else _present(bundle, graph, plan)

@@ -94,7 +94,7 @@ def _check_names_differ(names: Iterable[str], shown: Path) -> None:
     twice = next((name for name, count in folded.items() if count > 1), None)
     within = next((name for name in folded for above in PurePosixPath(name).parents if str(above) in folded), None)
     if twice or within:
-        fault = f"two entries are {twice!r} where case is ignored" if twice else f"{within!r} lies inside a file"
+        fault = f"two entries are {twice!r} where case is ignored" if twice else f"{within!r} is inside a file"
         raise BundleError(f"{shown}: {fault}", PACK_AGAIN)
 
 

@@ -343,14 +343,15 @@ def cache_folder() -> Path:
 
 @dataclass(frozen=True)
 class EnginePlace:
-    """Where new engines go."""
+    """Where new engines are written."""
 
     folder: Path
     place: Place
     why: str
 
     @property
-    def words(self) -> str:
+    def summary(self) -> str:
+        """A sentence for messages."""
         return f"engines go into the {self.place}, {self.folder}: {self.why}"
 
 

@@ -1,4 +1,4 @@
-"""manifest.json: what is written is read, and a wrong field is refused by its path and value."""
+"""Manifests are read back as written, and a wrong field is refused with its path and value."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from .conftest import (
 )
 
 
-def test_manifest_survives_json() -> None:
+def test_from_json_written_manifest_is_equal() -> None:
     manifest = manifest_of((graph_record("fp32", 5, "a" * 64),))
     text = json.dumps(manifest.to_json(), allow_nan=False)
     assert Manifest.from_json(json.loads(text), "m") == manifest
@@ -35,7 +35,7 @@ def test_manifest_survives_json() -> None:
     assert json.loads(text)["created"] == "2026-11-22"
 
 
-def test_further_fields_are_passed_over_and_training_may_be_missing() -> None:
+def test_from_json_unknown_fields_are_ignored_and_training_is_optional() -> None:
     content = manifest_of(()).to_json()
     del content["training"]
     content["mood"] = content["generator"]["mood"] = "good"
@@ -44,7 +44,7 @@ def test_further_fields_are_passed_over_and_training_may_be_missing() -> None:
     assert manifest.to_json().keys() == content.keys() - {"mood"} | {"training"}
 
 
-def test_the_ablations_are_recorded_and_old_bundles_have_none() -> None:
+def test_from_json_without_ablations_has_defaults() -> None:
     ablation = dataclasses.replace(manifest_of(()).generator, modulation="spade", stages=1)
     content = manifest_of((), generator=ablation).to_json()
     assert Manifest.from_json(json.loads(json.dumps(content)), "m").generator == ablation
@@ -106,7 +106,7 @@ WRONG_FIELDS = [
 
 
 @pytest.mark.parametrize(("field", "value", "words"), WRONG_FIELDS)
-def test_a_wrong_field_is_named_with_its_value(field: str, value: object, words: str) -> None:
+def test_from_json_wrong_field_is_named_with_its_value(field: str, value: object, words: str) -> None:
     content = manifest_of(tuple(graph_record(key, 5, "a" * 64) for key in GRAPHS)).to_json()
     _set(field, value)(content)
     with pytest.raises(BundleError, match=words) as caught:
@@ -125,7 +125,7 @@ FULL = manifest_of(tuple(graph_record(key, 5, "a" * 64) for key in GRAPHS)).to_j
 
 
 @pytest.mark.parametrize("field", [path for path in _paths(FULL) if not path.startswith(("classes/", "training/"))])
-def test_no_field_takes_whatever_comes(field: str) -> None:
+def test_from_json_every_field_is_checked(field: str) -> None:
     content = copy.deepcopy(FULL)
     _set(field, [[]])(content)
     with pytest.raises(BundleError, match=re.escape("[]")):
@@ -136,7 +136,7 @@ def test_no_field_takes_whatever_comes(field: str) -> None:
     ("graphs", "golden", "words"),
     [(2, 1, "the graph edit fp32 is there twice"), (1, 2, "the golden edit tree is there twice")],
 )
-def test_nothing_may_be_there_twice(graphs: int, golden: int, words: str) -> None:
+def test_from_json_repeated_graph_or_edit_is_refused(graphs: int, golden: int, words: str) -> None:
     manifest = manifest_of((graph_record("fp32", 5, "a" * 64),) * graphs)
     manifest = dataclasses.replace(manifest, golden=manifest.golden * golden)
     with pytest.raises(BundleError, match=words):
@@ -144,7 +144,7 @@ def test_nothing_may_be_there_twice(graphs: int, golden: int, words: str) -> Non
 
 
 @pytest.mark.parametrize("weights", ["shared.weights", "golden/tree/shared.weights", "graphs/deeper/shared.weights"])
-def test_weights_lie_beside_their_graph(weights: str) -> None:
+def test_from_json_weights_in_another_folder_are_refused(weights: str) -> None:
     record = dataclasses.replace(graph_record("fp32", 5, "a" * 64), weights=weights)
     with pytest.raises(BundleError, match=rf"the weights {weights} are not in the folder of graphs/edit\.fp32\.onnx"):
         Manifest.from_json(manifest_of((record,)).to_json(), "m")
@@ -152,7 +152,7 @@ def test_weights_lie_beside_their_graph(weights: str) -> None:
     assert Manifest.from_json(beside.to_json(), "m") == beside
 
 
-def test_a_newer_schema_is_said_to_be_newer_even_with_other_hashes(street: Path) -> None:
+def test_open_bundle_newer_schema_is_named_before_hashes(street: Path) -> None:
     (street / MANIFEST).write_text('{"schema": "spmdeploy.bundle/2", "all": "different"}')
     (street / SUMS).unlink()
     assert "spmdeploy.bundle/2 is newer than spmdeploy.bundle/1, which this version reads" in refusal(street)
@@ -160,7 +160,7 @@ def test_a_newer_schema_is_said_to_be_newer_even_with_other_hashes(street: Path)
 
 
 @pytest.mark.parametrize("schema", [None, 1, "spmdeploy.bundle/", "spmdeploy.bundle/0", "spmdeploy.generator/1"])
-def test_another_schema_is_no_bundle(street: Path, schema: object) -> None:
+def test_from_bytes_other_schema_is_refused(street: Path, schema: object) -> None:
     rewrite_manifest(street, lambda content: content.update(schema=schema))
     assert f"its schema is {schema!r}" in refusal(street)
 
@@ -179,7 +179,7 @@ def test_another_schema_is_no_bundle(street: Path, schema: object) -> None:
         ("[]", "its schema is None"),
     ],
 )
-def test_json_that_is_no_manifest(street: Path, text: str, words: str) -> None:
+def test_from_bytes_other_json_is_refused(street: Path, text: str, words: str) -> None:
     (street / MANIFEST).write_bytes(text.encode("utf-8", "surrogateescape"))
     list_sums(street)
     assert words in refusal(street)

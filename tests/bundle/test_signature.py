@@ -1,4 +1,4 @@
-"""Signatures: what minisign made is read, what is made minisign reads, and nothing that was changed passes."""
+"""Signatures and keys are exchanged with minisign, and changed ones are refused."""
 
 from __future__ import annotations
 
@@ -65,10 +65,7 @@ def written(path: Path, text: str) -> Path:
     return path
 
 
-# ------------------------------------------------------------------------------------------------------- minisign's own
-
-
-def test_what_minisign_signed_is_checked() -> None:
+def test_check_signature_by_minisign_fits() -> None:
     key = read_public_key(PUBLIC.splitlines()[1])
     assert key.name == "167237EC7988CBF7"
     checked = check_signature(b"hello\n", SIGNATURE.encode(), key, SHOWN)
@@ -77,7 +74,7 @@ def test_what_minisign_signed_is_checked() -> None:
         check_signature(b"hello", SIGNATURE.encode(), key, SHOWN)
 
 
-def test_minisigns_keys_are_read_and_sign_the_same(tmp_path: Path) -> None:
+def test_sign_with_key_of_minisign_gives_the_same(tmp_path: Path) -> None:
     secret = read_secret_key(written(tmp_path / "a.key", SECRET), unasked)
     assert secret.public == read_public_key(written(tmp_path / "a.pub", PUBLIC))
     ours, theirs = sign(b"hello\n", secret, "trust me").splitlines(), SIGNATURE.encode().splitlines()
@@ -85,18 +82,18 @@ def test_minisigns_keys_are_read_and_sign_the_same(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_an_encrypted_key_of_minisigns_is_read(tmp_path: Path) -> None:
+def test_read_secret_key_encrypted_by_minisign_is_read(tmp_path: Path) -> None:
     path = written(tmp_path / "e.key", ENCRYPTED)
     assert read_secret_key(path, lambda: "pass").public == read_public_key(PUBLIC_OF_ENCRYPTED)
 
 
-def test_signatures_without_the_hash_are_refused() -> None:
+def test_check_signature_legacy_is_refused() -> None:
     with pytest.raises(BundleError, match="no signature of a hash"):
         check_signature(b"hello\n", UNHASHED.encode(), read_public_key(PUBLIC.splitlines()[1]), SHOWN)
 
 
 @pytest.mark.parametrize("password", [None, "pass word"])
-def test_minisign_takes_our_keys_and_signatures(tmp_path: Path, password: str | None) -> None:
+def test_sign_keys_and_signatures_are_accepted_by_minisign(tmp_path: Path, password: str | None) -> None:
     if shutil.which("minisign") is None:
         pytest.skip("no minisign on this machine")
     secret, public = write_key_pair(tmp_path / "ours", new_key(), password, LITTLE)
@@ -111,12 +108,9 @@ def test_minisign_takes_our_keys_and_signatures(tmp_path: Path, password: str | 
     assert checked.comment == "from them"
 
 
-# ----------------------------------------------------------------------------------------------------------- signatures
-
-
 @settings(deadline=None)
 @given(st.binary(max_size=200), st.text(st.characters(min_codepoint=0x20, max_codepoint=0x7E)))
-def test_what_is_signed_is_checked_and_repeatable(content: bytes, comment: str) -> None:
+def test_sign_is_repeatable_and_fits(content: bytes, comment: str) -> None:
     signature = sign(content, KEY, comment)
     assert signature == sign(content, KEY, comment)
     assert check_signature(content, signature, KEY.public, SHOWN).comment == comment
@@ -126,7 +120,7 @@ def test_what_is_signed_is_checked_and_repeatable(content: bytes, comment: str) 
 
 @settings(deadline=None, max_examples=300)
 @given(st.data())
-def test_no_changed_byte_of_a_signature_passes(data: st.DataObject) -> None:
+def test_check_signature_any_changed_byte_is_refused(data: st.DataObject) -> None:
     signature = bytearray(sign(b"content", KEY, "a comment"))
     start = signature.index(b"\n") + 1  # the first line is covered by nothing
     place = data.draw(st.integers(start, len(signature) - 1))
@@ -135,7 +129,7 @@ def test_no_changed_byte_of_a_signature_passes(data: st.DataObject) -> None:
         check_signature(b"content", bytes(signature), KEY.public, SHOWN)
 
 
-def test_there_is_one_way_to_write_a_signature() -> None:
+def test_check_signature_other_base64_is_refused() -> None:
     lines = SIGNATURE.splitlines(keepends=True)
     assert lines[1].endswith("2wo=\n")
     lines[1] = lines[1].replace("2wo=", "2wp=")  # the same bytes: the last bits of the o count for nothing
@@ -143,7 +137,7 @@ def test_there_is_one_way_to_write_a_signature() -> None:
         check_signature(b"hello\n", "".join(lines).encode(), read_public_key(PUBLIC.splitlines()[1]), SHOWN)
 
 
-def test_another_key_and_another_key_with_the_same_id() -> None:
+def test_check_signature_other_key_is_refused_also_with_same_id() -> None:
     signature = sign(b"content", KEY, "")
     with pytest.raises(BundleError, match="made with the key 0101010101010101, not with"):
         check_signature(b"content", signature, new_key().public, SHOWN)
@@ -153,7 +147,7 @@ def test_another_key_and_another_key_with_the_same_id() -> None:
     assert caught.value.exit_code == 6 and str(SHOWN) in caught.value.problem
 
 
-def test_a_comment_of_another_signature_does_not_pass() -> None:
+def test_check_signature_comment_of_another_is_refused() -> None:
     first, second = (sign(b"content", KEY, comment).splitlines(keepends=True) for comment in ("version 1", "version 2"))
     with pytest.raises(BundleError, match="does not fit"):
         check_signature(b"content", b"".join((*first[:2], second[2], first[3])), KEY.public, SHOWN)
@@ -164,16 +158,13 @@ def test_a_comment_of_another_signature_does_not_pass() -> None:
     [b"", b"\n\n\n", b"\xff" * 300, SIGNATURE.encode()[:-20], SIGNATURE.encode() * 2, PUBLIC.encode(),
      SIGNATURE.replace("trust me", "trust\x1b[2Jme").encode()],
 )  # fmt: skip
-def test_what_is_no_signature(content: bytes) -> None:
+def test_check_signature_other_content_is_refused(content: bytes) -> None:
     with pytest.raises(BundleError, match="no signature"):
         check_signature(b"hello\n", content, read_public_key(PUBLIC.splitlines()[1]), SHOWN)
 
 
-# ----------------------------------------------------------------------------------------------------------------- keys
-
-
 @pytest.mark.parametrize("password", [None, "pässword"])
-def test_keys_come_back(tmp_path: Path, password: str | None) -> None:
+def test_write_key_pair_is_read_back(tmp_path: Path, password: str | None) -> None:
     key = new_key()
     secret, public = write_key_pair(tmp_path / "street", key, password, LITTLE)
     assert read_secret_key(secret, unasked if password is None else lambda: str(password)) == key
@@ -184,7 +175,7 @@ def test_keys_come_back(tmp_path: Path, password: str | None) -> None:
     assert (seed in base64.b64decode(secret.read_text().splitlines()[1])) is (password is None)
 
 
-def test_two_keys_differ() -> None:
+def test_new_key_is_different_each_time() -> None:
     first, second = new_key(), new_key()
     assert first.public != second.public and first.public.name != second.public.name
     assert first.line not in repr(first)
@@ -201,14 +192,14 @@ def test_write_key_pair_password_that_is_no_text_is_refused(tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_wrong_password(tmp_path: Path) -> None:
+def test_read_secret_key_wrong_password_is_refused(tmp_path: Path) -> None:
     secret, _ = write_key_pair(tmp_path / "street", new_key(), "right", LITTLE)
     with pytest.raises(InputError, match="the password is wrong") as caught:
         read_secret_key(secret, lambda: "wrong")
     assert "wrong" not in str(caught.value.hint)
 
 
-def test_keys_are_never_replaced(tmp_path: Path) -> None:
+def test_write_key_pair_existing_file_is_kept(tmp_path: Path) -> None:
     for taken in ("street.pub", "street.key"):
         (tmp_path / taken).write_text("dear")
         with pytest.raises(InputError, match=f"{taken}: exists already"):
@@ -218,12 +209,12 @@ def test_keys_are_never_replaced(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["", ".", "/", "a/.."])
-def test_names_that_no_key_can_have(name: str) -> None:
+def test_write_key_pair_impossible_name_is_refused(name: str) -> None:
     with pytest.raises(InputError, match="is no name for a key"):
         write_key_pair(Path(name), new_key(), None)
 
 
-def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+def test_write_key_pair_missing_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="does not exist"):
         write_key_pair(tmp_path / "no/street", new_key(), None)
     with pytest.raises(InputError, match="there is no file"):
@@ -231,7 +222,7 @@ def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "RWT3", PUBLIC.replace("RWT3", "RWT"), PUBLIC.replace("RW", "RX"), SIGNATURE])
-def test_what_is_no_key(tmp_path: Path, text: str) -> None:
+def test_read_key_other_content_is_refused(tmp_path: Path, text: str) -> None:
     path = written(tmp_path / "key", text)
     with pytest.raises(InputError, match="no public key"):
         read_public_key(path)
@@ -239,14 +230,14 @@ def test_what_is_no_key(tmp_path: Path, text: str) -> None:
         read_secret_key(path, unasked)
 
 
-def test_the_two_kinds_of_keys_are_told_apart(tmp_path: Path) -> None:
+def test_read_key_of_the_other_kind_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no public key"):
         read_public_key(written(tmp_path / "a.key", SECRET))
     with pytest.raises(InputError, match="no secret key"):
         read_secret_key(written(tmp_path / "a.pub", PUBLIC), unasked)
 
 
-def test_halves_of_two_keys_are_refused(tmp_path: Path) -> None:
+def test_read_secret_key_halves_of_two_are_refused(tmp_path: Path) -> None:
     packed = bytearray(base64.b64decode(SECRET.splitlines()[1]))
     packed[70] ^= 1
     path = written(tmp_path / "a.key", f"{SECRET.splitlines()[0]}\n{base64.b64encode(packed).decode()}\n")
@@ -255,7 +246,7 @@ def test_halves_of_two_keys_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("operations", "memory"), [(1 << 40, 1 << 40), (1 << 25, 1 << 31), (1 << 50, 0)])
-def test_a_key_that_would_eat_the_memory_is_refused(tmp_path: Path, operations: int, memory: int) -> None:
+def test_read_secret_key_excessive_scrypt_is_refused(tmp_path: Path, operations: int, memory: int) -> None:
     packed = bytearray(base64.b64decode(ENCRYPTED.splitlines()[1]))
     packed[38:54] = operations.to_bytes(8, "little") + memory.to_bytes(8, "little")
     path = written(tmp_path / "a.key", f"{SECRET.splitlines()[0]}\n{base64.b64encode(packed).decode()}\n")
@@ -263,7 +254,7 @@ def test_a_key_that_would_eat_the_memory_is_refused(tmp_path: Path, operations: 
         read_secret_key(path, lambda: "pass")
 
 
-def test_without_the_package_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_signature_without_package_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
     signature, public = sign(b"content", KEY, ""), KEY.public
     monkeypatch.setitem(sys.modules, "minisign", None)
     with pytest.raises(UnavailableError, match="py-minisign") as caught:

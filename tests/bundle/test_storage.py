@@ -1,4 +1,4 @@
-"""Where a bundle lies: what is no bundle, leads outside or hides something in a zip is refused by name."""
+"""Folders and zips: other files, unsafe names, links and zip tricks are refused by name."""
 
 from __future__ import annotations
 
@@ -31,8 +31,6 @@ from .conftest import (
     write_street,
 )
 
-# --------------------------------------------------------------------------------------------------------- not a bundle
-
 
 @pytest.mark.parametrize(
     ("name", "content", "words", "hint"),
@@ -46,7 +44,7 @@ from .conftest import (
         ("nothing", b"", "neither a folder nor a zip", "spmdeploy export"),
     ],
 )
-def test_files_that_are_no_bundle(tmp_path: Path, name: str, content: bytes, words: str, hint: str) -> None:
+def test_open_storage_other_file_is_named(tmp_path: Path, name: str, content: bytes, words: str, hint: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(BundleError, match=words) as caught:
         open_bundle(tmp_path / name)
@@ -54,7 +52,7 @@ def test_files_that_are_no_bundle(tmp_path: Path, name: str, content: bytes, wor
     assert re.search(hint, caught.value.hint or "")
 
 
-def test_folders_and_zips_that_are_no_bundle(tmp_path: Path) -> None:
+def test_open_storage_other_folder_or_zip_is_named(tmp_path: Path) -> None:
     empty, photos, zipped, nested = tmp_path / "empty", tmp_path / "photos", tmp_path / "a.zip", tmp_path / "nested.zip"
     empty.mkdir()
     photos.mkdir()
@@ -72,14 +70,11 @@ def test_folders_and_zips_that_are_no_bundle(tmp_path: Path) -> None:
     assert "no such bundle" in refusal(tmp_path / "nowhere")
 
 
-def test_a_large_folder_with_a_manifest_is_not_walked_to_the_end(street: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_open_storage_large_folder_is_refused_early(street: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bundle_files, "MAX_ENTRIES", 12)
     for i in range(8):
         (street / f"{i}.txt").touch()
     assert "more than 12 files" in refusal(street)
-
-
-# ---------------------------------------------------------------------------------------------------------------- links
 
 
 def test_open_links_to_listed_content_outside_are_read(street: Path) -> None:
@@ -159,19 +154,16 @@ def test_open_pointer_of_git_lfs_and_web_page_are_named(street: Path) -> None:
         assert message in refusal(street.parent / "page.spm")
 
 
-def test_a_pipe_is_refused_instead_of_waited_for(street: Path) -> None:
+def test_open_pipe_is_refused(street: Path) -> None:
     (street / "card.md").unlink()
     os.mkfifo(street / "card.md")
     assert "card.md: no regular file" in refusal(street)
 
 
-def test_a_bundle_behind_a_link_opens(street: Path) -> None:
+def test_open_bundle_behind_link_is_read(street: Path) -> None:
     link = street.parent / "current.spm"
     link.symlink_to(street)
     assert open_bundle(link).check_all() == ()
-
-
-# --------------------------------------------------------------------------------------------------------- hostile zips
 
 
 def rezip(source: Path, change: Callable[[zipfile.ZipFile, str, bytes], None]) -> Path:
@@ -210,12 +202,12 @@ def patched(source: Path, entry: str, offset: int, value: bytes, central: bool =
     ["../outside", "/etc/passwd", "a/../../b", "C:/windows", "c:x", "..\\outside", "a//b", "./a", "a/.", "line\nbreak",
      "\u202egnp.exe", "x" * 241],
 )  # fmt: skip
-def test_zip_names_that_lead_outside_are_refused(street_zip: Path, name: str) -> None:
+def test_zip_unsafe_name_is_refused(street_zip: Path, name: str) -> None:
     said = refusal(with_entry(street_zip, zipfile.ZipInfo(name)))
     assert f"entry {name!r} has a name" in said
 
 
-def test_a_name_that_is_cut_at_nul_is_refused(street_zip: Path) -> None:
+def test_zip_name_with_nul_is_refused(street_zip: Path) -> None:
     hostile = with_entry(street_zip, zipfile.ZipInfo("cardXmdXexe"))
     content = hostile.read_bytes().replace(b"cardXmdXexe", b"card.md\0exe")
     hostile.write_bytes(content)
@@ -223,18 +215,18 @@ def test_a_name_that_is_cut_at_nul_is_refused(street_zip: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
-def test_a_name_twice_is_refused(street_zip: Path) -> None:
+def test_zip_repeated_name_is_refused(street_zip: Path) -> None:
     assert "entry 'card.md' is there twice" in refusal(with_entry(street_zip, zipfile.ZipInfo("card.md"), b"other"))
 
 
 @pytest.mark.parametrize("kind", [stat.S_IFLNK, stat.S_IFIFO, stat.S_IFCHR])
-def test_links_and_devices_in_a_zip_are_refused(street_zip: Path, kind: int) -> None:
+def test_zip_link_or_device_is_refused(street_zip: Path, kind: int) -> None:
     info = zipfile.ZipInfo("golden/link.png")
     info.external_attr = (kind | 0o777) << 16
     assert "entry 'golden/link.png' is a link or a device" in refusal(with_entry(street_zip, info, b"/etc/passwd"))
 
 
-def test_a_compressed_zip_is_refused_with_the_remedy(street_zip: Path) -> None:
+def test_zip_compressed_is_refused_with_hint(street_zip: Path) -> None:
     def deflate(archive: zipfile.ZipFile, name: str, content: bytes) -> None:
         archive.writestr(name, content, zipfile.ZIP_DEFLATED)
 
@@ -242,27 +234,27 @@ def test_a_compressed_zip_is_refused_with_the_remedy(street_zip: Path) -> None:
     assert "is compressed; a bundle's zip is not" in said and "zip -0" in said
 
 
-def test_an_encrypted_entry_is_refused(street_zip: Path) -> None:
+def test_zip_encrypted_entry_is_refused(street_zip: Path) -> None:
     assert "entry 'card.md' is encrypted" in refusal(patched(street_zip, "card.md", 8, b"\1"))
 
 
-def test_too_many_entries_are_refused(street_zip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_zip_too_many_entries_are_refused(street_zip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bundle_files, "MAX_ENTRIES", 5)
     assert "more than 5 entries" in refusal(street_zip)
 
 
-def test_a_giant_directory_is_refused_before_it_is_loaded(street_zip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_zip_giant_directory_is_refused_unread(street_zip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bundle_files, "MAX_ENTRIES", 1)
     monkeypatch.setattr(zipfile, "ZipFile", None)
     assert "more than 1 entries" in refusal(street_zip)
 
 
-def test_a_size_beyond_the_limit_is_refused(street_zip: Path) -> None:
+def test_zip_size_beyond_limit_is_refused(street_zip: Path) -> None:
     huge = struct.pack("<2L", 0xFFFFFFF0, 0xFFFFFFF0)
     assert "entry 'card.md' claims 4294967280 bytes, more than" in refusal(patched(street_zip, "card.md", 20, huge))
 
 
-def test_a_size_that_runs_into_the_next_entry_is_refused(street_zip: Path) -> None:
+def test_zip_size_into_next_entry_is_refused(street_zip: Path) -> None:
     longer = struct.pack("<2L", 100, 100)
     assert "entry 'card.md' runs into" in refusal(patched(street_zip, "card.md", 20, longer))
     assert "entry 'manifest.json' runs into" in refusal(
@@ -270,7 +262,7 @@ def test_a_size_that_runs_into_the_next_entry_is_refused(street_zip: Path) -> No
     )
 
 
-def test_headers_that_disagree_are_refused(street_zip: Path) -> None:
+def test_zip_contradicting_headers_are_refused(street_zip: Path) -> None:
     shorter = struct.pack("<2L", 3, 3)
     assert "entry 'card.md' has a header that differs" in refusal(
         patched(street_zip, "card.md", 20, shorter, local=False)
@@ -284,7 +276,7 @@ def test_headers_that_disagree_are_refused(street_zip: Path) -> None:
     assert "entry 'cord.md' has a header that differs" in refusal(renamed)
 
 
-def test_two_entries_over_the_same_bytes_are_refused(street_zip: Path) -> None:
+def test_zip_two_entries_over_same_bytes_are_refused(street_zip: Path) -> None:
     """The overlapping zip bomb: many names in the directory for one stretch of the file."""
     with zipfile.ZipFile(street_zip) as archive:
         offset = archive.getinfo("card.md").header_offset
@@ -300,7 +292,7 @@ def test_two_entries_over_the_same_bytes_are_refused(street_zip: Path) -> None:
     assert "'CARD.md' has a header that differs" in refusal(hostile)
 
 
-def test_overlap_with_agreeing_headers_is_refused(street: Path) -> None:
+def test_zip_overlap_with_equal_headers_is_refused(street: Path) -> None:
     """An entry whose content is the whole of the entry behind it, headers and all."""
     inner = b"PK\3\4" + struct.pack("<5H3L2H", 20, 0, 0, 0, 33, 0, 1, 1, 1, 0) + b"b" + b"!"
     outer = b"PK\3\4" + struct.pack("<5H3L2H", 20, 0, 0, 0, 33, 0, len(inner), len(inner), 13, 0) + MANIFEST.encode()
@@ -320,7 +312,7 @@ def test_overlap_with_agreeing_headers_is_refused(street: Path) -> None:
     assert f"entry {MANIFEST!r} runs into" in refusal(hostile)
 
 
-def test_anything_around_the_zip_is_refused(street_zip: Path) -> None:
+def test_zip_content_around_it_is_refused(street_zip: Path) -> None:
     content, hostile = street_zip.read_bytes(), street_zip.with_name("hostile.zip")
     hostile.write_bytes(content + b"x")
     assert "something follows the zip" in refusal(hostile)
@@ -330,7 +322,7 @@ def test_anything_around_the_zip_is_refused(street_zip: Path) -> None:
     assert "more than 4 GiB, or something precedes" in refusal(hostile)
 
 
-def test_a_second_zip64_directory_is_refused(street_zip: Path) -> None:
+def test_zip_second_zip64_directory_is_refused(street_zip: Path) -> None:
     """A zip64 record overrides the plain one, so that two readers could see two different archives."""
     content = street_zip.read_bytes()
     count, length, start = struct.unpack("<H2L", content[-12:-2])
@@ -345,13 +337,13 @@ def test_a_second_zip64_directory_is_refused(street_zip: Path) -> None:
 
 
 @pytest.mark.parametrize("kept", [0.01, 0.3, 0.7, 0.99])
-def test_a_truncated_zip_is_refused(street_zip: Path, kept: float) -> None:
+def test_zip_truncated_is_refused(street_zip: Path, kept: float) -> None:
     content = street_zip.read_bytes()
     street_zip.write_bytes(content[: int(len(content) * kept)])
     assert "truncated" in refusal(street_zip)
 
 
-def test_a_directory_of_rubbish_is_refused(street_zip: Path) -> None:
+def test_zip_corrupt_directory_is_refused(street_zip: Path) -> None:
     content = bytearray(street_zip.read_bytes())
     content[content.index(b"PK\1\2") + 1] ^= 0xFF
     street_zip.write_bytes(content)
@@ -360,7 +352,7 @@ def test_a_directory_of_rubbish_is_refused(street_zip: Path) -> None:
 
 @settings(deadline=None)  # files are written: no time to promise
 @given(st.data())
-def test_a_zip_with_any_byte_changed_never_gives_other_content(tmp_path_factory: Any, data: st.DataObject) -> None:
+def test_zip_any_changed_byte_gives_no_other_content(tmp_path_factory: Any, data: st.DataObject) -> None:
     """Whichever byte is changed to whatever: refused, or (in what no reader looks at, like dates) the same content."""
     content = bytearray(_zip_once(tmp_path_factory))
     content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
@@ -385,14 +377,14 @@ def _zip_once(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return _zip_cache["zip"]
 
 
-def test_folder_entries_of_other_zip_programs_are_passed_over(street_zip: Path) -> None:
+def test_zip_folder_entries_are_ignored(street_zip: Path) -> None:
     info = zipfile.ZipInfo("golden/")
     info.external_attr = (stat.S_IFDIR | 0o755) << 16
     assert open_bundle(with_entry(street_zip, info)).check_all() == ()
     assert "is a folder with content" in refusal(with_entry(street_zip, zipfile.ZipInfo("golden/"), b"x"))
 
 
-def test_the_zip_program_makes_a_readable_bundle(street: Path) -> None:
+def test_zip_by_info_zip_is_read(street: Path) -> None:
     if shutil.which("zip") is None:
         pytest.skip("no zip program on this machine")
     target = street.with_name("by-hand.zip")
@@ -400,13 +392,11 @@ def test_the_zip_program_makes_a_readable_bundle(street: Path) -> None:
     assert open_bundle(target).check_all() == ()
 
 
-# ---------------------------------------------------------------------------------------------------------------- names
-
 segments = st.text(st.sampled_from("ab./\\: \0\nC\u202eé-_"), max_size=8)
 
 
 @given(st.one_of(st.text(max_size=40), st.lists(segments, max_size=4).map("/".join)))
-def test_a_name_that_is_accepted_stays_inside(name: str) -> None:
+def test_is_safe_relative_path_accepted_name_stays_inside(name: str) -> None:
     if is_safe_relative_path(name):
         root = Path("/bundle")
         assert root in Path(os.path.normpath(root / name)).parents
@@ -415,5 +405,5 @@ def test_a_name_that_is_accepted_stays_inside(name: str) -> None:
 
 
 @given(st.lists(st.text(st.characters(categories=["L", "N"]), min_size=1, max_size=9), min_size=1, max_size=4))
-def test_plain_names_are_accepted(parts: list[str]) -> None:
+def test_is_safe_relative_path_plain_name_is_accepted(parts: list[str]) -> None:
     assert is_safe_relative_path("/".join(parts)) is all(part.isprintable() for part in parts)

@@ -1,4 +1,4 @@
-"""Packing, unpacking, slimming and signing: what a device gets is what was meant for it, or nothing."""
+"""Packing, unpacking, extracting subsets and signing give exactly the intended files, or nothing."""
 
 from __future__ import annotations
 
@@ -42,10 +42,7 @@ def counted() -> tuple[list[tuple[int, int]], Callable[[int, int], None]]:
     return seen, lambda done, total: seen.append((done, total))
 
 
-# ---------------------------------------------------------------------------------------------------- pack and unpack
-
-
-def test_there_and_back(street: Path) -> None:
+def test_unpack_packed_bundle_is_equal(street: Path) -> None:
     before = listing(street)
     seen, progress = counted()
     packed = pack(open_bundle(street), street.with_name("one.spm"), progress=progress)
@@ -56,7 +53,7 @@ def test_there_and_back(street: Path) -> None:
     assert names_in(street.parent) == ["back.spm", "one.spm", "street.spm"]
 
 
-def test_sums_and_signature_are_packed_as_they_are(street: Path) -> None:
+def test_pack_sums_and_signature_are_unchanged(street: Path) -> None:
     (street / SUMS).write_text((street / SUMS).read_text().replace("  ", " *"))
     (street / SIGNATURE).write_bytes(sign((street / SUMS).read_bytes(), KEY, "by hand"))
     packed = open_bundle(pack(open_bundle(street), street.with_name("one.spm")), KEY.public)
@@ -68,7 +65,7 @@ def test_sums_and_signature_are_packed_as_they_are(street: Path) -> None:
         assert archive.namelist()[:2] == [SUMS, SIGNATURE]
 
 
-def test_surplus_files_and_caches_stay_behind(street: Path) -> None:
+def test_pack_unlisted_files_and_engines_are_left_out(street: Path) -> None:
     (street / "notes.txt").write_text("mine")
     (street / "engines/key").mkdir(parents=True)
     (street / "engines/key/edit.engine").write_bytes(b"cache")
@@ -79,7 +76,7 @@ def test_surplus_files_and_caches_stay_behind(street: Path) -> None:
     assert set(listing(street)) - set(listing(unpacked.path)) == {"notes.txt", "engines/key/edit.engine"}
 
 
-def test_one_bad_byte_and_nothing_is_written(street_zip: Path) -> None:
+def test_unpack_corrupt_file_writes_nothing(street_zip: Path) -> None:
     content = bytearray(street_zip.read_bytes())
     content[content.index(GRAPHS["fp32"]) + 7] ^= 1
     street_zip.write_bytes(content)
@@ -91,7 +88,7 @@ def test_one_bad_byte_and_nothing_is_written(street_zip: Path) -> None:
     assert not made and names_in(street_zip.parent) == ["street.spm", "street.spm.zip"]
 
 
-def test_a_zip_that_changes_while_it_is_unpacked_leaves_nothing(street_zip: Path) -> None:
+def test_unpack_zip_changed_meanwhile_leaves_nothing(street_zip: Path) -> None:
     content = bytearray(street_zip.read_bytes())
     content[content.index(GRAPHS["fp16"]) + 7] ^= 1
 
@@ -105,9 +102,9 @@ def test_a_zip_that_changes_while_it_is_unpacked_leaves_nothing(street_zip: Path
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("Card.md", r"two entries are 'card\.md'"), ("card.md/x", r"'card\.md/x' lies inside a file")],
+    [("Card.md", r"two entries are 'card\.md'"), ("card.md/x", r"'card\.md/x' is inside a file")],
 )
-def test_names_that_meet_on_disk(street: Path, name: str, words: str) -> None:
+def test_unpack_names_equal_without_case_are_refused(street: Path, name: str, words: str) -> None:
     with zipfile.ZipFile(street.with_name("odd.spm"), "w") as archive:
         digests = (street / SUMS).read_text()
         archive.writestr(SUMS, digests + f"{digests[:64]}  {name}\n")
@@ -120,7 +117,7 @@ def test_names_that_meet_on_disk(street: Path, name: str, words: str) -> None:
     assert names_in(street.parent) == ["odd.spm", "street.spm"]
 
 
-def test_nothing_is_overwritten_unasked(street: Path, street_zip: Path) -> None:
+def test_unpack_existing_target_is_refused(street: Path, street_zip: Path) -> None:
     for target in (street, street_zip):
         with pytest.raises(InputError, match="exists already"):
             unpack(open_bundle(street_zip), target)
@@ -132,30 +129,28 @@ def test_nothing_is_overwritten_unasked(street: Path, street_zip: Path) -> None:
         unpack(open_bundle(street_zip), street, overwrite=True)
 
 
-def test_unpacking_onto_itself(street_zip: Path) -> None:
+def test_unpack_onto_itself_is_refused(street_zip: Path) -> None:
     unpack(open_bundle(street_zip), street_zip, overwrite=True)
     assert open_bundle(street_zip).is_folder and open_bundle(street_zip).check_all() == ()
 
 
-def test_a_folder_is_not_unpacked(street: Path) -> None:
+def test_unpack_folder_is_refused(street: Path) -> None:
     with pytest.raises(InputError, match="a folder already"):
         unpack(open_bundle(street), street.with_name("back.spm"))
 
 
 @pytest.mark.parametrize("name", ["street.onnx", "street.JSON", "street.engine"])
-def test_a_name_that_could_not_be_opened_again(street: Path, name: str) -> None:
+def test_pack_suffix_of_another_kind_is_refused(street: Path, name: str) -> None:
     with pytest.raises(InputError, match="no suffix of a bundle"):
         pack(open_bundle(street), street.with_name(name))
 
 
-def test_packing_what_cannot_be_written(street: Path) -> None:
+def test_pack_missing_folder_is_named(street: Path) -> None:
     with pytest.raises(InputError, match=r"the folder of .*one\.spm does not exist"):
         pack(open_bundle(street), street.with_name("no") / "one.spm")
 
 
-def test_unpacked_files_are_on_disk_before_they_get_their_name(
-    street_zip: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unpack_files_are_on_disk_before_renaming(street_zip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flushed: set[int] = set()
     unflushed = []
     rename = os.rename
@@ -171,10 +166,7 @@ def test_unpacked_files_are_on_disk_before_they_get_their_name(
     assert unflushed == [(9, [])]
 
 
-# --------------------------------------------------------------------------------------------------------------- signed
-
-
-def test_a_signed_bundle_opens_with_its_key_packed_or_not(street: Path) -> None:
+def test_open_bundle_signed_opens_with_its_key(street: Path) -> None:
     packed = open_bundle(pack(open_bundle(street), street.with_name("one.spm"), key=KEY), KEY.public)
     assert packed.signature is not None and packed.signature.comment == "spmdeploy bundle street of 2026-11-22"
     assert packed.check_all() == () and packed.unlisted_files == ()
@@ -232,7 +224,7 @@ def list_sums_but_signature(folder: Path) -> None:
     [_unsigned, _with_anothers, _with_that_of_another_bundle, _with_a_changed_file, _with_a_changed_manifest,
      _with_an_added_file, _with_reordered_sums],
 )  # fmt: skip
-def test_forgeries_are_refused_before_anything_is_parsed(
+def test_open_bundle_forged_is_refused_unparsed(
     street: Path, forge: Callable[[Path], None], packed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (street / SIGNATURE).write_bytes(sign((street / SUMS).read_bytes(), KEY, ""))
@@ -247,7 +239,7 @@ def test_forgeries_are_refused_before_anything_is_parsed(
     assert caught.value.exit_code == 6 and caught.value.hint and str(subject) in caught.value.problem
 
 
-def test_a_file_changed_after_signing_is_found_when_it_is_read(street: Path) -> None:
+def test_read_file_changed_after_signing_is_refused(street: Path) -> None:
     (street / SIGNATURE).write_bytes(sign((street / SUMS).read_bytes(), KEY, ""))
     content = (street / "graphs/edit.fp16.onnx").read_bytes()
     (street / "graphs/edit.fp16.onnx").write_bytes(content[::-1])
@@ -256,7 +248,7 @@ def test_a_file_changed_after_signing_is_found_when_it_is_read(street: Path) -> 
         bundle.read("graphs/edit.fp16.onnx")
 
 
-def test_sums_that_change_after_the_check_are_not_used(street: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_open_bundle_sums_changed_meanwhile_are_not_used(street: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The bytes that were checked are the bytes that count."""
     (street / SIGNATURE).write_bytes(sign((street / SUMS).read_bytes(), KEY, ""))
 
@@ -270,10 +262,7 @@ def test_sums_that_change_after_the_check_are_not_used(street: Path, monkeypatch
         bundle.read("card.md")
 
 
-# ----------------------------------------------------------------------------------------------------------------- slim
-
-
-def test_one_graph_and_all_that_is_no_graph(street: Path) -> None:
+def test_extract_subset_keeps_one_graph_and_other_files(street: Path) -> None:
     full = open_bundle(street)
     slimmed = extract_subset(full, street.with_name("device.spm"), ["fp16"])
     assert not slimmed.is_folder and slimmed.check_all() == ()
@@ -289,25 +278,25 @@ def test_one_graph_and_all_that_is_no_graph(street: Path) -> None:
     ("keep", "left"),
     [(["edit"], ["fp32", "fp16"]), (["edit.fp32"], ["fp32"]), (["fp32", "fp16"], ["fp32", "fp16"])],
 )
-def test_graphs_go_by_several_names(street: Path, keep: list[str], left: list[str]) -> None:
+def test_extract_subset_graph_names_are_accepted(street: Path, keep: list[str], left: list[str]) -> None:
     slimmed = extract_subset(open_bundle(street), street.with_name("device.spm"), keep)
     assert [record.precision for record in slimmed.manifest.graphs] == left
 
 
 @pytest.mark.parametrize("keep", [["int8"], ["fp16", "edit_cpu"], ["fp16.edit"], [""]])
-def test_graphs_that_are_not_there(street: Path, keep: list[str]) -> None:
+def test_extract_subset_missing_graph_is_refused(street: Path, keep: list[str]) -> None:
     with pytest.raises(UsageError, match=r"holds no graph .*; there is edit\.fp32, edit\.fp16"):
         extract_subset(open_bundle(street), street.with_name("device.spm"), keep)
     assert names_in(street.parent) == ["street.spm"]
 
 
-def test_graphs_for_cpus_go_by_one_name(street: Path) -> None:
+def test_extract_subset_cpu_keeps_all_graphs_for_cpus(street: Path) -> None:
     rewrite_manifest(street, lambda manifest: manifest["graphs"][0].update(graph="edit_cpu"))
     slimmed = extract_subset(open_bundle(street), street.with_name("device.spm"), ["cpu"])
     assert [record.graph for record in slimmed.manifest.graphs] == ["edit_cpu"]
 
 
-def test_weights_stay_while_a_graph_needs_them(tmp_path: Path) -> None:
+def test_extract_subset_needed_weights_are_kept(tmp_path: Path) -> None:
     full = with_weights_beside(tmp_path / "street.spm")
     slimmed = extract_subset(full, tmp_path / "device.spm", ["fp16"])
     assert full.files().keys() - slimmed.files().keys() == {"graphs/edit.fp32.onnx"}
@@ -315,7 +304,7 @@ def test_weights_stay_while_a_graph_needs_them(tmp_path: Path) -> None:
     assert slimmed.read_graph(record).weights == {"shared.weights": WEIGHTS}
 
 
-def test_weights_go_with_the_last_graph_that_needs_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_extract_subset_unneeded_weights_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with BundleWriter(tmp_path / "street.spm") as writer:
         records = fill(writer)
         for name in ("shared", "fp32", "fp16"):
@@ -330,7 +319,7 @@ def test_weights_go_with_the_last_graph_that_needs_them(tmp_path: Path, monkeypa
     assert full.files().keys() - slimmed.files().keys() == {"graphs/edit.fp32.onnx", "graphs/fp32.weights"}
 
 
-def test_something_to_edit_with_must_be_left(street: Path) -> None:
+def test_extract_subset_without_edit_graph_is_refused(street: Path) -> None:
     def only_another(manifest: dict[str, object]) -> None:
         graphs = manifest["graphs"]
         assert isinstance(graphs, list)
@@ -343,7 +332,7 @@ def test_something_to_edit_with_must_be_left(street: Path) -> None:
     assert extract_subset(open_bundle(street), street.with_name("device.spm"), ["another", "fp16"]).manifest.graphs
 
 
-def test_the_card_speaks_of_what_is_left(tmp_path: Path) -> None:
+def test_extract_subset_card_lists_kept_graphs(tmp_path: Path) -> None:
     card = "# street\n| graph |\n|---|\n| a | `graphs/edit.fp32.onnx` |\n| b | `graphs/edit.fp16.onnx` |\n\xe9 tail"
     with BundleWriter(tmp_path / "street.spm") as writer:
         records = fill(writer)
@@ -353,14 +342,14 @@ def test_the_card_speaks_of_what_is_left(tmp_path: Path) -> None:
     assert slimmed.read("card.md") == card.replace("| a | `graphs/edit.fp32.onnx` |\n", "").encode("latin-1")
 
 
-def test_slimming_what_was_signed_takes_a_new_signature(street: Path) -> None:
+def test_extract_subset_drops_or_renews_signature(street: Path) -> None:
     signed = open_bundle(pack(open_bundle(street), street.with_name("one.spm"), key=KEY))
     assert extract_subset(signed, street.with_name("a.spm"), ["fp16"]).read_signature() is None
     extract_subset(signed, street.with_name("b.spm"), ["fp16"], key=KEY)
     assert open_bundle(street.with_name("b.spm"), KEY.public).signature is not None
 
 
-def test_slimming_a_damaged_bundle_leaves_nothing(street: Path) -> None:
+def test_extract_subset_corrupt_bundle_leaves_nothing(street: Path) -> None:
     (street / "graphs/edit.fp16.onnx").write_bytes(GRAPHS["fp16"][::-1])
     with pytest.raises(BundleError, match="tampered"):
         extract_subset(open_bundle(street), street.with_name("device.spm"), ["fp16"])
@@ -368,8 +357,42 @@ def test_slimming_a_damaged_bundle_leaves_nothing(street: Path) -> None:
     assert extract_subset(open_bundle(street), street.with_name("device.spm"), ["fp32"]).check_all() == ()
 
 
-def test_the_manifest_is_whole_json(street: Path) -> None:
+def test_extract_subset_manifest_is_complete(street: Path) -> None:
     slimmed = extract_subset(open_bundle(street), street.with_name("device.spm"), ["fp16"])
     before, after = json.loads((street / MANIFEST).read_text()), json.loads(slimmed.read(MANIFEST))
     assert before.keys() == after.keys()
     assert {key for key in before if before[key] != after[key]} == {"graphs", "limits"}
+
+
+def test_pack_same_bundle_gives_same_bytes(street: Path, street_zip: Path) -> None:
+    for path in street.rglob("*"):
+        os.utime(path, (0, 0))
+    again = pack(open_bundle(street_zip), street.with_name("again.zip"))
+    assert (
+        again.read_bytes()
+        == street_zip.read_bytes()
+        == pack(open_bundle(street), street.with_name("third.zip")).read_bytes()
+    )
+
+
+def test_pack_corrupt_bundle_is_refused_and_leaves_nothing(street: Path) -> None:
+    (street / "card.md").write_bytes(b"# Street\n")
+    with pytest.raises(BundleError, match=r"card\.md: tampered"):
+        pack(open_bundle(street), street.with_name("street.zip"))
+    assert names_in(street.parent) == ["street.spm"]
+
+
+def test_pack_unlisted_files_are_left_out(street: Path) -> None:
+    (street / "engines").mkdir()
+    (street / "engines/a.engine").touch()
+    (street / "notes.txt").touch()
+    target = pack(open_bundle(street), street.with_name("street.zip"))
+    with zipfile.ZipFile(target) as archive:
+        assert archive.namelist() == [SUMS, *open_bundle(street).files()]
+        assert {info.compress_type for info in archive.infolist()} == {zipfile.ZIP_STORED}
+
+
+def test_pack_existing_target_is_refused(street: Path, street_zip: Path) -> None:
+    with pytest.raises(InputError, match="exists already"):
+        pack(open_bundle(street), street_zip)
+    assert pack(open_bundle(street), street_zip, overwrite=True) == street_zip

@@ -1,4 +1,4 @@
-"""engine.json: what is written is read, wrong fields are refused by name, and a record is judged against a machine."""
+"""Engine records are read back as written, wrong fields are named, and records are compared with machines."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ VERIFIED = Verification(True, date(2026, 11, 23), "NVIDIA GeForce RTX 3060", 3, 
 
 
 @pytest.mark.parametrize("record", [SAMPLE, for_targets("sm86", "sm120"), sample(verification=VERIFIED)])
-def test_a_record_survives_json(record: EngineRecord) -> None:
+def test_from_bytes_written_record_is_equal(record: EngineRecord) -> None:
     assert EngineRecord.from_bytes(record.to_bytes(), "engine.json") == record
     assert json.loads(record.to_bytes())["schema"] == "spmdeploy.engine/1"
 
@@ -53,7 +53,7 @@ def paths(content: Any, above: str = "") -> Iterator[str]:
 
 
 @pytest.mark.parametrize("field", list(paths(json.loads(changed("schema", "spmdeploy.engine/1")))))
-def test_no_field_takes_whatever_comes(field: str) -> None:
+def test_from_bytes_every_field_is_checked(field: str) -> None:
     with pytest.raises(BundleError, match=r"e\.json") as caught:
         EngineRecord.from_bytes(changed(field, [[]]), "e.json")
     assert caught.value.hint
@@ -76,31 +76,28 @@ def test_no_field_takes_whatever_comes(field: str) -> None:
         ("strongly_typed", 1, "strongly_typed is 1, expected `bool`"),
     ],
 )
-def test_a_wrong_field_is_named_with_its_value(field: str, value: object, words: str) -> None:
+def test_from_bytes_wrong_field_is_named_with_its_value(field: str, value: object, words: str) -> None:
     with pytest.raises(BundleError, match=words):
         EngineRecord.from_bytes(changed(field, value), "e.json")
 
 
-def test_targets_are_for_rtx_only() -> None:
+def test_from_bytes_targets_without_rtx_are_refused() -> None:
     with pytest.raises(BundleError, match="TensorRT builds for the GPU of its machine"):
         EngineRecord.from_bytes(for_targets("sm86", runtime="tensorrt").to_bytes(), "e.json")
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"schema": NaN}', b"[" * 100_000, b"\xff"])
-def test_what_is_no_record(content: bytes) -> None:
+def test_from_bytes_other_content_is_refused(content: bytes) -> None:
     with pytest.raises(BundleError, match=r"e\.json"):
         EngineRecord.from_bytes(content, "e.json")
 
 
-# ---------------------------------------------------------------------------------------------------- on a machine
-
-
-def test_an_engine_fits_the_machine_that_built_it() -> None:
+def test_incompatibilities_on_the_same_machine_are_none() -> None:
     assert incompatibilities(SAMPLE, HOST) == ()
     assert incompatibilities(for_targets("sm86", "sm120"), HOST) == ()
 
 
-def test_every_difference_is_named_with_both_values() -> None:
+def test_incompatibilities_name_both_values() -> None:
     elsewhere = replace(HOST, versions={"tensorrt": "10.3.0"}, gpu=A10, os="Windows", architecture="aarch64")
     assert incompatibilities(SAMPLE, elsewhere) == (
         "tensorrt: built with 10.16.1, here 10.3.0",
@@ -113,7 +110,7 @@ def test_every_difference_is_named_with_both_values() -> None:
     )
 
 
-def test_engines_for_targets_ask_for_version_and_compute_capability() -> None:
+def test_incompatibilities_of_targets_are_version_and_capability() -> None:
     record = for_targets("sm86", "sm120")
     for gpu in (A10, Gpu("NVIDIA GeForce RTX 5090", "12.0")):
         assert incompatibilities(record, replace(HOST, gpu=gpu, os="Windows")) == ()
@@ -125,13 +122,10 @@ def test_engines_for_targets_ask_for_version_and_compute_capability() -> None:
     assert incompatibilities(record, replace(HOST, gpu=None)) == ("GPU: built for sm86, sm120, here none",)
 
 
-def test_platforms_have_one_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_operating_system_architectures_have_one_name(monkeypatch: pytest.MonkeyPatch) -> None:
     for machine, name in (("AMD64", "x86_64"), ("x86_64", "x86_64"), ("arm64", "aarch64"), ("aarch64", "aarch64")):
         monkeypatch.setattr("platform.machine", lambda machine=machine: machine)
         assert operating_system()[1] == name
-
-
-# ---------------------------------------------------------------------------------------------------------------- key
 
 
 DISTINCT = [
@@ -150,19 +144,19 @@ DISTINCT = [
 ]
 
 
-def test_whatever_tells_engines_apart_changes_the_key() -> None:
+def test_key_differs_for_distinct_engines() -> None:
     records = [sample(**changes) for changes in DISTINCT] + [for_targets("sm86"), for_targets("sm86", "sm89")]
     assert len({record.key for record in records}) == len(records)
     assert SAMPLE.key.startswith("edit-fp16-b8-tensorrt-10.16.1-nvidia_geforce_rtx_3060-")
 
 
-def test_what_was_only_measured_does_not_change_the_key() -> None:
+def test_key_ignores_measurements() -> None:
     measured = {"build_seconds": 99.0, "created": date(2027, 1, 1), "verification": VERIFIED, "timing_cache": True}
     assert sample(**measured).key == SAMPLE.key
     assert replace(SAMPLE, builder=replace(SAMPLE.builder, driver="1", cuda=None)).key == SAMPLE.key
 
 
 @given(st.text(), st.text(), st.lists(st.text(), max_size=40))
-def test_a_key_is_a_plain_name_whatever_the_record_holds(name: str, version: str, targets: list[str]) -> None:
+def test_key_of_any_record_is_a_plain_name(name: str, version: str, targets: list[str]) -> None:
     for record in (sample(gpu=Gpu(name, "8.6"), version=version), for_targets(*targets, version=version)):
         assert is_safe_relative_path(record.key) and "/" not in record.key and not record.key.startswith(".")

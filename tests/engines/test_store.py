@@ -1,4 +1,4 @@
-"""Engines where they lie: found, refused for the right reason, written whole or not at all, and cleaned away."""
+"""Engines in bundles and the cache: searched, checked, written and removed."""
 
 from __future__ import annotations
 
@@ -80,10 +80,7 @@ def only(bundle: Bundle) -> StoredEngine:
     return found
 
 
-# ------------------------------------------------------------------------------------------------------- found and fit
-
-
-def test_an_engine_that_fits_is_read_as_it_was_written(bundle: Bundle) -> None:
+def test_read_compatible_engine_is_returned(bundle: Bundle) -> None:
     before = bundle.check_all()
     path = add(in_bundle(bundle))
     found = only(bundle)
@@ -94,7 +91,7 @@ def test_an_engine_that_fits_is_read_as_it_was_written(bundle: Bundle) -> None:
     assert again.check_all() == before == () and again.files() == bundle.files()  # the product is what it was
 
 
-def test_engines_in_the_cache_are_found_with_their_bundle_only(bundle: Bundle, tmp_path: Path, cache: Path) -> None:
+def test_find_engines_cache_gives_those_of_the_bundle(bundle: Bundle, tmp_path: Path, cache: Path) -> None:
     zipped = open_bundle(pack(bundle, tmp_path / "street.spm.zip"))
     path = add(choose_place(zipped))
     assert path.is_relative_to(cache) and only(zipped).place == only(bundle).place == "cache"
@@ -106,14 +103,14 @@ def test_engines_in_the_cache_are_found_with_their_bundle_only(bundle: Bundle, t
     assert [found.path for found in find_engines(other, HOST)] == [path]
 
 
-def test_engines_inside_a_zip_are_read_from_it(bundle: Bundle, tmp_path: Path) -> None:
+def test_find_engines_inside_zip_are_read(bundle: Bundle, tmp_path: Path) -> None:
     path = add(in_bundle(bundle))
     found = only(zip_all(bundle, tmp_path / "z.spm.zip"))
     assert found.path == tmp_path / "z.spm.zip" / path.relative_to(bundle.path)
     assert found.read() == CONTENT
 
 
-def test_the_machine_is_looked_at_only_when_there_is_an_engine(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_find_engines_without_engine_examines_no_machine(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     looked: list[int] = []
     monkeypatch.setattr(engine_store, "local_host", lambda: looked.append(1) or HOST)
     assert find_engines(bundle) == [] and not looked
@@ -121,16 +118,13 @@ def test_the_machine_is_looked_at_only_when_there_is_an_engine(bundle: Bundle, m
     assert find_engines(bundle)[0].fit and looked == [1]
 
 
-def test_all_differences_stop_it_from_being_read(bundle: Bundle) -> None:
+def test_read_incompatible_engine_lists_every_reason(bundle: Bundle) -> None:
     add(in_bundle(bundle))
     (found,) = find_engines(bundle, replace(HOST, versions={"tensorrt": "10.3.0"}, gpu=A10))
     assert not found.fit and not found.problems and len(found.reasons) == 2
     with pytest.raises(BundleError, match=r"built with 10\.16\.1, here 10\.3\.0; GPU: .*RTX 3060.*A10") as caught:
         found.read()
     assert caught.value.exit_code == 6
-
-
-# ---------------------------------------------------------------------------------------------------------- faults
 
 
 def truncate(engine: Path) -> None:
@@ -184,7 +178,7 @@ FAULTS: dict[Callable[[Path], None], str] = {
 
 
 @pytest.mark.parametrize("damage", FAULTS)
-def test_a_damaged_engine_is_refused_for_the_right_reason(bundle: Bundle, damage: Callable[[Path], None]) -> None:
+def test_find_engines_corrupt_engine_has_its_problem(bundle: Bundle, damage: Callable[[Path], None]) -> None:
     path = add(in_bundle(bundle))
     damage(path)
     found = find_engines(bundle, replace(HOST, gpu=A10) if damage is claim_another_gpu else HOST)
@@ -196,7 +190,7 @@ def test_a_damaged_engine_is_refused_for_the_right_reason(bundle: Bundle, damage
     assert find_engines(bundle, HOST) == [] and not path.parent.exists()
 
 
-def test_damage_after_it_was_found_is_seen_too(bundle: Bundle) -> None:
+def test_read_engine_changed_after_search_is_refused(bundle: Bundle) -> None:
     path = add(in_bundle(bundle))
     for damage in (tamper, truncate, take_away):
         found = find_engines(bundle, HOST, hashing=False)[0]
@@ -207,7 +201,7 @@ def test_damage_after_it_was_found_is_seen_too(bundle: Bundle) -> None:
         path.write_bytes(CONTENT)
 
 
-def test_without_hashing_the_size_is_still_compared(bundle: Bundle) -> None:
+def test_find_engines_without_hashing_compares_size(bundle: Bundle) -> None:
     path = add(in_bundle(bundle))
     tamper(path)
     assert find_engines(bundle, HOST, hashing=False)[0].fit
@@ -215,7 +209,7 @@ def test_without_hashing_the_size_is_still_compared(bundle: Bundle) -> None:
     assert not find_engines(bundle, HOST, hashing=False)[0].fit
 
 
-def test_an_engine_that_the_record_does_not_speak_of_is_never_read(bundle: Bundle) -> None:
+def test_find_engines_unlisted_engine_is_not_loaded(bundle: Bundle) -> None:
     path = add(in_bundle(bundle))
     other = path.with_name("other.engine")
     other.write_bytes(CONTENT)
@@ -226,7 +220,7 @@ def test_an_engine_that_the_record_does_not_speak_of_is_never_read(bundle: Bundl
     assert only(bundle).fit
 
 
-def test_a_new_export_makes_engines_stale(bundle: Bundle) -> None:
+def test_find_engines_after_new_export_are_stale(bundle: Bundle) -> None:
     add(in_bundle(bundle))
     stale = replace(own(SAMPLE), onnx=replace(FP16, sha256="9" * 64))
     gone = replace(own(SAMPLE), onnx=SourceFile("graphs/gone.onnx", "8" * 64))
@@ -242,10 +236,7 @@ def test_a_new_export_makes_engines_stale(bundle: Bundle) -> None:
     assert len(remove_stale_engines(bundle, HOST)) == 3 and only(bundle).fit
 
 
-# --------------------------------------------------------------------------------------------------------- cleaning
-
-
-def test_cleaning_leaves_what_may_still_be_of_use(bundle: Bundle) -> None:
+def test_remove_stale_engines_useful_ones_are_kept(bundle: Bundle) -> None:
     here, for_fleet = add(in_bundle(bundle)), add(in_bundle(bundle), for_targets("sm75"))
     outdated = add(in_bundle(bundle), sample(version="10.3.0"))
     elsewhere = add(in_bundle(bundle), sample(gpu=A10))
@@ -257,23 +248,20 @@ def test_cleaning_leaves_what_may_still_be_of_use(bundle: Bundle) -> None:
     assert here.exists() and for_fleet.exists() and not outdated.parent.exists()
 
 
-def test_cleaning_takes_nobody_elses_files(bundle: Bundle) -> None:
+def test_remove_stale_engines_other_files_are_kept(bundle: Bundle) -> None:
     path = add(in_bundle(bundle), sample(gpu=A10))
     path.with_name("notes.txt").write_text("mine")
     remove_stale_engines(bundle, HOST)
     assert [file.name for file in path.parent.iterdir()] == ["notes.txt"]
 
 
-def test_a_zip_is_never_cleaned(bundle: Bundle, tmp_path: Path) -> None:
+def test_remove_stale_engines_zip_is_unchanged(bundle: Bundle, tmp_path: Path) -> None:
     truncate(add(in_bundle(bundle)))
     zipped = zip_all(bundle, tmp_path / "z.spm.zip")
     assert only(zipped).problems and remove_stale_engines(zipped, HOST) == []
 
 
-# ---------------------------------------------------------------------------------------------------------- writing
-
-
-def test_a_failed_build_leaves_its_log_alone(bundle: Bundle) -> None:
+def test_engine_writer_failed_build_keeps_only_the_log(bundle: Bundle) -> None:
     place = in_bundle(bundle)
     writer = EngineWriter(place, "edit.fp16")
 
@@ -289,13 +277,13 @@ def test_a_failed_build_leaves_its_log_alone(bundle: Bundle) -> None:
     assert not writer.failed_log.exists() and only(bundle).fit
 
 
-def test_building_again_replaces_the_engine(bundle: Bundle) -> None:
+def test_engine_writer_same_key_is_replaced(bundle: Bundle) -> None:
     assert add(in_bundle(bundle)) == add(in_bundle(bundle))
     assert only(bundle).fit
     assert len(list((bundle.path / "engines").iterdir())) == 1
 
 
-def test_a_verification_is_noted_in_the_record(bundle: Bundle) -> None:
+def test_with_verification_is_added_to_the_record(bundle: Bundle) -> None:
     path = add(in_bundle(bundle))
     noted = only(bundle).with_verification(VERIFIED)
     assert only(bundle).record == noted.record and noted.record is not None
@@ -306,10 +294,10 @@ def test_a_verification_is_noted_in_the_record(bundle: Bundle) -> None:
         noted.with_verification(VERIFIED)
 
 
-def test_engines_go_into_the_bundle_or_into_the_cache(bundle: Bundle, tmp_path: Path, cache: Path) -> None:
+def test_choose_place_bundle_or_cache(bundle: Bundle, tmp_path: Path, cache: Path) -> None:
     assert choose_place(bundle).folder == bundle.path / "engines"
     assert choose_place(bundle, "cache").folder == cache
-    assert "as asked" in choose_place(bundle, "cache").words
+    assert "as asked" in choose_place(bundle, "cache").summary
     for other, why in (
         (pack(bundle, tmp_path / "street.spm.zip"), "is a zip"),
         (default_model(), "part of the installed package"),
@@ -321,18 +309,20 @@ def test_engines_go_into_the_bundle_or_into_the_cache(bundle: Bundle, tmp_path: 
     assert not cache.exists()  # nothing is made before there is something to put in
 
 
-def test_a_bundle_that_cannot_be_written_to(bundle: Bundle, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_choose_place_unwritable_bundle_gives_the_cache(
+    bundle: Bundle, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere, and tests may run as root
     assert choose_place(bundle).folder == cache and "cannot be written to" in choose_place(bundle).why
 
 
 @pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
-def test_nobody_else_may_put_engines_into_the_cache(bundle: Bundle, cache: Path) -> None:
+def test_engine_writer_cache_is_private(bundle: Bundle, cache: Path) -> None:
     add(choose_place(bundle, "cache"))
     assert stat.S_IMODE(cache.stat().st_mode) & 0o077 == 0
 
 
-def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("SPMDEPLOY_CACHE")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
@@ -345,14 +335,14 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
         cache_folder()
 
 
-def test_a_place_that_cannot_be_written_to(bundle: Bundle, cache: Path) -> None:
+def test_engine_writer_unwritable_place_is_named(bundle: Bundle, cache: Path) -> None:
     cache.parent.mkdir()
     cache.write_text("a file")
     with pytest.raises(InputError, match="engines is a file, not a folder"):
         add(choose_place(bundle, "cache"))
 
 
-def test_a_link_out_of_the_cache_is_not_followed(bundle: Bundle, cache: Path, tmp_path: Path) -> None:
+def test_find_engines_link_out_of_the_cache_is_not_loaded(bundle: Bundle, cache: Path, tmp_path: Path) -> None:
     path = add(choose_place(bundle, "cache"))
     outside = tmp_path / "outside.engine"
     path.rename(outside)
