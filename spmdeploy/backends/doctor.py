@@ -106,7 +106,7 @@ def _why_not_imported(runtime: EngineRuntime, error: UnavailableError) -> tuple[
 def _engines(bundle: Bundle) -> Check:
     name = f"engines of {bundle.manifest.name}"
     if all(graph.graph in ON_CPU.values() for graph in bundle.manifest.graphs):
-        remedy = "export it again from its checkpoint, without --cpu-only"
+        remedy = f"add them: spmdeploy export {bundle.path} --output NEW.spm"
         return Check(name, False, "the bundle holds graphs for CPUs only, of which no engine can be built", remedy)
     engine, reason = compatible_engine(bundle)
     return Check(name, engine is not None, reason, None if engine else "spmdeploy build BUNDLE, on this machine")

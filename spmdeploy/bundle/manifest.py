@@ -18,7 +18,7 @@ from spmdeploy.labels import ClassTable
 from spmdeploy.serialization import Count, Finite, Schema, Sha256, format_json, parse_json, shorten
 from spmdeploy.types import ChannelOrder, Modulation, Precision, StageCount, WeightsDtype
 
-SCHEMA = Schema("spmdeploy.bundle/", 1, "the manifest of a bundle", BundleError, COPY_AGAIN)
+SCHEMA = Schema("spmdeploy.bundle/", 2, "the manifest of a bundle", BundleError, COPY_AGAIN)
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,16 @@ REFINE = "refine"
 """The last stage alone, which refines a result at twice its size. A generator of one stage has none."""
 REFINE_ON_CPU = "refine_cpu"
 """The same, as `EDIT_ON_CPU` is to `EDIT`."""
-ON_CPU = {EDIT: EDIT_ON_CPU, REFINE: REFINE_ON_CPU}
+LAYOUT = "layout"
+"""The part of `edit` that depends on labels, instances and mask alone (since schema 2). Its outputs are the cached
+tensors."""
+PICTURE = "picture"
+"""The rest of `edit`: image and cached tensors to the result (since schema 2)."""
+LAYOUT_ON_CPU, PICTURE_ON_CPU = "layout_cpu", "picture_cpu"
+"""The parts of `EDIT_ON_CPU`."""
+ON_CPU = {EDIT: EDIT_ON_CPU, REFINE: REFINE_ON_CPU, LAYOUT: LAYOUT_ON_CPU, PICTURE: PICTURE_ON_CPU}
+PARTS = {EDIT: (LAYOUT, PICTURE), EDIT_ON_CPU: (LAYOUT_ON_CPU, PICTURE_ON_CPU)}
+"""The two parts of a graph, for repeated edits with one layout."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +60,7 @@ class GraphRecord:
     """One ONNX file and its measurements at export."""
 
     graph: str
-    """`EDIT`, `EDIT_ON_CPU`, `REFINE` or `REFINE_ON_CPU`."""
+    """`EDIT`, `REFINE`, `LAYOUT`, `PICTURE` or one of their forms in `ON_CPU`."""
     precision: Precision
     file: str
     """A name inside the bundle."""

@@ -10,7 +10,7 @@ import typer
 
 from spmdeploy.cli.build import build_engines_with_progress
 from spmdeploy.cli.console import format_db, format_table, log, print_result, require_extra
-from spmdeploy.cli.options import Classes, Json, Overwrite, PrecisionOption, Targets, one_of
+from spmdeploy.cli.options import Json, Overwrite, PrecisionOption, Targets, one_of
 from spmdeploy.errors import UsageError
 
 if TYPE_CHECKING:
@@ -22,9 +22,14 @@ GRAPH_PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16")
 
 
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="Weights: .safetensors of ours, or a .pth checkpoint with netG.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(help="Weights: .safetensors of ours, a .pth checkpoint with netG, or a bundle.")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The bundle, NAME.spm.")],
-    classes: Classes,
+    classes: Annotated[
+        str | None,
+        typer.Option("--classes", help="cityscapes, ade20k, street, or a JSON file; default: those of the bundle."),
+    ] = None,
     precision: Annotated[
         list[str] | None,
         typer.Option(
@@ -53,15 +58,15 @@ def export(
     Every graph is run and compared with PyTorch before it may ship.
     """
     with require_extra("export"):
-        from spmdeploy.export.pipeline import UNSTATED_LICENCE, ExportOptions, export_bundle
+        from spmdeploy.export.pipeline import ExportOptions, export_bundle
     from spmdeploy.labels import class_table
 
     options = ExportOptions(
-        table=class_table(classes),
+        table=None if classes is None else class_table(classes),
         precisions=[name for name in GRAPH_PRECISIONS if name in precision] if precision else list(GRAPH_PRECISIONS),
         half_weights=half_weights,
         cpu_only=cpu_only,
-        licence=licence or UNSTATED_LICENCE,
+        licence=licence,
         overwrite=overwrite,
     )
     engine_options, engine_plan = _engines_of_export(options, engine, target or [])

@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from spmdeploy.bundle.bundle import Bundle
-from spmdeploy.bundle.manifest import ON_CPU, GraphRecord
+from spmdeploy.bundle.manifest import EDIT, REFINE, GraphRecord
 from spmdeploy.engines.builder import CURRENT, BuildLog, BuildRequest, BuiltEngine, build_engine
 from spmdeploy.engines.library import import_engine_library, is_installed
 from spmdeploy.engines.precision import engine_fp16_share
@@ -216,11 +216,11 @@ def build_engines(
 
 def _graphs(bundle: Bundle, options: EngineOptions) -> list[GraphRecord]:
     """The graphs to build from. Raises BundleError when there is none, saying why and what to do."""
-    usable = [graph for graph in bundle.manifest.graphs if graph.graph not in ON_CPU.values()]
+    usable = [graph for graph in bundle.manifest.graphs if graph.graph in (EDIT, REFINE)]
     if not usable:
         raise BundleError(
             f"{bundle.path}: holds only the graph for CPUs, whose shapes depend on the mask: no engine can be built",
-            "export the bundle again from its checkpoint, without --cpu-only: spmdeploy export CHECKPOINT ...",
+            f"add the graphs for GPUs: spmdeploy export {bundle.path} --output NEW.spm",
         )
     if options.graph != ALL_GRAPHS:
         return [bundle.graph(options.graph, options.precision)]

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from spmdeploy.backends.onnxruntime import LoadedGraph
+from spmdeploy.backends.onnxruntime import CachedLayoutGraphs, LoadedGraph
 from spmdeploy.backends.verify import GoldenResult, GoldenSample, judge
 from spmdeploy.bundle.manifest import EDIT, REFINE, ParityLimits
 from spmdeploy.model.deploy import OUTPUTS
+from spmdeploy.types import LayoutInput
 
 # FP32 backends add in another order. That flips roundings (1 level); a few pixels sit where an instance norm divides
 # by nearly nothing, which amplifies the last bits: up to 0.3 levels before rounding on random weights. Hence 2.
@@ -36,6 +37,18 @@ def check_graph(path: Path, graph: str, golden: Mapping[str, GoldenSample], limi
         if graph == EDIT and not np.array_equal(np.rint(unrounded), edited):
             result = replace(result, faults=(*result.faults, "its two outputs contradict each other"))
         results.append(result)
+    return results
+
+
+def check_parts(
+    layout: Path, picture: Path, golden: Mapping[str, GoldenSample], limits: ParityLimits
+) -> list[GoldenResult]:
+    """Runs the two parts of an `edit` graph in ONNX Runtime on the CPU, one after the other, on every golden edit."""
+    parts = CachedLayoutGraphs(layout, picture)
+    results = []
+    for name, sample in golden.items():
+        run = parts.bind(LayoutInput(sample.labels, sample.instances, sample.mask))
+        results.append(judge(run(sample.image), sample.expected, sample, name, limits))
     return results
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -15,12 +15,13 @@ import onnxruntime
 import torch
 
 from spmdeploy.assets.samples import ATTRIBUTION
-from spmdeploy.backends.pytorch import TorchSession
-from spmdeploy.backends.verify import GoldenSample
-from spmdeploy.bundle.bundle import Bundle
+from spmdeploy.backends.pytorch import TorchSession, bundled_generator
+from spmdeploy.backends.verify import GoldenResult, GoldenSample
+from spmdeploy.bundle.bundle import Bundle, open_bundle
 from spmdeploy.bundle.manifest import (
     EDIT,
     ON_CPU,
+    PARTS,
     REFINE,
     GeneratorFacts,
     GoldenEdit,
@@ -36,11 +37,14 @@ from spmdeploy.export.cpu import specialize_for_mask
 from spmdeploy.export.external_data import WeightStore
 from spmdeploy.export.fp16 import store_weights_as_halves, to_fp16
 from spmdeploy.export.golden import golden_edits
-from spmdeploy.export.graph_stats import graph_facts
+from spmdeploy.export.graph_stats import GraphFacts, graph_facts
 from spmdeploy.export.onnx import export_edit, export_refine
-from spmdeploy.export.parity import FP32_LIMITS, HALF_LIMITS, check_graph, worst
+from spmdeploy.export.parity import FP32_LIMITS, HALF_LIMITS, check_graph, check_parts, worst
+from spmdeploy.export.split import split_by_layout
+from spmdeploy.files import sha256
 from spmdeploy.imaging import files as images
 from spmdeploy.labels import ClassTable
+from spmdeploy.model import CHECKPOINT_SUFFIXES
 from spmdeploy.model.checkpoint import Checkpoint, load_checkpoint
 from spmdeploy.model.flops import edit_gflop
 from spmdeploy.model.generator import Generator
@@ -54,13 +58,15 @@ UNSTATED_LICENCE = "not stated by whoever exported this bundle"
 class ExportOptions:
     """What to make of a checkpoint."""
 
-    table: ClassTable
+    table: ClassTable | None
+    """None: that of the bundle which is exported again."""
     precisions: Sequence[Precision] = ("fp32", "fp16")
     half_weights: bool = False
     """Store the FP32 graph's weights rounded to FP16: half the file, FP32 arithmetic, the drift of rounded weights."""
     cpu_only: bool = False
     """Write the graph for CPUs alone: half the bundle, of no use to a GPU."""
-    licence: str = UNSTATED_LICENCE
+    licence: str | None = None
+    """Terms of the weights; None: those of the bundle which is exported again."""
     overwrite: bool = False
 
 
@@ -92,10 +98,13 @@ def export_bundle(
     started = time.perf_counter()
     with BundleWriter(output, options.overwrite) as writer:
         progress(f"reading {checkpoint.name}")
-        weights = load_checkpoint(checkpoint)
-        _check_classes(weights, options.table, checkpoint)
+        weights, source = _read_source(checkpoint)
+        table = source.classes if options.table is None else options.table
+        if table is None:
+            raise UsageError(f"{checkpoint} does not say which classes it knows", "name a class table with --classes")
+        _check_classes(weights, table, checkpoint)
         progress("making the golden edits with torch")
-        golden = golden_edits(TorchSession(weights.generator), options.table)
+        golden = golden_edits(TorchSession(weights.generator), table)
 
         graphs, limits, stores = [], {}, _ExternalDataFiles(writer)
         variants = _wanted_variants(options)
@@ -110,6 +119,12 @@ def export_bundle(
                 record = _write_graph(writer, stores, name, model, precision, golden, limits[precision])
                 graphs.append(ExportedGraph(record, time.perf_counter() - exported))
                 exported = time.perf_counter()
+                if name in PARTS:
+                    progress(f"splitting the {name} {precision} graph")
+                    parts = _write_parts(writer, stores, record, model, golden, limits[precision])
+                    seconds = time.perf_counter() - exported
+                    graphs += [ExportedGraph(part, seconds / 2) for part in parts]
+                    exported = time.perf_counter()
 
         progress("writing the bundle")
         _write_golden(writer, golden)
@@ -117,20 +132,41 @@ def export_bundle(
             name=_bundle_name(output),
             created=date.today(),
             tools=_tool_versions(),
-            classes=options.table,
+            classes=table,
             channel_order=weights.color_order,
             native_size=NATIVE_SIZE,
             generator=_generator_facts(weights),
             graphs=tuple(graph.record for graph in graphs),
             golden=tuple(GoldenEdit(name, f"golden/{name}", ATTRIBUTION) for name in golden),
             limits=limits,
-            source=SourceFacts(checkpoint.name, hashlib.sha256(checkpoint.read_bytes()).hexdigest(), weights.format),
-            licence=options.licence,
+            source=source.facts,
+            licence=options.licence or source.licence or UNSTATED_LICENCE,
             training=weights.training,
         )
         writer.add_bytes("card.md", bundle_card(manifest, stores.sizes()).encode())
         bundle = writer.finish(manifest)
     return Export(bundle, tuple(graphs), time.perf_counter() - started)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where the weights come from, and what it says beside them."""
+
+    facts: SourceFacts
+    classes: ClassTable | None = None
+    licence: str | None = None
+
+
+def _read_source(path: Path) -> tuple[Checkpoint, _Source]:
+    """The weights of a checkpoint or of a bundle. Raises InputError, BundleError."""
+    if path.is_dir() or (path.suffix not in CHECKPOINT_SUFFIXES and zipfile.is_zipfile(path)):
+        bundle = open_bundle(path)
+        manifest = bundle.manifest
+        weights = Checkpoint(bundled_generator(bundle), "spmdeploy", manifest.channel_order, manifest.training)
+        return weights, _Source(manifest.source, manifest.classes, manifest.licence)
+    weights = load_checkpoint(path)
+    with open(path, "rb") as stream:
+        return weights, _Source(SourceFacts(path.name, sha256(stream), weights.format))
 
 
 def _check_classes(weights: Checkpoint, table: ClassTable, path: Path) -> None:
@@ -152,7 +188,7 @@ def _wanted_variants(options: ExportOptions) -> list[tuple[Precision, bool]]:
     """The precisions of each graph, and whether for CPUs alone; the fastest to make first. CPUs compute in FP32."""
     variants: list[tuple[Precision, bool]] = []
     if "fp32" in options.precisions:
-        variants += [("fp32", True)] if options.cpu_only else [("fp32", False), ("fp32", True)]
+        variants += [("fp32", True)] if options.cpu_only else [("fp32", True), ("fp32", False)]
     if "fp16" in options.precisions and not options.cpu_only:
         variants.append(("fp16", False))
     if not variants:
@@ -211,6 +247,47 @@ def _write_graph(
             f"the {graph} {precision} graph does not give the pictures that torch gives: {'; '.join(faults)}",
             f"it was kept as {kept}; if the weights are sound, this is a defect worth reporting",
         )
+    return _record(writer, graph, precision, name, weights, facts, results)
+
+
+def _write_parts(
+    writer: BundleWriter,
+    stores: _ExternalDataFiles,
+    whole: GraphRecord,
+    model: onnx.ModelProto,
+    golden: Mapping[str, GoldenSample],
+    limits: ParityLimits,
+) -> list[GraphRecord]:
+    """The two parts of an edit graph, which share its weights, compared with torch as a pair."""
+    weights, store = stores.of(whole.weights_dtype)
+    partition = split_by_layout(model)
+    layout, picture = PARTS[whole.graph]
+    graphs = {layout: partition.layout, picture: partition.picture}
+    names = {graph: f"graphs/{graph}.{whole.precision}.onnx" for graph in graphs}
+    for graph, part in graphs.items():
+        onnx.save(store.without_weights(part), writer.path(names[graph]))
+    results = check_parts(writer.path(names[layout]), writer.path(names[picture]), golden, limits)
+    problems = [f"{result.name}: {fault}" for result in results for fault in result.faults]
+    if problems:
+        raise VerificationError(
+            f"the parts of the {whole.graph} {whole.precision} graph do not give its images: {'; '.join(problems)}",
+            "if the weights are sound, this is a defect worth reporting",
+        )
+    return [
+        _record(writer, graph, whole.precision, names[graph], weights, graph_facts(part), results)
+        for graph, part in graphs.items()
+    ]
+
+
+def _record(
+    writer: BundleWriter,
+    graph: str,
+    precision: Precision,
+    name: str,
+    weights: str,
+    facts: GraphFacts,
+    results: list[GoldenResult],
+) -> GraphRecord:
     size, digest = writer.measure(name)
     return GraphRecord(
         graph=graph,
