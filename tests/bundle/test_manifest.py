@@ -31,7 +31,7 @@ def test_from_json_written_manifest_is_equal() -> None:
     manifest = manifest_of((graph_record("fp32", 5, "a" * 64),))
     text = json.dumps(manifest.to_json(), allow_nan=False)
     assert Manifest.from_json(json.loads(text), "m") == manifest
-    assert json.loads(text)["schema"] == "spmdeploy.bundle/1"
+    assert json.loads(text)["schema"] == "spmdeploy.bundle/2"
     assert json.loads(text)["created"] == "2026-11-22"
 
 
@@ -153,9 +153,9 @@ def test_from_json_weights_in_another_folder_are_refused(weights: str) -> None:
 
 
 def test_open_bundle_newer_schema_is_named_before_hashes(street: Path) -> None:
-    (street / MANIFEST).write_text('{"schema": "spmdeploy.bundle/2", "all": "different"}')
+    (street / MANIFEST).write_text('{"schema": "spmdeploy.bundle/3", "all": "different"}')
     (street / SUMS).unlink()
-    assert "spmdeploy.bundle/2 is newer than spmdeploy.bundle/1, which this version reads" in refusal(street)
+    assert "spmdeploy.bundle/3 is newer than spmdeploy.bundle/2, which this version reads" in refusal(street)
     assert "upgrade" in refusal(street)
 
 

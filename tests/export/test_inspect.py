@@ -94,7 +94,7 @@ def test_a_bundle_without_torch_and_onnx(street_bundle: Path) -> None:
         return subprocess.run(command, capture_output=True, text=True, check=False)
 
     facts = json.loads(run(street_bundle, "--json").stdout)
-    assert [graph["counted"] for graph in facts["graphs"]] == [None] * 6
+    assert [graph["counted"] for graph in facts["graphs"]] == [None] * 12
     in_words = run(street_bundle)
     assert in_words.returncode == 0 and "as recorded at export" in in_words.stdout
     checkpoint = run(street_bundle.with_name("tiny.safetensors"))

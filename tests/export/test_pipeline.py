@@ -355,7 +355,7 @@ def test_cpu_only_bundles_hold_one_graph_of_each_and_edit_with_torch_too(
     options = ExportOptions(class_table("street"), cpu_only=True, half_weights=True)
     bundle = export_bundle(tmp_path / "g.safetensors", tmp_path / "b.spm", options).bundle
     graphs = [(graph.graph, graph.weights_dtype) for graph in bundle.manifest.graphs]
-    assert graphs == [("edit_cpu", "float16"), ("refine_cpu", "float16")]
+    assert graphs == [(name, "float16") for name in ("edit_cpu", "layout_cpu", "picture_cpu", "refine_cpu")]
     assert [name for name in bundle.files() if name.endswith(".weights")] == ["graphs/float16.weights"]
     for open_it in (open_backend, open_torch):
         session = open_it(bundle, device="cpu").session
@@ -380,9 +380,9 @@ def test_a_graph_over_its_limits_stops_the_export_and_is_kept_aside(
     monkeypatch.setattr(pipeline, "export_edit", lambda generator: broken)
     save_generator(generator, tmp_path / "g.safetensors")
     options = ExportOptions(class_table("street"), precisions=("fp32",))
-    with pytest.raises(VerificationError, match=r"edit fp32 graph.*car_away.*PSNR") as caught:
+    with pytest.raises(VerificationError, match=r"edit_cpu fp32 graph.*car_away.*PSNR") as caught:
         export_bundle(tmp_path / "g.safetensors", tmp_path / "b.spm", options)
-    kept = tmp_path / "b.spm.edit.fp32.onnx.rejected"
+    kept = tmp_path / "b.spm.edit_cpu.fp32.onnx.rejected"
     assert kept.exists()
     assert str(kept) in str(caught.value.hint)
     assert sorted(path.name for path in tmp_path.iterdir()) == [kept.name, "g.json", "g.safetensors"]
@@ -411,7 +411,8 @@ def test_an_ablation_becomes_a_bundle_and_comes_back(tmp_path: Path) -> None:
         assert np.abs(session.run(*edits).astype(int) - expected).max() <= 1
     assert np.array_equal(open_torch(bundle, device="cpu").session.run(*edits), expected)
     assert not measure_deviation(session.run(*edits), expected, edits[3]).faults(parity.FP32_LIMITS)
-    assert [record.graph for record in bundle.manifest.graphs] == ["edit", "edit_cpu"] and not session.refines
+    graphs = ["edit_cpu", "layout_cpu", "picture_cpu", "edit", "layout", "picture"]
+    assert [record.graph for record in bundle.manifest.graphs] == graphs and not session.refines
 
 
 def test_a_class_table_of_another_length_is_refused(generator: Generator, tmp_path: Path) -> None:
@@ -426,8 +427,13 @@ def test_the_manifest_says_what_was_written(street_bundle: Path) -> None:
     assert bundle.check_all() == ()
     manifest = bundle.manifest
     graphs = [(graph.graph, graph.precision) for graph in manifest.graphs]
-    variants = [("", "fp32"), ("_cpu", "fp32"), ("", "fp16")]
-    assert graphs == [(name + made_for, precision) for name in ("edit", "refine") for made_for, precision in variants]
+    variants = [("_cpu", "fp32"), ("", "fp32"), ("", "fp16")]
+    assert graphs == [
+        (name + made_for, precision)
+        for names in (("edit", "layout", "picture"), ("refine",))
+        for made_for, precision in variants
+        for name in names
+    ]
     assert [edit.name for edit in manifest.golden] == ["car_away", "tree_planted", "crossing_cleared"]
     assert (manifest.channel_order, manifest.native_size, manifest.source.format) == ("RGB", 256, "spmdeploy")
     for record in manifest.graphs:
@@ -437,7 +443,7 @@ def test_the_manifest_says_what_was_written(street_bundle: Path) -> None:
     card = bundle.read("card.md").decode()
     assert "0 sky, 1 building" in card
     assert manifest.licence in card
-    assert json.loads(bundle.read("manifest.json"))["schema"] == "spmdeploy.bundle/1"
+    assert json.loads(bundle.read("manifest.json"))["schema"] == "spmdeploy.bundle/2"
 
 
 def places(model: onnx.ModelProto) -> dict[str, tuple[str, str]]:
@@ -467,7 +473,7 @@ def test_weights_that_graphs_share_are_stored_once(street_bundle: Path, generato
     size = bundle.files()["graphs/float16.weights"]
     assert 2 * elements <= size <= 2 * elements + ALIGNMENT * len(large)
     card = bundle.read("card.md").decode()
-    assert "| weights of edit fp16, refine fp16 | `graphs/float16.weights` |" in card
+    assert "| weights of edit fp16, layout fp16, picture fp16, refine fp16 | `graphs/float16.weights` |" in card
 
 
 def test_a_store_gives_back_what_was_put_in(tmp_path: Path, fp32: onnx.ModelProto, on_cpu: onnx.ModelProto) -> None:
