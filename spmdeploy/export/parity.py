@@ -28,12 +28,12 @@ def check_graph(path: Path, graph: str, golden: Mapping[str, GoldenSample], limi
     """Runs a graph that lies on disk in ONNX Runtime on the CPU, on every golden edit. graph: EDIT or REFINE."""
     loaded = LoadedGraph(path, graph)
     results = []
-    for name, pictures in golden.items():
-        inputs = pictures.inputs._asdict() | ({"coarse": pictures.coarse} if graph == REFINE else {})
+    for name, sample in golden.items():
+        inputs = sample.inputs._asdict() | ({"coarse": sample.coarse} if graph == REFINE else {})
         edited, unrounded = loaded.run(OUTPUTS, inputs)
-        expected = pictures.refined if graph == REFINE else pictures.expected
+        expected = sample.refined if graph == REFINE else sample.expected
         assert expected is not None, name
-        result = judge(np.rint(unrounded).astype(np.uint8), expected, pictures, name, limits)
+        result = judge(np.rint(unrounded).astype(np.uint8), expected, sample, name, limits)
         if graph == EDIT and not np.array_equal(np.rint(unrounded), edited):
             result = replace(result, faults=(*result.faults, "its two outputs contradict each other"))
         results.append(result)
@@ -47,8 +47,8 @@ def check_parts(
     parts = CachedLayoutGraphs(layout, picture)
     results = []
     for name, sample in golden.items():
-        run = parts.bind(LayoutInput(sample.labels, sample.instances, sample.mask))
-        results.append(judge(run(sample.image), sample.expected, sample, name, limits))
+        run = parts.bind(LayoutInput(*sample.inputs[1:]))
+        results.append(judge(run(sample.inputs.image), sample.expected, sample, name, limits))
     return results
 
 

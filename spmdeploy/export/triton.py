@@ -225,7 +225,7 @@ def _warmup_sample(bundle: Bundle, inputs: Sequence[Port], shown: str) -> dict[s
     if not bundle.manifest.golden:
         raise BundleError(f"{bundle.path}: holds no golden edit to warm a server up with", EXPORT_AGAIN)
     pictures = read_golden(bundle, bundle.manifest.golden[0])
-    golden = {**vars(pictures), "coarse": pictures.coarse}
+    golden = {**pictures.inputs._asdict(), "coarse": pictures.coarse}
     for port in inputs:
         there = golden.get(port.name)
         if there is None or Port(port.name, str(there.dtype), (BATCH, *there.shape[1:])) != port:
