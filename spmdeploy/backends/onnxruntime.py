@@ -8,7 +8,7 @@ import io
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spmdeploy.backends.base import OpenedBackend, Unsupported
-from spmdeploy.backends.layout_split import GraphPartition, split_by_layout
 from spmdeploy.bundle.bundle import Bundle, GraphFiles
-from spmdeploy.bundle.manifest import EDIT, ON_CPU, REFINE, GraphRecord
+from spmdeploy.bundle.manifest import EDIT, ON_CPU, PARTS, REFINE, GraphRecord
 from spmdeploy.errors import BundleError, OutOfMemoryError, UnavailableError
 from spmdeploy.gpu.arrays import DeviceArray
 from spmdeploy.gpu.driver import visible_gpus
@@ -77,9 +76,19 @@ def _open_on(
         record.precision,
         device,
         refine=get_finer,
-        read_again=partial(bundle.read_graph, record),
+        cached_layout=_parts_of(bundle, record),
     )
     return OpenedBackend(session, tuple(choices))
+
+
+def _parts_of(bundle: Bundle, record: GraphRecord) -> Callable[[], tuple[Graph, Graph]] | None:
+    """What loads the two parts of a graph for cached layouts; None where the bundle has none (schema 1)."""
+    names = PARTS.get(record.graph, ())
+    there = {one.graph: one for one in bundle.manifest.graphs if one.precision == record.precision}
+    if not names or not all(name in there for name in names):
+        return None
+    layout, picture = (there[name] for name in names)
+    return lambda: (_content(bundle, layout), _content(bundle, picture))
 
 
 def _content(bundle: Bundle, record: GraphRecord) -> Path | GraphFiles:
@@ -129,21 +138,22 @@ class OnnxRuntimeSession:
         device: str = "cpu",
         threads: int = 0,
         refine: Callable[[], Graph] | None = None,
-        read_again: Callable[[], GraphFiles] | None = None,
+        cached_layout: Callable[[], tuple[Graph, Graph]] | None = None,
     ) -> None:
         """device: cpu or cuda:N. threads: 0 = one per core (CPU only). refine: gets the graph when it is needed.
 
-        read_again: gets `edit` into memory for `bind_layout`; without it no layout is kept.
+        cached_layout: gets the `layout` and `picture` graphs when they are needed; None: the bundle has none, and
+        layouts are not cached.
         """
         self.device = device
         self.precision = precision
         self._threads = threads
         self._edit: LoadedGraph | None = LoadedGraph(edit, EDIT, device, threads)
         self._refine: LoadedGraph | None = None
-        self._halves: _SplitGraph | None = None
+        self._parts: CachedLayoutGraphs | None = None
         self._cascades: OrtCascades | None = None
         self._get_refine = refine
-        self._read_again = read_again
+        self._get_parts = cached_layout
         self.refines = refine is not None
         problem = f"the bundle holds no refine graph in {precision} for {device}"
         self.refine_unsupported = None if self.refines else Unsupported(problem, "export it again with one")
@@ -178,18 +188,15 @@ class OnnxRuntimeSession:
         return tuple(name for name, graph in ((EDIT, self._edit), (REFINE, self._refine)) if graph is not None)
 
     def bind_layout(self, layout: LayoutInput) -> LayoutRun:
-        """On CPUs the graph is split in two at the first call; the halves take the memory of its weights once more.
-
-        On a GPU, where launches and not operations are what costs, the layout goes with every image.
-        """
-        if self._read_again is None or self.device != "cpu":
+        """Runs the `layout` graph now. Both graphs are loaded at the first call and take the memory of the weights once
+        more."""
+        if self._get_parts is None:
             return lambda image: self.run(ModelInput(image, *layout))
         with self._loading:
             _open(self._edit)
-            if self._halves is None:
-                graph = self._read_again()
-                self._halves = _SplitGraph(split_by_layout(graph.content), graph.weights, self._threads)
-        return self._halves.kept(layout._asdict())
+            if self._parts is None:
+                self._parts = CachedLayoutGraphs(*self._get_parts(), self.device, self._threads)
+        return self._parts.bind(layout)
 
     def bound(self, inputs: Mapping[str, DeviceArray], outputs: Mapping[str, DeviceArray]) -> Callable[[], None]:
         """A call that runs the graph on arrays in the memory of this session's GPU, and returns when it is done."""
@@ -212,7 +219,7 @@ class OnnxRuntimeSession:
 
     def close(self) -> None:
         with self._loading:
-            self._edit = self._refine = self._halves = None
+            self._edit = self._refine = self._parts = None
             if self._cascades is not None:
                 self._cascades.close()
 
@@ -223,35 +230,48 @@ def _open(graph: LoadedGraph | None) -> LoadedGraph:
     return graph
 
 
-class _SplitGraph:
-    """Both halves of a graph, loaded on the CPU."""
+class CachedLayoutGraphs:
+    """The `layout` and `picture` graphs of a bundle in ONNX Runtime: the first runs once for each layout."""
 
-    def __init__(self, halves: GraphPartition, weights: Mapping[str, bytes], threads: int) -> None:
-        """weights: those of the whole graph, where they are not in it."""
-        self._layout_inputs, self._picture_inputs, self._kept = halves.layout_inputs, halves.picture_inputs, halves.kept
+    def __init__(self, layout: Graph, picture: Graph, device: str = "cpu", threads: int = 0) -> None:
+        """Raises BundleError, OutOfMemoryError, UnavailableError."""
         library = import_onnxruntime()
+        self._device = device
+        providers = _providers(library, device)
+        sessions = []
         try:
-            self._layout, self._picture = (
-                inference_session(
-                    library, GraphFiles(half, weights), _options(library, threads), ["CPUExecutionProvider"]
-                )
-                for half in (halves.layout, halves.picture)
+            for graph in (layout, picture):
+                options = _options(library, threads)
+                if device != "cpu":
+                    options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+                sessions.append(inference_session(library, graph, options, providers))
+        except Exception as error:
+            raise _translated(error, device) from error
+        self._layout, self._picture = sessions
+        self._layout_inputs, self._cached, self._picture_inputs = (
+            [value.name for value in values]
+            for values in (self._layout.get_inputs(), self._layout.get_outputs(), self._picture.get_inputs())
+        )
+        missing = set(self._picture_inputs) - {*self._cached, *ModelInput._fields}
+        if missing:
+            raise BundleError(
+                f"the picture graph reads {min(missing)}, which the layout graph does not give",
+                "export the bundle again",
             )
-        except Exception as error:
-            raise _translated(error, "cpu") from error
 
-    def kept(self, layout: Arrays) -> LayoutRun:
-        values = self._outputs(self._layout, self._kept, {name: layout[name] for name in self._layout_inputs})
-        known = {name: layout[name] for name in self._picture_inputs if name in layout}
-        known |= dict(zip(self._kept, values, strict=True))
-        return lambda image: self._outputs(self._picture, ["edited"], {**known, "image": image})[0]
+    def bind(self, layout: LayoutInput) -> LayoutRun:
+        """Run the layout graph, and return a function from images, uint8 (B, size, size, 3), to edited ones."""
+        given = layout._asdict()
+        values = self._run(self._layout, self._cached, {name: given[name] for name in self._layout_inputs})
+        known = {name: given[name] for name in self._picture_inputs if name in given}
+        known |= dict(zip(self._cached, values, strict=True))
+        return lambda image: self._run(self._picture, ["edited"], {**known, "image": image})[0]
 
-    @staticmethod
-    def _outputs(half: Any, outputs: Sequence[str], inputs: dict[str, NDArray[Any]]) -> list[NDArray[Any]]:
+    def _run(self, graph: Any, outputs: Sequence[str], inputs: dict[str, NDArray[Any]]) -> list[NDArray[Any]]:
         try:
-            results: list[NDArray[Any]] = half.run(list(outputs), inputs)
+            results: list[NDArray[Any]] = graph.run(list(outputs), inputs)
         except Exception as error:
-            raise _translated(error, "cpu") from error
+            raise _translated(error, self._device) from error
         return results
 
 

@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from onnx import TensorProto, helper, numpy_helper
 
 import spmdeploy
 from spmdeploy.backends.base import SupportsLayoutCache
-from spmdeploy.backends.layout_split import split_by_layout
 from spmdeploy.backends.onnxruntime import OnnxRuntimeSession
 from spmdeploy.backends.pytorch import TorchSession
 from spmdeploy.backends.registry import open_backend
 from spmdeploy.bench.workloads import edit_batch
-from spmdeploy.bundle.bundle import open_bundle
+from spmdeploy.bundle.bundle import GraphFiles, open_bundle
+from spmdeploy.bundle.manifest import PARTS
 from spmdeploy.editing.editor import Editor
 from spmdeploy.errors import BundleError, InputError, UsageError
 from spmdeploy.model.generator import Generator, GeneratorConfig
@@ -141,13 +138,18 @@ def test_bad_images_are_refused(image: Any, words: str) -> None:
 
 @pytest.fixture(scope="module")
 def real(street_bundle: Path) -> dict[str, OnnxRuntimeSession]:
-    """Both FP32 graphs of a real bundle."""
+    """Both FP32 graphs of a real bundle, each with its two parts."""
     bundle = open_bundle(street_bundle)
-    graphs = {name: bundle.read_graph(bundle.graph(name, "fp32")) for name in ("edit", "edit_cpu")}
-    return {
-        name: OnnxRuntimeSession(graph, "fp32", threads=1, read_again=lambda graph=graph: graph)
-        for name, graph in graphs.items()
-    }
+
+    def files(name: str) -> GraphFiles:
+        return bundle.read_graph(bundle.graph(name, "fp32"))
+
+    def session(name: str) -> OnnxRuntimeSession:
+        layout, picture = PARTS[name]
+        parts = lambda: (files(layout), files(picture))  # noqa: E731
+        return OnnxRuntimeSession(files(name), "fp32", threads=1, cached_layout=parts)
+
+    return {name: session(name) for name in PARTS}
 
 
 @pytest.mark.parametrize("graph", ["edit", "edit_cpu"])
@@ -197,85 +199,3 @@ def test_torch_draws_the_same(options: dict[str, Any]) -> None:
     np.testing.assert_array_equal(run(given.image), expected)
     assert not any("layout_" in name for name in convolutions)
     np.testing.assert_array_equal(session.run(given), expected)  # the generator itself is as it was
-
-
-# ---- the split ----
-
-
-def test_halves_are_sound_and_hold_every_weight_once(street_bundle: Path) -> None:
-    content = onnx.load(street_bundle / "graphs/edit_cpu.fp32.onnx").SerializeToString()  # its weights within
-    halves = split_by_layout(content)
-    layout, picture = (onnx.load_from_string(half) for half in (halves.layout, halves.picture))
-    for half in (layout, picture):
-        onnx.checker.check_model(half, full_check=True)
-    assert {value.name for value in layout.graph.input} == {"labels", "instances", "mask"}
-    assert {value.name for value in picture.graph.input} == {"image", *halves.kept}
-    assert [value.name for value in layout.graph.output] == list(halves.kept)
-    weights = [
-        {it.name for it in half.graph.initializer if it.name.startswith("stages.")} for half in (layout, picture)
-    ]
-    whole = onnx.load_from_string(content)
-    assert weights[0] | weights[1] == {it.name for it in whole.graph.initializer if it.name.startswith("stages.")}
-    assert not weights[0] & weights[1]
-    assert {name.split(".")[4].partition("_")[0] for name in weights[0]} == {"layout"}
-    assert not any(".layout_" in name for name in weights[1])
-    assert whole.opset_import == layout.opset_import == picture.opset_import
-
-
-def model(*nodes: onnx.NodeProto, weights: tuple[onnx.TensorProto, ...] = ()) -> onnx.ModelProto:
-    """out = f(image, labels), all float[2]; every value's type is told."""
-    values = {name: helper.make_tensor_value_info(name, TensorProto.FLOAT, [2]) for name in ("image", "labels", "out")}
-    inner = {name for node in nodes for name in node.output} - {"out"}
-    graph = helper.make_graph(
-        list(nodes),
-        "small",
-        [values["image"], values["labels"]],
-        [values["out"]],
-        list(weights),
-        value_info=[helper.make_tensor_value_info(name, TensorProto.FLOAT, [2]) for name in inner],
-    )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
-
-
-def test_constants_go_where_they_are_read() -> None:
-    two, three = (numpy_helper.from_array(np.full(2, value, np.float32), f"{value}") for value in (2, 3))
-    whole = model(
-        helper.make_node("Neg", ["2"], ["minus two"]),
-        helper.make_node("Mul", ["labels", "minus two"], ["product"]),
-        helper.make_node("Add", ["product", "3"], ["sum"]),
-        helper.make_node("Mul", ["image", "minus two"], ["other"]),
-        helper.make_node("Add", ["other", "labels"], ["both"]),
-        helper.make_node("Add", ["both", "sum"], ["out"]),
-        weights=(two, three),
-    )
-    halves = split_by_layout(whole.SerializeToString())
-    layout, picture = (onnx.load_from_string(half).graph for half in (halves.layout, halves.picture))
-    assert [node.output[0] for node in layout.node] == ["minus two", "product", "sum"] and halves.kept == ("sum",)
-    assert [node.output[0] for node in picture.node] == ["minus two", "other", "both", "out"]
-    assert [it.name for it in layout.initializer] == ["2", "3"] and [it.name for it in picture.initializer] == ["2"]
-    assert halves.layout_inputs == ("labels",) and halves.picture_inputs == ("image", "labels")
-
-
-def test_what_cannot_be_split_is_said() -> None:
-    with pytest.raises(BundleError, match="operator If"):
-        split_by_layout(model(helper.make_node("If", ["image"], ["out"])).SerializeToString())
-    untyped = model(helper.make_node("Neg", ["labels"], ["n"]), helper.make_node("Add", ["image", "n"], ["out"]))
-    del untyped.graph.value_info[:]
-    with pytest.raises(BundleError, match="'n'"):
-        split_by_layout(untyped.SerializeToString())
-
-
-@given(st.binary(max_size=60) | st.integers(0, 10_000), st.integers(0, 255))
-@settings(max_examples=200, deadline=None)
-def test_damage_is_a_bundle_error_or_none(place: bytes | int, value: int) -> None:
-    sound = model(
-        helper.make_node("Neg", ["labels"], ["n"]), helper.make_node("Add", ["image", "n"], ["out"])
-    ).SerializeToString()
-    if isinstance(place, bytes):
-        damaged = place
-    else:
-        damaged = bytearray(sound)
-        damaged[place % len(sound)] = value
-        damaged = bytes(damaged)
-    with suppress(BundleError):
-        split_by_layout(damaged)
