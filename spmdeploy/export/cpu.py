@@ -275,7 +275,7 @@ class _MaskSpecializer:
         if not part.endswith("_shift"):
             return str(copy.output[0])
         # A slope of 1 changes nothing, and ONNX Runtime (1.32) makes it part of the convolution, in whose sum it then
-        # leaves what is added behind it. Else the last bit would differ where `layout_split` has cut the graph there.
+        # leaves what is added behind it. Else the last bit would differ where `split_by_layout` cuts the graph there.
         return self._add("LeakyRelu", [copy.output[0]], f"{copy.name}/unchanged", alpha=1.0)
 
     def _around(self, value: str, size: int) -> str:
