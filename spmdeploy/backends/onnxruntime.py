@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spmdeploy.backends.base import OpenedBackend, Unsupported
+from spmdeploy.backends.graph_cache import cache_key, open_cached
 from spmdeploy.bundle.bundle import Bundle, GraphFiles
 from spmdeploy.bundle.manifest import EDIT, ON_CPU, PARTS, REFINE, GraphRecord
 from spmdeploy.errors import BundleError, OutOfMemoryError, UnavailableError
@@ -77,6 +78,8 @@ def _open_on(
         device,
         refine=get_finer,
         cached_layout=_parts_of(bundle, record),
+        edit_key=_content_key(bundle, record),
+        refine_key=None if finer is None else _content_key(bundle, finer),
     )
     return OpenedBackend(session, tuple(choices))
 
@@ -89,6 +92,11 @@ def _parts_of(bundle: Bundle, record: GraphRecord) -> Callable[[], tuple[Graph, 
         return None
     layout, picture = (there[name] for name in names)
     return lambda: (_content(bundle, layout), _content(bundle, picture))
+
+
+def _content_key(bundle: Bundle, record: GraphRecord) -> str:
+    """Identifies the graph and its weights."""
+    return " ".join(bundle.digest(name) for name in record.files)
 
 
 def _content(bundle: Bundle, record: GraphRecord) -> Path | GraphFiles:
@@ -139,20 +147,23 @@ class OnnxRuntimeSession:
         threads: int = 0,
         refine: Callable[[], Graph] | None = None,
         cached_layout: Callable[[], tuple[Graph, Graph]] | None = None,
+        edit_key: str | None = None,
+        refine_key: str | None = None,
     ) -> None:
         """device: cpu or cuda:N. threads: 0 = one per core (CPU only). refine: gets the graph when it is needed.
 
         cached_layout: gets the `layout` and `picture` graphs when they are needed; None: the bundle has none, and
-        layouts are not cached.
+        layouts are not cached. edit_key, refine_key: identify the content of the graphs; without them the optimized
+        graph is not cached.
         """
         self.device = device
         self.precision = precision
         self._threads = threads
-        self._edit: LoadedGraph | None = LoadedGraph(edit, EDIT, device, threads)
+        self._edit: LoadedGraph | None = LoadedGraph(edit, EDIT, device, threads, edit_key)
         self._refine: LoadedGraph | None = None
         self._parts: CachedLayoutGraphs | None = None
         self._cascades: OrtCascades | None = None
-        self._get_refine = refine
+        self._get_refine, self._refine_key = refine, refine_key
         self._get_parts = cached_layout
         self.refines = refine is not None
         problem = f"the bundle holds no refine graph in {precision} for {device}"
@@ -179,7 +190,7 @@ class OnnxRuntimeSession:
                 if self._get_refine is None:
                     assert self.refine_unsupported is not None
                     raise BundleError(*self.refine_unsupported)
-                self._refine = LoadedGraph(self._get_refine(), REFINE, self.device, self._threads)
+                self._refine = LoadedGraph(self._get_refine(), REFINE, self.device, self._threads, self._refine_key)
             return self._refine
 
     @property
@@ -303,6 +314,44 @@ def _options(library: Any, threads: int) -> Any:
     return options
 
 
+def _cpu_options(library: Any, threads: int) -> Any:
+    _bound_memory(library)
+    options = _options(library, threads)
+    options.add_session_config_entry("session.use_env_allocators", "1")
+    return options
+
+
+_OPTIMIZED, _WEIGHTS = "graph.onnx", "weights.bin"
+
+
+def _cached_session(library: Any, content: Graph, threads: int, key: str) -> Any:
+    """ONNX Runtime's session on the CPU; its optimized graph is read from the cache, or written to it.
+
+    Optimizing and laying out the weights anew takes most of the time of loading. The weights are stored beside the
+    graph, where they are mapped instead of parsed.
+    """
+    providers = ["CPUExecutionProvider"]
+
+    def load(folder: Path) -> Any:
+        options = _cpu_options(library, threads)
+        options.graph_optimization_level = library.GraphOptimizationLevel.ORT_DISABLE_ALL
+        return inference_session(library, folder / _OPTIMIZED, options, providers)
+
+    def make(folder: Path) -> Any:
+        options = _cpu_options(library, threads)
+        options.optimized_model_filepath = str(folder / _OPTIMIZED)
+        prefix = "session.optimized_model_external_initializers_"
+        options.add_session_config_entry(f"{prefix}file_name", _WEIGHTS)
+        options.add_session_config_entry(f"{prefix}min_size_in_bytes", "1024")
+        return inference_session(library, content, options, providers)
+
+    def plain() -> Any:
+        return inference_session(library, content, _cpu_options(library, threads), providers)
+
+    facts = ("onnxruntime", library.__version__, key, *_IDLE_PASSES)
+    return open_cached(cache_key(*facts), load, make, plain)
+
+
 @cache
 def _bound_memory(library: Any) -> None:
     """Limits the intermediate results of all sessions on the CPU to half of the machine's memory.
@@ -319,21 +368,28 @@ def _bound_memory(library: Any) -> None:
 class LoadedGraph:
     """One graph in ONNX Runtime, proved to be where it was wanted and to be what it should be."""
 
-    def __init__(self, content: Graph, graph: str, device: str = "cpu", threads: int = 0) -> None:
-        """graph: EDIT or REFINE, whose inputs and outputs it must have."""
+    def __init__(
+        self, content: Graph, graph: str, device: str = "cpu", threads: int = 0, key: str | None = None
+    ) -> None:
+        """graph: EDIT or REFINE, whose inputs and outputs it must have.
+
+        key: identifies the content; with it the optimized graph is cached on CPUs.
+        """
         library = import_onnxruntime()
         self._device = device
         options = _options(library, threads)
         providers = _providers(library, device)
         if device == "cpu":
-            _bound_memory(library)
-            options.add_session_config_entry("session.use_env_allocators", "1")
+            options = _cpu_options(library, threads)
         else:
             _preload_cuda(library)
             # Without this ONNX Runtime moves to the CPU whatever a GPU cannot do, or everything, and says nothing.
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         try:
-            self._session: Any = inference_session(library, content, options, providers)
+            if key is None or device != "cpu":
+                self._session: Any = inference_session(library, content, options, providers)
+            else:
+                self._session = _cached_session(library, content, threads, key)
         except Exception as error:
             raise _translated(error, device) from error
         self.provider = f"{self._proved_provider(providers)} (onnxruntime {library.__version__})"
@@ -400,6 +456,8 @@ def _ports(graph: str, size: int) -> dict[str, tuple[str, list[int]]]:
 
 def import_onnxruntime() -> Any:
     """The onnxruntime module, or UnavailableError with the command that installs it."""
+    # Read when the library is imported: without it, version 1.32 stores a device id and may contact a server.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         import onnxruntime
     except ImportError as error:
