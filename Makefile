@@ -3,7 +3,7 @@ DEMO := .venv-demo/bin
 DEV := .venv/bin
 SAMPLE := spmdeploy/assets/samples/car_away
 
-.PHONY: demo test train-smoke test-slow fuzz lint bench quantization figures gpu-check clean
+.PHONY: demo test unit train-smoke test-slow fuzz lint bench quantization figures gpu-check clean
 
 demo: .venv-demo/ready
 	@mkdir -p demo
@@ -11,7 +11,11 @@ demo: .venv-demo/ready
 		--match-surroundings --output demo/edited.png --sheet demo/before_and_after.png --overwrite
 
 test: lint
-	$(DEV)/python -m pytest -n 2 --dist loadgroup -m "not slow"
+	$(DEV)/python -m pytest -n 2 --dist loadgroup -m "not slow and not fuzz"
+
+# The quick tests of the folders that need no network: under a minute on two idle cores.
+unit: .venv/ready
+	$(DEV)/python -m pytest -n 2 -m "not slow and not fuzz" tests/tiling tests/imaging tests/bundle tests/editing tests/test_*.py
 
 train-smoke: .venv/ready
 	$(DEV)/python -m tests.training.smoke

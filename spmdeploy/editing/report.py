@@ -12,7 +12,7 @@ from spmdeploy.tiling.pyramid import PyramidLevel
 from spmdeploy.tiling.windows import CROP_LIMIT, EditWindow
 
 # Of a window's last level, in gray levels, beyond which the user is told. Tiles put side by side without any blending
-# have a score of 2; where they differ by 16, sky has been seen to come out in bands (docs/tiling.md).
+# have a score of 2; where they differ by 16, sky has been seen to come out in bands (docs/large-images.md).
 SEAM_SCORE_LIMIT = 2.0
 TILE_MISMATCH_LIMIT = 12.0
 

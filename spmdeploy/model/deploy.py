@@ -18,7 +18,7 @@ COARSE_SIZE = NATIVE_SIZE // 2
 """Height and width of the coarser picture that the `refine` graph carries up."""
 
 COLOR_BLOCK = 8
-"""Side of the blocks whose mean colors a refined picture takes over. As measured in docs/tiling.md, 4 costs sharpness,
+"""Side of the blocks whose mean colors a refined picture takes over. As measured in docs/large-images.md, 4 costs sharpness,
 and larger ones leave more of the bands of light between tiles."""
 
 EDIT_INPUTS = ("image", "labels", "instances", "mask")

@@ -32,16 +32,20 @@ def reader(tmp_path: Path, street_bundle: Path, monkeypatch: pytest.MonkeyPatch)
     return tmp_path
 
 
-def test_commands(reader: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    commands = re.findall(r"^\$ spmdeploy (.+)$", README, re.MULTILINE)
-    assert len(commands) >= 12
+@pytest.mark.parametrize(("page", "count"), [("README.md", 7), ("docs/editing.md", 9)])
+def test_page_commands_succeed_in_order(
+    page: str, count: int, reader: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    commands = re.findall(r"^\$ spmdeploy (.+)$", text, re.MULTILINE)
+    assert len(commands) == count
     for command in commands:
         assert cli.main(command.split()) == 0, (command, capsys.readouterr().err)
     for output in re.findall(r"--output (\S+)", " ".join(commands)):
         assert (reader / output).exists(), output
 
 
-def test_python_example(reader: Path) -> None:
+def test_readme_python_example_keeps_known_pixels(reader: Path) -> None:
     from spmdeploy.imaging.files import read_mask, read_photo
 
     example = re.search(r"```python\n(.+?)```", README, re.DOTALL)
@@ -56,7 +60,7 @@ def test_python_example(reader: Path) -> None:
     assert (result.image[~names["mask"]] == names["image"][~names["mask"]]).all()
 
 
-def test_what_it_points_to_exists() -> None:
+def test_readme_links_and_targets_exist() -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         assert (ROOT / target).exists(), target
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Masks made to show the borders of tiles, with the model that ships: what they score. docs/tiling.md has pictures."""
+"""Masks made to show the borders of tiles, with the model that ships: what they score. docs/large-images.md has pictures."""
 
 from __future__ import annotations
 
