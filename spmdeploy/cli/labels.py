@@ -40,12 +40,12 @@ def labels_check(
 @labels_app.command("show")
 def labels_show(
     path: Annotated[Path, typer.Argument(help="A label map.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The colored picture.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The colored image.")],
     classes: Classes = "street",
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Write a colored picture of a label map."""
+    """Write a label map in class colors."""
     from spmdeploy import labels
     from spmdeploy.imaging import files as images
 

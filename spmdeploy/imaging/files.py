@@ -158,7 +158,7 @@ def read_instances(path: FilePath, content: bytes | None = None) -> NDArray[np.i
     """The instance ids in a PNG file: int32 (H, W).
 
     One channel (Cityscapes `instanceIds`, 16 bits): its values, or palette indices. RGB (ADE20K, where red is the class
-    and blue is empty): the green channel. Three equal channels are read as one. InputError for other color pictures.
+    and blue is empty): the green channel. Three equal channels are read as one. InputError for other color images.
     """
     file = decode_ids(path, content)
     if file.image.mode != "RGB" or file.wide:

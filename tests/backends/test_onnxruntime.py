@@ -55,6 +55,12 @@ class FakeOnnxRuntime:
         self.asked: list[Any] = []
         self.entries: dict[str, str] = {}
 
+        # What limits the memory of the CPU provider.
+        self.OrtAllocatorType = SimpleNamespace(ORT_ARENA_ALLOCATOR=0)
+        self.OrtMemType = SimpleNamespace(DEFAULT=0)
+        self.OrtMemoryInfo = self.OrtArenaCfg = lambda *_: None
+        self.create_and_register_allocator = lambda *_: None
+
     def get_available_providers(self) -> list[str]:
         return [CUDA, "CPUExecutionProvider"]
 
@@ -499,7 +505,7 @@ def flip_a_byte(path: Path) -> None:
 
 
 def newer(path: Path) -> None:
-    path.write_text(path.read_text().replace("spmdeploy.bundle/1", "spmdeploy.bundle/2"))
+    path.write_text(path.read_text().replace("spmdeploy.bundle/2", "spmdeploy.bundle/3"))
 
 
 def halve(path: Path) -> None:
@@ -559,7 +565,7 @@ def test_pictures_that_differ_too_much(copied: Path, capsys: pytest.CaptureFixtu
     [
         ("mask.png", lambda pixels: pixels * 0, "mask is empty"),
         ("image.png", lambda pixels: pixels[:255], "image is (255, 256), not 256×256"),
-        ("labels.png", lambda pixels: np.dstack([pixels] * 3), "labels.png is a color picture"),
+        ("labels.png", lambda pixels: np.dstack([pixels, pixels, 255 - pixels]), "labels.png is a color image"),
     ],
 )
 def test_golden_edits_that_are_none(

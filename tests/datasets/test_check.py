@@ -48,7 +48,7 @@ def test_missing_counterparts(folder: Path) -> None:
     [
         (np.zeros((10, 20)), r"001\.png is 20×10, 001\.png is 180×140"),
         (np.full((140, 180), 7), r"001\.png.* 7 \("),
-        (np.full((140, 180, 3), (1, 2, 3)), r"001\.png is a color picture"),
+        (np.full((140, 180, 3), (1, 2, 3)), r"001\.png is a color image"),
     ],
 )
 def test_bad_label_maps_are_named(folder: Path, values: np.ndarray, complaint: str) -> None:
