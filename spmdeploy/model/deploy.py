@@ -18,8 +18,8 @@ COARSE_SIZE = NATIVE_SIZE // 2
 """Height and width of the coarser picture that the `refine` graph carries up."""
 
 COLOR_BLOCK = 8
-"""Side of the blocks whose mean colors a refined picture takes over. As measured in docs/large-images.md, 4 costs sharpness,
-and larger ones leave more of the bands of light between tiles."""
+"""Side of the blocks whose mean colors are transferred from the coarse result. As measured (docs/large-images.md), 4
+costs sharpness, and larger ones leave more of the brightness steps between tiles."""
 
 EDIT_INPUTS = ("image", "labels", "instances", "mask")
 REFINE_INPUTS = (*EDIT_INPUTS, "coarse")

@@ -1,4 +1,4 @@
-"""Masks made to show the borders of tiles, with the model that ships: what they score. docs/large-images.md has pictures."""
+"""Seam scores of the built-in model for masks that show the borders of tiles (images: docs/large-images.md)."""
 
 from __future__ import annotations
 
