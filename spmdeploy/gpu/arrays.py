@@ -1,4 +1,4 @@
-"""Arrays that lie on a GPU already, from whatever library: by `__cuda_array_interface__` or as a bare pointer."""
+"""Arrays of other libraries on a GPU: by `__cuda_array_interface__` or by address."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import numpy as np
 from spmdeploy.errors import InputError
 
 ALIGNMENT = 256
-"""What TensorRT wants of every address."""
+"""TensorRT requires that every address is a multiple of this."""
 
-_LIKE_THIS = "give a C-contiguous array on the GPU: a torch or CuPy array, or DeviceArray(address, shape, dtype)"
+_HINT = "give a C-contiguous array on the GPU: a torch or CuPy array, or DeviceArray(address, shape, dtype)"
 
 
 @dataclass(frozen=True)
 class DeviceArray:
-    """A C-contiguous array by its address in device memory. Whoever makes it keeps the memory alive."""
+    """A C-contiguous array in device memory. Its owner keeps the memory alive."""
 
     address: int
     shape: tuple[int, ...]
@@ -26,16 +26,22 @@ class DeviceArray:
     """As numpy names it: uint8, int32, float32."""
     read_only: bool = False
     stream: int | None = None
-    """The stream that still works on it; None where nobody does."""
+    """The stream with work that still writes to it; None: there is none."""
 
     @property
     def bytes_per_item(self) -> int:
-        """Of one edit, the first axis being the batch."""
+        """Bytes of one item of the batch, the first axis."""
         return math.prod(self.shape[1:]) * np.dtype(self.dtype).itemsize
 
 
 def as_device_array(value: Any, name: str) -> DeviceArray:
-    """`value` if it is a DeviceArray, else what its `__cuda_array_interface__` says. Raises InputError with `name`."""
+    """Return a DeviceArray as it is, anything else as its `__cuda_array_interface__` describes it.
+
+    PyTorch's and CuPy's arrays have that attribute.
+
+    Raises:
+        InputError: The value, called `name`, is not a contiguous array on a GPU.
+    """
     if isinstance(value, DeviceArray):
         return value
     try:
@@ -43,11 +49,11 @@ def as_device_array(value: Any, name: str) -> DeviceArray:
         address, read_only = interface["data"]
         shape = tuple(int(length) for length in interface["shape"])
         dtype = np.dtype(interface["typestr"])
-    except Exception as error:  # an attribute of somebody else's: PyTorch alone raises three kinds of errors
-        raise InputError(f"{name} is no array on a GPU: {type(error).__name__}: {error}", _LIKE_THIS) from error
+    except Exception as exc:  # another library's attribute: PyTorch alone raises three kinds of errors
+        raise InputError(f"{name} is not an array on a GPU: {type(exc).__name__}: {exc}", _HINT) from exc
     strides = interface.get("strides")
     if interface.get("mask") is not None or (strides is not None and not _contiguous(shape, strides, dtype.itemsize)):
-        raise InputError(f"{name} is masked or not C-contiguous: shape {shape}, strides {strides}", _LIKE_THIS)
+        raise InputError(f"{name} is masked or not C-contiguous: shape {shape}, strides {strides}", _HINT)
     return DeviceArray(int(address or 0), shape, dtype.name, bool(read_only), interface.get("stream"))
 
 

@@ -1,46 +1,147 @@
-"""One GPU to run engines on: the narrow interface, and errors that say what to do."""
+"""One GPU: memory, streams, events, CUDA graphs and kernels, with errors of this package."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager, suppress
+from importlib import resources
+from typing import Any, Protocol
 
-from spmdeploy.errors import OutOfMemoryError, UnavailableError
-from spmdeploy.gpu.cuda_bindings import CAPTURE_CODES, OUT_OF_MEMORY, Binding, Bytes, open_binding
-from spmdeploy.gpu.driver import CudaError, Driver, gpu_facts
-from spmdeploy.gpu.kernels import DeviceKernels
+import numpy as np
+from numpy.typing import NDArray
+
+from spmdeploy.errors import OutOfMemoryError, SpmDeployError, UnavailableError
+from spmdeploy.gpu.driver import (
+    Bytes,
+    CudaCaptureError,
+    CudaError,
+    CudaMemoryError,
+    MissingFunctionError,
+    gpu_facts,
+)
 
 SEE_DOCTOR = "see `spmdeploy doctor`"
+KERNELS = ("cut", "resample", "blend", "compare")
+"""The kernels of kernels.cu."""
+_THREADS = 256  # in a block
+_NEWER_DRIVER = (
+    'install a newer NVIDIA driver, or the packages for its CUDA version: pip install "spmdeploy[tensorrt-cu12]"'
+)
 
 
 class GraphCaptureError(Exception):
-    """Something among the work cannot be part of a CUDA graph. The message says what the driver said."""
+    """Something among the work cannot be part of a CUDA graph. The message is the driver's."""
+
+
+class CudaApi(Protocol):
+    """The CUDA functions that this package uses, of one device. `gpu.cuda_core` and `gpu.pycuda` implement them.
+
+    All but `current` and `close` are called inside `current`. Addresses and streams are plain integers; streams may be
+    those of another library. Everything raises CudaError.
+    """
+
+    name: str
+    """The package and its version."""
+
+    def current(self) -> AbstractContextManager[None]:
+        """Makes the device's primary context current, which the CUDA runtime, PyTorch and TensorRT share."""
+
+    def close(self) -> None:
+        """Unloads the kernels."""
+
+    def memory(self) -> tuple[int, int]: ...
+
+    def allocate(self, size: int) -> int: ...
+
+    def free(self, address: int) -> None: ...
+
+    def pinned(self, size: int) -> Bytes: ...
+
+    def free_pinned(self, array: Bytes) -> None: ...
+
+    def device_of(self, address: int) -> int | None: ...
+
+    def copy_in(self, address: int, array: NDArray[Any], stream: int) -> None: ...
+
+    def copy_out(self, array: NDArray[Any], address: int, stream: int) -> None: ...
+
+    def copy_within(self, address: int, source: int, size: int, stream: int) -> None: ...
+
+    def clear(self, address: int, size: int, stream: int) -> None: ...
+
+    def stream(self) -> int: ...
+
+    def destroy_stream(self, stream: int) -> None: ...
+
+    def synchronize(self, stream: int) -> None: ...
+
+    def wait_for_stream(self, stream: int, other: int) -> None: ...
+
+    def event(self, timing: bool) -> Any: ...
+
+    def destroy_event(self, event: Any) -> None: ...
+
+    def record(self, event: Any, stream: int) -> None: ...
+
+    def wait_for_event(self, event: Any) -> None: ...
+
+    def elapsed_ms(self, start: Any, end: Any) -> float: ...
+
+    def begin_capture(self, stream: int) -> None: ...
+
+    def end_capture(self, stream: int) -> Any: ...
+
+    def launch(self, graph: Any, stream: int) -> None: ...
+
+    def destroy_graph(self, graph: Any) -> None: ...
+
+    def load_kernels(self, ptx: bytes, names: tuple[str, ...]) -> None: ...
+
+    def launch_kernel(
+        self, name: str, grid: tuple[int, int], threads: int, stream: int, arguments: tuple[int | np.int32, ...]
+    ) -> None:
+        """Queues a kernel. An int among the arguments is a pointer, an np.int32 a C int."""
+
+
+def open_cuda(ordinal: int) -> CudaApi:
+    """Return PyCUDA where it is installed (images for Jetson bring it; it has no wheels), else cuda.core.
+
+    Raises:
+        ImportError: Neither can be imported; the message names both.
+        OSError: There is no driver or no such device.
+    """
+    from spmdeploy.gpu.cuda_core import CudaCore
+    from spmdeploy.gpu.pycuda import PyCuda
+
+    try:
+        return PyCuda(ordinal)
+    except ImportError as no_pycuda:
+        try:
+            return CudaCore(ordinal)
+        except ImportError as no_cuda_core:
+            raise ImportError(f"neither PyCUDA ({no_pycuda}) nor cuda-core ({no_cuda_core})") from no_cuda_core
 
 
 class Device:
-    """One GPU through its primary context, which PyTorch and the CUDA runtime share, so that all can work side by side.
+    """One GPU through its primary context.
 
-    A host program's own context is not disturbed: ours is current inside `with device.current():` and nowhere else.
-    Every other method but `close` wants to be called in there. Addresses, streams and graphs are plain integers. What
-    was made here is to be given back here; nothing is freed by garbage collection, whose moment and thread nobody
-    chooses.
+    The context is current inside `with device.current():` and nowhere else, so that a host program's own context is not
+    disturbed. Every other method but `close` must be called in there. What was created here must be freed here; nothing
+    is freed by garbage collection, which may come at any time and on any thread.
 
-    Every method raises OutOfMemory (with the bytes asked for and those free) or UnavailableError.
+    Every method raises OutOfMemoryError, with the bytes asked for and those free, or UnavailableError.
     """
 
     def __init__(self, ordinal: int = 0) -> None:
-        """Raises UnavailableError where there is no driver, no such device, or no package to talk to it with."""
+        """Raises UnavailableError without a driver, such a device, or a package to use it with."""
         self.ordinal = ordinal
-        self._binding = _open_binding()
         try:
             self.facts = gpu_facts(ordinal)
-        except OSError as error:
-            raise UnavailableError(f"cuda:{ordinal} cannot be used: {error}", SEE_DOCTOR) from error
-        self.binding = self._binding.name
-        with self._translated("the context"):
-            self._context = self._binding.retain(ordinal)
-        self._kernels: DeviceKernels | None = None
+        except OSError as exc:
+            raise UnavailableError(f"cuda:{ordinal} cannot be used: {exc}", SEE_DOCTOR) from exc
+        self._cuda = _open_or_raise(ordinal)
+        self.binding = self._cuda.name
+        self._has_kernels = False
         self._open = True
 
     def __str__(self) -> str:
@@ -48,195 +149,222 @@ class Device:
 
     @contextmanager
     def current(self) -> Iterator[None]:
-        """Makes the device's context current in this thread, and whatever was current before again at the end."""
+        """Make the device's context current in this thread, and restore the previous one at the end."""
         if not self._open:
             raise UnavailableError(f"{self} was closed", "open another session")
-        with self._translated("the context"):
-            self._binding.push(self._context)
+        context = self._cuda.current()
+        with self._translate_errors("the context"):
+            context.__enter__()
         try:
             yield
         finally:
-            self._binding.pop()
+            context.__exit__(None, None, None)
 
     def close(self) -> None:
-        """Lets the context go; it stays alive for whoever else uses it. Safe to call twice."""
+        """Unload the kernels. The context stays alive for its other users. Safe to call twice."""
         if not self._open:
             return
         try:
-            if self._kernels is not None:
+            if self._has_kernels:
                 with self.current(), suppress(CudaError):  # a device that has failed fails again
-                    self._kernels.close()
+                    self._cuda.close()
         finally:
             self._open = False
-            with self._translated("the context"):
-                self._binding.release(self.ordinal, self._context)
-
-    # -- memory
 
     def memory(self) -> tuple[int, int]:
-        """Free and total bytes."""
-        with self._translated("a look at the memory"):
-            return self._binding.memory()
+        """Return free and total bytes."""
+        with self._translate_errors("a query of its memory"):
+            return self._cuda.memory()
 
     def allocate(self, size: int, purpose: str) -> int:
-        """The address of `size` bytes, aligned to 256. purpose: for the message when there are not so many."""
-        with self._translated(purpose, size):
-            return self._binding.allocate(size)
+        """Return the address of `size` bytes, aligned to 256. purpose: for the error message."""
+        with self._translate_errors(purpose, size):
+            return self._cuda.allocate(size)
 
     def free(self, address: int) -> None:
-        with self._translated("memory that is given back"):
-            self._binding.free(address)
+        with self._translate_errors("freeing memory"):
+            self._cuda.free(address)
 
     def pinned(self, size: int, purpose: str) -> Bytes:
-        """uint8 (size,) in page-locked host memory, which can be copied while the host does something else."""
-        with self._translated(purpose, size, " of page-locked host memory"):
-            return self._binding.pinned(size)
+        """Return uint8 (size,) in page-locked host memory, which can be copied while the host does other work."""
+        with self._translate_errors(purpose, size, " of page-locked host memory"):
+            return self._cuda.pinned(size)
 
     def free_pinned(self, array: Bytes) -> None:
-        """`array` as it came from `pinned`. Nothing may look at it any more."""
-        with self._translated("memory that is given back"):
-            self._binding.free_pinned(array)
+        """Free an array of `pinned`. It must not be read any more."""
+        with self._translate_errors("freeing memory"):
+            self._cuda.free_pinned(array)
 
     def device_of(self, address: int) -> int | None:
-        """The ordinal of the device whose memory the address lies in; None where it is on none."""
-        return self._binding.device_of(address)
+        """Return the ordinal of the device that the address belongs to; None for host memory and unknown addresses."""
+        return self._cuda.device_of(address)
 
-    # -- streams and events
+    def copy_in(self, address: int, array: NDArray[Any], stream: int) -> None:
+        """Queue a copy of a C-contiguous array to the device."""
+        with self._translate_errors("a copy to the device"):
+            self._cuda.copy_in(address, array, stream)
+
+    def copy_out(self, array: NDArray[Any], address: int, stream: int) -> None:
+        """Queue a copy from the device into a C-contiguous array, to be read after `synchronize`."""
+        with self._translate_errors("a copy from the device"):
+            self._cuda.copy_out(array, address, stream)
+
+    def copy_within(self, address: int, source: int, size: int, stream: int) -> None:
+        """Queue a copy from one place on the device to another."""
+        with self._translate_errors("a copy on the device"):
+            self._cuda.copy_within(address, source, size, stream)
+
+    def clear(self, address: int, size: int, stream: int) -> None:
+        """Queue zeroing memory."""
+        with self._translate_errors("clearing memory"):
+            self._cuda.clear(address, size, stream)
 
     def stream(self) -> int:
-        with self._translated("a stream"):
-            return self._binding.stream()
+        """Return the handle of a new stream, one that does not wait for the legacy default stream."""
+        with self._translate_errors("a stream"):
+            return self._cuda.stream()
 
     def destroy_stream(self, stream: int) -> None:
-        with self._translated("a stream"):
-            self._binding.destroy_stream(stream)
-
-    def copy_in(self, address: int, array: Any, stream: int) -> None:
-        """Queues a copy of a C-contiguous array to the device."""
-        with self._translated("a copy to the device"):
-            self._binding.copy_in(address, array, stream)
-
-    def copy_out(self, array: Any, address: int, stream: int) -> None:
-        """Queues a copy from the device into a C-contiguous array, to be looked at after `synchronize`."""
-        with self._translated("a copy from the device"):
-            self._binding.copy_out(array, address, stream)
+        with self._translate_errors("a stream"):
+            self._cuda.destroy_stream(stream)
 
     def synchronize(self, stream: int) -> None:
-        """Waits for everything in the stream, and raises what went wrong there."""
-        with self._translated("the work on the device"):
-            self._binding.synchronize(stream)
+        """Wait for everything in the stream, and raise what went wrong there."""
+        with self._translate_errors("the work on the device"):
+            self._cuda.synchronize(stream)
 
     def wait_for_stream(self, stream: int, other: int) -> None:
-        """Lets what is queued in `stream` from now on wait for what is queued in `other` so far; the host does not."""
-        with self._translated("an event"):
-            self._binding.wait_for_stream(stream, other)
+        """Make later work in `stream` wait for what is queued in `other` so far. The host does not wait."""
+        with self._translate_errors("an event"):
+            self._cuda.wait_for_stream(stream, other)
+
+    def event(self) -> Any:
+        """Return a new event for ordering, to be freed with `destroy_event`."""
+        with self._translate_errors("an event"):
+            return self._cuda.event(timing=False)
+
+    def destroy_event(self, event: Any) -> None:
+        with self._translate_errors("an event"):
+            self._cuda.destroy_event(event)
+
+    def record(self, event: Any, stream: int) -> None:
+        """Make the event occur when everything that is queued in the stream so far is done."""
+        with self._translate_errors("an event"):
+            self._cuda.record(event, stream)
+
+    def wait_for_event(self, event: Any) -> None:
+        """Wait on the host until a recorded event has occurred."""
+        with self._translate_errors("the work on the device"):
+            self._cuda.wait_for_event(event)
 
     @contextmanager
     def timed(self, stream: int) -> Iterator[list[float]]:
-        """Gives a list that holds, at the end, the milliseconds that the device spent on what was queued inside."""
-        binding = self._binding
+        """Yield a list that holds, at the end, the milliseconds that the device spent on what was queued inside."""
+        cuda = self._cuda
         milliseconds: list[float] = []
-        with self._translated("an event"):
-            start, end = binding.event(), binding.event()
+        with self._translate_errors("an event"):
+            start, end = cuda.event(timing=True), cuda.event(timing=True)
             try:
-                binding.record(start, stream)
+                cuda.record(start, stream)
                 yield milliseconds
-                binding.record(end, stream)
-                binding.synchronize(stream)
-                milliseconds.append(binding.elapsed_ms(start, end))
+                cuda.record(end, stream)
+                cuda.synchronize(stream)
+                milliseconds.append(cuda.elapsed_ms(start, end))
             finally:
-                binding.destroy_event(start)
-                binding.destroy_event(end)
-
-    # -- kernels of our own
+                cuda.destroy_event(start)
+                cuda.destroy_event(end)
 
     def load_kernels(self) -> None:
-        """Lets the driver compile them, which it keeps for the next start. What follows needs it."""
-        if self._kernels is None:
-            with self._translated("kernels between levels"):
-                self._kernels = DeviceKernels(Driver())
+        """Load kernels.ptx, which the driver compiles for the GPU and caches for the next start."""
+        if not self._has_kernels:
+            ptx = resources.files("spmdeploy.gpu").joinpath("kernels.ptx").read_bytes()
+            with self._translate_errors("loading the refinement kernels"):
+                self._cuda.load_kernels(ptx, KERNELS)
+            self._has_kernels = True
 
-    def kernel(self, name: str, threads: int, stream: int, *arguments: int) -> None:
-        """Queues one; see `device_kernels`."""
-        assert self._kernels is not None
-        with self._translated(f"the kernel {name}"):
-            self._kernels.launch(name, threads, stream, *arguments)
+    def kernel(self, name: str, threads: int, stream: int, *arguments: int | np.int32, blocks_y: int = 1) -> None:
+        """Queue a kernel of kernels.cu. `load_kernels` must have been called.
 
-    def clear(self, address: int, size: int, stream: int) -> None:
-        """Queues zeros."""
-        assert self._kernels is not None
-        with self._translated("memory that is cleared"):
-            self._kernels.clear(address, size, stream)
+        Args:
+            name: One of `KERNELS`.
+            threads: Number of threads along x, rounded up to whole blocks.
+            stream: Handle.
+            *arguments: An int is a pointer, an np.int32 a C int.
+            blocks_y: Number of blocks along y.
+        """
+        grid = (-(-threads // _THREADS), blocks_y)
+        with self._translate_errors(f"the kernel {name}"):
+            self._cuda.launch_kernel(name, grid, _THREADS, stream, arguments)
 
-    def copy_within(self, address: int, source: int, size: int, stream: int) -> None:
-        """Queues a copy from one place on the device to another."""
-        assert self._kernels is not None
-        with self._translated("a copy on the device"):
-            self._kernels.copy(address, source, size, stream)
+    def capture(self, stream: int, enqueue: Callable[[], None]) -> Any:
+        """Return a CUDA graph of what `enqueue` queues in the stream, without running it.
 
-    # -- CUDA graphs
-
-    def capture(self, stream: int, enqueue: Callable[[], None]) -> int:
-        """A CUDA graph of what `enqueue` queues in the stream, which is not done now. Raises CaptureRefused."""
-        with self._translated("a CUDA graph"):
-            self._binding.begin_capture(stream)
+        Raises:
+            GraphCaptureError: Some of the work cannot be captured.
+        """
+        with self._translate_errors("a CUDA graph"):
+            self._cuda.begin_capture(stream)
             try:
                 enqueue()
-            except Exception as error:
-                self._abandon_capture(stream, error)
+            except Exception as exc:
+                self._abandon_capture(stream, exc)
                 raise
-            return self._binding.end_capture(stream)
+            return self._cuda.end_capture(stream)
 
     def _abandon_capture(self, stream: int, error: Exception) -> None:
-        """Makes the stream usual again. Raises CaptureRefused if the capture was what made the work fail."""
+        """End a capture after an error. Raises GraphCaptureError if the capture was what made the work fail."""
         try:
-            self._binding.destroy_graph(self._binding.end_capture(stream))
-        except CudaError as failure:
-            if failure.code in CAPTURE_CODES:
-                raise GraphCaptureError(str(error)) from error
+            self._cuda.destroy_graph(self._cuda.end_capture(stream))
+        except CudaCaptureError:
+            raise GraphCaptureError(str(error)) from error
+        except CudaError:
+            return
 
-    def launch(self, graph: int, stream: int) -> None:
-        """Queues everything in the graph with one call."""
-        with self._translated("a CUDA graph"):
-            self._binding.launch(graph, stream)
+    def launch(self, graph: Any, stream: int) -> None:
+        """Queue everything in a CUDA graph with one call."""
+        with self._translate_errors("a CUDA graph"):
+            self._cuda.launch(graph, stream)
 
-    def destroy_graph(self, graph: int) -> None:
-        with self._translated("a CUDA graph"):
-            self._binding.destroy_graph(graph)
-
-    # -- errors
+    def destroy_graph(self, graph: Any) -> None:
+        with self._translate_errors("a CUDA graph"):
+            self._cuda.destroy_graph(graph)
 
     @contextmanager
-    def _translated(self, purpose: str, size: int | None = None, where: str = "") -> Iterator[None]:
+    def _translate_errors(self, purpose: str, size: int | None = None, where: str = "") -> Iterator[None]:
         try:
             yield
-        except CudaError as error:
-            raise self._to_package_error(error, purpose, size, where) from error
+        except CudaCaptureError as exc:
+            raise GraphCaptureError(str(exc)) from exc
+        except CudaError as exc:
+            raise self._to_package_error(exc, purpose, size, where) from exc
 
-    def _to_package_error(self, error: CudaError, purpose: str, size: int | None, where: str) -> Exception:
-        if error.code in CAPTURE_CODES:
-            return GraphCaptureError(str(error))
-        if error.code != OUT_OF_MEMORY:
+    def _to_package_error(self, error: CudaError, purpose: str, size: int | None, where: str) -> SpmDeployError:
+        if isinstance(error, MissingFunctionError):
+            return UnavailableError(f"{self} failed at {purpose}: {error}", _NEWER_DRIVER)
+        if not isinstance(error, CudaMemoryError):
             return UnavailableError(f"{self} failed at {purpose}: {error}", SEE_DOCTOR)
-        asked = "memory" if size is None else f"{size:,} bytes{where}"
+        wanted = "memory" if size is None else f"{size:,} bytes{where}"
         return OutOfMemoryError(
-            f"{self} has no {asked} for {purpose}{self._free_memory_text()}", "close other programs on the GPU"
+            f"{self} has no {wanted} for {purpose}{self._free_memory_text(size)}", "close other programs on the GPU"
         )
 
-    def _free_memory_text(self) -> str:
+    def _free_memory_text(self, size: int | None) -> str:
         with suppress(CudaError):
-            free, total = self._binding.memory()
-            return f": {free:,} of {total:,} bytes are free"
+            free, total = self._cuda.memory()
+            lacking = f", {size - free:,} too few" if size is not None and size > free else ""
+            return f": {free:,} of {total:,} bytes are free{lacking}"
         return ""
 
 
-def _open_binding() -> Binding:
+def _open_or_raise(ordinal: int) -> CudaApi:
     try:
-        return open_binding()
-    except ImportError as error:
+        return open_cuda(ordinal)
+    except ImportError as exc:
         raise UnavailableError(
-            f"nothing is installed to use the GPU with: {error}",
-            'pip install "spmdeploy[tensorrt-rtx]" or cuda-python; on Jetson PyCUDA is part of most images',
-        ) from error
-    except (OSError, CudaError) as error:
-        raise UnavailableError(f"the GPU cannot be used: {error}", SEE_DOCTOR) from error
+            f"no package to use the GPU with is installed: {exc}",
+            'pip install "spmdeploy[tensorrt]" (with a driver for CUDA 12: "spmdeploy[tensorrt-cu12]"), or PyCUDA',
+        ) from exc
+    except MissingFunctionError as exc:
+        raise UnavailableError(f"the GPU cannot be used: {exc}", _NEWER_DRIVER) from exc
+    except OSError as exc:
+        raise UnavailableError(f"cuda:{ordinal} cannot be used: {exc}", SEE_DOCTOR) from exc

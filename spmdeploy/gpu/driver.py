@@ -1,15 +1,26 @@
-"""The NVIDIA driver, asked directly: what GPUs there are, before any library that needs one is loaded."""
+"""Lists GPUs through the NVIDIA driver's own library, without any package and without a CUDA context.
+
+Importing cuda.core takes a second, too long for a program that may turn out to have no GPU.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import re
 import sys
 from ctypes import byref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+Bytes = NDArray[np.uint8]
+
 _COMPUTE_CAPABILITY_MAJOR, _COMPUTE_CAPABILITY_MINOR = 75, 76  # CUdevice_attribute in cuda.h
+_OUT_OF_MEMORY = 2
+_CAPTURE_CODES = range(900, 910)  # CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED and the like
 _KERNEL_MODULE_VERSION = Path("/sys/module/nvidia/version")
 
 
@@ -21,18 +32,22 @@ class GpuFacts:
     compute_capability: str
     """Major and minor number, as in 8.6."""
     cuda: str
-    """The newest CUDA that the driver supports, as in 12.8."""
+    """The newest CUDA version that the driver supports, as in 12.8."""
     driver: str | None
-    """Version of the driver; None where the kernel does not tell."""
+    """Version of the driver; None where the kernel does not report it."""
 
 
 def visible_gpus() -> int:
-    """How many CUDA devices the driver shows this process. Raises OSError saying why there is no answer."""
+    """Return the number of CUDA devices that the driver shows this process.
+
+    Raises:
+        OSError: There is no driver or no GPU; the message says which.
+    """
     return Driver().integer("cuDeviceGetCount")
 
 
 def gpu_facts(index: int = 0) -> GpuFacts:
-    """Name and abilities of one device; makes no CUDA context. Raises OSError saying why there is no answer."""
+    """Describe one device. Raises OSError like `visible_gpus`."""
     driver = Driver()
     device = driver.integer("cuDeviceGet", index)
     name = ctypes.create_string_buffer(256)
@@ -47,7 +62,7 @@ def gpu_facts(index: int = 0) -> GpuFacts:
 
 
 def gpu_uuid(index: int = 0) -> str:
-    """The name of one piece of hardware, as nvidia-smi prints it: GPU-... Raises OSError like `gpu_facts`."""
+    """Return the identifier of one GPU as nvidia-smi prints it: GPU-... Raises OSError like `visible_gpus`."""
     driver, uuid = Driver(), (ctypes.c_uint8 * 16)()
     driver.call("cuDeviceGetUuid", byref(uuid), driver.integer("cuDeviceGet", index))
     digits = bytes(uuid).hex()
@@ -62,32 +77,65 @@ def _driver_version() -> str | None:
 
 
 class CudaError(OSError):
-    """A call that the driver refused. `code` is its number, 0 where a package passed on words only."""
+    """A call that failed in the driver."""
 
-    def __init__(self, call: str, code: int, words: str = "") -> None:
-        super().__init__(f"the NVIDIA driver answered {call} with {words or f'error {code}'}")
-        self.call, self.code = call, code
+
+class CudaMemoryError(CudaError):
+    """There is not enough memory on the device, or not enough page-locked memory."""
+
+
+class CudaCaptureError(CudaError):
+    """The call cannot be part of a CUDA graph, or the capture was invalidated."""
+
+
+class MissingFunctionError(CudaError):
+    """The driver is too old to have the function."""
+
+
+def cuda_error(call: str, text: str, code: int = 0, missing: str | None = None) -> CudaError:
+    """Classify a failed call.
+
+    Args:
+        call: Function of the driver.
+        text: What the driver or a package says, with the name of the error code where there is one.
+        code: Number of the error; 0 where only the text is known.
+        missing: The function that the driver's library does not have.
+    """
+    if missing is None and "CUDA_ERROR_NOT_FOUND" in text:  # what cuda.core makes of it
+        missing = call
+    if missing is not None:
+        return MissingFunctionError(f"the NVIDIA driver has no function {missing}: it is older than the installed packages for CUDA")
+    message = f"the NVIDIA driver answered {call} with {text or f'error {code}'}"
+    if code == _OUT_OF_MEMORY or re.search(r"out.of.memory", text, re.IGNORECASE):
+        return CudaMemoryError(message)
+    if code in _CAPTURE_CODES or re.search(r"stream.capture|been invalidated", text, re.IGNORECASE):
+        return CudaCaptureError(message)
+    return CudaError(message)
 
 
 class Driver:
-    """The driver's library by its C interface, initialized. Raises OSError where there is none."""
+    """The driver's C library, initialized. Raises OSError where there is none."""
 
     def __init__(self) -> None:
         name = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
         try:
             self._library: Any = ctypes.CDLL(name)
-        except OSError as error:
-            raise OSError(f"no NVIDIA driver ({error})") from error
+        except OSError as exc:
+            raise OSError(f"no NVIDIA driver ({exc})") from exc
         self.call("cuInit", 0)
 
     def call(self, function: str, *arguments: Any) -> None:
-        """Python's numbers go as C's int; anything longer must come as a ctypes object. Raises CudaFailure."""
-        code = getattr(self._library, function)(*arguments)
+        """Call a function. Python integers are passed as C int, anything else as a ctypes object. Raises CudaError."""
+        try:
+            found = getattr(self._library, function)
+        except AttributeError as exc:
+            raise cuda_error(function, "", missing=function) from exc
+        code = found(*arguments)
         if code:
-            raise CudaError(function, code)
+            raise cuda_error(function, "", code)
 
     def integer(self, function: str, *arguments: Any) -> int:
-        """The C int that a function writes where its first parameter points."""
+        """Return the C int that a function writes to its first parameter."""
         number = ctypes.c_int()
         self.call(function, byref(number), *arguments)
         return number.value
