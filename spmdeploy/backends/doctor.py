@@ -18,7 +18,7 @@ from spmdeploy.bundle.manifest import ON_CPU
 from spmdeploy.engines.library import import_engine_library
 from spmdeploy.engines.record import EngineRuntime
 from spmdeploy.errors import UnavailableError
-from spmdeploy.gpu.cuda_bindings import open_binding
+from spmdeploy.gpu.device import open_cuda
 from spmdeploy.gpu.driver import visible_gpus
 
 # The bare names, and those of the packages that they bring.
@@ -66,9 +66,9 @@ def _cuda_binding() -> Check:
     gpu = _gpu()
     name = "CUDA for Python"
     try:
-        return Check(name, gpu.usable, open_binding().name, gpu.remedy)
+        return Check(name, gpu.usable, open_cuda(0).name, gpu.remedy)
     except ImportError as error:
-        remedy = "pip install cuda-python; on Jetson PyCUDA is part of most images"
+        remedy = 'pip install cuda-core cuda-bindings (with a driver for CUDA 12: "cuda-bindings<13"), or PyCUDA'
         return Check(name, False, str(error), remedy)
     except OSError as error:
         return Check(name, False, str(error) if gpu.usable else gpu.reason, gpu.remedy or "check nvidia-smi")

@@ -1,8 +1,8 @@
-"""Cascades of ONNX Runtime on a GPU: its graphs run where the kernels between levels left their inputs."""
+"""Coarse-to-fine refinement with ONNX Runtime on a GPU: its graphs run where the kernels left their inputs."""
 
 from __future__ import annotations
 
-from spmdeploy.backends.device_pyramid import DeviceCascade, EnqueueBatch
+from spmdeploy.backends.device_pyramid import EXTRA_BYTES, DeviceCascade, EnqueueBatch
 from spmdeploy.backends.onnxruntime import LoadedGraph
 from spmdeploy.backends.tensorrt import graph_ports
 from spmdeploy.backends.tensorrt_engine import item_bytes
@@ -16,23 +16,23 @@ from spmdeploy.tiling.pyramid import PyramidLevel
 
 
 class OrtCascades:
-    """Inputs and outputs on the GPU for both graphs of a session, which has memory of its own for the rest.
+    """Inputs and outputs on the GPU for both graphs of a session, which has its own memory for the rest.
 
-    ONNX Runtime computes in a stream of its own and waits for it, so that tiles are not prepared meanwhile.
+    ONNX Runtime computes in its own stream and waits for it, so tiles are not prepared meanwhile. Not yet run on a GPU.
     """
 
     def __init__(self, ordinal: int, size: int) -> None:
-        """Raises UnavailableError where neither PyCUDA nor cuda-python is installed."""
+        """Raises UnavailableError where neither PyCUDA nor cuda-core is installed."""
         self._memory, self._size, self._room = EngineMemory(Device(ordinal)), size, 0
 
     def open(
         self, edit: LoadedGraph, refine: LoadedGraph, frame: Letterbox, levels: tuple[PyramidLevel, ...], batch: int
     ) -> DeviceCascade:
-        """Raises OutOfMemory, UnavailableError."""
+        """Return the refinement of one window. Raises OutOfMemoryError, UnavailableError."""
         sizes = {name: item_bytes(port) for name, port in graph_ports(REFINE, self._size).items()}
-        with self._memory.in_use():
+        with self._memory.lock():
             if batch > self._room:
-                self._memory.reserve(sizes, batch)
+                self._memory.reserve(sizes | EXTRA_BYTES, batch)
                 self._room = batch
         return DeviceCascade(self._memory, self._run(edit, EDIT), self._run(refine, REFINE), batch, frame, levels)
 

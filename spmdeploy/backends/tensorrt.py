@@ -1,4 +1,4 @@
-"""The session on TensorRT and TensorRT-RTX engines."""
+"""The session on TensorRT and TensorRT-RTX engines. Run on the simulated GPU of the tests only, not yet on a GPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spmdeploy.backends.base import Unsupported
-from spmdeploy.backends.device_pyramid import DeviceCascade
+from spmdeploy.backends.device_pyramid import EXTRA_BYTES, DeviceCascade
 from spmdeploy.backends.tensorrt_engine import LoadedEngine
 from spmdeploy.bundle.manifest import EDIT, REFINE
 from spmdeploy.engines.record import BATCH, Port
@@ -26,11 +26,12 @@ from spmdeploy.types import ModelInput
 
 HostArrays = Mapping[str, NDArray[Any]]
 _NAMES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
+_OUTPUTS = ("edited", "unrounded")
 _NO_REFINE = Unsupported("there is no refine engine", "build one: spmdeploy build BUNDLE --graph refine")
 
 
 class TensorRtSession:
-    """The engines of a bundle on one GPU. Batches of any size: they are run in parts that the engine takes.
+    """The engines of a bundle on one GPU. Batches of any size: they are split into parts that the engine takes.
 
     Its methods may be called from several threads and wait for each other; several sessions may be open at once. Use it
     as a context manager or call `close`: nothing on the device is freed before.
@@ -44,11 +45,19 @@ class TensorRtSession:
         size: int = 256,
         ordinal: int = 0,
     ) -> None:
-        """library: the module `tensorrt` or `tensorrt_rtx`. edit, refine: engines that fit this machine, by that
-        library and in one precision, or why there is none that refines. size: height and width of the graphs' pictures.
-        ordinal: of the GPU.
+        """Load the edit engine; the refine engine is loaded when it is first used.
 
-        Raises BundleError (an engine does not fit), UnavailableError (no GPU, driver or package), OutOfMemory.
+        Args:
+            library: The module `tensorrt` or `tensorrt_rtx`.
+            edit: An engine of that library that fits this machine.
+            refine: One of the same library and precision, or why there is none.
+            size: Height and width of the graphs' images.
+            ordinal: Number of the GPU.
+
+        Raises:
+            BundleError: An engine does not fit.
+            UnavailableError: There is no GPU, driver or package.
+            OutOfMemoryError: The GPU has too little memory.
         """
         record = edit.require_compatible()
         self.backend: str = record.runtime
@@ -58,7 +67,7 @@ class TensorRtSession:
         self.refine_unsupported = refine if isinstance(refine, Unsupported) else None
         self.refines = self.refine_unsupported is None
         self.max_batch = record.batch.max
-        self._library, self._refine_found = library, refine
+        self._library, self._refine_engine = library, refine
         self._engines: dict[str, LoadedEngine] = {}
         self._open = True
         self._memory = EngineMemory(Device(ordinal))
@@ -72,65 +81,79 @@ class TensorRtSession:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What did not go as it should, though the results are right."""
+        """Non-fatal warnings collected so far."""
         return tuple(note for engine in self._engines.values() for note in engine.notes)
 
     @property
     def engine_bytes(self) -> int:
-        """Of the engine files that are loaded: `refine` is from its first use on."""
+        """Bytes of the engine files that are loaded: `refine` is from its first use on."""
         return sum(engine.record.engine.bytes for engine in self._engines.values())
 
     @property
     def activation_bytes(self) -> int:
-        """What the engines have been given on the GPU to keep intermediate results in."""
+        """Bytes on the GPU for the engines' intermediate results."""
         return self._memory.activation_bytes
 
-    # -- from and to the host
-
     def run(self, inputs: ModelInput) -> NDArray[np.uint8]:
+        """See `Session.run`."""
         edited: NDArray[np.uint8] = self._run(EDIT, "edited", inputs._asdict())
         return edited
 
     def run_unrounded(self, inputs: ModelInput) -> NDArray[np.float32]:
+        """See `Session.run_unrounded`."""
         unrounded: NDArray[np.float32] = self._run(EDIT, "unrounded", inputs._asdict())
         return unrounded
 
     def refine(self, inputs: ModelInput, coarse: NDArray[np.float32]) -> NDArray[np.float32]:
+        """See `Session.refine`."""
         unrounded: NDArray[np.float32] = self._run(REFINE, "unrounded", {**inputs._asdict(), "coarse": coarse})
         return unrounded
 
     def _run(self, graph: str, output: str, inputs: HostArrays) -> NDArray[Any]:
         ports = graph_ports(graph, self.size)
         batch = _common_batch({name: (array.shape, array.dtype.name) for name, array in inputs.items()}, ports)
-        with self._memory.in_use():
+        with self._memory.lock():
             engine = self._engine(graph)
-            most = engine.record.batch.max
+            step = engine.record.batch.max
             parts = [
-                engine.run({name: array[start : start + most] for name, array in inputs.items()}, output)
-                for start in range(0, batch, most)
+                engine.run({name: array[start : start + step] for name, array in inputs.items()}, output)
+                for start in range(0, batch, step)
             ]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def timed_run(self, inputs: ModelInput) -> float:
-        """Milliseconds that the device spends on `run` of one batch of at most `max_batch`, copies in and out included.
+        """Return the milliseconds of `run` by the device's clock, copies in and out included.
 
-        By its own clock; what the host does before and after does not count.
+        Args:
+            inputs: One batch of at most `max_batch`.
         """
-        with self._memory.in_use():
+        with self._memory.lock():
             return self._engine(EDIT).timed_run(inputs._asdict(), "edited")
 
-    # -- from and to the device
+    def run_device(
+        self,
+        inputs: Mapping[str, Any],
+        outputs: Mapping[str, Any],
+        stream: int,
+        graph: str = EDIT,
+        cuda_graphs: bool = True,
+    ) -> None:
+        """Queue a batch of edits in a CUDA stream, without waiting and without a copy through the host.
 
-    def run_device(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any], stream: int, graph: str = EDIT) -> None:
-        """Queues a batch of edits in a CUDA stream, without waiting and without a copy through the host.
+        Work of other streams that an array names is waited for on the device. A batch at the same addresses is replayed
+        as a CUDA graph from its third time on.
 
-        inputs: image, labels, instances, mask (and coarse, for the graph refine) with the shapes and dtypes of `run`.
-        outputs: edited or unrounded or both, written to. All are arrays on this GPU with `__cuda_array_interface__`
-        (PyTorch's, CuPy's, ...) or `DeviceArray`s, at addresses that are multiples of 256; the caller keeps them
-        alive until the stream has done its work. stream: the handle, such as `torch.cuda.current_stream().cuda_stream`.
+        Args:
+            inputs: image, labels, instances, mask (and coarse, for the graph refine) with the shapes and dtypes of
+                `run`: arrays on this GPU with `__cuda_array_interface__` (PyTorch's, CuPy's) or `DeviceArray`s, at
+                addresses that are multiples of 256. The caller keeps them alive until the stream has done its work.
+            outputs: edited or unrounded or both, to be written to.
+            stream: The handle, such as `torch.cuda.current_stream().cuda_stream`.
+            graph: edit or refine.
+            cuda_graphs: False queues every kernel by itself, to measure what graphs save.
 
-        Work of other streams that an array names is waited for on the device. Without CUDA graphs, as addresses differ.
-        Raises InputError for arrays that do not fit, naming them.
+        Raises:
+            InputError: Arrays do not fit; the message names them.
         """
         if graph not in (EDIT, REFINE):
             raise UsageError(f"no graph {graph!r}", f"choose from {EDIT}, {REFINE}")
@@ -138,71 +161,71 @@ class TensorRtSession:
         wanted = [name for name in ports if name not in _OUTPUTS]
         if set(inputs) != set(wanted) or not outputs or not set(outputs) <= set(_OUTPUTS):
             takes = f"{graph} takes {', '.join(wanted)} and gives {' or '.join(_OUTPUTS)}"
-            given_words = f"not {', '.join(inputs) or 'nothing'} and {', '.join(outputs) or 'nothing'}"
-            raise InputError(f"{takes}, {given_words}", "name every input, and at least one output")
+            given_text = f"not {', '.join(inputs) or 'nothing'} and {', '.join(outputs) or 'nothing'}"
+            raise InputError(f"{takes}, {given_text}", "name every input, and at least one output")
         given = {name: as_device_array(value, name) for name, value in {**inputs, **outputs}.items()}
         batch = _common_batch({name: (array.shape, array.dtype) for name, array in given.items()}, ports)
-        with self._memory.in_use():
+        with self._memory.lock():
             for name, array in given.items():
-                self._check_place(name, array, written=name in outputs)
+                self._check_array(name, array, written=name in outputs)
             for other in {array.stream for array in given.values()} - {None, stream}:
                 self._memory.device.wait_for_stream(stream, int(other or 0))
             engine = self._engine(graph)
-            most = engine.record.batch.max
-            for start in range(0, batch, most):
+            step = engine.record.batch.max
+            for start in range(0, batch, step):
                 addresses = {name: array.address + start * array.bytes_per_item for name, array in given.items()}
-                engine.enqueue_on(addresses, min(most, batch - start), stream)
+                engine.enqueue_on(addresses, min(step, batch - start), stream, cuda_graphs)
 
     def synchronize(self) -> None:
-        """Waits for whatever `run_device` has queued: then arrays that it was given may be freed."""
-        with self._memory.in_use():
+        """Wait for everything that `run_device` has queued. Arrays that it was given may be freed then."""
+        with self._memory.lock():
             self._memory.device.synchronize(self._memory.stream)
 
-    def _check_place(self, name: str, array: DeviceArray, written: bool) -> None:
-        memory, where = self._memory, None
-        if array.address:
-            where = memory.device.device_of(array.address)
-        if where != memory.device.ordinal:
+    def _check_array(self, name: str, array: DeviceArray, written: bool) -> None:
+        device = self._memory.device
+        where = device.device_of(array.address) if array.address else None
+        if where != device.ordinal:
             place = "not in a GPU's memory" if where is None else f"on cuda:{where}"
             raise InputError(f"{name} is {place}, but the session is on {self.device}", "copy it there first")
         if array.address % ALIGNMENT:
             raise InputError(
-                f"{name} starts at an address that is no multiple of {ALIGNMENT}", "copy it into an array of its own"
+                f"{name} starts at an address that is not a multiple of {ALIGNMENT}", "copy it into a new array"
             )
         if written and array.read_only:
             raise InputError(f"{name} is to be written to, but is read-only", "give another array")
 
-    # -- engines
-
     def device_cascade(self, frame: Letterbox, levels: tuple[PyramidLevel, ...], batch: int) -> DeviceCascade:
-        """Carries a window up through its levels without its picture leaving the GPU; see `SupportsDevicePyramid`."""
-        with self._memory.in_use():
+        """Refine a window level by level without copying its image to the host; see `SupportsDevicePyramid`."""
+        with self._memory.lock():
             edit, refine = self._engine(EDIT), self._engine(REFINE)
-            most = min(batch, refine.record.batch.max)
-            edit.prepare(1)
-            refine.prepare(most)  # first what nothing goes without
-        return DeviceCascade(self._memory, edit.enqueue_in_place, refine.enqueue_in_place, most, frame, levels)
+            batch = min(batch, refine.record.batch.max)
+            edit.prepare(1)  # first what refinement through the host needs too
+            refine.prepare(batch)
+        return DeviceCascade(self._memory, edit.enqueue_in_place, refine.enqueue_in_place, batch, frame, levels)
 
     def _engine(self, graph: str) -> LoadedEngine:
-        """Inside `in_use`. The refine engine is loaded when it is first asked for."""
+        """The engine of a graph, loaded at its first use. To be called inside `lock`."""
         if not self._open:
             raise UnavailableError(f"the session on {self.device} was closed", "open another")
         if graph not in self._engines:
-            if isinstance(self._refine_found, Unsupported):
-                raise BundleError(*self._refine_found)
-            self._load(graph, self._refine_found)
+            if isinstance(self._refine_engine, Unsupported):
+                raise BundleError(*self._refine_engine)
+            self._load(graph, self._refine_engine)
         return self._engines[graph]
 
-    def _load(self, graph: str, found: StoredEngine) -> None:
-        self._engines[graph] = LoadedEngine(self._library, found, graph_ports(graph, self.size), self._memory)
+    def _load(self, graph: str, engine: StoredEngine) -> None:
+        extra = EXTRA_BYTES if graph == REFINE else {}
+        ports = graph_ports(graph, self.size)
+        self._engines[graph] = LoadedEngine(self._library, engine, ports, self._memory, extra)
 
     def close(self) -> None:
+        """Free everything on the device. Safe to call twice."""
         if not self._open:
             return
         self._open = False
         try:
-            with self._memory.in_use():
-                with suppress(SpmDeployError):  # a device that has failed fails again, and all is to be freed
+            with self._memory.lock():
+                with suppress(SpmDeployError):  # a device that has failed fails again
                     self._memory.device.synchronize(self._memory.stream)
                 for engine in self._engines.values():
                     engine.close()
@@ -218,21 +241,16 @@ class TensorRtSession:
         self.close()
 
 
-# ---------------------------------------------------------------------------------------- what the graphs take and give
-
-_OUTPUTS = ("edited", "unrounded")
-
-
 def graph_ports(graph: str, size: int) -> dict[str, Port]:
-    """Inputs and outputs of the `edit` or `refine` graph for pictures of that size, by name."""
-    picture, plane = (BATCH, size, size, 3), (BATCH, size, size)
+    """Return inputs and outputs of the `edit` or `refine` graph for images of `size` by `size` pixels, by name."""
+    image, plane = (BATCH, size, size, 3), (BATCH, size, size)
     ports = [
-        Port("image", "uint8", picture),
+        Port("image", "uint8", image),
         Port("labels", "uint8", plane),
         Port("instances", "int32", plane),
         Port("mask", "uint8", plane),
-        Port("edited", "uint8", picture),
-        Port("unrounded", "float32", picture),
+        Port("edited", "uint8", image),
+        Port("unrounded", "float32", image),
     ]
     if graph == REFINE:
         ports.append(Port("coarse", "float32", (BATCH, size // 2, size // 2, 3)))
@@ -240,7 +258,7 @@ def graph_ports(graph: str, size: int) -> dict[str, Port]:
 
 
 def _common_batch(arrays: Mapping[str, tuple[tuple[int, ...], str]], ports: Mapping[str, Port]) -> int:
-    """How many edits the arrays hold, by their shapes and dtypes. Raises InputError naming the first that is wrong."""
+    """The batch size of arrays given by shape and dtype. Raises InputError naming the first that does not fit."""
     batch = next(iter(arrays.values()))[0][:1]
     for name, (shape, dtype) in arrays.items():
         port = ports[name]

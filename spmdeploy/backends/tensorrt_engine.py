@@ -1,13 +1,16 @@
 """One engine on the GPU: TensorRT 10, TensorRT 11 or TensorRT-RTX, whose module is a parameter.
 
-Each batch size has an execution context of its own, because a context has to stay as it was when a CUDA graph was
-captured from it. The contexts do not allocate: they are given the activations of `EngineMemory` (USER_MANAGED), as much
-as their batch needs. From its second run on a batch size is a CUDA graph: one launch for the copies in, some hundred
-kernels and the copy out, which would take longer to launch than to compute.
+Each batch size has its own execution context, because a context must stay as it was when a CUDA graph was captured from
+it. The contexts do not allocate: they use the activations of `EngineMemory` (USER_MANAGED), as much as their batch
+needs. From its second run on, a batch size is a CUDA graph: one launch for the copies in, several hundred kernels and
+the copy out, which would take longer to launch one by one than to compute.
+
+Run on the simulated GPU of the tests only, not yet on a GPU.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -25,7 +28,12 @@ from spmdeploy.gpu.buffers import EngineMemory
 from spmdeploy.gpu.device import SEE_DOCTOR, GraphCaptureError
 
 _DTYPES = {"FLOAT": "float32", "HALF": "float16"}
-_KEPT_MESSAGES = 20
+_MAX_MESSAGES = 20
+_MAX_FIXED = 4
+"""Sets of the caller's addresses that graphs are kept for."""
+
+Addresses = tuple[tuple[str, int], ...]
+"""Sorted names and addresses of the caller's arrays; () for the places in `EngineMemory`."""
 
 
 class EngineError(UnavailableError):
@@ -34,94 +42,112 @@ class EngineError(UnavailableError):
 
 @dataclass
 class _Prepared:
-    """An execution context for one batch size, and what was captured from it."""
+    """An execution context for one batch size, and the graphs that were captured from it."""
 
     context: Any
     generation: int = -1
-    """Of the memory that the context knows the addresses of."""
+    """Of the memory whose addresses the context has."""
     ran: bool = False
-    graphs: dict[str | None, int] = field(default_factory=dict)
+    graphs: dict[str | None, Any] = field(default_factory=dict)
     """By the output that is copied to the host; None: of the engine alone, without copies."""
 
 
 class LoadedEngine:
-    """Everything but the constructor wants to be called inside `memory.in_use()`."""
+    """Everything but the constructor must be called inside `memory.lock()`."""
 
-    def __init__(self, library: Any, found: StoredEngine, ports: Mapping[str, Port], memory: EngineMemory) -> None:
-        """found: read, which is to say hashed and compared with this machine, before anything is loaded.
-        ports: what the graph takes and gives, by name; the engine must do just that.
+    def __init__(
+        self,
+        library: Any,
+        engine: StoredEngine,
+        ports: Mapping[str, Port],
+        memory: EngineMemory,
+        extra_bytes: Mapping[str, int] | None = None,
+    ) -> None:
+        """Read, check and load an engine.
 
-        Raises BundleError (does not fit, cannot be loaded, is another graph's), OutOfMemory, UnavailableError.
+        Args:
+            library: The module `tensorrt` or `tensorrt_rtx`.
+            engine: Its hash and its record are checked against this machine before anything is loaded.
+            ports: Inputs and outputs of the graph by name; the engine must have exactly these.
+            memory: Shared with the session's other engines.
+            extra_bytes: Bytes an item to reserve under more names.
+
+        Raises:
+            BundleError: The engine does not fit this machine, cannot be loaded or is another graph's.
+            OutOfMemoryError, UnavailableError: The GPU cannot take it.
         """
-        content = found.read()
-        self.record = found.require_compatible()
+        content = engine.read()
+        self.record = engine.require_compatible()
         self.notes: list[str] = []
-        self._library, self._memory, self._path = library, memory, found.path
+        self._library, self._memory, self._path = library, memory, engine.path
         self._inputs, self._outputs = self.record.inputs, self.record.outputs
         self._messages: list[str] = []
         self._prepared: dict[tuple[int, bool], _Prepared] = {}
+        self._fixed: OrderedDict[tuple[int, Addresses], _Prepared] = OrderedDict()
+        self._seen: OrderedDict[tuple[int, Addresses], None] = OrderedDict()
         self._captures = True
         self._runtime: Any = None
         self._engine: Any = None
         self._context_options: Any = None
         self._kernels: KernelCache | None = None
-        with memory.in_use(), capture_log(library, self._on_log):
+        with memory.lock(), capture_log(library, self._on_log):
             try:
                 self._load(content)
                 self._check_ports(ports)
                 self._choose_context_options()
                 sizes = {port.name: item_bytes(port) for port in (*self._inputs, *self._outputs)}
-                memory.reserve(sizes, self.record.batch.max)
+                memory.reserve(sizes | dict(extra_bytes or {}), self.record.batch.max)
             except BaseException:
                 self.close()
                 raise
 
-    # -- loading
-
     def _load(self, content: bytes) -> None:
         try:
             self._runtime = self._library.Runtime(library_logger(self._library))
-        except (TypeError, RuntimeError) as error:  # what the bindings make of a factory that gives nothing
-            raise UnavailableError(f"{self._name} does not start: {self._words(error)}", SEE_DOCTOR) from error
+        except (TypeError, RuntimeError) as exc:  # how the bindings report a factory that returned nothing
+            raise UnavailableError(f"{self._name} does not start: {self._error_summary(exc)}", SEE_DOCTOR) from exc
         self._engine = self._runtime.deserialize_cuda_engine(content)
         if self._engine is None:
             self._raise_if_out_of_memory(f"the {len(content):,} bytes of {self._path}")
             if "cudaerror" in self._log_text or "cudaruntime" in self._log_text:  # nothing is wrong with the engine
-                problem = f"{self._name} cannot use {self._memory.device}: {self._words()}"
+                problem = f"{self._name} cannot use {self._memory.device}: {self._error_summary()}"
                 raise UnavailableError(
                     problem, "is NVIDIA's driver new enough for this library? See `spmdeploy doctor`"
                 )
-            raise BundleError(f"{self._path} cannot be loaded by {self._name}: {self._words()}", BUILD_AGAIN)
+            raise BundleError(f"{self._path} cannot be loaded by {self._name}: {self._error_summary()}", BUILD_AGAIN)
 
     def _check_ports(self, ports: Mapping[str, Port]) -> None:
-        """Compares the loaded engine with its record and with the graph. Raises BundleError with every difference."""
+        """Compare the loaded engine with its record and with the graph. Raises BundleError with every difference."""
         engine = self._engine
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
         loaded = {name: self._port(name) for name in names}
         inputs = {name for name in names if engine.get_tensor_mode(name) == self._library.TensorIOMode.INPUT}
-        faults = []
+        problems = []
         for whose, expected in (("its record", _by_name(self._inputs + self._outputs)), ("the graph", ports)):
-            faults += [
-                f"{name}: {_port_words(loaded.get(name))} in the engine, {_port_words(expected.get(name))} in {whose}"
+            problems += [
+                f"{name}: {_port_text(loaded.get(name))} in the engine, {_port_text(expected.get(name))} in {whose}"
                 for name in sorted(loaded.keys() | expected.keys())
                 if loaded.get(name) != expected.get(name)
             ]
         if inputs != {port.name for port in self._inputs}:
-            faults.append(f"inputs are {', '.join(sorted(inputs))}")
-        if not faults:
-            faults += self._batch_faults()
-        if faults:
-            raise BundleError(f"{self._path} is not what it should be: {'; '.join(faults)}", BUILD_AGAIN)
+            problems.append(f"inputs are {', '.join(sorted(inputs))}")
+        if not problems:
+            problems += self._batch_problems()
+        if problems:
+            raise BundleError(f"{self._path} is not what it should be: {'; '.join(problems)}", BUILD_AGAIN)
 
-    def _batch_faults(self) -> list[str]:
-        if self._engine.num_optimization_profiles != 1:
-            return [f"{self._engine.num_optimization_profiles} optimization profiles instead of one"]
-        batch, faults = self.record.batch, []
-        for port in self._inputs:
-            least, _, most = (shape[0] for shape in self._engine.get_tensor_profile_shape(port.name, 0))
-            if (least, most) != (batch.min, batch.max):
-                faults.append(f"{port.name}: batches of {least} to {most}, {batch.min} to {batch.max} in its record")
-        return faults
+    def _batch_problems(self) -> list[str]:
+        profiles, count = self.record.batch_profiles, self._engine.num_optimization_profiles
+        if count != len(profiles):
+            return [f"{count} optimization profiles instead of {len(profiles)}"]
+        problems = []
+        for index, profile in enumerate(profiles):
+            for port in self._inputs:
+                least, _, most = (shape[0] for shape in self._engine.get_tensor_profile_shape(port.name, index))
+                if (least, most) != (profile.min, profile.max):
+                    recorded = f"{profile.min} to {profile.max} in its record"
+                    problems.append(f"{port.name}: batches of {least} to {most}, {recorded}")
+        return problems
 
     def _port(self, name: str) -> Port:
         dtype = self._engine.get_tensor_dtype(name).name
@@ -135,17 +161,15 @@ class LoadedEngine:
             return
         self._context_options = config = self._engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(strategies.USER_MANAGED)
-        # TensorRT-RTX compiles kernels for a shape when it first comes, by default in the background while slower ones
-        # do the work: a CUDA graph would keep the slow ones for ever, and the same edit would give other last bits.
+        # TensorRT-RTX compiles kernels for a shape when it first occurs, by default in the background while slower ones
+        # are used: a CUDA graph would keep the slow ones for ever, and the same edit would have different last bits.
         specialization = self._library.DynamicShapesKernelSpecializationStrategy
         config.dynamic_shapes_kernel_specialization_strategy = specialization.EAGER
         self._kernels = KernelCache(config.create_runtime_cache(), self.record)
         config.set_runtime_cache(self._kernels.cache)
 
-    # -- running
-
     def run(self, inputs: Mapping[str, NDArray[Any]], output: str) -> NDArray[Any]:
-        """One batch of at most `max_batch`, from host arrays of the right shapes and dtypes to a new one."""
+        """Run one batch of at most `max_batch`, from host arrays of the right shapes and dtypes to a new array."""
         memory, batch = self._memory, len(next(iter(inputs.values())))
         with capture_log(self._library, self._on_log):
             prepared = self._staged(inputs, batch, output)
@@ -155,7 +179,7 @@ class LoadedEngine:
         return self._host(_by_name(self._outputs)[output], batch).copy()
 
     def timed_run(self, inputs: Mapping[str, NDArray[Any]], output: str) -> float:
-        """Milliseconds from the device's first copy in to its last copy out, by its own clock."""
+        """Return milliseconds from the device's first copy in to its last copy out, by its own clock."""
         memory, batch = self._memory, len(next(iter(inputs.values())))
         with capture_log(self._library, self._on_log):
             prepared = self._staged(inputs, batch, output)
@@ -165,7 +189,7 @@ class LoadedEngine:
         return milliseconds[0]
 
     def _staged(self, inputs: Mapping[str, NDArray[Any]], batch: int, output: str) -> _Prepared:
-        """Inputs in page-locked memory, and all that is needed to run them, a graph where there can be one."""
+        """Put inputs into page-locked memory and prepare the run, as a graph where possible."""
         prepared = self._ready(batch, own=True)
         for name, array in inputs.items():
             np.copyto(self._memory.host(name, array.shape, array.dtype.name), array)
@@ -174,40 +198,78 @@ class LoadedEngine:
         return prepared
 
     def prepare(self, batch: int) -> None:
-        """Makes sure that there is room for the intermediate results of so many edits. Raises OutOfMemory."""
+        """Make room for the activations of so many items. Raises OutOfMemoryError."""
         with capture_log(self._library, self._on_log):
             self._ready(batch, own=True)
 
     def enqueue_in_place(self, batch: int) -> None:
-        """Queues one batch on the inputs that lie in the memory's places by then; the outputs stay in theirs."""
+        """Queue one batch from the inputs' places in the memory to the outputs'."""
         with capture_log(self._library, self._on_log):
             prepared = self._ready(batch, own=True)
             if prepared.ran and None not in prepared.graphs and self._captures:
                 self._capture(prepared, batch, None)
             self._queue(prepared, batch, None)
             prepared.ran = True
-        self._memory.queued()
+
+    def enqueue_on(self, addresses: Mapping[str, int], batch: int, stream: int, cuda_graphs: bool = True) -> None:
+        """Queue one batch in a stream of the caller, on inputs and outputs at the caller's addresses.
+
+        The same addresses and batch are a CUDA graph from the third time on. Outputs that are not named go where those
+        of `run` go, and are lost.
+
+        Args:
+            addresses: By name.
+            batch: Number of items.
+            stream: Handle.
+            cuda_graphs: False queues the kernels one by one each time.
+        """
+        memory = self._memory
+        with capture_log(self._library, self._on_log):
+            prepared = self._fixed_context(addresses, batch) if cuda_graphs and self._captures else None
+            if prepared is not None and prepared.ran and None not in prepared.graphs:
+                self._capture(prepared, batch, None)
+            if prepared is None:
+                prepared = self._ready(batch, own=False)
+                self._set_addresses(prepared, addresses)
+            memory.device.wait_for_stream(stream, memory.stream)  # whatever used the activations before
+            try:
+                if None in prepared.graphs:
+                    memory.device.launch(prepared.graphs[None], stream)
+                else:
+                    self._execute(prepared, batch, stream)
+                    prepared.ran = True
+            finally:
+                memory.device.wait_for_stream(memory.stream, stream)  # and whatever uses them next
+
+    def _fixed_context(self, addresses: Mapping[str, int], batch: int) -> _Prepared | None:
+        """The context that stays at these addresses, from the second time on that they are used."""
+        key = (batch, tuple(sorted(addresses.items())))
+        prepared = self._fixed.get(key)
+        if prepared is None:
+            seen = key in self._seen
+            self._seen[key] = None
+            if len(self._seen) > 2 * _MAX_FIXED:
+                self._seen.popitem(last=False)
+            if not seen:
+                return None
+            prepared = _Prepared(self._context_for(batch))
+            if len(self._fixed) >= _MAX_FIXED:
+                self._destroy_graphs(self._fixed.popitem(last=False)[1])
+            self._fixed[key] = prepared
+        self._fixed.move_to_end(key)
+        if prepared.generation != self._memory.generation:
+            try:
+                self._give_memory(prepared, batch, addresses)
+            except BaseException:
+                del self._fixed[key]
+                raise
+        return prepared
 
     def _queue(self, prepared: _Prepared, batch: int, output: str | None) -> None:
         if output in prepared.graphs:
             self._memory.device.launch(prepared.graphs[output], self._memory.stream)
         else:
             self._enqueue(prepared, batch, output)
-
-    def enqueue_on(self, addresses: Mapping[str, int], batch: int, stream: int) -> None:
-        """Queues one batch in a stream of the caller's, on inputs and outputs at the caller's addresses.
-
-        Outputs that are not named go where those of `run` go, and are lost.
-        """
-        memory = self._memory
-        with capture_log(self._library, self._on_log):
-            prepared = self._ready(batch, own=False)
-            self._set_addresses(prepared, addresses)
-            memory.device.wait_for_stream(stream, memory.stream)  # whoever had the activations before
-            try:
-                self._execute(prepared, batch, stream)
-            finally:
-                memory.device.wait_for_stream(memory.stream, stream)  # and whoever has them next
 
     def _enqueue(self, prepared: _Prepared, batch: int, output: str | None) -> None:
         memory = self._memory
@@ -224,99 +286,119 @@ class LoadedEngine:
     def _execute(self, prepared: _Prepared, batch: int, stream: int) -> None:
         self._messages.clear()
         if not prepared.context.execute_async_v3(stream):
-            raise EngineError(f"{self._name} cannot run {self._path} on a batch of {batch}: {self._words()}")
+            raise EngineError(f"{self._name} cannot run {self._path} on a batch of {batch}: {self._error_summary()}")
 
     def _capture(self, prepared: _Prepared, batch: int, output: str | None) -> None:
-        """Captures a graph, or notes why there will be none: everything works without, only slower."""
+        """Capture a graph, or note why there is none: everything works without, but slower."""
         memory, context = self._memory, prepared.context
         try:
-            # TensorRT-RTX knows beforehand; TensorRT has no such question.
+            # TensorRT-RTX can tell beforehand; TensorRT has no such method.
             if hasattr(context, "is_stream_capturable") and not context.is_stream_capturable(memory.stream):
                 raise GraphCaptureError("the library says that this engine's work cannot be captured")
             prepared.graphs[output] = memory.device.capture(
                 memory.stream, lambda: self._enqueue(prepared, batch, output)
             )
-        except (GraphCaptureError, EngineError) as error:
+        except (GraphCaptureError, EngineError) as exc:
             self._captures = False
-            self.notes.append(f"{self.record.graph}: without CUDA graphs, which costs time at every run: {error}")
+            self.notes.append(f"{self.record.graph}: without CUDA graphs, which costs time at every run: {exc}")
 
     def _host(self, port: Port, batch: int) -> NDArray[Any]:
         return self._memory.host(port.name, (batch, *port.shape[1:]), port.dtype)
 
-    # -- contexts
-
     def _ready(self, batch: int, own: bool) -> _Prepared:
-        """The context for a batch size, knowing where its memory is. own: for the arrays of `EngineMemory`.
+        """The context for a batch size. own: at the places of `EngineMemory`.
 
-        Those that work on somebody else's arrays are apart: to change an address would spoil the graphs.
+        Contexts for the caller's arrays are separate: to change an address would invalidate the graphs.
         """
-        memory = self._memory
         prepared = self._prepared.get((batch, own))
         if prepared is None:
             prepared = self._prepared[batch, own] = _Prepared(self._context_for(batch))
-        if prepared.generation != memory.generation:
-            self._destroy_graphs(prepared)
-            address, size = self._activations(prepared.context, batch)
-            prepared.context.set_device_memory(address, size)
-            if own:
-                self._set_addresses(prepared, {})
-            prepared.generation, prepared.ran = memory.generation, False
+        if prepared.generation != self._memory.generation:
+            try:
+                self._give_memory(prepared, batch, {} if own else None)
+            except BaseException:
+                del self._prepared[batch, own]
+                raise
         return prepared
 
+    def _give_memory(self, prepared: _Prepared, batch: int, addresses: Mapping[str, int] | None) -> None:
+        """Give a context activations and the addresses of its inputs and outputs; None: these come before each run."""
+        self._destroy_graphs(prepared)
+        address, size = self._activations(prepared.context, batch)
+        prepared.context.set_device_memory(address, size)
+        if addresses is not None:
+            self._set_addresses(prepared, addresses)
+        prepared.generation, prepared.ran = self._memory.generation, False
+
     def _set_addresses(self, prepared: _Prepared, addresses: Mapping[str, int]) -> None:
-        """Those given, and our own for the others."""
+        """Those given, and the places in `EngineMemory` for the others."""
         for port in (*self._inputs, *self._outputs):
             address = addresses.get(port.name, self._memory.address(port.name))
             if not prepared.context.set_tensor_address(port.name, address):
-                raise EngineError(f"{self._name} refuses the address of {port.name}: {self._words()}", SEE_DOCTOR)
+                raise EngineError(f"{self._name} refuses the address of {port.name}: {self._error_summary()}")
 
     def _context_for(self, batch: int) -> Any:
         self._messages.clear()
         context = self._engine.create_execution_context(self._context_options)
         if context is None:
             self._raise_if_out_of_memory(f"an execution context of {self._path}")
-            raise EngineError(f"{self._name} makes no context for {self._path}: {self._words()}", SEE_DOCTOR)
+            raise EngineError(f"{self._name} makes no context for {self._path}: {self._error_summary()}", SEE_DOCTOR)
+        self._set_batch(context, batch)
+        return context
+
+    def _set_batch(self, context: Any, batch: int) -> None:
+        """Choose the optimization profile for a batch size, and set the shapes of the inputs."""
+        profiles = self.record.batch_profiles
+        if len(profiles) > 1:
+            (index,) = (number for number, profile in enumerate(profiles) if profile.min <= batch <= profile.max)
+            stream = self._memory.stream
+            if index != context.active_optimization_profile:
+                if not context.set_optimization_profile_async(index, stream):
+                    raise EngineError(f"{self._path} refuses its profile {index}: {self._error_summary()}", BUILD_AGAIN)
+                self._memory.device.synchronize(stream)
         for port in self._inputs:
             if not context.set_input_shape(port.name, (batch, *port.shape[1:])):
-                raise EngineError(f"{self._path} takes no batch of {batch}: {self._words()}", BUILD_AGAIN)
-        return context
+                raise EngineError(f"{self._path} takes no batch of {batch}: {self._error_summary()}", BUILD_AGAIN)
 
     def _activations(self, context: Any, batch: int) -> tuple[int, int]:
         needed = context.update_device_memory_size_for_shapes()
         try:
             return self._memory.activations(needed)
-        except OutOfMemoryError as error:
-            fits = self._largest_batch_below(batch)
-            hint = f"a batch of {fits} would fit" if fits else "no smaller batch would fit"
-            problem = f"a batch of {batch} is too large: {error.problem}"
-            raise OutOfMemoryError(problem, f"{hint}; or close other programs on the GPU") from error
+        except OutOfMemoryError as exc:
+            fits = self._largest_batch_below(context, batch)
+            hint = (
+                f"a batch of {fits} would fit: build with --max-batch {fits}" if fits else "no smaller batch would fit"
+            )
+            problem = f"a batch of {batch} is too large: {exc.problem}"
+            raise OutOfMemoryError(problem, f"{hint}; or close other programs on the GPU") from exc
 
-    def _largest_batch_below(self, batch: int) -> int:
-        """The largest for whose activations there is room; 0 where there is none, or it cannot be told."""
-        room = self._memory.room_for_activations()
+    def _largest_batch_below(self, context: Any, batch: int) -> int:
+        """The largest batch whose activations fit; 0 where none does, or it is unknown. Changes the context."""
+        room, fits = self._memory.room_for_activations(), 0
         with suppress(SpmDeployError):
-            for smaller in range(batch - 1, 0, -1):
-                if self._context_for(smaller).update_device_memory_size_for_shapes() <= room:
-                    return smaller
-        return 0
+            while fits + 1 < batch:
+                middle = (fits + batch) // 2
+                self._set_batch(context, middle)
+                if context.update_device_memory_size_for_shapes() <= room:
+                    fits = middle
+                else:
+                    batch = middle
+        return fits
 
     def _destroy_graphs(self, prepared: _Prepared) -> None:
         while prepared.graphs:
             self._memory.device.destroy_graph(prepared.graphs.popitem()[1])
 
-    # -- the end
-
     def close(self) -> None:
-        """Frees contexts, graphs and weights, and keeps the kernels that TensorRT-RTX compiled. Safe to call twice."""
-        for prepared in self._prepared.values():
+        """Free contexts, graphs and weights, and save the kernels that TensorRT-RTX compiled. Safe to call twice."""
+        for prepared in (*self._prepared.values(), *self._fixed.values()):
             self._destroy_graphs(prepared)
         if self._kernels is not None:
             self.notes += self._kernels.save()
         # The library frees what is on the device with the last reference, which must be while the context is current.
         self._prepared.clear()
+        self._fixed.clear()
         self._kernels = self._context_options = self._engine = self._runtime = None
-
-    # -- words
 
     @property
     def _name(self) -> str:
@@ -324,34 +406,34 @@ class LoadedEngine:
 
     def _on_log(self, severity: str, text: str) -> None:
         if severity in ("ERROR", "INTERNAL_ERROR"):
-            del self._messages[: -_KEPT_MESSAGES + 1]
+            del self._messages[: -_MAX_MESSAGES + 1]
             self._messages.append(" ".join(text.split()))
 
     @property
     def _log_text(self) -> str:
-        """All its words, to look for some."""
+        """All messages without spaces, to search."""
         return "".join(self._messages).lower().replace(" ", "")
 
-    def _words(self, error: Exception | None = None) -> str:
-        """What the library said, the first message first: it usually causes the others."""
+    def _error_summary(self, error: Exception | None = None) -> str:
+        """The library's first messages: the first one usually causes the others."""
         return "; ".join(dict.fromkeys(self._messages[:3]))[:600] or (str(error) if error else "no reason given")
 
     def _raise_if_out_of_memory(self, what: str) -> None:
         if "outofmemory" in self._log_text or "cudaerrormemoryallocation" in self._log_text:
             free, total = self._memory.device.memory()
             problem = f"{self._memory.device} has no room for {what}: {free:,} of {total:,} bytes are free"
-            raise OutOfMemoryError(f"{problem} ({self._words()})", "close other programs on the GPU")
+            raise OutOfMemoryError(f"{problem} ({self._error_summary()})", "close other programs on the GPU")
+
+
+def item_bytes(port: Port) -> int:
+    """Return the bytes of one item of the batch."""
+    assert port.shape[0] == BATCH and BATCH not in port.shape[1:], port
+    return int(np.prod(port.shape[1:])) * np.dtype(port.dtype).itemsize
 
 
 def _by_name(ports: tuple[Port, ...]) -> dict[str, Port]:
     return {port.name: port for port in ports}
 
 
-def _port_words(port: Port | None) -> str:
+def _port_text(port: Port | None) -> str:
     return "nothing" if port is None else f"{port.dtype} {list(port.shape)}"
-
-
-def item_bytes(port: Port) -> int:
-    """Of one edit."""
-    assert port.shape[0] == BATCH and BATCH not in port.shape[1:], port
-    return int(np.prod(port.shape[1:])) * np.dtype(port.dtype).itemsize

@@ -173,6 +173,13 @@ class EngineRecord:
     created: date
     verification: Verification | None = None
     """None until the golden edits have run on a GPU."""
+    profiles: tuple[BatchRange, ...] = ()
+    """Of each optimization profile; empty: there is one, for `batch`."""
+
+    @property
+    def batch_profiles(self) -> tuple[BatchRange, ...]:
+        """The batch sizes of each optimization profile of the engine, in its order."""
+        return self.profiles or (self.batch,)
 
     @classmethod
     def from_bytes(cls, content: bytes, source: str) -> EngineRecord:

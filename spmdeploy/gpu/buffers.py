@@ -31,9 +31,9 @@ class _Staging:
 class EngineMemory:
     """Inputs and outputs on the device and, page-locked, on the host, and one allocation for the activations.
 
-    Everything is used inside `with memory.lock():` by one thread at a time. All work goes through `stream` or is ordered
-    with it, so that engines which share the memory never run at once. `generation` changes whenever an address does:
-    execution contexts must then be given the new addresses, and CUDA graphs captured again.
+    Everything is used inside `with memory.lock():` by one thread at a time. All work goes through `stream` or is
+    ordered with it, so that engines which share the memory never run at once. `generation` changes whenever an address
+    does: execution contexts must then be given the new addresses, and CUDA graphs captured again.
 
     There are two page-locked copies, so that the host can fill one while the device still reads the other. Captured
     graphs copy from and to the first. Not yet run on a GPU.

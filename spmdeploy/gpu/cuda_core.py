@@ -1,7 +1,7 @@
 """CUDA through NVIDIA's packages cuda-core and cuda-bindings. Not yet run on a GPU.
 
-cuda-bindings is called for what cuda.core 1.2 does not have: keeping and restoring the current context, memory outside a
-pool (a pool keeps what is freed, and TensorRT could not have it) whose failures are raised, and the free memory.
+cuda-bindings is called for what cuda.core 1.2 does not have: keeping and restoring the current context, memory outside
+a pool (a pool keeps what is freed, and TensorRT could not have it) whose failures are raised, and the free memory.
 """
 
 from __future__ import annotations

@@ -104,7 +104,9 @@ def cuda_error(call: str, text: str, code: int = 0, missing: str | None = None) 
     if missing is None and "CUDA_ERROR_NOT_FOUND" in text:  # what cuda.core makes of it
         missing = call
     if missing is not None:
-        return MissingFunctionError(f"the NVIDIA driver has no function {missing}: it is older than the installed packages for CUDA")
+        return MissingFunctionError(
+            f"the NVIDIA driver has no function {missing}: it is older than the installed packages for CUDA"
+        )
     message = f"the NVIDIA driver answered {call} with {text or f'error {code}'}"
     if code == _OUT_OF_MEMORY or re.search(r"out.of.memory", text, re.IGNORECASE):
         return CudaMemoryError(message)

@@ -169,9 +169,7 @@ class PyCuda:
 
     def load_kernels(self, ptx: bytes, names: tuple[str, ...]) -> None:
         self._module = self._guarded("cuModuleLoadData", self._pycuda.module_from_buffer, ptx)
-        self._kernels = {
-            name: self._guarded("cuModuleGetFunction", self._module.get_function, name) for name in names
-        }
+        self._kernels = {name: self._guarded("cuModuleGetFunction", self._module.get_function, name) for name in names}
 
     def launch_kernel(
         self, name: str, grid: tuple[int, int], threads: int, stream: int, arguments: tuple[int | np.int32, ...]
