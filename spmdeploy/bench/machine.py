@@ -32,7 +32,7 @@ LIBRARIES = (
     "tensorrt",
     "tensorrt-rtx",
     "cuda-core",
-    "cuda-python",
+    "cuda-bindings",
     "pycuda",
 )
 CPU_FEATURES = (

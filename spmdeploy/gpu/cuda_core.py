@@ -137,7 +137,9 @@ class CudaCore:
         builder = self._builders.pop(stream)
         try:
             with _translated("cuStreamEndCapture"):
-                return builder.end_building().complete()
+                builder.end_building()
+            with _translated("cuGraphInstantiate"):
+                return builder.complete()
         finally:
             with suppress(Exception):  # a capture that was invalidated ends here, with the error raised above
                 builder.close()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
-import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,17 +15,17 @@ from hypothesis import strategies as st
 
 from spmdeploy.backends import onnxruntime as ort
 from spmdeploy.backends.base import SupportsDevicePyramid
+from spmdeploy.backends.device_pyramid import TILE
 from spmdeploy.backends.tensorrt import TensorRtSession
 from spmdeploy.editing.editor import Editor, EditResult
 from spmdeploy.errors import OutOfMemoryError, UnavailableError
 from spmdeploy.gpu.arrays import DeviceArray
 from spmdeploy.gpu.buffers import EngineMemory
-from spmdeploy.gpu.kernels import PTX
-from spmdeploy.imaging.resize import canvas_taps, resize_canvas
 from spmdeploy.labels import ClassTable, LabelClass
 from spmdeploy.types import ModelInput
 from tests.backends.test_tensorrt import LIBRARIES, SIZE, cache, gpu, inputs_for, opened, refine_inputs, session
-from tests.simulators.simulated_gpu import PACKAGES, Code, SimulatedGpu, plug_in
+from tests.simulators.simulated_gpu import Code, SimulatedGpu
+from tests.simulators.simulated_packages import PACKAGES, plug_in
 from tests.simulators.simulated_tensorrt import edited_like
 
 __all__ = ["cache", "gpu", "session"]  # fixtures of the neighbor
@@ -141,8 +139,8 @@ def test_no_picture_passes_the_host_between_the_levels(gpu: SimulatedGpu, sessio
     (window,) = edit(session, 75, 90, batch_size=4).report.windows
     assert len(window.levels) == 3
     back = [size for function, size in gpu.copied if function == "cuMemcpyDtoHAsync"]
-    canvases = sum(math.prod(level.extent) * 12 for level in window.levels)
-    planes = sum(level.region.height * level.region.width * 4 for level in window.levels)
+    canvases = sum(math.prod(level.extent) * 12 for level in window.measured)
+    planes = sum(level.region.height * level.region.width * 4 for level in window.measured)
     assert sum(back) == canvases + planes
     places = [number for number, call in enumerate(gpu.calls) if call == "cuMemcpyDtoHAsync"]
     work = {"kernel cut", "kernel blend", "kernel compare", "kernel resample", "execute_async_v3", "cuGraphLaunch"}
@@ -153,7 +151,8 @@ def test_no_picture_passes_the_host_between_the_levels(gpu: SimulatedGpu, sessio
     ]
     sent = [size for function, size in gpu.copied if function == "cuMemcpyHtoDAsync"]
     pixels = SIZE * SIZE
-    tiles = [size * batch for batch in batches for size in (3 * pixels, pixels, 4 * pixels, pixels)]
+    tiles = [size * batch for batch in batches for size in (3 * pixels, pixels, 4 * pixels, pixels, TILE.itemsize)]
+    del tiles[4]  # the coarse edit has no tile
     assert sent[-len(tiles) :] == tiles
     tables = sent[: -len(tiles)]
     assert sum(tables) < 1 << 16
@@ -228,7 +227,7 @@ def test_a_driver_that_does_not_take_the_kernels(gpu: SimulatedGpu, session: Ten
     gpu.fails["cuModuleLoadData"] = Code.CUDA_ERROR_INVALID_VALUE
     found = edit(session, 75, 90)
     assert found.report.windows[0].between_levels == "host"
-    assert any("failed at kernels between levels" in note for note in found.report.notes)
+    assert any("failed at loading the refinement kernels" in note for note in found.report.notes)
     gpu.fails.clear()
     assert edit(session, 75, 90).report.windows[0].between_levels == "device"
 
@@ -376,45 +375,3 @@ def test_onnx_runtime_on_a_cpu_has_no_device(gpu: SimulatedGpu, monkeypatch: pyt
     report = edit(session, 75, 90).report
     assert report.windows[0].between_levels == "host" and not any("between levels" in note for note in report.notes)
     assert gpu.calls == []
-
-
-# -------------------------------------------------------------------------------------------------------------- kernels
-
-
-@settings(max_examples=50, deadline=None)
-@given(
-    st.tuples(st.integers(1, 40), st.integers(1, 40)),
-    st.tuples(st.floats(0.1, 3), st.floats(0.1, 3)),
-    st.tuples(st.floats(-1.5, 1.5), st.floats(-1.5, 1.5)),
-    st.integers(0, 9),
-)
-def test_the_taps_are_those_of_resizing(
-    have: tuple[int, int], scale: tuple[float, float], more: tuple[float, float], seed: int
-) -> None:
-    """Columns first, whichever axis shrinks more."""
-    picture = np.random.default_rng(seed).uniform(0, 255, (*have, 3)).astype(np.float32)
-    reach = [max(there + beyond, 0.5) for there, beyond in zip(have, more, strict=True)]
-    height, width = (max(round(part * by), 1) for part, by in zip(reach, scale, strict=True))
-    found = resampled(resampled(picture, 1, reach[1], width), 0, reach[0], height)
-    wanted = resize_canvas(picture, height, width, *reach)
-    assert np.array_equal(np.clip(found, 0, 255), wanted)
-
-
-def resampled(picture: np.ndarray, axis: int, reach: float, length: int) -> np.ndarray:
-    lines = np.moveaxis(picture, axis, 0)
-    first, weights = canvas_taps(len(lines), reach, length)
-    place = np.minimum(first[:, None] + np.arange(weights.shape[1]), len(lines) - 1)
-    total = np.zeros((length, *lines.shape[1:]))
-    for tap in range(weights.shape[1]):
-        total += lines[place[:, tap]].astype(np.float64) * weights[:, tap, None, None]
-    return np.moveaxis(total.astype(np.float32), 0, axis)
-
-
-def test_nvidias_assembler_takes_the_kernels(tmp_path: Path) -> None:
-    assembler = shutil.which("ptxas")
-    if assembler is None:
-        pytest.skip("no ptxas, which comes with the CUDA toolkit")
-    (tmp_path / "kernels.ptx").write_text(PTX)
-    for target in ("sm_75", "sm_80", "sm_87", "sm_90"):
-        command = [assembler, "-arch", target, "-o", str(tmp_path / target), str(tmp_path / "kernels.ptx")]
-        subprocess.run(command, check=True)

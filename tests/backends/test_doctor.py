@@ -29,7 +29,7 @@ class Machine:
         self.patch, self.bundle = monkeypatch, bundle
         self.gpus(OSError("no NVIDIA driver (libcuda.so.1: no such file)"))
         self.onnxruntime(["CPUExecutionProvider"], {"onnxruntime"})
-        self.binding(ImportError("neither PyCUDA (No module named 'pycuda') nor cuda-python (No module named 'cuda')"))
+        self.binding(ImportError("neither PyCUDA (No module named 'pycuda') nor cuda-core (No module named 'cuda')"))
         for runtime in ("tensorrt", "tensorrt-rtx"):
             self.engine_library(runtime, ImportError(f"No module named '{runtime}'"))
         self.engines([])
@@ -51,12 +51,12 @@ class Machine:
         self.patch.setattr(doctor, "_installed", lambda: packages)
 
     def binding(self, answer: str | Exception) -> None:
-        def open_binding() -> Any:
+        def open_cuda(ordinal: int) -> Any:
             if isinstance(answer, Exception):
                 raise answer
             return SimpleNamespace(name=answer)
 
-        self.patch.setattr(doctor, "open_binding", open_binding)
+        self.patch.setattr(doctor, "open_cuda", open_cuda)
 
     def engine_library(self, runtime: str, found: ModuleType | Exception, *packages: str) -> None:
         """A module that can be imported or cannot, and the packages that say that they are installed."""
@@ -240,16 +240,16 @@ def test_a_library_of_cuda_that_is_missing(machine: Machine) -> None:
 def test_an_engine_library_without_a_gpu_or_a_binding(machine: Machine) -> None:
     for runtime in ("tensorrt", "tensorrt-rtx"):
         machine.engine_library(runtime, library("9.9"), runtime)
-    machine.binding("cuda-python 13.5.0")
+    machine.binding("cuda-core 1.2.2")
     found = machine.run_checks()
     assert found["tensorrt"].reason == "tensorrt 9.9, but no usable NVIDIA GPU"
     assert found["tensorrt-rtx"].reason.endswith("no usable NVIDIA GPU; it can build engines for other machines")
     assert found["tensorrt"].remedy == found["NVIDIA GPU"].remedy
     machine.gpus(1)
-    machine.binding(ImportError("neither PyCUDA nor cuda-python"))
+    machine.binding(ImportError("neither PyCUDA nor cuda-core"))
     found = machine.run_checks()
     assert found["tensorrt"].reason == "tensorrt 9.9, but no usable CUDA for Python"
-    assert "pip install cuda-python" in str(found["tensorrt"].remedy)
+    assert "pip install cuda-core" in str(found["tensorrt"].remedy)
 
 
 def test_a_driver_that_the_binding_cannot_use(machine: Machine) -> None:

@@ -27,7 +27,8 @@ from spmdeploy.errors import BundleError, InputError, OutOfMemoryError, SpmDeplo
 from spmdeploy.gpu.arrays import DeviceArray
 from spmdeploy.types import ModelInput
 from tests.simulators.records import sample
-from tests.simulators.simulated_gpu import PACKAGES, Code, SimulatedGpu, host_context, plug_in
+from tests.simulators.simulated_gpu import Code, SimulatedGpu, host_context
+from tests.simulators.simulated_packages import PACKAGES, plug_in
 from tests.simulators.simulated_tensorrt import edited_like, engine_content, offered, simulated_library
 
 SIZE = 16
@@ -175,7 +176,7 @@ TRANSFERS = {"cuMemcpyHtoDAsync", "cuMemcpyDtoHAsync", "execute_async_v3", "cuGr
 def calls_of(gpu: SimulatedGpu, session: TensorRtSession, batch: int) -> list[str]:
     gpu.calls.clear()
     session.run(ModelInput(**inputs_for(batch)))
-    assert (gpu.calls[0], gpu.calls[-1]) == ("cuCtxPushCurrent", "cuCtxPopCurrent")
+    assert (gpu.calls[0], gpu.calls[-1]) == ("cuCtxGetCurrent", "cuCtxSetCurrent")
     return list(gpu.calls)
 
 
@@ -190,7 +191,14 @@ def test_the_order_of_calls(gpu: SimulatedGpu, session: TensorRtSession) -> None
     capture = second[second.index("cuStreamBeginCapture") : second.index("cuStreamEndCapture")]
     assert [call for call in capture if call in TRANSFERS] == enqueued
     assert second.index("cuStreamEndCapture") < second.index("cuGraphInstantiate") < second.index("cuGraphLaunch")
-    assert third == ["cuCtxPushCurrent", "cuGraphLaunch", "cuStreamSynchronize", "cuCtxPopCurrent"]
+    assert third == [
+        "cuCtxGetCurrent",
+        "cuDeviceGet",
+        "cuCtxSetCurrent",
+        "cuGraphLaunch",
+        "cuStreamSynchronize",
+        "cuCtxSetCurrent",
+    ]
 
 
 def test_a_graph_for_each_batch_size_and_each_output(gpu: SimulatedGpu, session: TensorRtSession) -> None:
@@ -203,13 +211,14 @@ def test_a_graph_for_each_batch_size_and_each_output(gpu: SimulatedGpu, session:
 
 
 def test_time_by_the_clock_of_the_device(gpu: SimulatedGpu, session: TensorRtSession) -> None:
+    events = len(gpu.events)
     for _ in range(3):
         gpu.calls.clear()
         assert session.timed_run(ModelInput(**inputs_for(2))) == gpu.milliseconds
         records = [place for place, call in enumerate(gpu.calls) if call == "cuEventRecord"]
         queued = [place for place, call in enumerate(gpu.calls) if call in TRANSFERS - {"cuStreamSynchronize"}]
         assert len(records) == 2 and records[0] < queued[-1] < records[1]
-    assert records[0] < queued[0] and "events" not in gpu.left_behind
+    assert records[0] < queued[0] and len(gpu.events) == events
     given = inputs_for(2)
     assert np.array_equal(session.run(ModelInput(**given)), edited_like(given)["edited"])
 
@@ -223,7 +232,7 @@ def test_memory_is_allocated_once(gpu: SimulatedGpu, session: TensorRtSession) -
         session.refine(*refine_inputs(inputs_for(batch, coarse=True)))
     assert gpu.memory.keys() == before.keys()
     # Weights twice; inputs, outputs and activations once: the engines share them.
-    assert len(gpu.memory) == 4 and len(gpu.host) == 1
+    assert len(gpu.memory) == 4 and len(gpu.host) == 2
 
 
 def test_larger_activations_make_older_graphs_anew(gpu: SimulatedGpu, session: TensorRtSession) -> None:
@@ -262,7 +271,7 @@ def test_after_a_failure_the_context_is_off_and_the_session_works_again(
     with host_context(gpu):
         gpu.fails[call] = Code.CUDA_ERROR_ILLEGAL_ADDRESS
         with pytest.raises(SpmDeployError):
-            # A new batch size needs everything else.
+            # A new batch size needs everything but the graph that exists.
             session.run(ModelInput(**(given if call == "cuGraphLaunch" else inputs_for(2))))
         gpu.fails.clear()
         assert np.array_equal(session.run(ModelInput(**given)), edited_like(given)["edited"])
@@ -298,7 +307,7 @@ def test_too_little_memory_for_weights_and_for_pictures(gpu: SimulatedGpu, tmp_p
     with pytest.raises(OutOfMemoryError, match=rf"no {8 * item:,} bytes for inputs and outputs") as caught:
         opened(gpu, tmp_path)
     assert "there is room for batches of 3: --max-batch 3" in str(caught.value.hint)
-    assert gpu.left_behind == {} and gpu.contexts == [] and gpu.retained == 0
+    assert gpu.left_behind == {} and gpu.contexts == []
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals
@@ -320,7 +329,7 @@ def test_what_the_library_cannot_load_is_refused_in_its_words(gpu: SimulatedGpu,
     with pytest.raises(BundleError, match=r"cannot be loaded by tensorrt 10\.16\.1: Serialization assertion") as caught:
         TensorRtSession(simulated_library(gpu), found, size=SIZE)
     assert "not what it is about" not in caught.value.problem and "spmdeploy build" in str(caught.value.hint)
-    assert gpu.left_behind == {} and gpu.contexts == [] and gpu.retained == 0
+    assert gpu.left_behind == {} and gpu.contexts == []
 
 
 def test_a_driver_that_the_library_cannot_use_is_no_fault_of_the_engine(gpu: SimulatedGpu, tmp_path: Path) -> None:
@@ -409,7 +418,7 @@ def test_a_closed_session(gpu: SimulatedGpu, tmp_path: Path) -> None:
     session.run(ModelInput(**inputs_for(2)))
     session.close()
     session.close()
-    assert gpu.left_behind == {} and gpu.contexts == [] and gpu.retained == 0
+    assert gpu.left_behind == {} and gpu.contexts == []
     with pytest.raises(UnavailableError, match="was closed"):
         session.run(ModelInput(**inputs_for(2)))
 
@@ -467,8 +476,7 @@ class OnGpu:
     """Somebody's array on the GPU, with the attribute that says so."""
 
     def __init__(self, gpu: SimulatedGpu, array: np.ndarray, **changes: Any) -> None:
-        self.address = gpu.address()
-        gpu.memory[self.address] = array.reshape(-1).view(np.uint8).copy()
+        self.address = gpu.place(array)
         self.array = gpu.memory[self.address].view(array.dtype).reshape(array.shape)
         self.interface = {
             "data": (self.address, False),
@@ -568,7 +576,7 @@ def test_it_waits_for_the_stream_that_an_array_names(gpu: SimulatedGpu, session:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda gpu, arrays: arrays.update(mask=np.zeros((1, SIZE, SIZE), np.uint8)), "mask is no array on a GPU"),
+        (lambda gpu, arrays: arrays.update(mask=np.zeros((1, SIZE, SIZE), np.uint8)), "mask is not an array on a GPU"),
         (lambda gpu, arrays: arrays["mask"].interface.update(strides=(1, 2, 3)), "mask is masked or not C-contiguous"),
         (lambda gpu, arrays: arrays["mask"].interface.update(mask=object()), "mask is masked"),
         (lambda gpu, arrays: arrays["mask"].interface.update(typestr="<i8"), "mask is int64"),
@@ -637,7 +645,7 @@ def test_tensorrt_rtx_really_has_what_the_simulated_one_offers() -> None:
 
 
 def test_nothing_is_imported_before_a_session_is_opened() -> None:
-    heavy = {"tensorrt", "tensorrt_rtx", "pycuda", "cuda", "cuda.bindings"}
+    heavy = {"tensorrt", "tensorrt_rtx", "pycuda", "cuda.core", "cuda.bindings.driver"}
     code = "import sys, spmdeploy.backends.tensorrt; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert heavy.isdisjoint(loaded)

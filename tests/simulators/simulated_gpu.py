@@ -371,7 +371,7 @@ def host_kernels() -> Callable[..., None]:
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "kernels.so"
         subprocess.run([compiler, *options, str(_HERE / "kernels_on_host.cpp"), "-o", str(library)], check=True)
-        launch = ctypes.CDLL(str(library)).launch
+        launch = ctypes.cdll.LoadLibrary(str(library)).launch  # `plug_in` replaces CDLL
 
     def execute(name: str, blocks_x: int, blocks_y: int, threads: int, values: Sequence[Any]) -> None:
         addresses = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))

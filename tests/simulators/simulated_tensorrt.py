@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from spmdeploy.engines.record import BATCH, EngineRecord
-from tests.simulators.simulated_gpu import Code, Refused, SimulatedGpu
+from tests.simulators.simulated_gpu import Code, SimulatedCudaError, SimulatedGpu
 
 MAGIC = b"kernels of "
 _DTYPES = {"uint8": "UINT8", "int32": "INT32", "float32": "FLOAT", "float16": "HALF"}
@@ -287,9 +287,9 @@ def simulated_library(gpu: SimulatedGpu, runtime: str = "tensorrt", version: str
             assert gpu.contexts, "no context is current"
             try:
                 return ICudaEngine(json.loads(serialized_engine))
-            except Refused as refused:
-                memory = refused.code == Code.CUDA_ERROR_OUT_OF_MEMORY
-                library._say("ERROR", f"Error Code 1: Cuda Runtime ({'out of memory' if memory else refused})")
+            except SimulatedCudaError as exc:
+                memory = exc.code == Code.CUDA_ERROR_OUT_OF_MEMORY
+                library._say("ERROR", f"Error Code 1: Cuda Runtime ({'out of memory' if memory else exc})")
             except ValueError:
                 library._say("WARNING", "this is not what it is about")
                 library._say("ERROR", "Serialization assertion stdVersionRead == kSERIALIZATION_VERSION failed")
