@@ -89,7 +89,8 @@ class SimulatedGpu:
         self.memory: dict[int, np.ndarray] = {}
         self._guarded: dict[int, np.ndarray] = {}
         self.host: dict[int, np.ndarray] = {}
-        self.streams: dict[int, Stream] = {0: Stream()}
+        self.streams: dict[int, Stream] = {}
+        self.legacy_stream = Stream()
         self.graphs: dict[int, list[Work]] = {}
         self.events: dict[int, Any] = {}
         self.copied: list[tuple[str, int]] = []  # between host and device: function and bytes
@@ -115,7 +116,7 @@ class SimulatedGpu:
         created = {
             "memory": self.memory,
             "host": self.host,
-            "streams": [handle for handle in self.streams if handle],
+            "streams": self.streams,
             "graphs": self.graphs,
             "events": self.events,
         }
@@ -200,6 +201,8 @@ class SimulatedGpu:
         del self.streams[handle]
 
     def stream(self, handle: int) -> Stream:
+        if handle == 0:
+            return self.legacy_stream
         if handle not in self.streams:
             raise SimulatedCudaError(Code.CUDA_ERROR_INVALID_VALUE)
         return self.streams[handle]
