@@ -30,11 +30,24 @@ def build(
         typer.Option("--graph", metavar="edit|refine|all", help="Which of them, by what it computes."),
     ] = "all",
     max_batch: Annotated[int, typer.Option("--max-batch", help="Edits at once, at most.")] = 8,
-    opt_batch: Annotated[int, typer.Option("--opt-batch", help="Edits at once to optimize for.")] = 1,
+    opt_batch: Annotated[
+        int | None,
+        typer.Option(
+            "--opt-batch",
+            help="Optimize for this batch size alone. Default: one optimization profile each for 1, 4 and 8.",
+        ),
+    ] = None,
+    opt_level: Annotated[
+        int | None,
+        typer.Option("--opt-level", help="0 builds fastest, 5 runs fastest. Default: the library's."),
+    ] = None,
     target: Targets = None,
     timing_cache: Annotated[
         Path | None,
-        typer.Option("--timing-cache", help="TensorRT: folder of measurements that make later builds short."),
+        typer.Option(
+            "--timing-cache",
+            help="TensorRT: folder of measurements that shorten later builds. Default: in the cache folder.",
+        ),
     ] = None,
     workspace: Annotated[
         int | None, typer.Option("--workspace", min=1, help="MiB that one layer may use for itself. Default: all.")
@@ -74,6 +87,7 @@ def build(
         graph=graph,
         max_batch=max_batch,
         opt_batch=opt_batch,
+        opt_level=opt_level,
         targets=tuple(target or ()),
         timing_cache=timing_cache,
         workspace_mb=workspace,

@@ -1,7 +1,7 @@
-"""One ONNX file to one engine: what drives TensorRT 10 and 11 and TensorRT-RTX, with the module as a parameter.
+"""Builds one engine from one ONNX file, with TensorRT 10, TensorRT 11 or TensorRT-RTX as a parameter.
 
-Precision is stated by the graph, and networks are strongly typed: what the graph says is what the engine computes in.
-`weakly_typed` is for TensorRT before 10.12 alone, whose strong typing is incomplete: 10.3 on JetPack 6.
+The graph states the precision, and networks are strongly typed: the engine computes in the graph's types. Weak typing
+is for TensorRT before 10.12 only, whose strong typing is incomplete (10.3 on JetPack 6).
 """
 
 from __future__ import annotations
@@ -17,32 +17,32 @@ from spmdeploy.engines.progress import BuildMonitor, progress_monitor
 from spmdeploy.engines.record import BATCH, BatchRange, Port
 from spmdeploy.errors import BundleError, OutOfMemoryError, SpmDeployError, UnavailableError
 
-CURRENT = "CURRENT"
-"""The member of ComputeCapability that stands for the GPU at hand."""
-
 _DTYPES = {"FLOAT": "float32", "HALF": "float16"}
 
 
 @dataclass(frozen=True)
 class BuildRequest:
-    """What to build."""
+    """The graph and the options of one build."""
 
     graph: Path
-    """A file in a real folder: weights that it keeps in another file are looked for beside it."""
-    batch: BatchRange
+    """A file in a real folder: external data is read from the same folder."""
+    profiles: tuple[BatchRange, ...]
+    """Batch sizes of each optimization profile."""
     targets: tuple[str, ...] = ()
-    """Members of TensorRT-RTX's ComputeCapability; empty for TensorRT, which builds for the GPU at hand."""
+    """Members of TensorRT-RTX's ComputeCapability; empty for TensorRT, which builds for the GPU of this machine."""
     weakly_typed: bool = False
     """Let TensorRT choose FP16 where it is faster, whatever the graph's types."""
+    opt_level: int | None = None
+    """`builder_optimization_level`, 0 (quick to build) to 5 (quick to run); None: the library's default."""
     workspace: int | None = None
-    """Bytes that a layer may use for itself; None: what the device has."""
+    """Bytes of scratch memory for one layer; None: as much as the device has."""
     timing_cache: bytes | None = None
-    """An earlier build's; empty to start one; None for none."""
+    """Of an earlier build; empty to start one; None for none."""
 
 
 @dataclass(frozen=True)
 class BuiltEngine:
-    """An engine in memory, and what is known of it without loading it."""
+    """An engine in memory, and what is known about it without loading it."""
 
     content: bytes
     flags: tuple[str, ...]
@@ -56,16 +56,16 @@ class BuiltEngine:
 
 
 class BuildLog:
-    """The library's messages in a file, and those that matter in memory."""
+    """Writes the library's messages to a file, and keeps errors and warnings in memory."""
 
     def __init__(self, path: Path, kept_as: Path) -> None:
-        """kept_as: where the file will be found if the build fails."""
+        """kept_as: where the file is moved to if the build fails."""
         self.path, self.kept_as = path, kept_as
         self.errors: list[str] = []
         self.warnings: list[str] = []
 
     def __call__(self, severity: str, text: str) -> None:
-        if severity == "VERBOSE":  # tens of thousands, of use to nobody but NVIDIA
+        if severity == "VERBOSE":  # tens of thousands
             return
         if severity in ("ERROR", "INTERNAL_ERROR"):
             self.errors.append(" ".join(text.split()))
@@ -75,22 +75,31 @@ class BuildLog:
             stream.write(f"[{severity}] {text}\n")
 
     @property
-    def words(self) -> str:
-        """The errors, shortened: the first usually causes the others."""
+    def error_summary(self) -> str:
+        """The first errors, shortened: the first one usually causes the others."""
         return "; ".join(dict.fromkeys(self.errors[:3]))[:600] or "no reason given"
 
 
-def build_engine(library: Any, request: BuildRequest, log: BuildLog, watch: BuildMonitor) -> BuiltEngine:
-    """Builds on a thread of its own; `watch` is told how it goes.
+def build_engine(library: Any, request: BuildRequest, log: BuildLog, monitor: BuildMonitor) -> BuiltEngine:
+    """Build an engine on a separate thread.
 
-    Raises BundleError for a graph that cannot be parsed, OutOfMemory, UnavailableError with the library's own words for
-    whatever else it cannot do, KeyboardInterrupt when cancelled.
+    Args:
+        library: The module `tensorrt` or `tensorrt_rtx`.
+        request: The graph and the options.
+        log: Receives the library's messages.
+        monitor: Receives the progress, and can cancel the build.
+
+    Raises:
+        BundleError: The graph cannot be parsed.
+        OutOfMemoryError: The build needs more memory.
+        UnavailableError: Anything else that the library cannot do, with its messages.
+        KeyboardInterrupt: The build was canceled.
     """
     with capture_log(library, log):
-        return watch.run(lambda: _build(library, request, log, watch))
+        return monitor.run(lambda: _build(library, request, log, monitor))
 
 
-def _build(library: Any, request: BuildRequest, log: BuildLog, watch: BuildMonitor) -> BuiltEngine:
+def _build(library: Any, request: BuildRequest, log: BuildLog, monitor: BuildMonitor) -> BuiltEngine:
     logger = library_logger(library)
     builder = _create_or_raise(lambda: library.Builder(logger), library, log)
     network = builder.create_network(_network_flags(library, request))
@@ -100,16 +109,19 @@ def _build(library: Any, request: BuildRequest, log: BuildLog, watch: BuildMonit
     _check_batch(request.graph, inputs, outputs)
 
     config = builder.create_builder_config()
-    _add_profile(builder, config, inputs, request, log)
+    for batch in request.profiles:
+        _add_profile(builder, config, inputs, batch, log)
     flags = _set_flags(library, config, request)
-    config.profiling_verbosity = library.ProfilingVerbosity.DETAILED  # or the inspector tells names alone
+    config.profiling_verbosity = library.ProfilingVerbosity.DETAILED  # else the inspector reports names only
+    if request.opt_level is not None:
+        config.builder_optimization_level = request.opt_level
     if request.workspace is not None:
         config.set_memory_pool_limit(library.MemoryPoolType.WORKSPACE, request.workspace)
     _set_targets(library, config, request.targets)
     cache_used = _set_timing_cache(config, request.timing_cache)
-    monitor = progress_monitor(library, watch)
-    if monitor is not None:
-        config.progress_monitor = monitor
+    library_monitor = progress_monitor(library, monitor)
+    if library_monitor is not None:
+        config.progress_monitor = library_monitor
 
     serialized = builder.build_serialized_network(network, config)
     if serialized is None:
@@ -126,7 +138,7 @@ def _build(library: Any, request: BuildRequest, log: BuildLog, watch: BuildMonit
 
 
 def _network_flags(library: Any, request: BuildRequest) -> int:
-    """Bits, by the names of the version at hand: their numbers differ. TensorRT 11 and RTX know strong typing alone."""
+    """Bits by name: their numbers differ between versions. TensorRT 11 and RTX are always strongly typed."""
     return 0 if request.weakly_typed else 1 << int(library.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
 
 
@@ -134,17 +146,17 @@ def _parse(library: Any, network: Any, logger: Any, graph: Path, log: BuildLog) 
     parser = library.OnnxParser(network, logger)
     if parser.parse_from_file(str(graph)):
         return
-    faults = [parser.get_error(index) for index in range(parser.num_errors)]
-    words = "; ".join(_parser_errors(fault) for fault in faults) or log.words
-    raise BundleError(f"{graph.name} cannot be parsed by {_name(library)}: {words}", _log_hint(log))
+    errors = [parser.get_error(index) for index in range(parser.num_errors)]
+    text = "; ".join(_parser_error(error) for error in errors) or log.error_summary
+    raise BundleError(f"{graph.name} cannot be parsed by {_name(library)}: {text}", _log_hint(log))
 
 
-def _parser_errors(fault: Any) -> str:
-    """The first line that tells what a parser error is about, and the node."""
-    lines = fault.desc().strip().splitlines() or ["no reason given"]
-    words = (lines[1] if lines[0].startswith("Invalid Node") and len(lines) > 1 else lines[0])[:300]
-    node = f" at the node {fault.node_name()} ({fault.node_operator()})" if fault.node_name() else ""
-    return f"{words}{node}"
+def _parser_error(error: Any) -> str:
+    """The first line that says what is wrong, and the node."""
+    lines = error.desc().strip().splitlines() or ["no reason given"]
+    text = (lines[1] if lines[0].startswith("Invalid Node") and len(lines) > 1 else lines[0])[:300]
+    node = f" at the node {error.node_name()} ({error.node_operator()})" if error.node_name() else ""
+    return f"{text}{node}"
 
 
 def _port(tensor: Any) -> Port:
@@ -163,21 +175,20 @@ def _check_batch(graph: Path, inputs: Sequence[Port], outputs: Sequence[Port]) -
         raise BundleError(f"{graph.name}: a graph without inputs or outputs", "export the bundle again")
 
 
-def _add_profile(builder: Any, config: Any, inputs: Sequence[Port], request: BuildRequest, log: BuildLog) -> None:
+def _add_profile(builder: Any, config: Any, inputs: Sequence[Port], batch: BatchRange, log: BuildLog) -> None:
     profile = builder.create_optimization_profile()
-    batch = request.batch
     for port in inputs:
         profile.set_shape(port.name, *((size, *port.shape[1:]) for size in (batch.min, batch.opt, batch.max)))
     if config.add_optimization_profile(profile) < 0:
-        raise UnavailableError(f"batch sizes {batch} are refused: {log.words}", _log_hint(log))
+        raise UnavailableError(f"batch sizes {batch} are refused: {log.error_summary}", _log_hint(log))
 
 
 def _set_flags(library: Any, config: Any, request: BuildRequest) -> tuple[str, ...]:
-    """Sets the builder's flags and returns the names of all that are set then."""
-    # On by default, and a half's precision under the name of FP32: more drift than the limits of FP32 allow.
+    """Set the builder's flags and return the names of all flags that are set then."""
+    # On by default, with the mantissa of FP16: deviates more than the limits of FP32 allow.
     config.clear_flag(library.BuilderFlag.TF32)
     if hasattr(library.BuilderFlag, "REQUIRE_USER_ALLOCATION"):
-        # TensorRT-RTX: or it may allocate while it runs, and then nothing can be captured as a CUDA graph.
+        # TensorRT-RTX: else it may allocate while it runs, and then its work cannot be captured as a CUDA graph.
         config.set_flag(library.BuilderFlag.REQUIRE_USER_ALLOCATION)
     if request.weakly_typed:
         # Normalization stays in FP32 regardless (INormalizationLayer.compute_precision in TensorRT 10's documentation).
@@ -194,31 +205,31 @@ def _set_targets(library: Any, config: Any, targets: Sequence[str]) -> None:
 
 
 def _set_timing_cache(config: Any, content: bytes | None) -> bool:
-    """Whether `content` is taken; one of another version or device is not, and the build starts its own."""
+    """Whether `content` is accepted; a cache of another version or device is not, and the build starts a new one."""
     if content is None:
         return False
     cache = config.create_timing_cache(content)
-    if content and cache is not None and config.set_timing_cache(cache, False):
-        return True
+    if cache is not None and config.set_timing_cache(cache, False):
+        return bool(content)
     config.set_timing_cache(config.create_timing_cache(b""), False)
     return False
 
 
 def _failure(library: Any, graph: Path, log: BuildLog) -> SpmDeployError:
-    said = " ".join(log.errors).lower()
-    if "out of memory" in said or "outofmemory" in said or "cudaerrormemoryallocation" in said:
-        problem = f"{_name(library)} ran out of memory building from {graph.name}: {log.words}"
-        return OutOfMemoryError(problem, "close other programs, or build for fewer pictures at once: --max-batch 1")
-    return UnavailableError(f"{_name(library)} cannot build from {graph.name}: {log.words}", _log_hint(log))
+    text = " ".join(log.errors).lower()
+    if "out of memory" in text or "outofmemory" in text or "cudaerrormemoryallocation" in text:
+        problem = f"{_name(library)} ran out of memory building from {graph.name}: {log.error_summary}"
+        return OutOfMemoryError(problem, "close other programs, or build for smaller batches: --max-batch 1")
+    return UnavailableError(f"{_name(library)} cannot build from {graph.name}: {log.error_summary}", _log_hint(log))
 
 
 def _create_or_raise(make: Callable[[], Any], library: Any, log: BuildLog) -> Any:
-    """What `make` makes. The bindings turn a factory that returns nothing into a TypeError without a reason."""
+    """Call a factory. The bindings turn one that returns nothing into a TypeError without a reason."""
     try:
         return make()
     except (TypeError, RuntimeError) as exc:
-        words = log.words if log.errors else str(exc)
-        raise UnavailableError(f"{_name(library)} does not start: {words}", "see `spmdeploy doctor`") from exc
+        text = log.error_summary if log.errors else str(exc)
+        raise UnavailableError(f"{_name(library)} does not start: {text}", "see `spmdeploy doctor`") from exc
 
 
 def _name(library: Any) -> str:

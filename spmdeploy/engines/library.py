@@ -1,7 +1,6 @@
-"""TensorRT 10, TensorRT 11 and TensorRT-RTX: one API in two modules, imported when an engine is at hand.
+"""Imports TensorRT or TensorRT-RTX, two modules with one API, and collects their log messages.
 
-Of TensorRT only what all of 10.3 (JetPack 6), 10.16 and 11.4 have may be used, of either no more than the other has,
-but for what is guarded where it is used.
+Only members that 10.3 (JetPack 6), 10.16, 11.4 and TensorRT-RTX all have may be used, except where the use is guarded.
 """
 
 from __future__ import annotations
@@ -20,26 +19,26 @@ _MODULES: dict[EngineRuntime, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "t
 _REMEDIES: dict[EngineRuntime, str] = {
     "tensorrt": 'pip install "spmdeploy[tensorrt]" where NVIDIA\'s package index can be reached; JetPack brings '
     "TensorRT along: make the environment with --system-site-packages",
-    "tensorrt-rtx": 'pip install "spmdeploy[tensorrt-rtx]"',
+    "tensorrt-rtx": 'pip install "spmdeploy[tensorrt-rtx]"; with a driver for CUDA 12 "spmdeploy[tensorrt-rtx-cu12]"',
 }
 
 
 def import_engine_library(runtime: EngineRuntime) -> Any:
-    """The module, or UnavailableError with what to do."""
+    """Import the module. Raises UnavailableError with a remedy."""
     try:
         return importlib.import_module(_MODULES[runtime])
-    except (ImportError, OSError) as error:  # OSError: the package is there, a library that it loads is not
-        words = " ".join(str(error).split())
-        raise UnavailableError(f"{runtime} cannot be imported: {words}", _REMEDIES[runtime]) from error
+    except (ImportError, OSError) as exc:  # OSError: the package is installed, a library that it loads is not
+        text = " ".join(str(exc).split())
+        raise UnavailableError(f"{runtime} cannot be imported: {text}", _REMEDIES[runtime]) from exc
 
 
 def is_installed(runtime: EngineRuntime) -> bool:
-    """Whether there is such a module, without importing it: it may still turn out to be broken."""
+    """Return whether the module exists, without importing it: it may still fail to import."""
     return importlib.util.find_spec(_MODULES[runtime]) is not None
 
 
 def local_host(device: int = 0) -> EngineHost:
-    """What decides on this machine, with its GPU of that number, whether an engine can run."""
+    """Describe this machine as far as it decides which engines run on its GPU number `device`."""
     versions = {}
     for runtime in ENGINE_RUNTIMES:
         try:
@@ -50,7 +49,7 @@ def local_host(device: int = 0) -> EngineHost:
 
 
 def local_gpu(device: int = 0) -> Gpu | None:
-    """The GPU of that number, None without a driver or GPU."""
+    """Return the GPU of that number; None without a driver or GPU."""
     try:
         facts = gpu_facts(device)
     except OSError:
@@ -58,22 +57,20 @@ def local_gpu(device: int = 0) -> Gpu | None:
     return Gpu(facts.name, facts.compute_capability)
 
 
-# --------------------------------------------------------------------------------------- what the libraries have to say
-
 Listener = Callable[[str, str], None]
-"""Is told severity (INTERNAL_ERROR, ERROR, WARNING, INFO or VERBOSE) and text of a message, on any thread."""
+"""Called with severity (INTERNAL_ERROR, ERROR, WARNING, INFO or VERBOSE) and text of a message, on any thread."""
 
 _loggers: dict[str, tuple[Any, list[Listener]]] = {}
 
 
 def library_logger(library: Any) -> Any:
-    """The one logger of the library: it keeps the first that it is given for as long as the process lives."""
+    """Return the one logger of the library, which uses the first that it is given until the process ends."""
     return _logger_and_listeners(library)[0]
 
 
 @contextmanager
 def capture_log(library: Any, listener: Listener) -> Iterator[None]:
-    """Tells `listener` what the library says meanwhile."""
+    """Pass the library's messages to `listener` inside the context."""
     listeners = _logger_and_listeners(library)[1]
     listeners.append(listener)
     try:

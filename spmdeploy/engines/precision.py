@@ -1,4 +1,4 @@
-"""What an engine computes in: counted in the typed network before the build, and in the engine after it."""
+"""Measures the share of FP16 layers, in the typed network before the build and in the engine after it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from spmdeploy.engines.library import capture_log, library_logger
 
-MOVERS = frozenset(
+DATA_MOVEMENT = frozenset(
     {
         *("CONSTANT", "CAST", "IDENTITY", "SHAPE", "SHUFFLE", "SLICE", "CONCATENATION", "GATHER", "PADDING"),
         *("UNSQUEEZE", "SQUEEZE"),
@@ -17,24 +17,29 @@ MOVERS = frozenset(
 )
 """Layer types of a network that only move values, by name: `LayerType` grew between versions."""
 
-IDLE = frozenset({"Reformat", "NoOp", "Constant", "Shuffle", "Cast", "ShapeHostToDevice", "Signal", "Wait"})
+INSPECTOR_DATA_MOVEMENT = frozenset(
+    {"Reformat", "NoOp", "Constant", "Shuffle", "Cast", "ShapeHostToDevice", "Signal", "Wait"}
+)
 """The same among the layers of an engine, as the inspector names them."""
 
 
 def network_fp16_share(network: Any) -> float:
-    """Of the layers that compute in floating point, the share in FP16, 0..1: read off the types of their outputs."""
+    """Return the share of FP16 among layers that compute in floating point, 0..1, by the types of their outputs."""
     counts: Counter[str] = Counter()
     for index in range(network.num_layers):
         layer = network.get_layer(index)
-        if layer.num_outputs and layer.type.name not in MOVERS:
+        if layer.num_outputs and layer.type.name not in DATA_MOVEMENT:
             counts[layer.get_output(0).dtype.name] += 1
     return _share(counts["HALF"], counts["FLOAT"]) or 0.0
 
 
 def engine_fp16_share(library: Any, content: bytes, batch: int) -> tuple[float | None, str | None]:
-    """The same of a built engine by the library's inspector; or None, and why it cannot tell. Needs the GPU.
+    """Return the same share of a built engine by the library's inspector, or None and the reason. Needs the GPU.
 
-    batch: a size within the engine's profile.
+    Args:
+        library: The module.
+        content: The engine.
+        batch: A batch size within the engine's first optimization profile.
     """
     errors: list[str] = []
 
@@ -45,7 +50,7 @@ def engine_fp16_share(library: Any, content: bytes, batch: int) -> tuple[float |
     try:
         with capture_log(library, note):
             text = _inspect(library, content, batch)
-    except Exception as exc:  # the bindings raise what they like, and a build of an hour must not be lost for it
+    except Exception as exc:  # whatever the bindings raise, an engine built in an hour must not be lost
         return None, f"the inspector failed: {exc!r}"[:300]
     if text is None:
         return None, f"the engine cannot be loaded here: {errors[0] if errors else 'no reason given'}"[:300]
@@ -53,14 +58,14 @@ def engine_fp16_share(library: Any, content: bytes, batch: int) -> tuple[float |
 
 
 def _inspect(library: Any, content: bytes, batch: int) -> str | None:
-    """What the inspector writes of the engine as JSON; None when the engine cannot be loaded."""
+    """The inspector's JSON; None when the engine cannot be loaded."""
     runtime = library.Runtime(library_logger(library))
     engine = runtime.deserialize_cuda_engine(content)
     if engine is None:
         return None
     inspector = engine.create_engine_inspector()
     context = engine.create_execution_context()
-    if context is not None:  # with the shapes known, the inspector tells formats that it withholds otherwise
+    if context is not None:  # the inspector reports formats only when shapes are known
         for index in range(engine.num_io_tensors):
             name = engine.get_tensor_name(index)
             if engine.get_tensor_mode(name) == library.TensorIOMode.INPUT:
@@ -70,10 +75,10 @@ def _inspect(library: Any, content: bytes, batch: int) -> str | None:
 
 
 def inspected_fp16_share(text: str) -> tuple[float | None, str | None]:
-    """Share of FP16 in the inspector's JSON, or None and why it cannot be told.
+    """Return the share of FP16 in the inspector's JSON, or None and the reason.
 
     A layer with weights computes in their type; for others the type of the output counts. TensorRT 10 writes
-    "Format/Datatype" (and "N/A due to dynamic shapes" where it cannot tell, which is not the same as none), TensorRT 11
+    "Format/Datatype" (and "N/A due to dynamic shapes" where it is unknown), TensorRT 11
     "DataType" ("Migrating IEngineInspector Usage from TensorRT 10.x to 11.x").
     """
     try:
@@ -83,12 +88,12 @@ def inspected_fp16_share(text: str) -> tuple[float | None, str | None]:
     counts = Counter(_inspected_type(entry) for entry in entries if isinstance(entry, dict))
     share = _share(counts["fp16"], counts["fp32"])
     if share is None:
-        return None, f"the inspector shows {len(entries)} layers, but of none the type that it computes in"
+        return None, f"the inspector shows {len(entries)} layers, but not in which type any of them computes"
     return share, None
 
 
 def _inspected_type(entry: dict[str, Any]) -> str | None:
-    if entry.get("LayerType") in IDLE:
+    if entry.get("LayerType") in INSPECTOR_DATA_MOVEMENT:
         return None
     weights = entry.get("Weights")
     if isinstance(weights, dict) and (kind := _float_type([weights.get("Type")])):
@@ -97,9 +102,9 @@ def _inspected_type(entry: dict[str, Any]) -> str | None:
     return _float_type(output.get("DataType") or output.get("Format/Datatype") for output in outputs)
 
 
-def _float_type(words: Iterable[object]) -> str | None:
-    """fp16 or fp32 as the inspector may call them; None for other types and for what is not known."""
-    for text in (str(word).lower() for word in words):
+def _float_type(names: Iterable[object]) -> str | None:
+    """fp16 or fp32 as the inspector may name them; None for other and unknown types."""
+    for text in (str(name).lower() for name in names):
         if "bf16" in text or "bfloat" in text:
             continue
         if "half" in text or "fp16" in text or "float16" in text:

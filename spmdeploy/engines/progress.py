@@ -1,4 +1,4 @@
-"""A build that takes minutes: on a thread of its own, so that it can be watched, and cancelled with Ctrl-C."""
+"""Runs a long build on a separate thread, so that it can report progress and be canceled with Ctrl-C."""
 
 from __future__ import annotations
 
@@ -8,37 +8,40 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-Tell = Callable[[str, float], None]
-"""Is told what a build is doing, and for how many seconds the build has been going on."""
+BuildStatus = Callable[[str, float], None]
+"""Called with what a build is doing, and the seconds since it started."""
 
-HEARTBEAT = 10.0
-"""Seconds after which a build says that it is still at it."""
+PROGRESS_INTERVAL = 10.0
+"""Interval of status reports while nothing changes, in seconds."""
 
 
 class BuildMonitor:
-    """Follows one build. The library's progress monitor reports here; without one there is the heartbeat alone."""
+    """Follows one build.
 
-    def __init__(self, tell: Tell, heartbeat: float = HEARTBEAT) -> None:
-        self.cancelled = False
-        self._tell, self._heartbeat = tell, heartbeat
+    The library's progress monitor reports here; without one there are only the periodic reports.
+    """
+
+    def __init__(self, report: BuildStatus, interval: float = PROGRESS_INTERVAL) -> None:
+        self.canceled = False
+        self._report, self._interval = report, interval
         self._started = time.perf_counter()
         self._phases: list[str] = []
 
-    @property
-    def seconds(self) -> float:
-        return time.perf_counter() - self._started
-
-    def say(self, words: str) -> None:
-        self._tell(words, self.seconds)
+    def report(self, status: str) -> None:
+        """Report what the build is doing."""
+        self._report(status, time.perf_counter() - self._started)
 
     def run(self, build: Callable[[], T]) -> T:
-        """The result of `build`, or its exception. Ctrl-C asks the build to stop and is raised when it has."""
-        outcome: list[T] = []
+        """Return the result of `build`, or raise its exception.
+
+        Ctrl-C asks the build to stop and is raised when it has stopped; a second one is raised at once.
+        """
+        result: list[T] = []
         failure: list[BaseException] = []
 
         def work() -> None:
             try:
-                outcome.append(build())
+                result.append(build())
             except BaseException as exc:  # raised again below
                 failure.append(exc)
 
@@ -46,45 +49,45 @@ class BuildMonitor:
         thread.start()
         while thread.is_alive():
             try:
-                thread.join(self._heartbeat)
+                thread.join(self._interval)
                 if thread.is_alive():
-                    self.say(self._phases[-1] if self._phases else "building")
+                    self.report(self._phases[-1] if self._phases else "building")
             except KeyboardInterrupt:
-                if self.cancelled:
+                if self.canceled:
                     raise
-                self.cancelled = True
-                self.say("cancelling at the next step")
-        if self.cancelled:
+                self.canceled = True
+                self.report("canceling at the next step")
+        if self.canceled:
             raise KeyboardInterrupt
         if failure:
             raise failure[0]
-        return outcome[0]
-
-    # -- called by the library's monitor, on the thread that builds
+        return result[0]
 
     def phase_started(self, name: str) -> None:
+        """Called by the library's monitor, on the thread that builds."""
         self._phases.append(name)
-        if len(self._phases) == 2:  # the first is the whole build; further down there are hundreds
-            self.say(name)
+        if len(self._phases) == 2:  # the first is the whole build; deeper levels have hundreds
+            self.report(name)
 
     def phase_finished(self, name: str) -> None:
+        """Called by the library's monitor, on the thread that builds."""
         if name in self._phases:
             self._phases.remove(name)
 
 
-def progress_monitor(library: Any, watch: BuildMonitor) -> Any:
-    """The library's monitor that reports to `watch`; None where the library has none (before TensorRT 8.6)."""
+def progress_monitor(library: Any, monitor: BuildMonitor) -> Any:
+    """Return the library's own monitor that reports to `monitor`; None if the library has none (before 8.6)."""
     if not hasattr(library, "IProgressMonitor"):
         return None
 
     class Monitor(library.IProgressMonitor):  # type: ignore[misc]
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            watch.phase_started(phase_name)
+            monitor.phase_started(phase_name)
 
         def phase_finish(self, phase_name: str) -> None:
-            watch.phase_finished(phase_name)
+            monitor.phase_finished(phase_name)
 
         def step_complete(self, phase_name: str, step: int) -> bool:
-            return not watch.cancelled
+            return not monitor.canceled
 
     return Monitor()

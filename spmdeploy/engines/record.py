@@ -213,6 +213,7 @@ class EngineRecord:
             *(self.runtime, self.version, self.graph, self.precision, dataclasses.asdict(self.batch)),
             *(self.gpu and dataclasses.asdict(self.gpu), self.targets, self.builder.os, self.builder.architecture),
             *(self.onnx.sha256, self.weights and self.weights.sha256),
+            *(dataclasses.asdict(profile) for profile in self.profiles),
         )
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         return f"{slug(*parts)[:100]}-{digest[:12]}"

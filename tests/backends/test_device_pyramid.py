@@ -79,7 +79,7 @@ def assert_same(one: EditResult, other: EditResult) -> None:
 
 @pytest.mark.parametrize("package", PACKAGES)
 @pytest.mark.parametrize(("runtime", "version"), LIBRARIES)
-def test_the_picture_of_the_host(
+def test_cascade_on_the_device_equals_the_hosts(
     runtime: str, version: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gpu = SimulatedGpu()
@@ -106,7 +106,9 @@ def masks(draw: st.DrawFn) -> np.ndarray:
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(mask=masks(), batch=st.integers(1, 11), smooth=st.booleans())
-def test_windows_of_any_shape(mask: np.ndarray, batch: int, smooth: bool, session: TensorRtSession) -> None:
+def test_cascade_of_any_window_equals_the_hosts(
+    mask: np.ndarray, batch: int, smooth: bool, session: TensorRtSession
+) -> None:
     """The same session all along. Smooth photos are enlarged, the others refined."""
     options = {"mask": mask, "batch_size": batch, "smooth": smooth}
     found, expected = (edit(one, *mask.shape, **options) for one in (session, OnHost(session)))
@@ -117,21 +119,20 @@ def test_windows_of_any_shape(mask: np.ndarray, batch: int, smooth: bool, sessio
 
 
 @pytest.mark.parametrize(("height", "width"), [(17, 100), (100, 9), (40, 41), (7, 70)])
-def test_levels_smaller_than_a_tile(height: int, width: int, session: TensorRtSession) -> None:
+def test_cascade_of_levels_smaller_than_a_tile_equals_the_hosts(
+    height: int, width: int, session: TensorRtSession
+) -> None:
     """What a tile is made from is then continued by mirroring, more than once where it must be."""
     assert_same(*(edit(one, height, width) for one in (session, OnHost(session))))
 
 
-def test_smooth_levels_are_enlarged_on_the_device_too(gpu: SimulatedGpu, session: TensorRtSession) -> None:
+def test_cascade_of_a_smooth_photo_is_enlarged(gpu: SimulatedGpu, session: TensorRtSession) -> None:
     found, expected = (edit(one, 75, 90, smooth=True) for one in (session, OnHost(session)))
     assert_same(found, expected)
     assert not any(level.refined for window in found.report.windows for level in window.measured)
 
 
-# ------------------------------------------------------------------------------------------------------------- copies
-
-
-def test_no_picture_passes_the_host_between_the_levels(gpu: SimulatedGpu, session: TensorRtSession) -> None:
+def test_cascade_copies_images_to_the_host_at_the_end_only(gpu: SimulatedGpu, session: TensorRtSession) -> None:
     """To the device go tables, once, and what the photo shows of each tile; back come the levels, when all are done."""
     edit(session, 75, 90)
     gpu.calls.clear()
@@ -158,7 +159,7 @@ def test_no_picture_passes_the_host_between_the_levels(gpu: SimulatedGpu, sessio
     assert sum(tables) < 1 << 16
 
 
-def test_both_engines_work_in_one_pool(gpu: SimulatedGpu, session: TensorRtSession) -> None:
+def test_cascade_repeated_allocates_one_block(gpu: SimulatedGpu, session: TensorRtSession) -> None:
     """One piece for inputs and outputs, one for activations, one lent to the cascade; nothing once it is warm."""
     edit(session, 75, 90)
     before, used = sorted(gpu.memory), gpu.used
@@ -169,9 +170,7 @@ def test_both_engines_work_in_one_pool(gpu: SimulatedGpu, session: TensorRtSessi
     assert not {"cuMemHostAlloc", "cuModuleLoadData", "cuStreamCreate", "create_execution_context"} & set(gpu.calls)
 
 
-def test_the_memory_follows_the_window_and_not_the_photo(
-    session: TensorRtSession, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cascade_memory_depends_on_the_window_alone(session: TensorRtSession, monkeypatch: pytest.MonkeyPatch) -> None:
     allocate_temporary, lent = EngineMemory.allocate_temporary, []
 
     def watched(memory: EngineMemory, size: int, purpose: str) -> int:
@@ -186,12 +185,7 @@ def test_the_memory_follows_the_window_and_not_the_photo(
     assert len(lent) == 2 and lent[0] == lent[1] > 0
 
 
-# ------------------------------------------------------------------------------------------------------------- failures
-
-
-def test_too_little_memory_for_the_levels_goes_through_the_host_and_says_so(
-    gpu: SimulatedGpu, session: TensorRtSession
-) -> None:
+def test_cascade_without_memory_for_levels_runs_on_the_host(gpu: SimulatedGpu, session: TensorRtSession) -> None:
     expected = edit(session, 75, 90)
     gpu.capacity = gpu.used + 1000
     found = edit(session, 75, 90)
@@ -202,7 +196,7 @@ def test_too_little_memory_for_the_levels_goes_through_the_host_and_says_so(
     assert "bytes for the levels of a cascade: 1,000 of" in note
 
 
-def test_too_little_memory_for_the_network_is_an_error(gpu: SimulatedGpu, tmp_path: Path) -> None:
+def test_cascade_without_memory_for_the_network_is_an_error(gpu: SimulatedGpu, tmp_path: Path) -> None:
     with opened(gpu, tmp_path, activations=40_000) as session:
         gpu.capacity = gpu.used + 100_000
         with pytest.raises(OutOfMemoryError) as caught:
@@ -212,7 +206,7 @@ def test_too_little_memory_for_the_network_is_an_error(gpu: SimulatedGpu, tmp_pa
     assert gpu.left_behind == {}
 
 
-def test_the_network_comes_first_where_memory_is_short(gpu: SimulatedGpu, tmp_path: Path) -> None:
+def test_cascade_short_of_memory_reserves_the_network_first(gpu: SimulatedGpu, tmp_path: Path) -> None:
     """What fits into the host's way of doing it still does."""
     with opened(gpu, tmp_path, activations=100_000) as session:
         session.run(ModelInput(**inputs_for(1)))
@@ -223,7 +217,7 @@ def test_the_network_comes_first_where_memory_is_short(gpu: SimulatedGpu, tmp_pa
         assert edit(session, 75, 90, batch_size=4).report.windows[0].between_levels == "device"
 
 
-def test_a_driver_that_does_not_take_the_kernels(gpu: SimulatedGpu, session: TensorRtSession) -> None:
+def test_cascade_without_kernels_runs_on_the_host(gpu: SimulatedGpu, session: TensorRtSession) -> None:
     gpu.fails["cuModuleLoadData"] = Code.CUDA_ERROR_INVALID_VALUE
     found = edit(session, 75, 90)
     assert found.report.windows[0].between_levels == "host"
@@ -233,7 +227,7 @@ def test_a_driver_that_does_not_take_the_kernels(gpu: SimulatedGpu, session: Ten
 
 
 @pytest.mark.parametrize("call", ["kernel blend", "kernel compare", "cuMemcpyDtoHAsync", "cuMemcpyDtoDAsync"])
-def test_an_error_in_the_middle_leaves_the_pool_usable(call: str, gpu: SimulatedGpu, session: TensorRtSession) -> None:
+def test_cascade_failed_leaves_the_session_usable(call: str, gpu: SimulatedGpu, session: TensorRtSession) -> None:
     expected, *_ = [edit(session, 75, 90).image for _ in range(3)]  # until nothing new is made any more
     left = gpu.left_behind
     gpu.fails[call] = Code.CUDA_ERROR_INVALID_VALUE
@@ -244,7 +238,7 @@ def test_an_error_in_the_middle_leaves_the_pool_usable(call: str, gpu: Simulated
     assert np.array_equal(edit(session, 75, 90).image, expected)
 
 
-def test_ctrl_c_in_the_middle_gives_the_memory_back(gpu: SimulatedGpu, session: TensorRtSession) -> None:
+def test_cascade_interrupted_frees_its_memory(gpu: SimulatedGpu, session: TensorRtSession) -> None:
     expected, *_ = [edit(session, 75, 90).image for _ in range(3)]
     left = gpu.left_behind
 
@@ -258,7 +252,7 @@ def test_ctrl_c_in_the_middle_gives_the_memory_back(gpu: SimulatedGpu, session: 
     assert np.array_equal(edit(session, 75, 90).image, expected)
 
 
-def test_other_threads_edit_between_the_tiles(gpu: SimulatedGpu, session: TensorRtSession) -> None:
+def test_cascade_with_other_edits_between_tiles_is_unchanged(gpu: SimulatedGpu, session: TensorRtSession) -> None:
     """Whatever they put into the pool's places."""
     expected = edit(session, 75, 90)
 
@@ -269,7 +263,7 @@ def test_other_threads_edit_between_the_tiles(gpu: SimulatedGpu, session: Tensor
     assert np.array_equal(edit(session, 75, 90, progress=others).image, expected.image)
 
 
-def test_several_threads_carry_up_at_once(gpu: SimulatedGpu, session: TensorRtSession) -> None:
+def test_cascades_in_threads_give_each_its_result(gpu: SimulatedGpu, session: TensorRtSession) -> None:
     sizes = [(75, 90), (60, 100), (110, 40)]
     expected = [edit(session, *size).image for size in sizes]
     left, found = gpu.left_behind, {}
@@ -288,14 +282,11 @@ def test_several_threads_carry_up_at_once(gpu: SimulatedGpu, session: TensorRtSe
     assert gpu.left_behind["memory"] == left["memory"]
 
 
-def test_a_session_closed_in_the_middle(gpu: SimulatedGpu, tmp_path: Path) -> None:
+def test_cascade_of_a_session_closed_meanwhile_is_an_error(gpu: SimulatedGpu, tmp_path: Path) -> None:
     session = opened(gpu, tmp_path)
     with pytest.raises(UnavailableError, match="closed"):
         edit(session, 75, 90, progress=lambda done, total: session.close() if done > 3 else None)
     assert gpu.left_behind == {}
-
-
-# -------------------------------------------------------------------------------------------------------- ONNX Runtime
 
 
 class Graph:
@@ -337,7 +328,7 @@ def on_cuda(gpu: SimulatedGpu, monkeypatch: pytest.MonkeyPatch) -> Iterator[ort.
     assert gpu.left_behind == {} and gpu.contexts == []
 
 
-def test_onnx_runtime_keeps_the_picture_on_the_gpu_too(gpu: SimulatedGpu, on_cuda: ort.OnnxRuntimeSession) -> None:
+def test_onnxruntime_cascade_equals_the_hosts(gpu: SimulatedGpu, on_cuda: ort.OnnxRuntimeSession) -> None:
     for batch in (2, 5, 3):
         assert_same(edit(on_cuda, 75, 90, batch_size=batch), edit(OnHost(on_cuda), 75, 90, batch_size=batch))
     gpu.calls.clear()
@@ -347,7 +338,7 @@ def test_onnx_runtime_keeps_the_picture_on_the_gpu_too(gpu: SimulatedGpu, on_cud
     assert read[0] > max(number for number, call in enumerate(gpu.calls) if call.startswith("kernel"))
 
 
-def test_onnx_runtime_without_a_package_for_the_gpu_goes_through_the_host_and_says_so(
+def test_onnxruntime_cascade_without_packages_runs_on_the_host(
     gpu: SimulatedGpu, on_cuda: ort.OnnxRuntimeSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plug_in(monkeypatch, gpu, "")
@@ -356,7 +347,7 @@ def test_onnx_runtime_without_a_package_for_the_gpu_goes_through_the_host_and_sa
     assert any("neither PyCUDA" in note for note in found.report.notes)
 
 
-def test_a_failure_of_onnx_runtime_in_the_middle_gives_the_memory_back(
+def test_onnxruntime_cascade_failed_frees_its_memory(
     gpu: SimulatedGpu, on_cuda: ort.OnnxRuntimeSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = edit(on_cuda, 75, 90).image
@@ -369,7 +360,7 @@ def test_a_failure_of_onnx_runtime_in_the_middle_gives_the_memory_back(
     assert np.array_equal(edit(on_cuda, 75, 90).image, expected)
 
 
-def test_onnx_runtime_on_a_cpu_has_no_device(gpu: SimulatedGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_onnxruntime_cascade_on_a_cpu_runs_on_the_host(gpu: SimulatedGpu, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ort, "LoadedGraph", Graph)
     session = ort.OnnxRuntimeSession(Path("edit"), "fp32", "cpu", refine=lambda: Path("refine"))
     report = edit(session, 75, 90).report

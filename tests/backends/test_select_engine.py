@@ -114,10 +114,7 @@ def fallen_back(bundle: Bundle, patch: pytest.MonkeyPatch, **options: str) -> li
     return list(opened.choices)
 
 
-# ---------------------------------------------------------------------------------------------------------------- auto
-
-
-def test_an_engine_that_fits_is_taken_first(machine: Machine, bundle: Bundle) -> None:
+def test_auto_with_a_compatible_engine_takes_it(machine: Machine, bundle: Bundle) -> None:
     path = add(bundle, record_of())
     opened = open_backend(bundle)
     assert (opened.session.backend, opened.session.device, opened.session.precision) == ("tensorrt", "cuda:0", "fp16")
@@ -131,7 +128,7 @@ def test_an_engine_that_fits_is_taken_first(machine: Machine, bundle: Bundle) ->
     assert machine.gpu.left_behind != {}
 
 
-def test_the_best_of_several_is_taken(machine: Machine, bundle: Bundle) -> None:
+def test_auto_with_several_engines_takes_the_best(machine: Machine, bundle: Bundle) -> None:
     for record in (
         replace(for_targets("sm86"), **ports_of(record_of())),
         record_of(most=4),
@@ -151,7 +148,7 @@ def ports_of(record: EngineRecord) -> dict[str, Any]:
     return {"inputs": record.inputs, "outputs": record.outputs}
 
 
-def test_refine_engines_come_with_it(machine: Machine, bundle: Bundle) -> None:
+def test_session_opened_has_the_refine_engine_of_its_precision(machine: Machine, bundle: Bundle) -> None:
     add(bundle, record_of())
     with_one = open_backend(bundle).session
     assert not with_one.refines
@@ -164,7 +161,7 @@ def test_refine_engines_come_with_it(machine: Machine, bundle: Bundle) -> None:
     assert np.array_equal(opened.session.refine(*refine_inputs(given)), edited_like(given)["unrounded"])
 
 
-def test_a_missing_refine_engine_is_named_with_the_command_that_builds_it(machine: Machine, bundle: Bundle) -> None:
+def test_refine_engine_missing_names_the_command(machine: Machine, bundle: Bundle) -> None:
     add(bundle, record_of())
     lack = open_backend(bundle).session.refine_unsupported
     assert lack is not None and lack.problem == "the bundle holds no refine graph in fp16"
@@ -183,9 +180,7 @@ def test_a_missing_refine_engine_is_named_with_the_command_that_builds_it(machin
     assert open_backend(whole).session.refine_unsupported is None
 
 
-def test_a_refine_engine_without_an_edit_engine(
-    machine: Machine, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_refine_engine_alone_is_not_used(machine: Machine, bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     add(bundle, record_of(graph=REFINE))
     words = "a refine engine fits this machine, but no edit engine was built"
     (choice, *_) = fallen_back(bundle, monkeypatch)
@@ -195,7 +190,9 @@ def test_a_refine_engine_without_an_edit_engine(
     assert "--graph edit" in str(caught.value.hint)
 
 
-def test_why_no_engine_is_taken(machine: Machine, bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_without_a_compatible_engine_says_why(
+    machine: Machine, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert fallen_back(bundle, monkeypatch)[0] == "backend onnxruntime: no engine was built for this bundle"
     add(bundle, replace(record_of(), gpu=A10, version="10.3.0"))
     why = fallen_back(bundle, monkeypatch)[0]
@@ -215,7 +212,7 @@ def test_why_no_engine_is_taken(machine: Machine, bundle: Bundle, monkeypatch: p
         (lambda machine: plug_in(machine.patch, machine.gpu, ""), "neither PyCUDA"),
     ],
 )
-def test_an_engine_that_does_not_work_is_passed_over_by_auto_alone(
+def test_auto_with_a_failing_engine_takes_another_backend(
     spoil: Any, words: str, machine: Machine, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     add(bundle, record_of())
@@ -228,7 +225,7 @@ def test_an_engine_that_does_not_work_is_passed_over_by_auto_alone(
     assert machine.gpu.left_behind == {} and machine.gpu.contexts == []
 
 
-def test_auto_takes_the_next_engine_and_says_what_was_wrong_with_the_first(machine: Machine, bundle: Bundle) -> None:
+def test_auto_with_a_failing_engine_takes_the_next(machine: Machine, bundle: Bundle) -> None:
     add(bundle, record_of(most=8), weights=1 << 40)
     add(bundle, record_of(most=4))
     opened = open_backend(bundle)
@@ -236,10 +233,7 @@ def test_auto_takes_the_next_engine_and_says_what_was_wrong_with_the_first(machi
     assert "came out right just now; tried first: " in opened.choices[0] and "has no room" in opened.choices[0]
 
 
-# ------------------------------------------------------------------------------------------------------------- by name
-
-
-def test_by_name_it_is_done_or_refused(machine: Machine, bundle: Bundle) -> None:
+def test_backend_by_name_without_an_engine_is_refused(machine: Machine, bundle: Bundle) -> None:
     with pytest.raises(BundleError, match="no engine was built for this bundle") as caught:
         open_backend(bundle, "tensorrt")
     assert caught.value.exit_code == 6 and "spmdeploy build" in str(caught.value.hint)
@@ -255,7 +249,7 @@ def test_by_name_it_is_done_or_refused(machine: Machine, bundle: Bundle) -> None
             open_backend(bundle, "tensorrt", **options)
 
 
-def test_without_library_or_gpu(machine: Machine, bundle: Bundle) -> None:
+def test_backend_by_name_without_a_library_is_unavailable(machine: Machine, bundle: Bundle) -> None:
     add(bundle, record_of())
     machine.without("tensorrt")
     with pytest.raises(UnavailableError, match="tensorrt cannot be imported") as caught:
@@ -266,13 +260,10 @@ def test_without_library_or_gpu(machine: Machine, bundle: Bundle) -> None:
         open_backend(bundle, "tensorrt-rtx")
 
 
-def test_a_gpu_that_is_not_there(machine: Machine, bundle: Bundle) -> None:
+def test_device_by_name_that_does_not_exist_is_unavailable(machine: Machine, bundle: Bundle) -> None:
     add(bundle, record_of())
     with pytest.raises(UnavailableError, match="cuDeviceGet with error 101"):
         open_backend(bundle, "tensorrt", "cuda:3")
-
-
-# --------------------------------------------------------------------------------------------------------------- proof
 
 
 def painted_black(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -286,7 +277,7 @@ def proof_of(opened: OpenedBackend) -> str:
     return opened.choices[0].rpartition("; ")[2]
 
 
-def test_an_engine_is_proved_at_its_first_use_and_not_again(machine: Machine, bundle: Bundle) -> None:
+def test_verification_is_done_at_the_first_use_only(machine: Machine, bundle: Bundle) -> None:
     add(bundle, record_of())
     assert proof_of(open_backend(bundle)) == "its golden edits came out right just now"
     (found,) = find_engines(bundle)
@@ -298,7 +289,7 @@ def test_an_engine_is_proved_at_its_first_use_and_not_again(machine: Machine, bu
     assert "execute_async_v3" not in machine.gpu.calls
 
 
-def test_on_another_gpu_or_driver_it_is_proved_again(machine: Machine, bundle: Bundle, tmp_path: Path) -> None:
+def test_verification_on_another_gpu_or_driver_is_repeated(machine: Machine, bundle: Bundle, tmp_path: Path) -> None:
     machine.patch.setattr("spmdeploy.gpu.driver._KERNEL_MODULE_VERSION", tmp_path / "version")
     add(bundle, replace(for_targets("sm86"), **ports_of(record_of())))
     for version, expected in (("580.1", "just now"), ("580.1", "right here on"), ("590.2", "just now")):
@@ -309,7 +300,7 @@ def test_on_another_gpu_or_driver_it_is_proved_again(machine: Machine, bundle: B
     assert "just now" in proof_of(open_backend(bundle))
 
 
-def test_wrong_pictures_are_an_error_now_and_later(
+def test_verification_failed_is_an_error_until_it_passes(
     machine: Machine, bundle: Bundle, capsys: pytest.CaptureFixture[str]
 ) -> None:
     add(bundle, record_of())
@@ -326,7 +317,7 @@ def test_wrong_pictures_are_an_error_now_and_later(
     assert "just now" in proof_of(open_backend(bundle, "tensorrt"))
 
 
-def test_a_refine_engine_is_proved_by_itself(machine: Machine, bundle: Bundle) -> None:
+def test_verification_of_a_refine_engine_is_separate(machine: Machine, bundle: Bundle) -> None:
     add(bundle, record_of())
     assert "just now" in proof_of(open_backend(bundle, "tensorrt"))
     refine = add(bundle, record_of(graph=REFINE))
@@ -347,9 +338,7 @@ def test_a_refine_engine_is_proved_by_itself(machine: Machine, bundle: Bundle) -
     assert "execute_async_v3" not in machine.gpu.calls
 
 
-def test_the_proof_of_what_cannot_be_written_to_is_kept_in_the_cache(
-    machine: Machine, bundle: Bundle, tmp_path: Path
-) -> None:
+def test_verification_of_a_zip_is_kept_in_the_cache(machine: Machine, bundle: Bundle, tmp_path: Path) -> None:
     add(bundle, record_of())
 
     with zipfile.ZipFile(tmp_path / "z.spm.zip", "w") as archive:
@@ -365,7 +354,7 @@ def test_the_proof_of_what_cannot_be_written_to_is_kept_in_the_cache(
     assert "just now" in proof_of(open_backend(zipped))
 
 
-def test_a_proof_that_cannot_be_kept_is_said(machine: Machine, bundle: Bundle, tmp_path: Path) -> None:
+def test_verification_that_cannot_be_stored_is_noted(machine: Machine, bundle: Bundle, tmp_path: Path) -> None:
     zipped = open_bundle(pack(bundle, tmp_path / "z.spm.zip"))
     add(zipped, record_of())  # into the cache
     (tmp_path / "cache" / "verified").write_text("a file where the folder should be")
@@ -379,10 +368,7 @@ def refuse_to_write(self: object, verification: object) -> None:
     raise InputError("no room", "make some")
 
 
-# ---------------------------------------------------------------------------------------------------- the command line
-
-
-def test_verify_and_edit_on_an_engine(
+def test_verify_and_edit_run_on_an_engine(
     machine: Machine, bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     add(bundle, record_of(), capturable=False)
@@ -400,7 +386,7 @@ def test_verify_and_edit_on_an_engine(
     assert machine.gpu.left_behind == {}
 
 
-def test_what_could_not_be_captured_is_in_the_report(machine: Machine, bundle: Bundle) -> None:
+def test_edit_without_cuda_graphs_notes_it(machine: Machine, bundle: Bundle) -> None:
     add(bundle, record_of(), capturable=False)
     mask = np.zeros((SIZE, SIZE), bool)
     mask[4:8, 4:8] = True

@@ -98,12 +98,9 @@ def opened(gpu: SimulatedGpu, folder: Path, runtime: str = "tensorrt", version: 
     return TensorRtSession(library, edit, refine, size=SIZE)
 
 
-# -------------------------------------------------------------------------------------------------------------- results
-
-
 @pytest.mark.parametrize("package", PACKAGES)
 @pytest.mark.parametrize(("runtime", "version"), LIBRARIES)
-def test_both_graphs_give_what_the_engines_compute(
+def test_run_of_both_graphs_gives_what_the_engines_compute(
     runtime: str, version: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gpu = SimulatedGpu()
@@ -124,9 +121,7 @@ def test_both_graphs_give_what_the_engines_compute(
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(batches=st.lists(st.integers(1, 20), min_size=1, max_size=5), unrounded=st.booleans())
-def test_any_batch_is_split_into_what_the_engine_takes(
-    batches: list[int], unrounded: bool, session: TensorRtSession
-) -> None:
+def test_run_of_any_batch_is_split_into_parts(batches: list[int], unrounded: bool, session: TensorRtSession) -> None:
     """The same session all along: whatever batches came before, and in whatever order."""
     for seed, batch in enumerate(batches):
         given = inputs_for(batch, seed)
@@ -134,14 +129,14 @@ def test_any_batch_is_split_into_what_the_engine_takes(
         assert np.array_equal(result, edited_like(given)["unrounded" if unrounded else "edited"])
 
 
-def test_results_stay_when_the_next_batch_comes(session: TensorRtSession) -> None:
+def test_run_again_leaves_earlier_results(session: TensorRtSession) -> None:
     first, second = inputs_for(1, 1), inputs_for(1, 2)
     kept = session.run(ModelInput(**first))
     session.run(ModelInput(**second))
     assert np.array_equal(kept, edited_like(first)["edited"])
 
 
-def test_threads_wait_for_each_other(session: TensorRtSession) -> None:
+def test_run_in_threads_gives_each_its_result(session: TensorRtSession) -> None:
     wrong: list[int] = []
 
     def work(seed: int) -> None:
@@ -158,7 +153,7 @@ def test_threads_wait_for_each_other(session: TensorRtSession) -> None:
     assert wrong == []
 
 
-def test_several_sessions_at_once(gpu: SimulatedGpu, tmp_path: Path) -> None:
+def test_sessions_open_at_once_are_independent(gpu: SimulatedGpu, tmp_path: Path) -> None:
     given = inputs_for(2)
     with opened(gpu, tmp_path / "a") as first, opened(gpu, tmp_path / "b", "tensorrt-rtx", "1.7.1.116") as second:
         for _ in range(3):
@@ -167,8 +162,6 @@ def test_several_sessions_at_once(gpu: SimulatedGpu, tmp_path: Path) -> None:
         assert np.array_equal(second.run(ModelInput(**given)), edited_like(given)["edited"])
     assert gpu.left_behind == {}
 
-
-# ---------------------------------------------------------------------------------------------------- calls and memory
 
 TRANSFERS = {"cuMemcpyHtoDAsync", "cuMemcpyDtoHAsync", "execute_async_v3", "cuGraphLaunch", "cuStreamSynchronize"}
 
@@ -180,7 +173,7 @@ def calls_of(gpu: SimulatedGpu, session: TensorRtSession, batch: int) -> list[st
     return list(gpu.calls)
 
 
-def test_the_order_of_calls(gpu: SimulatedGpu, session: TensorRtSession) -> None:
+def test_run_repeated_becomes_one_graph_launch(gpu: SimulatedGpu, session: TensorRtSession) -> None:
     first, second, third = (calls_of(gpu, session, 2) for _ in range(3))
     enqueued = ["cuMemcpyHtoDAsync"] * 4 + ["execute_async_v3", "cuMemcpyDtoHAsync"]
     assert [call for call in first if call in TRANSFERS - {"cuStreamSynchronize"}] == enqueued
@@ -201,7 +194,7 @@ def test_the_order_of_calls(gpu: SimulatedGpu, session: TensorRtSession) -> None
     ]
 
 
-def test_a_graph_for_each_batch_size_and_each_output(gpu: SimulatedGpu, session: TensorRtSession) -> None:
+def test_run_of_several_batch_sizes_captures_each_once(gpu: SimulatedGpu, session: TensorRtSession) -> None:
     for _ in range(3):
         for batch in (1, 2, 3):
             session.run(ModelInput(**inputs_for(batch)))
@@ -210,7 +203,7 @@ def test_a_graph_for_each_batch_size_and_each_output(gpu: SimulatedGpu, session:
     assert gpu.calls.count("create_execution_context") == 3  # one for each: a graph's context must stay as it was
 
 
-def test_time_by_the_clock_of_the_device(gpu: SimulatedGpu, session: TensorRtSession) -> None:
+def test_timed_run_is_measured_by_events_around_the_work(gpu: SimulatedGpu, session: TensorRtSession) -> None:
     events = len(gpu.events)
     for _ in range(3):
         gpu.calls.clear()
@@ -223,7 +216,7 @@ def test_time_by_the_clock_of_the_device(gpu: SimulatedGpu, session: TensorRtSes
     assert np.array_equal(session.run(ModelInput(**given)), edited_like(given)["edited"])
 
 
-def test_memory_is_allocated_once(gpu: SimulatedGpu, session: TensorRtSession) -> None:
+def test_run_of_known_batch_sizes_allocates_nothing(gpu: SimulatedGpu, session: TensorRtSession) -> None:
     session.run(ModelInput(**inputs_for(8)))
     session.refine(*refine_inputs(inputs_for(8, coarse=True)))
     before = dict(gpu.memory)
@@ -235,14 +228,14 @@ def test_memory_is_allocated_once(gpu: SimulatedGpu, session: TensorRtSession) -
     assert len(gpu.memory) == 4 and len(gpu.host) == 2
 
 
-def test_larger_activations_make_older_graphs_anew(gpu: SimulatedGpu, session: TensorRtSession) -> None:
+def test_run_with_larger_activations_captures_again(gpu: SimulatedGpu, session: TensorRtSession) -> None:
     for batch in (1, 1, 1, 6, 6, 6, 1, 1, 1):
         given = inputs_for(batch, batch)
         assert np.array_equal(session.run(ModelInput(**given)), edited_like(given)["edited"])
     assert gpu.calls.count("cuGraphInstantiate") == 3 and len(gpu.graphs) == 2
 
 
-def test_what_cannot_be_captured_is_said_and_runs_all_the_same(gpu: SimulatedGpu, tmp_path: Path) -> None:
+def test_run_that_cannot_be_captured_is_noted(gpu: SimulatedGpu, tmp_path: Path) -> None:
     for runtime, version in LIBRARIES:
         with opened(gpu, tmp_path, runtime, version, capturable=False) as session:
             for seed in range(3):
@@ -253,7 +246,7 @@ def test_what_cannot_be_captured_is_said_and_runs_all_the_same(gpu: SimulatedGpu
     assert gpu.left_behind == {}
 
 
-def test_other_failures_while_capturing_are_errors(gpu: SimulatedGpu, session: TensorRtSession) -> None:
+def test_run_failed_while_capturing_is_an_error(gpu: SimulatedGpu, session: TensorRtSession) -> None:
     session.run(ModelInput(**inputs_for(1)))
     gpu.fails["cuGraphInstantiate"] = Code.CUDA_ERROR_ILLEGAL_ADDRESS
     with pytest.raises(UnavailableError, match="cuGraphInstantiate"):
@@ -262,9 +255,7 @@ def test_other_failures_while_capturing_are_errors(gpu: SimulatedGpu, session: T
 
 
 @pytest.mark.parametrize("call", ["cuMemcpyHtoDAsync", "cuStreamSynchronize", "cuMemAlloc", "cuGraphLaunch"])
-def test_after_a_failure_the_context_is_off_and_the_session_works_again(
-    call: str, gpu: SimulatedGpu, session: TensorRtSession
-) -> None:
+def test_run_after_a_failure_works(call: str, gpu: SimulatedGpu, session: TensorRtSession) -> None:
     given = inputs_for(1)
     session.run(ModelInput(**given))
     session.run(ModelInput(**given))
@@ -277,10 +268,7 @@ def test_after_a_failure_the_context_is_off_and_the_session_works_again(
         assert np.array_equal(session.run(ModelInput(**given)), edited_like(given)["edited"])
 
 
-# -------------------------------------------------------------------------------------------------------- out of memory
-
-
-def test_too_little_memory_names_the_batch_that_would_fit(gpu: SimulatedGpu, session: TensorRtSession) -> None:
+def test_run_without_memory_names_the_batch_that_fits(gpu: SimulatedGpu, session: TensorRtSession) -> None:
     gpu.capacity = gpu.used + 4_500
     with pytest.raises(OutOfMemoryError) as caught:
         session.run(ModelInput(**inputs_for(8)))
@@ -298,7 +286,7 @@ def test_too_little_memory_names_the_batch_that_would_fit(gpu: SimulatedGpu, ses
     assert "no smaller batch would fit" in str(caught.value.hint)
 
 
-def test_too_little_memory_for_weights_and_for_pictures(gpu: SimulatedGpu, tmp_path: Path) -> None:
+def test_session_without_memory_says_what_is_missing(gpu: SimulatedGpu, tmp_path: Path) -> None:
     item = 2 * SIZE * SIZE * 3 + 2 * SIZE * SIZE + 4 * SIZE * SIZE + 4 * SIZE * SIZE * 3
     gpu.capacity = 4_000
     with pytest.raises(OutOfMemoryError, match=r"no room for the .* bytes of .*: 4,000 of 4,000 bytes are free"):
@@ -310,10 +298,7 @@ def test_too_little_memory_for_weights_and_for_pictures(gpu: SimulatedGpu, tmp_p
     assert gpu.left_behind == {} and gpu.contexts == []
 
 
-# ------------------------------------------------------------------------------------------------------------ refusals
-
-
-def test_engines_are_read_before_anything_is_loaded(gpu: SimulatedGpu, tmp_path: Path) -> None:
+def test_session_of_a_changed_engine_loads_nothing(gpu: SimulatedGpu, tmp_path: Path) -> None:
     found = engine_file(tmp_path, record_of())
     found.path.write_bytes(found.path.read_bytes()[:-1] + b" ")
     with pytest.raises(BundleError, match="SHA-256") as caught:
@@ -324,7 +309,7 @@ def test_engines_are_read_before_anything_is_loaded(gpu: SimulatedGpu, tmp_path:
         TensorRtSession(simulated_library(gpu), unfit, size=SIZE)
 
 
-def test_what_the_library_cannot_load_is_refused_in_its_words(gpu: SimulatedGpu, tmp_path: Path) -> None:
+def test_session_of_an_unreadable_engine_has_the_librarys_error(gpu: SimulatedGpu, tmp_path: Path) -> None:
     found = engine_file(tmp_path, record_of(), b"not an engine")
     with pytest.raises(BundleError, match=r"cannot be loaded by tensorrt 10\.16\.1: Serialization assertion") as caught:
         TensorRtSession(simulated_library(gpu), found, size=SIZE)
@@ -332,7 +317,7 @@ def test_what_the_library_cannot_load_is_refused_in_its_words(gpu: SimulatedGpu,
     assert gpu.left_behind == {} and gpu.contexts == []
 
 
-def test_a_driver_that_the_library_cannot_use_is_no_fault_of_the_engine(gpu: SimulatedGpu, tmp_path: Path) -> None:
+def test_session_on_a_driver_that_is_too_old_is_unavailable(gpu: SimulatedGpu, tmp_path: Path) -> None:
     gpu.fails["cuMemAlloc"] = Code.CUDA_ERROR_NO_DEVICE
     with pytest.raises(UnavailableError, match=r"cannot use cuda:0 .*: Error Code 1: Cuda Runtime") as caught:
         opened(gpu, tmp_path)
@@ -358,7 +343,7 @@ def swapped(ports: tuple[Port, ...], changed_port: str, changes: dict[str, Any])
         ({"profiles": 2}, "2 optimization profiles"),
     ],
 )
-def test_an_engine_that_takes_something_else(
+def test_session_of_an_engine_unlike_its_record_is_refused(
     changes: dict[str, Any], words: str, gpu: SimulatedGpu, tmp_path: Path
 ) -> None:
     record = record_of()
@@ -371,14 +356,14 @@ def test_an_engine_that_takes_something_else(
     assert gpu.left_behind == {} and gpu.contexts == []
 
 
-def test_an_engine_of_another_graph_than_it_says(gpu: SimulatedGpu, tmp_path: Path) -> None:
+def test_session_of_another_graphs_engine_is_refused(gpu: SimulatedGpu, tmp_path: Path) -> None:
     record = record_of()
     record = replace(record, inputs=(*record.inputs, Port("coarse", "float32", (-1, 8, 8, 3))))
     with pytest.raises(BundleError, match=r"coarse: float32 .* in the engine, nothing in the graph"):
         TensorRtSession(simulated_library(gpu), engine_file(tmp_path, record), size=SIZE)
 
 
-def test_a_library_that_refuses_to_run(gpu: SimulatedGpu, tmp_path: Path) -> None:
+def test_run_refused_by_the_library_has_its_error(gpu: SimulatedGpu, tmp_path: Path) -> None:
     library = simulated_library(gpu)
     with TensorRtSession(library, engine_file(tmp_path, record_of()), size=SIZE) as session:
         library._refuses = "Error Code 1: Cuda Runtime (invalid resource handle)"
@@ -400,12 +385,12 @@ def test_a_library_that_refuses_to_run(gpu: SimulatedGpu, tmp_path: Path) -> Non
         ("instances", lambda array: array[..., None], "instances is int32"),
     ],
 )
-def test_arrays_that_do_not_fit(name: str, spoil: Any, words: str, session: TensorRtSession) -> None:
+def test_run_with_wrong_arrays_names_them(name: str, spoil: Any, words: str, session: TensorRtSession) -> None:
     with pytest.raises(InputError, match=words):
         session.run(ModelInput(**{**inputs_for(2), name: spoil(inputs_for(2)[name])}))
 
 
-def test_without_a_refine_engine(gpu: SimulatedGpu, tmp_path: Path) -> None:
+def test_refine_without_an_engine_names_the_command(gpu: SimulatedGpu, tmp_path: Path) -> None:
     with TensorRtSession(simulated_library(gpu), engine_file(tmp_path, record_of()), size=SIZE) as session:
         assert not session.refines and session.refine_unsupported is not None
         with pytest.raises(BundleError, match="no refine engine") as caught:
@@ -413,7 +398,7 @@ def test_without_a_refine_engine(gpu: SimulatedGpu, tmp_path: Path) -> None:
     assert "spmdeploy build BUNDLE --graph refine" in str(caught.value.hint)
 
 
-def test_a_closed_session(gpu: SimulatedGpu, tmp_path: Path) -> None:
+def test_session_closed_frees_everything(gpu: SimulatedGpu, tmp_path: Path) -> None:
     session = opened(gpu, tmp_path)
     session.run(ModelInput(**inputs_for(2)))
     session.close()
@@ -423,7 +408,7 @@ def test_a_closed_session(gpu: SimulatedGpu, tmp_path: Path) -> None:
         session.run(ModelInput(**inputs_for(2)))
 
 
-def test_a_session_that_is_closed_on_a_broken_device_frees_what_it_can(gpu: SimulatedGpu, tmp_path: Path) -> None:
+def test_session_closed_on_a_failed_device_frees_everything(gpu: SimulatedGpu, tmp_path: Path) -> None:
     session = opened(gpu, tmp_path)
     session.run(ModelInput(**inputs_for(2)))
     gpu.fails["cuStreamSynchronize"] = Code.CUDA_ERROR_ILLEGAL_ADDRESS
@@ -431,14 +416,11 @@ def test_a_session_that_is_closed_on_a_broken_device_frees_what_it_can(gpu: Simu
     assert gpu.left_behind == {} and gpu.contexts == []
 
 
-# -------------------------------------------------------------------------------------------------- kernels of RTX
-
-
 def rtx(gpu: SimulatedGpu, folder: Path) -> Any:
     return opened(gpu, folder, "tensorrt-rtx", "1.7.1.116")
 
 
-def test_the_second_start_compiles_nothing(gpu: SimulatedGpu, tmp_path: Path, cache: Path) -> None:
+def test_rtx_session_opened_again_compiles_nothing(gpu: SimulatedGpu, tmp_path: Path, cache: Path) -> None:
     for expected in (["compile 2", "compile 3"], [], []):
         gpu.calls.clear()
         with rtx(gpu, tmp_path) as session:
@@ -450,7 +432,7 @@ def test_the_second_start_compiles_nothing(gpu: SimulatedGpu, tmp_path: Path, ca
     assert kept.stat().st_mode & 0o077 == 0 or (cache / "kernels").stat().st_mode & 0o077 == 0  # nobody else's business
 
 
-def test_kernels_of_another_version_are_made_anew(gpu: SimulatedGpu, tmp_path: Path, cache: Path) -> None:
+def test_rtx_kernels_of_another_version_are_compiled_again(gpu: SimulatedGpu, tmp_path: Path, cache: Path) -> None:
     with rtx(gpu, tmp_path) as session:
         session.run(ModelInput(**inputs_for(2)))
     (kept,) = (cache / "kernels").iterdir()
@@ -461,15 +443,12 @@ def test_kernels_of_another_version_are_made_anew(gpu: SimulatedGpu, tmp_path: P
     assert "compile 2" in gpu.calls and b"1.7.1.116:2" in kept.read_bytes()
 
 
-def test_kernels_that_cannot_be_kept_are_said_to_be_lost(gpu: SimulatedGpu, tmp_path: Path, cache: Path) -> None:
+def test_rtx_kernels_that_cannot_be_written_are_noted(gpu: SimulatedGpu, tmp_path: Path, cache: Path) -> None:
     cache.write_text("a file where the folder should be")
     with rtx(gpu, tmp_path) as session:
         session.run(ModelInput(**inputs_for(2)))
     (note,) = session.notes
     assert "compiled kernels are lost" in note and str(cache) in note
-
-
-# ------------------------------------------------------------------------------------------------------- on the device
 
 
 class OnGpu:
@@ -499,7 +478,7 @@ def on_gpu(gpu: SimulatedGpu, given: dict[str, np.ndarray]) -> tuple[dict[str, O
 
 @pytest.mark.parametrize("package", PACKAGES)
 @pytest.mark.parametrize("batch", [1, 3, 8, 19])
-def test_arrays_on_the_device_stay_there(
+def test_run_device_copies_nothing_to_the_host(
     batch: int, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gpu = SimulatedGpu()
@@ -523,7 +502,7 @@ def test_arrays_on_the_device_stay_there(
     assert set(gpu.left_behind) == {"memory"}  # the caller's
 
 
-def test_one_output_is_enough_and_pointers_do(gpu: SimulatedGpu, session: TensorRtSession) -> None:
+def test_run_device_takes_addresses_and_one_output(gpu: SimulatedGpu, session: TensorRtSession) -> None:
     given = inputs_for(2)
     inputs, outputs = on_gpu(gpu, given)
     pointers = {
@@ -535,7 +514,7 @@ def test_one_output_is_enough_and_pointers_do(gpu: SimulatedGpu, session: Tensor
     assert np.array_equal(outputs["unrounded"].array, edited_like(given)["unrounded"])
 
 
-def test_work_on_the_device_and_from_the_host_do_not_meet(gpu: SimulatedGpu, session: TensorRtSession) -> None:
+def test_run_after_run_device_waits_for_it(gpu: SimulatedGpu, session: TensorRtSession) -> None:
     """They share activations: whoever comes later waits, on the device."""
     first, second = inputs_for(3, 1), inputs_for(3, 2)
     inputs, outputs = on_gpu(gpu, first)
@@ -545,7 +524,7 @@ def test_work_on_the_device_and_from_the_host_do_not_meet(gpu: SimulatedGpu, ses
     assert not gpu.streams[stream].queue
 
 
-def test_work_in_two_streams_does_not_meet(gpu: SimulatedGpu, session: TensorRtSession) -> None:
+def test_run_device_in_two_streams_is_ordered(gpu: SimulatedGpu, session: TensorRtSession) -> None:
     streams = gpu.foreign_stream(), gpu.foreign_stream()
     made = [on_gpu(gpu, inputs_for(3, seed)) for seed in range(2)]
     for stream, (inputs, outputs) in zip(streams, made, strict=True):
@@ -554,7 +533,7 @@ def test_work_in_two_streams_does_not_meet(gpu: SimulatedGpu, session: TensorRtS
     assert not gpu.streams[streams[0]].queue  # was waited for
 
 
-def test_memory_that_grows_is_not_taken_from_under_work(gpu: SimulatedGpu, session: TensorRtSession) -> None:
+def test_run_that_grows_memory_waits_for_run_device(gpu: SimulatedGpu, session: TensorRtSession) -> None:
     small, large = inputs_for(1), inputs_for(8)
     inputs, outputs = on_gpu(gpu, small)
     session.run_device(inputs, outputs, gpu.foreign_stream())
@@ -562,7 +541,7 @@ def test_memory_that_grows_is_not_taken_from_under_work(gpu: SimulatedGpu, sessi
     assert np.array_equal(outputs["edited"].array, edited_like(small)["edited"])
 
 
-def test_it_waits_for_the_stream_that_an_array_names(gpu: SimulatedGpu, session: TensorRtSession) -> None:
+def test_run_device_waits_for_the_streams_of_its_arrays(gpu: SimulatedGpu, session: TensorRtSession) -> None:
     given = inputs_for(1)
     inputs, outputs = on_gpu(gpu, {**given, "image": given["image"] * 0})
     theirs, stream = gpu.foreign_stream(), gpu.foreign_stream()
@@ -592,7 +571,7 @@ def test_it_waits_for_the_stream_that_an_array_names(gpu: SimulatedGpu, session:
         (lambda gpu, arrays: arrays.update(coarse=arrays["mask"]), "not .*coarse"),
     ],
 )
-def test_arrays_on_the_device_that_do_not_fit(
+def test_run_device_with_wrong_arrays_names_them(
     change: Any, words: str, gpu: SimulatedGpu, session: TensorRtSession
 ) -> None:
     inputs, outputs = on_gpu(gpu, inputs_for(1))
@@ -604,7 +583,7 @@ def test_arrays_on_the_device_that_do_not_fit(
     assert "execute_async_v3" not in gpu.calls
 
 
-def test_arrays_of_another_gpu_and_graphs_that_do_not_exist(
+def test_run_device_on_another_gpu_is_refused(
     gpu: SimulatedGpu, session: TensorRtSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inputs, outputs = on_gpu(gpu, inputs_for(1))
@@ -617,7 +596,7 @@ def test_arrays_of_another_gpu_and_graphs_that_do_not_exist(
         session.run_device(inputs, outputs, 0)
 
 
-def test_strides_that_are_contiguous_all_the_same(gpu: SimulatedGpu, session: TensorRtSession) -> None:
+def test_run_device_ignores_strides_of_length_one(gpu: SimulatedGpu, session: TensorRtSession) -> None:
     given = inputs_for(1)
     inputs, outputs = on_gpu(gpu, given)
     inputs["mask"].interface["strides"] = (99, SIZE, 1)  # of an axis of length 1 they do not matter
@@ -626,25 +605,22 @@ def test_strides_that_are_contiguous_all_the_same(gpu: SimulatedGpu, session: Te
     assert np.array_equal(outputs["edited"].array, edited_like(given)["edited"])
 
 
-# --------------------------------------------------------------------------------------------- fakes and real libraries
-
-
 @pytest.mark.parametrize("version", ["10.3", "10.16", "11.4"])
-def test_tensorrt_really_has_what_the_simulated_one_offers(version: str, shared: Path) -> None:
+def test_simulated_tensorrt_has_no_more_members_than_the_real(version: str, shared: Path) -> None:
     """So whatever the session touches is there: the simulated classes have no other public members."""
     real = json.loads((shared / f"tensorrt-api/tensorrt-{version}.json").read_text())
     for name, members in offered(simulated_library(SimulatedGpu(), "tensorrt", f"{version}.0")).items():
         assert members <= set(real[name]), f"{name}: {sorted(members - set(real[name]))}"
 
 
-def test_tensorrt_rtx_really_has_what_the_simulated_one_offers() -> None:
+def test_simulated_tensorrt_rtx_has_no_more_members_than_the_real() -> None:
     real = pytest.importorskip("tensorrt_rtx")
     for name, members in offered(simulated_library(SimulatedGpu(), "tensorrt-rtx", "1.7.1")).items():
         missing = {member for member in members if not hasattr(getattr(real, name), member)}
         assert not missing, f"{name}: {sorted(missing)}"
 
 
-def test_nothing_is_imported_before_a_session_is_opened() -> None:
+def test_import_of_the_backend_loads_no_gpu_library() -> None:
     heavy = {"tensorrt", "tensorrt_rtx", "pycuda", "cuda.core", "cuda.bindings.driver"}
     code = "import sys, spmdeploy.backends.tensorrt; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()

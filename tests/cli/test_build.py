@@ -76,20 +76,17 @@ def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, dict[s
     return code, json.loads(line), captured.err
 
 
-# ---------------------------------------------------------------------------------------------------------- planning
-
-
-def test_auto_takes_tensorrt_where_there_is_a_gpu_for_it(machine: Machine) -> None:
+def test_plan_with_a_gpu_takes_tensorrt(machine: Machine) -> None:
     machine.gpu(ORIN)
     machine.install("tensorrt", SimpleNamespace(__version__="10.3.0", __spec__="here"))
     plan = plan_engines(EngineOptions())
     assert (plan.runtime, plan.version, plan.targets, plan.built_for) == ("tensorrt", "10.3.0", (), Gpu("Orin", "8.7"))
-    assert plan.words.startswith("tensorrt 10.3.0 for Orin (sm87): ")
+    assert plan.description.startswith("tensorrt 10.3.0 for Orin (sm87): ")
     plan = plan_engines(EngineOptions(targets=("sm86",)))
     assert (plan.runtime, plan.targets, plan.built_for) == ("tensorrt-rtx", ("sm86",), None)
 
 
-def test_auto_takes_rtx_otherwise_and_says_why(machine: Machine) -> None:
+def test_plan_without_tensorrt_takes_rtx(machine: Machine) -> None:
     machine.gpu(RTX_3060)
     plan = plan_engines(EngineOptions())
     assert (plan.runtime, plan.targets, plan.built_for) == ("tensorrt-rtx", ("sm86",), None)
@@ -100,7 +97,7 @@ def test_auto_takes_rtx_otherwise_and_says_why(machine: Machine) -> None:
         plan_engines(EngineOptions())
 
 
-def test_auto_passes_over_a_broken_tensorrt_and_says_so(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plan_with_a_broken_tensorrt_takes_rtx(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     machine.gpu(RTX_3060)
     machine.install("tensorrt", SimpleNamespace(__spec__="here"))
     real = engine_library.importlib.import_module
@@ -118,13 +115,14 @@ def test_auto_passes_over_a_broken_tensorrt_and_says_so(machine: Machine, monkey
         plan_engines(EngineOptions())
 
 
-def test_rtx_builds_for_a_gpu_that_is_no_listed_target_as_it_is(machine: Machine) -> None:
+def test_plan_of_rtx_for_an_unlisted_gpu_is_refused(machine: Machine) -> None:
     machine.gpu(ORIN)
-    plan = plan_engines(EngineOptions(runtime="tensorrt-rtx"))
-    assert (plan.targets, plan.built_for) == ((), Gpu("Orin", "8.7"))
+    with pytest.raises(UnavailableError, match=r"builds for sm75, sm86, sm120, not for Orin \(sm87\)") as caught:
+        plan_engines(EngineOptions(runtime="tensorrt-rtx"))
+    assert "--runtime tensorrt" in str(caught.value.hint)
 
 
-def test_targets_are_sorted_and_named_once(machine: Machine) -> None:
+def test_plan_of_targets_sorts_them(machine: Machine) -> None:
     assert plan_engines(EngineOptions(targets=("sm120", "sm86", "sm120"))).targets == ("sm86", "sm120")
 
 
@@ -135,7 +133,7 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str, str]] = [
     ({"targets": ("",)}, UsageError, "no target ''", "itself"),
     ({}, UsageError, "no GPU here", "--target sm86; .*sm75, sm86, sm120"),
     ({"runtime": "tensorrt"}, UnavailableError, "tensorrt cannot be imported", "JetPack"),
-    ({"runtime": "tensorrt", "targets": ("sm86",)}, UsageError, "GPU at hand alone", "--target"),
+    ({"runtime": "tensorrt", "targets": ("sm86",)}, UsageError, "GPU of this machine only", "--target"),
     ({"runtime": "onnxruntime"}, UsageError, "unknown runtime 'onnxruntime'", "tensorrt-rtx"),
     ({"targets": ("sm86",), "timing_cache": Path("t")}, UsageError, "keeps no timing cache", "leave --timing-cache"),
     ({"max_batch": 65}, UsageError, "1 to 65", "at most 64"),
@@ -155,7 +153,7 @@ def test_what_cannot_be_built_is_refused_before_any_work(
 
 def test_tensorrt_without_a_gpu(machine: Machine) -> None:
     machine.install("tensorrt", SimpleNamespace(__version__="10.3.0", __spec__="here"))
-    with pytest.raises(UnavailableError, match="GPU at hand, and there is none: no NVIDIA driver"):
+    with pytest.raises(UnavailableError, match="GPU of this machine, and there is none: no NVIDIA driver"):
         plan_engines(EngineOptions(runtime="tensorrt"))
 
 
@@ -164,9 +162,6 @@ def test_neither_library(machine: Machine) -> None:
     with pytest.raises(UnavailableError, match="neither TensorRT nor TensorRT-RTX") as caught:
         plan_engines(EngineOptions())
     assert "spmdeploy[tensorrt-rtx]" in str(caught.value.hint)
-
-
-# ------------------------------------------------------------------------------------------------------- the command
 
 
 def test_building_inspecting_cleaning(
@@ -215,7 +210,7 @@ def test_a_damaged_engine_is_inspected_with_exit_6(
 
 def test_the_built_in_model_says_what_to_do(machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:
     code, told, _ = run(capsys, "build", default_model(), "--target", "sm86")
-    assert code == 6 and "only the graph for CPUs" in told["error"] and "without --cpu-only" in told["hint"]
+    assert code == 6 and "only graphs for CPUs" in told["error"] and "without --cpu-only" in told["hint"]
 
 
 def test_a_graph_or_precision_that_is_not_there(

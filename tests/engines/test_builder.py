@@ -1,4 +1,4 @@
-"""What is asked of TensorRT 10.3, 10.16 and 11.4, in which order, and what becomes of their answers."""
+"""Builds with the recorded API of TensorRT 10.3, 10.16 and 11.4: calls, records, progress and errors."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ import pytest
 from spmdeploy.bundle.bundle import Bundle, open_bundle
 from spmdeploy.bundle.storage import ENGINES
 from spmdeploy.engines import build as to_engine
-from spmdeploy.engines.build import EngineOptions, EnginePlan, EngineResult, build_engines
+from spmdeploy.engines.build import EngineOptions, EnginePlan, EngineResult, batch_profiles, build_engines
 from spmdeploy.engines.pack import pack
 from spmdeploy.engines.precision import inspected_fp16_share
 from spmdeploy.engines.progress import BuildMonitor
-from spmdeploy.engines.record import BatchRange, EngineHost, Gpu, SourceFile
+from spmdeploy.engines.record import BatchRange, EngineHost, EngineRecord, Gpu, SourceFile
 from spmdeploy.engines.store import find_engines
 from spmdeploy.errors import (
     BundleError,
@@ -60,8 +60,8 @@ def bundle(tmp_path: Path) -> Bundle:
     return write_street(tmp_path / "street.spm")
 
 
-def plan(library: Any, batch: BatchRange = BatchRange(1, 2, 8)) -> EnginePlan:  # noqa: B008 (it is frozen)
-    return EnginePlan("tensorrt", library, GPU, (), batch, "for a test")
+def plan(library: Any, *profiles: BatchRange) -> EnginePlan:
+    return EnginePlan("tensorrt", library, GPU, (), profiles or (BatchRange(1, 2, 8),), "for a test")
 
 
 def build(bundle: Bundle, library: Any, **options: Any) -> EngineResult:
@@ -77,17 +77,14 @@ def left(bundle: Bundle) -> list[str]:
     return sorted(file.name for file in (bundle.path / ENGINES).iterdir())
 
 
-# ------------------------------------------------------------------------------------------------- what is asked for
-
-
 @pytest.mark.parametrize("precision", ["fp16", "fp32"])
-def test_what_is_called_in_which_order(bundle: Bundle, apis: Any, version: str, precision: Any) -> None:
+def test_build_calls_the_library_in_order(bundle: Bundle, apis: Any, version: str, precision: Any) -> None:
     library = recording_tensorrt(version, apis[version])
     result = build(bundle, library, precision=precision)
     strongly = 1 << library.NetworkDefinitionCreationFlag["STRONGLY_TYPED"]
     maps = [(size, 256, 256) for size in (1, 2, 8)]
     pictures = [(*shape, 3) for shape in maps]
-    assert called(library)[:12] == [
+    assert called(library)[:14] == [
         ("Builder.create_network", strongly),
         ("OnnxParser.parse_from_file", f"edit.{precision}.onnx"),
         ("IOptimizationProfile.set_shape", "image", *pictures),
@@ -97,7 +94,9 @@ def test_what_is_called_in_which_order(bundle: Bundle, apis: Any, version: str, 
         ("IBuilderConfig.add_optimization_profile",),
         ("IBuilderConfig.clear_flag", "TF32"),
         ("IBuilderConfig.profiling_verbosity", library.ProfilingVerbosity.DETAILED),
-        ("IBuilderConfig.progress_monitor", library.calls[9][1][0]),
+        ("IBuilderConfig.create_timing_cache", b""),
+        ("IBuilderConfig.set_timing_cache", b"", False),
+        ("IBuilderConfig.progress_monitor", library.calls[11][1][0]),
         ("Builder.build_serialized_network", "engine build"),
         ("IExecutionContext.set_input_shape", "image", (2, 256, 256, 3)),
     ]
@@ -117,7 +116,7 @@ def test_what_is_called_in_which_order(bundle: Bundle, apis: Any, version: str, 
     assert record.onnx.sha256 == bundle.graph("edit", precision).sha256
 
 
-def test_the_engine_file_is_nothing_but_the_engine(bundle: Bundle, apis: Any, version: str) -> None:
+def test_build_finished_writes_the_engine_alone(bundle: Bundle, apis: Any, version: str) -> None:
     result = build(bundle, recording_tensorrt(version, apis[version]))
     assert result.path.read_bytes() == b'{"fake engine": "Half"}' and result.path.name == "edit.fp16.engine"
     host = EngineHost.with_gpu(Gpu("Orin", "8.7"), {"tensorrt": version})
@@ -125,15 +124,43 @@ def test_the_engine_file_is_nothing_but_the_engine(bundle: Bundle, apis: Any, ve
     assert found.fit and found.record == result.record and found.path == result.path
 
 
-def test_options_reach_the_builder(bundle: Bundle, apis: Any, version: str) -> None:
+def test_build_with_options_sets_them(bundle: Bundle, apis: Any, version: str) -> None:
     library = recording_tensorrt(version, apis[version])
-    build(bundle, library, workspace_mb=512)
+    build(bundle, library, workspace_mb=512, opt_level=5)
+    assert called(library, "IBuilderConfig.builder_optimization_level")[-1][1] == 5
     assert called(library, "IBuilderConfig.set_memory_pool_limit") == [
         ("IBuilderConfig.set_memory_pool_limit", "WORKSPACE", 512 << 20)
     ]
 
 
-def test_an_engine_that_is_there_is_not_built_again(bundle: Bundle, apis: Any, version: str) -> None:
+def test_build_with_several_profiles_adds_them_in_order(bundle: Bundle, apis: Any, version: str) -> None:
+    library = recording_tensorrt(version, apis[version])
+    profiles = batch_profiles(8)
+    (result, *_) = build_engines(bundle, EngineOptions(graph="edit"), plan(library, *profiles))
+    shapes = [call[1:] for call in called(library, "IOptimizationProfile.set_shape") if call[1] == "mask"]
+    assert [tuple(shape[0] for shape in call[1:]) for call in shapes] == [(1, 1, 1), (2, 4, 4), (5, 8, 8)]
+    assert len(called(library, "IBuilderConfig.add_optimization_profile")) == 3
+    record = result.record
+    assert record.profiles == record.batch_profiles == profiles and record.batch == BatchRange(1, 1, 8)
+    assert EngineRecord.from_bytes(record.to_bytes(), "engine.json") == record
+    assert record.key != replace(record, profiles=()).key
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ((1,), [(1, 1, 1)]),
+        ((4,), [(1, 1, 1), (2, 4, 4)]),
+        ((6,), [(1, 1, 1), (2, 4, 4), (5, 6, 6)]),
+        ((64,), [(1, 1, 1), (2, 4, 4), (5, 8, 8), (9, 64, 64)]),
+        ((8, 2), [(1, 2, 8)]),
+    ],
+)
+def test_batch_profiles_cover_all_batch_sizes(arguments: tuple[int, ...], expected: list[tuple[int, ...]]) -> None:
+    assert batch_profiles(*arguments) == tuple(BatchRange(*sizes) for sizes in expected)
+
+
+def test_build_of_an_existing_engine_is_skipped(bundle: Bundle, apis: Any, version: str) -> None:
     first = build(bundle, recording_tensorrt(version, apis[version]))
     idle = recording_tensorrt(version, apis[version])
     again = build(bundle, idle)
@@ -147,9 +174,7 @@ def test_an_engine_that_is_there_is_not_built_again(bundle: Bundle, apis: Any, v
     assert other.built and other.path != first.path
 
 
-def test_a_zip_is_read_from_a_private_folder_and_its_engines_go_into_the_cache(
-    bundle: Bundle, apis: Any, version: str, tmp_path: Path
-) -> None:
+def test_build_from_a_zip_writes_to_the_cache(bundle: Bundle, apis: Any, version: str, tmp_path: Path) -> None:
     zipped = open_bundle(pack(bundle, tmp_path / "street.spm.zip"))
     library = recording_tensorrt(version, apis[version])
     result = build(zipped, library)
@@ -159,7 +184,7 @@ def test_a_zip_is_read_from_a_private_folder_and_its_engines_go_into_the_cache(
     assert [found.fit for found in find_engines(zipped, host)] == [True]
 
 
-def test_weights_in_a_file_of_their_own_lie_beside_the_graph_and_count(apis: Any, version: str, tmp_path: Path) -> None:
+def test_build_with_external_data_has_it_next_to_the_graph(apis: Any, version: str, tmp_path: Path) -> None:
     bundle = with_weights_beside(tmp_path / "beside.spm")
     beside: list[bool] = []
     for source in (bundle, open_bundle(pack(bundle, tmp_path / "street.spm.zip"))):
@@ -177,10 +202,7 @@ def test_weights_in_a_file_of_their_own_lie_beside_the_graph_and_count(apis: Any
     assert beside == [True, True]
 
 
-# ------------------------------------------------------------------------------------------------------- timing cache
-
-
-def test_timing_caches_are_kept_for_each_version_and_gpu(bundle: Bundle, apis: Any, tmp_path: Path) -> None:
+def test_timing_cache_is_kept_by_version_and_gpu(bundle: Bundle, apis: Any, tmp_path: Path) -> None:
     folder = tmp_path / "timing"
     for version in VERSIONS:
         library = recording_tensorrt(version, apis[version])
@@ -194,7 +216,7 @@ def test_timing_caches_are_kept_for_each_version_and_gpu(bundle: Bundle, apis: A
     assert (folder / files[1]).read_bytes() == b"++" or (folder / files[0]).read_bytes() == b"++"
 
 
-def test_a_timing_cache_that_is_refused_starts_anew(bundle: Bundle, apis: Any, version: str, tmp_path: Path) -> None:
+def test_timing_cache_refused_is_started_again(bundle: Bundle, apis: Any, version: str, tmp_path: Path) -> None:
     file = tmp_path / f"tensorrt-{version}-orin-8.7.timing"
     file.write_bytes(b"of another driver")
     library = recording_tensorrt(version, apis[version], Behavior(takes_cache=False))
@@ -202,17 +224,14 @@ def test_a_timing_cache_that_is_refused_starts_anew(bundle: Bundle, apis: Any, v
     assert file.read_bytes() == b"+"
 
 
-def test_a_timing_cache_that_is_no_folder(bundle: Bundle, apis: Any, version: str, tmp_path: Path) -> None:
+def test_timing_cache_in_a_file_is_an_input_error(bundle: Bundle, apis: Any, version: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(InputError, match="cannot be used for timing caches"):
         build(bundle, recording_tensorrt(version, apis[version]), timing_cache=tmp_path / "file")
     assert left(bundle) == []
 
 
-# ---------------------------------------------------------------------------------------- the fallback of TensorRT 10
-
-
-def test_where_the_typed_graph_does_not_build_tensorrt_10_may_choose(bundle: Bundle, apis: Any) -> None:
+def test_build_of_a_typed_graph_failed_falls_back_to_weak_typing(bundle: Bundle, apis: Any) -> None:
     library = recording_tensorrt("10.3", apis["10.3"], Behavior(typed_builds=False, messages=[("ERROR", "no types")]))
     heard: list[str] = []
     (result,) = build_engines(bundle, EngineOptions(), plan(library), lambda words, seconds: heard.append(words))
@@ -235,12 +254,14 @@ def test_where_the_typed_graph_does_not_build_tensorrt_10_may_choose(bundle: Bun
 @pytest.mark.parametrize(
     ("behavior", "words"),
     [
-        (Behavior(typed_builds=False, chooses="Float"), "asked for FP16, but only 0% FP16 in the engine"),
-        (Behavior(typed_builds=False, inspected=lambda kind: inspector_json("10.3", None)), "of none the type"),
+        (Behavior(typed_builds=False, chooses="Float"), "FP16 was requested, but only 0% FP16 in the engine"),
+        (Behavior(typed_builds=False, inspected=lambda kind: inspector_json("10.3", None)), "not in which type"),
         (Behavior(typed_builds=False, inspected=lambda kind: "no JSON"), "is not JSON"),
     ],
 )
-def test_fp32_under_the_name_of_fp16_is_an_error(bundle: Bundle, apis: Any, behavior: Behavior, words: str) -> None:
+def test_build_that_computes_in_fp32_is_a_verification_error(
+    bundle: Bundle, apis: Any, behavior: Behavior, words: str
+) -> None:
     library = recording_tensorrt("10.3", apis["10.3"], replace(behavior, messages=[("INFO", "hello")]))
     with pytest.raises(VerificationError, match=words) as caught:
         build(bundle, library)
@@ -248,15 +269,15 @@ def test_fp32_under_the_name_of_fp16_is_an_error(bundle: Bundle, apis: Any, beha
     assert left(bundle) == ["edit.fp16.failed.log"]
 
 
-def test_strongly_typed_engines_are_judged_too(bundle: Bundle, apis: Any, version: str) -> None:
+def test_build_strongly_typed_with_another_precision_is_an_error(bundle: Bundle, apis: Any, version: str) -> None:
     for precision, came_out in (("fp16", "Float"), ("fp32", "Half")):
         behavior = Behavior(inspected=lambda kind, came_out=came_out: inspector_json(version, came_out))
         library = recording_tensorrt(version, apis[version], behavior)
-        with pytest.raises(VerificationError, match=f"asked for {precision.upper()}"):
+        with pytest.raises(VerificationError, match=f"{precision.upper()} was requested"):
             build(bundle, library, precision=precision)
 
 
-def test_there_is_no_fallback_where_it_would_change_what_was_asked_for(bundle: Bundle, apis: Any) -> None:
+def test_build_without_a_weak_fallback_fails(bundle: Bundle, apis: Any) -> None:
     for version, precision in (("11.4", "fp16"), ("10.3", "fp32"), ("10.16", "fp32")):
         library = recording_tensorrt(version, apis[version], Behavior(typed_builds=False))
         with pytest.raises(UnavailableError):
@@ -264,10 +285,7 @@ def test_there_is_no_fallback_where_it_would_change_what_was_asked_for(bundle: B
         assert len(called(library, "Builder.create_network")) == 1
 
 
-# ------------------------------------------------------------------------------------------------------------ failures
-
-
-def test_messages_go_into_the_log_and_errors_into_the_error(bundle: Bundle, apis: Any, version: str) -> None:
+def test_build_failed_has_the_librarys_errors(bundle: Bundle, apis: Any, version: str) -> None:
     messages = [("VERBOSE", "noise"), ("INFO", "hello"), ("WARNING", "slow\npath"), ("ERROR", "no such\n kernel")]
     good = build(bundle, recording_tensorrt(version, apis[version], Behavior(messages=messages)))
     assert good.warnings == 1
@@ -294,7 +312,7 @@ FAILURES: list[tuple[Behavior, type[SpmDeployError], str]] = [
 
 
 @pytest.mark.parametrize(("behavior", "kind", "words"), FAILURES, ids=[words[:12] for _, _, words in FAILURES])
-def test_failures_are_translated(
+def test_build_failed_raises_the_error_of_its_cause(
     bundle: Bundle, apis: Any, version: str, behavior: Behavior, kind: type[SpmDeployError], words: str
 ) -> None:
     with pytest.raises(kind, match=words) as caught:
@@ -303,13 +321,13 @@ def test_failures_are_translated(
     assert [name for name in left(bundle) if not name.endswith(".failed.log")] == []
 
 
-def test_an_engine_that_cannot_be_loaded_is_recorded_with_the_reason(bundle: Bundle, apis: Any, version: str) -> None:
+def test_build_of_an_engine_that_does_not_load_records_why(bundle: Bundle, apis: Any, version: str) -> None:
     reading = build(bundle, recording_tensorrt(version, apis[version], Behavior(loads=False))).record.computes_in
     assert reading.fp16_share is None and reading.network_fp16_share == 1
     assert reading.unread == "the engine cannot be loaded here: no kernel image is available"
 
 
-def test_an_inspector_that_fails_costs_no_engine(bundle: Bundle, apis: Any, version: str) -> None:
+def test_build_with_a_failing_inspector_keeps_the_engine(bundle: Bundle, apis: Any, version: str) -> None:
     def fail(kind: str) -> str:
         raise RuntimeError("no inspector")
 
@@ -317,66 +335,63 @@ def test_an_inspector_that_fails_costs_no_engine(bundle: Bundle, apis: Any, vers
     assert reading.fp16_share is None and "RuntimeError('no inspector')" in str(reading.unread)
 
 
-# ------------------------------------------------------------------------------------------------ watching, cancelling
-
-
 class Listener:
-    """Hears what a build says; interrupts it, as Ctrl-C does, when it hears `interrupt`."""
+    """Collects the reports of a build, and interrupts it, as Ctrl-C does, at the report `interrupt`."""
 
     def __init__(self, interrupt: str = "") -> None:
         self.heard: list[str] = []
         self.interrupt = interrupt
-        self.heartbeat = threading.Event()
+        self.interval = threading.Event()
 
     def __call__(self, words: str, seconds: float) -> None:
         assert seconds >= 0
         self.heard.append(words)
         if threading.current_thread() is threading.main_thread():
-            self.heartbeat.set()
+            self.interval.set()
             if words == self.interrupt:
                 self.interrupt = ""
                 raise KeyboardInterrupt
 
 
-def test_phases_and_heartbeats_are_told(apis: Any, version: str, tmp_path: Path) -> None:
+def test_monitor_of_a_long_build_reports_repeatedly(apis: Any, version: str, tmp_path: Path) -> None:
     listener = Listener()
 
-    def wait_for_heartbeat(monitor: Any) -> None:
-        assert listener.heartbeat.wait(60)
+    def wait_for_interval(monitor: Any) -> None:
+        assert listener.interval.wait(60)
 
-    library = recording_tensorrt(version, apis[version], Behavior(during=wait_for_heartbeat))
+    library = recording_tensorrt(version, apis[version], Behavior(during=wait_for_interval))
     assert watched(library, listener, tmp_path) == b'{"fake engine": "Float"}'
     assert listener.heard[:2] == ["Timing tactics", "Timing tactics"]
 
 
-def test_without_a_monitor_there_is_the_heartbeat(apis: Any, version: str, tmp_path: Path) -> None:
+def test_monitor_without_the_librarys_reports_repeatedly(apis: Any, version: str, tmp_path: Path) -> None:
     listener = Listener()
 
-    def wait_for_heartbeat(monitor: Any) -> None:
-        assert monitor is None and listener.heartbeat.wait(60)
+    def wait_for_interval(monitor: Any) -> None:
+        assert monitor is None and listener.interval.wait(60)
 
-    library = recording_tensorrt(version, apis[version], Behavior(during=wait_for_heartbeat))
+    library = recording_tensorrt(version, apis[version], Behavior(during=wait_for_interval))
     del library.IProgressMonitor
     watched(library, listener, tmp_path)
     assert listener.heard[0] == "building"
 
 
-def test_an_interrupt_cancels_the_build_at_its_next_step(apis: Any, version: str, tmp_path: Path) -> None:
+def test_monitor_interrupted_cancels_at_the_next_step(apis: Any, version: str, tmp_path: Path) -> None:
     listener = Listener(interrupt="Timing tactics")
-    library = recording_tensorrt(version, apis[version], Behavior(during=until_cancelled, builds=False))
+    library = recording_tensorrt(version, apis[version], Behavior(during=until_canceled, builds=False))
     with pytest.raises(KeyboardInterrupt):
         watched(library, listener, tmp_path)
-    assert listener.heard[-1] == "cancelling at the next step"
+    assert listener.heard[-1] == "canceling at the next step"
 
 
-def test_a_second_interrupt_does_not_wait(apis: Any, version: str, tmp_path: Path) -> None:
+def test_monitor_interrupted_twice_does_not_wait(apis: Any, version: str, tmp_path: Path) -> None:
     release = threading.Event()
     listener = Listener(interrupt="Timing tactics")
-    cancelling: list[str] = []
+    canceling: list[str] = []
 
     def interrupt_twice(words: str, seconds: float) -> None:
-        if words == "cancelling at the next step":
-            cancelling.append(words)
+        if words == "canceling at the next step":
+            canceling.append(words)
             listener.interrupt = "Timing tactics"
             return
         listener(words, seconds)
@@ -384,26 +399,23 @@ def test_a_second_interrupt_does_not_wait(apis: Any, version: str, tmp_path: Pat
     library = recording_tensorrt(version, apis[version], Behavior(during=lambda monitor: release.wait(60)))
     with pytest.raises(KeyboardInterrupt):
         watched(library, interrupt_twice, tmp_path)
-    assert cancelling
+    assert canceling
     release.set()
 
 
-def until_cancelled(monitor: Any) -> None:
+def until_canceled(monitor: Any) -> None:
     while monitor.step_complete("Timing tactics", 0):
         pass
 
 
-def watched(library: Any, tell: Callable[[str, float], None], folder: Path) -> bytes:
+def watched(library: Any, report: Callable[[str, float], None], folder: Path) -> bytes:
     from spmdeploy.engines.builder import BuildLog, BuildRequest, build_engine
 
     graph = folder / "edit.fp32.onnx"
     graph.write_bytes(b"graph")
     log = BuildLog(folder / "build.log", folder / "failed.log")
-    watch = BuildMonitor(tell, heartbeat=0.01)
-    return build_engine(library, BuildRequest(graph, BatchRange(1, 1, 1)), log, watch).content
-
-
-# ---------------------------------------------------------------------------------------------------- the inspector
+    request = BuildRequest(graph, (BatchRange(1, 1, 1),))
+    return build_engine(library, request, log, BuildMonitor(report, interval=0.01)).content
 
 
 @pytest.mark.parametrize(
@@ -421,18 +433,16 @@ def watched(library: Any, tell: Callable[[str, float], None], folder: Path) -> b
         ([], None),
     ],
 )
-def test_reading_the_inspectors_answer(layers: list[Any], share: float | None) -> None:
+def test_inspected_fp16_share_of_layers_is_their_share(layers: list[Any], share: float | None) -> None:
     read, unread = inspected_fp16_share(json.dumps({"Layers": layers}))
     assert read == share and (unread is None) == (share is not None)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "[1", '"text"', "null", '{"Layers": []}'])
-def test_an_inspector_that_says_nothing_of_use(text: str) -> None:
+def test_inspected_fp16_share_of_other_text_is_unknown(text: str) -> None:
     share, unread = inspected_fp16_share(text)
     assert share is None and unread
 
-
-# ---------------------------------------------------------------------------------------------- attributes of the API
 
 PACKAGE = Path(to_engine.__file__).parents[1]
 SOURCES = (
@@ -442,7 +452,7 @@ OBJECTS = {
     "builder": "Builder",
     "network": "INetworkDefinition",
     "parser": "OnnxParser",
-    "fault": "ParserError",
+    "error": "ParserError",
     "config": "IBuilderConfig",
     "profile": "IOptimizationProfile",
     "layer": "ILayer",
@@ -454,13 +464,13 @@ OBJECTS = {
     "runtime": "Runtime",
 }
 """What these variables hold, in the files that talk to the library through them."""
-TALKERS = ("engines/builder.py", "engines/precision.py")
+USERS_OF_OBJECTS = ("engines/builder.py", "engines/precision.py")
 VALUES = {"serialized", "name"}
 """Variables that hold a plain value from the library."""
 
 NOT_EVERYWHERE = {
-    "BuilderFlag.FP16": "TensorRT 10 alone; behind hasattr in to_engine.py",
-    "BuilderFlag.REQUIRE_USER_ALLOCATION": "TensorRT-RTX alone; behind hasattr",
+    "BuilderFlag.FP16": "TensorRT 10 only; behind hasattr in build.py",
+    "BuilderFlag.REQUIRE_USER_ALLOCATION": "TensorRT-RTX only; behind hasattr",
     "ComputeCapability": "TensorRT-RTX alone; used with targets, which TensorRT refuses",
     "ComputeCapability.__members__": "the same",
     "IBuilderConfig.num_compute_capabilities": "the same",
@@ -478,7 +488,7 @@ def touched(source: str) -> Iterator[str]:
             yield node.attr
         if isinstance(node.value, ast.Attribute) and is_library(node.value.value):
             yield f"{node.value.attr}.{node.attr}"
-        if source in TALKERS and isinstance(node.value, ast.Name) and node.value.id in OBJECTS:
+        if source in USERS_OF_OBJECTS and isinstance(node.value, ast.Name) and node.value.id in OBJECTS:
             yield f"{OBJECTS[node.value.id]}.{node.attr}"
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "hasattr":
@@ -498,7 +508,7 @@ def exists(member: str, api: dict[str, list[str]]) -> bool:
     return name in api and (attribute in ("", "__members__", "__name__", "__init__") or attribute in api[name])
 
 
-def test_every_attribute_that_is_touched_exists_in_all_versions(apis: Any) -> None:
+def test_attributes_used_exist_in_all_versions(apis: Any) -> None:
     members = {member for source in SOURCES for member in touched(source)}
     assert {"Builder", "BuilderFlag.TF32", "OnnxParser.parse_from_file", "EngineInspector.execution_context"} <= members
     missing = {(member, version) for member in members for version in VERSIONS if not exists(member, apis[version])}
@@ -506,7 +516,7 @@ def test_every_attribute_that_is_touched_exists_in_all_versions(apis: Any) -> No
     assert NOT_EVERYWHERE.keys() <= members | {"ComputeCapability.__members__"}  # no excuse outlives its reason
 
 
-def test_every_attribute_exists_in_tensorrt_rtx() -> None:
+def test_attributes_used_exist_in_tensorrt_rtx() -> None:
     rtx = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
     for member in {member for source in SOURCES for member in touched(source)} - {"BuilderFlag.FP16"}:
         owner, _, attribute = member.partition(".")
@@ -514,8 +524,8 @@ def test_every_attribute_exists_in_tensorrt_rtx() -> None:
         assert not attribute or hasattr(getattr(rtx, owner), attribute), member
 
 
-@pytest.mark.parametrize("source", TALKERS)
-def test_what_the_library_gives_is_held_under_names_that_are_checked(source: str) -> None:
+@pytest.mark.parametrize("source", USERS_OF_OBJECTS)
+def test_attributes_used_belong_to_known_variables(source: str) -> None:
     for node in ast.walk(ast.parse((PACKAGE / source).read_text(encoding="utf-8"))):
         if not isinstance(node, ast.Assign) or not isinstance(node.value, ast.Call):
             continue
@@ -528,6 +538,6 @@ def test_what_the_library_gives_is_held_under_names_that_are_checked(source: str
                 assert isinstance(target, ast.Name) and target.id in OBJECTS.keys() | VALUES, ast.unparse(node)
 
 
-def test_a_wrong_attribute_would_be_found(apis: Any) -> None:
+def test_attributes_removed_are_missing_somewhere(apis: Any) -> None:
     for member in ("BuilderFlag.INT8", "Builder.platform_has_fast_fp16", "NoSuchClass", "ILayer.precision"):
         assert not all(exists(member, api) for api in apis.values()), member

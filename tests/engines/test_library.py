@@ -14,7 +14,7 @@ from spmdeploy.errors import UnavailableError
 from spmdeploy.gpu.driver import GpuFacts
 
 
-def test_a_missing_library_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_import_engine_library_missing_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
     with pytest.raises(UnavailableError, match="tensorrt cannot be imported") as caught:
@@ -25,7 +25,7 @@ def test_a_missing_library_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPa
     assert "spmdeploy[tensorrt-rtx]" in str(caught.value.hint)
 
 
-def test_a_broken_library_is_told_from_a_missing_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_import_engine_library_broken_names_the_cause(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(name: str) -> None:
         raise OSError("libnvinfer.so.10: cannot open\n shared object file")
 
@@ -35,7 +35,7 @@ def test_a_broken_library_is_told_from_a_missing_one(monkeypatch: pytest.MonkeyP
     assert local_host().versions == {}
 
 
-def test_what_this_machine_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_local_host_describes_libraries_and_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__="10.16.1", __spec__="here"))
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
     monkeypatch.setattr(engine_library, "gpu_facts", lambda device: GpuFacts(f"GPU {device}", "8.6", "13.0", None))
@@ -44,7 +44,7 @@ def test_what_this_machine_is(monkeypatch: pytest.MonkeyPatch) -> None:
     assert is_installed("tensorrt")
 
 
-def test_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_local_gpu_without_a_driver_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(device: int) -> GpuFacts:
         raise OSError("no NVIDIA driver")
 

@@ -78,7 +78,7 @@ def golden_engines(golden_bundle: Bundle) -> dict[str, StoredEngine]:
     heard: list[str] = []
     for precision in ("fp16", "fp32"):
         options = EngineOptions(precision=precision, targets=("sm86", "sm120"), opt_batch=2)  # type: ignore[arg-type]
-        (result,) = build_engines(golden_bundle, options, tell=lambda words, seconds: heard.append(words))
+        (result,) = build_engines(golden_bundle, options, report=lambda status, seconds: heard.append(status))
         assert result.built and result.warnings == 0
     assert any("Building engine from subgraph" in words for words in heard)
     host = EngineHost.with_gpu(RTX_3060, {"tensorrt-rtx": rtx.__version__})
@@ -86,7 +86,7 @@ def golden_engines(golden_bundle: Bundle) -> dict[str, StoredEngine]:
 
 
 @pytest.mark.parametrize("precision", ["fp16", "fp32"])
-def test_the_record_of_a_real_engine(
+def test_real_engine_built_has_a_record(
     golden_bundle: Bundle, golden_engines: dict[str, StoredEngine], precision: Any
 ) -> None:
     engine = golden_engines[precision]
@@ -105,9 +105,7 @@ def test_the_record_of_a_real_engine(
     assert EngineRecord.from_bytes(record.to_bytes(), "engine.json") == record
 
 
-def test_inputs_and_outputs_are_those_of_the_graph(
-    golden_bundle: Bundle, golden_engines: dict[str, StoredEngine]
-) -> None:
+def test_real_engine_has_the_ports_of_the_graph(golden_bundle: Bundle, golden_engines: dict[str, StoredEngine]) -> None:
     for precision, engine in golden_engines.items():
         graph = onnx.load(golden_bundle.path / f"graphs/edit.{precision}.onnx", load_external_data=False).graph
         record = engine.require_compatible()
@@ -128,7 +126,7 @@ def test_inputs_and_outputs_are_those_of_the_graph(
         (None, rtx.__version__, "GPU: built for sm86, sm120, here none"),
     ],
 )
-def test_real_engines_are_refused_elsewhere(
+def test_real_engine_elsewhere_is_refused(
     golden_bundle: Bundle, golden_engines: dict[str, StoredEngine], gpu: Gpu | None, version: str, words: str
 ) -> None:
     for engine in find_engines(golden_bundle, EngineHost.with_gpu(gpu, {"tensorrt-rtx": version})):
@@ -136,12 +134,12 @@ def test_real_engines_are_refused_elsewhere(
             engine.read()
 
 
-def test_the_bundle_is_still_what_was_exported(golden_bundle: Bundle, golden_engines: dict[str, StoredEngine]) -> None:
+def test_bundle_with_engines_is_unchanged(golden_bundle: Bundle, golden_engines: dict[str, StoredEngine]) -> None:
     again = open_bundle(golden_bundle.path)
     assert again.check_all() == () and again.files() == golden_bundle.files()
 
 
-def test_without_a_gpu_rtx_loads_nothing(golden_engines: dict[str, StoredEngine]) -> None:
+def test_real_engine_without_a_gpu_does_not_load(golden_engines: dict[str, StoredEngine]) -> None:
     """What is recorded as the reason is what the library says; skipped where it could load the engine."""
     from spmdeploy.engines.precision import engine_fp16_share
     from spmdeploy.gpu.driver import visible_gpus
@@ -155,7 +153,7 @@ def test_without_a_gpu_rtx_loads_nothing(golden_engines: dict[str, StoredEngine]
         pytest.skip("there is a driver here")
 
 
-def test_building_needs_neither_torch_nor_onnx(golden_bundle: Bundle, golden_engines: object, tmp_path: Path) -> None:
+def test_build_imports_neither_torch_nor_onnx(golden_bundle: Bundle, golden_engines: object, tmp_path: Path) -> None:
     driver = (
         "import sys\n"
         "for name in ('torch', 'onnx', 'onnxscript', 'onnxruntime', 'safetensors'): sys.modules[name] = None\n"
@@ -169,7 +167,7 @@ def test_building_needs_neither_torch_nor_onnx(golden_bundle: Bundle, golden_eng
     assert not engine["built"] and engine["precision"] == "fp16"
 
 
-def test_inspect_lists_real_engines(
+def test_inspect_of_real_engines_lists_them(
     golden_bundle: Bundle, golden_engines: object, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["inspect", str(golden_bundle.path), "--json"]) == 0
@@ -181,10 +179,7 @@ def test_inspect_lists_real_engines(
     assert "does not fit: GPU: built for sm86, sm120, here none" in told and "read off the typed network" in told
 
 
-# ----------------------------------------------------------------------------------------------------------- failures
-
-
-def test_an_interrupted_build_stops(golden_bundle: Bundle, tmp_path: Path) -> None:
+def test_real_build_interrupted_stops(golden_bundle: Bundle, tmp_path: Path) -> None:
     heard: list[str] = []
 
     def interrupt(words: str, seconds: float) -> None:
@@ -193,11 +188,11 @@ def test_an_interrupted_build_stops(golden_bundle: Bundle, tmp_path: Path) -> No
             if len(heard) == 1:
                 raise KeyboardInterrupt
 
-    watch = BuildMonitor(interrupt, heartbeat=0.001)
+    watch = BuildMonitor(interrupt, interval=0.001)
     log = BuildLog(tmp_path / "log", tmp_path / "log")
     graph = golden_bundle.path_of("graphs/edit.fp32.onnx")
     with pytest.raises(KeyboardInterrupt):
-        build_engine(rtx, BuildRequest(graph, BatchRange(1, 1, 1), ("SM86",)), log, watch)
+        build_engine(rtx, BuildRequest(graph, (BatchRange(1, 1, 1),), ("SM86",)), log, watch)
     assert watch.cancelled and "canceled by user" in log.words and heard[1] == "cancelling at the next step"
 
 
@@ -208,12 +203,14 @@ def test_an_interrupted_build_stops(golden_bundle: Bundle, tmp_path: Path) -> No
         (b"", BundleError, "without inputs or outputs"),
     ],
 )
-def test_what_is_no_graph(content: bytes, kind: type[Exception], words: str, tmp_path: Path) -> None:
+def test_real_build_of_another_file_is_refused(
+    content: bytes, kind: type[Exception], words: str, tmp_path: Path
+) -> None:
     with pytest.raises(kind, match=words):
         build_file(tmp_path, content)
 
 
-def test_a_node_that_does_not_parse_is_named(golden_model: onnx.ModelProto, tmp_path: Path) -> None:
+def test_real_build_of_an_unknown_node_names_it(golden_model: onnx.ModelProto, tmp_path: Path) -> None:
     from spmdeploy.export.cpu import specialize_for_mask
 
     cpu = specialize_for_mask(golden_model).SerializeToString()  # its shapes depend on the mask
@@ -221,7 +218,7 @@ def test_a_node_that_does_not_parse_is_named(golden_model: onnx.ModelProto, tmp_
         build_file(tmp_path, cpu)
 
 
-def test_a_target_without_a_place_for_it(golden_bundle: Bundle, tmp_path: Path) -> None:
+def test_real_build_for_the_current_gpu_fails_without_one(golden_bundle: Bundle, tmp_path: Path) -> None:
     with pytest.raises(UnavailableError, match="cannot build"):
         build_file(tmp_path, golden_bundle.read("graphs/edit.fp32.onnx"), targets=("CURRENT",))  # there is no GPU
 
@@ -230,16 +227,13 @@ def build_file(folder: Path, content: bytes, targets: tuple[str, ...] = ("SM86",
     graph = folder / "graph.onnx"
     graph.write_bytes(content)
     log = BuildLog(folder / "log", folder / "log")
-    request = BuildRequest(graph, BatchRange(1, 1, 8), targets)
+    request = BuildRequest(graph, (BatchRange(1, 1, 8),), targets)
     return build_engine(rtx, request, log, BuildMonitor(lambda words, seconds: None))
 
 
-def test_the_targets_that_there_are(no_gpu: None) -> None:
+def test_real_library_lists_its_targets(no_gpu: None) -> None:
     for target in ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121"):
         assert plan_engines(EngineOptions(targets=(target,))).targets == (target,)
-
-
-# ------------------------------------------------------------------------------------------------------- the full size
 
 
 @pytest.fixture(scope="module")
@@ -261,14 +255,14 @@ def paper_engines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, BuiltEn
         path = folder / f"{precision}.onnx"
         onnx.save(make(), path)
         log = BuildLog(folder / f"{precision}.log", folder / f"{precision}.log")
-        request = BuildRequest(path, BatchRange(1, 1, 8), ("SM86", "SM89"))
+        request = BuildRequest(path, (BatchRange(1, 1, 8),), ("SM86", "SM89"))
         engines[precision] = build_engine(rtx, request, log, BuildMonitor(lambda words, seconds: None))
         path.unlink()
         assert not log.errors and not log.warnings
     return engines
 
 
-def test_the_full_size_builds_in_both_precisions(paper_engines: dict[str, BuiltEngine]) -> None:
+def test_real_build_of_the_full_size_works_in_both_precisions(paper_engines: dict[str, BuiltEngine]) -> None:
     assert paper_engines["fp32"].network_fp16_share == 0
     assert 0.9 < paper_engines["fp16"].network_fp16_share < 1
     weights = 74.1e6
