@@ -431,7 +431,8 @@ class _EngineBuild:
         try:
             return file.read_bytes() if file.exists() else b""
         except OSError as exc:
-            return self._unusable_timing_cache(file, exc)
+            self._unusable_timing_cache(file, exc)
+            return None
 
     def _keep_timing_cache(self, built: BuiltEngine) -> None:
         file = self._timing_cache_file()

@@ -140,8 +140,8 @@ def test_cascade_copies_images_to_the_host_at_the_end_only(gpu: SimulatedGpu, se
     (window,) = edit(session, 75, 90, batch_size=4).report.windows
     assert len(window.levels) == 3
     back = [size for function, size in gpu.copied if function == "cuMemcpyDtoHAsync"]
-    canvases = sum(math.prod(level.extent) * 12 for level in window.measured)
-    planes = sum(level.region.height * level.region.width * 4 for level in window.measured)
+    canvases = sum(math.prod(level.extent) * 12 for level in window.levels)
+    planes = sum(level.region.height * level.region.width * 4 for level in window.levels)
     assert sum(back) == canvases + planes
     places = [number for number, call in enumerate(gpu.calls) if call == "cuMemcpyDtoHAsync"]
     work = {"kernel cut", "kernel blend", "kernel compare", "kernel resample", "execute_async_v3", "cuGraphLaunch"}

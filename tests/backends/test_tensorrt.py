@@ -242,7 +242,7 @@ def test_run_that_cannot_be_captured_is_noted(gpu: SimulatedGpu, tmp_path: Path)
                 given = inputs_for(2, seed)
                 assert np.array_equal(session.run(ModelInput(**given)), edited_like(given)["edited"])
             (note,) = session.notes
-            assert "edit: without CUDA graphs" in note and "capture" in note
+            assert "edit: without CUDA graphs" in note and "captur" in note
     assert gpu.left_behind == {}
 
 
@@ -304,7 +304,9 @@ def test_session_of_a_changed_engine_loads_nothing(gpu: SimulatedGpu, tmp_path: 
     with pytest.raises(BundleError, match="SHA-256") as caught:
         TensorRtSession(simulated_library(gpu), found, size=SIZE)
     assert caught.value.exit_code == 6 and "deserialize_cuda_engine" not in gpu.calls and gpu.left_behind == {}
-    unfit = replace(engine_file(tmp_path, record_of()), differences=("GPU: built on X, here Y", "tensorrt: 1, here 2"))
+    unfit = replace(
+        engine_file(tmp_path, record_of()), incompatibilities=("GPU: built on X, here Y", "tensorrt: 1, here 2")
+    )
     with pytest.raises(BundleError, match=r"GPU: built on X, here Y; tensorrt: 1, here 2"):
         TensorRtSession(simulated_library(gpu), unfit, size=SIZE)
 

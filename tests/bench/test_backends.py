@@ -17,7 +17,7 @@ from spmdeploy.errors import OutOfMemoryError, VerificationError
 from spmdeploy.gpu.device import Device
 from spmdeploy.types import ModelInput
 from tests.backends.test_select_engine import Machine, add, bundle, machine
-from tests.backends.test_tensorrt import inputs_for, opened, record_of
+from tests.backends.test_tensorrt import inputs_for, opened, record_of, refine_inputs
 from tests.simulators.simulated_gpu import Code, SimulatedGpu
 from tests.simulators.simulated_packages import PACKAGES, plug_in
 from tests.simulators.simulated_tensorrt import edited_like
