@@ -32,7 +32,8 @@ from spmdeploy.types import ModelInput
 from tests.backends.test_tensorrt import SIZE, inputs_for, record_of, refine_inputs
 from tests.bundle.conftest import GRAPHS, fill, manifest_of
 from tests.simulators.records import A10, for_targets
-from tests.simulators.simulated_gpu import Code, SimulatedGpu, plug_in
+from tests.simulators.simulated_gpu import Code, SimulatedGpu
+from tests.simulators.simulated_packages import plug_in
 from tests.simulators.simulated_tensorrt import edited_like, engine_content, simulated_library
 
 GOLDEN = inputs_for(1, seed=5)
@@ -375,7 +376,7 @@ def test_verify_and_edit_run_on_an_engine(
     assert cli.main(["verify", str(bundle.path), "--backend", "tensorrt", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert (told["backend"], told["device"], told["precision"]) == ("tensorrt", "cuda:0", "fp16")
-    assert told["provider"].startswith("TensorRT 10.16.1 on NVIDIA GeForce RTX 3060 (cuda-python")
+    assert told["provider"].startswith("TensorRT 10.16.1 on NVIDIA GeForce RTX 3060 (cuda-core")
 
     images.write_picture(tmp_path / "photo.png", np.zeros((SIZE, SIZE, 3), np.uint8))
     images.write_picture(tmp_path / "mask.png", np.pad(np.full((2, 2), 255, np.uint8), SIZE // 2 - 1))
