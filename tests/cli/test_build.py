@@ -7,18 +7,19 @@ import json
 import re
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from spmdeploy import cli, default_model
+from spmdeploy import cli
 from spmdeploy.engines import build as to_engine
 from spmdeploy.engines import library as engine_library
 from spmdeploy.engines.build import EngineOptions, plan_engines
 from spmdeploy.engines.record import Gpu
-from spmdeploy.errors import UnavailableError, UsageError
+from spmdeploy.errors import BundleError, UnavailableError, UsageError
 from spmdeploy.export import pipeline
 from spmdeploy.gpu.driver import GpuFacts
 from tests.bundle.conftest import write_street
@@ -208,9 +209,13 @@ def test_a_damaged_engine_is_inspected_with_exit_6(
     assert code == 6 and "no engine.json beside it" in told["error"]
 
 
-def test_the_built_in_model_says_what_to_do(machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:
-    code, told, _ = run(capsys, "build", default_model(), "--target", "sm86")
-    assert code == 6 and "only graphs for CPUs" in told["error"] and "without --cpu-only" in told["hint"]
+def test_build_of_graphs_for_cpus_names_the_command(machine: Machine, tmp_path: Path) -> None:
+    bundle = write_street(tmp_path / "street.spm")
+    records = tuple(replace(record, graph=f"{record.graph}_cpu") for record in bundle.manifest.graphs)
+    cpu_only = replace(bundle, manifest=replace(bundle.manifest, graphs=records))
+    with pytest.raises(BundleError, match="only graphs for CPUs") as caught:
+        to_engine.build_engines(cpu_only, EngineOptions(targets=("sm86",)))
+    assert "spmdeploy export" in str(caught.value.hint)
 
 
 def test_a_graph_or_precision_that_is_not_there(
