@@ -296,7 +296,7 @@ class Graph:
     provider, size, outputs = "CUDAExecutionProvider", SIZE, frozenset({"edited", "unrounded"})
     fails: Exception | None = None
 
-    def __init__(self, content: Any, graph: str, device: str, threads: int) -> None:
+    def __init__(self, content: Any, graph: str, device: str, threads: int, key: str | None = None) -> None:
         self._device = device
 
     def run(self, outputs: Any, inputs: Any) -> list[np.ndarray]:
