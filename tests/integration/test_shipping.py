@@ -114,7 +114,9 @@ def test_nothing_is_loaded_without_the_right_signature(
 def test_slim_leaves_what_the_device_needs(run: Any, street_bundle: Path, tmp_path: Path) -> None:
     ran = run("bundle", "slim", street_bundle, "device.spm", "--keep", "cpu", "--json")
     assert ran.code == 0
-    graphs = [f"graphs/{name}.{kind}.onnx" for name in ("edit", "refine") for kind in ("fp16", "fp32")]
+    graphs = [
+        f"graphs/{name}.{kind}.onnx" for name in ("edit", "layout", "picture", "refine") for kind in ("fp16", "fp32")
+    ]
     assert ran.json["dropped"] == sorted([*graphs, "graphs/float16.weights"])
     assert ran.json["bytes"] < ran.json["bytes_before"] and ran.json["added"] == []
     ran = run("bundle", "slim", street_bundle, "none.spm", "--keep", "fp16", "--engine", "sm86", "--json")
