@@ -37,7 +37,7 @@ import spmdeploy
 from spmdeploy.editing import pyramid as cascade
 from spmdeploy.editing.preprocess import EditRegion, model_input, stacked
 from spmdeploy.editing.pyramid import coarse_canvas, refine_on_host
-from spmdeploy.editing.tally import PhaseTimer
+from spmdeploy.editing.timing import PhaseTimer
 from spmdeploy.imaging.files import write_picture
 from spmdeploy.imaging.resize import resize_labels, resize_photo
 from spmdeploy.model.deploy import COLOR_BLOCK

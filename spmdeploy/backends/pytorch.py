@@ -1,4 +1,4 @@
-"""PyTorch as a backend: slow, and the reference that the others are judged by."""
+"""Eager PyTorch, the reference that other backends are compared with."""
 
 from __future__ import annotations
 

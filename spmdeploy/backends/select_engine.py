@@ -1,4 +1,4 @@
-"""Which engine runs a bundle here, and the proof, before its results are trusted, that it gives the right pictures."""
+"""Selects a compatible TensorRT engine of a bundle and verifies it with golden edits before its results are used."""
 
 from __future__ import annotations
 

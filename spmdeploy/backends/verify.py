@@ -1,4 +1,4 @@
-"""Does this session give the pictures that torch in FP32 gave? The golden edits of a bundle answer it anywhere."""
+"""Golden edits: runs them on a backend and compares the results with those of PyTorch in FP32."""
 
 from __future__ import annotations
 

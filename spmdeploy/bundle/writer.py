@@ -1,4 +1,4 @@
-"""Writes bundles: in a hidden folder that appears at its place whole or not at all."""
+"""Writes bundles, each in a hidden folder that is renamed when it is complete."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training samples from folders ROOT/{train,test}/{images,labels,inst_map|inst_map_cc} with labels.json beside.
+"""Training samples from folders ROOT/{train,test}/{images,labels,inst_map|inst_map_cc} with a labels.json.
 
 Void pixels are the folder's choice: a `void_id` among the ids of labels.json is a class like any other, with a channel
 of its own (as in the paper); one outside them, often 255, belongs to no class, and the network sees no label there.

@@ -21,7 +21,7 @@ from spmdeploy.editing.harmonize import match_surroundings as match_part
 from spmdeploy.editing.preprocess import EditRegion, image_input, layout_tensors, model_input, resize_mask, stacked
 from spmdeploy.editing.pyramid import cascade
 from spmdeploy.editing.report import EditReport, WindowReport, report_notes
-from spmdeploy.editing.tally import PhaseTimer
+from spmdeploy.editing.timing import PhaseTimer
 from spmdeploy.errors import BundleError, InputError, UsageError
 from spmdeploy.imaging.decode import MAX_MEGAPIXELS
 from spmdeploy.imaging.files import check_mask
@@ -104,15 +104,15 @@ class Editor:
         ("cascade" where the session does not refine).
         """
         names = names or InputNames()
-        tally = PhaseTimer(progress)
-        with tally.phase("validate"):
+        timer = PhaseTimer(progress)
+        with timer.phase("validate"):
             _check_options(tiling, feather, batch_size)
             edit_mask = self._checked(image, labels, mask, instances, names)
-        with tally.phase("plan"):
+        with timer.phase("plan"):
             plan = self._plan(tiling, edit_mask, names)
         scene = EditRegion(image.copy(), labels, edit_mask, instances)
         finish = _Finish(feather, match_surroundings)
-        return self._execute(plan, scene, _batches(plan, batch_size), batch_size, finish, tally)
+        return self._execute(plan, scene, _batches(plan, batch_size), batch_size, finish, timer)
 
     def prepare(
         self,
@@ -164,8 +164,8 @@ class Editor:
         other arguments, what is returned and what is raised are those of `edit`, but that "off" does not exist.
         """
         names = names or InputNames()
-        tally = PhaseTimer(progress)
-        with tally.phase("validate"):
+        timer = PhaseTimer(progress)
+        with timer.phase("validate"):
             _check_options(tiling, feather, batch_size)
             _check_photo(image, names.image)
             check_extension(sides, image.shape, names.image)
@@ -173,23 +173,23 @@ class Editor:
             for ids, name in ((labels, names.labels), (instances, names.instances)):
                 _check_grown_size(ids, name, scene.picture, names.image)
             self._checked(scene.picture, labels, scene.mask, instances, names)
-        with tally.phase("plan"):
+        with timer.phase("plan"):
             steps = list(plan_extension(image.shape[0], image.shape[1], sides, self.session.size))
             plan = self._plan_steps(tiling, steps, scene.mask)
         pixels = int(np.count_nonzero(scene.mask))
-        tally.begin(sum(1 + window.tiles for window in plan.windows))
+        timer.begin(sum(1 + window.tiles for window in plan.windows))
         done = []
         for step, window in zip(steps, plan.windows, strict=True):
             scene.mask[step.fresh.slices] = True  # what the step before made beyond its own part
             if window.levels:
-                done.append(self._edit_coarse_to_fine(window, scene, feather, batch_size, tally))
+                done.append(self._edit_coarse_to_fine(window, scene, feather, batch_size, timer))
             else:
-                self._edit_single_pass(_Batch([window]), scene, feather, tally)
+                self._edit_single_pass(_Batch([window]), scene, feather, timer)
                 done.append(window)
             if match_surroundings:
-                self._match_surroundings(window.site, scene, tally)
+                self._match_surroundings(window.site, scene, timer)
             scene.mask[step.fresh.slices] = False
-        return EditResult(scene.picture, self._report(plan, done, tally, feather, match_surroundings, pixels))
+        return EditResult(scene.picture, self._report(plan, done, timer, feather, match_surroundings, pixels))
 
     def close(self) -> None:
         self.session.close()
@@ -281,7 +281,7 @@ class Editor:
         self,
         plan: _Plan,
         done: Sequence[WindowReport],
-        tally: PhaseTimer,
+        timer: PhaseTimer,
         feather: int,
         match_surroundings: bool,
         edited_pixels: int,
@@ -295,11 +295,11 @@ class Editor:
             tiling=plan.tiling,
             tiling_reason=plan.reason,
             windows=tuple(done),
-            batches=tally.batches,
+            batches=timer.batches,
             feather=feather,
             match_surroundings=match_surroundings,
             edited_pixels=edited_pixels,
-            milliseconds=tally.milliseconds,
+            milliseconds=timer.milliseconds,
             notes=(*plan.notes, *report_notes(done), *session.notes),
         )
 
@@ -310,57 +310,57 @@ class Editor:
         batches: Sequence[_Batch],
         batch_size: int,
         finish: _Finish,
-        tally: PhaseTimer,
+        timer: PhaseTimer,
     ) -> EditResult:
         """All of a plan, in the scene's picture. batches: its windows without levels."""
-        tally.begin(sum(1 + window.tiles for window in plan.windows))
+        timer.begin(sum(1 + window.tiles for window in plan.windows))
         for batch in batches:
-            self._edit_single_pass(batch, scene, finish.feather, tally)
+            self._edit_single_pass(batch, scene, finish.feather, timer)
         done = [
-            self._edit_coarse_to_fine(window, scene, finish.feather, batch_size, tally) if window.levels else window
+            self._edit_coarse_to_fine(window, scene, finish.feather, batch_size, timer) if window.levels else window
             for window in plan.windows
         ]
         if finish.match_surroundings:
             for window in done:
-                self._match_surroundings(window.site, scene, tally)
+                self._match_surroundings(window.site, scene, timer)
         pixels = int(np.count_nonzero(scene.mask))
-        report = self._report(plan, done, tally, finish.feather, finish.match_surroundings, pixels)
+        report = self._report(plan, done, timer, finish.feather, finish.match_surroundings, pixels)
         return EditResult(scene.picture, report)
 
-    def _edit_single_pass(self, batch: _Batch, scene: EditRegion, feather: int, tally: PhaseTimer) -> None:
+    def _edit_single_pass(self, batch: _Batch, scene: EditRegion, feather: int, timer: PhaseTimer) -> None:
         """A batch of windows at the model's size, stitched into the scene's picture."""
-        with tally.phase("prepare"):
+        with timer.phase("prepare"):
             if batch.run is None:
                 inputs = stacked([_frame_input(window.frame, scene) for window in batch.windows])
                 run = partial(self.session.run, inputs)
             else:
                 run = partial(batch.run, _frame_images(batch, scene))
-        with tally.phase("run"):
+        with timer.phase("run"):
             edited = run()
-        with tally.phase("stitch"):
+        with timer.phase("stitch"):
             _paste_batch(batch.windows, edited, scene, feather)
-        tally.batches += 1
-        tally.advance(len(batch.windows))
+        timer.batches += 1
+        timer.advance(len(batch.windows))
 
     def _edit_coarse_to_fine(
-        self, planned: WindowReport, scene: EditRegion, feather: int, batch_size: int, tally: PhaseTimer
+        self, planned: WindowReport, scene: EditRegion, feather: int, batch_size: int, timer: PhaseTimer
     ) -> WindowReport:
         """One window, coarse at first, then carried up to its own size and stitched into the scene's picture."""
         frame, levels = planned.frame, planned.levels
-        with tally.phase("prepare"):
+        with timer.phase("prepare"):
             inputs = stacked([_frame_input(frame, scene)])
         part = scene.cut(frame.window)
-        carried = cascade(self.session, frame, inputs, levels, part, batch_size, tally)
-        with tally.phase("stitch"):
+        carried = cascade(self.session, frame, inputs, levels, part, batch_size, timer)
+        with timer.phase("stitch"):
             region = levels[-1].region.slices
             content = np.rint(carried.canvas, out=carried.canvas).astype(np.uint8)
             stitch(part.picture[region], content, planned.site.mask_of(scene.mask)[region], feather)
         return replace(planned, measured=carried.levels, between_levels=carried.between_levels, notes=carried.notes)
 
     @staticmethod
-    def _match_surroundings(site: EditWindow, scene: EditRegion, tally: PhaseTimer) -> None:
+    def _match_surroundings(site: EditWindow, scene: EditRegion, timer: PhaseTimer) -> None:
         part = scene.cut(site.window)
-        with tally.phase("stitch"):
+        with timer.phase("stitch"):
             match_part(part.picture, part.labels, site.mask_of(scene.mask))
 
 
@@ -395,12 +395,12 @@ class PreparedEdit:
 
         image: uint8 (H, W, 3) RGB of the size of the labels. Raises InputError.
         """
-        names, tally = self._names, PhaseTimer(progress)
-        with tally.phase("validate"):
+        names, timer = self._names, PhaseTimer(progress)
+        with timer.phase("validate"):
             _check_photo(image, names.image)
             _check_same_size(image, names.image, self._scene.labels, names.labels)
         scene = self._scene._replace(picture=image.copy())
-        return self._editor._execute(self._plan, scene, self._batches, self._batch_size, self._finish, tally)
+        return self._editor._execute(self._plan, scene, self._batches, self._batch_size, self._finish, timer)
 
 
 class _Plan(NamedTuple):

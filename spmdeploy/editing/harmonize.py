@@ -1,4 +1,4 @@
-"""Colors and grain of an edit brought to those of the same classes beside it.
+"""Matches colors and noise of an edit to those of the same classes in its surroundings.
 
 What a network paints may be right and still show as a patch: a shade too blue, and without the grain that camera and
 asphalt gave to the pixels beside it. Colors are compared where known and painted pixels of one class meet, and the

@@ -1,4 +1,4 @@
-"""A picture of how an edit was made: windows and tiles over the photo."""
+"""Draws the windows and tiles of an edit over the photo."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a part of the photo to what the session is told of it.
+"""Prepares the model input from a region of the photo.
 
 Pixels under the mask never reach the session: what is hidden there cannot show in the result.
 """

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from spmdeploy.backends.base import SupportsDevicePyramid
 from spmdeploy.editing.preprocess import EditRegion, model_input, stacked
-from spmdeploy.editing.tally import PhaseTimer
+from spmdeploy.editing.timing import PhaseTimer
 from spmdeploy.errors import OutOfMemoryError, UnavailableError
 from spmdeploy.imaging.resize import resize_canvas
 from spmdeploy.tiling.letterbox import Letterbox, pad_by_reflection
@@ -88,7 +88,7 @@ def cascade(
     levels: tuple[PyramidLevel, ...],
     scene: EditRegion,
     batch_size: int,
-    tally: PhaseTimer,
+    timer: PhaseTimer,
 ) -> RefinedWindow:
     """A window, edited at the model's size and carried up to its own.
 
@@ -96,20 +96,20 @@ def cascade(
     """
     device, notes = _on_device(session, frame, levels, batch_size)
     if device is None:
-        with tally.phase("run"):
+        with timer.phase("run"):
             edited = session.run_unrounded(inputs)[0]
-        tally.batches += 1
-        tally.advance(1)
+        timer.batches += 1
+        timer.advance(1)
         canvas, reports = refine_on_host(
-            session, levels, coarse_canvas(frame, edited, levels[0]), scene, batch_size, tally
+            session, levels, coarse_canvas(frame, edited, levels[0]), scene, batch_size, timer
         )
         return RefinedWindow(canvas, reports, "host", notes)
     with device:
-        with tally.phase("run"):
+        with timer.phase("run"):
             device.coarse(inputs)
-        tally.batches += 1
-        tally.advance(1)
-        canvas, reports = _refine_levels(_DeviceRenderer(device, tally), levels, scene, batch_size, tally)
+        timer.batches += 1
+        timer.advance(1)
+        canvas, reports = _refine_levels(_DeviceRenderer(device, timer), levels, scene, batch_size, timer)
         return RefinedWindow(canvas, reports, "device")
 
 
@@ -131,13 +131,13 @@ def refine_on_host(
     base: Canvas,
     scene: EditRegion,
     batch_size: int,
-    tally: PhaseTimer,
+    timer: PhaseTimer,
 ) -> tuple[Canvas, tuple[LevelReport, ...]]:
     """The result at the window's own size, over the last level's region as far as the window has it, by numpy.
 
     base: see `coarse_canvas`. scene: the window's part of the photo.
     """
-    return _refine_levels(_HostRenderer(session, base, tally), levels, scene, batch_size, tally)
+    return _refine_levels(_HostRenderer(session, base, timer), levels, scene, batch_size, timer)
 
 
 class _Renderer(Protocol):
@@ -154,31 +154,31 @@ class _Renderer(Protocol):
 
 
 def _refine_levels(
-    easel: _Renderer, levels: tuple[PyramidLevel, ...], scene: EditRegion, batch_size: int, tally: PhaseTimer
+    easel: _Renderer, levels: tuple[PyramidLevel, ...], scene: EditRegion, batch_size: int, timer: PhaseTimer
 ) -> tuple[Canvas, tuple[LevelReport, ...]]:
     for level in levels:
-        with tally.phase("prepare"):
+        with timer.phase("prepare"):
             refined = _has_high_frequencies(level, scene)
         easel.begin(level, refined)
         for start in range(0, len(level.tiles), batch_size):
             tiles = level.tiles[start : start + batch_size]
-            with tally.phase("prepare"):
+            with timer.phase("prepare"):
                 blocks = [scene.cut(level.source_window(tile)) for tile in tiles]
                 inputs = stacked([model_input(block, level.size, level.size, level.size) for block in blocks])
             easel.paint(tiles, inputs)
-            tally.batches += 1
-            tally.advance(len(tiles))
-        with tally.phase("stitch"):
+            timer.batches += 1
+            timer.advance(len(tiles))
+        with timer.phase("stitch"):
             easel.end()
-    with tally.phase("stitch"):
+    with timer.phase("stitch"):
         return easel.finished()
 
 
 class _HostRenderer:
     """By numpy, with a call of the session for every batch."""
 
-    def __init__(self, session: Backend, base: Canvas, tally: PhaseTimer) -> None:
-        self._session, self._tally = session, tally
+    def __init__(self, session: Backend, base: Canvas, timer: PhaseTimer) -> None:
+        self._session, self._tally = session, timer
         self._canvas, self._origin = base, (0, 0)
         self._reports: list[LevelReport] = []
 
@@ -205,8 +205,8 @@ class _HostRenderer:
 class _DeviceRenderer:
     """In the memory of the session's GPU; the host looks at the levels when all are done."""
 
-    def __init__(self, device: DeviceCascade, tally: PhaseTimer) -> None:
-        self._device, self._tally = device, tally
+    def __init__(self, device: DeviceCascade, timer: PhaseTimer) -> None:
+        self._device, self._tally = device, timer
         self._seen: list[_MaskCoverage] = []
 
     def begin(self, level: PyramidLevel, refined: bool) -> None:

@@ -1,4 +1,4 @@
-"""What an edit must be better than: two ways to fill a hole without a model. Both have a session's `run`."""
+"""Baselines without a model: Telea inpainting and class-mean colors, with the interface of a backend."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models side by side on the same holes: figures under the mask for every kind of hole, with intervals."""
+"""Scores models on the same masks of held-out images, with confidence intervals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `evaluate` compares: the models it is given, and the baselines that any of them must beat."""
+"""Opens the models and baselines that `evaluate` compares."""
 
 from __future__ import annotations
 

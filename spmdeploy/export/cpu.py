@@ -1,4 +1,4 @@
-"""FP32 graph to the graph for CPUs: the same pictures, without work that the mask makes superfluous.
+"""Specializes the FP32 graph for CPUs: the same results without the work that the mask makes superfluous.
 
 On a CPU time follows the operations, and more than half of them (the layout branch) read labels and mask only. Three
 facts make most of that superfluous at the larger sizes, exactly and not approximately:

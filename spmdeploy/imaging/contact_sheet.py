@@ -1,4 +1,4 @@
-"""Pictures to look at: before, labels, mask and after side by side."""
+"""Contact sheets: captioned grids of images with a legend of classes."""
 
 from __future__ import annotations
 

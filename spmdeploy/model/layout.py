@@ -1,4 +1,4 @@
-"""What the network is told about the edit: the label layout, its edges and the mask, at every resolution."""
+"""Layout pyramid: one-hot labels, edges and mask at every resolution of the network."""
 
 from __future__ import annotations
 

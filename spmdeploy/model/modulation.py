@@ -1,4 +1,4 @@
-"""Style-preserved modulation: the layer that the whole generator is made of (paper, section 3.2)."""
+"""Style-preserved modulation, the block that the generator consists of (paper, section 3.2)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where an edit of any size happens, by numpy alone: nothing here knows a model.
+"""Geometry of edits of any size, in numpy, independent of any model.
 
 pieces      what belongs together in the mask
 windows     policy: the context windows around the pieces

@@ -1,4 +1,4 @@
-"""A window in the model's square input, and what the network is told where it is shrunk."""
+"""Fits a window into the square model input."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Growing a picture beyond its borders: in which windows, one after the other."""
+"""Plans the ordered windows in which a photo is extended beyond its borders."""
 
 from __future__ import annotations
 

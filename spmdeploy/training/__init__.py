@@ -1,1 +1,1 @@
-"""Training of the SPM generator: data, holes, losses, the loop and its run directory."""
+"""Training of the SPM generator: losses, trainer, run folder."""

@@ -1,4 +1,4 @@
-"""Contact sheets to judge a run by: what goes in, what comes out of each stage, and the holes."""
+"""Contact sheets of a training run: inputs, masks and the output of every stage."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Distances between pictures in the features of a classification network: the training loss, and LPIPS to judge by."""
+"""Perceptual losses in VGG features, and the LPIPS metric."""
 
 from __future__ import annotations
 

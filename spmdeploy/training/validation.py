@@ -1,4 +1,4 @@
-"""How good the averaged weights are on the held-out pictures: figures, and pictures to look at."""
+"""Validates the averaged weights on held-out images: LPIPS, L1 and a contact sheet."""
 
 from __future__ import annotations
 

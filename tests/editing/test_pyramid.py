@@ -17,7 +17,7 @@ from spmdeploy.editing.editor import Editor, EditResult
 from spmdeploy.editing.preprocess import EditRegion
 from spmdeploy.editing.pyramid import coarse_canvas, refine_on_host
 from spmdeploy.editing.report import report_notes
-from spmdeploy.editing.tally import PhaseTimer
+from spmdeploy.editing.timing import PhaseTimer
 from spmdeploy.errors import BundleError, InputError, UsageError
 from spmdeploy.labels import ClassTable, LabelClass
 from spmdeploy.tiling.letterbox import fit_letterbox

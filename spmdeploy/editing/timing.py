@@ -1,4 +1,4 @@
-"""What an edit has cost so far, and how far it is."""
+"""Times the phases of one edit and reports its progress."""
 
 from __future__ import annotations
 
