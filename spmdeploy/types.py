@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, get_args
 
-import numpy as np
-from numpy.typing import NDArray
+if TYPE_CHECKING:  # help texts must not wait for numpy: the aliases below are strings
+    from typing import Any
+
+    import numpy as np
+    from numpy.typing import NDArray
 
 Precision = Literal["fp32", "fp16"]
 WeightsDtype = Literal["float32", "float16"]
@@ -21,17 +24,17 @@ STAGE_COUNTS: tuple[StageCount, ...] = get_args(StageCount)
 NATIVE_SIZE = 256
 """Height and width of the deploy graph's images (paper, section 4.1)."""
 
-Image: TypeAlias = NDArray[np.uint8]
+Image: TypeAlias = "NDArray[np.uint8]"
 """uint8 (H, W, 3), RGB, 0..255."""
-Mask: TypeAlias = NDArray[np.bool_]
+Mask: TypeAlias = "NDArray[np.bool_]"
 """bool (H, W), True = edit."""
-LabelMap: TypeAlias = NDArray[np.integer[Any]]
+LabelMap: TypeAlias = "NDArray[np.integer[Any]]"
 """Integer (H, W): class or instance ids."""
-Boxes: TypeAlias = NDArray[np.int64]
+Boxes: TypeAlias = "NDArray[np.int64]"
 """int64 (N, 4): top, left, bottom and right of each box; bottom and right are exclusive."""
-Indices: TypeAlias = NDArray[np.intp]
+Indices: TypeAlias = "NDArray[np.intp]"
 """Positions along one axis of an array."""
-Canvas: TypeAlias = NDArray[np.float32]
+Canvas: TypeAlias = "NDArray[np.float32]"
 """float32 (H, W, 3), RGB, 0..255: an image that has not been rounded."""
 Progress: TypeAlias = Callable[[int, int], None]
 """Called with the number of steps done and the total."""

@@ -5,15 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 from spmdeploy.errors import UsageError
 from spmdeploy.types import LayoutInput, ModelInput, Precision
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from spmdeploy.backends.device_pyramid import DeviceCascade
     from spmdeploy.tiling.letterbox import Letterbox
     from spmdeploy.tiling.pyramid import PyramidLevel
@@ -73,7 +73,7 @@ class Backend(Protocol):
         """Frees the device's memory. Safe to call twice."""
 
 
-LayoutRun = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
+LayoutRun: TypeAlias = "Callable[[NDArray[np.uint8]], NDArray[np.uint8]]"
 """`Backend.run` for a layout that is known: takes the images, (B, size, size, 3), and returns the edited ones."""
 
 

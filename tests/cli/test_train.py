@@ -74,7 +74,7 @@ def test_the_options_of_train_are_the_runs_configuration(data_folder: Path, monk
     [
         ([], 2, "nothing says what to train on"),
         (["--resume"], 7, "no run to resume"),
-        (["--config", "missing.json"], 7, "missing.json: not a training configuration"),
+        (["--config", "missing.json"], 7, "missing.json: cannot be read"),
         (["--data", "nowhere"], 7, "data"),
         (["--resume", "--batch", "4"], 2, "--batch has no effect with --resume"),
         (["--resume", "--preset", "paper"], 2, "--preset has no effect with --resume"),
