@@ -19,7 +19,7 @@ from spmdeploy.backends.base import OpenedBackend, Unsupported
 from spmdeploy.backends.graph_cache import cache_key, open_cached
 from spmdeploy.bundle.bundle import Bundle, GraphFiles
 from spmdeploy.bundle.manifest import EDIT, ON_CPU, PARTS, REFINE, GraphRecord
-from spmdeploy.errors import BundleError, OutOfMemoryError, UnavailableError
+from spmdeploy.errors import BundleError, OutOfMemoryError, SpmDeployError, UnavailableError
 from spmdeploy.gpu.arrays import DeviceArray
 from spmdeploy.gpu.driver import visible_gpus
 from spmdeploy.types import LayoutInput, ModelInput, Precision
@@ -298,7 +298,9 @@ _IDLE_PASSES = (
 
 def inference_session(library: Any, graph: Graph, options: Any, providers: list[Any]) -> Any:
     """ONNX Runtime's own session. options: its SessionOptions, to which weights in memory are added."""
-    without = {"disabled_optimizers": list(_IDLE_PASSES)} if providers == ["CPUExecutionProvider"] else {}
+    without: dict[str, Any] = {"enable_fallback": 0}  # it prints to stdout and tries the same again
+    if providers == ["CPUExecutionProvider"]:
+        without["disabled_optimizers"] = list(_IDLE_PASSES)
     if isinstance(graph, Path):
         return library.InferenceSession(str(graph), options, providers=providers, **without)
     names, contents = list(graph.weights), list(graph.weights.values())
@@ -390,11 +392,13 @@ class LoadedGraph:
                 self._session: Any = inference_session(library, content, options, providers)
             else:
                 self._session = _cached_session(library, content, threads, key)
-        except Exception as error:
+            self.provider = f"{self._proved_provider(providers)} (onnxruntime {library.__version__})"
+            self.outputs = frozenset(value.name for value in self._session.get_outputs())
+            self.size = self._checked_size(graph)
+        except SpmDeployError:
+            raise
+        except Exception as error:  # names that are no UTF-8 raise UnicodeDecodeError
             raise _translated(error, device) from error
-        self.provider = f"{self._proved_provider(providers)} (onnxruntime {library.__version__})"
-        self.outputs = frozenset(value.name for value in self._session.get_outputs())
-        self.size = self._checked_size(graph)
 
     def run(self, outputs: Sequence[str], inputs: Arrays) -> list[NDArray[Any]]:
         if not self.outputs.issuperset(outputs):

@@ -27,6 +27,7 @@ from spmdeploy.cli.export import export, export_triton
 from spmdeploy.cli.labels import labels_app
 from spmdeploy.cli.train import evaluate, train
 from spmdeploy.errors import OutOfMemoryError, SpmDeployError, UsageError
+from spmdeploy.files import translated
 from spmdeploy.version import __version__
 
 _INTERRUPTED = 130
@@ -92,6 +93,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(OutOfMemoryError("out of memory", "use a smaller photo or close other programs"), as_json)
     except BrokenPipeError:
         return 1  # stdout was closed, as in `spmdeploy inspect X | head -1`
+    except OSError as error:
+        return _fail(translated(error, error.filename or "a file", "open"), as_json)
     except Exception as error:
         unexpected = SpmDeployError(
             f"{type(error).__name__}: {error}", "this is a defect; SPMDEPLOY_DEBUG=1 shows where"

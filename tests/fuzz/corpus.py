@@ -7,6 +7,7 @@ import json
 import random
 import struct
 from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -87,14 +88,14 @@ def mutated_json(value: Any, source: random.Random) -> bytes:
         if kind == 0 and keys:
             del target[key]
         elif kind == 1 and isinstance(target, dict):
-            target[source.choice(("extra", "schema", "", "weights", "classes"))] = source.choice(VALUES)
+            target[source.choice(("extra", "schema", "", "weights", "classes"))] = deepcopy(source.choice(VALUES))
         elif kind == 2 and keys:
             raw = source.choice(RAW)
             target[key] = "@raw@"
         elif kind == 3 and isinstance(target, list) and target:
-            target.extend(target[:3] * 40)
+            target.extend(deepcopy(target[:3]) * 40)
         elif keys:
-            target[key] = source.choice(VALUES)
+            target[key] = deepcopy(source.choice(VALUES))
     text = json.dumps(value).encode()
     return text if raw is None else text.replace(b'"@raw@"', raw)
 
