@@ -93,7 +93,7 @@ def mutated_json(value: Any, source: random.Random) -> bytes:
             raw = source.choice(RAW)
             target[key] = "@raw@"
         elif kind == 3 and isinstance(target, list) and target:
-            target.extend(deepcopy(target[:3]) * 40)
+            target.extend(deepcopy(target[:3]) * 10)
         elif keys:
             target[key] = deepcopy(source.choice(VALUES))
     text = json.dumps(value).encode()
