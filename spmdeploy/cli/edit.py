@@ -6,7 +6,7 @@ import threading
 import time
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -36,6 +36,13 @@ def edit(
     labels: Annotated[Path | None, typer.Option("--labels", help="Label map: what the picture shall show.")] = None,
     fill: Annotated[str | None, typer.Option("--fill", help="One class for the whole mask, by name or id.")] = None,
     mask: Annotated[Path | None, typer.Option("--mask", help="White is edited, black is kept.")] = None,
+    mask_threshold: Annotated[
+        int | None, typer.Option("--mask-threshold", help="Edit where the mask has at least this value, 1 to 255.")
+    ] = None,
+    mask_alpha: Annotated[
+        Literal["opaque", "transparent"] | None,
+        typer.Option("--mask-alpha", metavar="opaque|transparent", help="Edit this part of the mask's alpha channel."),
+    ] = None,
     edited_from: Annotated[
         Path | None, typer.Option("--edited-from", help="The labels before the change: the mask is what differs.")
     ] = None,
@@ -80,6 +87,8 @@ def edit(
         labels=labels,
         fill=fill,
         mask=mask,
+        mask_threshold=mask_threshold,
+        mask_alpha=mask_alpha,
         edited_from=edited_from,
         extend=None if extend is None else parse_padding(extend),
         instances=instances,

@@ -6,7 +6,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from spmdeploy.errors import UsageError
 
@@ -34,6 +34,10 @@ class EditRequest:
     extend: Padding | None = None
     """Pixels to grow the picture by: what is new is the mask. Labels and instances then have the size of the result."""
     instances: Path | None = None
+    mask_threshold: int | None = None
+    """1 to 255: pixels of the mask file of at least this value are edited; None: it must be clearly binary."""
+    mask_alpha: Literal["opaque", "transparent"] | None = None
+    """Take this part of the mask file's alpha channel as the mask."""
     grow: int | None = None
     """Pixels to grow the mask by; None: `DEFAULT_DILATION` with edited_from, else 0."""
     sheet: Path | None = None
@@ -60,6 +64,10 @@ class EditRequest:
                 "match_surroundings needs the labels of the photo's known pixels too",
                 "give --labels FILE instead of --fill, or leave --match-surroundings out",
             )
+        if self.mask is None and (self.mask_threshold is not None or self.mask_alpha is not None):
+            raise UsageError("mask_threshold and mask_alpha are about a mask file", "add --mask FILE")
+        if self.mask_threshold is not None and not 1 <= self.mask_threshold <= 255:
+            raise UsageError(f"mask_threshold is {self.mask_threshold}, which is not within 1 and 255")
         if self.grow is not None and self.extend is not None:
             raise UsageError("grow enlarges a mask, and an extension has none", "leave one of them out")
         if self.grow is not None and not 0 <= self.grow <= 1024:

@@ -31,6 +31,8 @@ class EditInputs:
     mask: NDArray[np.bool_]
     """Of the result's size: of an extension what is new."""
     instances: NDArray[np.int32] | None
+    notes: tuple[str, ...] = ()
+    """What reading the mask decided."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def run_edit_files(
         explained = explain_sheet(photo.pixels, inputs.mask, result.report.windows)
         images.write_picture(files.explain, explained, overwrite=files.overwrite)
     size = (photo.pixels.shape[1], photo.pixels.shape[0])
-    notes = (*photo.notes, *lost, *result.report.notes)
+    notes = (*photo.notes, *inputs.notes, *lost, *result.report.notes)
     return EditOutcome(files.output, files.sheet, files.explain, size, result.report, notes)
 
 
@@ -130,12 +132,15 @@ def read_inputs(files: EditRequest, classes: ClassTable) -> EditInputs:
         check_extension(files.extend, shape, str(files.image))
         shape = extended_size(shape, files.extend)
     if files.labels is not None:
-        labels = images.read_labels(files.labels)
+        labels = images.read_labels(files.labels, table=classes)
     else:
         labels = np.full(shape, classes.find(str(files.fill)).id, np.uint8)
-    mask = _read_mask(files, labels) if files.extend is None else padding_mask(photo.pixels.shape, files.extend)
+    if files.extend is None:
+        mask, notes = _read_mask(files, labels)
+    else:
+        mask, notes = padding_mask(photo.pixels.shape, files.extend), ()
     instances = None if files.instances is None else images.read_instances(files.instances)
-    return EditInputs(photo, labels, mask, instances)
+    return EditInputs(photo, labels, mask, instances, notes)
 
 
 def _grown(photo: images.Photo, sides: Padding) -> images.Photo:
@@ -162,9 +167,10 @@ def dilate(mask: NDArray[np.bool_], pixels: int) -> NDArray[np.bool_]:
     return mask
 
 
-def _read_mask(files: EditRequest, labels: NDArray[np.uint8]) -> NDArray[np.bool_]:
+def _read_mask(files: EditRequest, labels: NDArray[np.uint8]) -> images.MaskFile:
+    notes: tuple[str, ...] = ()
     if files.mask is not None:
-        mask = images.read_mask(files.mask)
+        mask, notes = images.read_mask_file(files.mask, threshold=files.mask_threshold, alpha=files.mask_alpha)
     else:
         assert files.edited_from is not None
         before = images.read_labels(files.edited_from)
@@ -176,7 +182,7 @@ def _read_mask(files: EditRequest, labels: NDArray[np.uint8]) -> NDArray[np.bool
         mask = before != labels
         if not mask.any():
             raise InputError(f"{files.labels} equals {files.edited_from}: nothing to edit", "change some labels first")
-    return dilate(mask, files.growth) if files.growth else mask
+    return images.MaskFile(dilate(mask, files.growth) if files.growth else mask, notes)
 
 
 def _size(array: NDArray[np.uint8]) -> str:

@@ -18,7 +18,7 @@ from spmdeploy.editing.editor import Editor
 from spmdeploy.editing.options import DEFAULT_DILATION, EditRequest, parse_padding
 from spmdeploy.editing.overlay import explain_sheet
 from spmdeploy.editing.report import WindowReport
-from spmdeploy.editing.run import dilate, run_edit_files
+from spmdeploy.editing.run import dilate, read_inputs, run_edit_files
 from spmdeploy.errors import InputError, UsageError
 from spmdeploy.imaging.contact_sheet import CELL_SIDE, edit_sheet, sheet
 from spmdeploy.imaging.files import read_photo
@@ -312,3 +312,28 @@ def test_legends_break_into_lines() -> None:
     cell = {"x": np.zeros((10, 100, 3), np.uint8)}
     names = [(f"class {i}", (i, i, i)) for i in range(9)]
     assert sheet([cell], names).shape[0] > sheet([cell], names[:1]).shape[0] > sheet([cell]).shape[0]
+
+
+@pytest.mark.parametrize("option", [{"mask_threshold": 100}, {"mask_alpha": "transparent"}])
+def test_edit_request_mask_options_without_mask_are_refused(option: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="are about a mask file"):
+        EditRequest(Path("a.png"), Path("b.png"), fill="road", extend=Padding(0, 0, 8, 0), **option)
+
+
+def test_read_inputs_mask_threshold_and_table_are_used(tmp_path: Path) -> None:
+    ramp = np.tile(np.linspace(0, 255, 64).astype(np.uint8), (64, 1))
+    Image.fromarray(ramp).save(tmp_path / "mask.png")
+    Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(tmp_path / "photo.png")
+    table = class_table("street")
+    request = EditRequest(
+        tmp_path / "photo.png", tmp_path / "b.png", fill="road", mask=tmp_path / "mask.png", mask_threshold=100
+    )
+    np.testing.assert_array_equal(read_inputs(request, table).mask, ramp >= 100)
+    reordered = Image.fromarray(np.zeros((64, 64), np.uint8), "P")
+    reordered.putpalette(table.classes[3].color)
+    reordered.save(tmp_path / "labels.png")
+    request = EditRequest(
+        tmp_path / "photo.png", tmp_path / "b.png", labels=tmp_path / "labels.png", mask=tmp_path / "mask.png"
+    )
+    with pytest.raises(InputError, match="was reordered"):
+        read_inputs(request, table)
