@@ -193,7 +193,7 @@ def test_real_build_interrupted_stops(golden_bundle: Bundle, tmp_path: Path) -> 
     graph = golden_bundle.path_of("graphs/edit.fp32.onnx")
     with pytest.raises(KeyboardInterrupt):
         build_engine(rtx, BuildRequest(graph, (BatchRange(1, 1, 1),), ("SM86",)), log, watch)
-    assert watch.canceled and "canceled by user" in log.words and heard[1] == "canceling at the next step"
+    assert watch.canceled and "canceled by user" in log.error_summary and heard[1] == "canceling at the next step"
 
 
 @pytest.mark.parametrize(
