@@ -389,8 +389,10 @@ from tests.engines.test_store import HOST, add, choose_place, find_engines
 bundle = open_bundle(sys.argv[1])
 for _ in range(25):
     add(choose_place(bundle, "cache"))
-    (found,) = find_engines(bundle, HOST)
-    found.read()
+    # A listing of the folder may miss an entry that is exchanged at that very moment; the next one has it.
+    found = next(filter(None, (find_engines(bundle, HOST) for _ in range(20))))
+    assert len(found) == 1
+    found[0].read()
 """
 
 
