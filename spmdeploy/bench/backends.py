@@ -185,7 +185,7 @@ def device_run(
     cuda_graphs: whether engines may replay CUDA graphs. Raises UnavailableError.
     """
     if isinstance(session, TensorRtSession | OnnxRuntimeSession):
-        return _DeviceArrays(session, batch, device, stack)
+        return _DeviceArrays(session, batch, device, stack, cuda_graphs)
     if session.backend.startswith("torch"):
         from spmdeploy.bench.torch_backends import BaselineSession, TorchDeviceRun
 
@@ -208,7 +208,12 @@ class _DeviceArrays:
     """`DeviceRun` for libraries that take device addresses."""
 
     def __init__(
-        self, session: TensorRtSession | OnnxRuntimeSession, batch: ModelInput, device: Device, stack: ExitStack
+        self,
+        session: TensorRtSession | OnnxRuntimeSession,
+        batch: ModelInput,
+        device: Device,
+        stack: ExitStack,
+        cuda_graphs: bool,
     ) -> None:
         self._device = device
         self._stack = stack
@@ -220,7 +225,7 @@ class _DeviceArrays:
             device.synchronize(self.stream)
         if isinstance(session, TensorRtSession):
             self._launch: Callable[[], None] = partial(
-                session.run_device, self._inputs, {"edited": self._edited}, self.stream
+                session.run_device, self._inputs, {"edited": self._edited}, self.stream, cuda_graphs=cuda_graphs
             )
             stack.callback(session.synchronize)
         else:
