@@ -512,7 +512,8 @@ def _providers(library: Any, device: str) -> list[Any]:
             f"{device} was asked for, but this ONNX Runtime has only {', '.join(available)}",
             'pip uninstall onnxruntime, then pip install "spmdeploy[gpu]"; or ask for --device cpu',
         )
-    return [("CUDAExecutionProvider", {"device_id": int(device.removeprefix("cuda:"))})]
+    # FP32 means FP32: by default this provider rounds what convolutions multiply to TF32's ten bits of mantissa.
+    return [("CUDAExecutionProvider", {"device_id": int(device.removeprefix("cuda:")), "use_tf32": 0})]
 
 
 def _translated(error: Exception, device: str) -> Exception:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -60,18 +61,34 @@ class TorchSession:
         return unrounded
 
     def bind_layout(self, layout: LayoutInput) -> LayoutRun:
-        with torch.inference_mode():
+        with torch.inference_mode(), full_fp32(self.precision == "fp32"):
             tensors = [torch.from_numpy(np.ascontiguousarray(ids)).to(self.device) for ids in layout]
             graph = cache_layout(self.edit_graph, *tensors)
         return lambda image: np.asarray(self._outputs(graph, image, *layout)[0])
 
     def _outputs(self, graph: nn.Module, *inputs: NDArray[Any]) -> list[NDArray[Any]]:
         tensors = [torch.from_numpy(np.ascontiguousarray(array)).to(self.device) for array in inputs]
-        with torch.inference_mode():
+        with torch.inference_mode(), full_fp32(self.precision == "fp32"):
             return [output.cpu().numpy() for output in graph(*tensors)]
 
     def close(self) -> None:
         """Nothing to do: the weights go with the object."""
+
+
+@contextlib.contextmanager
+def full_fp32(wanted: bool = True) -> Iterator[None]:
+    """Without TF32, which PyTorch allows in convolutions by default and which keeps ten bits of the mantissa.
+
+    Args:
+        wanted: False leaves PyTorch's settings as they are.
+    """
+    flags = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    if wanted:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = flags
 
 
 def open_torch(bundle: Bundle, device: str = "auto", precision: str = "auto") -> OpenedBackend:

@@ -104,7 +104,7 @@ def test_a_silent_move_to_the_cpu_is_an_error(
     assert edit_on_cuda(street_bundle, tmp_path / "edited.png") == 4
     told = json.loads(capsys.readouterr().out)
     assert told["exit_code"] == 4 and "would run on CPUExecutionProvider" in told["error"]
-    assert library.asked == [(CUDA, {"device_id": 0})]  # the CPU is not even offered
+    assert library.asked == [(CUDA, {"device_id": 0, "use_tf32": 0})]  # the CPU is not even offered
     assert library.entries["session.disable_cpu_ep_fallback"] == "1"
     assert not list(tmp_path.iterdir())
 
@@ -125,7 +125,7 @@ def test_a_session_says_where_it_is(street_bundle: Path, library: FakeOnnxRuntim
     library.runs_on = CUDA
     opened = open_backend(open_bundle(street_bundle), device="cuda:3")
     session = opened.session
-    assert library.asked == [(CUDA, {"device_id": 3})]
+    assert library.asked == [(CUDA, {"device_id": 3, "use_tf32": 0})]
     assert (session.backend, session.device, session.precision, session.size) == ("onnxruntime", "cuda:3", "fp16", 256)
     assert session.provider == f"{CUDA} (onnxruntime 9.9)"
     assert [choice.split(":")[0] for choice in opened.choices] == ["backend onnxruntime", "precision fp16"]
