@@ -33,7 +33,8 @@ lint: .venv/ready
 	$(DEV)/lint-imports
 
 # About 20 minutes on two idle cores. Unstable rows are not published.
-CPU_ROWS := --backend torch --backend onnxruntime --backend onnxruntime-plain --scope engine --scope cached-layout --mask large --duration 60
+CPU_BACKENDS := torch torch-compile onnxruntime onnxruntime-plain
+CPU_ROWS := $(addprefix --backend ,$(CPU_BACKENDS)) --scope engine --scope cached-layout --mask large --duration 60
 bench: .venv/ready
 	@mkdir -p bench/results
 	$(DEV)/spmdeploy bench --preset paper $(CPU_ROWS) --profile --output bench/results/bench_paper_cpu.json --overwrite

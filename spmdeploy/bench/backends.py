@@ -57,7 +57,10 @@ def default_precisions(name: str, device: str) -> tuple[str, ...]:
     on_gpu = _is_gpu_only(name) or (name in (REFERENCE_BACKEND, "torch-compile") and device != "cpu" and has_gpu())
     if name in (REFERENCE_BACKEND, "torch-compile"):
         return ("fp32", "fp16") if on_gpu else ("fp32", "bf16")
-    return ("fp16", "fp32") if on_gpu else ("auto",)
+    if on_gpu:
+        return ("fp16", "fp32")
+    offered = registry.backend_entry(name).precisions if name in registry.backend_names() else ()
+    return ("fp32", "bf16") if "bf16" in offered else ("auto",)
 
 
 def has_gpu() -> bool:

@@ -74,7 +74,7 @@ def bench_run(
         list[int] | None, typer.Option("--batch", min=1, help="Edits in one call of the network; repeat for several.")
     ] = None,
     streams: Annotated[
-        list[int] | None, typer.Option("--streams", min=1, help="Calls under way at once; repeat for several.")
+        list[int] | None, typer.Option("--streams", min=1, help="Concurrent calls; repeat for several.")
     ] = None,
     size: Annotated[
         list[int] | None,
@@ -96,24 +96,24 @@ def bench_run(
     baseline: Annotated[
         str, typer.Option("--baseline", metavar="|".join(bench_names()), help="What ratios refer to.")
     ] = "torch",
-    profile: Annotated[bool, typer.Option("--profile", help="Also tell time by part of the network.")] = False,
+    profile: Annotated[bool, typer.Option("--profile", help="Also report time by part of the network.")] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="The record, .json, with every sample.")] = None,
-    plot: Annotated[Path | None, typer.Option("--plot", help="A picture for a slide, .png.")] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="A chart, .png.")] = None,
     markdown: Annotated[Path | None, typer.Option("--markdown", help="A report, .md.")] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Measure what an edit costs here.
 
-    Backends take turns in one run, after a warm-up; each is first compared with PyTorch, and one whose pictures differ
-    gets no speed. Figures and record: docs/benchmarks.md. `spmdeploy bench compare` compares two records.
+    Backends are warmed up and measured in turns. Each is first compared with PyTorch; one whose results differ gets no
+    time. Figures and record: docs/benchmarks.md. `spmdeploy bench compare` compares two records.
     """
     from spmdeploy.bench import run
 
     if bundle is not None and preset is not None:
         raise UsageError("give a bundle or --preset, not both", "leave one of them out")
     if duration is not None and not 0 < duration < float("inf"):
-        raise UsageError(f"--duration {duration:g} is no time to measure for", "give seconds, more than 0")
+        raise UsageError(f"--duration {duration:g} is not a duration", "give seconds, more than 0")
     run.check_outputs(output, plot, markdown, overwrite)
     named = ["cached-layout" if name == "frame" else name for name in scope or ["engine"]]
     scopes = SCOPES if "all" in named else [name for name in SCOPES if name in named]
