@@ -11,6 +11,9 @@ from spmdeploy.cli.console import log, print_result, progress_bar, require_extra
 from spmdeploy.cli.options import Json, Overwrite, Preset
 from spmdeploy.errors import UsageError
 
+GPU_BATCH = 8
+"""Samples a step of the joint schedule on a GPU: one alone leaves most of it idle."""
+
 
 def train(
     context: typer.Context,
@@ -25,6 +28,9 @@ def train(
     device: Annotated[
         str, typer.Option("--device", metavar="cpu|cuda|cuda:N", help="Where to train; cuda: one GPU a process.")
     ] = "cpu",
+    plot: Annotated[
+        bool, typer.Option("--plot", help="Only write RUN/report.html: curves and last sheets of the run so far.")
+    ] = False,
     as_json: Json = False,
     preset: Annotated[Preset, typer.Option("--preset", help="Size of the network.")] = "paper",
     schedule: Annotated[
@@ -36,7 +42,9 @@ def train(
     ] = None,
     batch: Annotated[
         int | None,
-        typer.Option(metavar="N", min=1, help="Samples a step, over all processes; default: 1, staged 8, 8, 4."),
+        typer.Option(
+            metavar="N", min=1, help="Samples a step, over all processes; default: 1, on a GPU 8, staged 8, 8, 4."
+        ),
     ] = None,
     crop: Annotated[
         int | None, typer.Option(metavar="N", help="Side of the squares, a multiple of 128; default: 256.")
@@ -76,10 +84,23 @@ def train(
     stages: Annotated[
         Literal["3", "1"], typer.Option("--stages", help="An ablation: 1 leaves out the coarser stages.")
     ] = "3",
-    bf16: Annotated[bool, typer.Option("--bf16", help="Autocast to bfloat16.")] = False,
+    discriminator: Annotated[
+        Literal["patch", "projected"],
+        typer.Option("--discriminator", help="The paper's, or one on EfficientNet features with its own losses."),
+    ] = "patch",
+    start: Annotated[
+        Path | None, typer.Option("--start", metavar="WEIGHTS", help="A generator (.safetensors) to start from.")
+    ] = None,
+    bf16: Annotated[
+        bool | None, typer.Option("--bf16/--no-bf16", help="Autocast to bfloat16; default: on a GPU.")
+    ] = None,
     channels_last: Annotated[
-        bool, typer.Option("--channels-last", help="Memory order; faster on most machines.")
-    ] = False,
+        bool | None,
+        typer.Option("--channels-last/--no-channels-last", help="Memory order; default: on a GPU."),
+    ] = None,
+    loader_workers: Annotated[
+        int | None, typer.Option(metavar="N", min=0, help="Threads that prepare batches ahead; default: 2.")
+    ] = None,
     compiled: Annotated[bool, typer.Option("--compile", help="torch.compile: minutes to start, for GPUs.")] = False,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write the metrics for TensorBoard too.")] = False,
 ) -> None:
@@ -94,9 +115,16 @@ def train(
         from spmdeploy.training import config as settings
         from spmdeploy.training import distributed as processes
         from spmdeploy.training.progress import progress_line
+        from spmdeploy.training.report import write_report
         from spmdeploy.training.run_dir import RunDirectory
         from spmdeploy.training.trainer import train as run_training
 
+    if plot:
+        _reject_conflicts(context, "plot", "output", "as_json")
+        page = write_report(output)
+        print_result("train", {"output": str(output), "report": str(page)}, [str(page)], as_json)
+        return
+    on_gpu = device.startswith("cuda")
     if resume:
         _reject_conflicts(context, "resume", "output", "device", "as_json")
         chosen = RunDirectory(output).config()
@@ -111,11 +139,14 @@ def train(
             schedule,
             images,
             1 if stages == "1" else 3,
+            discriminator,
             run_overrides={
+                "start_weights": None if start is None else str(start),
+                "loader_workers": loader_workers,
                 "modulation": modulation,
                 "ema_half_life": ema_half_life,
-                "bf16": bf16,
-                "channels_last": channels_last,
+                "bf16": on_gpu if bf16 is None else bf16,
+                "channels_last": on_gpu if channels_last is None else channels_last,
                 "compile": compiled,
                 "seed": seed,
                 "tensorboard": tensorboard,
@@ -131,7 +162,10 @@ def train(
                 "perceptual_network": perceptual,
                 "perceptual_weights": None if perceptual_weights is None else str(perceptual_weights),
             },
-            phase_overrides={"batch": batch, "decay_from": decay_from},
+            phase_overrides={
+                "batch": GPU_BATCH if batch is None and on_gpu and schedule == "joint" else batch,
+                "decay_from": decay_from,
+            },
         )
     else:
         raise UsageError("nothing says what to train on", "add --data FOLDER, --config FILE or --resume")

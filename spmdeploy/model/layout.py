@@ -53,6 +53,11 @@ class LayoutPyramid:
         step = self._step(height, width)
         return self._mask[:, :, ::step, ::step]
 
+    def one_hot_at(self, height: int, width: int) -> Tensor:
+        """One-hot labels of the whole image, not only under the mask: float (N, classes, height, width)."""
+        step = self._step(height, width)
+        return (self._labels[:, None, ::step, ::step] == self._class_ids).to(self._mask.dtype)
+
     def _build(self, height: int, width: int) -> Tensor:
         step = self._step(height, width)
         mask = self.mask_at(height, width)

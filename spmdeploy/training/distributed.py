@@ -8,13 +8,20 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from spmdeploy.errors import InputError, UnavailableError, UsageError
+
+T = TypeVar("T")
+
+TIMEOUT = timedelta(hours=1)
+"""How long a process waits for the others, e.g. while the main one writes a checkpoint to a slow disk."""
 
 
 def local_device(wanted: str) -> torch.device:
@@ -41,7 +48,7 @@ def join(device: torch.device) -> None:
     if dist.is_available() and dist.is_torchelastic_launched() and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
 
 
 def leave() -> None:
@@ -66,6 +73,16 @@ def shard(positions: range) -> range:
         )
     size = len(positions) // count()
     return positions[rank() * size : (rank() + 1) * size]
+
+
+def gather(part: Sequence[T]) -> list[T]:
+    """The elements of all processes, in the order in which `range(n)[rank()::count()]` takes them from a list."""
+    if count() == 1:
+        return list(part)
+    parts: list[Any] = [None] * count()
+    dist.all_gather_object(parts, list(part))
+    longest = max(map(len, parts))
+    return [other[index] for index in range(longest) for other in parts if index < len(other)]
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:

@@ -4,25 +4,49 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.nn.utils.parametrize import is_parametrized
 
+from spmdeploy.errors import InputError
+from spmdeploy.model.checkpoint import load_checkpoint
 from spmdeploy.model.generator import Generator, GeneratorConfig
 
 _DECODER_FEATURES = re.compile(r"stages\.\d+\.decoder\.\d+\.features")
 
 
-def training_generator(config: GeneratorConfig) -> Generator:
-    """A generator with the paper's first weights and spectral normalization on its decoders' main convolutions."""
+def training_generator(config: GeneratorConfig, start: Path | None = None) -> Generator:
+    """A generator with spectral normalization on its decoders' main convolutions.
+
+    Args:
+        config: its shape.
+        start: weights to start from (.safetensors); None: the paper's random ones.
+
+    Raises:
+        InputError: `start` is not readable, or is a generator of another shape.
+    """
     generator = Generator(config)
-    initialize(generator)
+    if start is None:
+        initialize(generator)
+    else:
+        generator.load_state_dict(_start_state(config, start))
     for name, module in list(generator.named_modules()):
         if _DECODER_FEATURES.fullmatch(name):
-            spectral_norm(module)
+            spectral_norm(module)  # after the weights: it estimates their norm here
     return generator
+
+
+def _start_state(config: GeneratorConfig, path: Path) -> dict[str, Tensor]:
+    stored = load_checkpoint(path).generator
+    if stored.config != config:
+        raise InputError(
+            f"{path}: is a generator of {stored.config}, the run trains {config}",
+            "match width, hidden, stages and the classes of the data folder, or leave start_weights out",
+        )
+    return stored.state_dict()
 
 
 @torch.no_grad()
@@ -39,11 +63,15 @@ def initialize(network: nn.Module) -> None:
 def update_ema(averaged: Generator, generator: Generator, stages: Iterable[int], decay: float) -> None:
     """averaged = decay * averaged + (1 - decay) * generator for these stages, spectral normalization folded."""
     generator.eval()  # reading a normalized weight in training mode would take a step of the power iteration
+    targets: list[Tensor] = []
+    values: list[Tensor] = []
     for index in stages:
         source = generator.stages[index]
         for name, target in averaged.stages[index].named_parameters():
             module, _, attribute = name.rpartition(".")
-            target.lerp_(getattr(source.get_submodule(module), attribute).detach(), 1 - decay)
+            targets.append(target)
+            values.append(getattr(source.get_submodule(module), attribute).detach())
+    torch._foreach_lerp_(targets, values, 1 - decay)  # one kernel for many parameters
     generator.train()
 
 

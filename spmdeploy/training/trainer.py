@@ -18,14 +18,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spmdeploy.datasets.folder import Batch, TrainingSamples
-from spmdeploy.errors import OutOfMemoryError, SpmDeployError, UnavailableError, UsageError
+from spmdeploy.datasets.folder import Batch, HostBatch, TrainingSamples
+from spmdeploy.errors import InputError, OutOfMemoryError, SpmDeployError, UnavailableError, UsageError
 from spmdeploy.imaging.files import write_picture
 from spmdeploy.model.generator import Generator, GeneratorConfig, composite
 from spmdeploy.model.layout import LayoutPyramid
 from spmdeploy.training import distributed as processes
+from spmdeploy.training import projected_discriminator as projected
 from spmdeploy.training.board import ScalarWriter, open_board, write_record
-from spmdeploy.training.config import Phase, TrainConfig
+from spmdeploy.training.config import ADAM_BETAS, Phase, TrainConfig
 from spmdeploy.training.contact_sheets import sample_sheet
 from spmdeploy.training.discriminator import Discriminator
 from spmdeploy.training.ema import (
@@ -35,18 +36,22 @@ from spmdeploy.training.ema import (
     training_generator,
     update_ema,
 )
-from spmdeploy.training.losses import crop_around_mask, hinge_discriminator, hinge_generator, masked_l1
+from spmdeploy.training.loader import BackgroundLoader
+from spmdeploy.training.losses import choose_crops, cut_crops, hinge_discriminator, hinge_generator, masked_l1
 from spmdeploy.training.perceptual import Lpips, build_perceptual_loss
+from spmdeploy.training.projected_discriminator import EfficientNetFeatures, FeaturePair, ProjectedDiscriminator
 from spmdeploy.training.run_dir import RunDirectory
-from spmdeploy.training.validation import judge
+from spmdeploy.training.style_loss import class_style_loss, find_style_pairs
+from spmdeploy.training.validation import validate
 
 DIVERGED_ABOVE = 1e4
 """No loss of the recipe is ever near this; a run that gets here does not come back."""
 SHEET_ROWS = 10
 """Validation pictures on a sample sheet: two of each kind of hole."""
+STYLE_SCALES = 3
+"""How many of the four feature scales the style loss compares: the coarsest has too few cells per class."""
 LOWEST_RATE = 0.05
 """What a decaying rate ends at, in parts of the phase's rate."""
-ADAM_BETAS = (0.5, 0.999)
 
 Network = TypeVar("Network", bound=nn.Module)
 Report = Callable[[dict[str, Any]], None]
@@ -68,6 +73,10 @@ class TrainState:
     """Wall time of the current phase's steps."""
     best: float = math.inf
     """Lowest validation LPIPS so far."""
+    style_pairs: int = 0
+    """Pairs of sample and class that the style loss has compared."""
+    style_skipped: int = 0
+    """Pairs that it has skipped, because too few pixels of the class were known."""
 
 
 class StageOutput(NamedTuple):
@@ -83,6 +92,14 @@ class StageOutput(NamedTuple):
     """(N, 3, h, w), `raw` under the mask, the photo elsewhere."""
 
 
+class UnreadLosses(NamedTuple):
+    """The losses of one step while they are still on the device."""
+
+    step: int
+    images: int
+    values: dict[str, Tensor]
+
+
 class Trainer:
     """Networks, optimizers and position of a run; `train` brings it to its end."""
 
@@ -92,6 +109,8 @@ class Trainer:
         self.device = device
         self.progress = TrainState()
         self._board: ScalarWriter | None = None
+        self._loader: BackgroundLoader[HostBatch] | None = None
+        self._unread: list[UnreadLosses] = []
         self._compiled: dict[nn.Module, Callable[..., Tensor]] = {}
         if config.compile and config.channels_last and device.type == "cpu":
             # torch 2.13: the backward of replicate padding answers in another memory order than the compiler was told.
@@ -99,16 +118,23 @@ class Trainer:
         self._memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         torch.manual_seed(config.seed)
         self.samples = TrainingSamples(config.data, config.seed)
+        start = None if config.start_weights is None else Path(config.start_weights)
         generator = GeneratorConfig(
             len(self.samples.classes), config.width, config.hidden, config.modulation, config.stages
         )
-        self.generator = self._placed(training_generator(generator))
+        self.generator = self._placed(training_generator(generator, start))
         self.averaged = self._placed(Generator(generator).eval().requires_grad_(False))
-        self.discriminators = nn.ModuleList(
-            Discriminator(generator.classes, generator.halvings(stage), config.discriminator_width)
-            for stage in range(config.stages)
-        )
-        initialize(self.discriminators)
+        self.features: EfficientNetFeatures | None = None
+        self.discriminators: nn.ModuleList
+        if config.discriminator == "projected":
+            self.features = self._placed(EfficientNetFeatures().eval())
+            self.discriminators = nn.ModuleList([ProjectedDiscriminator(generator.classes, config.discriminator_width)])
+        else:
+            self.discriminators = nn.ModuleList(
+                Discriminator(generator.classes, generator.halvings(stage), config.discriminator_width)
+                for stage in range(config.stages)
+            )
+            initialize(self.discriminators)
         self._placed(self.discriminators)
         self.perceptual = self._placed(build_perceptual_loss(config.loss)) if config.loss.perceptual else None
         self.lpips = self._placed(Lpips()) if config.data.validation else None
@@ -139,18 +165,21 @@ class Trainer:
         while True:
             while self.progress.phase_images < self.phase.images:
                 started = time.monotonic()
-                losses = self.step()
+                self.step()
                 self.progress.phase_seconds += time.monotonic() - started
-                if not self.is_main_process:
-                    continue
-                if self._crossed_interval(self.config.report_images):
-                    self._log(report, "train", losses)
+                # All processes take the same branches up to here: reading losses and validating are joint operations.
+                reports = self._crossed_interval(self.config.report_images)
+                if reports or self.progress.steps % self.config.check_steps == 0:
+                    losses = self.read_losses()
+                    if reports:
+                        self._log(report, "train", losses)
                 if self._crossed_interval(self.config.validate_images):
                     self.validate(report)
-                if time.monotonic() - saved > self.config.checkpoint_seconds:
+                if self.is_main_process and time.monotonic() - saved > self.config.checkpoint_seconds:
                     self.save()
                     saved = time.monotonic()
-            if self.is_main_process and not self._crossed_interval(self.config.validate_images):
+            self.read_losses()
+            if not self._crossed_interval(self.config.validate_images):
                 self.validate(report)
             more = self._next_phase()
             if self.is_main_process:
@@ -163,6 +192,9 @@ class Trainer:
         return self.progress.images // interval != (self.progress.images - self.phase.batch) // interval
 
     def _log(self, report: Report, kind: str, figures: dict[str, float]) -> None:
+        if not self.is_main_process:
+            return
+        counts = {"style_skipped": self.progress.style_skipped} if self.config.loss.style else {}
         record = {
             "kind": kind,
             "images": self.progress.images,
@@ -170,6 +202,7 @@ class Trainer:
             "phase_images": self.progress.phase_images,
             "seconds": round(self.progress.phase_seconds, 1),
             **figures,
+            **counts,
         }
         self.run.log(**record)
         if self._board is not None:
@@ -182,19 +215,33 @@ class Trainer:
         """Weights to inherit, what learns, and fresh optimizers."""
         phase = self.phase
         first = phase.stages[0]
+        self._close_loader()
         if phase.inherit and first:
             grow_stage(self.generator, self.averaged, first)
-            inherit_discriminator(self.discriminators[first], self.discriminators[first - 1])
+            if self.features is None:
+                inherit_discriminator(self.discriminators[first], self.discriminators[first - 1])
             update_ema(self.averaged, self.generator, phase.stages, decay=0.0)
         self.generator.zero_grad(set_to_none=True)
         for index, stage in enumerate(self.generator.stages):
             stage.requires_grad_(index in phase.stages)
-        self._generator_optimizer = self._adam(self.generator.stages, phase.generator_rate)
-        self._discriminator_optimizer = self._adam(self.discriminators, phase.discriminator_rate)
+        learning = self._learning(self.generator.stages)
+        self._generator_optimizer = self._adam(learning, phase.generator_rate)
+        if self.features is None:
+            learning = self._learning(self.discriminators)
+        else:
+            learning = list(self._projected_discriminator().heads.parameters())
+        self._discriminator_optimizer = self._adam(learning, phase.discriminator_rate)
 
-    def _adam(self, networks: nn.ModuleList, rate: float) -> torch.optim.Adam:
-        learning = [parameter for index in self.phase.stages for parameter in networks[index].parameters()]
-        return torch.optim.Adam(learning, lr=rate, betas=ADAM_BETAS)
+    def _learning(self, networks: nn.ModuleList) -> list[nn.Parameter]:
+        return [parameter for index in self.phase.stages for parameter in networks[index].parameters()]
+
+    def _adam(self, learning: list[nn.Parameter], rate: float) -> torch.optim.Adam:
+        return torch.optim.Adam(learning, lr=rate, betas=ADAM_BETAS[self.config.discriminator], fused=True)
+
+    def _projected_discriminator(self) -> ProjectedDiscriminator:
+        discriminator = self.discriminators[0]
+        assert isinstance(discriminator, ProjectedDiscriminator)
+        return discriminator
 
     def _next_phase(self) -> bool:
         """Moves on; False at the end of the schedule."""
@@ -208,30 +255,57 @@ class Trainer:
 
     # -- one step
 
-    def step(self) -> dict[str, float]:
-        """One step of discriminators and generator; returns the losses. Raises SpmDeployError on divergence."""
+    def step(self) -> None:
+        """One step of the discriminators and, after their warm-up, of the generator."""
         images = self.progress.images
         positions = processes.shard(range(images, images + self.phase.batch))
-        batch = self.samples.batch(positions).to(self.device)
+        host = self._next_batch()
+        batch = host.to(self.device)
         layout = self._layout(batch)
         self._set_rates()
-        outputs = self._stage_outputs(batch, layout)
-        losses: dict[str, float] = {}
+        warming_up = self.progress.phase_images < self.config.loss.adversarial_warmup
+        with torch.set_grad_enabled(not warming_up):
+            outputs = self._stage_outputs(batch, layout)
+            pair = self._feature_pair(outputs, layout, positions)
+        losses: dict[str, Tensor] = {}
         if self.config.loss.adversarial:
-            self.discriminators.requires_grad_(True)
-            loss = self._discriminator_loss(outputs, layout)
-            losses.update(self._check_finite({"discriminator": loss}))
-            optimizer_step(self._discriminator_optimizer, loss)
-            self.discriminators.requires_grad_(False)
-        parts = self._generator_losses(outputs, layout, positions)
-        losses.update(self._check_finite(parts))
-        optimizer_step(self._generator_optimizer, torch.stack(list(parts.values())).sum())
+            self._train_discriminators(True)
+            losses["discriminator"] = self._discriminator_loss(outputs, layout, pair)
+            optimizer_step(self._discriminator_optimizer, losses["discriminator"])
+            self._train_discriminators(False)
+        if not warming_up:
+            parts = self._reconstruction_losses(outputs, host, positions)
+            if self.config.loss.adversarial:
+                parts["adversarial"] = self._adversarial_weight() * self._adversarial_loss(outputs, layout, pair)
+            if pair is not None:
+                parts.update(self._feature_losses(pair, host))
+            losses.update(parts)
+            optimizer_step(self._generator_optimizer, torch.stack(list(parts.values())).sum())
 
         self.progress.images += self.phase.batch
         self.progress.phase_images += self.phase.batch
         self.progress.steps += 1
-        update_ema(self.averaged, self.generator, self.phase.stages, self._averaging_decay())
-        return losses
+        values = {name: loss.detach() for name, loss in losses.items()}
+        self._unread.append(UnreadLosses(self.progress.steps - 1, images, values))
+        if not warming_up:
+            update_ema(self.averaged, self.generator, self.phase.stages, self._averaging_decay())
+
+    def _next_batch(self) -> HostBatch:
+        """The batch at the current position, prepared ahead by the loader's threads."""
+        if self._loader is None:
+            end = self.progress.images + self.phase.images - self.progress.phase_images
+            workers = self.config.loader_workers
+            self._loader = BackgroundLoader(self._load, self.progress.images, self.phase.batch, workers, end)
+        return next(self._loader)
+
+    def _load(self, position: int) -> HostBatch:
+        batch = self.samples.host_batch(processes.shard(range(position, position + self.phase.batch)))
+        return batch.pin() if self.device.type == "cuda" else batch
+
+    def _close_loader(self) -> None:
+        if self._loader is not None:
+            self._loader.close()
+            self._loader = None
 
     def _stage_outputs(self, batch: Batch, layout: LayoutPyramid) -> dict[int, StageOutput]:
         """Of the stages that learn, fed by the frozen ones before them."""
@@ -239,7 +313,7 @@ class Trainer:
         coarser: Tensor | None = None
         for index in range(self.phase.stages[-1] + 1):
             learns = index in self.phase.stages
-            with self._autocast(), torch.set_grad_enabled(learns):
+            with self._autocast(), torch.set_grad_enabled(learns and torch.is_grad_enabled()):
                 generator = self.generator if learns else self.averaged
                 picture = generator.stage_input(index, batch.image, layout, coarser)
                 coarser = self._call(generator.stages[index], self._ordered(picture), layout)
@@ -249,7 +323,30 @@ class Trainer:
                 outputs[index] = StageOutput(coarser, target, mask, composite(coarser.float(), target, mask))
         return outputs
 
-    def _discriminator_loss(self, outputs: dict[int, StageOutput], layout: LayoutPyramid) -> Tensor:
+    def _feature_pair(
+        self, outputs: dict[int, StageOutput], layout: LayoutPyramid, positions: range
+    ) -> FeaturePair | None:
+        """What the projected discriminator compares, of the finest stage; None with patch discriminators."""
+        if self.features is None:
+            return None
+        finest = outputs[max(outputs)]
+        seen = torch.cat((layout.one_hot_at(*finest.mask.shape[-2:]), finest.mask), dim=1)
+        (real, fake), seen = projected.augment((finest.target, finest.edited), seen, positions)
+        with self._autocast():
+            with torch.no_grad():
+                wanted = self.features(self._ordered(real))
+            return FeaturePair(wanted, self.features(self._ordered(fake)), seen)
+
+    def _train_discriminators(self, learn: bool) -> None:
+        trained = self.discriminators if self.features is None else self._projected_discriminator().heads
+        trained.requires_grad_(learn)
+
+    def _discriminator_loss(
+        self, outputs: dict[int, StageOutput], layout: LayoutPyramid, pair: FeaturePair | None
+    ) -> Tensor:
+        if pair is not None:
+            with self._autocast():
+                return projected.discriminator_loss(self._projected_discriminator(), pair)
         losses = []
         for index, output in outputs.items():
             with self._autocast():
@@ -258,40 +355,85 @@ class Trainer:
             losses.append(hinge_discriminator(real, fake))
         return torch.stack(losses).sum()
 
-    def _generator_losses(
-        self, outputs: dict[int, StageOutput], layout: LayoutPyramid, positions: range
+    def _adversarial_loss(
+        self, outputs: dict[int, StageOutput], layout: LayoutPyramid, pair: FeaturePair | None
+    ) -> Tensor:
+        """The generator's side, summed over the stages or the scales."""
+        if pair is not None:
+            with self._autocast():
+                return projected.generator_loss(self._projected_discriminator(), pair)
+        losses = []
+        for index, output in outputs.items():
+            with self._autocast():
+                score = self._call(self.discriminators[index], self._ordered(output.edited), layout)
+            losses.append(hinge_generator(score))
+        return torch.stack(losses).sum()
+
+    def _adversarial_weight(self) -> float:
+        loss = self.config.loss
+        if not loss.adversarial_ramp:
+            return loss.adversarial
+        done = self.progress.phase_images + self.phase.batch - loss.adversarial_warmup
+        return loss.adversarial * min(1.0, done / loss.adversarial_ramp)
+
+    def _reconstruction_losses(
+        self, outputs: dict[int, StageOutput], host: HostBatch, positions: range
     ) -> dict[str, Tensor]:
-        """The weighted losses, each summed over the stages."""
+        """Weighted L1 and perceptual loss, each summed over the stages."""
         weights = self.config.loss
-        parts: dict[str, list[Tensor]] = {"l1": [], "adversarial": [], "perceptual": []}
+        parts: dict[str, list[Tensor]] = {"l1": [], "perceptual": []}
         for index, output in outputs.items():
             parts["l1"].append(weights.l1 * masked_l1(output.raw, output.target, output.mask, weights.l1_inside))
-            if weights.adversarial:
-                with self._autocast():
-                    score = self._call(self.discriminators[index], self._ordered(output.edited), layout)
-                parts["adversarial"].append(weights.adversarial * hinge_generator(score))
-            if self.perceptual is not None:
-                found, wanted = crop_around_mask(
-                    (output.raw, output.target), output.mask, self.phase.perceptual_crop, positions
-                )
-                with self._autocast():
-                    distance = self.perceptual(
-                        self._ordered(found), self._ordered(wanted), self.phase.perceptual_blocks
-                    )
-                parts["perceptual"].append(weights.perceptual * distance)
+            if self.perceptual is None or (weights.perceptual_stages == "finest" and index != max(outputs)):
+                continue
+            side, step = self.phase.perceptual_crop, 2 ** self.generator.config.halvings(index)
+            corners = choose_crops(host.mask.numpy()[:, ::step, ::step], side, positions)
+            found, wanted = (cut_crops(image, corners, side) for image in (output.raw, output.target))
+            with self._autocast():
+                distance = self.perceptual(self._ordered(found), self._ordered(wanted), self.phase.perceptual_blocks)
+            parts["perceptual"].append(weights.perceptual * distance)
         return {name: torch.stack(losses).sum() for name, losses in parts.items() if losses}
 
-    def _check_finite(self, losses: dict[str, Tensor]) -> dict[str, float]:
-        """The losses as numbers, averaged over the processes. Raises SpmDeployError when one shows divergence."""
-        values = dict(zip(losses, processes.average(torch.stack(list(losses.values()))).tolist(), strict=True))
+    def _feature_losses(self, pair: FeaturePair, host: HostBatch) -> dict[str, Tensor]:
+        """Weighted losses on the projected discriminator's pretrained features."""
+        weights = self.config.loss
+        parts = {}
+        if weights.feature_matching:
+            parts["feature_matching"] = weights.feature_matching * projected.feature_matching_loss(pair)
+        if weights.style:
+            pairs = find_style_pairs(host.labels.numpy(), host.mask.numpy(), self.generator.config.classes)
+            self.progress.style_pairs += len(pairs)
+            self.progress.style_skipped += pairs.skipped
+            scales = slice(STYLE_SCALES)
+            style = class_style_loss(pair.fake[scales], pair.real[scales], pair.one_hot, pair.mask, pairs)
+            parts["style"] = weights.style * style
+        return parts
+
+    def read_losses(self) -> dict[str, float]:
+        """The losses of the last step as numbers, averaged over the processes; checks those of all steps since.
+
+        Raises:
+            SpmDeployError: one of them shows that the training has diverged.
+        """
+        unread, self._unread = self._unread, []
+        if not unread:
+            return {}
+        flat = torch.stack([value.float() for losses in unread for value in losses.values.values()])
+        numbers = iter(processes.average(flat).tolist())
+        values: dict[str, float] = {}
+        for losses in unread:
+            values = {name: next(numbers) for name in losses.values}
+            self._check_finite(values, losses)
+        return values
+
+    def _check_finite(self, values: dict[str, float], losses: UnreadLosses) -> None:
         for name, value in values.items():
             if not math.isfinite(value) or abs(value) > DIVERGED_ABOVE:
                 raise SpmDeployError(
-                    f"training diverged: the {name} loss is {value} at step {self.progress.steps}, "
-                    f"after {self.progress.images} images",
+                    f"training diverged: the {name} loss is {value} at step {losses.step}, "
+                    f"after {losses.images} images",
                     f"the last good checkpoint is {self.run.checkpoint}; lower the rates, then resume",
                 )
-        return values
 
     def _set_rates(self) -> None:
         phase = self.phase
@@ -320,12 +462,15 @@ class Trainer:
         if self.lpips is None:
             return
         samples = self.samples.validation_samples()
-        verdict = judge(samples, self.edited_by_stage, self.lpips, self.device)
-        self._log(report, "validation", {"lpips": round(verdict.lpips, 5), "l1": round(verdict.l1, 5)})
-        page = sample_sheet(samples[:SHEET_ROWS], verdict.stages, self.samples.classes)
+        result = validate(samples, self.edited_by_stage, self.lpips, self.device)
+        improved = result.lpips < self.progress.best
+        self.progress.best = min(self.progress.best, result.lpips)
+        if not self.is_main_process:
+            return
+        self._log(report, "validation", {"lpips": round(result.lpips, 5), "l1": round(result.l1, 5)})
+        page = sample_sheet(samples[:SHEET_ROWS], result.stages, self.samples.classes)
         write_picture(self.run.sample_sheet(self.progress.images), page, overwrite=True)
-        if verdict.lpips < self.progress.best:
-            self.progress.best = verdict.lpips
+        if improved:
             self.run.export(self.averaged, "best")
 
     @torch.no_grad()
@@ -346,9 +491,12 @@ class Trainer:
     # -- saving and resuming
 
     def save(self) -> None:
-        """A checkpoint, and the averaged weights beside it."""
+        """A checkpoint, and the averaged weights beside it. Raises SpmDeployError rather than store what diverged."""
+        for losses in self._unread:
+            self._check_finite({name: value.item() for name, value in losses.values.items()}, losses)
         self.run.save_checkpoint(
             {
+                "discriminator": self.config.discriminator,
                 "progress": dict(vars(self.progress)),
                 "generator": self.generator.state_dict(),
                 "averaged": self.averaged.state_dict(),
@@ -364,6 +512,13 @@ class Trainer:
         """Goes back to the last checkpoint, to the beginning when there is none yet."""
         state = self.run.load_checkpoint()
         if state is not None:
+            stored = state.get("discriminator", "patch")  # checkpoints from before the choice hold patch discriminators
+            if stored != self.config.discriminator:
+                raise InputError(
+                    f"{self.run.checkpoint}: holds a {stored} discriminator, "
+                    f"config.json asks for a {self.config.discriminator} one",
+                    "put discriminator back, or start a new run with start_weights set to this run's export",
+                )
             self.progress = TrainState(**state["progress"])
             self._begin_phase()  # optimizers of the right shape; what it inherits is overwritten below
             self.generator.load_state_dict(state["generator"])

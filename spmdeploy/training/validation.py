@@ -1,4 +1,4 @@
-"""Validates the averaged weights on held-out images: LPIPS, L1 and a contact sheet."""
+"""Validation: metrics and contact-sheet images of the averaged weights on the held-out images."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from spmdeploy.datasets.folder import Batch, Sample, collate
+from spmdeploy.training import distributed
 from spmdeploy.training.perceptual import Lpips
 
 BATCH = 4
@@ -21,10 +22,10 @@ EditByStage = Callable[[Batch], Sequence[Tensor]]
 
 @dataclass(frozen=True)
 class ValidationResult:
-    """What a validation found."""
+    """Metrics of the finest trained stage, and all edits."""
 
     lpips: float
-    """Under the mask, of the finest stage, mean over the samples."""
+    """Under the mask, mean over the samples."""
     l1: float
     """Mean absolute error under the mask in [-1, 1] units, likewise."""
     stages: tuple[npt.NDArray[np.uint8], ...]
@@ -32,24 +33,28 @@ class ValidationResult:
 
 
 @torch.no_grad()
-def judge(samples: Sequence[Sample], edit: EditByStage, lpips: Lpips, device: torch.device) -> ValidationResult:
-    scores, errors, edits = [], [], []
-    for start in range(0, len(samples), BATCH):
-        batch = collate(samples[start : start + BATCH]).to(device)
+def validate(samples: Sequence[Sample], edit: EditByStage, lpips: Lpips, device: torch.device) -> ValidationResult:
+    """Evaluates `edit` on the samples. Every process takes a part of them, so that none waits for long."""
+    found: list[tuple[float, float, list[npt.NDArray[np.uint8]]]] = []
+    part = samples[distributed.rank() :: distributed.count()]
+    for start in range(0, len(part), BATCH):
+        batch = collate(part[start : start + BATCH]).to(device)
         stages = edit(batch)
-        scores.append(lpips(stages[-1], batch.image, batch.mask))
+        scores = lpips(stages[-1], batch.image, batch.mask)
         difference = (stages[-1] - batch.image).abs().mean(dim=1, keepdim=True) * batch.mask
-        errors.append(difference.sum(dim=(1, 2, 3)) / batch.mask.sum(dim=(1, 2, 3)))
-        edits.append([to_pixels(stage) for stage in stages])
+        errors = difference.sum(dim=(1, 2, 3)) / batch.mask.sum(dim=(1, 2, 3))
+        pixels = zip(*(to_pixels(stage) for stage in stages), strict=True)
+        found += zip(scores.tolist(), errors.tolist(), map(list, pixels), strict=True)
+    scores_, errors_, edits = zip(*distributed.gather(found), strict=True)
     return ValidationResult(
-        lpips=float(torch.cat(scores).mean()),
-        l1=float(torch.cat(errors).mean()),
-        stages=tuple(np.concatenate(parts) for parts in zip(*edits, strict=True)),
+        lpips=float(np.mean(scores_)),
+        l1=float(np.mean(errors_)),
+        stages=tuple(np.stack(stage) for stage in zip(*edits, strict=True)),
     )
 
 
-def to_pixels(pictures: Tensor) -> npt.NDArray[np.uint8]:
+def to_pixels(images: Tensor) -> npt.NDArray[np.uint8]:
     """float (N, 3, h, w) in [-1, 1] to uint8 (N, h, w, 3)."""
-    values: npt.NDArray[np.float32] = pictures.detach().float().permute(0, 2, 3, 1).cpu().numpy()
+    values: npt.NDArray[np.float32] = images.detach().float().permute(0, 2, 3, 1).cpu().numpy()
     levels: npt.NDArray[np.uint8] = np.clip(np.rint((values + 1) * 127.5), 0, 255).astype(np.uint8)
     return levels

@@ -18,6 +18,7 @@ from spmdeploy.model.checkpoint import load_checkpoint, save_generator
 from spmdeploy.model.generator import Generator, GeneratorConfig
 from spmdeploy.training import trainer as loop
 from spmdeploy.training.config import LossConfig, Phase, TrainConfig, to_json
+from spmdeploy.training.run_dir import RunDirectory
 from tests.toy_dataset import write_data_folder
 
 
@@ -67,6 +68,48 @@ def test_the_options_of_train_are_the_runs_configuration(data_folder: Path, monk
             tensorboard=True,
         )
     ]
+
+
+def test_a_projected_discriminator_brings_its_recipe(
+    data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[TrainConfig] = []
+    monkeypatch.setattr(loop, "train", lambda config, *rest: given.append(config))
+    options = "--images 9 --discriminator projected --start w.safetensors --loader-workers 3 --decay-from 0.5"
+    assert cli.main(["train", "--data", str(data_folder), "--output", "run", *options.split()]) == 0
+    (config,) = given
+    assert (config.discriminator, config.start_weights, config.loader_workers) == ("projected", "w.safetensors", 3)
+    assert config.loss.style > 0 and config.loss.feature_matching > 0 and config.loss.adversarial_warmup > 0
+    assert [(phase.batch, phase.decay_from) for phase in config.schedule] == [(4, 0.5)]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ("--device cuda", (True, True, 8)),
+        ("--device cuda:1 --no-bf16 --no-channels-last --batch 2", (False, False, 2)),
+        ("--device cpu", (False, False, 1)),
+    ],
+)
+def test_a_gpu_has_defaults_of_its_own(
+    options: str, expected: tuple[bool, bool, int], data_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[TrainConfig] = []
+    monkeypatch.setattr(loop, "train", lambda config, *rest: given.append(config))
+    assert cli.main(["train", "--data", str(data_folder), "--output", "run", "--images", "9", *options.split()]) == 0
+    (config,) = given
+    assert (config.bf16, config.channels_last, config.schedule[0].batch) == expected
+
+
+def test_plot_writes_a_report_of_a_run(tiny: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = RunDirectory(tmp_path / "run")
+    run.start(tiny)
+    assert _json(capsys, "train", "--plot", "--output", run.path)[0] == 7
+    run.log(kind="train", images=4, phase=0, phase_images=4, seconds=1.0, l1=0.5)
+    code, result = _json(capsys, "train", "--plot", "--output", run.path)
+    assert code == 0
+    assert "train: l1 = 0.5" in Path(str(result["report"])).read_text()
+    assert _json(capsys, "train", "--plot", "--images", "9", "--output", run.path)[0] == 2
 
 
 @pytest.mark.parametrize(

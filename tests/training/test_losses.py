@@ -1,9 +1,10 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
-from spmdeploy.training.losses import crop_around_mask, hinge_discriminator, hinge_generator, masked_l1
+from spmdeploy.training.losses import choose_crops, cut_crops, hinge_discriminator, hinge_generator, masked_l1
 
 
 def test_hinge_losses() -> None:
@@ -33,7 +34,8 @@ def test_crops_hold_the_mask_and_match_each_other() -> None:
     places = torch.arange(3 * 32 * 32).view(3, 1, 32, 32).float()
     mask = torch.zeros(3, 1, 32, 32)
     mask[:, :, 31, 2] = 1
-    first, second = crop_around_mask((places, -places), mask, 8, range(3))
+    corners = choose_crops(mask[:, 0].bool().numpy(), 8, range(3))
+    first, second = cut_crops(places, corners, 8), cut_crops(-places, corners, 8)
     assert first.shape == (3, 1, 8, 8)
     assert torch.equal(first, -second)
     for index in range(3):
@@ -41,14 +43,14 @@ def test_crops_hold_the_mask_and_match_each_other() -> None:
 
 
 def test_the_seed_of_a_sample_fixes_its_crop() -> None:
-    places, mask = torch.arange(2 * 64 * 64).view(2, 1, 64, 64).float(), torch.ones(2, 1, 64, 64)
-    both = crop_around_mask((places,), mask, 8, range(10, 12))[0]
-    alone = crop_around_mask((places[1:],), mask[1:], 8, range(11, 12))[0]
+    places, mask = torch.arange(2 * 64 * 64).view(2, 1, 64, 64).float(), np.ones((2, 64, 64), bool)
+    both = cut_crops(places, choose_crops(mask, 8, range(10, 12)), 8)
+    alone = cut_crops(places[1:], choose_crops(mask[1:], 8, range(11, 12)), 8)
     assert torch.equal(both[1:], alone)
     assert not torch.equal(both[0], both[1] - 64 * 64)
 
 
 def test_no_crop_where_the_picture_is_not_larger() -> None:
-    picture, mask = torch.rand(1, 3, 16, 16), torch.ones(1, 1, 16, 16)
-    assert crop_around_mask((picture,), mask, 16, range(1))[0] is picture
-    assert crop_around_mask((picture,), mask, 0, range(1))[0] is picture
+    image, mask = torch.rand(1, 3, 16, 16), np.ones((1, 16, 16), bool)
+    for side in (16, 0):
+        assert cut_crops(image, choose_crops(mask, side, range(1)), side) is image
