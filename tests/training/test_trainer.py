@@ -227,6 +227,7 @@ def test_compiling_for_a_cpu_excludes_channels_last(tmp_path: Path, tiny: TrainC
 @pytest.mark.slow
 # torch 2.13's compiler uses what torch deprecates, and looks for gradients where it knows that there are none.
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning", "ignore:The .grad attribute:UserWarning")
+@pytest.mark.slow
 def test_a_compiled_run_resumes_bit_for_bit(tmp_path: Path, tiny: TrainConfig) -> None:
     if not shutil.which(os.environ.get("CXX", "g++")):
         pytest.skip("torch.compile needs a C++ compiler")
