@@ -98,6 +98,22 @@ def test_the_configuration_is_what_the_graph_is(
     assert told["files"].keys() == {path.relative_to(model).as_posix() for path in model.rglob("*") if path.is_file()}
 
 
+def test_optimization_of_each_backend_is_in_tritons_own_fields(
+    messages: Any, export: Any, street_bundle: Path, tmp_path: Path
+) -> None:
+    export("--name", "gpu")
+    (accelerator,) = read_config(messages, tmp_path / "models/gpu").optimization.execution_accelerators.ListFields()[0][
+        1
+    ]
+    assert (accelerator.name, accelerator.parameters["use_tf32"]) == ("cuda", "0")
+    assert accelerator.parameters["cudnn_conv_algo_search"] == "HEURISTIC"
+    export("--name", "cpu", "--device", "cpu")
+    assert not read_config(messages, tmp_path / "models/cpu").HasField("optimization")
+    add_engine(street_bundle, SAMPLE, batch=BatchRange(1, 1, 4))
+    export("--name", "engine", "--engine", "tensorrt")
+    assert read_config(messages, tmp_path / "models/engine").optimization.cuda.graphs
+
+
 @pytest.mark.parametrize("batch", [1, 8])
 def test_the_warm_up_is_a_batch_of_one_golden_edit(messages: Any, export: Any, tmp_path: Path, batch: int) -> None:
     assert export("--max-batch", str(batch))[0] == 0
