@@ -34,7 +34,8 @@ class EditGraph(nn.Module):
     edited: uint8 (B, H, W, 3) RGB, and unrounded: float32 (B, H, W, 3) RGB in 0..255, the same before it was rounded,
     for whoever computes on.
 
-    TensorRT takes uint8 inputs only into a cast, so every input is cast before anything else is done with it.
+    TensorRT takes uint8 inputs only into a cast, and before 10.6 only to floating point, so every such input is cast to
+    float32 before anything else is done with it.
     """
 
     def __init__(self, generator: Generator) -> None:
@@ -79,10 +80,10 @@ class _GraphInputs:
 
     def __init__(self, image: Tensor, labels: Tensor, instances: Tensor, mask: Tensor, classes: int) -> None:
         self._pixels = image.to(torch.float32)
-        self._edit = mask.to(torch.int32) != 0
+        self._edit = mask.to(torch.float32) != 0
         self.picture = _to_picture(self._pixels)
         self.layout = LayoutPyramid(
-            labels.to(torch.int32), instances, self._edit.unsqueeze(1).to(torch.float32), classes
+            labels.to(torch.float32).to(torch.int32), instances, self._edit.unsqueeze(1).to(torch.float32), classes
         )
 
     def edited_to(self, generated: Tensor) -> tuple[Tensor, Tensor]:
