@@ -5,6 +5,7 @@ Modules of commands import nothing heavy at the top: `spmdeploy COMMAND --help` 
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
@@ -26,7 +27,7 @@ from spmdeploy.cli.edit import edit
 from spmdeploy.cli.export import export, export_triton
 from spmdeploy.cli.labels import labels_app
 from spmdeploy.cli.train import evaluate, train
-from spmdeploy.errors import OutOfMemoryError, SpmDeployError, UsageError
+from spmdeploy.errors import InputError, OutOfMemoryError, SpmDeployError, UsageError
 from spmdeploy.files import translated
 from spmdeploy.version import __version__
 
@@ -94,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return 1  # stdout was closed, as in `spmdeploy inspect X | head -1`
     except OSError as error:
-        return _fail(translated(error, error.filename or "a file", "open"), as_json)
+        return _fail(_os_error(error), as_json)
     except Exception as error:
         unexpected = SpmDeployError(
             f"{type(error).__name__}: {error}", "this is a defect; SPMDEPLOY_DEBUG=1 shows where"
@@ -102,16 +103,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(unexpected, as_json)
 
 
+def _os_error(error: OSError) -> SpmDeployError:
+    """The message for what the operating system refused outside the reading and writing of named files."""
+    if error.filename is None and error.errno == errno.ENOENT:  # from os.getcwd()
+        return InputError("the current directory no longer exists", "cd to a directory that exists")
+    return translated(error, error.filename or "standard output or a file", "write to")
+
+
 def _fail(error: SpmDeployError, as_json: bool, exit_code: int | None = None) -> int:
     exit_code = error.exit_code if exit_code is None else exit_code
     if os.environ.get("SPMDEPLOY_DEBUG") == "1" and sys.exc_info()[0] is not None:
         traceback.print_exc()
     if as_json:
-        with suppress(OSError):  # a full disk behind stdout, say: the exit code still tells
+        try:
             print_json({"schema": "spmdeploy.error/1", **error_fields(error, exit_code)})
+        except (SpmDeployError, OSError):  # a full disk behind stdout, say
+            report_error(error)
     else:
         report_error(error)
     return exit_code
+
+
+def _open_closed_streams() -> None:
+    """Open the null device for standard streams that were closed, as by `>&-` or a daemon.
+
+    Otherwise the next file to be opened would get their number, and what is printed would land in it.
+    """
+    for descriptor, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        if getattr(sys, name) is None:
+            with suppress(OSError):
+                os.fstat(descriptor)
+                continue  # open, but of no use to Python
+            stream = open(os.devnull, mode, encoding="utf-8")  # noqa: SIM115  open until the process ends
+            if stream.fileno() != descriptor:
+                os.dup2(stream.fileno(), descriptor)
+            setattr(sys, name, stream)
 
 
 def entry() -> None:
@@ -120,6 +146,7 @@ def entry() -> None:
     if is_edit and not any("torch" in argument for argument in sys.argv):
         # Importing numpy starts a thread for each core, which take turns in waiting for matrices; here there are none.
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # file names hold anything, terminals do not

@@ -11,6 +11,7 @@ from typing import Any
 import typer
 
 from spmdeploy.errors import SpmDeployError, UnavailableError, printable
+from spmdeploy.files import translated
 
 
 @contextmanager
@@ -84,7 +85,7 @@ def print_result(
         error = {} if failure is None else error_fields(failure, failure.exit_code)
         print_json({"schema": f"spmdeploy.{command}/1", **payload, **error})
     else:
-        print(printable("\n".join(lines)))
+        _print(printable("\n".join(lines)))
         if failure is not None:
             report_error(failure)
     if failure is not None:
@@ -93,7 +94,17 @@ def print_result(
 
 def print_json(value: dict[str, Any]) -> None:
     # ASCII: file names that are not valid Unicode, and terminals that are not UTF-8, would stop it otherwise.
-    print(json.dumps(value, ensure_ascii=True))
+    _print(json.dumps(value, ensure_ascii=True))
+
+
+def _print(text: str) -> None:
+    """Print to stdout now, not at the end of the process. Raises InputError where the disk behind it is full."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise translated(error, "standard output", "write to") from error
 
 
 def format_table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
