@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+import spmdeploy
 from spmdeploy.cli.bundle import public_key_from
 from spmdeploy.cli.console import log, log_notes, print_result
-from spmdeploy.cli.options import Json, Overwrite, RequireSignature, Targets
+from spmdeploy.cli.options import BUILTIN_BUNDLE, Json, Overwrite, RequireSignature, Targets
 
 if TYPE_CHECKING:
     from spmdeploy.bundle.bundle import Bundle
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def build(
-    bundle: Annotated[Path, typer.Argument(help="The bundle whose graphs to build.")],
+    bundle: Annotated[Path | None, typer.Argument(help=f"Whose graphs to build. {BUILTIN_BUNDLE}")] = None,
     runtime: Annotated[
         Literal["auto", "tensorrt", "tensorrt-rtx"],
         typer.Option("--runtime", metavar="auto|tensorrt|tensorrt-rtx", help="The library that builds and later runs."),
@@ -54,7 +55,11 @@ def build(
     ] = None,
     into: Annotated[
         Literal["bundle", "cache"] | None,
-        typer.Option("--into", metavar="bundle|cache", help="Default: the bundle if it can be written to."),
+        typer.Option(
+            "--into",
+            metavar="bundle|cache",
+            help="Default: the bundle if it can be written to; for the built-in one the cache.",
+        ),
     ] = None,
     require_signature: RequireSignature = None,
     clean: Annotated[
@@ -71,7 +76,7 @@ def build(
     from spmdeploy.bundle.bundle import open_bundle
     from spmdeploy.engines.store import remove_stale_engines
 
-    opened = open_bundle(bundle, public_key_from(require_signature))
+    opened = open_bundle(bundle or spmdeploy.default_model(), public_key_from(require_signature))
     if clean:
         removed = [engine.to_json() for engine in remove_stale_engines(opened)]
         lines = [
@@ -91,7 +96,7 @@ def build(
         targets=tuple(target or ()),
         timing_cache=timing_cache,
         workspace_mb=workspace,
-        place=into,
+        place=into or ("cache" if bundle is None else None),
         overwrite=overwrite,
     )
     engines, lines = build_engines_with_progress(opened, options)

@@ -12,6 +12,7 @@ import typer
 import spmdeploy
 from spmdeploy.cli.console import format_db, format_table, log_notes, print_result, progress_bar
 from spmdeploy.cli.options import (
+    BUILTIN_BUNDLE,
     BackendOption,
     Device,
     Json,
@@ -19,6 +20,7 @@ from spmdeploy.cli.options import (
     PrecisionOption,
     RequireSignature,
     open_editor_from_options,
+    source_and_target,
 )
 from spmdeploy.errors import UsageError, VerificationError
 
@@ -44,7 +46,9 @@ SigningKey = Annotated[
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A bundle, an engine or a checkpoint.")],
+    path: Annotated[
+        Path | None, typer.Argument(help="A bundle, an engine or a checkpoint; without it the built-in bundle.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show what is in a bundle, an engine or a checkpoint.
@@ -53,13 +57,13 @@ def inspect(
     """
     from spmdeploy.export.inspect import inspect_path
 
-    facts = inspect_path(path)
+    facts = inspect_path(path or spmdeploy.default_model())
     in_words = {"bundle": _bundle_lines, "engine": _engine_lines, "checkpoint": _checkpoint_lines}
     print_result("inspect", facts, in_words[facts["kind"]](facts), as_json)
 
 
 def verify(
-    bundle: Annotated[Path | None, typer.Argument(help="A bundle; without it the built-in one.")] = None,
+    bundle: Annotated[Path | None, typer.Argument(help=BUILTIN_BUNDLE)] = None,
     backend: BackendOption = "auto",
     device: Device = "auto",
     precision: PrecisionOption = "auto",
@@ -119,8 +123,8 @@ def _thorough_checks(bundle: Bundle, session: Backend) -> Iterator[Check]:
 
 @bundle_app.command("pack")
 def bundle_pack(
-    bundle: Annotated[Path, typer.Argument(help="A bundle, folder or file.")],
-    output: Annotated[Path, typer.Argument(help="The one file to write, NAME.spm.")],
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help=BUILTIN_BUNDLE)],
+    output: Annotated[Path | None, typer.Argument(metavar="OUTPUT", help="The one file to write, NAME.spm.")] = None,
     sign: SigningKey = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -133,6 +137,7 @@ def bundle_pack(
     from spmdeploy.bundle.bundle import open_bundle
     from spmdeploy.engines.pack import pack
 
+    bundle, output = source_and_target(bundle, output)
     opened, key = open_bundle(bundle), _secret_key(sign)
     log_notes([f"{name} stays behind: no hash covers it" for name in opened.unlisted_files])
     with progress_bar("packing") as show:
@@ -168,12 +173,12 @@ def bundle_unpack(
 
 @bundle_app.command("slim")
 def bundle_slim(
-    bundle: Annotated[Path, typer.Argument(help="A bundle, folder or file.")],
-    output: Annotated[Path, typer.Argument(help="The one file to write, NAME.spm.")],
     keep: Annotated[
         list[str],
         typer.Option("--keep", metavar="fp16|fp32|cpu|GRAPH|GRAPH.fp16", help="Graphs to keep; repeat for several."),
     ],
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help=BUILTIN_BUNDLE)],
+    output: Annotated[Path | None, typer.Argument(metavar="OUTPUT", help="The one file to write, NAME.spm.")] = None,
     engine: Annotated[
         list[str] | None,
         typer.Option(
@@ -195,6 +200,7 @@ def bundle_slim(
     from spmdeploy.bundle.bundle import open_bundle
     from spmdeploy.engines.pack import extract_subset
 
+    bundle, output = source_and_target(bundle, output)
     opened, key = open_bundle(bundle), _secret_key(sign)
     with progress_bar("packing") as show:
         slimmed = extract_subset(opened, output, keep, engine or (), overwrite, key, show)

@@ -10,7 +10,7 @@ import typer
 
 from spmdeploy.cli.build import build_engines_with_progress
 from spmdeploy.cli.console import format_db, format_table, log, print_result, require_extra
-from spmdeploy.cli.options import Json, Overwrite, PrecisionOption, Targets, one_of
+from spmdeploy.cli.options import BUILTIN_BUNDLE, Json, Overwrite, PrecisionOption, Targets, one_of, source_and_target
 from spmdeploy.errors import UsageError
 
 if TYPE_CHECKING:
@@ -94,8 +94,11 @@ def export(
 
 
 def export_triton(
-    bundle: Annotated[Path, typer.Argument(help="A bundle, folder or file.")],
-    repository: Annotated[Path, typer.Argument(help="The model repository; other models in it are left alone.")],
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help=BUILTIN_BUNDLE)],
+    repository: Annotated[
+        Path | None,
+        typer.Argument(metavar="REPOSITORY", help="The model repository; other models in it are left alone."),
+    ] = None,
     name: Annotated[str | None, typer.Option("--name", help="Of the model; default: the bundle's.")] = None,
     graph: Annotated[
         Literal["edit", "refine"],
@@ -127,6 +130,7 @@ def export_triton(
         from spmdeploy.export.triton import TritonOptions
         from spmdeploy.export.triton import export_triton as write_model
 
+    bundle, repository = source_and_target(bundle, repository)
     options = TritonOptions(name, graph, precision, device, engine, max_batch, instances, overwrite)
     model = write_model(open_bundle(bundle), repository, options)
     lines = [f"{model.folder}: {model.source}, batches up to {model.max_batch}; the server needs {model.needs}"]

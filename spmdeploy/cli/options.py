@@ -22,6 +22,14 @@ TilingName = Literal["auto", "off", "crop", "cascade"]
 T = TypeVar("T")
 
 
+BUILTIN_BUNDLE = "A bundle, folder or file; without it the built-in one."
+
+
+def source_and_target(first: Path, second: Path | None) -> tuple[Path, Path]:
+    """Read the arguments `[BUNDLE] TARGET`: one path alone is the target, and the bundle the built-in one."""
+    return (spmdeploy.default_model(), first) if second is None else (first, second)
+
+
 def one_of(list_choices: Callable[[], Sequence[str]]) -> Callable[[list[str] | None], list[str] | None]:
     """Callback of a repeatable option: refuses values that are not among the choices."""
 
