@@ -66,6 +66,22 @@ def read_text(path: FilePath, max_bytes: int = TEXT_BYTES) -> str:
         raise InputError(f"{path} is not UTF-8 text: {exc.reason} at byte {exc.start}", "save it as UTF-8") from exc
 
 
+def regular_file(path: FilePath) -> Path:
+    """Return the path, for libraries that open files themselves. Whether it exists is left to them.
+
+    Raises:
+        InputError: the path is a named pipe, a socket or a device, which could wait or grow without end.
+    """
+    if os.path.lexists(path):
+        try:
+            mode = os.stat(path).st_mode
+        except OSError:
+            return Path(path)
+        if not stat.S_ISDIR(mode):
+            _check_kind(path, str(path), mode)
+    return Path(path)
+
+
 def _open(path: FilePath, name: str) -> int:
     """A descriptor of the file. A named pipe without a writer does not block."""
     try:

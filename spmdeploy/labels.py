@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from spmdeploy.errors import InputError
 from spmdeploy.files import translated
+from spmdeploy.inputs import regular_file
 from spmdeploy.serialization import parse_json
 
 Color: TypeAlias = tuple[int, int, int]
@@ -230,7 +231,7 @@ def offset_labels(
 
 def _table_in(path: Path) -> ClassTable:
     try:
-        content = parse_json(path.read_bytes())
+        content = parse_json(regular_file(path).read_bytes())
     except FileNotFoundError as exc:
         raise InputError(f"there is no file {path}", _names_hint()) from exc
     except OSError as exc:

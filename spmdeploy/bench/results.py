@@ -17,6 +17,7 @@ from spmdeploy.bench.profile import LayerGroup
 from spmdeploy.bench.roofline import PeakRates, RooflineBound
 from spmdeploy.bench.schedule import WarmUp
 from spmdeploy.errors import InputError
+from spmdeploy.inputs import regular_file
 from spmdeploy.serialization import Schema
 from spmdeploy.stats import Ratio, Summary
 
@@ -176,7 +177,7 @@ def _with_current_names(value: object) -> object:
 def read_record(path: Path) -> Record:
     """Raises InputError."""
     try:
-        content = path.read_bytes()
+        content = regular_file(path).read_bytes()
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}", MEASURE) from error
     return Record.from_json(SCHEMA.parse(content, str(path)), str(path))

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from spmdeploy.errors import BundleError, InputError, UnavailableError
 from spmdeploy.files import atomic_write, os_errors
+from spmdeploy.inputs import regular_file
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -209,7 +210,7 @@ def _key_name(packed: bytes) -> str:
 
 
 def _read_key(path: Path) -> bytes:
-    with os_errors(path, "read"), open(path, "rb") as stream:
+    with os_errors(path, "read"), open(regular_file(path), "rb") as stream:
         return stream.read(_MAX_KEY_BYTES)
 
 

@@ -20,6 +20,7 @@ from spmdeploy.datasets.config import DataConfig, MaskKind
 from spmdeploy.datasets.masks import THING_ID, Mask, connected_components, random_mask
 from spmdeploy.errors import InputError
 from spmdeploy.imaging import files as images
+from spmdeploy.inputs import regular_file
 from spmdeploy.labels import ClassTable, class_table
 from spmdeploy.serialization import parse_json
 
@@ -330,7 +331,7 @@ def read_instance_rules(root: Path) -> InstanceRules:
     """`thing_ids` and `instances` ("numbered") of ROOT/labels.json, both optional. Raises InputError."""
     path = root / "labels.json"
     try:
-        fields = parse_json(path.read_bytes())
+        fields = parse_json(regular_file(path).read_bytes())
         things = tuple(int(value) for value in fields.get("thing_ids", ()))
         style = fields.get("instances")
     except (OSError, ValueError, TypeError, AttributeError) as error:

@@ -37,6 +37,7 @@ from spmdeploy.errors import InputError, SpmDeployError, UsageError
 from spmdeploy.files import TEMPORARY, atomic_write
 from spmdeploy.imaging import files as images
 from spmdeploy.imaging.resize import resize_labels, resize_photo
+from spmdeploy.inputs import regular_file
 from spmdeploy.labels import check_labels, class_table
 from spmdeploy.types import Progress
 
@@ -283,7 +284,7 @@ def _make_folders(target: Path) -> None:
 def _is_whole(path: Path) -> bool:
     """Whether a PNG is there from its first bytes to its last. Without a crash of the machine, one that exists is."""
     try:
-        with path.open("rb") as stream:
+        with regular_file(path).open("rb") as stream:
             start = stream.read(len(PNG_START))
             stream.seek(-len(PNG_END), os.SEEK_END)
             return start == PNG_START and stream.read() == PNG_END

@@ -19,6 +19,7 @@ from spmdeploy.editing.options import EditRequest, parse_padding
 from spmdeploy.editing.run import Tiling, run_edit_files
 from spmdeploy.errors import InputError, OutOfMemoryError, SpmDeployError, UsageError
 from spmdeploy.imaging import files as images
+from spmdeploy.inputs import read_text
 from spmdeploy.tiling.outpaint import Padding
 
 STATUS_FILE = "status.jsonl"
@@ -202,10 +203,7 @@ def _in_order_of_completion(
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read: {error}", "give a CSV or JSONL file in UTF-8") from error
+    text = read_text(path)
     if path.suffix.lower() == ".jsonl":
         yield from _jsonl_rows(text, path)
     elif path.suffix.lower() == ".csv":

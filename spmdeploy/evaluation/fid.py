@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spmdeploy.errors import InputError
+from spmdeploy.inputs import regular_file
 from spmdeploy.training.pretrained import read_state_dict
 
 PUBLISHED_FILE = "pt_inception-2015-12-05-6726825d.pth"
@@ -93,7 +94,7 @@ class FidInception:
     def from_file(cls, path: Path) -> FidInception:
         """Raises InputError unless it is the published file."""
         try:
-            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            digest = hashlib.sha256(regular_file(path).read_bytes()).hexdigest()
         except OSError as error:
             raise InputError(f"{path}: not readable: {error}", f"give pytorch-fid's {PUBLISHED_FILE}") from error
         if digest != PUBLISHED_SHA256:

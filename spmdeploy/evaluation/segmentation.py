@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from spmdeploy.backends.onnxruntime import import_onnxruntime
 from spmdeploy.errors import InputError
+from spmdeploy.inputs import regular_file
 from spmdeploy.labels import ClassTable
 from spmdeploy.serialization import parse_json
 from spmdeploy.training.perceptual import IMAGENET_MEAN, IMAGENET_STD
@@ -53,7 +54,7 @@ class Segmenter:
         self._classes = len(classes)
         library = import_onnxruntime()
         try:
-            content = network.read_bytes()
+            content = regular_file(network).read_bytes()
             self._session: Any = library.InferenceSession(content, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime raises classes of its own on whatever is no graph
             raise InputError(f"{network}: not a network that ONNX Runtime reads: {str(error)[:200]}") from error
@@ -104,7 +105,7 @@ def read_segmenter_table(path: Path, classes: ClassTable) -> SegmenterTable:
     """Raises InputError naming the file and the entry."""
     hint = 'write {"classes": {"0": "road", ...}}: the network\'s class number to a name in labels.json'
     try:
-        fields = parse_json(path.read_bytes())
+        fields = parse_json(regular_file(path).read_bytes())
         names = fields["classes"]
         numbers = {int(number): str(name) for number, name in names.items()}
         if not numbers or min(numbers) < 0:

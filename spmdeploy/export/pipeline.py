@@ -43,6 +43,7 @@ from spmdeploy.export.parity import FP32_LIMITS, HALF_LIMITS, check_graph, check
 from spmdeploy.export.split import split_by_layout
 from spmdeploy.files import sha256
 from spmdeploy.imaging import files as images
+from spmdeploy.inputs import regular_file
 from spmdeploy.labels import ClassTable
 from spmdeploy.model import CHECKPOINT_SUFFIXES
 from spmdeploy.model.checkpoint import Checkpoint, load_checkpoint
@@ -159,13 +160,14 @@ class _Source:
 
 def _read_source(path: Path) -> tuple[Checkpoint, _Source]:
     """The weights of a checkpoint or of a bundle. Raises InputError, BundleError."""
+    path = regular_file(path)
     if path.is_dir() or (path.suffix not in CHECKPOINT_SUFFIXES and zipfile.is_zipfile(path)):
         bundle = open_bundle(path)
         manifest = bundle.manifest
         weights = Checkpoint(bundled_generator(bundle), "spmdeploy", manifest.channel_order, manifest.training)
         return weights, _Source(manifest.source, manifest.classes, manifest.licence)
     weights = load_checkpoint(path)
-    with open(path, "rb") as stream:
+    with open(regular_file(path), "rb") as stream:
         return weights, _Source(SourceFacts(path.name, sha256(stream), weights.format))
 
 

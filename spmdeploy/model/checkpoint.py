@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from spmdeploy.errors import InputError
+from spmdeploy.inputs import regular_file
 from spmdeploy.model.generator import Generator, GeneratorConfig
 from spmdeploy.model.stage import STAGE_PLANS
 from spmdeploy.serialization import parse_json
@@ -75,7 +76,7 @@ def save_generator(generator: Generator, path: Path, training: dict[str, object]
 def _load_own(path: Path) -> Checkpoint:
     config, training = _read_config(path.with_suffix(".json"))
     try:
-        state = load_file(path)
+        state = load_file(regular_file(path))
     except (safetensors.SafetensorError, OSError) as error:
         raise InputError(f"{path}: not a readable safetensors file: {error}", "copy the file again") from error
     return Checkpoint(_build(config, state, path), "spmdeploy", "RGB", training)
@@ -83,7 +84,7 @@ def _load_own(path: Path) -> Checkpoint:
 
 def _read_config(path: Path) -> tuple[GeneratorConfig, dict[str, object] | None]:
     try:
-        fields = parse_json(path.read_bytes())
+        fields = parse_json(regular_file(path).read_bytes())
         schema = fields.pop("schema")
         if schema != CONFIG_SCHEMA:
             raise ValueError(f"schema is {schema!r}, expected {CONFIG_SCHEMA!r}")
@@ -114,7 +115,7 @@ def _unpickle_safely(path: Path) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols; what matters comes as an exception
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(regular_file(path), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar
 
 from spmdeploy.datasets.config import DataConfig, require
 from spmdeploy.errors import InputError
+from spmdeploy.inputs import regular_file
 from spmdeploy.model.generator import PRESETS
 from spmdeploy.serialization import Schema, unknown_field
 from spmdeploy.types import Modulation, StageCount
@@ -265,7 +266,7 @@ def _given(options: Options) -> dict[str, Any]:
 def read_config(path: Path) -> TrainConfig:
     """The configuration in a JSON file. Raises InputError naming the file and the field."""
     try:
-        content = path.read_bytes()
+        content = regular_file(path).read_bytes()
     except OSError as exc:
         raise InputError(f"{path}: cannot be read: {exc.strerror}", SCHEMA.hint) from exc
     return from_json(SCHEMA.parse(content, str(path)), str(path))

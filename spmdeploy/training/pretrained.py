@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from spmdeploy.errors import InputError, UnavailableError
+from spmdeploy.inputs import regular_file
 
 Convolution = tuple[Tensor, Tensor]
 """Weight (out, in, h, w) and bias (out,) of one convolution, float32."""
@@ -73,7 +74,7 @@ def vgg_from_torchvision(path: Path, network: Literal["vgg16", "vgg19"]) -> list
 def read_state_dict(path: Path) -> dict[str, Tensor]:
     """A file of named tensors, read without running anything in it. Raises InputError naming the file."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(regular_file(path), map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise InputError(f"{path}: not a readable weights file: {' '.join(str(error).split())[:300]}") from error
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):

@@ -147,7 +147,7 @@ def test_names_may_hold_what_csv_and_json_can_quote(folder: Path) -> None:
         ("m.jsonl", "[" * 100_000, "line 1 is not JSON"),
         ("m.jsonl", '{"picture": "a.png"}\n', "'picture'"),
         ("m.txt", "image\n", ".csv nor .jsonl"),
-        ("m.csv", None, "cannot be read"),
+        ("m.csv", None, "there is no file"),
     ],
 )
 def test_manifests_that_cannot_be_read(name: str, text: str | bytes | None, word: str, tmp_path: Path) -> None:
