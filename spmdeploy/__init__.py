@@ -20,9 +20,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from spmdeploy.editing.editor import Editor
+    from spmdeploy.editing.options import EditOptions
     from spmdeploy.labels import ClassTable
 
-__all__ = ["Editor", "SpmDeployError", "__version__", "default_model", "open_editor"]
+__all__ = ["EditOptions", "Editor", "SpmDeployError", "__version__", "default_model", "open_editor"]
 
 
 def default_model() -> Path:
@@ -44,7 +45,7 @@ def open_editor(
     torch. device: auto, cpu or cuda:N. precision: auto, fp32 or fp16. What is asked for by name is done or refused,
     never replaced; what `auto` chose and why is in `editor.choices`. require_signature: a minisign public key, as a
     file or its line; without a signature made with it the bundle is refused before anything in it is looked at.
-    meanwhile: called with the model's classes before ONNX Runtime loads the graph, which takes long and leaves Python
+    on_loading: called with the model's classes before ONNX Runtime loads the graph, which takes long and leaves Python
     to other threads: the time to start one that reads photos, say. Not called for other backends; twice where a GPU
     fails and the CPU takes its place.
 
@@ -70,4 +71,8 @@ def __getattr__(name: str) -> Any:
         from spmdeploy.editing.editor import Editor
 
         return Editor
+    if name == "EditOptions":
+        from spmdeploy.editing.options import EditOptions
+
+        return EditOptions
     raise AttributeError(f"module 'spmdeploy' has no attribute {name!r}")

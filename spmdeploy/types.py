@@ -13,6 +13,12 @@ if TYPE_CHECKING:  # help texts must not wait for numpy: the aliases below are s
 
 Precision = Literal["fp32", "fp16"]
 WeightsDtype = Literal["float32", "float16"]
+Tiling = Literal["auto", "off", "crop", "cascade"]
+"""off: the whole image at once. crop: context windows, shrunk where they are larger than the model. cascade: large
+windows are refined coarse to fine in tiles. auto: off where the image has the model's size, else cascade where the
+model can refine, else crop."""
+MaskAlpha = Literal["opaque", "transparent"]
+"""The part of a mask file's alpha channel that is edited."""
 ChannelOrder = Literal["RGB", "BGR"]
 Modulation = Literal["spm", "spade"]
 """spm: the paper's block. spade: its ablation, the block of Park et al. (CVPR 2019), modulated by the layout alone."""
@@ -59,3 +65,12 @@ class LayoutInput(NamedTuple):
     labels: NDArray[np.uint8]
     instances: NDArray[np.int32]
     mask: NDArray[np.uint8]
+
+
+class Padding(NamedTuple):
+    """Pixels to extend an image by, on each side."""
+
+    left: int
+    top: int
+    right: int
+    bottom: int

@@ -32,6 +32,7 @@ from PIL import Image
 import spmdeploy
 
 output, case = Path(sys.argv[1]), Path(sys.argv[2])
+model = Path(sys.argv[3]) if len(sys.argv) > 3 else spmdeploy.default_model()
 read = lambda name: np.asarray(Image.open(case / name))
 photo, labels, mask = read("photo.png"), read("labels.png"), read("mask.png") != 0
 options = {"match_surroundings": False}
@@ -39,8 +40,8 @@ options = {"match_surroundings": False}
 def save(name, image):
     Image.fromarray(image).save(output / name)
 
-with spmdeploy.open_editor(backend="onnxruntime", device="cpu") as editor:
-    for golden in sorted((spmdeploy.default_model() / "golden").iterdir()):
+with spmdeploy.open_editor(model, backend="onnxruntime", device="cpu") as editor:
+    for golden in sorted((model / "golden").iterdir()):
         inputs = [np.asarray(Image.open(golden / f"{name}.png")) for name in ("image", "labels", "mask")]
         save(f"golden-{golden.name}.png", editor.edit(*inputs, **options).image)
     small = np.s_[:300, :420]
@@ -62,6 +63,7 @@ def main() -> int:
     parser.add_argument("before", type=Path, help="a checkout")
     parser.add_argument("after", type=Path, help="another checkout")
     parser.add_argument("--python", default=sys.executable, help="interpreter with the dependencies of both")
+    parser.add_argument("--model", type=Path, help="bundle for both; default: the built-in one of each")
     parser.add_argument("--keep", type=Path, help="folder for all inputs and outputs; default: temporary")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
@@ -71,7 +73,7 @@ def main() -> int:
         outputs = []
         for name, checkout in (("before", options.before), ("after", options.after)):
             print(f"{name}: {checkout}", file=sys.stderr)
-            outputs.append(run_revision(checkout.resolve(), inputs, work / name, options.python))
+            outputs.append(run_revision(checkout.resolve(), inputs, work / name, options))
         return report(*outputs)
 
 
@@ -101,13 +103,13 @@ def write_inputs(folder: Path, package: Path) -> None:
         Image.fromarray(grown).save(folder / f"labels-{name}.png")
 
 
-def run_revision(checkout: Path, inputs: Path, output: Path, python: str) -> Path:
+def run_revision(checkout: Path, inputs: Path, output: Path, options: argparse.Namespace) -> Path:
     """All cases by one checkout; its images are in `output` afterwards."""
     output.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "PYTHONPATH": str(checkout), "SPMDEPLOY_CACHE": str(output.with_name("cache"))}
 
     def run(*arguments: object) -> str:
-        command = [python, *map(str, arguments)]
+        command = [options.python, *map(str, arguments)]
         done = subprocess.run(command, env=environment, cwd=output, capture_output=True, text=True, check=False)
         if done.returncode:
             raise SystemExit(f"{' '.join(command)}\n{done.stderr}")
@@ -116,12 +118,12 @@ def run_revision(checkout: Path, inputs: Path, output: Path, python: str) -> Pat
     # Matching colors to the surroundings was off by default before it became automatic.
     tri_state = "no-match-surroundings" in run("-m", "spmdeploy", "edit", "--help")
     plain = ("--no-match-surroundings",) if tri_state else ()
-    common = ("--backend", "onnxruntime", "--device", "cpu", "--overwrite")
+    model = () if options.model is None else (options.model.resolve(),)
+    common = ("--backend", "onnxruntime", "--device", "cpu", "--overwrite", *(("--model", *model) if model else ()))
 
     def edit(name: str, photo: str, *arguments: object, match: bool = False) -> None:
         matching = ("--match-surroundings",) if match else plain
-        words = ("-m", "spmdeploy", "edit", inputs / photo, "-o", output / name, *common, *matching, *arguments)
-        run(*words)
+        run("-m", "spmdeploy", "edit", inputs / photo, "-o", output / name, *common, *matching, *arguments)
 
     for name in SAMPLES:
         given = ("--labels", inputs / f"{name}-labels.png", "--mask", inputs / f"{name}-mask.png")
@@ -148,7 +150,7 @@ def run_revision(checkout: Path, inputs: Path, output: Path, python: str) -> Pat
             rows.writerow({"image": photo, "labels": labels, "mask": mask, "grow": 3, "output": f"batch-{name}.png"})
         rows.writerow({"image": photo, "fill": "road", "extend": "0,0,64,0", "output": "batch-extended.png"})
     run("-m", "spmdeploy", "batch", manifest, "--output-dir", output, "--jobs", "2", *common, *plain)
-    run("-c", ARRAY_EDITS, output, inputs)
+    run("-c", ARRAY_EDITS, output, inputs, *model)
     return output
 
 

@@ -53,7 +53,7 @@ def main() -> None:
                 file = f"{name}_{variant}.png".replace(" ", "_")
                 write_picture(options.images / file, result.image, overwrite=True)
             (window,) = result.report.windows
-            rows.setdefault(name, {})[variant] = [level.to_json() for level in window.measured]
+            rows.setdefault(name, {})[variant] = [level.to_json() for level in window.levels]
             print(name, variant, rows[name][variant], flush=True)
     write_sheet(options.sheet, sheet_rows)
     command = "python experiments/tiling/adversarial.py --data CAMVID --model WEIGHTS --output FILE --sheet FILE.jpg"

@@ -102,7 +102,7 @@ def by_editor(
 ) -> Callable[[Editor, EditRegion], Image]:
     def fill(editor: Editor, scene: EditRegion) -> Image:
         editor.session.statistics, editor.session.color_block = statistics, color_block
-        return editor.edit(scene.picture, scene.labels, scene.mask, tiling=tiling).image
+        return editor.edit(scene.image, scene.labels, scene.mask, tiling=tiling).image
 
     return fill
 
@@ -112,8 +112,8 @@ def by_resizing(editor: Editor, scene: EditRegion) -> Image:
     scale = 256 / max(height, width)
     small = round(height * scale), round(width * scale)
     mask = resize_mask_conservative(scene.mask, *small)
-    edited = editor.edit(resize_photo(scene.picture, *small), resize_labels(scene.labels, *small), mask, tiling="crop")
-    return np.where(scene.mask[..., None], resize_photo(edited.image, height, width), scene.picture)
+    edited = editor.edit(resize_photo(scene.image, *small), resize_labels(scene.labels, *small), mask, tiling="crop")
+    return np.where(scene.mask[..., None], resize_photo(edited.image, height, width), scene.image)
 
 
 METHODS: dict[str, Callable[[Editor, EditRegion], Image]] = {

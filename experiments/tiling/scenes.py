@@ -82,14 +82,14 @@ def sharpness(image: NDArray[Any], where: Mask) -> float:
 
 def ring_around(mask: Mask, width: int) -> Mask:
     """Known pixels at most `width` rows and columns away from the mask."""
-    from spmdeploy.editing.run import dilate
+    from spmdeploy.editing.masks import dilate
 
     return dilate(mask, width) & ~dilate(mask, 2)
 
 
 def inside(mask: Mask, margin: int) -> Mask:
     """Masked pixels more than `margin` rows and columns away from known ones."""
-    from spmdeploy.editing.run import dilate
+    from spmdeploy.editing.masks import dilate
 
     return ~dilate(~mask, margin)
 

@@ -37,7 +37,7 @@ import spmdeploy
 from spmdeploy.editing import pyramid as cascade
 from spmdeploy.editing.preprocess import EditRegion, model_input, stacked
 from spmdeploy.editing.pyramid import coarse_canvas, refine_on_host
-from spmdeploy.editing.timing import PhaseTimer
+from spmdeploy.editing.report import PhaseTimer
 from spmdeploy.imaging.files import write_picture
 from spmdeploy.imaging.resize import resize_labels, resize_photo
 from spmdeploy.model.deploy import COLOR_BLOCK
@@ -173,7 +173,7 @@ def tiled(
     network: ExperimentSession, variant: Variant, scene: EditRegion, half: Canvas
 ) -> tuple[Canvas, dict[str, Any]]:
     """The whole window and the report of its last level."""
-    geometry.blend_windows, cascade.LEAST_DETAIL = ramps_of(variant.ramp), 0
+    geometry.blend_windows, cascade.MIN_DETAIL = ramps_of(variant.ramp), 0
     level = plan_pyramid(full_window(HEIGHT, WIDTH), scene.mask, overlap=variant.overlap)[-1]
     batch, session = BATCH, network if variant.shared else Independent(network)
     if variant.statistics == "pooled":

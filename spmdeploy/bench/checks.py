@@ -133,7 +133,7 @@ def check_large_edit(session: Backend, golden: GoldenSample, bundle: Bundle) -> 
             faults.append("differs from the same edit by way of the host")
         if between != "device":
             faults.append(f"it did not stay on the device: {'; '.join(result.report.notes)}")
-    levels = [level.to_json() for window in result.report.windows for level in window.measured]
+    levels = [level.to_json() for window in result.report.windows for level in window.levels]
     return _check("large edit", faults, tiles=result.report.tiles, between_levels=between, levels=levels)
 
 

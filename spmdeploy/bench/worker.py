@@ -49,7 +49,7 @@ from spmdeploy.bench.schedule import Round, Timeable
 from spmdeploy.bench.workloads import EditCase, write_case
 from spmdeploy.bundle.bundle import open_bundle
 from spmdeploy.editing.editor import Editor
-from spmdeploy.editing.run import EditOutcome, run_edit_files
+from spmdeploy.editing.run import EditOutcome, run_edit
 from spmdeploy.errors import OutOfMemoryError, SpmDeployError, UnavailableError, VerificationError
 from spmdeploy.gpu.device import Device
 from spmdeploy.gpu.driver import gpu_uuid
@@ -199,7 +199,7 @@ class BackendProcess:
         editor = Editor(self._session, self._bundle.manifest.classes)
 
         def edit() -> EditOutcome:
-            outcome = run_edit_files(editor, files)
+            outcome = run_edit(editor, files)
             self._phases.append(outcome.report.milliseconds)
             return outcome
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -12,17 +12,19 @@ from spmdeploy.cli.options import (
     BackendOption,
     Device,
     Json,
-    MatchSurroundings,
     Model,
     Overwrite,
     PrecisionOption,
     RequireSignature,
-    Tiling,
     open_editor_from_options,
+    record_from,
+    with_fields_of,
 )
+from spmdeploy.editing.options import EditOptions
 from spmdeploy.errors import BatchItemsFailedError
 
 
+@with_fields_of(EditOptions)
 def batch(
     manifest: Annotated[Path, typer.Argument(help="The edits, .csv or .jsonl.")],
     output_dir: Annotated[Path, typer.Option("--output-dir", help="Results and status.jsonl go here.")],
@@ -30,23 +32,23 @@ def batch(
     backend: BackendOption = "auto",
     device: Device = "auto",
     precision: PrecisionOption = "auto",
-    tiling: Tiling = "auto",
-    match_surroundings: MatchSurroundings = False,
     require_signature: RequireSignature = None,
     jobs: Annotated[int, typer.Option("--jobs", min=1, help="Edits under way at once.")] = 1,
     resume: Annotated[bool, typer.Option("--resume", help="Skip what is done already.")] = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
+    **values: Any,
 ) -> None:
     """Edit many photos, with a status for each.
 
     The manifest is a CSV file with a heading, or JSONL with an object a line: image; labels or fill; mask, edited_from
-    or extend; and if you like output, instances and grow. Its paths are relative to it; outputs are relative to the
+    or extend; optionally output, instances, mask_threshold, mask_alpha,
+    and any of the options below. Its paths are relative to it; outputs are relative to the
     output folder, and without one the result is named like the image, as PNG.
     """
     from spmdeploy.editing.batch import STATUS_FILE, ItemStatus, read_manifest, run_batch
 
-    items = read_manifest(manifest, output_dir, overwrite, match_surroundings)
+    items = read_manifest(manifest, output_dir, overwrite, record_from(EditOptions, values))
     with (
         open_editor_from_options(model, backend, device, precision, require_signature) as editor,
         progress_bar("editing") as show,
@@ -60,7 +62,7 @@ def batch(
             if status.error:
                 log(f"row {status.row}: {status.error}" + (f" ({status.hint})" if status.hint else ""))
 
-        statuses = run_batch(editor, items, output_dir, tiling=tiling, jobs=jobs, resume=resume, progress=progress)
+        statuses = run_batch(editor, items, output_dir, jobs=jobs, resume=resume, progress=progress)
     counts = {name: sum(status.status == name for status in statuses) for name in ("done", "skipped", "failed")}
     payload = {"counts": counts, "items": [status.to_json() for status in statuses]}
     line = ", ".join(f"{count} {name}" for name, count in counts.items())

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import MISSING
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
 import typer
 
 import spmdeploy
 from spmdeploy.backends.registry import backend_names, backend_precisions, backends
 from spmdeploy.cli.console import log, require_extra
+from spmdeploy.editing.options import OptionField, option_fields
 
 if TYPE_CHECKING:
     from spmdeploy.editing.editor import Editor
     from spmdeploy.labels import ClassTable
 
 Preset = Literal["paper", "small"]
-TilingName = Literal["auto", "off", "crop", "cascade"]
 
 T = TypeVar("T")
 
@@ -46,6 +48,51 @@ def one_of(list_choices: Callable[[], Sequence[str]]) -> Callable[[list[str] | N
 def unique(values: Sequence[T]) -> tuple[T, ...]:
     """The values without repetitions, in their order."""
     return tuple(dict.fromkeys(values))
+
+
+def with_fields_of(*records: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorator of a command: adds an option for every field of the records; it gets their values as `**values`."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = inspect.signature(command)
+        hints = get_type_hints(command, include_extras=True)
+        parameters = [_parameter(one) for record in records for one in option_fields(record)]
+        arguments = [one for one in own.parameters.values() if one.kind is not inspect.Parameter.VAR_KEYWORD]
+        parameters += [
+            one.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[one.name]) for one in arguments
+        ]
+        command.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {one.name: one.annotation for one in parameters}
+        return command
+
+    return decorate
+
+
+def record_from(record: Callable[..., T], values: dict[str, Any], **more: Any) -> T:
+    """A record from the values of its options on the command line. more: fields without an option."""
+    parsed = {}
+    for one in option_fields(record):  # type: ignore[arg-type]
+        if one.field.name in values:
+            value, parse = values[one.field.name], one.option.parse
+            parsed[one.field.name] = value if value is None or parse is None else parse(value)
+    return record(**parsed, **more)
+
+
+def _parameter(one: OptionField) -> inspect.Parameter:
+    option, name, default = one.option, one.field.name, one.field.default
+    annotation: Any = one.type if option.parse is None else str | None
+    if option.is_argument:
+        info = typer.Argument(help=option.help, metavar=option.metavar)
+    else:
+        flag = "--" + name.replace("_", "-")
+        if set(get_args(one.type)) == {bool, type(None)}:
+            flag = f"{flag}/--no-{flag[2:]}"
+        info = typer.Option(*(option.flags or (flag,)), help=option.help, metavar=option.metavar)
+    if default is MISSING:
+        default = inspect.Parameter.empty
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[annotation, info]
+    )
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout, also on failure.")]
@@ -77,25 +124,6 @@ Device = Annotated[str, typer.Option("--device", metavar="auto|cpu|cuda:N", help
 PrecisionOption = Annotated[
     str,
     typer.Option("--precision", metavar="|".join(("auto", *backend_precisions())), help="Arithmetic to compute in."),
-]
-
-
-Tiling = Annotated[
-    TilingName,
-    typer.Option(
-        "--tiling",
-        metavar="auto|off|crop|cascade",
-        help="off: whole photo at once; crop: windows around the mask, shrunk; cascade: in tiles at their own size.",
-    ),
-]
-
-
-MatchSurroundings = Annotated[
-    bool,
-    typer.Option(
-        "--match-surroundings",
-        help="Bring what was painted to the colors and grain of the same classes beside it; needs --labels.",
-    ),
 ]
 
 

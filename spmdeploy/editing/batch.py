@@ -1,10 +1,11 @@
-"""Many edits from a manifest, each with a status that survives an interruption."""
+"""Runs the edits of a manifest, each with a status on disk that survives an interruption."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
+import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -12,18 +13,21 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from spmdeploy.editing.editor import Editor
-from spmdeploy.editing.options import EditRequest, parse_padding
-from spmdeploy.editing.run import Tiling, run_edit_files
+from spmdeploy.editing.editor import DEFAULT_OPTIONS, Editor
+from spmdeploy.editing.options import EditOptions, EditRequest, OptionField, option_fields
+from spmdeploy.editing.run import run_edit
 from spmdeploy.errors import InputError, OutOfMemoryError, SpmDeployError, UsageError
 from spmdeploy.imaging import files as images
 from spmdeploy.inputs import read_text
-from spmdeploy.tiling.outpaint import Padding
 
 STATUS_FILE = "status.jsonl"
-COLUMNS = ("image", "output", "labels", "fill", "mask", "edited_from", "instances", "grow", "extend")
+
+
+_REQUEST_COLUMNS = {one.column: one for one in option_fields(EditRequest) if one.option.is_column}
+_OPTION_COLUMNS = {one.column: one for one in option_fields(EditOptions) if one.option.is_column}
+COLUMNS = (*_REQUEST_COLUMNS, *_OPTION_COLUMNS)
 
 
 @dataclass(frozen=True)
@@ -32,14 +36,14 @@ class BatchItem:
 
     row: int
     """Counted from 1, the heading of a CSV file aside."""
-    files: EditRequest | None
-    fault: SpmDeployError | None
-    """Why the row is no edit; then `files` is None."""
+    request: EditRequest | None
+    error: SpmDeployError | None
+    """Why the row is not an edit; `request` is None then."""
 
 
 @dataclass(frozen=True)
 class ItemStatus:
-    """What became of one row; only the status file ever says "started"."""
+    """The state of one row. "started" occurs in the status file only."""
 
     row: int
     output: str | None
@@ -53,20 +57,20 @@ class ItemStatus:
 
 
 class StatusFile:
-    """`status.jsonl`: a line per event, on disk as soon as it happens. `add` may be called from several threads.
+    """`status.jsonl`: one line per event, written at once. `add` may be called from several threads.
 
-    It survives a killed run: a line cut off in the middle is passed over and never grown together with the next.
+    It survives a killed run: a line that was cut off is ignored and never joined with the next.
     """
 
     def __init__(self, output_dir: Path) -> None:
-        """Creates the folder. Raises InputError when the file in it cannot be read and written."""
+        """Create the folder. Raises InputError if the file in it cannot be read and written."""
         self.path = output_dir / STATUS_FILE
         try:
             output_dir.mkdir(parents=True, exist_ok=True)
             written = self.path.read_bytes() if self.path.exists() else b""
             self._stream = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed by __exit__)
-        except OSError as error:
-            raise InputError(f"{error.filename} cannot be written: {error.strerror}", "name another folder") from error
+        except OSError as exc:
+            raise InputError(f"{exc.filename} cannot be written: {exc.strerror}", "name another folder") from exc
         if written and not written.endswith(b"\n"):
             self._stream.write("\n")
         self.earlier = _last_statuses(written)
@@ -98,21 +102,26 @@ def _last_statuses(written: bytes) -> dict[str, str]:
 
 
 def read_manifest(
-    path: Path, output_dir: Path, overwrite: bool = False, match_surroundings: bool = False
+    path: Path, output_dir: Path, overwrite: bool = False, options: EditOptions = DEFAULT_OPTIONS
 ) -> list[BatchItem]:
-    """The rows of a CSV file with a heading, or of a JSONL file with an object per line (by suffix).
+    """Read the rows of a CSV file with a heading, or of a JSONL file with one object per line (by suffix).
 
-    Columns: image and output; labels or fill; mask, edited_from or extend; instances and grow may be given. Without
-    output the result takes the image's stem, as PNG. match_surroundings: for every edit. Raises InputError when the
-    file as a whole cannot be read, has an unknown column, or two rows would write the same file.
+    Args:
+        path: columns are the fields of `EditRequest` and `EditOptions` (see COLUMNS). Without `output` the result is
+            named like the image, as PNG.
+        output_dir: where outputs go.
+        overwrite: whether outputs may replace files.
+        options: of every row, unless the row has a column for it.
+
+    Raises:
+        InputError: the file as a whole cannot be read, has an unknown column, or two rows would write the same file.
     """
     items = []
     for number, row in enumerate(_rows(path), start=1):
         try:
-            files = _edit_of_row(row, path.parent, output_dir, overwrite)
-            items.append(BatchItem(number, replace(files, match_surroundings=match_surroundings), None))
-        except SpmDeployError as error:
-            items.append(BatchItem(number, None, error))
+            items.append(BatchItem(number, _request_of_row(row, path.parent, output_dir, overwrite, options), None))
+        except SpmDeployError as exc:
+            items.append(BatchItem(number, None, exc))
     if not items:
         raise InputError(f"{path} holds no rows", _COLUMNS_HINT)
     _check_outputs_differ(items, path)
@@ -124,15 +133,24 @@ def run_batch(
     items: list[BatchItem],
     output_dir: Path,
     *,
-    tiling: Tiling = "auto",
     jobs: int = 1,
     resume: bool = False,
     progress: Callable[[ItemStatus], None] = lambda status: None,
 ) -> list[ItemStatus]:
-    """Edits every item and appends what becomes of it to `status.jsonl` in the output folder as soon as it is known.
+    """Edit every item, and append its status to `status.jsonl` in the output folder as soon as it is known.
 
-    resume: rows whose output is there and was recorded as done are skipped. jobs: edits under way at once; the session
-    is shared. A failed row does not stop the others, running out of memory does. Returns the statuses by row.
+    A failed row does not stop the others; running out of memory does.
+
+    Args:
+        editor: shared by all jobs.
+        items: the rows.
+        output_dir: where `status.jsonl` is written.
+        jobs: edits in progress at once.
+        resume: skip rows whose output exists and was recorded as done.
+        progress: called with each final status.
+
+    Returns:
+        The statuses by row.
     """
     if jobs < 1:
         raise UsageError(f"jobs is {jobs}; at least one is needed")
@@ -141,8 +159,8 @@ def run_batch(
         earlier = log.earlier if resume else {}
 
         def work(item: BatchItem) -> ItemStatus:
-            # Recorded here and not where the results are gathered: after Ctrl-C nobody gathers, but edits still end.
-            status = _edit_item(editor, item, output_dir, tiling, earlier, log)
+            # Recorded here and not where results are collected: after Ctrl-C running edits still end, uncollected.
+            status = _edit_item(editor, item, output_dir, earlier, log)
             log.add(status)
             return status
 
@@ -153,37 +171,37 @@ def run_batch(
 
 
 def _edit_item(
-    editor: Editor, item: BatchItem, output_dir: Path, tiling: Tiling, earlier: dict[str, str], log: StatusFile
+    editor: Editor, item: BatchItem, output_dir: Path, earlier: dict[str, str], log: StatusFile
 ) -> ItemStatus:
-    if item.files is None:
-        assert item.fault is not None
-        return ItemStatus(item.row, None, "failed", item.fault.problem, item.fault.hint)
-    files, output = item.files, item.files.output.relative_to(output_dir).as_posix()
+    if item.request is None:
+        assert item.error is not None
+        return ItemStatus(item.row, None, "failed", item.error.problem, item.error.hint)
+    request, output = item.request, item.request.output.relative_to(output_dir).as_posix()
     before = earlier.get(output)
-    if before in ("done", "skipped") and files.output.exists():
+    if before in ("done", "skipped") and request.output.exists():
         return ItemStatus(item.row, output, "skipped")
     if before == "started":
-        # A killed run may have written it (whole, as always) without living to say so: it is ours to replace.
-        files = replace(files, overwrite=True)
+        # A killed run may have written the output (completely, as always) without recording it: it may be replaced.
+        request = replace(request, overwrite=True)
     try:
-        _make_room(files)
+        _prepare_output(request)
         log.add(ItemStatus(item.row, output, "started"))
-        run_edit_files(editor, files, tiling)
+        run_edit(editor, request)
     except (OutOfMemoryError, MemoryError):
         raise
-    except SpmDeployError as error:
-        return ItemStatus(item.row, output, "failed", error.problem, error.hint)
-    except Exception as error:  # a defect; but a night's work does not stop for it, and --resume would meet it again
-        return ItemStatus(item.row, output, "failed", f"unexpected {type(error).__name__}: {error}")
+    except SpmDeployError as exc:
+        return ItemStatus(item.row, output, "failed", exc.problem, exc.hint)
+    except Exception as exc:  # a defect must not stop a long batch
+        return ItemStatus(item.row, output, "failed", f"unexpected {type(exc).__name__}: {exc}")
     return ItemStatus(item.row, output, "done")
 
 
-def _make_room(files: EditRequest) -> None:
+def _prepare_output(request: EditRequest) -> None:
     try:
-        files.output.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"the folder of {files.output} cannot be made: {error.strerror}") from error
-    images.check_output(files.output, files.overwrite)
+        request.output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as exc:
+        raise InputError(f"the folder of {request.output} cannot be made: {exc.strerror}") from exc
+    images.check_output(request.output, request.overwrite)
 
 
 def _in_order_of_completion(
@@ -220,8 +238,8 @@ def _csv_rows(text: str, path: Path) -> Iterator[dict[str, Any]]:
             if None in row:
                 raise InputError(f"{path} line {reader.line_num}: more cells than the heading has")
             yield {name: value for name, value in row.items() if value}
-    except csv.Error as error:
-        raise InputError(f"{path} line {reader.line_num}: {error}") from error
+    except csv.Error as exc:
+        raise InputError(f"{path} line {reader.line_num}: {exc}") from exc
 
 
 def _jsonl_rows(text: str, path: Path) -> Iterator[dict[str, Any]]:
@@ -230,8 +248,8 @@ def _jsonl_rows(text: str, path: Path) -> Iterator[dict[str, Any]]:
             continue
         try:
             row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path} line {number} is not JSON: {error}") from error
+        except (ValueError, RecursionError) as exc:
+            raise InputError(f"{path} line {number} is not JSON: {exc}") from exc
         if not isinstance(row, dict):
             raise InputError(f"{path} line {number} is not an object: {line[:60]}")
         _check_columns(list(row), path)
@@ -249,61 +267,62 @@ def _check_columns(names: list[str], path: Path) -> None:
 _COLUMNS_HINT = f"columns are {', '.join(COLUMNS)}; in a CSV file commas are between them"
 
 
-def _edit_of_row(row: dict[str, Any], folder: Path, output_dir: Path, overwrite: bool) -> EditRequest:
+def _request_of_row(
+    row: dict[str, Any], folder: Path, output_dir: Path, overwrite: bool, options: EditOptions
+) -> EditRequest:
     if "image" not in row:
         raise InputError("no image is given", _COLUMNS_HINT)
-
-    def path(name: str) -> Path | None:
-        return folder / str(row[name]) if name in row else None
-
-    image = folder / str(row["image"])
-    name = str(row.get("output", f"{image.stem}.png"))
+    name = str(row.get("output", f"{Path(str(row['image'])).stem}.png"))
     output = output_dir / name
     if Path(name).is_absolute() or not _is_below(output, output_dir):
         raise InputError(f"output {name!r} leads out of the output folder", "give a path relative to that folder")
-    return EditRequest(
-        image=image,
-        output=output,
-        labels=path("labels"),
-        fill=None if "fill" not in row else str(row["fill"]),
-        mask=path("mask"),
-        edited_from=path("edited_from"),
-        instances=path("instances"),
-        grow=_whole_number(row["grow"]) if "grow" in row else None,
-        extend=_sides(row["extend"]) if "extend" in row else None,
-        overwrite=overwrite,
+    request, options_of_row = (
+        {one.field.name: _value(one, row[column], folder) for column, one in columns.items() if column in row}
+        for columns in (_REQUEST_COLUMNS, _OPTION_COLUMNS)
     )
+    options = replace(options, **options_of_row)
+    return EditRequest(**request | {"output": output, "options": options, "overwrite": overwrite})
+
+
+def _value(column: OptionField, value: object, folder: Path) -> Any:
+    """A cell's value in the type of its field. value: text, or any JSON value."""
+    text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    if column.option.parse is not None:
+        return column.option.parse(text)
+    types = get_args(column.type) or (column.type,)
+    if Path in types:
+        return folder / text
+    if bool in types:
+        if text.lower() not in _FLAGS:
+            raise InputError(f"{column.column} is {value!r}, neither true nor false")
+        return _FLAGS[text.lower()]
+    if int in types:
+        if not re.fullmatch(r"[+-]?[0-9]{1,9}", text.strip()):
+            raise InputError(f"{column.column} is {value!r}, not a whole number")
+        return int(text)
+    return text
+
+
+_FLAGS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
 def _is_below(path: Path, folder: Path) -> bool:
     """Whether `path` is inside `folder`, links and `..` resolved."""
     try:
         return path.resolve() != folder.resolve() and path.resolve().is_relative_to(folder.resolve())
-    except (OSError, ValueError, RuntimeError):  # a zero byte in the name, a circle of links
+    except (OSError, ValueError, RuntimeError):  # a zero byte in the name, a cycle of links
         return False
-
-
-def _whole_number(value: object) -> int:
-    try:
-        return int(str(value))
-    except ValueError as error:
-        raise InputError(f"grow is {value!r}, not a whole number of pixels") from error
-
-
-def _sides(value: object) -> Padding:
-    """From "0,0,256,0", or from a list of four numbers in JSONL."""
-    return parse_padding(",".join(map(str, value)) if isinstance(value, list) else str(value))
 
 
 def _check_outputs_differ(items: list[BatchItem], path: Path) -> None:
     rows: dict[Path, int] = {}
     for item in items:
-        if item.files is None:
+        if item.request is None:
             continue
-        output = item.files.output.resolve()
+        output = item.request.output.resolve()
         if output in rows:
             raise InputError(
-                f"{path}: rows {rows[output]} and {item.row} would both write {item.files.output}",
+                f"{path}: rows {rows[output]} and {item.row} would both write {item.request.output}",
                 "give them different names in the output column",
             )
         rows[output] = item.row

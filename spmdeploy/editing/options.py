@@ -1,57 +1,174 @@
-"""One edit of files as it is asked for. Imports nothing heavy: what is asked for can be refused at once."""
+"""Options and files of one edit, each declared once for command line, batch, editor, report and service.
+
+The annotation of a field holds its help text; the options of the command line and the columns of batch manifests are
+made from the fields. Imports nothing heavy, so that help is printed, and a request refused, without delay.
+"""
 
 from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
 
 from spmdeploy.errors import UsageError
-
-if TYPE_CHECKING:
-    from spmdeploy.tiling.outpaint import Padding
+from spmdeploy.types import MaskAlpha, Padding, Tiling
 
 DEFAULT_DILATION = 8
-"""Pixels by which a mask made from changed labels is grown unless told otherwise: label maps cut objects tightly, and
-what is left of an object's outline or shadow would show."""
+"""Pixels by which a mask made from changed labels is dilated by default: label maps cut objects tightly, and remains of
+an object's outline or shadow would show."""
+MAX_DILATION = 1024
+MAX_FEATHER = 1024
+
+
+class Option(NamedTuple):
+    """How a field appears on the command line and in batch manifests."""
+
+    help: str
+    flags: tuple[str, ...] = ()
+    """Names on the command line; without them the field's name. The first one also names the manifest's column."""
+    metavar: str | None = None
+    parse: Callable[[str], Any] | None = None
+    """Text to value, for other types than text, paths, numbers, choices and flags."""
+    is_column: bool = True
+    """Whether a batch manifest may have a column for it."""
+    is_argument: bool = False
+    """Whether it is given without a flag."""
+
+
+class OptionField(NamedTuple):
+    """A field of `EditOptions` or `EditRequest` with its option."""
+
+    field: Field[Any]
+    option: Option
+    type: Any
+    """Without `Annotated`."""
+
+    @property
+    def column(self) -> str:
+        """Name in a batch manifest."""
+        return self.option.flags[0].lstrip("-").replace("-", "_") if self.option.flags else self.field.name
+
+
+def option_fields(record: type) -> list[OptionField]:
+    """The fields of a record that have an `Option`."""
+    hints = get_type_hints(record, include_extras=True)
+    found = []
+    for one in fields(record):
+        base, *extras = get_args(hints[one.name]) if hasattr(hints[one.name], "__metadata__") else (hints[one.name],)
+        found += [OptionField(one, extra, base) for extra in extras if isinstance(extra, Option)]
+    return found
+
+
+def parse_padding(text: str) -> Padding:
+    """Return "LEFT,TOP,RIGHT,BOTTOM" in pixels as `Padding`. Raises UsageError for anything else."""
+    numbers = text.replace(",", " ").split()
+    if len(numbers) != 4 or not all(re.fullmatch(r"-?[0-9]{1,9}", number) for number in numbers):
+        raise UsageError(
+            f"extend is {text!r}, not four whole numbers",
+            "give the pixels to add on the left, top, right and bottom, for example 0,0,256,0",
+        )
+    return Padding(*map(int, numbers))
+
+
+@dataclass(frozen=True)
+class EditOptions:
+    """How an edit is made, whatever its inputs.
+
+    Raises:
+        UsageError: a value is out of its range.
+    """
+
+    tiling: Annotated[
+        Tiling,
+        Option(
+            "off: whole photo at once; crop: windows around the mask, shrunk; cascade: in tiles at full resolution.",
+            metavar="auto|off|crop|cascade",
+        ),
+    ] = "auto"
+    feather: Annotated[
+        int,
+        Option(
+            "Masked pixels at the mask's rim over which the known ones blend into the edit; 0: hard border.",
+            metavar="PIXELS",
+        ),
+    ] = 3
+    match_surroundings: Annotated[
+        bool, Option("Match colors and noise of the edit to known pixels of the same classes; needs --labels.")
+    ] = False
+    dilate: Annotated[
+        int | None,
+        Option(
+            f"Grow the mask by this many pixels. Default: {DEFAULT_DILATION} with --edited-from, else 0.",
+            flags=("--grow", "--dilate"),
+            metavar="PIXELS",
+        ),
+    ] = None
+    """None: the default for the source of the mask, see `EditRequest.dilation`; 0 for arrays."""
+    batch_size: Annotated[int, Option("Windows or tiles per call of the backend.", metavar="N")] = 4
+    """4 fill a small GPU and fit into a CPU's memory."""
+
+    def __post_init__(self) -> None:
+        if self.tiling not in get_args(Tiling):
+            raise UsageError(f"tiling {self.tiling!r} does not exist", f"choose one of {', '.join(get_args(Tiling))}")
+        if self.feather < 0:
+            raise UsageError(f"feather {self.feather} is negative", "give a number of pixels, 0 for none")
+        if self.feather > MAX_FEATHER:
+            raise UsageError(f"feather {self.feather} is too large", f"give at most {MAX_FEATHER} pixels")
+        if self.dilate is not None and not 0 <= self.dilate <= MAX_DILATION:
+            raise UsageError(f"grow is {self.dilate}, which is not within 0 and {MAX_DILATION} pixels")
+        if self.batch_size < 1:
+            raise UsageError(f"batch size {self.batch_size} is too small", "give 1 or more")
 
 
 @dataclass(frozen=True)
 class EditRequest:
-    """What to edit. One of `labels` and `fill` says what becomes of it; one of `mask`, `edited_from` and `extend` says
-    where."""
+    """The files of one edit: what to paint, where, and what to write.
 
-    image: Path
-    output: Path
-    labels: Path | None = None
-    fill: str | None = None
-    """One class, by name or id, for everything under the mask."""
-    mask: Path | None = None
-    edited_from: Path | None = None
-    """The label map before it was edited: the mask is what differs."""
-    extend: Padding | None = None
-    """Pixels to grow the picture by: what is new is the mask. Labels and instances then have the size of the result."""
-    instances: Path | None = None
-    mask_threshold: int | None = None
-    """1 to 255: pixels of the mask file of at least this value are edited; None: it must be clearly binary."""
-    mask_alpha: Literal["opaque", "transparent"] | None = None
-    """Take this part of the mask file's alpha channel as the mask."""
-    grow: int | None = None
-    """Pixels to grow the mask by; None: `DEFAULT_DILATION` with edited_from, else 0."""
-    sheet: Path | None = None
-    """Where to put a picture of before, labels, mask and after side by side."""
-    explain: Path | None = None
-    """Where to put a picture of the windows and tiles over the photo."""
-    overwrite: bool = False
-    match_surroundings: bool = False
-    """See `Editor.edit`."""
+    Either `labels` or `fill` gives the content; exactly one of `mask`, `edited_from` and `extend` gives the region.
+
+    Raises:
+        UsageError: the fields contradict each other, or an output would overwrite an input.
+    """
+
+    image: Annotated[Path, Option("The photo: 8-bit PNG, JPEG, WebP or BMP.", is_argument=True)]
+    output: Annotated[Path, Option("The edited photo; .png keeps known pixels exactly.", flags=("--output", "-o"))]
+    labels: Annotated[Path | None, Option("Label map: the class of each pixel to paint.")] = None
+    fill: Annotated[str | None, Option("One class for the whole mask, by name or id.")] = None
+    mask: Annotated[Path | None, Option("White is edited, black is kept.")] = None
+    mask_threshold: Annotated[
+        int | None, Option("Edit where the mask has at least this value, 1 to 255.", metavar="N")
+    ] = None
+    """None: the mask must be clearly binary."""
+    mask_alpha: Annotated[
+        MaskAlpha | None, Option("Edit this part of the mask's alpha channel.", metavar="opaque|transparent")
+    ] = None
+    edited_from: Annotated[Path | None, Option("The labels before the change: the mask is where they differ.")] = None
+    extend: Annotated[
+        Padding | None,
+        Option(
+            "Extend the photo by these pixels, which are the mask.",
+            metavar="LEFT,TOP,RIGHT,BOTTOM",
+            parse=parse_padding,
+        ),
+    ] = None
+    """Labels and instances have the extended size then."""
+    instances: Annotated[Path | None, Option("Instance map, for the outlines of objects.")] = None
+    options: EditOptions = field(default_factory=EditOptions)
+    sheet: Annotated[
+        Path | None, Option("Also write before, labels, mask and after side by side.", is_column=False)
+    ] = None
+    explain: Annotated[
+        Path | None, Option("Also write an image of the windows and tiles over the photo.", is_column=False)
+    ] = None
+    overwrite: Annotated[bool, Option("Replace existing files.", is_column=False)] = False
 
     def __post_init__(self) -> None:
         if (self.labels is None) == (self.fill is None):
             raise UsageError("give either labels or fill", "--labels FILE for a label map, --fill CLASS for one class")
-        if sum(given is not None for given in (self.mask, self.edited_from, self.extend)) != 1:
+        if sum(source is not None for source in (self.mask, self.edited_from, self.extend)) != 1:
             raise UsageError(
                 "give one of mask, edited_from and extend",
                 "--mask FILE, --edited-from FILE with the labels before the change, or --extend LEFT,TOP,RIGHT,BOTTOM "
@@ -59,7 +176,7 @@ class EditRequest:
             )
         if self.edited_from is not None and self.labels is None:
             raise UsageError("edited_from needs labels to compare with", "add --labels FILE, or use --mask")
-        if self.match_surroundings and self.labels is None:
+        if self.options.match_surroundings and self.labels is None:
             raise UsageError(
                 "match_surroundings needs the labels of the photo's known pixels too",
                 "give --labels FILE instead of --fill, or leave --match-surroundings out",
@@ -68,52 +185,39 @@ class EditRequest:
             raise UsageError("mask_threshold and mask_alpha are about a mask file", "add --mask FILE")
         if self.mask_threshold is not None and not 1 <= self.mask_threshold <= 255:
             raise UsageError(f"mask_threshold is {self.mask_threshold}, which is not within 1 and 255")
-        if self.grow is not None and self.extend is not None:
+        if self.mask_alpha is not None and self.mask_alpha not in get_args(MaskAlpha):
+            raise UsageError(f"mask_alpha is {self.mask_alpha!r}", f"choose {' or '.join(get_args(MaskAlpha))}")
+        if self.options.dilate is not None and self.extend is not None:
             raise UsageError("grow enlarges a mask, and an extension has none", "leave one of them out")
-        if self.grow is not None and not 0 <= self.grow <= 1024:
-            raise UsageError(f"grow is {self.grow}, which is not within 0 and 1024 pixels")
-        self._check_names()
+        self._check_paths()
 
-    def _check_names(self) -> None:
-        """An output may take the place of the photo, if overwriting is allowed, but of nothing else it is made from."""
+    def _check_paths(self) -> None:
+        """An output may replace the photo, if overwriting is allowed, but no other input and no other output."""
         sources = (self.labels, self.mask, self.edited_from, self.instances)
-        written_too = (*sources, self.image, self.output)
+        all_sources = (*sources, self.image, self.output)
         for written, others in (
             (self.output, sources),
-            (self.sheet, written_too),
-            (self.explain, (*written_too, self.sheet)),
+            (self.sheet, all_sources),
+            (self.explain, (*all_sources, self.sheet)),
         ):
             same = written and next((other for other in others if other and _same_file(written, other)), None)
             if same:
                 raise UsageError(f"{written} would be written over {same}, which is needed too", "choose another name")
 
     @property
+    def dilation(self) -> int:
+        """Pixels to dilate the mask by."""
+        if self.options.dilate is not None:
+            return self.options.dilate
+        return 0 if self.edited_from is None else DEFAULT_DILATION
+
+    @property
     def mask_description(self) -> str:
-        """What messages call the mask."""
+        """How messages name the mask."""
         if self.extend is not None:
             return "the extension"
         name = str(self.mask) if self.mask else f"the difference of {self.labels} and {self.edited_from}"
-        return f"{name}, grown by {self.growth}," if self.growth else name
-
-    @property
-    def growth(self) -> int:
-        """Pixels to grow the mask by."""
-        if self.grow is not None:
-            return self.grow
-        return 0 if self.edited_from is None else DEFAULT_DILATION
-
-
-def parse_padding(text: str) -> Padding:
-    """ "LEFT,TOP,RIGHT,BOTTOM" in pixels. UsageError for anything else."""
-    from spmdeploy.tiling.outpaint import Padding
-
-    words = text.replace(",", " ").split()
-    if len(words) != 4 or not all(re.fullmatch(r"-?[0-9]{1,9}", word) for word in words):
-        raise UsageError(
-            f"extend is {text!r}, not four whole numbers",
-            "give the pixels to add on the left, top, right and bottom, for example 0,0,256,0",
-        )
-    return Padding(*map(int, words))
+        return f"{name}, grown by {self.dilation}," if self.dilation else name
 
 
 def _same_file(first: Path, second: Path) -> bool:

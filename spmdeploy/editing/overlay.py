@@ -16,40 +16,40 @@ from spmdeploy.tiling.windows import Window
 Rgb = NDArray[np.uint8]
 
 CELL_SIDE = 900
-_AT_ONCE, _CARRIED_UP, _TILE = (255, 190, 0), (255, 255, 255), (0, 200, 255)
+_SINGLE_PASS, _REFINED, _TILE = (255, 190, 0), (255, 255, 255), (0, 200, 255)
 _SHADE, _FILL = 90, 40  # of 255: the black line behind every line, the color inside a tile
 
 
 def explain_sheet(photo: Rgb, mask: NDArray[np.bool_], windows: Sequence[WindowReport]) -> Rgb:
-    """The windows of an edit, then for every size that some were carried up through the tiles that ran at it.
+    """The windows of an edit, then for each pyramid level the tiles that ran at it.
 
     photo: uint8 (H, W, 3). mask: bool (H, W). windows: of the edit's report. Returns uint8 (H, W, 3) RGB.
     """
     small = fitted(photo, CELL_SIDE)
     background = with_mask(small, resize_labels(mask, *small.shape[:2]))
     cells = {_windows_caption(windows): _draw_windows(background, windows, photo.shape[1])}
-    factors = sorted({level.factor for window in windows for level in window.levels}, reverse=True)
+    factors = sorted({level.factor for window in windows for level in window.plan.levels}, reverse=True)
     for factor in factors:
         tiles = [tile for window in windows for tile in _tiles_at(window, factor)]
         size = "full size" if factor == 1 else f"1/{factor} of the size"
         caption = f"{size}: {len(tiles)} tile{'s' * (len(tiles) != 1)}"
         cells[caption] = _draw_tiles(background, tiles, photo.shape[1])
-    names = [("mask", MASK_TINT), ("edited at once", _AT_ONCE), ("carried up", _CARRIED_UP), ("tile", _TILE)]
+    names = [("mask", MASK_TINT), ("single pass", _SINGLE_PASS), ("refined", _REFINED), ("tile", _TILE)]
     captions = list(cells)
     rows = [{caption: cells[caption] for caption in captions[start : start + 2]} for start in range(0, len(cells), 2)]
     return sheet(rows, names if factors else names[:2], CELL_SIDE)
 
 
 def _windows_caption(windows: Sequence[WindowReport]) -> str:
-    carried = sum(bool(window.levels) for window in windows)
+    refined = sum(bool(window.plan.levels) for window in windows)
     count = f"{len(windows)} window{'s' * (len(windows) != 1)}"
-    return f"{count}, {carried} of them carried up" if carried and len(windows) > 1 else count
+    return f"{count}, {refined} of them refined" if refined and len(windows) > 1 else count
 
 
 def _tiles_at(window: WindowReport, factor: int) -> list[Window]:
     """The tiles of one level as rectangles of the photo, cut at the window's end."""
-    whole, found = window.site.window, []
-    for level in window.levels:
+    whole, found = window.plan.edit_window.window, []
+    for level in window.plan.levels:
         if level.factor == factor:
             for tile in level.tiles:
                 block = level.source_window(tile)
@@ -62,8 +62,8 @@ def _draw_windows(background: Rgb, windows: Sequence[WindowReport], photo_width:
     picture = Image.fromarray(background)
     draw, font = ImageDraw.Draw(picture, "RGBA"), ImageFont.load_default(size=14)
     for number, window in enumerate(windows, start=1):
-        color = _CARRIED_UP if window.levels else _AT_ONCE
-        left, top, *_ = box = _box(window.site.window, background.shape[1] / photo_width)
+        color = _REFINED if window.plan.levels else _SINGLE_PASS
+        left, top, *_ = box = _box(window.plan.edit_window.window, background.shape[1] / photo_width)
         draw.rectangle(box, outline=(0, 0, 0, _SHADE), width=4)
         draw.rectangle(box, outline=color, width=2)
         draw.text((left + 6, top + 4), str(number), fill=color, font=font, stroke_width=2, stroke_fill=(0, 0, 0))

@@ -1,6 +1,6 @@
-"""Prepares the model input from a region of the photo.
+"""Region of a photo to model input: resize, letterbox, and remove what the mask hides.
 
-Pixels under the mask never reach the session: what is hidden there cannot show in the result.
+Pixels under the mask never reach the session, so that nothing hidden can show in the result.
 """
 
 from __future__ import annotations
@@ -11,39 +11,48 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spmdeploy.imaging.resize import resize_mask_conservative, resize_photo
-from spmdeploy.tiling.letterbox import label_sampling_grid, pad_by_reflection
+from spmdeploy.tiling.letterbox import Letterbox, label_sampling_grid, pad_by_reflection
+from spmdeploy.tiling.outpaint import extended_size, image_window
 from spmdeploy.tiling.stitching import extrapolate_border
 from spmdeploy.tiling.windows import Window
-from spmdeploy.types import Image, LabelMap, LayoutInput, Mask, ModelInput
+from spmdeploy.types import Image, LabelMap, LayoutInput, Mask, ModelInput, Padding
 
-# What the session gets in place of hidden pixels: the known ones continued for a few pixels, then the gray that stands
-# for "nothing here" in the network (0 in its [-1, 1]). The network halves its picture before it blanks the hole, so
-# that it sees one pixel deep into the mask; the rest of the continuation is a safety margin for other networks.
-HIDDEN_GREY = 128
+# The session gets, in place of hidden pixels, the known ones extrapolated by a few pixels, then the gray that means
+# "nothing here" to the network (0 in its [-1, 1]). The network halves its image before it blanks the mask, so that it
+# sees one pixel deep into the mask; the rest of the extrapolation is a safety margin for other networks.
+HIDDEN_GRAY = 128
 EXTRAPOLATED_PIXELS = 4
-# Stands for ids outside the mask that do not fit into a byte; under it `check_labels` lets none through.
+# Replaces ids outside the mask that do not fit into a byte; under the mask `check_labels` allows none.
 _UNKNOWN = 255
 
 
 class EditRegion(NamedTuple):
-    """A photo or a part of it, and what shall become of it."""
+    """A photo or a part of it, with its labels and mask."""
 
-    picture: Image  # uint8 (H, W, 3)
-    labels: LabelMap  # (H, W)
-    mask: Mask  # bool (H, W)
-    instances: LabelMap | None  # (H, W); without them the labels stand in
+    image: Image
+    labels: LabelMap
+    mask: Mask
+    instances: LabelMap | None
+    """None: the labels are used instead."""
 
     def cut(self, window: Window) -> EditRegion:
-        """That part as views; where it reaches beyond the lower or right end, copies continued by reflection."""
+        """The part in the window, as views; where it exceeds the lower or right end, copies padded by reflection."""
         labels, mask = (_cut(array, window) for array in (self.labels, self.mask))
         instances = None if self.instances is None else _cut(self.instances, window)
-        return EditRegion(_cut(self.picture, window), labels, mask, instances)
+        return EditRegion(_cut(self.image, window), labels, mask, instances)
 
 
-def model_input(scene: EditRegion, height: int, width: int, size: int) -> ModelInput:
-    """The scene at height by width (its own size or less) in the upper left of the model's square."""
-    hole = resize_mask(scene.mask, height, width)
-    return ModelInput(image_input(scene.picture, hole, size), *layout_tensors(scene, hole, size))
+def extend_canvas(image: Image, padding: Padding) -> Image:
+    """The image on a larger, gray canvas."""
+    canvas = np.full((*extended_size(image.shape, padding), 3), HIDDEN_GRAY, np.uint8)
+    canvas[image_window(image.shape, padding).slices] = image
+    return canvas
+
+
+def model_input(region: EditRegion, height: int, width: int, size: int) -> ModelInput:
+    """The region at height by width (its own size or less) in the upper left of the model's square input."""
+    mask = resize_mask(region.mask, height, width)
+    return ModelInput(image_input(region.image, mask, size), *layout_tensors(region, mask, size))
 
 
 def resize_mask(mask: Mask, height: int, width: int) -> Mask:
@@ -51,32 +60,38 @@ def resize_mask(mask: Mask, height: int, width: int) -> Mask:
     return mask if mask.shape == (height, width) else resize_mask_conservative(mask, height, width)
 
 
-def image_input(picture: Image, hole: Mask, size: int) -> NDArray[np.uint8]:
-    """The picture at the size of the hole, without what the hole hides, in the model's square."""
-    photo = picture.copy() if picture.shape[:2] == hole.shape else np.array(resize_photo(picture, *hole.shape))
-    photo[hole] = HIDDEN_GREY
-    extrapolate_border(photo, hole, EXTRAPOLATED_PIXELS)
+def image_input(image: Image, mask: Mask, size: int) -> NDArray[np.uint8]:
+    """The image at the size of the mask, without what the mask hides, in the model's square input."""
+    photo = image.copy() if image.shape[:2] == mask.shape else np.array(resize_photo(image, *mask.shape))
+    photo[mask] = HIDDEN_GRAY
+    extrapolate_border(photo, mask, EXTRAPOLATED_PIXELS)
     return pad_by_reflection(photo, size, size)
 
 
-def layout_tensors(scene: EditRegion, hole: Mask, size: int) -> LayoutInput:
-    """Labels, instances and mask of the scene at the size of the hole, in the model's square."""
-    ids = scene.labels
-    things = ids if scene.instances is None else scene.instances
-    if hole.shape != scene.mask.shape:
-        rows, columns = label_sampling_grid(scene.mask, hole)
+def layout_tensors(region: EditRegion, mask: Mask, size: int) -> LayoutInput:
+    """Labels, instances and mask of the region at the size of `mask`, in the model's square input."""
+    ids = region.labels
+    things = ids if region.instances is None else region.instances
+    if mask.shape != region.mask.shape:
+        rows, columns = label_sampling_grid(region.mask, mask)
         ids, things = ids[rows, columns], things[rows, columns]
     class_ids = _byte_ids(ids)
-    things = class_ids if scene.instances is None else things
+    things = class_ids if region.instances is None else things
     return LayoutInput(
         labels=pad_by_reflection(class_ids, size, size),
         instances=pad_by_reflection(things.astype(np.int32), size, size),
-        mask=pad_by_reflection(hole.astype(np.uint8), size, size),
+        mask=pad_by_reflection(mask.astype(np.uint8), size, size),
     )
 
 
+def letterbox_input(letterbox: Letterbox, region: EditRegion) -> ModelInput:
+    """A window of the region in the model's square input."""
+    part = region.cut(letterbox.window)
+    return model_input(part, letterbox.height, letterbox.width, letterbox.size)
+
+
 def stacked(inputs: list[ModelInput]) -> ModelInput:
-    """A batch of them."""
+    """The inputs as one batch."""
     return ModelInput(*(np.stack(parts) for parts in zip(*inputs, strict=True)))
 
 

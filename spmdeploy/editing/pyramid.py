@@ -1,25 +1,24 @@
-"""A coarse edit of a large window carried up to its own size: level by level, each in tiles of the model's size.
+"""Coarse-to-fine refinement of a large window: pyramid levels up to full resolution, each in tiles of the model's size.
 
-Every tile starts from the level before, which is one shared picture, so that structure and color agree between tiles;
-what still differs is blended over their overlap. Between levels the picture stays in floats, and its known pixels are
-the photo's. A level whose known pixels have no detail of its size, as in photos that were enlarged or are out of focus,
-is enlarged from the one before instead: the network would make up streaks where the photo is smooth.
+Every tile starts from the level before, which is one shared image, so that structure and color agree between tiles;
+remaining differences are blended over the tiles' overlap. Between levels the image stays in floats, and its known
+pixels are the photo's. A level at whose size the known pixels have no detail, as in upsampled or blurred photos, is
+upsampled instead of refined: the network would invent streaks where the photo is smooth.
 
-Where the session can, the picture stays in its GPU's memory from the coarse edit to the last level
-(`runtime.device_cascade`); else numpy does the same between two calls of the session.
+Where the session supports it, the image stays in GPU memory from the coarse edit to the last level
+(`backends.device_pyramid`); else numpy does the same between two calls of the session.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from spmdeploy.backends.base import SupportsDevicePyramid
 from spmdeploy.editing.preprocess import EditRegion, model_input, stacked
-from spmdeploy.editing.timing import PhaseTimer
+from spmdeploy.editing.report import LevelReport, PhaseTimer
 from spmdeploy.errors import OutOfMemoryError, UnavailableError
 from spmdeploy.imaging.resize import resize_canvas
 from spmdeploy.tiling.letterbox import Letterbox, pad_by_reflection
@@ -32,47 +31,26 @@ if TYPE_CHECKING:
     from spmdeploy.backends.base import Backend
     from spmdeploy.backends.device_pyramid import DeviceCascade
 
-# Mean gray levels of `high_frequency_energy` below which a photo has none. Photos at their own size have 0.5 (at
-# night) to 4, enlarged twice 0.2 to 0.4, further 0.1: the rounding to whole gray levels.
-LEAST_DETAIL = 0.25
-# So many tiles of a level are looked at for it, at most.
+# Mean gray levels of `high_frequency_energy` below which a photo has no detail. Photos at full resolution have 0.5 (at
+# night) to 4, upsampled twice 0.2 to 0.4, further 0.1: the rounding to whole gray levels.
+MIN_DETAIL = 0.25
+# Tiles of a level that are sampled for it, at most.
 _MAX_SAMPLED_TILES = 16
 
-# float32 (H, W, 3) in 0..255.
 
+def coarse_canvas(letterbox: Letterbox, edited: NDArray[np.float32], level: PyramidLevel) -> Canvas:
+    """The image from which the first level starts: the coarse edit at half that level's size.
 
-@dataclass(frozen=True, slots=True)
-class LevelReport:
-    """What one level did. height, width: of the whole window in this level."""
-
-    height: int
-    width: int
-    tiles: int
-    refined: bool
-    """By the network; else enlarged, because the photo has no detail of this size."""
-    seam_score: float | None
-    """Gray levels by which steps across the tiles' borders exceed steps elsewhere; None where no border is masked."""
-    tile_mismatch: float | None
-    """Mean distance in gray levels of two neighboring tiles where both show the same masked pixels, before blending;
-    None where none does."""
-
-    def to_json(self) -> dict[str, Any]:
-        return {name: round(value, 4) if isinstance(value, float) else value for name, value in asdict(self).items()}
-
-
-def coarse_canvas(frame: Letterbox, edited: NDArray[np.float32], level: PyramidLevel) -> Canvas:
-    """The picture from which the first level starts: the coarse edit at half that level's size.
-
-    frame: the window in the model's input; edited: float32 (size, size, 3), what the session made of it.
+    letterbox: the window in the model's input. edited: float32 (size, size, 3), the session's result for it.
     """
-    return resize_canvas(edited[: frame.height, : frame.width], *coarse_size(frame, level))
+    return resize_canvas(edited[: letterbox.height, : letterbox.width], *coarse_size(letterbox, level))
 
 
 class RefinedWindow(NamedTuple):
-    """A window at its own size.
+    """A window at full resolution.
 
-    canvas: over the last level's region, as far as the window has it. between_levels: where the picture was kept.
-    notes: why not on the device, where the session could have.
+    canvas: of the last level's region, as far as it is inside the window. between_levels: where the image was kept
+    between levels. notes: why not on the device, where the session supports that.
     """
 
     canvas: Canvas
@@ -81,27 +59,27 @@ class RefinedWindow(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-def cascade(
+def refine_window(
     session: Backend,
-    frame: Letterbox,
+    letterbox: Letterbox,
     inputs: ModelInput,
     levels: tuple[PyramidLevel, ...],
-    scene: EditRegion,
+    region: EditRegion,
     batch_size: int,
     timer: PhaseTimer,
 ) -> RefinedWindow:
-    """A window, edited at the model's size and carried up to its own.
+    """Edit a window at the model's size, then refine it to full resolution.
 
-    inputs: the window in its frame, a batch of one. scene: the window's part of the photo.
+    inputs: the window in its letterbox, a batch of one. region: the window's part of the photo.
     """
-    device, notes = _on_device(session, frame, levels, batch_size)
+    device, notes = _on_device(session, letterbox, levels, batch_size)
     if device is None:
         with timer.phase("run"):
             edited = session.run_unrounded(inputs)[0]
         timer.batches += 1
         timer.advance(1)
         canvas, reports = refine_on_host(
-            session, levels, coarse_canvas(frame, edited, levels[0]), scene, batch_size, timer
+            session, levels, coarse_canvas(letterbox, edited, levels[0]), region, batch_size, timer
         )
         return RefinedWindow(canvas, reports, "host", notes)
     with device:
@@ -109,39 +87,40 @@ def cascade(
             device.coarse(inputs)
         timer.batches += 1
         timer.advance(1)
-        canvas, reports = _refine_levels(_DeviceRenderer(device, timer), levels, scene, batch_size, timer)
+        canvas, reports = _refine_levels(_DeviceRenderer(device, timer), levels, region, batch_size, timer)
         return RefinedWindow(canvas, reports, "device")
 
 
 def _on_device(
-    session: Backend, frame: Letterbox, levels: tuple[PyramidLevel, ...], batch_size: int
+    session: Backend, letterbox: Letterbox, levels: tuple[PyramidLevel, ...], batch_size: int
 ) -> tuple[DeviceCascade | None, tuple[str, ...]]:
-    """Where the session can keep the picture; None where it is on the CPU, or cannot, and then why."""
+    """The session's pyramid in GPU memory; None on the CPU or where the GPU cannot hold it, with the reason."""
     if not isinstance(session, SupportsDevicePyramid):
         return None, ()
     try:
-        return session.device_cascade(frame, levels, batch_size), ()
-    except (OutOfMemoryError, UnavailableError) as error:
-        return None, (f"between levels the picture went through the host's memory: {error.problem}",)
+        return session.device_cascade(letterbox, levels, batch_size), ()
+    except (OutOfMemoryError, UnavailableError) as exc:
+        return None, (f"between levels the image went through host memory: {exc.problem}",)
 
 
 def refine_on_host(
     session: Backend,
     levels: tuple[PyramidLevel, ...],
     base: Canvas,
-    scene: EditRegion,
+    region: EditRegion,
     batch_size: int,
     timer: PhaseTimer,
 ) -> tuple[Canvas, tuple[LevelReport, ...]]:
-    """The result at the window's own size, over the last level's region as far as the window has it, by numpy.
+    """Refine `base` to full resolution with numpy between the calls of the session.
 
-    base: see `coarse_canvas`. scene: the window's part of the photo.
+    base: see `coarse_canvas`. region: the window's part of the photo. Returns the canvas of the last level's region, as
+    far as it is inside the window, and a report for each level.
     """
-    return _refine_levels(_HostRenderer(session, base, timer), levels, scene, batch_size, timer)
+    return _refine_levels(_HostRenderer(session, base, timer), levels, region, batch_size, timer)
 
 
 class _Renderer(Protocol):
-    """What the picture of a level is painted on, starting from the level before."""
+    """Builds one pyramid level from the previous one; numpy and GPU memory implement it."""
 
     def begin(self, level: PyramidLevel, refined: bool) -> None: ...
 
@@ -150,63 +129,65 @@ class _Renderer(Protocol):
     def end(self) -> None: ...
 
     def finished(self) -> tuple[Canvas, tuple[LevelReport, ...]]:
-        """The last level's picture, and how each came out."""
+        """The last level's canvas, and a report for each level."""
 
 
 def _refine_levels(
-    easel: _Renderer, levels: tuple[PyramidLevel, ...], scene: EditRegion, batch_size: int, timer: PhaseTimer
+    renderer: _Renderer, levels: tuple[PyramidLevel, ...], region: EditRegion, batch_size: int, timer: PhaseTimer
 ) -> tuple[Canvas, tuple[LevelReport, ...]]:
     for level in levels:
         with timer.phase("prepare"):
-            refined = _has_high_frequencies(level, scene)
-        easel.begin(level, refined)
+            sampled = _sample_tiles(level, region)
+            refined = _has_high_frequencies(list(sampled.values()))
+        renderer.begin(level, refined)
         for start in range(0, len(level.tiles), batch_size):
             tiles = level.tiles[start : start + batch_size]
             with timer.phase("prepare"):
-                blocks = [scene.cut(level.source_window(tile)) for tile in tiles]
-                inputs = stacked([model_input(block, level.size, level.size, level.size) for block in blocks])
-            easel.paint(tiles, inputs)
+                inputs = stacked(
+                    [sampled.pop(tile) if tile in sampled else _tile_input(level, tile, region) for tile in tiles]
+                )
+            renderer.paint(tiles, inputs)
             timer.batches += 1
             timer.advance(len(tiles))
         with timer.phase("stitch"):
-            easel.end()
+            renderer.end()
     with timer.phase("stitch"):
-        return easel.finished()
+        return renderer.finished()
 
 
 class _HostRenderer:
-    """By numpy, with a call of the session for every batch."""
+    """Renders with numpy, and one call of the session per batch."""
 
     def __init__(self, session: Backend, base: Canvas, timer: PhaseTimer) -> None:
-        self._session, self._tally = session, timer
+        self._session, self._timer = session, timer
         self._canvas, self._origin = base, (0, 0)
         self._reports: list[LevelReport] = []
 
     def begin(self, level: PyramidLevel, refined: bool) -> None:
-        self._level, self._refined, self._painter = level, refined, _TileBlender(level)
+        self._level, self._refined, self._blender = level, refined, _TileBlender(level)
 
     def paint(self, tiles: tuple[Tile, ...], inputs: ModelInput) -> None:
         size = self._level.size
-        with self._tally.phase("prepare"):
+        with self._timer.phase("prepare"):
             coarse = np.stack([_half(self._canvas, self._origin, tile, size // 2) for tile in tiles])
-        with self._tally.phase("run"):
+        with self._timer.phase("run"):
             painted = self._session.refine(inputs, coarse) if self._refined else _upsample_bilinear(coarse, size)
-        with self._tally.phase("stitch"):
-            self._painter.add(tiles, painted, inputs)
+        with self._timer.phase("stitch"):
+            self._blender.add(tiles, painted, inputs)
 
     def end(self) -> None:
-        self._reports.append(self._painter.report(self._refined))
-        self._canvas, self._origin = self._painter.canvas, (self._level.region.top, self._level.region.left)
+        self._reports.append(self._blender.report(self._refined))
+        self._canvas, self._origin = self._blender.canvas, (self._level.region.top, self._level.region.left)
 
     def finished(self) -> tuple[Canvas, tuple[LevelReport, ...]]:
         return self._canvas, tuple(self._reports)
 
 
 class _DeviceRenderer:
-    """In the memory of the session's GPU; the host looks at the levels when all are done."""
+    """Renders in the memory of the session's GPU; the host reads the levels when all are done."""
 
     def __init__(self, device: DeviceCascade, timer: PhaseTimer) -> None:
-        self._device, self._tally = device, timer
+        self._device, self._timer = device, timer
         self._seen: list[_MaskCoverage] = []
 
     def begin(self, level: PyramidLevel, refined: bool) -> None:
@@ -214,9 +195,9 @@ class _DeviceRenderer:
         self._device.begin()
 
     def paint(self, tiles: tuple[Tile, ...], inputs: ModelInput) -> None:
-        with self._tally.phase("run"):
+        with self._timer.phase("run"):
             self._device.paint(tiles, inputs, refined=self._seen[-1].refined)
-        with self._tally.phase("stitch"):
+        with self._timer.phase("stitch"):
             self._seen[-1].add(tiles, inputs)
 
     def end(self) -> None:
@@ -231,7 +212,7 @@ class _DeviceRenderer:
 
 
 class _MaskCoverage:
-    """What the host knows of a level that is painted elsewhere: what is masked, and how much tiles share of it."""
+    """Masked pixels of a level that is rendered on the GPU, and how many of them neighboring tiles share."""
 
     def __init__(self, level: PyramidLevel, refined: bool) -> None:
         self.level, self.refined = level, refined
@@ -241,23 +222,33 @@ class _MaskCoverage:
 
     def add(self, tiles: tuple[Tile, ...], inputs: ModelInput) -> None:
         level, size = self.level, self.level.size
-        for tile, hole in zip(tiles, inputs.mask != 0, strict=True):
-            mask = self.mask[level.place(tile)]
-            mask |= hole[: mask.shape[0], : mask.shape[1]]
+        for tile, mask in zip(tiles, inputs.mask != 0, strict=True):
+            covered = self.mask[level.place(tile)]
+            covered |= mask[: covered.shape[0], : covered.shape[1]]
             for row, column, down, right in level.neighbors(tile):
                 if (row, column) in self._tiles:
-                    self.compared += int(np.count_nonzero(hole[: size - down, : size - right]))
+                    self.compared += int(np.count_nonzero(mask[: size - down, : size - right]))
             self._tiles.add((tile.row, tile.column))
 
 
-def _has_high_frequencies(level: PyramidLevel, scene: EditRegion) -> bool:
-    """Whether the known pixels in some of the level's tiles do; also where none is known."""
+def _sample_tiles(level: PyramidLevel, region: EditRegion) -> dict[Tile, ModelInput]:
+    """Inputs of some of the level's tiles, spread over it."""
+    return {
+        tile: _tile_input(level, tile, region) for tile in level.tiles[:: -(-len(level.tiles) // _MAX_SAMPLED_TILES)]
+    }
+
+
+def _tile_input(level: PyramidLevel, tile: Tile, region: EditRegion) -> ModelInput:
+    return model_input(region.cut(level.source_window(tile)), level.size, level.size, level.size)
+
+
+def _has_high_frequencies(sampled: list[ModelInput]) -> bool:
+    """Whether the known pixels of the sampled tiles have detail; True where no pixel is known."""
     total, count = 0.0, 0
-    for tile in level.tiles[:: -(-len(level.tiles) // _MAX_SAMPLED_TILES)]:
-        seen = model_input(scene.cut(level.source_window(tile)), level.size, level.size, level.size)
-        detail, pixels = high_frequency_energy(seen.image, seen.mask == 0)
-        total, count = total + detail, count + pixels
-    return count == 0 or total >= LEAST_DETAIL * count
+    for inputs in sampled:
+        energy, pixels = high_frequency_energy(inputs.image, inputs.mask == 0)
+        total, count = total + energy, count + pixels
+    return count == 0 or total >= MIN_DETAIL * count
 
 
 def _upsample_bilinear(coarse: Canvas, size: int) -> Canvas:
@@ -266,14 +257,14 @@ def _upsample_bilinear(coarse: Canvas, size: int) -> Canvas:
 
 
 def _half(canvas: Canvas, origin: tuple[int, int], tile: Tile, size: int) -> Canvas:
-    """What the level before shows of a tile: float32 (size, size, 3). origin: the canvas's place in that level."""
+    """The previous level under a tile: float32 (size, size, 3). origin: row and column of the canvas in that level."""
     part = Window(tile.top // 2 - origin[0], tile.left // 2 - origin[1], size, size)
     assert part.top >= 0 and part.left >= 0, (tile, origin)
     return pad_by_reflection(canvas[part.slices], size, size)
 
 
 class _TileBlender:
-    """One level as it fills up with tiles, which come row by row."""
+    """Blends the tiles of one level, which come row by row, and measures how much neighbors differ."""
 
     def __init__(self, level: PyramidLevel) -> None:
         self._level = level
@@ -283,28 +274,28 @@ class _TileBlender:
         self._mismatch, self._compared = 0.0, 0
 
     def add(self, tiles: tuple[Tile, ...], painted: Canvas, inputs: ModelInput) -> None:
-        """painted: float32 (B, size, size, 3), what the session made of the inputs."""
-        for tile, picture, image, hole in zip(tiles, painted, inputs.image, inputs.mask != 0, strict=True):
+        """painted: float32 (B, size, size, 3), the session's results for the inputs."""
+        for tile, content, image, mask in zip(tiles, painted, inputs.image, inputs.mask != 0, strict=True):
             place = self._level.place(tile)
-            canvas, mask = self.canvas[place], self._mask[place]
+            canvas = self.canvas[place]
             inside = np.s_[: canvas.shape[0], : canvas.shape[1]]
-            weighted = self._level.weights(tile)[..., None] * picture
-            np.add(canvas, weighted[inside], out=canvas, where=hole[inside][..., None])
-            np.copyto(canvas, image[inside], where=~hole[inside][..., None])
-            mask |= hole[inside]
-            self._compare(tile, picture, hole)
+            weighted = self._level.weights(tile)[..., None] * content
+            np.add(canvas, weighted[inside], out=canvas, where=mask[inside][..., None])
+            np.copyto(canvas, image[inside], where=~mask[inside][..., None])
+            self._mask[place] |= mask[inside]
+            self._compare(tile, content, mask)
 
-    def _compare(self, tile: Tile, picture: Canvas, hole: Mask) -> None:
-        """With the tiles on the left and above, while these are remembered."""
+    def _compare(self, tile: Tile, content: Canvas, mask: Mask) -> None:
+        """Add the tile's distance from those on the left and above, which are still in memory."""
         size = self._level.size
         for row, column, down, right in self._level.neighbors(tile):
             other = self._raw.get((row, column))
             if other is not None:
                 both = np.s_[: size - down, : size - right]
-                distance = np.abs(picture[both] - other[down:, right:]).mean(axis=2)[hole[both]]
+                distance = np.abs(content[both] - other[down:, right:]).mean(axis=2)[mask[both]]
                 self._mismatch += float(distance.sum(dtype=np.float64))
                 self._compared += distance.size
-        self._raw[tile.row, tile.column] = picture
+        self._raw[tile.row, tile.column] = content
         self._raw = {at: kept for at, kept in self._raw.items() if at >= (tile.row - 1, tile.column)}
 
     def report(self, refined: bool) -> LevelReport:

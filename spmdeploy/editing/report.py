@@ -1,85 +1,131 @@
-"""What an edit did: which windows, through which levels, how long, and what its user should know."""
+"""What an edit did: windows, pyramid levels, time per phase, and notes for the user."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from spmdeploy.editing.pyramid import LevelReport
-from spmdeploy.tiling.letterbox import Letterbox
-from spmdeploy.tiling.pyramid import PyramidLevel
-from spmdeploy.tiling.windows import CROP_LIMIT, EditWindow
+from spmdeploy.editing.options import EditOptions
+from spmdeploy.editing.plan import PlannedWindow
+from spmdeploy.tiling.windows import CROP_LIMIT, Window
+from spmdeploy.types import Progress
 
-# Of a window's last level, in gray levels, beyond which the user is told. Tiles put side by side without any blending
-# have a score of 2; where they differ by 16, sky has been seen to come out in bands (docs/large-images.md).
+# Gray levels at a window's last level above which a note is added. Tiles side by side without blending score 2; where
+# tiles differ by 16, bands in the sky were visible (docs/large-images.md).
 SEAM_SCORE_LIMIT = 2.0
 TILE_MISMATCH_LIMIT = 12.0
+
+Phase = Literal["validate", "plan", "prepare", "run", "stitch"]
+
+
+class PhaseTimer:
+    """Milliseconds per phase, batches run, and progress of one edit."""
+
+    def __init__(self, progress: Progress | None = None) -> None:
+        """progress: called after every step, first with (0, total)."""
+        self.milliseconds: dict[str, float] = dict.fromkeys(("validate", "plan", "prepare", "run", "stitch"), 0.0)
+        self.batches = 0
+        self._progress = progress
+        self._done = self._total = 0
+
+    @contextmanager
+    def phase(self, name: Phase) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.milliseconds[name] += (time.perf_counter() - start) * 1000
+
+    def begin(self, total: int) -> None:
+        self._total = total
+        self.advance(0)
+
+    def advance(self, steps: int) -> None:
+        self._done += steps
+        if self._progress is not None:
+            self._progress(self._done, self._total)
+
+
+@dataclass(frozen=True, slots=True)
+class LevelReport:
+    """What one pyramid level did. height, width: of the whole window at this level."""
+
+    height: int
+    width: int
+    tiles: int
+    refined: bool
+    """By the network; else upsampled, because the photo has no detail of this size."""
+    seam_score: float | None
+    """Gray levels by which steps across the tiles' borders exceed steps elsewhere; None where no border is masked."""
+    tile_mismatch: float | None
+    """Mean distance in gray levels of two neighboring tiles where both show the same masked pixels, before blending;
+    None where none does."""
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: round(value, 4) if isinstance(value, float) else value for name, value in asdict(self).items()}
 
 
 @dataclass(frozen=True, slots=True)
 class WindowReport:
-    """site: the window and what was edited in it. frame: how it lay in the model's input. levels: those it was carried
-    up through, measured: what each did, between_levels: in whose memory its picture was kept; none where it was edited
-    at once. notes: why in the host's, where the session could have kept it on the device."""
+    """What was done in one window."""
 
-    site: EditWindow
-    frame: Letterbox
-    levels: tuple[PyramidLevel, ...] = ()
-    measured: tuple[LevelReport, ...] = ()
+    plan: PlannedWindow
+    levels: tuple[LevelReport, ...] = ()
+    """One for each level of the plan."""
     between_levels: Literal["device", "host"] | None = None
+    """Where the image was kept between levels; None without levels."""
     notes: tuple[str, ...] = ()
 
     @property
-    def scale(self) -> float:
-        """Pixels that the network made along a pixel of the photo, at most 1."""
-        return 1.0 if self.levels else self.frame.scale
+    def window(self) -> Window:
+        """The window in the photo."""
+        return self.plan.edit_window.window
 
     @property
-    def tiles(self) -> int:
-        return sum(len(level.tiles) for level in self.levels)
+    def scale(self) -> float:
+        """Pixels generated per pixel of the photo along the longer side, at most 1."""
+        return 1.0 if self.plan.levels else self.plan.letterbox.scale
 
     def to_json(self) -> dict[str, Any]:
-        window = self.site.window
+        window = self.window
         return {
             "top": window.top,
             "left": window.left,
             "height": window.height,
             "width": window.width,
             "scale": round(self.scale, 4),
-            "cascade": bool(self.levels),
-            "levels": [report.to_json() for report in self.measured],
+            "cascade": bool(self.plan.levels),
+            "levels": [level.to_json() for level in self.levels],
             "between_levels": self.between_levels,
         }
 
 
 @dataclass(frozen=True, slots=True)
 class EditReport:
-    """How an edit was made.
-
-    tiling is the mode that ran ("auto" is resolved, tiling_reason says why; "cascade" where at least one window was
-    carried up); batches counts calls of the session; milliseconds has an entry per phase: validate, plan, prepare, run
-    (the session alone), stitch.
-    """
+    """How an edit was made."""
 
     backend: str
     device: str
     precision: str
     provider: str
+    options: EditOptions
+    """As asked for."""
     tiling: Literal["off", "crop", "cascade"]
+    """The mode that ran; "cascade" where at least one window was refined."""
     tiling_reason: str
     windows: tuple[WindowReport, ...]
     batches: int
-    feather: int
-    match_surroundings: bool
+    """Calls of the session."""
     edited_pixels: int
     milliseconds: dict[str, float]
+    """Of each phase: validate, plan, prepare, run (the session alone), stitch."""
     notes: tuple[str, ...]
 
     @property
     def tiles(self) -> int:
         """Over all levels of all windows."""
-        return sum(window.tiles for window in self.windows)
+        return sum(window.plan.tiles for window in self.windows)
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain JSON values."""
@@ -88,13 +134,12 @@ class EditReport:
             "device": self.device,
             "precision": self.precision,
             "provider": self.provider,
+            **asdict(self.options),
             "tiling": self.tiling,
             "tiling_reason": self.tiling_reason,
             "windows": [window.to_json() for window in self.windows],
             "tiles": self.tiles,
             "batches": self.batches,
-            "feather": self.feather,
-            "match_surroundings": self.match_surroundings,
             "edited_pixels": self.edited_pixels,
             "milliseconds": {phase: round(spent, 3) for phase, spent in self.milliseconds.items()},
             "notes": list(self.notes),
@@ -102,25 +147,25 @@ class EditReport:
 
 
 def report_notes(windows: Sequence[WindowReport]) -> tuple[str, ...]:
-    """What is worth telling the user, a sentence each."""
+    """What the user should know, one sentence each."""
     notes = []
     for number, entry in enumerate(windows, start=1):
-        window, frame = entry.site.window, entry.frame
+        window, letterbox = entry.window, entry.plan.letterbox
         name = f"window {number} of {len(windows)}"
         notes += [f"{name}: {note}" for note in entry.notes]
         if entry.scale < 1 / CROP_LIMIT:
-            size = f"{window.width}×{window.height} pixels and is edited at {frame.width}×{frame.height}"
+            size = f"{window.width}×{window.height} pixels and is edited at {letterbox.width}×{letterbox.height}"
             notes.append(f"{name} is {size}: detail is lost")
-        smooth = sum(not level.refined for level in entry.measured)
-        if smooth:
-            which = f"{smooth} of its {len(entry.measured)} doublings {'is' if smooth == 1 else 'are'} enlarged only"
+        skipped = sum(not level.refined for level in entry.levels)
+        if skipped:
+            which = f"{skipped} of its {len(entry.levels)} levels {'is' if skipped == 1 else 'are'} only upsampled"
             notes.append(f"{name}: {which}: the photo is smooth at that size")
-        for last in entry.measured[-1:]:
+        for last in entry.levels[-1:]:
             if (last.seam_score or 0) > SEAM_SCORE_LIMIT:
                 notes.append(
                     f"{name}: steps at the borders of tiles exceed others by {last.seam_score:.1f} gray levels"
                 )
             if (last.tile_mismatch or 0) > TILE_MISMATCH_LIMIT:
                 differ = f"its tiles differed by {last.tile_mismatch:.0f} gray levels before they were blended"
-                notes.append(f"{name}: {differ}; bands of light may show")
+                notes.append(f"{name}: {differ}; bands may be visible")
     return tuple(notes)

@@ -1,38 +1,40 @@
-"""One edit from files to a file: what the commands `edit` and `batch` both do."""
+"""Runs one edit from files to a file; the commands `edit` and `batch` call it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from spmdeploy.editing.editor import Editor, EditResult, InputNames, check_extension
-from spmdeploy.editing.editor import Tiling as Tiling
+from spmdeploy.editing.editor import Editor
+from spmdeploy.editing.masks import dilate, mask_from_changed_labels, mask_from_file, mask_from_padding
 from spmdeploy.editing.options import EditRequest
-from spmdeploy.editing.preprocess import HIDDEN_GREY
+from spmdeploy.editing.preprocess import extend_canvas
 from spmdeploy.editing.report import EditReport
-from spmdeploy.errors import InputError
+from spmdeploy.editing.validate import InputNames, check_padding
 from spmdeploy.imaging import files as images
 from spmdeploy.labels import ClassTable
-from spmdeploy.tiling.outpaint import Padding, extended_size, image_window, padding_mask
-from spmdeploy.types import Progress
+from spmdeploy.tiling.outpaint import extended_size, image_window, outpaint_windows
+from spmdeploy.tiling.windows import EditWindow
+from spmdeploy.types import Image, LabelMap, Mask, Padding, Progress
 
 
 @dataclass(frozen=True)
 class EditInputs:
-    """The files of an edit as arrays; whether they fit each other is for `Editor` to check."""
+    """The arrays of an edit as read from its files. `Editor` checks whether they fit each other."""
 
     photo: images.Photo
+    """On the canvas, if the photo is to be extended."""
     labels: NDArray[np.uint8]
-    mask: NDArray[np.bool_]
-    """Of the result's size: of an extension what is new."""
-    instances: NDArray[np.int32] | None
+    mask: Mask
+    """Not yet dilated."""
+    instances: LabelMap | None
     notes: tuple[str, ...] = ()
-    """What reading the mask decided."""
+    """How the mask was read."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class EditOutcome:
     notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
+        """The outcome as plain JSON values."""
         return {
             "output": str(self.output),
             "sheet": None if self.sheet is None else str(self.sheet),
@@ -59,131 +62,111 @@ class EditOutcome:
         }
 
 
-def run_edit_files(
+def run_edit(
     editor: Editor,
-    files: EditRequest,
-    tiling: Tiling = "auto",
+    request: EditRequest,
     progress: Progress | None = None,
-    inputs_ahead: Callable[[], EditInputs] | None = None,
+    get_inputs: Callable[[], EditInputs] | None = None,
 ) -> EditOutcome:
-    """Reads, edits and writes. Raises InputError naming the file that is at fault; nothing is then written.
+    """Read the files of an edit, edit, and write the results.
 
-    inputs_ahead: gives what `read_inputs` of these files gave, or raises what it raised.
+    Args:
+        editor: stays open.
+        request: the files and options.
+        progress: called with the windows and tiles done and their total.
+        get_inputs: returns what `read_inputs` returns for the request, or raises what it raises; None: read here.
+
+    Raises:
+        SpmDeployError: names the file or option at fault. Nothing has been written then.
     """
-    for path in filter(None, (files.output, files.sheet, files.explain)):
-        images.check_output(path, files.overwrite)
-    inputs = read_inputs(files, editor.classes) if inputs_ahead is None else inputs_ahead()
-    images.check_output_size(files.output, *inputs.mask.shape)
-    result = _edit(editor, files, inputs, tiling, progress)
-    photo = inputs.photo if files.extend is None else _grown(inputs.photo, files.extend)
-    lost = images.write_photo(files.output, replace(photo, pixels=result.image), overwrite=files.overwrite)
-    if files.sheet is not None:
-        from spmdeploy.imaging.contact_sheet import edit_sheet
-
-        sheet = edit_sheet(photo.pixels, inputs.labels, inputs.mask, result.image, editor.classes)
-        images.write_picture(files.sheet, sheet, overwrite=files.overwrite)
-    if files.explain is not None:
-        from spmdeploy.editing.overlay import explain_sheet
-
-        explained = explain_sheet(photo.pixels, inputs.mask, result.report.windows)
-        images.write_picture(files.explain, explained, overwrite=files.overwrite)
+    for path in filter(None, (request.output, request.sheet, request.explain)):
+        images.check_output(path, request.overwrite)
+    inputs = read_inputs(request, editor.classes) if get_inputs is None else get_inputs()
+    images.check_output_size(request.output, *inputs.mask.shape)
+    photo, options = inputs.photo, replace(request.options, dilate=request.dilation)
+    result = editor.edit(
+        photo.pixels,
+        inputs.labels,
+        inputs.mask,
+        inputs.instances,
+        options,
+        windows=None if request.extend is None else _outpaint_windows(inputs, request.extend, editor.session.size),
+        progress=progress,
+        names=_names(request),
+    )
+    lost = images.write_photo(request.output, replace(photo, pixels=result.image), overwrite=request.overwrite)
+    if request.sheet is not None or request.explain is not None:
+        _write_overviews(request, inputs, dilate(inputs.mask, request.dilation), result.image, result.report, editor)
     size = (photo.pixels.shape[1], photo.pixels.shape[0])
     notes = (*photo.notes, *inputs.notes, *lost, *result.report.notes)
-    return EditOutcome(files.output, files.sheet, files.explain, size, result.report, notes)
+    return EditOutcome(request.output, request.sheet, request.explain, size, result.report, notes)
 
 
-def _edit(
-    editor: Editor,
-    files: EditRequest,
-    inputs: EditInputs,
-    tiling: Tiling,
-    progress: Progress | None,
-) -> EditResult:
-    names = InputNames(
-        image=str(files.image),
-        labels=str(files.labels or f"fill {files.fill}"),
-        mask=files.mask_description,
-        instances=str(files.instances),
-    )
-    photo, labels, instances = inputs.photo.pixels, inputs.labels, inputs.instances
-    options: _Options = {
-        "tiling": tiling,
-        "match_surroundings": files.match_surroundings,
-        "progress": progress,
-        "names": names,
-    }
-    if files.extend is not None:
-        return editor.extend(photo, labels, files.extend, instances, **options)
-    return editor.edit(photo, labels, inputs.mask, instances, **options)
+def read_inputs(request: EditRequest, classes: ClassTable) -> EditInputs:
+    """Read the arrays of an edit.
 
-
-class _Options(TypedDict):
-    tiling: Tiling
-    match_surroundings: bool
-    progress: Progress | None
-    names: InputNames
-
-
-def read_inputs(files: EditRequest, classes: ClassTable) -> EditInputs:
-    """The arrays of an edit. Raises InputError, and UsageError where the photo cannot grow as it shall."""
-    photo = images.read_photo(files.image)
-    shape = photo.pixels.shape[:2]
-    if files.extend is not None:
-        check_extension(files.extend, shape, str(files.image))
-        shape = extended_size(shape, files.extend)
-    if files.labels is not None:
-        labels = images.read_labels(files.labels, table=classes)
+    Raises:
+        InputError: a file cannot be read or used.
+        UsageError: the photo cannot be extended as requested, or `fill` is no class.
+    """
+    photo = images.read_photo(request.image)
+    original = photo.pixels.shape
+    if request.extend is not None:
+        check_padding(request.extend, original, str(request.image))
+        photo = _extend_photo(photo, request.extend)
+    if request.labels is not None:
+        labels = images.read_labels(request.labels, table=classes)
     else:
-        labels = np.full(shape, classes.find(str(files.fill)).id, np.uint8)
-    if files.extend is None:
-        mask, notes = _read_mask(files, labels)
+        labels = np.full(photo.pixels.shape[:2], classes.find(str(request.fill)).id, np.uint8)
+    notes: tuple[str, ...] = ()
+    if request.mask is not None:
+        mask, notes = mask_from_file(request.mask, request.mask_threshold, request.mask_alpha)
+    elif request.edited_from is not None:
+        mask = mask_from_changed_labels(labels, request.labels, request.edited_from)
     else:
-        mask, notes = padding_mask(photo.pixels.shape, files.extend), ()
-    instances = None if files.instances is None else images.read_instances(files.instances)
+        assert request.extend is not None
+        mask = mask_from_padding(original, request.extend)
+    instances = None if request.instances is None else images.read_instances(request.instances)
     return EditInputs(photo, labels, mask, instances, notes)
 
 
-def _grown(photo: images.Photo, sides: Padding) -> images.Photo:
+def _names(request: EditRequest) -> InputNames:
+    return InputNames(
+        image=str(request.image),
+        labels=str(request.labels or f"fill {request.fill}"),
+        mask=request.mask_description,
+        instances=str(request.instances),
+        extended=request.extend is not None,
+    )
+
+
+def _extend_photo(photo: images.Photo, padding: Padding) -> images.Photo:
     """The photo on a larger, gray canvas, which is opaque."""
-    place = image_window(photo.pixels.shape, sides).slices
-    size = extended_size(photo.pixels.shape, sides)
-    pixels, alpha = np.full((*size, 3), HIDDEN_GREY, np.uint8), None
-    pixels[place] = photo.pixels
+    alpha = None
     if photo.alpha is not None:
-        alpha = np.full(size, 255, np.uint8)
-        alpha[place] = photo.alpha
-    return replace(photo, pixels=pixels, alpha=alpha)
+        alpha = np.full(extended_size(photo.pixels.shape, padding), 255, np.uint8)
+        alpha[image_window(photo.pixels.shape, padding).slices] = photo.alpha
+    return replace(photo, pixels=extend_canvas(photo.pixels, padding), alpha=alpha)
 
 
-def dilate(mask: NDArray[np.bool_], pixels: int) -> NDArray[np.bool_]:
-    """`mask` and every pixel at most `pixels` rows and columns away from it. mask: bool (H, W)."""
-    for axis in (0, 1):
-        length = mask.shape[axis]
-        sums = np.cumsum(mask, axis=axis, dtype=np.int32)
-        sums = np.concatenate([np.zeros_like(sums.take([0], axis)), sums], axis=axis)
-        first = np.clip(np.arange(length) - pixels, 0, length)
-        end = np.clip(np.arange(length) + pixels + 1, 0, length)
-        mask = sums.take(end, axis) > sums.take(first, axis)
-    return mask
+def _outpaint_windows(inputs: EditInputs, padding: Padding, size: int) -> list[EditWindow]:
+    height, width = inputs.mask.shape
+    original = height - padding.top - padding.bottom, width - padding.left - padding.right
+    return outpaint_windows(original, padding, size)
 
 
-def _read_mask(files: EditRequest, labels: NDArray[np.uint8]) -> images.MaskFile:
-    notes: tuple[str, ...] = ()
-    if files.mask is not None:
-        mask, notes = images.read_mask_file(files.mask, threshold=files.mask_threshold, alpha=files.mask_alpha)
-    else:
-        assert files.edited_from is not None
-        before = images.read_labels(files.edited_from)
-        if before.shape != labels.shape:
-            raise InputError(
-                f"{files.edited_from} is {_size(before)} but {files.labels} is {_size(labels)}; they must match",
-                "give the labels before and after the change of one and the same photo",
-            )
-        mask = before != labels
-        if not mask.any():
-            raise InputError(f"{files.labels} equals {files.edited_from}: nothing to edit", "change some labels first")
-    return images.MaskFile(dilate(mask, files.growth) if files.growth else mask, notes)
+def _write_overviews(
+    request: EditRequest, inputs: EditInputs, mask: Mask, edited: Image, report: EditReport, editor: Editor
+) -> None:
+    """Write the sheet and the explanation, as far as requested."""
+    before = inputs.photo.pixels
+    if request.sheet is not None:
+        from spmdeploy.imaging.contact_sheet import edit_sheet
 
+        sheet = edit_sheet(before, inputs.labels, mask, edited, editor.classes)
+        images.write_picture(request.sheet, sheet, overwrite=request.overwrite)
+    if request.explain is not None:
+        from spmdeploy.editing.overlay import explain_sheet
 
-def _size(array: NDArray[np.uint8]) -> str:
-    return f"{array.shape[1]}×{array.shape[0]}"
+        explained = explain_sheet(before, mask, report.windows)
+        images.write_picture(request.explain, explained, overwrite=request.overwrite)

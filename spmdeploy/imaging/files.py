@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,7 @@ from spmdeploy.files import EXISTS_HINT, atomic_write
 from spmdeploy.imaging.decode import DecodedFile, decode_errors, decode_ids, decode_image
 from spmdeploy.inputs import FilePath
 from spmdeploy.labels import ClassTable
-from spmdeploy.types import Image, Mask
+from spmdeploy.types import Image, Mask, MaskAlpha
 
 Pixels: TypeAlias = NDArray[np.uint8]
 """uint8 (H, W)."""
@@ -170,10 +170,6 @@ def read_instances(path: FilePath, content: bytes | None = None) -> NDArray[np.i
             "save the instance ids as a 16-bit gray PNG",
         )
     return rgb[..., 1].astype(np.int32)
-
-
-MaskAlpha = Literal["opaque", "transparent"]
-"""Which part of an alpha channel is edited."""
 
 
 class MaskFile(NamedTuple):

@@ -5,25 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
 
 import numpy as np
 
 from spmdeploy.tiling.windows import EditWindow, Window
-from spmdeploy.types import NATIVE_SIZE, Mask
+from spmdeploy.types import NATIVE_SIZE, Mask, Padding
 
 # The last pixels before a window's far border, this part of its side, are made once more by the next step: zero padding
 # darkens what the network paints at its borders, and each step would go on from that.
 _AHEAD = 16
-
-
-class Padding(NamedTuple):
-    """Pixels to grow by, on each side."""
-
-    left: int
-    top: int
-    right: int
-    bottom: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,43 +27,43 @@ class OutpaintStep:
     fresh: Window
 
     @property
-    def site(self) -> EditWindow:
-        bottom, right = self.fresh.top + self.fresh.height, self.fresh.left + self.fresh.width
-        return EditWindow(self.window, np.array([[self.fresh.top, self.fresh.left, bottom, right]]))
+    def edit_window(self) -> EditWindow:
+        fresh = self.fresh
+        return EditWindow(self.window, np.array([[fresh.top, fresh.left, fresh.bottom, fresh.right]]))
 
 
-def extended_size(shape: tuple[int, ...], sides: Padding) -> tuple[int, int]:
+def extended_size(shape: tuple[int, ...], padding: Padding) -> tuple[int, int]:
     """Height and width of a photo of that shape, (height, width, ...), grown."""
-    return sides.top + shape[0] + sides.bottom, sides.left + shape[1] + sides.right
+    return padding.top + shape[0] + padding.bottom, padding.left + shape[1] + padding.right
 
 
-def padding_mask(shape: tuple[int, ...], sides: Padding) -> Mask:
+def padding_mask(shape: tuple[int, ...], padding: Padding) -> Mask:
     """bool (H, W) of the grown picture: everything but the photo of that shape."""
-    mask = np.ones(extended_size(shape, sides), np.bool_)
-    mask[image_window(shape, sides).slices] = False
+    mask = np.ones(extended_size(shape, padding), np.bool_)
+    mask[image_window(shape, padding).slices] = False
     return mask
 
 
-def image_window(shape: tuple[int, ...], sides: Padding) -> Window:
+def image_window(shape: tuple[int, ...], padding: Padding) -> Window:
     """Where the photo of that shape lies in the grown picture."""
-    return Window(sides.top, sides.left, shape[0], shape[1])
+    return Window(padding.top, padding.left, shape[0], shape[1])
 
 
-def plan_extension(height: int, width: int, sides: Padding, native: int = NATIVE_SIZE) -> Iterator[OutpaintStep]:
+def plan_extension(height: int, width: int, padding: Padding, native: int = NATIVE_SIZE) -> Iterator[OutpaintStep]:
     """The steps that grow a photo, each beside what is there by then: left and right of it, then above and below.
 
     A window spans the side that grows, but at most twice the photo's depth there and at least `native`; no more than
     half of it is made for good in one step. Its size depends on the photo and not on how far it grows.
     """
-    whole = sides.left + width + sides.right
-    for step in _steps(width, height, sides.left, native):
-        yield _placed(step, width, sides.top, sides.left, mirrored=True, upright=False)
-    for step in _steps(width, height, sides.right, native):
-        yield _placed(step, width, sides.top, sides.left, mirrored=False, upright=False)
-    for step in _steps(height, whole, sides.top, native):
-        yield _placed(step, height, sides.top, 0, mirrored=True, upright=True)
-    for step in _steps(height, whole, sides.bottom, native):
-        yield _placed(step, height, sides.top, 0, mirrored=False, upright=True)
+    whole = padding.left + width + padding.right
+    for step in _steps(width, height, padding.left, native):
+        yield _placed(step, width, padding.top, padding.left, mirrored=True, upright=False)
+    for step in _steps(width, height, padding.right, native):
+        yield _placed(step, width, padding.top, padding.left, mirrored=False, upright=False)
+    for step in _steps(height, whole, padding.top, native):
+        yield _placed(step, height, padding.top, 0, mirrored=True, upright=True)
+    for step in _steps(height, whole, padding.bottom, native):
+        yield _placed(step, height, padding.top, 0, mirrored=False, upright=True)
 
 
 def _steps(depth: int, band: int, length: int, native: int) -> Iterator[OutpaintStep]:
@@ -106,3 +96,8 @@ def _placed(step: OutpaintStep, depth: int, top: int, left: int, *, mirrored: bo
         return Window(top + window.top, left + along, window.height, window.width)
 
     return OutpaintStep(place(step.window), place(step.fresh))
+
+
+def outpaint_windows(shape: tuple[int, ...], padding: Padding, native: int = NATIVE_SIZE) -> list[EditWindow]:
+    """The windows that extend an image of that shape, in their order: each sees what those before have painted."""
+    return [step.edit_window for step in plan_extension(shape[0], shape[1], padding, native)]

@@ -33,9 +33,19 @@ class Window:
     width: int
 
     @property
+    def bottom(self) -> int:
+        """Row after the last."""
+        return self.top + self.height
+
+    @property
+    def right(self) -> int:
+        """Column after the last."""
+        return self.left + self.width
+
+    @property
     def slices(self) -> tuple[slice, slice]:
         """Cuts the window out of any (H, W, ...) array, as a view."""
-        return slice(self.top, self.top + self.height), slice(self.left, self.left + self.width)
+        return slice(self.top, self.bottom), slice(self.left, self.right)
 
     def overlaps(self, other: Window) -> bool:
         """True if the two share at least one pixel."""

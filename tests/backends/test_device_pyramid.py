@@ -70,7 +70,7 @@ def assert_same(one: EditResult, other: EditResult) -> None:
     assert np.array_equal(one.image, other.image)
     for window, expected in zip(one.report.windows, other.report.windows, strict=True):
         assert (window.between_levels, expected.between_levels) == ("device", "host")
-        for level, wanted in zip(window.measured, expected.measured, strict=True):
+        for level, wanted in zip(window.levels, expected.levels, strict=True):
             assert (level.height, level.width, level.tiles) == (wanted.height, wanted.width, wanted.tiles)
             assert (level.refined, level.seam_score) == (wanted.refined, wanted.seam_score)
             assert (level.tile_mismatch is None) == (wanted.tile_mismatch is None)
@@ -129,7 +129,7 @@ def test_cascade_of_levels_smaller_than_a_tile_equals_the_hosts(
 def test_cascade_of_a_smooth_photo_is_enlarged(gpu: SimulatedGpu, session: TensorRtSession) -> None:
     found, expected = (edit(one, 75, 90, smooth=True) for one in (session, OnHost(session)))
     assert_same(found, expected)
-    assert not any(level.refined for window in found.report.windows for level in window.measured)
+    assert not any(level.refined for window in found.report.windows for level in window.levels)
 
 
 def test_cascade_copies_images_to_the_host_at_the_end_only(gpu: SimulatedGpu, session: TensorRtSession) -> None:
@@ -138,17 +138,17 @@ def test_cascade_copies_images_to_the_host_at_the_end_only(gpu: SimulatedGpu, se
     gpu.calls.clear()
     gpu.copied.clear()
     (window,) = edit(session, 75, 90, batch_size=4).report.windows
-    assert len(window.levels) == 3
+    assert len(window.plan.levels) == 3
     back = [size for function, size in gpu.copied if function == "cuMemcpyDtoHAsync"]
-    canvases = sum(math.prod(level.extent) * 12 for level in window.levels)
-    planes = sum(level.region.height * level.region.width * 4 for level in window.levels)
+    canvases = sum(math.prod(level.extent) * 12 for level in window.plan.levels)
+    planes = sum(level.region.height * level.region.width * 4 for level in window.plan.levels)
     assert sum(back) == canvases + planes
     places = [number for number, call in enumerate(gpu.calls) if call == "cuMemcpyDtoHAsync"]
     work = {"kernel cut", "kernel blend", "kernel compare", "kernel resample", "execute_async_v3", "cuGraphLaunch"}
     assert max(number for number, call in enumerate(gpu.calls) if call in work) < places[0]
 
     batches = [1] + [
-        min(4, len(level.tiles) - start) for level in window.levels for start in range(0, len(level.tiles), 4)
+        min(4, len(level.tiles) - start) for level in window.plan.levels for start in range(0, len(level.tiles), 4)
     ]
     sent = [size for function, size in gpu.copied if function == "cuMemcpyHtoDAsync"]
     pixels = SIZE * SIZE

@@ -14,7 +14,7 @@ from spmdeploy.assets.samples import SAMPLE_EDITS
 from spmdeploy.backends import onnxruntime as ort
 from spmdeploy.backends import registry as session
 from spmdeploy.bundle.bundle import open_bundle
-from spmdeploy.editing import run as run_edit_files
+from spmdeploy.editing import run
 from spmdeploy.errors import BundleError, UnavailableError
 from spmdeploy.imaging import files as images
 
@@ -80,7 +80,7 @@ def test_what_goes_wrong_aside_is_told_as_ever(raised: BaseException, tmp_path: 
     def read_inputs(*arguments: object) -> None:
         raise raised
 
-    monkeypatch.setattr(run_edit_files, "read_inputs", read_inputs)
+    monkeypatch.setattr(run, "read_inputs", read_inputs)
     code = {KeyboardInterrupt: 130, MemoryError: 8}.get(type(raised), 1)
     assert cli.main(words(tmp_path / "o.png")) == code
     assert not list(tmp_path.iterdir())

@@ -113,9 +113,9 @@ def test_csv_and_jsonl_say_the_same(folder: Path) -> None:
     out = folder / "out"
     from_csv = read_manifest(csv(folder, *lines, heading=heading), out)
     assert from_csv == read_manifest(jsonl(folder, *rows), out)
-    files = [item.files for item in from_csv]
+    files = [item.request for item in from_csv]
     assert files[0] is not None and files[0].image == folder / "a.png" and files[0].output == out / "a.png"
-    assert files[1] is not None and files[1].grow == 2 and files[1].output == out / "deep/b.webp"
+    assert files[1] is not None and files[1].options.dilate == 2 and files[1].output == out / "deep/b.webp"
     assert not list(out.iterdir())  # reading makes nothing
 
 
@@ -127,7 +127,7 @@ def test_names_may_hold_what_csv_and_json_can_quote(folder: Path) -> None:
         jsonl(folder, {"image": name, "labels": "labels.png", "mask": "mask.png"}),
     ):
         (item,) = read_manifest(manifest, folder / "out")
-        assert item.files is not None and item.files.image == folder / name
+        assert item.request is not None and item.request.image == folder / name
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_outputs_stay_in_the_output_folder(output: str, folder: Path) -> None:
     (folder / "out/link").symlink_to(folder)
     row = {"image": "a.png", "labels": "labels.png", "mask": "mask.png", "output": output}
     (item,) = read_manifest(jsonl(folder, row), folder / "out")
-    assert item.files is None and item.fault is not None and "leads out of the output folder" in item.fault.problem
+    assert item.request is None and item.error is not None and "leads out of the output folder" in item.error.problem
 
 
 # ---------------------------------------------------------------------------------------------------------- running

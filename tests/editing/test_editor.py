@@ -359,7 +359,10 @@ def test_the_report_says_what_ran_and_is_plain_json() -> None:
     mask[500, 100] = True
     mask[200:800, 1000:1600] = True
     report = edit(noise(1000, 2000), labels_for(mask), mask).report
-    assert [entry.site.window for entry in report.windows] == [Window(50, 850, 900, 900), Window(373, 0, 256, 256)]
+    assert [entry.window for entry in report.windows] == [
+        Window(50, 850, 900, 900),
+        Window(373, 0, 256, 256),
+    ]
     missing, lost = report.notes
     assert "the model has no refine graph; export it again" in missing
     assert lost == "window 1 of 2 is 900×900 pixels and is edited at 256×256: detail is lost"
@@ -377,7 +380,7 @@ def test_a_window_a_little_larger_than_the_model_is_no_reason_for_a_note() -> No
     mask = np.zeros((1000, 1000), bool)
     mask[400:650, 400:650] = True
     report = edit(noise(1000, 1000), labels_for(mask), mask).report
-    assert report.windows[0].site.window.height == 375 and report.notes == ()
+    assert report.windows[0].window.height == 375 and report.notes == ()
 
 
 def test_the_session_is_closed_with_the_editor() -> None:
@@ -468,7 +471,7 @@ def test_surroundings_are_matched_on_request_only(side: int) -> None:
         return np.full_like(image, 80)
 
     plain, matched = (edit(photo, labels, mask, darker, feather=0, match_surroundings=asked) for asked in (False, True))
-    assert plain.image[mask].max() <= 80 and not plain.report.match_surroundings
+    assert plain.image[mask].max() <= 80 and not plain.report.options.match_surroundings
     assert matched.image.min() >= 97 and matched.report.to_json()["match_surroundings"]
 
 

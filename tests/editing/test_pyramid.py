@@ -16,15 +16,14 @@ from spmdeploy.backends.base import Unsupported
 from spmdeploy.editing.editor import Editor, EditResult
 from spmdeploy.editing.preprocess import EditRegion
 from spmdeploy.editing.pyramid import coarse_canvas, refine_on_host
-from spmdeploy.editing.report import report_notes
-from spmdeploy.editing.timing import PhaseTimer
+from spmdeploy.editing.report import PhaseTimer, report_notes
 from spmdeploy.errors import BundleError, InputError, UsageError
 from spmdeploy.labels import ClassTable, LabelClass
 from spmdeploy.tiling.letterbox import fit_letterbox
-from spmdeploy.tiling.outpaint import Padding, extended_size, padding_mask
+from spmdeploy.tiling.outpaint import extended_size, padding_mask
 from spmdeploy.tiling.pyramid import plan_pyramid
 from spmdeploy.tiling.windows import Window, full_window, plan_windows
-from spmdeploy.types import ModelInput
+from spmdeploy.types import ModelInput, Padding
 
 quick = settings(max_examples=25, deadline=None)
 CLASSES = ClassTable("four", tuple(LabelClass(i, f"class {i}", (i, i, i)) for i in range(4)), 255)
@@ -175,7 +174,7 @@ def test_tiles_see_the_photo_as_it_is_and_labels_of_their_own_pixels() -> None:
     session = Watching(64, image.reshape(-1, 3))
     result = edit(session, image, mask, batch_size=1)
     (entry,) = result.report.windows
-    last = entry.levels[-1]
+    last = entry.plan.levels[-1]
     top, left = last.window.top + last.tiles[-1].top, last.window.left + last.tiles[-1].left
     place = np.s_[top : top + 64, left : left + 64]
     seen_image, _, seen_instances, seen_mask, _ = session.seen
@@ -194,7 +193,7 @@ def test_tiles_go_through_in_batches_of_one_level() -> None:
     told: list[tuple[int, int]] = []
     report = edit(session, noise(400, 400), mask, batch_size=4, progress=lambda *at: told.append(at)).report
     (entry,) = report.windows
-    counts = [len(level.tiles) for level in entry.levels]
+    counts = [len(level.tiles) for level in entry.plan.levels]
     assert session.batches == [size for count in counts for size in [4] * (count // 4) + [count % 4] * (count % 4 > 0)]
     assert report.tiles == sum(counts) and report.batches == 1 + len(session.batches)
     total = 1 + sum(counts)
@@ -253,7 +252,7 @@ def two_holes() -> np.ndarray:
 def test_auto_cascades_windows_beyond_the_limit_only() -> None:
     report = edit(Session(256), noise(1000, 2000), two_holes(), tiling="auto").report
     assert (report.tiling, report.tiling_reason) == ("cascade", "1 of 2 windows larger than 384 pixels")
-    assert [(len(entry.levels), entry.scale) for entry in report.windows] == [(0, 1.0), (1, 1.0)]
+    assert [(len(entry.plan.levels), entry.scale) for entry in report.windows] == [(0, 1.0), (1, 1.0)]
     assert report.notes == ()
 
 
@@ -278,7 +277,7 @@ def test_without_a_refine_graph_auto_crops_and_says_so() -> None:
     assert report.tiling == "crop"
     assert report.tiling_reason == "1 of 2 windows larger than 384 pixels, but the model has no refine graph"
     assert report.notes == (
-        "1 of 2 windows larger than 384 pixels are not carried up to their own size: the model has no refine graph; "
+        "1 of 2 windows larger than 384 pixels are not refined at full resolution: the model has no refine graph; "
         "export it again",
         "window 2 of 2 is 600×600 pixels and is edited at 256×256: detail is lost",
     )
@@ -333,8 +332,8 @@ def test_tiles_that_differ_show_it_as_mismatch() -> None:
     black = np.zeros((1, 3), np.uint8)
     (agreeing,) = edit(Session(64, black), noise(200, 110), mask).report.windows
     (differing,) = edit(Flickering(64, black), noise(200, 110), mask).report.windows
-    assert [level.tile_mismatch for level in agreeing.measured] == [0, 0]
-    assert all((level.tile_mismatch or 0) >= 10 for level in differing.measured)
+    assert [level.tile_mismatch for level in agreeing.levels] == [0, 0]
+    assert all((level.tile_mismatch or 0) >= 10 for level in differing.levels)
 
 
 def test_borders_that_show_and_tiles_that_disagree_are_told() -> None:
@@ -343,8 +342,8 @@ def test_borders_that_show_and_tiles_that_disagree_are_told() -> None:
     (plain,) = edit(Session(64), noise(400, 400), mask).report.windows
 
     def notes(seam_score: float, tile_mismatch: float) -> tuple[str, ...]:
-        last = replace(plain.measured[-1], seam_score=seam_score, tile_mismatch=tile_mismatch)
-        return report_notes([replace(plain, measured=(*plain.measured[:-1], last))])
+        last = replace(plain.levels[-1], seam_score=seam_score, tile_mismatch=tile_mismatch)
+        return report_notes([replace(plain, levels=(*plain.levels[:-1], last))])
 
     assert report_notes([plain]) == () == notes(2.0, 12.0)
     assert notes(2.14, 3) == ("window 1 of 1: steps at the borders of tiles exceed others by 2.1 gray levels",)
@@ -364,11 +363,11 @@ def test_a_level_of_a_smooth_photo_is_enlarged_and_not_refined() -> None:
     (all_refined,) = edit(sharp, fine, mask).report.windows
     result = edit(smooth, blurred, mask)
     (window,) = result.report.windows
-    assert [level.refined for level in all_refined.measured] == [True, True, True]
-    assert [level.refined for level in window.measured] == [True, True, False]
-    assert sum(smooth.batches) == sum(level.tiles for level in window.measured[:2])
+    assert [level.refined for level in all_refined.levels] == [True, True, True]
+    assert [level.refined for level in window.levels] == [True, True, False]
+    assert sum(smooth.batches) == sum(level.tiles for level in window.levels[:2])
     assert result.report.notes == (
-        "window 1 of 1: 1 of its 3 doublings is enlarged only: the photo is smooth at that size",
+        "window 1 of 1: 1 of its 3 levels is only upsampled: the photo is smooth at that size",
     )
     assert np.array_equal(result.image[~mask], blurred[~mask])
 
@@ -378,7 +377,7 @@ def test_windows_that_are_carried_up_one_after_the_other_keep_apart() -> None:
     mask[200:500, 200:500] = mask[200:500, 1300:1600] = True
     image = noise(700, 1800)
     result = edit(Session(256, image.reshape(-1, 3)), image, mask)
-    assert [entry.site.window for entry in result.report.windows] == [
+    assert [entry.window for entry in result.report.windows] == [
         Window(125, 125, 450, 450),
         Window(125, 1225, 450, 450),
     ]
@@ -449,14 +448,18 @@ def test_steps_cost_the_same_however_far_a_picture_grows() -> None:
         extend(Session(64), photo, Padding(0, 0, length, 0), progress=lambda *at: told.append(at)).report
         for length in (96, 960)
     )
-    assert {entry.frame.height for entry in near.windows} == {entry.frame.height for entry in far.windows} == {64}
+    assert (
+        {entry.plan.letterbox.height for entry in near.windows}
+        == {entry.plan.letterbox.height for entry in far.windows}
+        == {64}
+    )
     assert (len(near.windows), len(far.windows)) == (3, 30)
     assert told[-1] == (30, 30) and told[0] == (0, 3)
 
 
 def test_the_report_of_an_extension_names_windows_of_the_grown_picture() -> None:
     report = extend(Session(64), noise(100, 100), Padding(0, 0, 120, 0)).report
-    assert [entry.site.window for entry in report.windows] == [Window(0, left, 100, 100) for left in (46, 86, 120)]
+    assert [entry.window for entry in report.windows] == [Window(0, left, 100, 100) for left in (46, 86, 120)]
     assert (report.tiling, report.tiling_reason) == ("cascade", "3 of 3 windows larger than 96 pixels")
 
 

@@ -15,19 +15,20 @@ from PIL import Image
 
 from spmdeploy.backends.base import Unsupported
 from spmdeploy.editing.editor import Editor
-from spmdeploy.editing.options import DEFAULT_DILATION, EditRequest, parse_padding
+from spmdeploy.editing.masks import dilate
+from spmdeploy.editing.options import DEFAULT_DILATION, EditOptions, EditRequest, parse_padding
 from spmdeploy.editing.overlay import explain_sheet
+from spmdeploy.editing.plan import PlannedWindow
 from spmdeploy.editing.report import WindowReport
-from spmdeploy.editing.run import dilate, read_inputs, run_edit_files
+from spmdeploy.editing.run import read_inputs, run_edit
 from spmdeploy.errors import InputError, UsageError
 from spmdeploy.imaging.contact_sheet import CELL_SIDE, edit_sheet, sheet
 from spmdeploy.imaging.files import read_photo
 from spmdeploy.labels import class_table
 from spmdeploy.tiling.letterbox import fit_letterbox
-from spmdeploy.tiling.outpaint import Padding
 from spmdeploy.tiling.pyramid import plan_pyramid
 from spmdeploy.tiling.windows import plan_windows
-from spmdeploy.types import ModelInput
+from spmdeploy.types import ModelInput, Padding
 
 
 class Gray:
@@ -72,7 +73,10 @@ def files(tmp_path: Path) -> EditRequest:
 
 
 def changed(files: EditRequest, **changes: Any) -> EditRequest:
-    return dataclasses.replace(files, **changes)
+    """Changes of the request, and of its options by their own names."""
+    names = {one.name for one in dataclasses.fields(EditOptions)}
+    options = {name: changes.pop(name) for name in names & set(changes)}
+    return dataclasses.replace(files, **changes, options=dataclasses.replace(files.options, **options))
 
 
 # ------------------------------------------------------------------------------------------------- growing the mask
@@ -100,9 +104,9 @@ def test_growing_reaches_so_many_rows_and_columns(
 
 def test_how_much_a_mask_grows(files: EditRequest) -> None:
     from_changes = {"mask": None, "edited_from": files.image}
-    assert files.growth == 0 and changed(files, grow=3).growth == 3
-    assert changed(files, **from_changes).growth == DEFAULT_DILATION
-    assert changed(files, grow=0, **from_changes).growth == 0
+    assert files.dilation == 0 and changed(files, dilate=3).dilation == 3
+    assert changed(files, **from_changes).dilation == DEFAULT_DILATION
+    assert changed(files, dilate=0, **from_changes).dilation == 0
 
 
 # -------------------------------------------------------------------------------------------- what contradicts itself
@@ -117,10 +121,10 @@ def test_how_much_a_mask_grows(files: EditRequest) -> None:
         ({"mask": None}, "one of mask, edited_from and extend"),
         ({"edited_from": Path("l.png")}, "one of mask, edited_from and extend"),
         ({"extend": Padding(1, 0, 0, 0)}, "one of mask, edited_from and extend"),
-        ({"mask": None, "extend": Padding(1, 0, 0, 0), "grow": 2}, "grow enlarges a mask"),
+        ({"mask": None, "extend": Padding(1, 0, 0, 0), "dilate": 2}, "grow enlarges a mask"),
         ({"mask": None, "edited_from": Path("l.png"), "labels": None, "fill": "road"}, "edited_from needs labels"),
-        ({"grow": -1}, "grow is -1"),
-        ({"grow": 1025}, "grow is 1025"),
+        ({"dilate": -1}, "grow is -1"),
+        ({"dilate": 1025}, "grow is 1025"),
     ],
 )
 def test_options_that_contradict_each_other(changes: dict[str, Any], words: str, files: EditRequest) -> None:
@@ -154,7 +158,7 @@ def test_orientation_profile_and_labels_of_a_turned_photo(files: EditRequest, tm
     exif[0x010F] = "a maker"
     stored = np.rot90(np.asarray(Image.open(files.image).convert("RGB"))).copy()
     turned = save(tmp_path / "turned.png", stored, exif=exif)
-    done = run_edit_files(editor(), changed(files, image=turned))
+    done = run_edit(editor(), changed(files, image=turned))
     assert done.size == (30, 20)
     assert any("turned upright" in note for note in done.notes)
     with Image.open(files.output) as written, Image.open(files.image) as original:
@@ -166,7 +170,7 @@ def test_orientation_profile_and_labels_of_a_turned_photo(files: EditRequest, tm
 def test_a_failed_edit_writes_nothing(failure: Exception, files: EditRequest, tmp_path: Path) -> None:
     before = sorted(tmp_path.iterdir())
     with pytest.raises(type(failure)):
-        run_edit_files(editor(failure), changed(files, sheet=tmp_path / "sheet.png", explain=tmp_path / "tiles.png"))
+        run_edit(editor(failure), changed(files, sheet=tmp_path / "sheet.png", explain=tmp_path / "tiles.png"))
     assert sorted(tmp_path.iterdir()) == before
 
 
@@ -187,7 +191,7 @@ def test_ctrl_c_between_the_tiles_of_a_cascade_leaves_what_was_there(files: Edit
     (tmp_path / "edited.png").write_bytes(b"an earlier edit")
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(KeyboardInterrupt):
-        run_edit_files(Editor(session, class_table("street")), changed(files, overwrite=True), "cascade")  # type: ignore[arg-type]
+        run_edit(Editor(session, class_table("street")), changed(files, overwrite=True, tiling="cascade"))  # type: ignore[arg-type]
     assert session.calls == 2
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
@@ -195,12 +199,12 @@ def test_ctrl_c_between_the_tiles_of_a_cascade_leaves_what_was_there(files: Edit
 @pytest.mark.parametrize("kind", ["sheet", "explain"])
 def test_further_pictures_are_checked_before_the_work(kind: str, files: EditRequest, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="absent"):
-        run_edit_files(editor(), changed(files, **{kind: tmp_path / "absent" / "picture.png"}))
+        run_edit(editor(), changed(files, **{kind: tmp_path / "absent" / "picture.png"}))
     assert not files.output.exists()
 
 
 def test_further_pictures_are_written_beside_the_edit(files: EditRequest, tmp_path: Path) -> None:
-    done = run_edit_files(editor(), changed(files, sheet=tmp_path / "sheet.png", explain=tmp_path / "tiles.png"))
+    done = run_edit(editor(), changed(files, sheet=tmp_path / "sheet.png", explain=tmp_path / "tiles.png"))
     assert done.to_json()["sheet"] == str(tmp_path / "sheet.png")
     assert done.to_json()["explain"] == str(tmp_path / "tiles.png")
     assert read_photo(tmp_path / "sheet.png").pixels.shape != read_photo(tmp_path / "tiles.png").pixels.shape
@@ -209,7 +213,7 @@ def test_further_pictures_are_written_beside_the_edit(files: EditRequest, tmp_pa
 def test_labels_of_another_size_than_those_before(files: EditRequest, tmp_path: Path) -> None:
     before = save(tmp_path / "before.png", np.zeros((20, 31), np.uint8))
     with pytest.raises(InputError, match=r"before.png is 31×20 but .*labels.png is 30×20"):
-        run_edit_files(editor(), changed(files, mask=None, edited_from=before))
+        run_edit(editor(), changed(files, mask=None, edited_from=before))
 
 
 # --------------------------------------------------------------------------------------------------------- extensions
@@ -224,7 +228,7 @@ def test_a_photo_grows_with_everything_beside_its_pixels(files: EditRequest, tmp
     exif = Image.Exif()
     exif[0x010F] = "a maker"
     see_through = save(tmp_path / "see_through.png", rgba, exif=exif)
-    done = run_edit_files(editor(), extension(files, 3, 0, 5, 7, image=see_through))
+    done = run_edit(editor(), extension(files, 3, 0, 5, 7, image=see_through))
     assert done.size == (38, 27)
     with Image.open(files.output) as written:
         assert written.getexif()[0x010F] == "a maker"
@@ -238,25 +242,25 @@ def test_a_photo_grows_with_everything_beside_its_pixels(files: EditRequest, tmp
 def test_an_extension_by_a_label_map_of_the_grown_size(files: EditRequest, tmp_path: Path) -> None:
     labels = save(tmp_path / "grown.png", np.full((20, 40), 3, np.uint8))
     pictures = {"sheet": tmp_path / "sheet.png", "explain": tmp_path / "tiles.png"}
-    done = run_edit_files(editor(), changed(files, mask=None, labels=labels, extend=Padding(10, 0, 0, 0), **pictures))
+    done = run_edit(editor(), changed(files, mask=None, labels=labels, extend=Padding(10, 0, 0, 0), **pictures))
     assert done.size == (40, 20) and all(path.exists() for path in pictures.values())
     assert [window["width"] for window in done.to_json()["report"]["windows"]] == [40]
 
 
 def test_labels_of_the_photos_own_size_are_not_enough_for_an_extension(files: EditRequest) -> None:
     with pytest.raises(InputError, match=r"labels.png: 30×20, but .*photo.png grows to 40×20"):
-        run_edit_files(editor(), changed(files, mask=None, extend=Padding(10, 0, 0, 0)))
+        run_edit(editor(), changed(files, mask=None, extend=Padding(10, 0, 0, 0)))
 
 
 def test_absurd_extensions_are_refused_before_memory_is_asked_for(files: EditRequest) -> None:
     with pytest.raises(UsageError, match="grow to 2000000028×20"):
-        run_edit_files(editor(), extension(files, 999_999_999, 0, 999_999_999, 0))
+        run_edit(editor(), extension(files, 999_999_999, 0, 999_999_999, 0))
 
 
 def test_a_format_that_cannot_hold_the_grown_picture_is_refused_before_the_work(files: EditRequest) -> None:
     never = editor(AssertionError("the session ran"))
     with pytest.raises(InputError, match="WebP holds at most 16383 pixels a side, not 17030"):
-        run_edit_files(never, extension(files, 17_000, 0, 0, 0, output=files.output.with_suffix(".webp")))
+        run_edit(never, extension(files, 17_000, 0, 0, 0, output=files.output.with_suffix(".webp")))
 
 
 @pytest.mark.parametrize("text", ["0,0,256,0", "0 0 256 0", " 0, 0, 256, 0 "])
@@ -289,13 +293,13 @@ def test_the_explanation_shows_windows_and_the_tiles_of_every_size() -> None:
     small, large = sorted(plan_windows(mask), key=lambda site: site.window.width)
     levels = plan_pyramid(large.window, large.mask_of(mask))
     windows = [
-        WindowReport(small, fit_letterbox(small.window)),
-        WindowReport(large, fit_letterbox(large.window), levels),
+        WindowReport(PlannedWindow(small, fit_letterbox(small.window))),
+        WindowReport(PlannedWindow(large, fit_letterbox(large.window), levels)),
     ]
     photo = np.zeros((900, 1300, 3), np.uint8)
     picture = explain_sheet(photo, mask, windows)
     at_once, carried_up, tile = (255, 190, 0), (255, 255, 255), (0, 200, 255)
-    assert [len(window.levels) for window in windows] == [0, 2]
+    assert [len(window.plan.levels) for window in windows] == [0, 2]
     for color in (at_once, carried_up, tile):
         assert (picture == color).all(axis=2).any(), color
     alone = explain_sheet(photo, mask, windows[:1])
@@ -304,7 +308,7 @@ def test_the_explanation_shows_windows_and_the_tiles_of_every_size() -> None:
 
 def test_explaining_a_photo_of_a_pixel_or_two() -> None:
     mask = np.array([[True, False]])
-    windows = [WindowReport(site, fit_letterbox(site.window)) for site in plan_windows(mask)]
+    windows = [WindowReport(PlannedWindow(site, fit_letterbox(site.window))) for site in plan_windows(mask)]
     assert explain_sheet(np.zeros((1, 2, 3), np.uint8), mask, windows).ndim == 3
 
 

@@ -6,8 +6,9 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spmdeploy.tiling.outpaint import OutpaintStep, Padding, plan_extension
+from spmdeploy.tiling.outpaint import OutpaintStep, plan_extension
 from spmdeploy.tiling.windows import Window
+from spmdeploy.types import Padding
 
 quick = settings(max_examples=150, deadline=None)
 lengths = st.sampled_from([0, 0, 1, 7, 40, 150, 333])

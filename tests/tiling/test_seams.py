@@ -57,7 +57,7 @@ def test_borders_of_tiles_do_not_show(name: str, editor: Editor) -> None:
     finally:
         torch.set_num_threads(threads)
     (window,) = report.windows
-    last = window.measured[-1]
+    last = window.levels[-1]
     assert last.tiles >= 3 and last.seam_score is not None
     assert last.seam_score <= LAST_LEVEL_AT_MOST < SEAM_SCORE_LIMIT
     assert not any("borders of tiles" in note for note in report.notes)
