@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import io
 import os
+import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -304,7 +305,14 @@ def inference_session(library: Any, graph: Graph, options: Any, providers: list[
     if isinstance(graph, Path):
         return library.InferenceSession(str(graph), options, providers=providers, **without)
     names, contents = list(graph.weights), list(graph.weights.values())
-    if names:  # from onnxruntime 1.24 on
+    if names and not hasattr(options, "add_external_initializers_from_files_in_memory"):  # before onnxruntime 1.24
+        with tempfile.TemporaryDirectory(prefix="spmdeploy-") as folder:
+            for name, content in {**graph.weights, "graph.onnx": graph.content}.items():
+                path = Path(folder, name)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(content)
+            return library.InferenceSession(str(path), options, providers=providers, **without)
+    if names:
         options.add_external_initializers_from_files_in_memory(names, contents, [len(content) for content in contents])
     return library.InferenceSession(graph.content, options, providers=providers, **without)
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TypeVar
@@ -117,7 +117,7 @@ def run_bench(options: Options, progress: Progress = lambda step, share: None) -
         rows = [_add_roofline(row, bundle, rates) for row in rows]
         return Record(
             spmdeploy=__version__,
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             subject=_subject(bundle, options.preset),
             protocol=_methodology(options),
             machine=machine,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 
 import spmdeploy
 from spmdeploy.assets.samples import SAMPLE_EDITS
@@ -49,6 +48,7 @@ def editor() -> Editor:
     "name", [pytest.param(name, marks=[pytest.mark.slow] if name in MASKS[2:] else []) for name in MASKS]
 )
 def test_borders_of_tiles_do_not_show(name: str, editor: Editor) -> None:
+    torch = pytest.importorskip("torch")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # under a load, threads that wait for each other take ten times as long
     try:
