@@ -11,7 +11,6 @@ RUN/best/                the same for the lowest validation figure
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import pickle
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from filelock import FileLock, Timeout
 
 from spmdeploy.errors import InputError, UsageError
 from spmdeploy.files import atomic_write
@@ -55,16 +55,16 @@ class RunDirectory:
         A launcher that is killed leaves its workers behind: a second run beside them would mix two into one folder.
         Raises UsageError when somebody is there already.
         """
-        folder = os.open(self.path, os.O_RDONLY)
+        lock = FileLock(self.path / ".lock", blocking=False)
         try:
-            try:
-                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                problem = f"another process is training in {self.path}"
-                raise UsageError(problem, "wait for its end or end it; workers outlive a killed torchrun") from error
+            lock.acquire()
+        except Timeout as error:
+            problem = f"another process is training in {self.path}"
+            raise UsageError(problem, "wait for its end or end it; workers outlive a killed torchrun") from error
+        try:
             yield
         finally:
-            os.close(folder)
+            lock.release()
 
     def config(self) -> TrainConfig:
         """The run's configuration. Raises InputError when there is none."""

@@ -41,6 +41,7 @@ def case(name: str, photo: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, 
 
 @pytest.fixture(scope="module")
 def editor() -> Editor:
+    pytest.importorskip("torch")
     return spmdeploy.open_editor(backend="torch")
 
 
@@ -48,7 +49,8 @@ def editor() -> Editor:
     "name", [pytest.param(name, marks=[pytest.mark.slow] if name in MASKS[2:] else []) for name in MASKS]
 )
 def test_borders_of_tiles_do_not_show(name: str, editor: Editor) -> None:
-    torch = pytest.importorskip("torch")
+    import torch
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # under a load, threads that wait for each other take ten times as long
     try:
