@@ -22,7 +22,7 @@ from scenes import NIGHT, SKY, STREET, camvid, ellipses, write_results, write_sh
 import spmdeploy
 from spmdeploy.editing.editor import Editor
 from spmdeploy.imaging.contact_sheet import with_mask
-from spmdeploy.imaging.files import write_picture
+from spmdeploy.imaging.files import write_image
 from spmdeploy.labels import class_table
 from spmdeploy.model.deploy import COLOR_BLOCK
 
@@ -51,7 +51,7 @@ def main() -> None:
             if options.images:
                 options.images.mkdir(parents=True, exist_ok=True)
                 file = f"{name}_{variant}.png".replace(" ", "_")
-                write_picture(options.images / file, result.image, overwrite=True)
+                write_image(options.images / file, result.image, overwrite=True)
             (window,) = result.report.windows
             rows.setdefault(name, {})[variant] = [level.to_json() for level in window.levels]
             print(name, variant, rows[name][variant], flush=True)

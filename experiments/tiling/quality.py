@@ -35,7 +35,7 @@ from scenes import (
 import spmdeploy
 from spmdeploy.editing.editor import Editor
 from spmdeploy.editing.preprocess import EditRegion
-from spmdeploy.imaging.files import write_picture
+from spmdeploy.imaging.files import write_image
 from spmdeploy.imaging.resize import resize_labels, resize_mask_conservative, resize_photo
 from spmdeploy.labels import class_table
 from spmdeploy.model.deploy import COLOR_BLOCK
@@ -70,7 +70,7 @@ def main() -> None:
                 if options.images:
                     options.images.mkdir(parents=True, exist_ok=True)
                     file = options.images / f"{name} {part} {method}.png".replace(" ", "_")
-                    write_picture(file, found, overwrite=True)
+                    write_image(file, found, overwrite=True)
     command = "python experiments/tiling/quality.py --data CAMVID --model WEIGHTS --output FILE"
     write_results(options.output, "quality", options.model, means(rows), command=command, photos=options.photos)
     for row in means(rows):

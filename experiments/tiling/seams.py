@@ -38,7 +38,7 @@ from spmdeploy.editing import pyramid as cascade
 from spmdeploy.editing.preprocess import EditRegion, model_input, stacked
 from spmdeploy.editing.pyramid import coarse_canvas, refine_on_host
 from spmdeploy.editing.report import PhaseTimer
-from spmdeploy.imaging.files import write_picture
+from spmdeploy.imaging.files import write_image
 from spmdeploy.imaging.resize import resize_labels, resize_photo
 from spmdeploy.model.deploy import COLOR_BLOCK
 from spmdeploy.tiling import pyramid as geometry
@@ -126,7 +126,7 @@ def main() -> None:
             if options.images and row["distance"] is not None:
                 options.images.mkdir(parents=True, exist_ok=True)
                 file = options.images / f"{name}_{variant.replace(' ', '_').replace(',', '')}.png"
-                write_picture(file, np.rint(image).astype(np.uint8), overwrite=True)
+                write_image(file, np.rint(image).astype(np.uint8), overwrite=True)
             if name == SKY and variant in SHEET_VARIANTS:
                 sheet[variant] = np.rint(image).astype(np.uint8)
     if options.sheet:

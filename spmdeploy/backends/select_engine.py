@@ -184,7 +184,7 @@ def _verify_once(engine: StoredEngine, verify: Callable[[], list[GoldenResult]],
     results = verify()
     verification = _verification(results, here)
     lost = _keep(engine, verification)
-    faults = [f"{result.name}: {fault}" for result in results for fault in result.faults]
+    faults = [f"{result.name}: {fault}" for result in results for fault in result.problems]
     if faults:
         raise VerificationError(
             f"{engine.path} does not give the pictures that it should: {'; '.join(faults)}",
@@ -194,7 +194,7 @@ def _verify_once(engine: StoredEngine, verify: Callable[[], list[GoldenResult]],
 
 
 def _verification(results: list[GoldenResult], gpu: str) -> Verification:
-    drifts = [result.drift for result in results]
+    drifts = [result.deviation for result in results]
     worst = min(drifts, key=lambda drift: drift.psnr_db).to_json()["psnr_db"]
     return Verification(
         passed=all(result.passed for result in results),

@@ -53,7 +53,7 @@ class Deviation:
     psnr_db: float
     """Infinite for equal pictures."""
 
-    def faults(self, limits: ParityLimits) -> list[str]:
+    def problems(self, limits: ParityLimits) -> list[str]:
         """What exceeds the limits, in words; empty when nothing does."""
         return [
             text
@@ -77,21 +77,21 @@ class GoldenResult:
 
     name: str
     """That of the edit, or NAME refined."""
-    drift: Deviation
+    deviation: Deviation
     known_pixels_intact: bool
-    faults: tuple[str, ...]
+    problems: tuple[str, ...]
 
     @property
     def passed(self) -> bool:
-        return not self.faults
+        return not self.problems
 
     def to_json(self) -> dict[str, Any]:
         return {
             "name": self.name,
             "passed": self.passed,
-            **self.drift.to_json(),
+            **self.deviation.to_json(),
             "known_pixels_intact": self.known_pixels_intact,
-            "faults": list(self.faults),
+            "faults": list(self.problems),
         }
 
 
@@ -138,7 +138,7 @@ def measure_deviation(picture: NDArray[np.uint8], reference: NDArray[np.uint8], 
 def run_golden(session: Backend, golden: GoldenSample, name: str, limits: ParityLimits) -> GoldenResult:
     """Runs one golden edit and judges the result."""
     edited = session.run(golden.inputs)
-    return judge(edited, golden.expected, golden, name, limits)
+    return compare_with_golden(edited, golden.expected, golden, name, limits)
 
 
 def run_golden_refine(session: Backend, golden: GoldenSample, name: str, limits: ParityLimits) -> GoldenResult:
@@ -146,10 +146,10 @@ def run_golden_refine(session: Backend, golden: GoldenSample, name: str, limits:
     assert golden.refined is not None, name
     unrounded = session.refine(golden.inputs, golden.coarse)
     refined = np.clip(np.rint(unrounded), 0, 255).astype(np.uint8)
-    return judge(refined, golden.refined, golden, f"{name} refined", limits)
+    return compare_with_golden(refined, golden.refined, golden, f"{name} refined", limits)
 
 
-def judge(
+def compare_with_golden(
     picture: NDArray[np.uint8],
     expected: NDArray[np.uint8],
     golden: GoldenSample,
@@ -157,11 +157,11 @@ def judge(
     limits: ParityLimits,
 ) -> GoldenResult:
     """How far a picture made from the golden edit is from the expected one, and what is wrong with it."""
-    drift = measure_deviation(picture, expected, golden.inputs.mask)
+    deviation = measure_deviation(picture, expected, golden.inputs.mask)
     keep = golden.inputs.mask == 0
     intact = bool(np.array_equal(picture[keep], golden.inputs.image[keep]))
-    faults = drift.faults(limits) + ([] if intact else ["pixels outside the mask were changed"])
-    return GoldenResult(name, drift, intact, tuple(faults))
+    problems = deviation.problems(limits) + ([] if intact else ["pixels outside the mask were changed"])
+    return GoldenResult(name, deviation, intact, tuple(problems))
 
 
 def verify(session: Backend, bundle: Bundle) -> list[GoldenResult]:

@@ -102,7 +102,7 @@ def check_batches(session: Backend, golden: GoldenSample, bundle: Bundle) -> Che
     batch = session.run(ModelInput(**repeated))
     limits = limits_of(bundle, session.precision)
     deviation = measure_deviation(batch, np.repeat(single, 3, axis=0), np.repeat(golden.inputs.mask, 3, axis=0))
-    return _check("batches", deviation.faults(limits), **deviation.to_json())
+    return _check("batches", deviation.problems(limits), **deviation.to_json())
 
 
 def check_cached_layout(session: Backend, golden: GoldenSample) -> Check:

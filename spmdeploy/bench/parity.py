@@ -54,25 +54,25 @@ def check_parity(
 ) -> Parity:
     """edited, reference, photo: uint8 (B, S, S, 3) RGB. mask: (B, S, S), 0 = keep. golden: of the same backend."""
     deviation = measure_deviation(edited, reference, mask)
-    faults = deviation.faults(limits)
+    faults = deviation.problems(limits)
     if not np.array_equal(edited[mask == 0], photo[mask == 0]):
         faults.append("pixels outside the mask were changed")
-    return _parity(IN_THIS_RUN, deviation, faults + golden_faults(golden))
+    return _parity(IN_THIS_RUN, deviation, faults + golden_problems(golden))
 
 
 def check_golden_parity(golden: Sequence[GoldenResult]) -> Parity:
     """The worst of at least one golden edit: where PyTorch is not installed."""
-    deviations = [result.drift for result in golden]
+    deviations = [result.deviation for result in golden]
     worst = Deviation(
         max(deviation.max_grey for deviation in deviations),
         max(deviation.mean_grey for deviation in deviations),
         min(deviation.psnr_db for deviation in deviations),
     )
-    return _parity(GOLDEN, worst, golden_faults(golden))
+    return _parity(GOLDEN, worst, golden_problems(golden))
 
 
-def golden_faults(golden: Sequence[GoldenResult]) -> list[str]:
-    return [f"golden edit {result.name}: {fault}" for result in golden for fault in result.faults]
+def golden_problems(golden: Sequence[GoldenResult]) -> list[str]:
+    return [f"golden edit {result.name}: {fault}" for result in golden for fault in result.problems]
 
 
 def limits_of(bundle: Bundle, precision: str) -> ParityLimits:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from spmdeploy.assets.samples import SAMPLE_EDITS, SampleEdit
 from spmdeploy.editing.options import EditRequest
-from spmdeploy.imaging.files import write_picture
+from spmdeploy.imaging.files import write_image
 from spmdeploy.imaging.resize import resize_labels, resize_photo
 from spmdeploy.labels import ClassTable
 from spmdeploy.types import ModelInput
@@ -129,7 +129,7 @@ def write_case(case: EditCase, folder: Path) -> EditRequest:
         mask=folder / "mask.png",
         overwrite=True,
     )
-    write_picture(files.image, case.photo)
-    write_picture(folder / "labels.png", case.labels)
-    write_picture(folder / "mask.png", case.mask.astype(np.uint8) * 255)
+    write_image(files.image, case.photo)
+    write_image(folder / "labels.png", case.labels)
+    write_image(folder / "mask.png", case.mask.astype(np.uint8) * 255)
     return files

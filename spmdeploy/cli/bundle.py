@@ -94,9 +94,9 @@ def verify(
         (
             result.name,
             "ok" if result.passed else "FAILED",
-            f"{result.drift.max_grey}",
-            f"{result.drift.mean_grey:.3f}",
-            format_db(result.drift.to_json()["psnr_db"]),
+            f"{result.deviation.max_grey}",
+            f"{result.deviation.mean_grey:.3f}",
+            format_db(result.deviation.to_json()["psnr_db"]),
         )
         for result in results
     ]
@@ -106,7 +106,7 @@ def verify(
         lines += ["", *format_table(("check", "", ""), [(it.name, it.status, it.reason or "") for it in checks])]
     payload = {"bundle": str(opened.path), **ran, "golden": [result.to_json() for result in results]}
     payload |= {"checks": [it.to_json() for it in checks]} if thorough else {}
-    faults = [f"{result.name}: {fault}" for result in results for fault in result.faults]
+    faults = [f"{result.name}: {fault}" for result in results for fault in result.problems]
     faults += [f"{it.name}: {it.reason}" for it in checks if it.failed]
     failure = VerificationError("; ".join(faults), "do not use this backend with this bundle") if faults else None
     print_result("verify", payload, lines, as_json, failure)

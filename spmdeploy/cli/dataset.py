@@ -29,7 +29,7 @@ def dataset_check(
     """
     with require_extra("train"):
         from spmdeploy.datasets.check import check_dataset
-        from spmdeploy.imaging.files import check_output, write_picture
+        from spmdeploy.imaging.files import check_output, write_image
         from spmdeploy.training.contact_sheets import mask_sheet
 
     if holes is not None:
@@ -42,7 +42,7 @@ def dataset_check(
     lines += format_table(("id", "class", "share", "pictures"), rows)
     lines += [f"warning: {text}" for text in report.warnings] + [f"error: {text}" for text in report.errors]
     if holes is not None and report.ok:
-        write_picture(holes, mask_sheet(data), overwrite)
+        write_image(holes, mask_sheet(data), overwrite)
         lines.append(f"{holes}: labels, then a hole of each kind")
     elif holes is not None:
         log_notes([f"{holes} was not written: put the errors right first"])

@@ -50,7 +50,7 @@ def labels_show(
     from spmdeploy.imaging import files as images
 
     table, ids = labels.class_table(classes), images.read_labels(path)
-    images.write_picture(output, labels.colorize(ids, table), overwrite)
+    images.write_image(output, labels.colorize(ids, table), overwrite)
     unknown = [i for i in labels.count_labels(ids) if i >= len(table) and i != table.void_id]
     notes = [f"{table.name} has no class {', '.join(map(str, unknown))}: painted white"] if unknown else []
     log_notes(notes)
@@ -80,7 +80,7 @@ def labels_convert(
         ids = labels.labels_from_colors(images.read_photo(path).pixels, table, str(path))
     else:
         ids = labels.offset_labels(images.read_labels(path), offset, str(path), void)
-    images.write_picture(output, ids, overwrite)
+    images.write_image(output, ids, overwrite)
     counts = labels.count_labels(ids)
     notes = (
         []

@@ -350,8 +350,8 @@ def _prepare_one(picture: _Picture) -> str | None:
     except InputError as error:
         return error.problem
     outputs = picture.outputs()
-    images.write_picture(outputs["images"], resize_photo(photo, height, width), overwrite=True)
-    images.write_picture(outputs["labels"], resize_labels(labels, height, width), overwrite=True)
+    images.write_image(outputs["images"], resize_photo(photo, height, width), overwrite=True)
+    images.write_image(outputs["labels"], resize_labels(labels, height, width), overwrite=True)
     if instances is not None:
         images.write_instances(outputs["inst_map"], resize_labels(instances, height, width), overwrite=True)
     return None

@@ -164,9 +164,9 @@ def _write_overviews(
         from spmdeploy.imaging.contact_sheet import edit_sheet
 
         sheet = edit_sheet(before, inputs.labels, mask, edited, editor.classes)
-        images.write_picture(request.sheet, sheet, overwrite=request.overwrite)
+        images.write_image(request.sheet, sheet, overwrite=request.overwrite)
     if request.explain is not None:
         from spmdeploy.editing.overlay import explain_sheet
 
         explained = explain_sheet(before, mask, report.windows)
-        images.write_picture(request.explain, explained, overwrite=request.overwrite)
+        images.write_image(request.explain, explained, overwrite=request.overwrite)

@@ -27,7 +27,7 @@ from spmdeploy.errors import InputError
 from spmdeploy.evaluation.fid import FidInception
 from spmdeploy.evaluation.segmentation import Counts, Segmenter, accuracy, confusion_matrix, mean_iou
 from spmdeploy.imaging.contact_sheet import sheet
-from spmdeploy.imaging.files import write_picture
+from spmdeploy.imaging.files import write_image
 from spmdeploy.training.contact_sheets import apply_mask, layout
 from spmdeploy.training.perceptual import Lpips
 from spmdeploy.types import ModelInput
@@ -221,7 +221,7 @@ def write_evaluation(evaluation: Evaluation, sheets: Mapping[MaskKind, Pixels], 
     (folder / "evaluation.json").write_text(json.dumps(evaluation.to_json(), indent=1) + "\n", encoding="utf-8")
     (folder / "evaluation.txt").write_text(evaluation.table() + "\n", encoding="utf-8")
     for kind, page in sheets.items():
-        write_picture(folder / f"{kind}.png", page, overwrite=True)
+        write_image(folder / f"{kind}.png", page, overwrite=True)
 
 
 def run_samples(model: EditModel, samples: Sequence[Sample]) -> Pixels:

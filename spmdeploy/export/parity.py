@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from spmdeploy.backends.onnxruntime import CachedLayoutGraphs, LoadedGraph
-from spmdeploy.backends.verify import GoldenResult, GoldenSample, judge
+from spmdeploy.backends.verify import GoldenResult, GoldenSample, compare_with_golden
 from spmdeploy.bundle.manifest import EDIT, REFINE, ParityLimits
 from spmdeploy.model.deploy import OUTPUTS
 from spmdeploy.types import LayoutInput
@@ -33,9 +33,9 @@ def check_graph(path: Path, graph: str, golden: Mapping[str, GoldenSample], limi
         edited, unrounded = loaded.run(OUTPUTS, inputs)
         expected = sample.refined if graph == REFINE else sample.expected
         assert expected is not None, name
-        result = judge(np.rint(unrounded).astype(np.uint8), expected, sample, name, limits)
+        result = compare_with_golden(np.rint(unrounded).astype(np.uint8), expected, sample, name, limits)
         if graph == EDIT and not np.array_equal(np.rint(unrounded), edited):
-            result = replace(result, faults=(*result.faults, "its two outputs contradict each other"))
+            result = replace(result, problems=(*result.problems, "its two outputs contradict each other"))
         results.append(result)
     return results
 
@@ -48,16 +48,16 @@ def check_parts(
     results = []
     for name, sample in golden.items():
         run = parts.bind(LayoutInput(*sample.inputs[1:]))
-        results.append(judge(run(sample.inputs.image), sample.expected, sample, name, limits))
+        results.append(compare_with_golden(run(sample.inputs.image), sample.expected, sample, name, limits))
     return results
 
 
-def worst(results: list[GoldenResult]) -> dict[str, float | None]:
+def worst_case(results: list[GoldenResult]) -> dict[str, float | None]:
     """The largest differences and the lowest PSNR among the edits, as they go into the manifest."""
-    drifts = [result.drift for result in results]
-    psnr = min(drift.psnr_db for drift in drifts)
+    deviations = [result.deviation for result in results]
+    psnr = min(deviation.psnr_db for deviation in deviations)
     return {
-        "max_grey": max(drift.max_grey for drift in drifts),
-        "mean_grey": round(max(drift.mean_grey for drift in drifts), 4),
+        "max_grey": max(deviation.max_grey for deviation in deviations),
+        "mean_grey": round(max(deviation.mean_grey for deviation in deviations), 4),
         "psnr_db": None if psnr == float("inf") else round(psnr, 2),
     }

@@ -39,7 +39,7 @@ from spmdeploy.export.fp16 import store_weights_as_halves, to_fp16
 from spmdeploy.export.golden import golden_edits
 from spmdeploy.export.graph_stats import GraphFacts, graph_facts
 from spmdeploy.export.onnx import export_edit, export_refine
-from spmdeploy.export.parity import FP32_LIMITS, HALF_LIMITS, check_graph, check_parts, worst
+from spmdeploy.export.parity import FP32_LIMITS, HALF_LIMITS, check_graph, check_parts, worst_case
 from spmdeploy.export.split import split_by_layout
 from spmdeploy.files import sha256
 from spmdeploy.imaging import files as images
@@ -93,7 +93,7 @@ def export_bundle(
 ) -> Export:
     """Writes the bundle `output` from the weights in `checkpoint`. progress is told each step as it begins.
 
-    Raises InputError for weights or classes that do not fit, VerificationError when a graph drifts further from torch
+    Raises InputError for weights or classes that do not fit, VerificationError when a graph deviates further from torch
     than its limits; the graph is then kept beside `output` as `*.rejected` and nothing else is written.
     """
     started = time.perf_counter()
@@ -241,7 +241,7 @@ def _write_graph(
     weights, store = stores.of(facts.weights_dtype)
     onnx.save(store.without_weights(model), path)
     results = check_graph(path, EDIT if graph in (EDIT, ON_CPU[EDIT]) else REFINE, golden, limits)
-    faults = [f"{result.name}: {fault}" for result in results for fault in result.faults]
+    faults = [f"{result.name}: {fault}" for result in results for fault in result.problems]
     if faults:
         onnx.save(model, path)  # whole, as the weights file stays behind
         kept = writer.save_rejected(name)
@@ -269,7 +269,7 @@ def _write_parts(
     for graph, part in graphs.items():
         onnx.save(store.without_weights(part), writer.path(names[graph]))
     results = check_parts(writer.path(names[layout]), writer.path(names[picture]), golden, limits)
-    problems = [f"{result.name}: {fault}" for result in results for fault in result.faults]
+    problems = [f"{result.name}: {fault}" for result in results for fault in result.problems]
     if problems:
         raise VerificationError(
             f"the parts of the {whole.graph} {whole.precision} graph do not give its images: {'; '.join(problems)}",
@@ -301,7 +301,7 @@ def _record(
         weights_dtype=facts.weights_dtype,
         fp16_share=round(facts.fp16_share, 4),
         fp32_operations=facts.fp32_operations,
-        parity=worst(results),
+        parity=worst_case(results),
         weights=weights,
     )
 
@@ -316,7 +316,7 @@ def _write_golden(writer: BundleWriter, golden: Mapping[str, GoldenSample]) -> N
             ("refined", None if pictures.refined is None else pictures.refined[0]),
         ):
             if array is not None:
-                images.write_picture(writer.path(f"golden/{name}/{picture}.png"), array)
+                images.write_image(writer.path(f"golden/{name}/{picture}.png"), array)
 
 
 def _generator_facts(weights: Checkpoint) -> GeneratorFacts:

@@ -382,7 +382,7 @@ def write_photo(path: FilePath, photo: Photo, overwrite: bool = False) -> tuple[
     return tuple(notes)
 
 
-def write_picture(path: FilePath, pixels: Image | Pixels, overwrite: bool = False) -> None:
+def write_image(path: FilePath, pixels: Image | Pixels, overwrite: bool = False) -> None:
     """Write a plain picture: uint8 (H, W, 3) RGB, or uint8 (H, W) such as a label map, which must be .png.
 
     The file appears whole or not at all. InputError as for `write_photo`.

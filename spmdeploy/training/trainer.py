@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from spmdeploy.datasets.folder import Batch, HostBatch, TrainingSamples
 from spmdeploy.errors import InputError, OutOfMemoryError, SpmDeployError, UnavailableError, UsageError
-from spmdeploy.imaging.files import write_picture
+from spmdeploy.imaging.files import write_image
 from spmdeploy.model.generator import Generator, GeneratorConfig, composite
 from spmdeploy.model.layout import LayoutPyramid
 from spmdeploy.training import distributed as processes
@@ -469,7 +469,7 @@ class Trainer:
             return
         self._log(report, "validation", {"lpips": round(result.lpips, 5), "l1": round(result.l1, 5)})
         page = sample_sheet(samples[:SHEET_ROWS], result.stages, self.samples.classes)
-        write_picture(self.run.sample_sheet(self.progress.images), page, overwrite=True)
+        write_image(self.run.sample_sheet(self.progress.images), page, overwrite=True)
         if improved:
             self.run.export(self.averaged, "best")
 

@@ -426,9 +426,9 @@ def test_every_limit_counts(limits: ParityLimits, words: str) -> None:
     picture = reference.copy()
     picture[0, 0, 0, 0] = 103
     drift = measure_deviation(picture, reference, np.ones((1, 1, 2), np.uint8))
-    (fault,) = drift.faults(limits)
+    (fault,) = drift.problems(limits)
     assert words in fault
-    assert drift.faults(ParityLimits(3, 0.5, drift.psnr_db)) == []
+    assert drift.problems(ParityLimits(3, 0.5, drift.psnr_db)) == []
 
 
 class Touching:
@@ -453,7 +453,7 @@ def test_known_pixels_must_stay(street_bundle: Path) -> None:
     pictures = read_golden(bundle, bundle.manifest.golden[0])
     assert not pictures.inputs.mask[0, 0, 0]
     result = run_golden(Touching(pictures.expected), pictures, "x", bundle.manifest.limits["fp32"])  # type: ignore[arg-type]
-    assert not result.passed and result.faults == ("pixels outside the mask were changed",)
+    assert not result.passed and result.problems == ("pixels outside the mask were changed",)
 
 
 def test_without_golden_edits_nothing_is_verified(street_bundle: Path) -> None:

@@ -80,8 +80,8 @@ def bundle(tmp_path: Path) -> Bundle:
         graphs = fill(writer)
         for name, picture in pictures.items():
             writer.path(f"golden/tree/{name}.png").unlink(missing_ok=True)
-            images.write_picture(writer.path(f"golden/tree/{name}.png"), picture)
-        images.write_picture(writer.path("golden/tree/instances.png"), GOLDEN["instances"][0].astype(np.uint8))
+            images.write_image(writer.path(f"golden/tree/{name}.png"), picture)
+        images.write_image(writer.path("golden/tree/instances.png"), GOLDEN["instances"][0].astype(np.uint8))
         return writer.finish(manifest_of(graphs, native_size=SIZE))
 
 
@@ -378,8 +378,8 @@ def test_verify_and_edit_run_on_an_engine(
     assert (told["backend"], told["device"], told["precision"]) == ("tensorrt", "cuda:0", "fp16")
     assert told["provider"].startswith("TensorRT 10.16.1 on NVIDIA GeForce RTX 3060 (cuda-core")
 
-    images.write_picture(tmp_path / "photo.png", np.zeros((SIZE, SIZE, 3), np.uint8))
-    images.write_picture(tmp_path / "mask.png", np.pad(np.full((2, 2), 255, np.uint8), SIZE // 2 - 1))
+    images.write_image(tmp_path / "photo.png", np.zeros((SIZE, SIZE, 3), np.uint8))
+    images.write_image(tmp_path / "mask.png", np.pad(np.full((2, 2), 255, np.uint8), SIZE // 2 - 1))
     words = ["edit", tmp_path / "photo.png", "--fill", "sky", "--mask", tmp_path / "mask.png", "--json"]
     more = ["--output", tmp_path / "out.png", "--model", bundle.path, "--backend", "tensorrt"]
     assert cli.main([str(word) for word in [*words, *more]]) == 0

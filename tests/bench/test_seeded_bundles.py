@@ -73,9 +73,11 @@ def test_enlarge_activations_overflows_fp16_statistics_only(
     assert max(peak for peak, _ in inputs) < np.finfo(np.float16).max / 2  # the values themselves are representable
 
     expected = edited_by(enlarged, golden)
-    assert not measure_deviation(expected, golden.expected, golden.inputs.mask).faults(HALF_LIMITS)  # same results
+    assert not measure_deviation(expected, golden.expected, golden.inputs.mask).problems(HALF_LIMITS)  # same results
 
     # The check can fail: FP16 statistics are detected with these weights, and not without them.
     monkeypatch.setattr(modulation, "instance_norm", in_halves)
-    assert measure_deviation(edited_by(enlarged, golden), expected, golden.inputs.mask).faults(HALF_LIMITS)
-    assert not measure_deviation(edited_by(generator, golden), golden.expected, golden.inputs.mask).faults(HALF_LIMITS)
+    assert measure_deviation(edited_by(enlarged, golden), expected, golden.inputs.mask).problems(HALF_LIMITS)
+    assert not measure_deviation(edited_by(generator, golden), golden.expected, golden.inputs.mask).problems(
+        HALF_LIMITS
+    )

@@ -52,7 +52,7 @@ def test_run_bf16_is_close_to_fp32(batch: ModelInput) -> None:
     edited = session.run(batch)
     assert edited.dtype == np.uint8 and (edited[batch.mask == 0] == batch.image[batch.mask == 0]).all()
     deviation = measure_deviation(edited, expected, batch.mask)
-    assert deviation.max_grey > 0 and not deviation.faults(limits_of(BUILTIN, "bf16"))
+    assert deviation.max_grey > 0 and not deviation.problems(limits_of(BUILTIN, "bf16"))
     assert session.provider.endswith("bf16, channels_last") and session.precision == "bf16"
     unrounded = session.run_unrounded(batch)
     assert unrounded.dtype == np.float32 and np.abs(unrounded - edited).max() <= 0.51
@@ -86,7 +86,7 @@ def test_limits_emulated_tf32_is_not_fp32(batch: ModelInput, monkeypatch: pytest
 
     monkeypatch.setattr(torch.nn.Conv2d, "_conv_forward", in_tf32)
     deviation = measure_deviation(BaselineSession(generator(), "cpu", "fp32").run(batch), expected, batch.mask)
-    assert deviation.faults(FP32_LIMITS) and not deviation.faults(HALF_LIMITS)
+    assert deviation.problems(FP32_LIMITS) and not deviation.problems(HALF_LIMITS)
 
 
 @pytest.mark.parametrize("precision", ["fp16", "tf32"])

@@ -213,7 +213,7 @@ def test_all_graphs_give_the_pictures_that_torch_gives(
         (store_weights_as_halves(fp32), "fp32", parity.HALF_LIMITS),
     ):
         edited = OnnxRuntimeSession(GraphFiles(model.SerializeToString()), precision).run(edits)
-        assert not measure_deviation(edited, expected, mask).faults(limits)
+        assert not measure_deviation(edited, expected, mask).problems(limits)
         assert np.array_equal(edited[mask == 0], image[mask == 0])
 
 
@@ -231,10 +231,10 @@ def test_refining_what_the_stage_before_the_last_gave_is_the_edit(
     rounded = np.rint(expected).astype(np.uint8)
     for model, limits in ((refine_fp32, parity.FP32_LIMITS), (refine_fp16, parity.HALF_LIMITS)):
         refined, unrounded = LoadedGraph(GraphFiles(model.SerializeToString()), "refine").run(OUTPUTS, inputs)
-        assert not measure_deviation(refined, rounded, edits[3]).faults(limits)
+        assert not measure_deviation(refined, rounded, edits[3]).problems(limits)
         assert np.array_equal(refined[edits[3] == 0], edits[0][edits[3] == 0])
         lit, expected_lit = (np.rint(made).astype(np.uint8) for made in (unrounded, by_torch.refine(edits, coarse)))
-        assert not measure_deviation(lit, expected_lit, edits[3]).faults(limits)
+        assert not measure_deviation(lit, expected_lit, edits[3]).problems(limits)
 
 
 def test_labels_instances_and_mask_all_matter(fp32: onnx.ModelProto) -> None:
@@ -407,7 +407,7 @@ def test_an_ablation_becomes_a_bundle_and_comes_back(tmp_path: Path) -> None:
         expected = TorchSession(ablation).run(edits)
         assert np.abs(session.run(edits).astype(int) - expected).max() <= 1
     assert np.array_equal(open_torch(bundle, device="cpu").session.run(edits), expected)
-    assert not measure_deviation(session.run(edits), expected, edits[3]).faults(parity.FP32_LIMITS)
+    assert not measure_deviation(session.run(edits), expected, edits[3]).problems(parity.FP32_LIMITS)
     graphs = ["edit_cpu", "layout_cpu", "picture_cpu", "edit", "layout", "picture"]
     assert [record.graph for record in bundle.manifest.graphs] == graphs and not session.refines
 

@@ -162,7 +162,7 @@ def test_what_is_in_the_repository_edits_by_itself(
     assert expected is not None
     if "refine" in words:
         edited = np.rint(unrounded).astype(np.uint8)
-    assert not measure_deviation(edited, expected, golden.inputs.mask).faults(bundle.manifest.limits[precision])
+    assert not measure_deviation(edited, expected, golden.inputs.mask).problems(bundle.manifest.limits[precision])
 
 
 def test_the_graph_is_the_bundles(export: Any, street_bundle: Path, tmp_path: Path) -> None:

@@ -28,9 +28,9 @@ from spmdeploy.imaging.files import (
     read_labels,
     read_mask,
     read_photo,
+    write_image,
     write_instances,
     write_photo,
-    write_picture,
 )
 
 READERS: tuple[Callable[..., object], ...] = (read_photo, read_labels, read_instances, read_mask)
@@ -217,7 +217,7 @@ def test_read_photo_color_order_is_rgb(tmp_path: Path) -> None:
     picture[..., 0] = 255
     (tmp_path / "red.png").write_bytes(png_bytes(8, 2, 1, 1, b"\0\xff\0\0"))
     assert read_photo(tmp_path / "red.png").pixels.tolist() == [[[255, 0, 0]]]
-    write_picture(tmp_path / "out.png", picture)
+    write_image(tmp_path / "out.png", picture)
     with Image.open(tmp_path / "out.png") as written:
         assert written.getpixel((0, 0)) == (255, 0, 0)
 
@@ -350,7 +350,7 @@ def test_read_photo_lost_metadata_is_noted(tmp_path: Path) -> None:
 @given(ids=hnp.arrays(np.uint8, (3, 5)))
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_labels_write_then_read_is_identical(ids: np.ndarray, tmp_path: Path) -> None:
-    write_picture(tmp_path / "ids.png", ids, overwrite=True)
+    write_image(tmp_path / "ids.png", ids, overwrite=True)
     np.testing.assert_array_equal(read_labels(tmp_path / "ids.png"), ids)
     np.testing.assert_array_equal(read_instances(tmp_path / "ids.png"), ids)
     save(tmp_path / "wide.png", ids.astype(np.uint16))
@@ -553,7 +553,7 @@ def test_check_output_unusable_is_refused(tmp_path: Path) -> None:
     for name, problem in cases.items():
         for write in (
             lambda path: write_photo(path, Photo(SCENE)),
-            lambda path: write_picture(path, SCENE),
+            lambda path: write_image(path, SCENE),
             lambda path: check_output(path, False),
         ):
             with pytest.raises(InputError, match=problem) as caught:
@@ -561,9 +561,9 @@ def test_check_output_unusable_is_refused(tmp_path: Path) -> None:
             assert str(tmp_path / name) in caught.value.problem and caught.value.hint
     assert (tmp_path / "taken.png").read_bytes() == b"mine"
     with pytest.raises(InputError, match="one channel survives only in PNG"):
-        write_picture(tmp_path / "ids.jpg", SCENE[..., 0])
+        write_image(tmp_path / "ids.jpg", SCENE[..., 0])
     with pytest.raises(InputError, match="at most 16383 pixels"):
-        write_picture(tmp_path / "long.webp", np.zeros((1, 16384, 3), np.uint8))
+        write_image(tmp_path / "long.webp", np.zeros((1, 16384, 3), np.uint8))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dangling.png", "folder.png", "taken.png"]
 
 
@@ -585,14 +585,14 @@ def test_instances_write_then_read_is_identical(tmp_path: Path) -> None:
 def test_write_overwrite_replaces_whole_file(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     path.write_bytes(b"mine")
-    write_picture(path, SCENE, overwrite=True)
+    write_image(path, SCENE, overwrite=True)
     np.testing.assert_array_equal(read_photo(path).pixels, SCENE)
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_write_new_file_has_usual_mode(tmp_path: Path) -> None:
     (tmp_path / "other").touch()
-    write_picture(tmp_path / "a.png", SCENE)
+    write_image(tmp_path / "a.png", SCENE)
     assert (tmp_path / "a.png").stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
@@ -637,9 +637,9 @@ def test_write_file_that_appears_meanwhile_is_kept(
         monkeypatch.setattr(os, "link", no_links)
     if late:
         with pytest.raises(InputError, match="exists already"):
-            write_picture(path, SCENE)
+            write_image(path, SCENE)
         assert path.read_bytes() == b"theirs"
     else:
-        write_picture(path, SCENE)
+        write_image(path, SCENE)
         np.testing.assert_array_equal(read_photo(path).pixels, SCENE)
     assert list(tmp_path.iterdir()) == [path]

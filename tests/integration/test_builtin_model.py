@@ -36,7 +36,7 @@ def test_it_repeats_its_golden_edits() -> None:
         results = verify(editor.session, open_bundle(spmdeploy.default_model()))
     names = [sample.name for sample in SAMPLE_EDITS]
     assert [result.name for result in results] == [*names, *(f"{name} refined" for name in names)]
-    assert all(result.passed for result in results), [result.faults for result in results]
+    assert all(result.passed for result in results), [result.problems for result in results]
 
 
 def test_its_edit_of_the_sample_stays_what_it_is() -> None:

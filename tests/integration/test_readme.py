@@ -10,7 +10,7 @@ import pytest
 
 from spmdeploy import cli
 from spmdeploy.assets.samples import SAMPLE_EDITS
-from spmdeploy.imaging.files import read_labels, write_picture
+from spmdeploy.imaging.files import read_labels, write_image
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -24,7 +24,7 @@ def reader(tmp_path: Path, street_bundle: Path, monkeypatch: pytest.MonkeyPatch)
         shutil.copy(source, tmp_path / name)
     before = read_labels(sample.labels).copy()
     before[220:300, 415:470] = 8
-    write_picture(tmp_path / "labels_before.png", before)
+    write_image(tmp_path / "labels_before.png", before)
     (tmp_path / "edits.csv").write_text("image,mask,fill\nphoto.jpg,mask.png,road\n", encoding="utf-8")
     for suffix in (".safetensors", ".json"):
         shutil.copy(street_bundle.with_name("tiny").with_suffix(suffix), tmp_path / f"generator{suffix}")

@@ -19,7 +19,7 @@ import numpy as np
 
 from spmdeploy.assets.samples import SAMPLE_EDITS
 from spmdeploy.datasets.config import DataConfig
-from spmdeploy.imaging.files import write_picture
+from spmdeploy.imaging.files import write_image
 from spmdeploy.imaging.resize import resize_labels, resize_photo
 from spmdeploy.labels import class_table
 from spmdeploy.training.config import LossConfig, Phase, TrainConfig
@@ -44,8 +44,8 @@ def write_street_pictures(root: Path) -> Path:
         for part, left in (("left", 0), ("right", width - height)):
             square = (slice(0, height), slice(left, left + height))
             name = f"{sample.name}_{part}.png"
-            write_picture(root / "train/images" / name, resize_photo(photo[square], SIDE, SIDE))
-            write_picture(root / "train/labels" / name, resize_labels(labels[square], SIDE, SIDE))
+            write_image(root / "train/images" / name, resize_photo(photo[square], SIDE, SIDE))
+            write_image(root / "train/labels" / name, resize_labels(labels[square], SIDE, SIDE))
     (root / "labels.json").write_text(json.dumps(table.to_json()))
     return root
 
