@@ -250,7 +250,7 @@ class _WithoutDevicePyramid:
 
 
 def _edit(editor: Editor, region: EditRegion) -> Any:
-    return editor.edit(*region, tiling="cascade")
+    return editor.edit(*region, tiling="cascade", match_surroundings=False)
 
 
 def _accepts_tensors(session: TensorRtSession, inputs: ModelInput, expected: NDArray[np.uint8]) -> bool:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spmdeploy.backends.base import Backend, bind_layout
-from spmdeploy.editing.harmonize import match_surroundings
+from spmdeploy.editing.harmonize import MatchingDecision, decide_matching, match_surroundings
 from spmdeploy.editing.options import EditOptions
 from spmdeploy.editing.plan import EditPlan, EditStep, PlannedWindow, WindowBatch, plan_edit
 from spmdeploy.editing.preprocess import (
@@ -198,6 +198,8 @@ class Editor:
 
     def _execute(self, plan: EditPlan, region: EditRegion, options: EditOptions, timer: PhaseTimer) -> EditResult:
         """Run the plan and paste its results into `region.image`. Changes `region.mask` if there are several steps."""
+        with timer.phase("plan"):
+            matching = decide_matching(options.match_surroundings, region.image, region.labels, region.mask)
         timer.begin(plan.total_runs)
         mask = region.mask.copy() if len(plan.steps) > 1 else region.mask
         edited_pixels = int(np.count_nonzero(mask))
@@ -206,13 +208,13 @@ class Editor:
             if len(plan.steps) > 1:
                 # An earlier step may have painted beyond its own part, for the far border of its windows only.
                 _mark(region, step, mask, masked=True)
-            done += self._execute_step(step, region, options, timer)
+            done += self._execute_step(step, region, options, matching.matches, timer)
             if len(plan.steps) > 1:
                 _mark(region, step, mask, masked=False)
-        return EditResult(region.image, self._report(plan, done, options, edited_pixels, timer))
+        return EditResult(region.image, self._report(plan, done, options, matching, edited_pixels, timer))
 
     def _execute_step(
-        self, step: EditStep, region: EditRegion, options: EditOptions, timer: PhaseTimer
+        self, step: EditStep, region: EditRegion, options: EditOptions, matches: bool, timer: PhaseTimer
     ) -> list[WindowReport]:
         for batch in step.batches:
             self._edit_single_pass(batch, region, options, timer)
@@ -220,7 +222,7 @@ class Editor:
             self._edit_coarse_to_fine(window, region, options, timer) if window.levels else WindowReport(window)
             for window in step.windows
         ]
-        if options.match_surroundings:
+        if matches:
             with timer.phase("stitch"):
                 for window in step.windows:
                     edit_window = window.edit_window
@@ -265,6 +267,7 @@ class Editor:
         plan: EditPlan,
         done: Sequence[WindowReport],
         options: EditOptions,
+        matching: MatchingDecision,
         edited_pixels: int,
         timer: PhaseTimer,
     ) -> EditReport:
@@ -277,6 +280,8 @@ class Editor:
             options=options,
             tiling=plan.tiling,
             tiling_reason=plan.reason,
+            match_surroundings=matching.matches,
+            match_surroundings_reason=matching.reason,
             windows=tuple(done),
             batches=timer.batches,
             edited_pixels=edited_pixels,

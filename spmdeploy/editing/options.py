@@ -96,8 +96,13 @@ class EditOptions:
         ),
     ] = 3
     match_surroundings: Annotated[
-        bool, Option("Match colors and noise of the edit to known pixels of the same classes; needs --labels.")
-    ] = False
+        bool | None,
+        Option(
+            "Match colors and noise of the edit to known pixels of the same classes; needs --labels. Default: where "
+            "the labels fit the known pixels."
+        ),
+    ] = None
+    """None: decided by `harmonize.decide_matching`."""
     dilate: Annotated[
         int | None,
         Option(

@@ -114,6 +114,9 @@ class EditReport:
     tiling: Literal["off", "crop", "cascade"]
     """The mode that ran; "cascade" where at least one window was refined."""
     tiling_reason: str
+    match_surroundings: bool
+    """Whether colors and noise were matched to the surroundings."""
+    match_surroundings_reason: str
     windows: tuple[WindowReport, ...]
     batches: int
     """Calls of the session."""
@@ -137,6 +140,8 @@ class EditReport:
             **asdict(self.options),
             "tiling": self.tiling,
             "tiling_reason": self.tiling_reason,
+            "match_surroundings": self.match_surroundings,
+            "match_surroundings_reason": self.match_surroundings_reason,
             "windows": [window.to_json() for window in self.windows],
             "tiles": self.tiles,
             "batches": self.batches,

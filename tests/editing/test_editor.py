@@ -471,7 +471,7 @@ def test_surroundings_are_matched_on_request_only(side: int) -> None:
         return np.full_like(image, 80)
 
     plain, matched = (edit(photo, labels, mask, darker, feather=0, match_surroundings=asked) for asked in (False, True))
-    assert plain.image[mask].max() <= 80 and not plain.report.options.match_surroundings
+    assert plain.image[mask].max() <= 80 and not plain.report.match_surroundings
     assert matched.image.min() >= 97 and matched.report.to_json()["match_surroundings"]
 
 

@@ -5,7 +5,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spmdeploy.editing.harmonize import BAND, match_color_statistics, match_noise, match_surroundings
+from spmdeploy.editing.harmonize import (
+    BAND,
+    border_contrast,
+    decide_matching,
+    match_color_statistics,
+    match_noise,
+    match_surroundings,
+)
 
 SIDES = st.integers(40, 90)
 
@@ -119,3 +126,48 @@ def test_anything_may_be_matched(height: int, width: int, seed: int) -> None:
     match_surroundings(first, labels, mask)
     match_surroundings(second, labels, mask)
     assert (first == second).all() and (first[~mask] == picture[~mask]).all()
+
+
+def halves() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A photo of four squares in two colors with noise, their labels, and a mask in the middle."""
+    labels = np.kron([[0, 1], [1, 0]], np.ones((60, 80), np.uint8)).astype(np.uint8)
+    photo = np.where(labels[..., None] == 0, 90, 130) + np.random.default_rng(0).integers(-6, 7, (120, 160, 3))
+    mask = np.zeros((120, 160), bool)
+    mask[40:80, 50:110] = True
+    return photo.astype(np.uint8), labels, mask
+
+
+def test_decide_matching_true_labels_matches() -> None:
+    photo, labels, mask = halves()
+    decision = decide_matching(None, photo, labels, mask)
+    assert decision.matches and "describe the known pixels" in decision.reason
+
+
+def test_decide_matching_labels_of_another_photo_does_not_match() -> None:
+    photo, labels, mask = halves()
+    decision = decide_matching(None, photo, np.roll(labels, (30, 40), (0, 1)), mask)
+    assert not decision.matches and "may not describe" in decision.reason
+
+
+def test_decide_matching_labels_true_under_the_mask_only_does_not_match() -> None:
+    photo, labels, mask = halves()
+    decision = decide_matching(None, photo, np.where(mask, labels, 0), mask)
+    assert decision == (False, "hardly any border between classes outside the mask")
+
+
+@pytest.mark.parametrize("requested", [True, False])
+def test_decide_matching_requested_is_returned(requested: bool) -> None:
+    assert decide_matching(requested, *halves()) == (requested, "asked for")
+
+
+def test_border_contrast_hidden_pixels_have_no_influence() -> None:
+    photo, labels, mask = halves()
+    other_photo, other_labels = photo.copy(), labels.copy()
+    other_photo[mask], other_labels[mask] = 255, 7
+    assert border_contrast(photo, labels, mask) == border_contrast(other_photo, other_labels, mask)
+
+
+def test_border_contrast_large_image_is_sampled() -> None:
+    photo, labels, mask = (np.repeat(np.repeat(array, 9, 0), 9, 1) for array in halves())
+    contrast, pairs = border_contrast(photo, labels, mask)
+    assert contrast > 4 and pairs < 4000
