@@ -11,11 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from spmdeploy.datasets.config import DataConfig
+from spmdeploy.datasets.folder import DataConfig
 from spmdeploy.training.config import LossConfig, Phase, TrainConfig
 
 CLASSES = ("sky", "road", "car")
-COLOURS = ((90, 140, 220), (100, 100, 100), (180, 30, 40))
+COLORS = ((90, 140, 220), (100, 100, 100), (180, 30, 40))
 
 
 @pytest.fixture(autouse=True)
@@ -38,9 +38,9 @@ def write_data_folder(
             labels = np.zeros((height, width), np.uint8)
             labels[height // 2 :] = 1
             labels[height // 2 : height // 2 + 40, 20 + index : 80 + index] = 2
-            Image.fromarray(np.array(COLOURS, np.uint8)[labels]).save(root / split / "images" / f"{index:03d}.png")
+            Image.fromarray(np.array(COLORS, np.uint8)[labels]).save(root / split / "images" / f"{index:03d}.png")
             Image.fromarray(labels).save(root / split / "labels" / f"{index:03d}.png")
-    rows = [{"id": index, "name": name, "color": COLOURS[index]} for index, name in enumerate(classes)]
+    rows = [{"id": index, "name": name, "color": COLORS[index]} for index, name in enumerate(classes)]
     table = {"dataset": "toy", "void_id": None, "thing_ids": [2], "labels": rows}
     (root / "labels.json").write_text(json.dumps(table))
     return root

@@ -17,9 +17,8 @@ from spmdeploy.backends.base import LayoutRun, OpenedBackend, Unsupported, check
 from spmdeploy.bundle.bundle import Bundle, GraphFiles
 from spmdeploy.bundle.manifest import EDIT, EDIT_ON_CPU
 from spmdeploy.errors import BundleError, UnavailableError, UsageError
-from spmdeploy.model.deploy import EditGraph, RefineGraph
+from spmdeploy.model.deploy import EditGraph, RefineGraph, cache_layout
 from spmdeploy.model.generator import Generator, GeneratorConfig
-from spmdeploy.model.known_layout import cache_layout
 from spmdeploy.types import NATIVE_SIZE, LayoutInput, ModelInput, Precision
 
 

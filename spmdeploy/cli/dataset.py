@@ -1,4 +1,4 @@
-"""The commands of `dataset`."""
+"""The commands `dataset check` and `dataset prepare`."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ dataset_app = typer.Typer(help="Prepare and check training data.", rich_markup_m
 @dataset_app.command("check")
 def dataset_check(
     data: Annotated[Path, typer.Argument(help="Folder with train/, test/ and labels.json.")],
-    holes: Annotated[
-        Path | None, typer.Option("--sheet", help="Also paint the five kinds of holes on some training pictures.")
+    sheet: Annotated[
+        Path | None, typer.Option("--sheet", help="Also draw masks of every kind on some training images.")
     ] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Find what would hurt training.
+    """Find what would stop or impair training.
 
     Missing pairs, wrong sizes, unknown ids, color maps, near-empty classes.
     """
@@ -32,23 +32,23 @@ def dataset_check(
         from spmdeploy.imaging.files import check_output, write_image
         from spmdeploy.training.contact_sheets import mask_sheet
 
-    if holes is not None:
-        check_output(holes, overwrite)
+    if sheet is not None:
+        check_output(sheet, overwrite)
     with progress_bar("checking") as show:
         report = check_dataset(data, progress=show)
     total = sum(share.pixels for share in report.classes) or 1
     rows = [(str(share.id), share.name, f"{share.pixels / total:.2%}", str(share.pictures)) for share in report.classes]
     lines = [f"{data}: " + ", ".join(f"{count} {split}" for split, count in report.pictures.items())]
-    lines += format_table(("id", "class", "share", "pictures"), rows)
+    lines += format_table(("id", "class", "share", "images"), rows)
     lines += [f"warning: {text}" for text in report.warnings] + [f"error: {text}" for text in report.errors]
-    if holes is not None and report.ok:
-        write_image(holes, mask_sheet(data), overwrite)
-        lines.append(f"{holes}: labels, then a hole of each kind")
-    elif holes is not None:
-        log_notes([f"{holes} was not written: put the errors right first"])
-    hint = "put these right, then check again"
-    failure = None if report.ok else InputError(f"{data}: {len(report.errors)} faults that stop training", hint)
-    payload = {**report.to_json(), "sheet": str(holes) if holes is not None and report.ok else None}
+    if sheet is not None and report.ok:
+        write_image(sheet, mask_sheet(data), overwrite)
+        lines.append(f"{sheet}: labels, then a mask of each kind")
+    elif sheet is not None:
+        log_notes([f"{sheet} was not written: fix the errors first"])
+    hint = "fix these, then check again"
+    failure = None if report.ok else InputError(f"{data}: {len(report.errors)} errors that stop training", hint)
+    payload = {**report.to_json(), "sheet": str(sheet) if sheet is not None and report.ok else None}
     print_result("dataset-check", payload, lines, as_json, failure)
 
 
@@ -56,13 +56,13 @@ def dataset_check(
 def dataset_prepare(
     kind: Annotated[Literal["cityscapes", "ade20k"], typer.Argument(help="Which official download.")],
     source: Annotated[Path, typer.Argument(help="Where it was unpacked.")],
-    target: Annotated[Path, typer.Argument(help="The training folder to make.")],
-    jobs: Annotated[int | None, typer.Option("--jobs", min=1, help="Processes; default: one a core.")] = None,
+    target: Annotated[Path, typer.Argument(help="The data folder to write.")],
+    jobs: Annotated[int | None, typer.Option("--jobs", min=1, help="Processes; default: one per core.")] = None,
     as_json: Json = False,
 ) -> None:
     """Build the training layout from a download.
 
-    Run it again after an interruption: what is complete is kept.
+    Run it again after an interruption: complete files are kept.
     """
     with require_extra("train"):
         from spmdeploy.datasets.prepare import prepare

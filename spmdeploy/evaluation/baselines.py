@@ -15,11 +15,11 @@ from spmdeploy.types import ModelInput
 Pixels = npt.NDArray[np.uint8]
 
 TELEA_RADIUS = 3
-"""Neighborhood in pixels that each inpainted point is made of; OpenCV's own examples use it."""
+"""Neighborhood in pixels that each inpainted point is made of; that of OpenCV's own examples."""
 
 
 class Telea:
-    """OpenCV's inpainting after Telea (2004), which knows nothing of labels."""
+    """OpenCV's inpainting (Telea 2004), which does not use labels."""
 
     def __init__(self) -> None:
         self._cv2 = _import_cv2()
@@ -28,17 +28,17 @@ class Telea:
         """Edits a batch: uint8 (B, H, W, 3) RGB."""
         image, _, _, mask = inputs
         filled = [
-            self._cv2.inpaint(np.ascontiguousarray(photo), hole, TELEA_RADIUS, self._cv2.INPAINT_TELEA)
-            for photo, hole in zip(image, np.where(mask > 0, np.uint8(255), np.uint8(0)), strict=True)
+            self._cv2.inpaint(np.ascontiguousarray(photo), inside, TELEA_RADIUS, self._cv2.INPAINT_TELEA)
+            for photo, inside in zip(image, np.where(mask > 0, np.uint8(255), np.uint8(0)), strict=True)
         ]
         return np.where(mask[..., None] > 0, np.stack(filled), image)
 
 
 class ClassMeanColor:
-    """Each class in one color: its mean over the known pixels of the picture, else over the training pictures."""
+    """Each class in one color: its mean over the known pixels of the image, else over the training images."""
 
     def __init__(self, colors: npt.NDArray[np.float64]) -> None:
-        """colors: (K, 3), mean color of each class over the training pictures."""
+        """colors: (K, 3), mean color of each class over the training images."""
         self._colors = colors
 
     def run(self, inputs: ModelInput) -> Pixels:
@@ -56,10 +56,10 @@ class ClassMeanColor:
         return np.where(mask[..., None], painted, image)
 
 
-def mean_colors(pictures: Iterable[tuple[Pixels, Pixels]], classes: int) -> npt.NDArray[np.float64]:
+def mean_colors(images: Iterable[tuple[Pixels, Pixels]], classes: int) -> npt.NDArray[np.float64]:
     """(K, 3) mean color of each class over pairs of image (H, W, 3) and labels (H, W); gray where there is none."""
     sums, counts = np.zeros((classes, 3)), np.zeros(classes)
-    for image, labels in pictures:
+    for image, labels in images:
         inside = labels < classes
         ids = labels[inside]
         counts += np.bincount(ids, minlength=classes)
@@ -71,7 +71,7 @@ def mean_colors(pictures: Iterable[tuple[Pixels, Pixels]], classes: int) -> npt.
 def _import_cv2() -> ModuleType:
     try:
         return importlib.import_module("cv2")
-    except ImportError as error:
+    except ImportError as exc:
         raise UnavailableError(
             "the Telea baseline needs OpenCV, which is not installed", "pip install opencv-python-headless"
-        ) from error
+        ) from exc

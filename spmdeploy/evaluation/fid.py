@@ -1,8 +1,7 @@
 """The Inception v3 whose features define FID (Heusel et al. 2017), from the file that pytorch-fid publishes.
 
 It differs from torchvision's Inception v3 in its weights and in the pooling inside its blocks, so that torchvision's
-file gives another distance. Everything here is what the name FID depends on: the file is known by its SHA-256, pictures
-are brought to 299 × 299 as pytorch-fid does.
+file gives another distance. The file is identified by its SHA-256; images are resized to 299 × 299 as in pytorch-fid.
 """
 
 from __future__ import annotations
@@ -26,10 +25,10 @@ PUBLISHED_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb91
 SIDE = 299
 BATCH_NORM_EPS = 1e-3
 
-OutpaintStep: TypeAlias = str | tuple[str, ...]
+BranchStep: TypeAlias = str | tuple[str, ...]
 """A convolution by its name in the block, "/STRIDE" behind it where it has no padding; several of them on the same
 input, stacked; or a pooling."""
-Branch: TypeAlias = tuple[OutpaintStep, ...]
+Branch: TypeAlias = tuple[BranchStep, ...]
 
 _A: tuple[Branch, ...] = (
     ("branch1x1",),
@@ -40,7 +39,7 @@ _A: tuple[Branch, ...] = (
 _B: tuple[Branch, ...] = (
     ("branch3x3/2",),
     ("branch3x3dbl_1", "branch3x3dbl_2", "branch3x3dbl_3/2"),
-    ("shrink",),
+    ("pool",),
 )
 _C: tuple[Branch, ...] = (
     ("branch1x1",),
@@ -51,7 +50,7 @@ _C: tuple[Branch, ...] = (
 _D: tuple[Branch, ...] = (
     ("branch3x3_1", "branch3x3_2/2"),
     ("branch7x7x3_1", "branch7x7x3_2", "branch7x7x3_3", "branch7x7x3_4/2"),
-    ("shrink",),
+    ("pool",),
 )
 _E: tuple[Branch, ...] = (
     ("branch1x1",),
@@ -62,10 +61,10 @@ STEM: Branch = (
     "Conv2d_1a_3x3/2",
     "Conv2d_2a_3x3/1",
     "Conv2d_2b_3x3",
-    "shrink",
+    "pool",
     "Conv2d_3b_1x1",
     "Conv2d_4a_3x3/1",
-    "shrink",
+    "pool",
 )
 BLOCKS: dict[str, tuple[Branch, ...]] = {
     "Mixed_5b": _A,
@@ -78,25 +77,25 @@ BLOCKS: dict[str, tuple[Branch, ...]] = {
     "Mixed_6e": _C,
     "Mixed_7a": _D,
     "Mixed_7b": (*_E, ("average", "branch_pool")),
-    "Mixed_7c": (*_E, ("largest", "branch_pool")),  # not a slip: the last block of FID's network takes the maximum
+    "Mixed_7c": (*_E, ("maximum", "branch_pool")),  # on purpose: the last block of FID's network takes the maximum
 }
 
 
 class FidInception:
-    """Pictures to the 2048 features that FID compares."""
+    """Computes the 2048 features that FID compares."""
 
     def __init__(self, state: Mapping[str, Tensor]) -> None:
         """state: the file's tensors; each convolution `NAME.conv.weight` with its batch norm `NAME.bn.*`."""
         names = [name.removesuffix(".conv.weight") for name in state if name.endswith(".conv.weight")]
-        self._convolutions = {name: _folded(state, name) for name in names}
+        self._convolutions = {name: _fold_batch_norm(state, name) for name in names}
 
     @classmethod
     def from_file(cls, path: Path) -> FidInception:
         """Raises InputError unless it is the published file."""
         try:
             digest = hashlib.sha256(regular_file(path).read_bytes()).hexdigest()
-        except OSError as error:
-            raise InputError(f"{path}: not readable: {error}", f"give pytorch-fid's {PUBLISHED_FILE}") from error
+        except OSError as exc:
+            raise InputError(f"{path}: cannot be read: {exc}", f"give pytorch-fid's {PUBLISHED_FILE}") from exc
         if digest != PUBLISHED_SHA256:
             raise InputError(
                 f"{path}: its SHA-256 is {digest[:16]}…, that of FID's Inception {PUBLISHED_SHA256[:16]}…",
@@ -105,9 +104,9 @@ class FidInception:
         return cls(read_state_dict(path))
 
     @torch.no_grad()
-    def pooled(self, picture: Tensor) -> Tensor:
-        """picture: float (N, 3, h, w) RGB in [-1, 1]. Returns (N, 2048)."""
-        x = F.interpolate(picture, size=(SIDE, SIDE), mode="bilinear", align_corners=False)
+    def pooled(self, image: Tensor) -> Tensor:
+        """Features of images, float (N, 3, h, w), RGB in [-1, 1]: float (N, 2048)."""
+        x = F.interpolate(image, size=(SIDE, SIDE), mode="bilinear", align_corners=False)
         x = self._branch(x, "", STEM)
         for name, branches in BLOCKS.items():
             x = torch.cat([self._branch(x, f"{name}.", branch) for branch in branches], dim=1)
@@ -116,26 +115,26 @@ class FidInception:
     def _branch(self, x: Tensor, block: str, steps: Branch) -> Tensor:
         for step in steps:
             if isinstance(step, tuple):
-                x = torch.cat([self._convolved(x, block + name) for name in step], dim=1)
+                x = torch.cat([self._convolve(x, block + name) for name in step], dim=1)
             elif step == "average":
                 x = F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
-            elif step == "largest":
+            elif step == "maximum":
                 x = F.max_pool2d(x, 3, stride=1, padding=1)
-            elif step == "shrink":
+            elif step == "pool":
                 x = F.max_pool2d(x, 3, stride=2)
             else:
-                x = self._convolved(x, block + step)
+                x = self._convolve(x, block + step)
         return x
 
-    def _convolved(self, x: Tensor, step: str) -> Tensor:
+    def _convolve(self, x: Tensor, step: str) -> Tensor:
         name, _, stride = step.partition("/")
         weight, bias = self._convolutions[name]
         padding = [0, 0] if stride else [side // 2 for side in weight.shape[2:]]
         return F.relu(F.conv2d(x, weight, bias, stride=int(stride or 1), padding=padding))
 
 
-def _folded(state: Mapping[str, Tensor], name: str) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a convolution with its batch norm inside."""
+def _fold_batch_norm(state: Mapping[str, Tensor], name: str) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a convolution with its batch norm folded in."""
     scale = state[f"{name}.bn.weight"] / torch.sqrt(state[f"{name}.bn.running_var"] + BATCH_NORM_EPS)
     shift = state[f"{name}.bn.bias"] - state[f"{name}.bn.running_mean"] * scale
     return state[f"{name}.conv.weight"] * scale.view(-1, 1, 1, 1), shift

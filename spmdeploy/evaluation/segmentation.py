@@ -1,14 +1,14 @@
-"""Whether an edit shows what its labels say, in the eyes of a segmentation network that the user gives.
+"""Label consistency: whether a segmentation network finds in an edit what its labels say.
 
-The contract is small, so that almost any exported network meets it:
+The user gives the network. The requirements are few, so that almost any exported network meets them:
 
 - an ONNX file with one input, float32 [1 or N, 3, H, W], RGB, in ImageNet's normalization unless the table says
-  otherwise; H and W free, or fixed, then pictures are brought to that size;
-- its first output are class scores, float [1 or N, C, h, w], at any resolution; the largest one wins;
+  otherwise; H and W free, or fixed, then images are resized to them;
+- its first output are class scores, float [1 or N, C, h, w], at any resolution; the highest score counts;
 - a JSON table {"classes": {"7": "road", "8": "sidewalk", ...}} from the network's class number to the name (or id) in
   the data folder's labels.json; several may go to one. Optional: "mean" and "std", three numbers each, for 0..1.
 
-Numbers that the table leaves out are never right. Labels that no number goes to (void, say) are not judged.
+Numbers that are not in the table are never right. Labels without a number (such as void) are not scored.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Counts = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class SegmenterTable:
-    """What the JSON beside the network says."""
+    """The JSON table of the network's classes."""
 
     classes: dict[int, int]
     """The network's class number -> the data folder's id."""
@@ -45,7 +45,7 @@ class SegmenterTable:
 
 
 class Segmenter:
-    """The user's network: pictures to ids of the data folder's class table."""
+    """The user's network, which maps images to ids of the data folder's class table."""
 
     def __init__(self, network: Path, table: Path, classes: ClassTable) -> None:
         """Raises InputError naming the file, UnavailableError without ONNX Runtime."""
@@ -56,30 +56,30 @@ class Segmenter:
         try:
             content = regular_file(network).read_bytes()
             self._session: Any = library.InferenceSession(content, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime raises classes of its own on whatever is no graph
-            raise InputError(f"{network}: not a network that ONNX Runtime reads: {str(error)[:200]}") from error
+        except Exception as exc:  # onnxruntime raises errors of its own for what is not a graph
+            raise InputError(f"{network}: not a network that ONNX Runtime reads: {str(exc)[:200]}") from exc
         self.sha256 = hashlib.sha256(content).hexdigest()
         inputs = self._session.get_inputs()
         if [(given.type, len(given.shape)) for given in inputs] != [("tensor(float)", 4)] or inputs[0].shape[1] != 3:
             found = ", ".join(f"{given.name} {given.type} {given.shape}" for given in inputs)
             raise InputError(
                 f"{network}: its inputs are {found}; one of float32 [N, 3, H, W] is needed",
-                "export the network with one picture as its input and the class scores as its first output",
+                "export the network with one image as its input and the class scores as its first output",
             )
         self._input = inputs[0].name
         height, width = inputs[0].shape[2:]  # a name or None where it is free
         self._size = (height, width) if isinstance(height, int) and isinstance(width, int) else None
 
     @property
-    def judged(self) -> npt.NDArray[np.bool_]:
-        """(K,): which ids of the class table the network can find at all."""
-        judged = np.zeros(self._classes, bool)
-        judged[list(self._table.classes.values())] = True
-        return judged
+    def scored_classes(self) -> npt.NDArray[np.bool_]:
+        """bool (K,): which ids of the class table the network can predict."""
+        scored = np.zeros(self._classes, bool)
+        scored[list(self._table.classes.values())] = True
+        return scored
 
-    def find(self, picture: Pixels) -> Pixels:
-        """uint8 (H, W, 3) RGB to the ids found, uint8 (H, W); 255 where the network sees what the table leaves out."""
-        x = torch.from_numpy(picture).permute(2, 0, 1)[None].float() / 255
+    def predict(self, image: Pixels) -> Pixels:
+        """Predicts ids: uint8 (H, W, 3), RGB to uint8 (H, W); 255 where the predicted class is not in the table."""
+        x = torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255
         mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (self._table.mean, self._table.std))
         if self._size is not None:
             x = F.interpolate(x, size=self._size, mode="bilinear", align_corners=False)
@@ -91,14 +91,14 @@ class Segmenter:
                 "the table's numbers count the network's score channels from 0",
             )
         full = F.interpolate(
-            torch.from_numpy(scores).float(), size=picture.shape[:2], mode="bilinear", align_corners=False
+            torch.from_numpy(scores).float(), size=image.shape[:2], mode="bilinear", align_corners=False
         )
         numbers = full[0].argmax(dim=0).numpy()
         lookup = np.full(scores.shape[1], 255, np.uint8)
         for number, label in self._table.classes.items():
             lookup[number] = label
-        found: Pixels = lookup[numbers]
-        return found
+        predicted: Pixels = lookup[numbers]
+        return predicted
 
 
 def read_segmenter_table(path: Path, classes: ClassTable) -> SegmenterTable:
@@ -113,28 +113,35 @@ def read_segmenter_table(path: Path, classes: ClassTable) -> SegmenterTable:
         given = {name: tuple(float(value) for value in fields[name]) for name in ("mean", "std") if name in fields}
         if any(len(values) != 3 for values in given.values()) or 0 in given.get("std", ()):
             raise ValueError(f"mean and std are {given}, expected three numbers each, std not 0")
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise InputError(f"{path}: not a table of a segmentation network's classes: {error!r}", hint) from error
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as exc:
+        raise InputError(f"{path}: not a table of a segmentation network's classes: {exc!r}", hint) from exc
     return SegmenterTable({number: classes.find(name).id for number, name in numbers.items()}, **given)
 
 
 def confusion_matrix(
-    labels: Pixels, found: Pixels, mask: npt.NDArray[np.bool_], judged: npt.NDArray[np.bool_]
+    labels: Pixels, predicted: Pixels, mask: npt.NDArray[np.bool_], scored: npt.NDArray[np.bool_]
 ) -> Counts:
-    """How often each label under the mask was found as what: int64 (K, K + 1), the last column for none of them.
+    """Counts the labels under the mask by what was predicted.
 
-    labels, found: uint8 (H, W). mask: bool (H, W). judged: bool (K,); other labels are left out.
+    Args:
+        labels: uint8 (H, W).
+        predicted: uint8 (H, W).
+        mask: bool (H, W).
+        scored: bool (K,); other labels are left out.
+
+    Returns:
+        int64 (K, K + 1), labels by predictions; the last column is for none of them.
     """
-    classes = len(judged)
+    classes = len(scored)
     counted = mask & (labels < classes)
-    counted[counted] = judged[labels[counted]]
-    rows, columns = labels[counted].astype(np.int64), np.minimum(found[counted], classes)
+    counted[counted] = scored[labels[counted]]
+    rows, columns = labels[counted].astype(np.int64), np.minimum(predicted[counted], classes)
     counts = np.bincount(rows * (classes + 1) + columns, minlength=classes * (classes + 1))
     return counts.reshape(classes, classes + 1)
 
 
 def accuracy(counts: npt.NDArray[np.float64] | Counts) -> float:
-    """Share of the judged pixels that show their label; counts as of `confusion_matrix`. NaN when nothing is judged."""
+    """Share of the scored pixels that show their label; counts as of `confusion_matrix`. NaN without pixels."""
     total = counts.sum()
     return float(np.trace(counts[:, :-1]) / total) if total else float("nan")
 

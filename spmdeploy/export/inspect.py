@@ -9,7 +9,7 @@ from spmdeploy.bundle.bundle import Bundle, open_bundle
 from spmdeploy.engines.record import BUILD_AGAIN, ENGINE_SUFFIX
 from spmdeploy.engines.store import check_engine, find_engines
 from spmdeploy.errors import BundleError, InputError, UnavailableError
-from spmdeploy.model import CHECKPOINT_SUFFIXES
+from spmdeploy.model import is_checkpoint
 
 
 def inspect_path(path: Path) -> dict[str, Any]:
@@ -19,7 +19,7 @@ def inspect_path(path: Path) -> dict[str, Any]:
     """
     if not path.exists():
         raise InputError(f"there is no {path}", "give a bundle, an engine or a checkpoint")
-    if path.is_file() and path.suffix.lower() in CHECKPOINT_SUFFIXES:
+    if path.is_file() and is_checkpoint(path):
         return _checkpoint_facts(path)
     if path.is_file() and path.suffix.lower() == ENGINE_SUFFIX:
         return _engine_facts(path)

@@ -45,7 +45,7 @@ from spmdeploy.files import sha256
 from spmdeploy.imaging import files as images
 from spmdeploy.inputs import regular_file
 from spmdeploy.labels import ClassTable
-from spmdeploy.model import CHECKPOINT_SUFFIXES
+from spmdeploy.model import is_checkpoint
 from spmdeploy.model.checkpoint import Checkpoint, load_checkpoint
 from spmdeploy.model.flops import edit_gflop
 from spmdeploy.model.generator import Generator
@@ -161,7 +161,7 @@ class _Source:
 def _read_source(path: Path) -> tuple[Checkpoint, _Source]:
     """The weights of a checkpoint or of a bundle. Raises InputError, BundleError."""
     path = regular_file(path)
-    if path.is_dir() or (path.suffix not in CHECKPOINT_SUFFIXES and zipfile.is_zipfile(path)):
+    if path.is_dir() or (zipfile.is_zipfile(path) and not is_checkpoint(path)):
         bundle = open_bundle(path)
         manifest = bundle.manifest
         weights = Checkpoint(bundled_generator(bundle), "spmdeploy", manifest.channel_order, manifest.training)

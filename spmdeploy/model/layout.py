@@ -9,7 +9,7 @@ from torch import Tensor
 def instance_edges(instances: Tensor) -> Tensor:
     """Pixels whose instance differs from their left, right, upper or lower neighbor.
 
-    instances: integer (N, H, W). Returns bool (N, H, W). Both pixels of a differing pair are marked; the picture's own
+    instances: integer (N, H, W). Returns bool (N, H, W). Both pixels of a differing pair are marked; the image's own
     border is not an edge.
     """
     left = torch.cat((instances[:, :, :1], instances[:, :, :-1]), dim=2)

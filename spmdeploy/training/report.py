@@ -13,14 +13,13 @@ from typing import Any
 
 from spmdeploy.errors import InputError
 from spmdeploy.files import atomic_write
+from spmdeploy.training.logging import POSITION
 from spmdeploy.training.run_dir import RunDirectory
 
 WIDTH, HEIGHT, MARGIN = 420, 200, 44
 """Of a chart, in pixels."""
 SHEETS = 2
-"""How many of the last contact sheets are shown."""
-POSITION = ("kind", "images", "phase", "phase_images", "seconds")
-"""Fields of a record that are no metric."""
+"""The last contact sheets that are shown."""
 
 Points = list[tuple[float, float]]
 

@@ -1,19 +1,18 @@
-"""The run directory: configuration, metrics, checkpoints and exports; a kill at any moment is harmless.
+"""The run directory: configuration, metrics, checkpoints and exports, replaced atomically.
 
 RUN/config.json          the configuration, as given
-RUN/metrics.jsonl        one JSON object per line: training and validation figures
-RUN/checkpoint.pt        everything needed to go on, replaced atomically
-RUN/tensorboard/         the same for TensorBoard, when asked for
+RUN/metrics.jsonl        one JSON object per line: training and validation metrics
+RUN/checkpoint.pt        everything needed to resume
+RUN/tensorboard/         the metrics for TensorBoard, with `tensorboard`
 RUN/samples/*.png        sample sheets
 RUN/export/              averaged weights of the last checkpoint: generator.safetensors and .json
-RUN/best/                the same for the lowest validation figure
+RUN/best/                the same for the lowest validation LPIPS
 """
 
 from __future__ import annotations
 
 import json
 import os
-import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,11 +23,21 @@ from filelock import FileLock, Timeout
 
 from spmdeploy.errors import InputError, UsageError
 from spmdeploy.files import atomic_write
-from spmdeploy.model.checkpoint import save_generator
+from spmdeploy.model.checkpoint import load_pickle, save_generator
 from spmdeploy.model.generator import Generator
 from spmdeploy.training.config import TrainConfig, read_config, to_json
 
 CHECKPOINT_SCHEMA = "spmdeploy.checkpoint/1"
+CHECKPOINT_PARTS = {
+    "progress": dict,
+    "generator": dict,
+    "averaged": dict,
+    "discriminators": dict,
+    "generator_optimizer": dict,
+    "discriminator_optimizer": dict,
+    "random": torch.Tensor,
+}
+CHECKPOINT_HINT = "start a new run with start_weights set to RUN/export/generator.safetensors of this one"
 
 
 class RunDirectory:
@@ -49,18 +58,20 @@ class RunDirectory:
             stream.write((json.dumps(to_json(config), indent=1) + "\n").encode())
 
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """Keeps all other processes from training here, until this one ends in whatever way.
+    def lock(self) -> Iterator[None]:
+        """Keeps other processes from training here until this one ends.
 
-        A launcher that is killed leaves its workers behind: a second run beside them would mix two into one folder.
-        Raises UsageError when somebody is there already.
+        Workers outlive a killed launcher: without the lock, a second run would write into the same folder.
+
+        Raises:
+            UsageError: Another process trains in this folder.
         """
         lock = FileLock(self.path / ".lock", blocking=False)
         try:
             lock.acquire()
-        except Timeout as error:
+        except Timeout as exc:
             problem = f"another process is training in {self.path}"
-            raise UsageError(problem, "wait for its end or end it; workers outlive a killed torchrun") from error
+            raise UsageError(problem, "wait for its end or end it; workers outlive a killed torchrun") from exc
         try:
             yield
         finally:
@@ -73,17 +84,16 @@ class RunDirectory:
         return read_config(self._config)
 
     def sample_sheet(self, images: int) -> Path:
-        """Where the sample sheet after so many images goes."""
+        """The path of the sample sheet after `images` samples."""
         return self.path / "samples" / f"{images:08d}.png"
 
-    # -- metrics
-
     def log(self, **fields: Any) -> None:
+        """Appends a record to the metrics."""
         with self._metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(fields) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All complete lines; the last one may have been cut by a kill."""
+        """The complete records; a killed process may leave the last one incomplete."""
         if not self._metrics.exists():
             return []
         lines = []
@@ -95,31 +105,40 @@ class RunDirectory:
         return lines
 
     def drop_metrics_after(self, images: int) -> None:
-        """Forgets what was logged between the last checkpoint and the kill: those steps run again."""
+        """Drops the records after the last checkpoint, since those steps are repeated."""
         kept = "".join(json.dumps(line) + "\n" for line in self.metrics() if line["images"] <= images)
         with atomic_write(self._metrics) as stream:
             stream.write(kept.encode())
 
-    # -- checkpoints
+    @property
+    def has_best(self) -> bool:
+        """Whether a validation has exported weights to RUN/best."""
+        return (self.path / "best" / "generator.safetensors").exists()
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
+        """Replaces the checkpoint."""
         with atomic_write(self.checkpoint) as stream:
             _save({"schema": CHECKPOINT_SCHEMA, **state}, stream)
 
     def load_checkpoint(self) -> dict[str, Any] | None:
-        """The last checkpoint, None when the run was ended before its first. Raises InputError naming the file."""
+        """Reads the last checkpoint and checks the types of its parts; None when there is none yet.
+
+        Raises:
+            InputError: Names the file and the part.
+        """
         if not self.checkpoint.exists():
             return None
-        try:
-            state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise InputError(f"{self.checkpoint}: not readable: {' '.join(str(error).split())[:300]}") from error
+        state = load_pickle(self.checkpoint, CHECKPOINT_HINT)
         if not isinstance(state, dict) or state.get("schema") != CHECKPOINT_SCHEMA:
             raise InputError(f"{self.checkpoint}: not a checkpoint of this program", f"expected {CHECKPOINT_SCHEMA}")
+        for name, kind in CHECKPOINT_PARTS.items():
+            if not isinstance(state.get(name), kind):
+                found = type(state[name]).__name__ if name in state else "missing"
+                raise InputError(f"{self.checkpoint}: {name} is {found}, expected {kind.__name__}", CHECKPOINT_HINT)
         return state
 
     def export(self, generator: Generator, folder: str) -> Path:
-        """Writes the generator as RUN/`folder`/generator.safetensors with its .json."""
+        """Writes the generator as RUN/`folder`/generator.safetensors with its .json; returns the path."""
         target = self.path / folder / "generator.safetensors"
         target.parent.mkdir(exist_ok=True)
         staging = target.with_name("incoming.safetensors")
@@ -130,7 +149,7 @@ class RunDirectory:
 
 
 class _ErrorKeeper:
-    """A stream for torch.save, which replaces an OSError of the stream by an error that does not name the cause."""
+    """A stream that keeps the OSError of a failed write, which torch.save replaces by an error without the cause."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream

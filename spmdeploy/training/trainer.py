@@ -1,7 +1,7 @@
-"""The training loop: one for every schedule.
+"""The training loop of all schedules.
 
-A phase trains a run of neighboring stages; the coarser stages before them are frozen at their averaged weights. The
-paper's joint recipe is a single phase of all three stages.
+A phase trains neighboring stages; the coarser stages are frozen at their averaged weights. The joint
+recipe of the paper is a single phase of all three stages.
 """
 
 from __future__ import annotations
@@ -23,12 +23,11 @@ from spmdeploy.errors import InputError, OutOfMemoryError, SpmDeployError, Unava
 from spmdeploy.imaging.files import write_image
 from spmdeploy.model.generator import Generator, GeneratorConfig, composite
 from spmdeploy.model.layout import LayoutPyramid
-from spmdeploy.training import distributed as processes
+from spmdeploy.serialization import Count, FieldError, convert
+from spmdeploy.training import distributed
 from spmdeploy.training import projected_discriminator as projected
-from spmdeploy.training.board import ScalarWriter, open_board, write_record
 from spmdeploy.training.config import ADAM_BETAS, Phase, TrainConfig
 from spmdeploy.training.contact_sheets import sample_sheet
-from spmdeploy.training.discriminator import Discriminator
 from spmdeploy.training.ema import (
     grow_stage,
     inherit_discriminator,
@@ -37,21 +36,29 @@ from spmdeploy.training.ema import (
     update_ema,
 )
 from spmdeploy.training.loader import BackgroundLoader
-from spmdeploy.training.losses import choose_crops, cut_crops, hinge_discriminator, hinge_generator, masked_l1
+from spmdeploy.training.logging import ScalarWriter, open_tensorboard, write_record
+from spmdeploy.training.losses import (
+    Discriminator,
+    choose_crops,
+    cut_crops,
+    hinge_discriminator,
+    hinge_generator,
+    masked_l1,
+)
 from spmdeploy.training.perceptual import Lpips, build_perceptual_loss
 from spmdeploy.training.projected_discriminator import EfficientNetFeatures, FeaturePair, ProjectedDiscriminator
-from spmdeploy.training.run_dir import RunDirectory
+from spmdeploy.training.run_dir import CHECKPOINT_HINT, RunDirectory
 from spmdeploy.training.style_loss import class_style_loss, find_style_pairs
 from spmdeploy.training.validation import validate
 
 DIVERGED_ABOVE = 1e4
-"""No loss of the recipe is ever near this; a run that gets here does not come back."""
+"""A loss above this means divergence; those of the recipe stay far below."""
 SHEET_ROWS = 10
-"""Validation pictures on a sample sheet: two of each kind of hole."""
+"""Validation images on a sample sheet: two of each mask kind."""
 STYLE_SCALES = 3
-"""How many of the four feature scales the style loss compares: the coarsest has too few cells per class."""
-LOWEST_RATE = 0.05
-"""What a decaying rate ends at, in parts of the phase's rate."""
+"""Feature scales that the style loss compares; the fourth and coarsest has too few cells per class."""
+MIN_RATE = 0.05
+"""A decaying rate ends at this part of the phase's rate."""
 
 Network = TypeVar("Network", bound=nn.Module)
 Report = Callable[[dict[str, Any]], None]
@@ -59,23 +66,23 @@ Report = Callable[[dict[str, Any]], None]
 
 @dataclass
 class TrainState:
-    """Where the run is."""
+    """Position of the run."""
 
-    phase: int = 0
+    phase: Count = 0
     """Index of the current phase."""
-    phase_images: int = 0
-    """Samples of the current phase that are done."""
-    images: int = 0
-    """Samples of the run that are done."""
-    steps: int = 0
+    phase_images: Count = 0
+    """Finished samples of the current phase."""
+    images: Count = 0
+    """Finished samples of the run."""
+    steps: Count = 0
     """Optimizer steps of the run."""
     phase_seconds: float = 0.0
     """Wall time of the current phase's steps."""
     best: float = math.inf
     """Lowest validation LPIPS so far."""
-    style_pairs: int = 0
+    style_pairs: Count = 0
     """Pairs of sample and class that the style loss has compared."""
-    style_skipped: int = 0
+    style_skipped: Count = 0
     """Pairs that it has skipped, because too few pixels of the class were known."""
 
 
@@ -83,7 +90,7 @@ class StageOutput(NamedTuple):
     """One stage's part in a step; all float, at the stage's size."""
 
     raw: Tensor
-    """(N, 3, h, w), the stage's own picture, with gradients."""
+    """(N, 3, h, w), the stage's own output, with gradients."""
     target: Tensor
     """(N, 3, h, w), the photo."""
     mask: Tensor
@@ -101,19 +108,28 @@ class UnreadLosses(NamedTuple):
 
 
 class Trainer:
-    """Networks, optimizers and position of a run; `train` brings it to its end."""
+    """Networks, optimizers and position of a run.
+
+    Args:
+        config: What to train.
+        run: Where to store it.
+        device: Of this process.
+
+    Raises:
+        SpmDeployError: Data, weights or a package are missing or unusable.
+    """
 
     def __init__(self, config: TrainConfig, run: RunDirectory, device: torch.device) -> None:
         self.config = config
         self.run = run
         self.device = device
         self.progress = TrainState()
-        self._board: ScalarWriter | None = None
+        self._tensorboard: ScalarWriter | None = None
         self._loader: BackgroundLoader[HostBatch] | None = None
         self._unread: list[UnreadLosses] = []
         self._compiled: dict[nn.Module, Callable[..., Tensor]] = {}
         if config.compile and config.channels_last and device.type == "cpu":
-            # torch 2.13: the backward of replicate padding answers in another memory order than the compiler was told.
+            # torch 2.13: the backward of replicate padding returns another memory format than the compiler expects.
             raise UsageError("compile and channels_last exclude each other on a CPU", "leave one of them out")
         self._memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         torch.manual_seed(config.seed)
@@ -147,22 +163,21 @@ class Trainer:
 
     @property
     def last_trained_stage(self) -> int:
-        """The finest stage that has learnt so far."""
+        """The finest stage that has been trained so far."""
         return max(phase.stages[-1] for phase in self.config.schedule[: self.progress.phase + 1])
 
     @property
     def is_main_process(self) -> bool:
         """Whether this process writes the run directory."""
-        return processes.rank() == 0
-
-    # -- the whole run
+        return distributed.rank() == 0
 
     def train(self, report: Report) -> None:
-        """Runs to the end of the schedule. `report` gets each record that goes to the metrics."""
+        """Runs to the end of the schedule. `report` gets each record of the metrics."""
         if self.config.tensorboard and self.is_main_process:
-            self._board = open_board(self.run.path, self.progress.images)
+            self._tensorboard = open_tensorboard(self.run.path, self.progress.images)
         saved = time.monotonic()
         while True:
+            losses: dict[str, float] = {}
             while self.progress.phase_images < self.phase.images:
                 started = time.monotonic()
                 self.step()
@@ -178,7 +193,9 @@ class Trainer:
                 if self.is_main_process and time.monotonic() - saved > self.config.checkpoint_seconds:
                     self.save()
                     saved = time.monotonic()
-            self.read_losses()
+            # A phase that is shorter than an interval gets a record too.
+            if (losses := self.read_losses() or losses) and not self._crossed_interval(self.config.report_images):
+                self._log(report, "train", losses)
             if not self._crossed_interval(self.config.validate_images):
                 self.validate(report)
             more = self._next_phase()
@@ -191,7 +208,7 @@ class Trainer:
         """Whether the last step crossed a multiple of `interval` images."""
         return self.progress.images // interval != (self.progress.images - self.phase.batch) // interval
 
-    def _log(self, report: Report, kind: str, figures: dict[str, float]) -> None:
+    def _log(self, report: Report, kind: str, metrics: dict[str, float]) -> None:
         if not self.is_main_process:
             return
         counts = {"style_skipped": self.progress.style_skipped} if self.config.loss.style else {}
@@ -201,18 +218,16 @@ class Trainer:
             "phase": self.progress.phase,
             "phase_images": self.progress.phase_images,
             "seconds": round(self.progress.phase_seconds, 1),
-            **figures,
+            **metrics,
             **counts,
         }
         self.run.log(**record)
-        if self._board is not None:
-            write_record(self._board, record)
+        if self._tensorboard is not None:
+            write_record(self._tensorboard, record)
         report(record)
 
-    # -- phases
-
     def _begin_phase(self) -> None:
-        """Weights to inherit, what learns, and fresh optimizers."""
+        """Inherits weights, freezes what the phase does not train, and creates its optimizers."""
         phase = self.phase
         first = phase.stages[0]
         self._close_loader()
@@ -224,19 +239,19 @@ class Trainer:
         self.generator.zero_grad(set_to_none=True)
         for index, stage in enumerate(self.generator.stages):
             stage.requires_grad_(index in phase.stages)
-        learning = self._learning(self.generator.stages)
-        self._generator_optimizer = self._adam(learning, phase.generator_rate)
+        trained = self._parameters(self.generator.stages)
+        self._generator_optimizer = self._adam(trained, phase.generator_rate)
         if self.features is None:
-            learning = self._learning(self.discriminators)
+            trained = self._parameters(self.discriminators)
         else:
-            learning = list(self._projected_discriminator().heads.parameters())
-        self._discriminator_optimizer = self._adam(learning, phase.discriminator_rate)
+            trained = list(self._projected_discriminator().heads.parameters())
+        self._discriminator_optimizer = self._adam(trained, phase.discriminator_rate)
 
-    def _learning(self, networks: nn.ModuleList) -> list[nn.Parameter]:
+    def _parameters(self, networks: nn.ModuleList) -> list[nn.Parameter]:
         return [parameter for index in self.phase.stages for parameter in networks[index].parameters()]
 
-    def _adam(self, learning: list[nn.Parameter], rate: float) -> torch.optim.Adam:
-        return torch.optim.Adam(learning, lr=rate, betas=ADAM_BETAS[self.config.discriminator], fused=True)
+    def _adam(self, parameters: list[nn.Parameter], rate: float) -> torch.optim.Adam:
+        return torch.optim.Adam(parameters, lr=rate, betas=ADAM_BETAS[self.config.discriminator], fused=True)
 
     def _projected_discriminator(self) -> ProjectedDiscriminator:
         discriminator = self.discriminators[0]
@@ -253,12 +268,10 @@ class Trainer:
         self._begin_phase()
         return True
 
-    # -- one step
-
     def step(self) -> None:
         """One step of the discriminators and, after their warm-up, of the generator."""
         images = self.progress.images
-        positions = processes.shard(range(images, images + self.phase.batch))
+        positions = distributed.shard(range(images, images + self.phase.batch))
         host = self._next_batch()
         batch = host.to(self.device)
         layout = self._layout(batch)
@@ -299,7 +312,7 @@ class Trainer:
         return next(self._loader)
 
     def _load(self, position: int) -> HostBatch:
-        batch = self.samples.host_batch(processes.shard(range(position, position + self.phase.batch)))
+        batch = self.samples.host_batch(distributed.shard(range(position, position + self.phase.batch)))
         return batch.pin() if self.device.type == "cuda" else batch
 
     def _close_loader(self) -> None:
@@ -308,16 +321,16 @@ class Trainer:
             self._loader = None
 
     def _stage_outputs(self, batch: Batch, layout: LayoutPyramid) -> dict[int, StageOutput]:
-        """Of the stages that learn, fed by the frozen ones before them."""
+        """Outputs of the trained stages, whose inputs come from the frozen ones before them."""
         outputs: dict[int, StageOutput] = {}
         coarser: Tensor | None = None
         for index in range(self.phase.stages[-1] + 1):
-            learns = index in self.phase.stages
-            with self._autocast(), torch.set_grad_enabled(learns and torch.is_grad_enabled()):
-                generator = self.generator if learns else self.averaged
-                picture = generator.stage_input(index, batch.image, layout, coarser)
-                coarser = self._call(generator.stages[index], self._ordered(picture), layout)
-            if learns:
+            trained = index in self.phase.stages
+            with self._autocast(), torch.set_grad_enabled(trained and torch.is_grad_enabled()):
+                generator = self.generator if trained else self.averaged
+                image = generator.stage_input(index, batch.image, layout, coarser)
+                coarser = self._call(generator.stages[index], self._ordered(image), layout)
+            if trained:
                 target = downsample(batch.image, self.generator.config.halvings(index))
                 mask = layout.mask_at(*target.shape[-2:])
                 outputs[index] = StageOutput(coarser, target, mask, composite(coarser.float(), target, mask))
@@ -334,8 +347,8 @@ class Trainer:
         (real, fake), seen = projected.augment((finest.target, finest.edited), seen, positions)
         with self._autocast():
             with torch.no_grad():
-                wanted = self.features(self._ordered(real))
-            return FeaturePair(wanted, self.features(self._ordered(fake)), seen)
+                of_photo = self.features(self._ordered(real))
+            return FeaturePair(of_photo, self.features(self._ordered(fake)), seen)
 
     def _train_discriminators(self, learn: bool) -> None:
         trained = self.discriminators if self.features is None else self._projected_discriminator().heads
@@ -388,9 +401,9 @@ class Trainer:
                 continue
             side, step = self.phase.perceptual_crop, 2 ** self.generator.config.halvings(index)
             corners = choose_crops(host.mask.numpy()[:, ::step, ::step], side, positions)
-            found, wanted = (cut_crops(image, corners, side) for image in (output.raw, output.target))
+            compared, target = (cut_crops(image, corners, side) for image in (output.raw, output.target))
             with self._autocast():
-                distance = self.perceptual(self._ordered(found), self._ordered(wanted), self.phase.perceptual_blocks)
+                distance = self.perceptual(self._ordered(compared), self._ordered(target), self.phase.perceptual_blocks)
             parts["perceptual"].append(weights.perceptual * distance)
         return {name: torch.stack(losses).sum() for name, losses in parts.items() if losses}
 
@@ -419,7 +432,7 @@ class Trainer:
         if not unread:
             return {}
         flat = torch.stack([value.float() for losses in unread for value in losses.values.values()])
-        numbers = iter(processes.average(flat).tolist())
+        numbers = iter(distributed.average(flat).tolist())
         values: dict[str, float] = {}
         for losses in unread:
             values = {name: next(numbers) for name in losses.values}
@@ -440,7 +453,7 @@ class Trainer:
         done = self.progress.phase_images / phase.images
         factor = 1.0
         if done > phase.decay_from:
-            factor = 1 - (1 - LOWEST_RATE) * (done - phase.decay_from) / (1 - phase.decay_from)
+            factor = 1 - (1 - MIN_RATE) * (done - phase.decay_from) / (1 - phase.decay_from)
         for optimizer, rate in (
             (self._generator_optimizer, phase.generator_rate),
             (self._discriminator_optimizer, phase.discriminator_rate),
@@ -455,10 +468,8 @@ class Trainer:
         half_life = min(self.config.ema_half_life, max(1.0, self.progress.phase_images / 4))
         return float(0.5 ** (self.phase.batch / half_life))
 
-    # -- validation
-
     def validate(self, report: Report) -> None:
-        """Figures and a sample sheet of the averaged weights on the held-out pictures; keeps the best."""
+        """Logs metrics and a sample sheet of the averaged weights on the held-out images; exports the best weights."""
         if self.lpips is None:
             return
         samples = self.samples.validation_samples()
@@ -481,17 +492,15 @@ class Trainer:
         edited = []
         for index in range(self.last_trained_stage + 1):
             with self._autocast():
-                picture = self.averaged.stage_input(index, batch.image, layout, coarser)
-                coarser = self.averaged.stages[index](self._ordered(picture), layout)
+                image = self.averaged.stage_input(index, batch.image, layout, coarser)
+                coarser = self.averaged.stages[index](self._ordered(image), layout)
             size = batch.image.shape[-2:]
             full = F.interpolate(coarser.float(), size=size, mode="bilinear", align_corners=False)
             edited.append(composite(full, batch.image, batch.mask))
         return edited
 
-    # -- saving and resuming
-
     def save(self) -> None:
-        """A checkpoint, and the averaged weights beside it. Raises SpmDeployError rather than store what diverged."""
+        """Stores a checkpoint and the averaged weights. Raises SpmDeployError when the training has diverged."""
         for losses in self._unread:
             self._check_finite({name: value.item() for name, value in losses.values.items()}, losses)
         self.run.save_checkpoint(
@@ -509,48 +518,73 @@ class Trainer:
         self.run.export(self.averaged, "export")
 
     def resume(self) -> None:
-        """Goes back to the last checkpoint, to the beginning when there is none yet."""
+        """Restores the last checkpoint; starts from the beginning when there is none yet.
+
+        Raises:
+            InputError: The checkpoint is damaged, or is one of another configuration.
+        """
         state = self.run.load_checkpoint()
         if state is not None:
-            stored = state.get("discriminator", "patch")  # checkpoints from before the choice hold patch discriminators
-            if stored != self.config.discriminator:
+            try:
+                self._restore(state)
+            except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as exc:
+                reason = " ".join(str(exc).split())[:200]
                 raise InputError(
-                    f"{self.run.checkpoint}: holds a {stored} discriminator, "
-                    f"config.json asks for a {self.config.discriminator} one",
-                    "put discriminator back, or start a new run with start_weights set to this run's export",
-                )
-            self.progress = TrainState(**state["progress"])
-            self._begin_phase()  # optimizers of the right shape; what it inherits is overwritten below
-            self.generator.load_state_dict(state["generator"])
-            self.averaged.load_state_dict(state["averaged"])
-            self.discriminators.load_state_dict(state["discriminators"])
-            self._generator_optimizer.load_state_dict(state["generator_optimizer"])
-            self._discriminator_optimizer.load_state_dict(state["discriminator_optimizer"])
-            torch.set_rng_state(state["random"])
+                    f"{self.run.checkpoint}: does not fit the run's config.json: {reason}", CHECKPOINT_HINT
+                ) from exc
         if self.is_main_process:
             self.run.drop_metrics_after(self.progress.images)
 
-    # -- devices and memory
+    def _restore(self, state: dict[str, Any]) -> None:
+        stored = state.get("discriminator", "patch")  # checkpoints from before the choice hold patch discriminators
+        if stored != self.config.discriminator:
+            raise InputError(
+                f"{self.run.checkpoint}: holds a {stored} discriminator, "
+                f"config.json asks for a {self.config.discriminator} one",
+                "put discriminator back, or start a new run with start_weights set to this run's export",
+            )
+        self.progress = self._restored_progress(state["progress"])
+        self._begin_phase()  # optimizers of the right shape; what it inherits is overwritten below
+        for name in ("generator", "averaged", "discriminators"):
+            for key, value in state[name].items():
+                if not isinstance(value, Tensor) or not value.isfinite().all():
+                    raise ValueError(f"{name}: {key} is no tensor of finite numbers")
+            getattr(self, name).load_state_dict(state[name])
+        _restore_moments(self._generator_optimizer, state["generator_optimizer"])
+        _restore_moments(self._discriminator_optimizer, state["discriminator_optimizer"])
+        torch.set_rng_state(state["random"])
 
-    def _call(self, network: nn.Module, picture: Tensor, layout: LayoutPyramid) -> Tensor:
-        """The network's answer; with `compile` through torch.compile, which compiles what runs when it first runs."""
+    def _restored_progress(self, fields: dict[str, Any]) -> TrainState:
+        try:
+            progress = convert(fields, TrainState)
+        except FieldError as exc:
+            raise ValueError(f"progress: {exc}") from exc
+        schedule = self.config.schedule
+        if progress.phase >= len(schedule) or progress.phase_images > schedule[progress.phase].images:
+            raise ValueError(f"sample {progress.phase_images} of phase {progress.phase} is not in the schedule")
+        if not progress.best >= 0 or not math.isfinite(progress.phase_seconds):
+            raise ValueError(f"progress: best is {progress.best}, phase_seconds is {progress.phase_seconds}")
+        return progress
+
+    def _call(self, network: nn.Module, image: Tensor, layout: LayoutPyramid) -> Tensor:
+        """Calls a network; with `compile` through torch.compile, which compiles it at the first call."""
         if not self.config.compile:
-            answer: Tensor = network(picture, layout)
-            return answer
+            output: Tensor = network(image, layout)
+            return output
         if network not in self._compiled:
-            # Static shapes: code for any batch size would round otherwise than what a resumed run compiles for its own.
-            # On a CPU the compiler must leave memory orders alone, see above.
+            # Static shapes: code for any batch size may round differently from what a resumed run compiles for its own.
+            # On a CPU the compiler must keep memory formats, see above.
             untouched: dict[str, str | int | bool | Callable[..., Any]] = {"layout_optimization": False}
             options = untouched if self.device.type == "cpu" else None
             self._compiled[network] = torch.compile(network, dynamic=False, options=options)
         try:
-            return self._compiled[network](picture, layout)
-        except torch._dynamo.exc.BackendCompilerFailed as error:
-            reason = " ".join(str(error).split())[:200]
+            return self._compiled[network](image, layout)
+        except torch._dynamo.exc.BackendCompilerFailed as exc:
+            reason = " ".join(str(exc).split())[:200]
             raise UnavailableError(
                 f"torch.compile does not work here: {reason}",
                 "it needs a C++ compiler, on a GPU also Triton; or leave compile out",
-            ) from error
+            ) from exc
 
     def _placed(self, network: Network) -> Network:
         network.to(self.device)
@@ -560,46 +594,77 @@ class Trainer:
     def _layout(self, batch: Batch) -> LayoutPyramid:
         return LayoutPyramid(batch.labels, batch.instances, batch.mask, self.generator.config.classes)
 
-    def _ordered(self, picture: Tensor) -> Tensor:
-        return picture.contiguous(memory_format=self._memory_format)
+    def _ordered(self, image: Tensor) -> Tensor:
+        return image.contiguous(memory_format=self._memory_format)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bf16)
 
 
+def _restore_moments(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Restores step counts and moments; rates and all else are the configuration's.
+
+    Raises ValueError or what PyTorch raises where they do not fit the parameters.
+    """
+    settings = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)
+        for parameter in group["params"]:
+            moments = optimizer.state.get(parameter, {})
+            shapes = {name: tuple(value.shape) for name, value in moments.items()}
+            expected = {"step": (), "exp_avg": tuple(parameter.shape), "exp_avg_sq": tuple(parameter.shape)}
+            if moments and shapes != expected:
+                raise ValueError(f"optimizer state of the shapes {shapes}, expected {expected}")
+            if not all(value.is_floating_point() and value.isfinite().all() for value in moments.values()):
+                raise ValueError("optimizer state that is not finite")
+
+
 def optimizer_step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
-    """Backward, averaged over the processes, and one step."""
+    """Computes gradients, averages them over the processes and takes one step."""
     optimizer.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]
-    processes.average_gradients(parameter for group in optimizer.param_groups for parameter in group["params"])
+    distributed.average_gradients(parameter for group in optimizer.param_groups for parameter in group["params"])
     optimizer.step()
 
 
 def downsample(image: Tensor, halvings: int) -> Tensor:
-    """The truth for a stage: float (N, 3, H, W) to the stage's size, by the generator's own bilinear rule."""
+    """The target of a stage: float (N, 3, H, W) to the stage's size, bilinear as in the generator."""
     if not halvings:
         return image
     return F.interpolate(image, scale_factor=0.5**halvings, mode="bilinear", align_corners=False)
 
 
-def train(config: TrainConfig, output: Path, resume: bool, report: Report, device: str = "cpu") -> None:
-    """Trains in the run directory `output`; with `resume`, on from its last checkpoint. Works under torchrun too.
+def train(config: TrainConfig, output: Path, resume: bool, report: Report, device: str = "cpu") -> int:
+    """Trains in a run directory. Works under torchrun too.
 
-    device: cpu, cuda or cuda:N. Raises SpmDeployError.
+    Args:
+        config: What to train.
+        output: The run directory.
+        resume: Continue from its last checkpoint.
+        report: Gets each record of the metrics.
+        device: cpu, cuda or cuda:N.
+
+    Returns:
+        The samples of the run.
+
+    Raises:
+        SpmDeployError: Names what cannot be used, or the loss that diverged.
     """
-    place = processes.local_device(device)
-    processes.join(place)
+    place = distributed.local_device(device)
+    distributed.init(place)
     run = RunDirectory(output)
     try:
         trainer = Trainer(config, run, place)
         if trainer.is_main_process and not resume:
             run.start(config)
-        with run.held() if trainer.is_main_process else nullcontext():
+        with run.lock() if trainer.is_main_process else nullcontext():
             if resume:
                 trainer.resume()
             trainer.train(report)
-    except torch.OutOfMemoryError as error:
+    except torch.OutOfMemoryError as exc:
         raise OutOfMemoryError(
             f"{place} has too little memory", "take a smaller batch, a smaller crop or bf16"
-        ) from error
-    processes.leave()
+        ) from exc
+    distributed.shutdown()
+    return trainer.progress.images

@@ -35,8 +35,8 @@ class ValidationResult:
 @torch.no_grad()
 def validate(samples: Sequence[Sample], edit: EditByStage, lpips: Lpips, device: torch.device) -> ValidationResult:
     """Evaluates `edit` on the samples. Every process takes a part of them, so that none waits for long."""
-    found: list[tuple[float, float, list[npt.NDArray[np.uint8]]]] = []
-    part = samples[distributed.rank() :: distributed.count()]
+    results: list[tuple[float, float, list[npt.NDArray[np.uint8]]]] = []
+    part = samples[distributed.rank() :: distributed.world_size()]
     for start in range(0, len(part), BATCH):
         batch = collate(part[start : start + BATCH]).to(device)
         stages = edit(batch)
@@ -44,8 +44,8 @@ def validate(samples: Sequence[Sample], edit: EditByStage, lpips: Lpips, device:
         difference = (stages[-1] - batch.image).abs().mean(dim=1, keepdim=True) * batch.mask
         errors = difference.sum(dim=(1, 2, 3)) / batch.mask.sum(dim=(1, 2, 3))
         pixels = zip(*(to_pixels(stage) for stage in stages), strict=True)
-        found += zip(scores.tolist(), errors.tolist(), map(list, pixels), strict=True)
-    scores_, errors_, edits = zip(*distributed.gather(found), strict=True)
+        results += zip(scores.tolist(), errors.tolist(), map(list, pixels), strict=True)
+    scores_, errors_, edits = zip(*distributed.gather(results), strict=True)
     return ValidationResult(
         lpips=float(np.mean(scores_)),
         l1=float(np.mean(errors_)),

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from spmdeploy import cli
-from spmdeploy.datasets.config import DataConfig
+from spmdeploy.datasets.folder import DataConfig
 from spmdeploy.imaging.files import read_photo
 from spmdeploy.model.checkpoint import load_checkpoint, save_generator
 from spmdeploy.model.generator import Generator, GeneratorConfig
@@ -53,9 +53,7 @@ def test_the_options_of_train_are_the_runs_configuration(data_folder: Path, monk
     assert cli.main(["train", "--data", str(data_folder), "--output", "run", *words.split()]) == 0
     assert given == [
         TrainConfig(
-            data=DataConfig(
-                str(data_folder), crop=128, smallest_scale=0.5, largest_scale=2.0, relighting=0.3, validation=2
-            ),
+            data=DataConfig(str(data_folder), crop=128, min_scale=0.5, max_scale=2.0, color_jitter=0.3, validation=2),
             schedule=(Phase((0,), images=9, batch=3, decay_from=0.6),),
             modulation="spade",
             stages=1,
@@ -115,17 +113,17 @@ def test_plot_writes_a_report_of_a_run(tiny: TrainConfig, tmp_path: Path, capsys
 @pytest.mark.parametrize(
     ("options", "exit_code", "words"),
     [
-        ([], 2, "nothing says what to train on"),
+        ([], 2, "no training data is given"),
         (["--resume"], 7, "no run to resume"),
-        (["--config", "missing.json"], 7, "missing.json: cannot be read"),
+        (["--config", "missing.json"], 7, "there is no file missing.json"),
         (["--data", "nowhere"], 7, "data"),
         (["--resume", "--batch", "4"], 2, "--batch has no effect with --resume"),
         (["--resume", "--preset", "paper"], 2, "--preset has no effect with --resume"),
         (["--config", "c.json", "--data", "d"], 2, "--data has no effect with --config"),
-        (["--data", "d", "--images", "9", "--scale-jitter", "2", "0.5"], 7, "data.largest_scale is 0.5"),
+        (["--data", "d", "--images", "9", "--scale-jitter", "2", "0.5"], 7, "data.max_scale is 0.5"),
         (["--data", "d", "--images", "9", "--stages", "1", "--schedule", "staged"], 7, "stages is 1"),
         (["--data", "d", "--images", "9", "--device", "tpu"], 2, "unknown device 'tpu'"),
-        (["--data", "d", "--images", "9", "--device", "cuda:7"], 4, "cuda:7 was asked for"),
+        (["--data", "d", "--images", "9", "--device", "cuda:7"], 4, "cuda:7 was requested"),
     ],
 )
 def test_train_says_what_is_missing(
@@ -170,12 +168,14 @@ def test_dataset_check(data_folder: Path, tmp_path: Path, capsys: pytest.Capture
     assert not (tmp_path / "no.png").exists()
 
 
-def test_the_holes_can_be_looked_at(data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    sheet = tmp_path / "holes.png"
+def test_dataset_check_sheet_shows_masks_of_each_kind(
+    data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sheet = tmp_path / "masks.png"
     code, report = _json(capsys, "dataset", "check", data_folder, "--sheet", sheet)
     assert (code, report["sheet"]) == (0, str(sheet))
     page = read_photo(sheet).pixels
-    assert page.shape[0] > 6 * 256 and page.shape[1] > 6 * 256  # six pictures, labels and five kinds
+    assert page.shape[0] > 6 * 256 and page.shape[1] > 6 * 256  # six images, labels and five kinds
     assert (page == 128).all(axis=2).mean() > 0.1  # what is under the masks
     code, failure = _json(capsys, "dataset", "check", data_folder, "--sheet", sheet)
     assert (code, "exists already" in str(failure["error"])) == (7, True)
@@ -210,4 +210,4 @@ def test_evaluate_judges_models_and_baselines_on_the_same_holes(
     other = tmp_path / "other.safetensors"
     save_generator(Generator(GeneratorConfig(4, 1, 2)), other)
     code, failure = _json(capsys, "evaluate", other, "--data", data)
-    assert (code, "knows 4 classes" in str(failure["error"])) == (7, True)
+    assert (code, "has 4 classes" in str(failure["error"])) == (7, True)

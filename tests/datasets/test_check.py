@@ -69,7 +69,7 @@ def test_an_instance_map_of_another_size(folder: Path) -> None:
     save(folder / "train" / "inst_map" / "003.png", np.zeros((9, 9)), np.uint16)
     report = check_dataset(folder)
     assert "inst_map/003.png is 9×9" in report.errors[0]
-    assert any("5 pictures have no map there, the first is 000" in warning for warning in report.warnings)
+    assert any("5 images have no map there, the first is 000" in warning for warning in report.warnings)
 
 
 def test_warnings(folder: Path) -> None:
@@ -80,7 +80,7 @@ def test_warnings(folder: Path) -> None:
     shutil.rmtree(folder / "test")
     text = "\n".join(check_dataset(folder, crop=256).warnings)
     assert "the shortest side is 140; crops of 256 are enlarged" in text
-    assert "class 2 (car) is in no training picture" in text
+    assert "class 2 (car) is in no training image" in text
     assert "class 1 (road) covers 0.0040%" in text
     assert "nothing to evaluate on" in text
     assert "connected components" in text

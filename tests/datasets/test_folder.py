@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from spmdeploy.datasets import folder as dataset
-from spmdeploy.datasets.config import DataConfig, ExtraData
 from spmdeploy.datasets.folder import (
     AnnotatedImage,
+    DataConfig,
+    ExtraData,
     Sample,
     TrainingSamples,
     collate,
@@ -23,7 +24,7 @@ from spmdeploy.datasets.folder import (
     split_validation,
 )
 from spmdeploy.errors import InputError
-from tests.toy_dataset import COLOURS, write_data_folder
+from tests.toy_dataset import COLORS, write_data_folder
 
 
 def same(first: Sample, second: Sample) -> bool:
@@ -52,11 +53,11 @@ def test_an_epoch_shows_every_picture_once(data_folder: Path) -> None:
 
 @pytest.mark.parametrize("smallest_scale", [1.0, 0.8])
 def test_image_and_labels_stay_together(data_folder: Path, smallest_scale: float) -> None:
-    drawn = samples(data_folder, smallest_scale=smallest_scale)
+    drawn = samples(data_folder, min_scale=smallest_scale)
     for position in range(12):
         sample = drawn.at(position)
         assert sample.image.shape == (128, 128, 3)
-        agree = (np.abs(sample.image.astype(int) - np.array(COLOURS)[sample.labels]).max(axis=2) < 3).mean()
+        agree = (np.abs(sample.image.astype(int) - np.array(COLORS)[sample.labels]).max(axis=2) < 3).mean()
         assert agree == 1 if smallest_scale == 1 else agree > 0.9  # shrinking blends along the borders of classes
         assert set(np.unique(sample.instances)) <= {0, 1, 2000}
 
@@ -70,7 +71,7 @@ def test_scales_are_drawn_from_their_range(data_folder: Path, monkeypatch: pytes
         return random_crop(picture, side, scale, *rest)
 
     monkeypatch.setattr(dataset, "random_crop", recorded)
-    drawn = samples(data_folder, smallest_scale=0.95, largest_scale=4.0)
+    drawn = samples(data_folder, min_scale=0.95, max_scale=4.0)
     pictures = [drawn.at(position).image for position in range(30)]
     assert 128 / 4 <= min(sides) < 50 and 120 < max(sides) <= 128 / 0.95
     assert all(picture.shape == (128, 128, 3) for picture in pictures)
@@ -91,13 +92,13 @@ def test_a_picture_smaller_than_the_crop_is_enlarged() -> None:
 
 
 def test_relighting_changes_photos_alone_and_never_those_for_validation(data_folder: Path) -> None:
-    plain, relighted = (samples(data_folder, relighting=strength) for strength in (0.0, 0.3))
+    plain, relighted = (samples(data_folder, color_jitter=strength) for strength in (0.0, 0.3))
     for position in range(6):
         before, after = plain.at(position), relighted.at(position)
         assert np.array_equal(before.labels, after.labels)
         assert not np.array_equal(before.image, after.image)
     held_out = [
-        TrainingSamples(DataConfig(str(data_folder), crop=128, validation=2, relighting=s), 0) for s in (0, 0.3)
+        TrainingSamples(DataConfig(str(data_folder), crop=128, validation=2, color_jitter=s), 0) for s in (0, 0.3)
     ]
     assert all(map(same, *(drawn.validation_samples() for drawn in held_out)))
 
@@ -123,7 +124,7 @@ def test_validation_is_held_out_with_its_neighbors() -> None:
 
 
 def test_holding_everything_out_is_refused() -> None:
-    with pytest.raises(InputError, match="2 pictures are too few"):
+    with pytest.raises(InputError, match="2 images are too few"):
         split_validation(("a", "b"), 2, 1)
 
 
@@ -174,10 +175,10 @@ def test_missing_label_maps_are_counted(data_folder: Path, tmp_path: Path) -> No
 
 
 def test_what_does_not_fit_into_memory_is_read_again(data_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dataset, "KEPT_BYTES", 2 * 140 * 180 * (3 + 1 + 4))
+    monkeypatch.setattr(dataset, "CACHE_BYTES", 2 * 140 * 180 * (3 + 1 + 4))
     drawn, again = samples(data_folder), samples(data_folder)
     found = [drawn.at(position) for position in range(12)]
-    assert len(drawn._main[0][0]._kept) == 2
+    assert len(drawn._main[0][0]._cache) == 2
     assert all(same(sample, again.at(position)) for position, sample in enumerate(found))
 
 
@@ -189,7 +190,7 @@ def test_no_sample_has_a_hole_of_void(data_folder: Path, tmp_path: Path) -> None
         labels = np.array(Image.open(path))
         labels[:60] = 255  # most of the sky
         Image.fromarray(labels).save(path)
-    drawn = samples(root, holes=("class",))
+    drawn = samples(root, mask_kinds=("class",))
     holes = [drawn.at(position) for position in range(12)]
     assert all(255 not in sample.labels[sample.mask] for sample in holes)
     assert any(255 in sample.labels for sample in holes)

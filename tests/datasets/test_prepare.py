@@ -16,7 +16,7 @@ from PIL import Image
 
 from spmdeploy.datasets import prepare as module
 from spmdeploy.datasets.check import check_dataset
-from spmdeploy.datasets.folder import ImageFolder, read_instance_rules
+from spmdeploy.datasets.folder import ImageFolder
 from spmdeploy.datasets.prepare import ade20k_size, prepare
 from spmdeploy.errors import InputError, UsageError
 from spmdeploy.imaging import files as images
@@ -31,7 +31,7 @@ def save(path: Path, values: npt.NDArray[np.generic]) -> None:
 
 
 def save_cityscapes(root: Path, split: str, stem: str, seed: int) -> None:
-    """One picture with its annotations, a quarter of the official size: road, with a car in a place of its own."""
+    """One annotated with its annotations, a quarter of the official size: road, with a car in a place of its own."""
     rng = np.random.default_rng(seed)
     photo = np.kron(rng.integers(0, 256, (64, 128, 3), np.uint8), np.ones((8, 8, 1), np.uint8))
     labels = np.full((512, 1024), 7, np.uint8)
@@ -127,16 +127,16 @@ def test_ade20k(ade20k: Path, target: Path) -> None:
     assert labels.shape == (288, 384)
     assert np.unique(labels).tolist() == [4, 20]
     assert np.array_equal(instances, np.where(labels == 20, 3, 0))
-    picture = ImageFolder(target, "train", read_instance_rules(target))["ADE_train_00000001"]
-    assert np.unique(picture.instances).tolist() == [4, 20003]  # a thing, so that holes find its box
+    annotated = ImageFolder.open(target, "train")["ADE_train_00000001"]
+    assert np.unique(annotated.instances).tolist() == [4, 20003]  # a thing, so that holes find its box
 
 
 def test_ade20k_without_instances(ade20k: Path, target: Path) -> None:
     (ade20k / "annotations_instance").rename(ade20k.with_name("elsewhere"))
     done = prepare("ade20k", ade20k, target, jobs=1)
     assert done.notes[0].startswith("2 of 2 photos have no instance map")
-    picture = ImageFolder(target, "train", read_instance_rules(target))["ADE_train_00000001"]
-    assert picture.instances.max() >= 20000  # the chair, from its connected piece
+    annotated = ImageFolder.open(target, "train")["ADE_train_00000001"]
+    assert annotated.instances.max() >= 20000  # the chair, from its connected piece
 
 
 def test_the_things_of_ade20k_are_those_of_the_instance_track() -> None:
@@ -218,8 +218,8 @@ def test_a_killed_run_leaves_no_half_file_and_goes_on(cityscapes: Path, target: 
     finished = list(target.rglob("[!.]*.png"))
     assert 3 <= len(finished) < 36
     for path in finished:
-        with Image.open(path) as picture:
-            picture.load()
+        with Image.open(path) as annotated:
+            annotated.load()
     assert 0 < prepare("cityscapes", cityscapes, target, jobs=1).made < 12
     prepare("cityscapes", cityscapes, target.with_name("at_once"), jobs=1)
     assert contents(target) == contents(target.with_name("at_once"))
@@ -286,7 +286,7 @@ def test_bad_files_are_named_after_the_others_are_done(
     cityscapes: Path, target: Path, spoil: Callable[[Path], None], complaint: str
 ) -> None:
     spoil(cityscapes / "gtFine/train/aachen" / f"{TRAIN_STEM}_gtFine_labelIds.png")
-    with pytest.raises(InputError, match=f"1 of 4 pictures cannot be prepared: .*{complaint}"):
+    with pytest.raises(InputError, match=f"1 of 4 images cannot be prepared: .*{complaint}"):
         prepare("cityscapes", cityscapes, target, jobs=1)
     assert len(list(target.rglob("*.png"))) == 9
     assert not (target / "labels.json").exists()
@@ -296,13 +296,13 @@ def test_cityscapes_is_never_distorted(cityscapes: Path, target: Path) -> None:
     save(cityscapes / "leftImg8bit/train/aachen" / f"{TRAIN_STEM}_leftImg8bit.png", np.zeros((512, 900, 3), np.uint8))
     for kind in ("labelIds", "instanceIds"):
         save(cityscapes / "gtFine/train/aachen" / f"{TRAIN_STEM}_gtFine_{kind}.png", np.zeros((512, 900), np.uint8))
-    with pytest.raises(InputError, match=f"{TRAIN_STEM}_leftImg8bit.png: 900×512 is no size of Cityscapes"):
+    with pytest.raises(InputError, match=f"{TRAIN_STEM}_leftImg8bit.png: 900×512 is not a size of Cityscapes"):
         prepare("cityscapes", cityscapes, target, jobs=1)
 
 
 def test_two_data_sets_are_not_mixed(cityscapes: Path, ade20k: Path, target: Path) -> None:
     prepare("ade20k", ade20k, target, jobs=1)
-    with pytest.raises(InputError, match="holds ade20k already, not cityscapes"):
+    with pytest.raises(InputError, match="already holds ade20k, not cityscapes"):
         prepare("cityscapes", cityscapes, target, jobs=1)
 
 

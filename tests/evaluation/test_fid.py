@@ -56,7 +56,7 @@ def test_features_are_those_of_pytorch_fid(state: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("block", "old", "new"), [("Mixed_7c", "largest", "average"), ("Mixed_7b", "average", "largest")]
+    ("block", "old", "new"), [("Mixed_7c", "maximum", "average"), ("Mixed_7b", "average", "maximum")]
 )
 def test_the_record_tells_the_poolings_apart(
     state: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch, block: str, old: str, new: str
@@ -75,7 +75,7 @@ def test_every_convolution_is_used(state: dict[str, Tensor]) -> None:
         for step in _flat(branch)
     ]
     used = {step.partition("/")[0] for step in (*_flat(inception.STEM), *steps)}
-    poolings = {name for name in used if name.rpartition(".")[2] in ("average", "largest", "shrink")}
+    poolings = {name for name in used if name.rpartition(".")[2] in ("average", "maximum", "pool")}
     assert used - poolings == set(RECORDED["convolutions"])
 
 
@@ -92,5 +92,5 @@ def test_only_the_published_file_is_fids(
         FidInception.from_file(path)
     monkeypatch.setattr(inception, "PUBLISHED_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
     assert len(FidInception.from_file(path)._convolutions) == 94
-    with pytest.raises(InputError, match="nothing: not readable"):
+    with pytest.raises(InputError, match="nothing: cannot be read"):
         FidInception.from_file(tmp_path / "nothing")

@@ -12,13 +12,13 @@ from onnx import TensorProto, helper, numpy_helper
 from spmdeploy.errors import InputError
 from spmdeploy.evaluation.segmentation import Segmenter, accuracy, confusion_matrix, mean_iou
 from spmdeploy.labels import ClassTable
-from tests.toy_dataset import CLASSES, COLOURS
+from tests.toy_dataset import CLASSES, COLORS
 
 CLASS_TABLE = ClassTable.from_json(
     {
         "name": "toy",
         "void_id": None,
-        "classes": [{"id": i, "name": name, "color": list(COLOURS[i])} for i, name in enumerate(CLASSES)],
+        "classes": [{"id": i, "name": name, "color": list(COLORS[i])} for i, name in enumerate(CLASSES)],
     },
     "test",
 )
@@ -34,7 +34,7 @@ def write_segmenter(
 
     |x - c|² = |x|² - 2 x·c + |c|²: a 1 × 1 convolution. Halved in size, as real ones answer at a lower resolution.
     """
-    colors = np.array([(255, 0, 255), COLOURS[2], COLOURS[0], COLOURS[1]]) / 255
+    colors = np.array([(255, 0, 255), COLORS[2], COLORS[0], COLORS[1]]) / 255
     centers = ((colors - MEAN) / STD) * np.array(STD)  # distances in 0..1 colors, the network undoes the scale
     weight = (2 * centers * np.array(STD))[:, :, None, None].astype(np.float32)
     bias = -(centers**2).sum(axis=1).astype(np.float32)
@@ -58,7 +58,7 @@ def write_table(path: Path, **changes: object) -> Path:
 
 
 def picture_of(labels: np.ndarray) -> np.ndarray:
-    return np.array(COLOURS, np.uint8)[labels]
+    return np.array(COLORS, np.uint8)[labels]
 
 
 def street() -> np.ndarray:
@@ -72,17 +72,17 @@ def street() -> np.ndarray:
 def test_what_a_network_finds_is_given_in_the_folders_ids(tmp_path: Path, size: tuple[Any, Any]) -> None:
     network = write_segmenter(tmp_path / "toy.onnx", size)
     segmenter = Segmenter(network, write_table(tmp_path / "t.json"), CLASS_TABLE)
-    found = segmenter.find(picture_of(street()))
+    found = segmenter.predict(picture_of(street()))
     assert found.shape == (64, 64)
     assert (found == street()).mean() > 0.9  # the borders of classes blur at half the size
-    assert segmenter.judged.tolist() == [True, True, True]
+    assert segmenter.scored_classes.tolist() == [True, True, True]
 
 
 def test_numbers_that_the_table_leaves_out_are_nothing(tmp_path: Path) -> None:
     network, table = write_segmenter(tmp_path / "toy.onnx"), write_table(tmp_path / "t.json", classes={"3": "road"})
     segmenter = Segmenter(network, table, CLASS_TABLE)
-    assert segmenter.judged.tolist() == [False, True, False]
-    found = segmenter.find(picture_of(street()))
+    assert segmenter.scored_classes.tolist() == [False, True, False]
+    found = segmenter.predict(picture_of(street()))
     assert set(np.unique(found)) == {1, 255}
 
 
@@ -132,7 +132,7 @@ def test_a_network_of_another_kind_is_named(tmp_path: Path) -> None:
     beyond = write_table(tmp_path / "f.json", classes={"9": "car"})
     few = Segmenter(write_segmenter(tmp_path / "few.onnx"), beyond, CLASS_TABLE)
     with pytest.raises(InputError, match=r"few\.onnx: its first output has the shape \[1, 4, 32, 32\]"):
-        few.find(picture_of(street()))
+        few.predict(picture_of(street()))
 
 
 def test_a_network_with_other_inputs_is_named(tmp_path: Path, street_bundle: Path) -> None:

@@ -1,6 +1,6 @@
 """`make train-smoke`: training works at all. About a minute on two cores; prints the losses and fails unless they fall.
 
-A small generator learns four street pictures by heart, all three stages at once, with every loss of the recipe. The
+A small generator overfits four street images, all three stages at once, with every loss of the recipe. The
 tests run the same with fewer steps and without the perceptual network.
 
     python -m tests.training.smoke
@@ -18,23 +18,23 @@ from typing import Any
 import numpy as np
 
 from spmdeploy.assets.samples import SAMPLE_EDITS
-from spmdeploy.datasets.config import DataConfig
+from spmdeploy.datasets.folder import DataConfig
 from spmdeploy.imaging.files import write_image
 from spmdeploy.imaging.resize import resize_labels, resize_photo
 from spmdeploy.labels import class_table
 from spmdeploy.training.config import LossConfig, Phase, TrainConfig
-from spmdeploy.training.progress import progress_line
+from spmdeploy.training.logging import progress_line
 from spmdeploy.training.run_dir import RunDirectory
 from spmdeploy.training.trainer import train
 
 SIDE = 128
 STEPS = 80
 FALLS_TO = {"l1": 0.6, "perceptual": 0.9}
-"""What part of its first value each loss must have fallen to. Found: 0.43 and 0.79."""
+"""The part of its first value that each loss must fall to. Measured: 0.43 and 0.79."""
 
 
-def write_street_pictures(root: Path) -> Path:
-    """A data folder of four real pictures: the left and the right part of two sample photos, 128 × 128."""
+def write_street_images(root: Path) -> Path:
+    """Writes a data folder of four real images: the left and the right part of two sample photos, 128 × 128."""
     table = class_table("street")
     for kind in ("images", "labels"):
         (root / "train" / kind).mkdir(parents=True)
@@ -80,7 +80,7 @@ def falls(metrics: Sequence[dict[str, Any]], name: str) -> float:
 
 def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
-        root = write_street_pictures(Path(folder) / "data")
+        root = write_street_images(Path(folder) / "data")
         config = smoke_config(root, STEPS)
         run = Path(folder) / "run"
         train(config, run, False, lambda record: print(progress_line(record, config), flush=True))

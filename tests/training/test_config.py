@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from spmdeploy.datasets.config import DataConfig, ExtraData
+from spmdeploy.datasets.folder import DataConfig, ExtraData
 from spmdeploy.errors import InputError
 from spmdeploy.training.config import (
     LossConfig,
@@ -39,7 +39,7 @@ def test_options_reach_their_part_and_the_rest_stays_as_in_the_recipe() -> None:
         Path("root"),
         images=40,
         run_overrides={"ema_half_life": 7, "compile": True, "seed": None},
-        data_overrides={"largest_scale": 2.0, "crop": None},
+        data_overrides={"max_scale": 2.0, "crop": None},
         loss_overrides={"perceptual_network": "vgg16"},
         phase_overrides={"batch": 4, "decay_from": 0.5},
     )
@@ -48,7 +48,7 @@ def test_options_reach_their_part_and_the_rest_stays_as_in_the_recipe() -> None:
         recipe,
         ema_half_life=7,
         compile=True,
-        data=DataConfig("root", largest_scale=2.0),
+        data=DataConfig("root", max_scale=2.0),
         loss=LossConfig(perceptual_network="vgg16"),
         schedule=(Phase((0, 1, 2), 40, 4, decay_from=0.5),),
     )
@@ -71,9 +71,21 @@ def test_configurations_from_before_the_ablations_are_read() -> None:
     fields = json.loads(json.dumps(to_json(config())))
     for name in ("modulation", "stages", "compile", "tensorboard"):
         del fields[name]
-    for name in ("largest_scale", "relighting"):
+    for name in ("max_scale", "color_jitter"):
         del fields["data"][name]
     assert from_json(fields, "config.json") == config()
+
+
+def test_from_json_names_of_version_0_1_are_read() -> None:
+    fields = json.loads(json.dumps(to_json(config())))
+    current = fields["data"]
+    old_names = {
+        "mask_kinds": "holes", "color_jitter": "relighting", "min_scale": "smallest_scale", "max_scale": "largest_scale"
+    }  # fmt: skip
+    fields["data"] = {old_names.get(name, name): value for name, value in current.items()}
+    fields["data"]["holes"] = ["class"]
+    assert from_json(fields, "config.json").data.mask_kinds == ("class",)
+    assert set(old_names.values()) <= fields["data"].keys()
 
 
 def test_survives_json() -> None:
@@ -87,7 +99,7 @@ def test_the_default_is_the_papers_recipe() -> None:
     (phase,) = recipe.schedule
     assert (phase.stages, phase.batch, phase.perceptual_blocks) == ((0, 1, 2), 1, 5)
     assert (phase.generator_rate, phase.discriminator_rate, phase.decay_from) == (1e-4, 4e-4, 1)
-    assert recipe.data.smallest_scale == 1
+    assert recipe.data.min_scale == 1
 
 
 @pytest.mark.parametrize(
@@ -95,7 +107,7 @@ def test_the_default_is_the_papers_recipe() -> None:
     [
         (("width",), "wide", "width is 'wide'"),
         (("data", "crop"), 200, "data.crop is 200"),
-        (("data", "largest_scale"), 0.5, "data.largest_scale is 0.5"),
+        (("data", "max_scale"), 0.5, "data.max_scale is 0.5"),
         (("modulation",), "adain", "modulation is 'adain', expected spm or spade"),
         (("stages",), 2, "stages is 2, expected 3 or 1"),
         (("stages",), True, "stages is True"),
@@ -105,7 +117,13 @@ def test_the_default_is_the_papers_recipe() -> None:
         (("loss", "perceptual_network"), "resnet", "perceptual_network is 'resnet'"),
         (("schedule", 0, "stages"), [0, 2], r"stages is \(0, 2\)"),
         (("schedule", 1, "batch"), 0, "batch is 0"),
-        (("data", "holes"), ["moon"], "'moon'"),
+        (("data", "mask_kinds"), ["moon"], "data.mask_kinds is 'moon', expected kinds among strokes"),
+        (("data", "mask_kinds"), [], "at least one kind"),
+        (("report_images",), 0, "report_images is 0, expected at least one sample"),
+        (("validate_images",), 0, "validate_images is 0"),
+        (("checkpoint_seconds",), -1, "checkpoint_seconds is -1"),
+        (("width",), 10**9, "width is 1000000000"),
+        (("seed",), -1, "seed is -1"),
         (("bf16",), 1, "bf16 is 1"),
         (("color",), 1, "color"),
     ],

@@ -28,7 +28,7 @@ def test_under_torchrun_each_process_takes_a_gpu_of_its_own(two_gpus: None, monk
 
 @pytest.mark.parametrize("wanted", ["cuda:2", "cuda:02"])
 def test_a_gpu_that_is_not_there_is_named(two_gpus: None, wanted: str) -> None:
-    with pytest.raises(UnavailableError, match="cuda:2 was asked for, but PyTorch sees 2"):
+    with pytest.raises(UnavailableError, match="cuda:2 was requested, but PyTorch sees 2"):
         processes.local_device(wanted)
 
 

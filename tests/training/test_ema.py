@@ -4,8 +4,8 @@ import torch
 
 from spmdeploy.model.generator import Generator, GeneratorConfig
 from spmdeploy.model.layout import LayoutPyramid
-from spmdeploy.training.discriminator import Discriminator
 from spmdeploy.training.ema import grow_stage, inherit_discriminator, training_generator, update_ema
+from spmdeploy.training.losses import Discriminator
 
 CONFIG = GeneratorConfig(classes=3, width=2, hidden=2)
 

@@ -52,13 +52,35 @@ def test_a_missing_package_is_named_with_its_command(monkeypatch: pytest.MonkeyP
     assert "pip install" in (caught.value.hint or "")
 
 
+def vgg19_state() -> dict[str, torch.Tensor]:
+    """The shapes of torchvision's file, without memory behind them: every weight is the number of its convolution."""
+    widths = [64] * 2 + [128] * 2 + [256] * 4 + [512] * 8
+    state = {"classifier.0.weight": torch.zeros(1)}
+    for index, (before, after) in enumerate(zip([3, *widths], widths, strict=False)):
+        state[f"features.{index * 2}.weight"] = torch.tensor(float(index)).expand(after, before, 3, 3)
+        state[f"features.{index * 2}.bias"] = torch.zeros(after)
+    return state
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"features.4.weight": torch.zeros(5)}, r"features\.4\.weight is torch.float32 \(5,\)"),
+        ({"features.2.bias": torch.zeros(64, dtype=torch.int64)}, r"features\.2\.bias is torch.int64"),
+        ({"features.0.bias": torch.full((64,), float("nan"))}, r"features\.0\.bias holds values that are not finite"),
+        ({"features.x.weight": torch.zeros(1), "features.0.weight": "text"}, "no dict of tensors"),
+    ],
+)
+def test_vgg_from_torchvision_damaged_file_is_named(tmp_path: Path, changes: dict[str, object], problem: str) -> None:
+    path = tmp_path / "vgg19.pth"
+    torch.save(vgg19_state() | changes, path)
+    with pytest.raises(InputError, match=problem):
+        pretrained.vgg_from_torchvision(path, "vgg19")
+
+
 def test_torchvision_files(tmp_path: Path) -> None:
     path = tmp_path / "vgg19.pth"
-    state = {}
-    for index in range(16):
-        state[f"features.{index * 2}.weight"] = torch.full((1, 1, 3, 3), float(index))
-        state[f"features.{index * 2}.bias"] = torch.zeros(1)
-    state["classifier.0.weight"] = torch.zeros(1)
+    state = vgg19_state()
     torch.save(state, path)
     convolutions = pretrained.vgg_from_torchvision(path, "vgg19")
     assert [weight.mean().item() for weight, _ in convolutions] == list(range(16))

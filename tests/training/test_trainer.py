@@ -173,7 +173,7 @@ def test_a_run_from_before_the_ablations_resumes(tmp_path: Path, tiny: TrainConf
     fields = json.loads((tmp_path / "old" / "config.json").read_text())
     for name in ("modulation", "stages", "compile"):
         del fields[name]
-    for name in ("largest_scale", "relighting"):
+    for name in ("max_scale", "color_jitter"):
         del fields["data"][name]
     (tmp_path / "old" / "config.json").write_text(json.dumps(fields))
     train(old.config(), tmp_path / "old", True, silently)
@@ -224,7 +224,6 @@ def test_compiling_for_a_cpu_excludes_channels_last(tmp_path: Path, tiny: TrainC
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
 # torch 2.13's compiler uses what torch deprecates, and looks for gradients where it knows that there are none.
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning", "ignore:The .grad attribute:UserWarning")
 @pytest.mark.slow
@@ -262,7 +261,7 @@ def test_divergence_stops_with_the_last_good_checkpoint(tmp_path: Path, tiny: Tr
 
 def test_a_tiny_model_learns_its_pictures(tmp_path: Path) -> None:
     """`make train-smoke` in a reduced form: the coarsest stage alone. What does not learn does not pass."""
-    data = smoke.write_street_pictures(tmp_path / "data")
+    data = smoke.write_street_images(tmp_path / "data")
     config = smoke.smoke_config(data, steps=30, stages=(0,), perceptual=0)
     train(config, tmp_path / "run", False, silently)
     assert smoke.falls(RunDirectory(tmp_path / "run").metrics(), "l1") < smoke.FALLS_TO["l1"]
