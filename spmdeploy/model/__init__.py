@@ -14,7 +14,7 @@ _LEGACY_PICKLE = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a file is to be read as weights: by its content, by its suffix only where the content is neither.
+    """Whether a file is to be read as weights: by its content, or by its suffix where the content does not decide.
 
     Bundles and files of torch.save are both zip archives; only the latter contain a data.pkl. Does not import torch.
     """
@@ -23,8 +23,8 @@ def is_checkpoint(path: Path) -> bool:
             start = stream.read(512)
     except OSError:
         return False
-    if start.startswith(b"PK\x03\x04"):
-        return re.search(rb"[^/]{1,200}/(?:data\.pkl|\.format_version|byteorder)", start) is not None
+    if start.startswith(b"PK\x03\x04") and re.search(rb"[^/]{1,200}/(?:data\.pkl|\.format_version|byteorder)", start):
+        return True
     if start.startswith(_LEGACY_PICKLE) or re.match(rb".{8}\{", start, re.DOTALL):  # the latter is safetensors
         return True
     return path.suffix.lower() in CHECKPOINT_SUFFIXES
