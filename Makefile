@@ -3,7 +3,7 @@ DEMO := .venv-demo/bin
 DEV := .venv/bin
 SAMPLE := spmdeploy/assets/samples/car_away
 
-.PHONY: demo test unit train-smoke test-slow fuzz lint bench quantization figures gpu-check clean
+.PHONY: demo test unit compat train-smoke test-slow fuzz lint bench quantization figures gpu-check clean
 
 demo: .venv-demo/ready
 	@mkdir -p demo
@@ -25,6 +25,10 @@ test-slow: .venv/ready
 
 fuzz: .venv/ready
 	$(DEV)/python -m pytest -m fuzz -n 2 -rP --no-header tests/fuzz
+
+# The wheel and the tests of an edge install under each version of Python that is supported.
+compat: .venv/ready
+	$(DEV)/python tools/compat.py
 
 lint: .venv/ready
 	$(DEV)/ruff check .
