@@ -92,7 +92,7 @@ def run_edit(
         options,
         windows=None if request.extend is None else _outpaint_windows(inputs, request.extend, editor.session.size),
         progress=progress,
-        names=_names(request),
+        names=_names(request, photo),
     )
     lost = images.write_photo(request.output, replace(photo, pixels=result.image), overwrite=request.overwrite)
     if request.sheet is not None or request.explain is not None:
@@ -130,13 +130,14 @@ def read_inputs(request: EditRequest, classes: ClassTable) -> EditInputs:
     return EditInputs(photo, labels, mask, instances, notes)
 
 
-def _names(request: EditRequest) -> InputNames:
+def _names(request: EditRequest, photo: images.Photo) -> InputNames:
     return InputNames(
         image=str(request.image),
         labels=str(request.labels or f"fill {request.fill}"),
         mask=request.mask_description,
         instances=str(request.instances),
         extended=request.extend is not None,
+        turned=photo.orientation > 4,
     )
 
 

@@ -29,6 +29,8 @@ class InputNames:
     instances: str = "instances"
     extended: bool = False
     """Whether the image is the canvas of an extension."""
+    turned: bool = False
+    """Whether the image was turned by a quarter, as its EXIF orientation says."""
 
 
 def check_layout(
@@ -145,6 +147,11 @@ def _check_same_size(array: NDArray[Any], name: str, like: NDArray[Any], like_na
     if names.extended:
         problem = f"{name}: {format_size(array)}, but {like_name} grows to {format_size(like)}; the sizes must match"
         raise InputError(problem, "give a map of the whole extended image: its new pixels have labels too")
+    if names.turned and array.shape[:2] == like.shape[1::-1]:
+        raise InputError(
+            f"{name}: {format_size(array)}, but {like_name}: {format_size(like)}, turned as its EXIF orientation says",
+            f"{name} was drawn on the image as it is stored: turn it the same way",
+        )
     problem = f"{name}: {format_size(array)}, but {like_name}: {format_size(like)}; the sizes must match"
     raise InputError(problem, f"resize {name} with nearest-neighbor")
 
