@@ -36,6 +36,9 @@ def test_train_then_resume_a_finished_run(
     assert code == 0
     assert result["schema"] == "spmdeploy.train/1"
     assert result["last"]["images"] == 12  # type: ignore[index]
+    assert cli.main(["train", "--resume", "--output", str(run)]) == 0
+    summary = capsys.readouterr().out
+    assert "12 samples" in summary and "export" in summary and "best" not in summary  # without validation there is none
     assert load_checkpoint(run / "export/generator.safetensors").generator.config == GeneratorConfig(3, 2, 2)
     assert _json(capsys, "train", "--resume", "--output", run)[0] == 0
     code, failure = _json(capsys, "train", "--config", config, "--output", run)

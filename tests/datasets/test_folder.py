@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from spmdeploy.datasets import folder as dataset
+from spmdeploy.datasets.check import check_dataset
 from spmdeploy.datasets.folder import (
     AnnotatedImage,
     DataConfig,
     ExtraData,
+    ImageFolder,
     Sample,
     TrainingSamples,
     collate,
@@ -194,6 +196,35 @@ def test_no_sample_has_a_hole_of_void(data_folder: Path, tmp_path: Path) -> None
     holes = [drawn.at(position) for position in range(12)]
     assert all(255 not in sample.labels[sample.mask] for sample in holes)
     assert any(255 in sample.labels for sample in holes)
+
+
+def test_image_folder_undeclared_label_is_refused_before_it_is_trained_on(data_folder: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(data_folder, tmp_path / "copy"))
+    path = root / "train" / "labels" / "000.png"
+    labels = np.array(Image.open(path))
+    labels[:3] = 255
+    Image.fromarray(labels).save(path)
+    folder = ImageFolder.open(root, "train")
+    with pytest.raises(InputError, match=r"000\.png holds ids that toy does not have: 255 \(540 pixels\)") as caught:
+        folder["000"]
+    assert "void_id" in str(caught.value.hint)
+    table = json.loads((root / "labels.json").read_text())
+    (root / "labels.json").write_text(json.dumps(table | {"void_id": 255}))
+    assert (ImageFolder.open(root, "train")["000"].labels == 255).sum() == 540
+
+
+def test_image_folder_hidden_files_are_ignored(data_folder: Path, tmp_path: Path) -> None:
+    """macOS writes ._NAME next to each file on other file systems; file managers leave .DS_Store and thumbnails."""
+    root = Path(shutil.copytree(data_folder, tmp_path / "copy"))
+    for split in ("train", "test"):
+        for kind in ("images", "labels"):
+            for name in ("._000.png", "._new.png", ".DS_Store", ".thumbs.jpg"):
+                (root / split / kind / name).write_bytes(b"Mac OS X resource fork")
+    assert ImageFolder.open(root, "train").names == ImageFolder.open(data_folder, "train").names
+    assert samples(root).at(0).image.shape == (128, 128, 3)
+    report = check_dataset(root)
+    assert report.ok and report.pictures == {"train": 6, "test": 6}
+    assert not any("._" in warning or "DS_Store" in warning for warning in report.warnings)
 
 
 def test_sizes_that_differ_are_named(data_folder: Path, tmp_path: Path) -> None:

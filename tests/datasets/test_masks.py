@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 from collections import deque
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -9,7 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from spmdeploy.datasets.folder import DataConfig, TrainingSamples
 from spmdeploy.datasets.masks import MASK_KINDS, brush_strokes, connected_components, random_mask
+from spmdeploy.errors import InputError
+from spmdeploy.evaluation.evaluate import evaluation_samples
 
 
 def street() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int32]]:
@@ -41,6 +46,26 @@ def test_no_hole_is_empty_or_full(kind: str, seed: int, side: int) -> None:
     assert mask.dtype == np.bool_
     assert mask.any()
     assert not mask.all()
+
+
+def test_mask_kinds_registered_kind_is_trained_and_evaluated_with(
+    data_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """docs/architecture.md: a new kind is a function and an entry of MASK_KINDS."""
+
+    def left_half(labels: Any, instances: Any, classes: int, rng: np.random.Generator) -> npt.NDArray[np.bool_]:
+        mask = np.zeros(labels.shape, bool)
+        mask[:, : labels.shape[1] // 2] = True
+        return mask
+
+    with pytest.raises(InputError, match=r"data\.mask_kinds is 'left'"):
+        DataConfig(str(data_folder), mask_kinds=("left",))
+    monkeypatch.setitem(MASK_KINDS, "left", left_half)  # type: ignore[arg-type]
+    config = DataConfig(str(data_folder), crop=128, validation=0, mask_kinds=("left",))
+    trained = TrainingSamples(config, 0).at(0)
+    evaluated = evaluation_samples(data_folder, 0, "left", crop=128)[0]
+    for sample in (trained, evaluated):
+        assert sample.mask[:, :64].all() and not sample.mask[:, 64:].any()
 
 
 def test_extension_is_the_right_half() -> None:

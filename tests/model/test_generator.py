@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import io
 import json
-import os
-import pickle
-import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from spmdeploy.errors import InputError
 from spmdeploy.imaging.files import read_labels, read_mask, read_photo
-from spmdeploy.model.checkpoint import load_checkpoint, save_generator
+from spmdeploy.model.checkpoint import load_checkpoint
 from spmdeploy.model.deploy import EditGraph, RefineGraph
 from spmdeploy.model.flops import edit_gflop
 from spmdeploy.model.generator import PRESETS, Generator, GeneratorConfig
@@ -47,9 +41,6 @@ def _run(generator: Generator, image: np.ndarray, labels: np.ndarray, mask: np.n
     with torch.inference_mode():
         pictures = generator(pixels, LayoutPyramid(ids, ids, holes, generator.config.classes))
     return [raw.flip(1) for raw in pictures.raw], pictures.edited
-
-
-# ---------------------------------------------------------------------------------------------------------- golden
 
 
 @pytest.mark.parametrize("dataset", ["cityscapes", "ade20k"])
@@ -108,9 +99,6 @@ def test_the_small_golden_comes_from_an_implementation_that_agrees_with_the_orig
         assert difference.max() <= 5e-3
 
 
-# ----------------------------------------------------------------------------------------------------- conditioning
-
-
 def test_edges_mark_both_pixels_of_a_differing_pair_and_not_the_border() -> None:
     instances = torch.zeros(1, 5, 6, dtype=torch.int32)
     instances[0, 2, 3] = 70000
@@ -132,9 +120,6 @@ def test_pyramid_equals_resizing_the_full_volume_with_nearest() -> None:
     for step in (2, 4, 32):
         size = (128 // step, 256 // step)
         assert torch.equal(pyramid.at(*size), torch.nn.functional.interpolate(full, size=size, mode="nearest"))
-
-
-# -------------------------------------------------------------------------------------------------------- generator
 
 
 @pytest.mark.parametrize(
@@ -286,32 +271,9 @@ def test_impossible_configurations_are_refused(config: tuple[Any, ...]) -> None:
         GeneratorConfig(*config)
 
 
-# ---------------------------------------------------------------------------------------------------------- weights
-
-
 def _tiny(**switches: Any) -> Generator:
     torch.manual_seed(1)
     return Generator(GeneratorConfig(classes=3, width=1, hidden=2, **switches)).eval().requires_grad_(False)
-
-
-@pytest.mark.parametrize("switches", [{}, {"modulation": "spade"}, {"stages": 1}, {"modulation": "spade", "stages": 1}])
-def test_own_format_round_trip(tmp_path: Path, switches: dict[str, Any]) -> None:
-    generator = _tiny(**switches)
-    save_generator(generator, tmp_path / "g.safetensors", training={"images": 7})
-    loaded = load_checkpoint(tmp_path / "g.safetensors")
-    assert loaded.training == {"images": 7}
-    assert (loaded.format, loaded.color_order, loaded.generator.config) == ("spmdeploy", "RGB", generator.config)
-    for key, tensor in generator.state_dict().items():
-        assert torch.equal(tensor, loaded.generator.state_dict()[key])
-
-
-def test_files_from_before_the_ablations_still_load(tmp_path: Path) -> None:
-    path = tmp_path / "g.safetensors"
-    save_generator(_tiny(), path)
-    fields = json.loads(path.with_suffix(".json").read_text())
-    assert (fields.pop("modulation"), fields.pop("stages")) == ("spm", 3)
-    path.with_suffix(".json").write_text(json.dumps(fields))
-    assert load_checkpoint(path).generator.config == GeneratorConfig(3, 1, 2)
 
 
 def test_the_order_of_the_weights_is_that_of_old_checkpoints() -> None:
@@ -325,116 +287,3 @@ def test_the_order_of_the_weights_is_that_of_old_checkpoints() -> None:
     assert (
         hashlib.sha256(names.encode()).hexdigest() == "445a789bd4bd57ac3dd2854b9449d60249e19d3c63901d83df8814b1576ce0dd"
     )
-
-
-@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"netG": s, "epoch": 3, "netD_1": {}}])
-@pytest.mark.parametrize("prefix", ["", "module."])
-def test_variants_of_the_reference_format(tmp_path: Path, wrap: Callable[[Any], Any], prefix: str) -> None:
-    state = _reference_state()
-    torch.save(wrap({prefix + key: value for key, value in state.items()}), tmp_path / "c.pth")
-    loaded = load_checkpoint(tmp_path / "c.pth")
-    assert (loaded.format, loaded.color_order) == ("reference", "BGR")
-    assert loaded.generator.config == GeneratorConfig(5, 1, 4)
-
-
-def _drop(key: str) -> Callable[[dict[str, Any]], None]:
-    return lambda state: state.pop(key)
-
-
-def _put(key: str, value: Any) -> Callable[[dict[str, Any]], None]:
-    return lambda state: state.__setitem__(key, value)
-
-
-@pytest.mark.parametrize(
-    ("harm", "words"),
-    [
-        (_drop("G2.enc3.mlp_gamma.weight"), "key G2.enc3.mlp_gamma.weight is missing"),
-        (_drop("G1.enc1.conv2d.weight"), "key G1.enc1.conv2d.weight is missing"),
-        (_drop("G3.dec4.gated_conv2d.conv2d.weight_u"), "key G3.dec4.gated_conv2d.conv2d.weight_u is missing"),
-        (_put("G4.enc1.conv2d.bias", torch.zeros(1)), "surplus key G4.enc1.conv2d.bias"),
-        (_put("G2.enc3.mlp_beta.weight", torch.zeros(4, 5, 3, 3)), r"encoder\.2\.context_beta\.weight has shape"),
-        (_put("G3.dec4.gated_conv2d.conv2d.weight_v", torch.zeros(7)), "do not belong together"),
-        (_put("G1.enc1.mlp_shared_2.0.weight", torch.zeros(4)), "expected four dimensions"),
-        (_put("G1.enc2.conv2d.bias", torch.full((2,), float("nan"))), "not finite"),
-        (_put("G1.enc2.conv2d.bias", "no tensor"), "is a str, not a tensor"),
-    ],
-)
-def test_faulty_checkpoints_are_refused_by_key(
-    tmp_path: Path, harm: Callable[[dict[str, Any]], None], words: str
-) -> None:
-    state = _reference_state()
-    harm(state)
-    torch.save({"netG": state}, tmp_path / "c.pth")
-    with pytest.raises(InputError, match=words) as caught:
-        load_checkpoint(tmp_path / "c.pth")
-    assert "c.pth" in caught.value.problem
-
-
-class _Hostile:
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, ("pwned",)
-
-
-@pytest.mark.parametrize("legacy", [False, True])
-def test_a_hostile_pickle_is_refused_and_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, legacy: bool) -> None:
-    monkeypatch.chdir(tmp_path)
-    if legacy:
-        Path("c.pth").write_bytes(pickle.dumps({"netG": _Hostile()}))
-    else:
-        torch.save({"netG": _Hostile()}, "c.pth")
-    with pytest.raises(InputError, match=r"refused|not a checkpoint"):
-        load_checkpoint(Path("c.pth"))
-    assert not Path("pwned").exists()
-
-
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"hello world", b"\x80\x02."])
-@pytest.mark.parametrize("name", ["c.pth", "c.safetensors"])
-def test_garbage_is_refused(tmp_path: Path, content: bytes, name: str) -> None:
-    path = tmp_path / name
-    path.write_bytes(content)
-    with pytest.raises(InputError, match=r"c\."):
-        load_checkpoint(path)
-
-
-def test_a_truncated_checkpoint_is_refused(tmp_path: Path) -> None:
-    whole = (GOLDEN / "checkpoint.pth").read_bytes()
-    for length in (len(whole) // 2, len(whole) - 10):
-        (tmp_path / "c.pth").write_bytes(whole[:length])
-        with pytest.raises(InputError, match="truncated"):
-            load_checkpoint(tmp_path / "c.pth")
-
-
-def test_own_format_is_refused_without_or_with_a_wrong_configuration(tmp_path: Path) -> None:
-    path = tmp_path / "g.safetensors"
-    save_generator(_tiny(), path)
-    config = json.loads(path.with_suffix(".json").read_text())
-    for wrong, words in (
-        (config | {"schema": "spmdeploy.generator/2"}, "schema"),
-        (config | {"width": 2}, "has shape"),
-        (config | {"modulation": "adain"}, "modulation must be spm or spade"),
-        (config | {"modulation": "spade"}, "surplus key"),
-        (config | {"stages": 2}, "stages must be 3 or 1"),
-        (config | {"stages": 1}, "is missing"),
-        (config | {"width": "1"}, "width must be a positive integer"),
-        (config | {"training": 3}, "training is 3"),
-        ([], "no usable generator configuration"),
-    ):
-        path.with_suffix(".json").write_text(json.dumps(wrong))
-        with pytest.raises(InputError, match=words):
-            load_checkpoint(path)
-    path.with_suffix(".json").unlink()
-    with pytest.raises(InputError, match=r"g\.json"):
-        load_checkpoint(path)
-
-
-def test_a_checkpoint_is_a_zip_of_tensors_and_nothing_else_is_opened(tmp_path: Path) -> None:
-    archive = io.BytesIO()
-    with zipfile.ZipFile(archive, "w") as file:
-        file.writestr("readme.txt", "no checkpoint")
-    (tmp_path / "c.pth").write_bytes(archive.getvalue())
-    with pytest.raises(InputError, match="not a checkpoint"):
-        load_checkpoint(tmp_path / "c.pth")
-
-
-def _reference_state() -> dict[str, Any]:
-    return dict(torch.load(GOLDEN / "checkpoint.pth", weights_only=True)["netG"])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import os
@@ -15,6 +16,7 @@ import pytest
 import torch
 from torch import nn
 
+from spmdeploy.datasets.folder import DataConfig
 from spmdeploy.errors import InputError, SpmDeployError, UsageError
 from spmdeploy.model.checkpoint import load_checkpoint
 from spmdeploy.model.generator import GeneratorConfig
@@ -365,3 +367,97 @@ def test_losses_are_read_every_so_many_steps_and_name_the_step_that_diverged(tmp
     with pytest.raises(SpmDeployError, match="loss is nan at step 1, after 2 images"):
         trainer.train(silently)
     assert trainer.progress.steps == 3
+
+
+@pytest.fixture(scope="module")
+def saved_state(tmp_path_factory: pytest.TempPathFactory, data_folder: Path) -> tuple[TrainConfig, dict[str, Any]]:
+    """A run of one stage after one step."""
+    data = DataConfig(str(data_folder), crop=128, validation=0)
+    config = TrainConfig(
+        data, (Phase((0,), images=4, batch=2),), width=1, hidden=1, discriminator_width=1, loss=LossConfig(perceptual=0)
+    )
+    run = RunDirectory(tmp_path_factory.mktemp("saved"))
+    run.start(config)
+    trainer = Trainer(config, run, torch.device("cpu"))
+    trainer.step()
+    trainer.save()
+    return config, torch.load(run.checkpoint, weights_only=True)
+
+
+_NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "problem"),
+    [
+        (("schema",), "other/1", "not a checkpoint of this program"),
+        (("schema",), None, "not a checkpoint of this program"),
+        (("progress",), 3, "progress is int, expected dict"),
+        (("progress", "phase"), 7, "sample 2 of phase 7 is not in the schedule"),
+        (("progress", "phase"), -1, "progress: phase is -1"),
+        (("progress", "phase"), "0", "progress: phase is '0'"),
+        (("progress", "phase_images"), 10**9, "sample 1000000000 of phase 0 is not in the schedule"),
+        (("progress", "phase_images"), 10**30, "progress"),
+        (("progress", "steps"), 0.5, "progress: steps is 0.5"),
+        (("progress", "best"), _NAN, "best is nan"),
+        (("progress", "phase_seconds"), float("inf"), "phase_seconds is inf"),
+        (("generator",), [], "generator is list, expected dict"),
+        (("generator",), {}, "Missing key"),
+        (("generator", "stages.0.to_rgb.weight"), 1.5, "generator: stages.0.to_rgb.weight is no tensor"),
+        (("generator", "stages.0.to_rgb.weight"), torch.zeros(2), "size mismatch"),
+        (("generator", "stages.0.to_rgb.weight"), torch.full((3, 1, 3, 3), _NAN), "no tensor of finite numbers"),
+        (("averaged", "extra"), torch.zeros(1), "Unexpected key"),
+        (("discriminators", "extra"), torch.zeros(1), "Unexpected key"),
+        (("discriminators",), None, "discriminators is NoneType"),
+        (("generator_optimizer",), {}, "does not fit"),
+        (("generator_optimizer", "param_groups"), [], "does not fit"),
+        (("generator_optimizer", "param_groups"), 5, "does not fit"),
+        (("generator_optimizer", "param_groups", 0, "params"), [0], "does not fit"),
+        (("generator_optimizer", "state"), [], "does not fit"),
+        (("generator_optimizer", "state", 0), {"step": 3}, "does not fit"),
+        (("generator_optimizer", "state", 0, "exp_avg"), torch.zeros(1), "optimizer state of the shapes"),
+        (("generator_optimizer", "state", 0, "step"), torch.tensor(_NAN), "optimizer state that is not finite"),
+        (("random",), [], "random is list, expected Tensor"),
+        (("random",), torch.zeros(3), "does not fit"),
+        (("random",), torch.zeros(3, dtype=torch.uint8), "does not fit"),
+    ],
+)
+def test_resume_damaged_checkpoint_is_named(
+    saved_state: tuple[TrainConfig, dict[str, Any]], place: tuple[Any, ...], value: Any, problem: str, tmp_path: Path
+) -> None:
+    config, state = saved_state
+    damaged = copy.deepcopy(state)
+    target = damaged
+    for key in place[:-1]:
+        target = target[key]
+    target[place[-1]] = value
+    run = RunDirectory(tmp_path / "run")
+    run.start(config)
+    torch.save(damaged, run.checkpoint)
+    with pytest.raises(InputError, match=problem) as caught:
+        Trainer(config, run, torch.device("cpu")).resume()
+    assert caught.value.problem.startswith(str(run.checkpoint))
+
+
+def test_resume_rates_of_the_checkpoint_are_not_used(
+    saved_state: tuple[TrainConfig, dict[str, Any]], tmp_path: Path
+) -> None:
+    config, state = saved_state
+    changed = copy.deepcopy(state)
+    changed["generator_optimizer"]["param_groups"][0]["betas"] = "text"
+    run = RunDirectory(tmp_path / "run")
+    run.start(config)
+    torch.save(changed, run.checkpoint)
+    trainer = Trainer(config, run, torch.device("cpu"))
+    trainer.resume()
+    trainer.step()
+    assert trainer.progress.images == 4
+
+
+def test_train_shorter_than_an_interval_is_reported(
+    saved_state: tuple[TrainConfig, dict[str, Any]], tmp_path: Path
+) -> None:
+    config = dataclasses.replace(saved_state[0], report_images=200)
+    assert train(config, tmp_path / "run", False, silently) == 4
+    assert [record["images"] for record in RunDirectory(tmp_path / "run").metrics()] == [4]
+    assert not RunDirectory(tmp_path / "run").has_best
