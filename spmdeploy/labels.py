@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from spmdeploy.errors import InputError
 from spmdeploy.files import translated
 from spmdeploy.inputs import regular_file
-from spmdeploy.serialization import parse_json
+from spmdeploy.serialization import parse_json, shorten
 
 Color: TypeAlias = tuple[int, int, int]
 
@@ -62,11 +62,11 @@ class ClassTable:
         by_name = {_plain(label.name): label for label in self.classes}
         if (label := by_name.get(_plain(wanted))) is not None:
             return label
-        if wanted.strip().isdecimal() and int(wanted) < len(self):
+        if wanted.strip().isdecimal() and len(wanted) < 10 and int(wanted) < len(self):
             return self.classes[int(wanted)]
         near = [by_name[plain].name for plain in _near(_plain(wanted), by_name)]
         raise InputError(
-            f"{self.name} has no class {wanted!r}; its ids run from 0 to {len(self) - 1}",
+            f"{self.name} has no class {shorten(wanted)}; its ids run from 0 to {len(self) - 1}",
             f"did you mean {' or '.join(map(repr, near))}?" if near else "give the name or the id of a class",
         )
 

@@ -91,6 +91,12 @@ def test_find_unknown_name_suggests_similar_ones(wanted: str, hint: str) -> None
     assert caught.value.hint is not None and hint in caught.value.hint
 
 
+def test_find_id_of_thousands_of_digits_is_refused_shortly() -> None:
+    with pytest.raises(InputError, match="no class '999") as caught:
+        CITYSCAPES.find("9" * 5000)
+    assert len(caught.value.problem) < 200
+
+
 @pytest.mark.parametrize("table", [CITYSCAPES, ADE20K, TWO])
 def test_from_json_written_table_is_equal(table: ClassTable, tmp_path: Path) -> None:
     path = tmp_path / "table.json"

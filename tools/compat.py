@@ -62,7 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     results: dict[str, str] = {}
     with tempfile.TemporaryDirectory(prefix="compat-") as temporary:
-        subprocess.run([sys.executable, "-m", "build", "--wheel", "--outdir", temporary, ROOT], check=True)
+        # By way of a source distribution, so that files left in build/ by an earlier build stay out.
+        subprocess.run([sys.executable, "-m", "build", "--outdir", temporary, ROOT], check=True)
         (wheel,) = Path(temporary).glob("*.whl")
         for version in options.versions:
             python = interpreter(version)

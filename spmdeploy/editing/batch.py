@@ -21,6 +21,7 @@ from spmdeploy.editing.run import run_edit
 from spmdeploy.errors import InputError, OutOfMemoryError, SpmDeployError, UsageError
 from spmdeploy.imaging import files as images
 from spmdeploy.inputs import read_text
+from spmdeploy.serialization import parse_json
 
 STATUS_FILE = "status.jsonl"
 
@@ -247,8 +248,8 @@ def _jsonl_rows(text: str, path: Path) -> Iterator[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as exc:
+            row = parse_json(line)
+        except ValueError as exc:
             raise InputError(f"{path} line {number} is not JSON: {exc}") from exc
         if not isinstance(row, dict):
             raise InputError(f"{path} line {number} is not an object: {line[:60]}")
