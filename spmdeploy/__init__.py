@@ -1,4 +1,4 @@
-"""spmdeploy: semantic image editing from training to the edge.
+"""Semantic image editing with SPM generators, from training to edge devices.
 
     import spmdeploy
     editor = spmdeploy.open_editor("street.spm")
@@ -27,7 +27,7 @@ __all__ = ["EditOptions", "Editor", "SpmDeployError", "__version__", "default_mo
 
 
 def default_model() -> Path:
-    """The bundle inside the package: `street`, for photos of streets (see its card.md for data and licence)."""
+    """Path of the built-in bundle `street`, for photos of streets (see its card.md for data and license)."""
     return Path(__file__).parent / "assets" / "models" / "street.spm"
 
 
@@ -39,18 +39,26 @@ def open_editor(
     require_signature: str | Path | None = None,
     on_loading: Callable[[ClassTable], None] = lambda classes: None,
 ) -> Editor:
-    """An `Editor` on a bundle, ready to edit; use it as a context manager or call its `close`.
+    """Open a bundle and return an `Editor` for it; use it as a context manager or call its `close`.
 
-    model: a bundle (folder or zip); None for the default model. backend: auto, onnxruntime, tensorrt, tensorrt-rtx or
-    torch. device: auto, cpu or cuda:N. precision: auto, fp32 or fp16. What is asked for by name is done or refused,
-    never replaced; what `auto` chose and why is in `editor.choices`. require_signature: a minisign public key, as a
-    file or its line; without a signature made with it the bundle is refused before anything in it is looked at.
-    on_loading: called with the model's classes before ONNX Runtime loads the graph, which takes long and leaves Python
-    to other threads: the time to start one that reads photos, say. Not called for other backends; twice where a GPU
-    fails and the CPU takes its place.
+    An explicit backend, device or precision is used or refused, never replaced by a fallback. The choices of `auto`,
+    with reasons, are in `editor.choices`.
 
-    Raises BundleError (not a sound bundle, not signed as required), UnavailableError (this machine cannot), UsageError
-    (no such option).
+    Args:
+        model: A bundle (folder or zip); None: the built-in model.
+        backend: auto, onnxruntime, openvino, tensorrt, tensorrt-rtx or torch.
+        device: auto, cpu or cuda:N.
+        precision: auto, fp32 or fp16.
+        require_signature: A minisign public key, as a file or its base64 line. A bundle that is not signed with it is
+            refused before anything else in it is read.
+        on_loading: Called with the model's classes just before ONNX Runtime loads the graph, which takes long and
+            releases the GIL, so that a thread can read photos. Not called for other backends; called twice if a GPU
+            fails and the CPU replaces it.
+
+    Raises:
+        BundleError: The bundle is corrupt, or not signed as required.
+        UnavailableError: This machine lacks a library, driver or device.
+        UsageError: There is no such backend, device or precision.
     """
     from spmdeploy.bundle.bundle import open_bundle
     from spmdeploy.bundle.signature import read_public_key
@@ -60,7 +68,7 @@ def open_editor(
     from spmdeploy.backends.registry import open_backend
 
     opened = open_backend(bundle, backend, device, precision, lambda: on_loading(bundle.manifest.classes))
-    from spmdeploy.editing.editor import Editor  # not before: what `on_loading` started may have imported it by now
+    from spmdeploy.editing.editor import Editor  # late: a thread started by `on_loading` may have imported it by now
 
     signer = (f"signature by the key {bundle.signature.key}: {bundle.signature.comment}",) if bundle.signature else ()
     return Editor(opened.session, bundle.manifest.classes, (*signer, *opened.choices))

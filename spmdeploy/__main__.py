@@ -10,15 +10,15 @@ _INTERRUPTED = 130
 
 
 def entry() -> None:
-    """The console script."""
+    """Console entry point. Ends the process."""
     try:
         from spmdeploy.cli import entry
     except KeyboardInterrupt:
         _fail("interrupted", None, _INTERRUPTED)
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] == "spmdeploy":
+    except ModuleNotFoundError as exc:
+        if (exc.name or "").partition(".")[0] == "spmdeploy":
             raise
-        _fail(f"spmdeploy needs the package {error.name}", 'pip install "spmdeploy[cpu]"', 4)
+        _fail(f"spmdeploy needs the package {exc.name}", 'pip install "spmdeploy[cpu]"', 4)
     entry()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def printable(text: str) -> str:
-    """Escapes control characters and changes of the writing direction, which texts from files may hold."""
+    """Escapes control characters and direction overrides, which text from files may contain."""
     if text.isprintable():
         return text
     # Lone surrogates stay: they stand for bytes of file names, and output streams escape them.
@@ -16,8 +16,8 @@ class SpmDeployError(Exception):
 
     Attributes:
         problem: What is wrong, with the file or value.
-        hint: What to do about it.
-        exit_code: What the command line returns.
+        hint: How to fix it.
+        exit_code: Exit code of the command line.
     """
 
     exit_code = 1

@@ -32,7 +32,7 @@ STALE_SECONDS = 5
 EXISTS_HINT = "choose another name, or allow it with --overwrite"
 _HIDDEN = re.compile(r"\.(.*\.)?[0-9a-f]{16}\.(tmp|building|previous)", re.DOTALL)
 _SWEPT: set[Path] = set()
-"""Folders that this process has searched for what killed processes left."""
+"""Folders that this process has swept."""
 
 
 def is_safe_relative_path(name: str) -> bool:
@@ -75,7 +75,7 @@ def os_errors(path: str | Path, verb: str, error: type[SpmDeployError] = InputEr
 
 
 def translated(exc: OSError, path: str | Path, verb: str, error: type[SpmDeployError] = InputError) -> SpmDeployError:
-    """The error that says in plain text what the operating system refused."""
+    """The package error for an OSError, with a readable problem and a hint."""
     path = os.fspath(path)
     named = path if exc.filename is None or _is_hidden(exc.filename) else os.fsdecode(exc.filename)
     if exc.errno == errno.ENOMEM:
@@ -113,12 +113,13 @@ _PROBLEMS = {
 def atomic_write(
     path: str | Path, overwrite: bool = True, mode: int = 0o666, check: Callable[[Path], None] | None = None
 ) -> Iterator[BinaryIO]:
-    """Opens a stream for a file that appears whole or not at all, replacing one that exists.
+    """Opens a stream for a file that is written completely or not at all.
 
     A file that is replaced keeps its mode; behind a symbolic link the file that it points to is replaced. The content
     is flushed to the disk before the name is given.
 
     Args:
+        path: The file to write.
         overwrite: Whether a file that exists may be replaced, also one that appears while this one is written.
         mode: Of a new file, less the process's umask.
         check: Called with what exists; raises an error if that must not be replaced. With it folders may be, too.
@@ -153,9 +154,10 @@ def atomic_write(
 def atomic_replace_dir(
     path: str | Path, overwrite: bool = False, check: Callable[[Path], None] = lambda target: None
 ) -> Iterator[Path]:
-    """Yields a hidden folder beside `path` that is given its name at the end, if there is no exception.
+    """Yields a hidden folder next to `path`, which is renamed to `path` at the end if there is no exception.
 
     Args:
+        path: The folder to create or replace.
         overwrite: Whether something that exists at `path` may be replaced, if `check` raises nothing about it.
 
     Raises:
@@ -172,7 +174,7 @@ def atomic_replace_dir(
 
 @contextmanager
 def staging_dir(target: Path) -> Iterator[Path]:
-    """Yields a new hidden folder beside `target`, and removes it at the end if it is still there. Raises OSError."""
+    """Yields a new hidden folder next to `target`, and removes it at the end if it is still there. Raises OSError."""
     sweep(target.parent)
     folder = _hidden(target, BUILDING)
     folder.mkdir()
@@ -188,9 +190,9 @@ def staging_dir(target: Path) -> Iterator[Path]:
 
 
 def put_in_place(folder: Path, target: Path) -> None:
-    """Gives a folder of `staging_dir` its name, after all in it has been flushed to the disk. Raises OSError.
+    """Renames a folder of `staging_dir` to `target` after flushing its files to the disk. Raises OSError.
 
-    Where the system can, old and new change places in one step, so that a complete one is at `target` at any moment.
+    Where the system supports it, old and new folder are exchanged atomically, so that `target` is complete at any time.
     """
     if target.is_dir() and os.name == "posix":
         os.chmod(folder, stat.S_IMODE(target.stat().st_mode))
@@ -211,13 +213,13 @@ def check_free(target: Path, overwrite: bool, check: Callable[[Path], None]) -> 
 def resolve_target(path: str | Path) -> Path:
     """The absolute path that a write to `path` goes to; behind a symbolic link, what it points to. Raises OSError."""
     target = Path(os.path.realpath(path) if os.path.islink(path) else os.path.abspath(path))
-    if target.is_symlink():  # realpath gives up in a circle
+    if target.is_symlink():  # realpath stops at a circular link
         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
     return target
 
 
 def flush_to_disk(path: Path) -> None:
-    """Waits until a file or folder is on the disk, so that no power cut can leave it empty behind its name."""
+    """Waits until a file or folder is on the disk, so that a power failure cannot leave it empty."""
     if os.name != "posix":  # elsewhere folders and files opened for reading cannot be flushed
         return
     descriptor = os.open(path, os.O_RDONLY)
@@ -228,7 +230,7 @@ def flush_to_disk(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Removes a file or a folder with its content; what cannot be removed stays."""
+    """Removes a file or a folder with its content; errors are ignored."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -237,10 +239,10 @@ def remove(path: Path) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Removes what writers that were killed have left in a folder; once per process, and never raises.
+    """Removes temporary files that killed processes left in a folder; once per process, and never raises.
 
-    A writer holds a lock on what it writes, which ends with its process. An old bundle that was moved aside is kept if
-    nothing took its place.
+    A writer holds a lock on its file, which ends with its process. An old bundle that was moved aside is kept if
+    nothing replaced it.
     """
     if sys.platform == "win32" or folder in _SWEPT:
         return
@@ -257,7 +259,7 @@ def sweep(folder: Path) -> None:
 def _sweep_one(path: Path) -> None:
     if path.suffix == ASIDE and not os.path.lexists(path.with_name(path.stem[1:].rpartition(".")[0])):
         return
-    with suppress(OSError):  # BlockingIOError: its writer is at work
+    with suppress(OSError):  # BlockingIOError: its writer is still running
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -267,12 +269,12 @@ def _sweep_one(path: Path) -> None:
 
 
 def _is_hidden(name: str | bytes | int) -> bool:
-    """Whether a path, as OSError has it, is one of `_hidden` or inside one."""
+    """Whether the path of an OSError is one of `_hidden` or inside one."""
     return not isinstance(name, int) and any(_HIDDEN.fullmatch(part) for part in Path(os.fsdecode(name)).parts)
 
 
 def _hidden(target: Path, suffix: str) -> Path:
-    """A name beside `target` that nothing has, short enough for a target whose name is as long as it may be."""
+    """An unused name next to `target`, short enough even if the name of `target` has the maximum length."""
     name = os.fsdecode(os.fsencode(target.name)[:200])
     return target.with_name(f".{name}.{os.urandom(8).hex()}{suffix}")
 
@@ -308,7 +310,7 @@ def _rename(source: Path, target: Path) -> None:
             try:
                 os.rename(source, target)
             except OSError:
-                if not os.path.lexists(target):  # else another process was quicker
+                if not os.path.lexists(target):  # otherwise another process created it first
                     raise
         if source.exists() and not _exchange(source, target):
             _replace_in_two_steps(source, target)
@@ -329,8 +331,8 @@ def _replace_in_two_steps(source: Path, target: Path) -> None:
 
 
 def _exchange(first: Path, second: Path) -> bool:
-    """Lets two paths change places in one step. False where the system or file system cannot."""
-    import ctypes  # only where something is replaced
+    """Exchanges two paths atomically. Returns False if the system or file system cannot."""
+    import ctypes  # slow to import, needed only for replacements
 
     try:
         rename = ctypes.CDLL(None, use_errno=True).renameat2

@@ -1,4 +1,4 @@
-"""Reads input files: regular files and pipes that were asked for, bounded in size and time."""
+"""Reads input files, that is regular files and explicitly named pipes, with limits on size and time."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ IMAGE_BYTES = 1 << 30
 TEXT_BYTES = 64 << 20
 """Limit of a manifest of edits, a class table or a configuration."""
 PIPE_SECONDS = 60.0
-"""A pipe that sends nothing for this long is given up."""
+"""Time limit for a pipe that sends nothing."""
 _CHUNK = 1 << 20
 _DESCRIPTOR = re.compile(r"/dev/(?:fd/(\d{1,4})|stdin)|/proc/self/fd/(\d{1,4})")
 
@@ -30,8 +30,8 @@ _DESCRIPTOR = re.compile(r"/dev/(?:fd/(\d{1,4})|stdin)|/proc/self/fd/(\d{1,4})")
 def read_input(path: FilePath, max_bytes: int) -> bytes:
     """Return the content of a file.
 
-    Regular files are read, and pipes where they were asked for: "-", /dev/stdin, or the /dev/fd/N of a shell's process
-    substitution. Named pipes, devices and sockets are refused, so that no input can wait or grow without end.
+    Reads regular files, and pipes given as "-", /dev/stdin or the /dev/fd/N of a shell's process substitution. Named
+    pipes, devices and sockets are refused: they could block or grow without limit.
 
     Args:
         path: the file, or "-" for standard input.
@@ -67,10 +67,10 @@ def read_text(path: FilePath, max_bytes: int = TEXT_BYTES) -> str:
 
 
 def regular_file(path: FilePath) -> Path:
-    """Return the path, for libraries that open files themselves. Whether it exists is left to them.
+    """Return the path, for libraries that open files themselves. Does not check that it exists.
 
     Raises:
-        InputError: the path is a named pipe, a socket or a device, which could wait or grow without end.
+        InputError: the path is a named pipe, a socket or a device, which could block or grow without limit.
     """
     if os.path.lexists(path):
         try:
@@ -85,9 +85,9 @@ def regular_file(path: FilePath) -> Path:
 def _open(path: FilePath, name: str) -> int:
     """A descriptor of the file. A named pipe without a writer does not block."""
     try:
-        asked = _asked_descriptor(path)
-        if asked is not None:
-            return os.dup(asked)
+        descriptor = _named_descriptor(path)
+        if descriptor is not None:
+            return os.dup(descriptor)
         return os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     except FileNotFoundError as exc:
         folder = Path(os.path.abspath(path)).parent if _has_working_directory() else "a folder that was deleted"
@@ -102,7 +102,7 @@ def _open(path: FilePath, name: str) -> int:
         raise InputError(f"cannot read {name}: {getattr(exc, 'strerror', None) or exc}") from exc
 
 
-def _asked_descriptor(path: FilePath) -> int | None:
+def _named_descriptor(path: FilePath) -> int | None:
     """The open descriptor that the path stands for, if any."""
     text = os.fspath(path)
     if text == STDIN:
@@ -127,7 +127,7 @@ def _check_kind(path: FilePath, name: str, mode: int) -> None:
     if stat.S_ISDIR(mode):
         raise InputError(f"{name} is a folder, not a file", "name a file in it")
     if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode):
-        if _asked_descriptor(path) is not None:
+        if _named_descriptor(path) is not None:
             return
         raise InputError(f"{name} is a named pipe, not a file", "pass a pipe as - (standard input)")
     raise InputError(f"{name} is a terminal or a device, not a file or a pipe", "name a file, or pipe the data in")
@@ -147,7 +147,7 @@ def _read_all(descriptor: int, name: str, max_bytes: int) -> bytes:
 
 
 def _read_chunk(descriptor: int, name: str) -> bytes:
-    """The next bytes, b"" at the end. Waits for a pipe that sends nothing, but not for ever."""
+    """The next bytes, b"" at the end. Waits at most `PIPE_SECONDS` for a pipe."""
     deadline = time.monotonic() + PIPE_SECONDS
     while True:
         if os.name == "posix":

@@ -64,7 +64,7 @@ class ClassTable:
             return label
         if wanted.strip().isdecimal() and len(wanted) < 10 and int(wanted) < len(self):
             return self.classes[int(wanted)]
-        near = [by_name[plain].name for plain in _near(_plain(wanted), by_name)]
+        near = [by_name[plain].name for plain in _close_matches(_plain(wanted), by_name)]
         raise InputError(
             f"{self.name} has no class {shorten(wanted)}; its ids run from 0 to {len(self) - 1}",
             f"did you mean {' or '.join(map(repr, near))}?" if near else "give the name or the id of a class",
@@ -97,7 +97,7 @@ class ClassTable:
         return cls(name, _ordered([_label_class(row, source) for row in rows], source), void_id)
 
     def to_json(self) -> dict[str, Any]:
-        """What `from_json` reads."""
+        """JSON value that `from_json` reads."""
         rows = [asdict(label) | {"color": list(label.color)} for label in self.classes]
         return {"name": self.name, "void_id": self.void_id, "classes": rows}
 
@@ -154,7 +154,7 @@ def check_labels(
     counts = count_labels(labels if where is None else labels[where])
     unknown = {i: n for i, n in counts.items() if not 0 <= i < len(table) and i != table.void_id}
     if unknown:
-        listed = _some(f"{i} ({_pixels(n)})" for i, n in unknown.items())
+        listed = _format_list(f"{i} ({_pixels(n)})" for i, n in unknown.items())
         last = table.classes[-1]
         place = "" if where is None else ", under the mask"
         raise InputError(
@@ -190,7 +190,7 @@ def labels_from_colors(rgb: NDArray[np.uint8], table: ClassTable, source: str) -
     if missing.any():
         colors, counts = np.unique(rgb[missing], axis=0, return_counts=True)
         common = np.argsort(-counts, kind="stable")
-        listed = _some(f"({', '.join(map(str, colors[k]))}) ({_pixels(int(counts[k]))})" for k in common)
+        listed = _format_list(f"({', '.join(map(str, colors[k]))}) ({_pixels(int(counts[k]))})" for k in common)
         raise InputError(
             f"{source} holds {len(colors)} colors that no class of {table.name} has: {listed}",
             "name the table that the map was drawn with, and export the map without smoothing or JPEG compression",
@@ -219,7 +219,7 @@ def offset_labels(
     """
     outside = {i: n for i, n in count_labels(labels).items() if i != void_id and not 0 <= i + offset < MAX_CLASSES}
     if outside:
-        listed = _some(f"{i} ({_pixels(n)})" for i, n in outside.items())
+        listed = _format_list(f"{i} ({_pixels(n)})" for i, n in outside.items())
         raise InputError(
             f"{source} cannot be shifted by {offset:+d}: these ids would leave 0..255: {listed}",
             "name the void id, which is not shifted, or choose another offset",
@@ -265,7 +265,7 @@ def _ordered(classes: list[LabelClass], source: str) -> tuple[LabelClass, ...]:
         wrong = sorted({i for i in ids if ids.count(i) > 1 or i >= len(classes)})
         raise InputError(
             f"{source} lists {len(classes)} classes, so their ids must be 0 to {len(classes) - 1}, each once; "
-            f"twice or too large: {_some(map(str, wrong))}",
+            f"twice or too large: {_format_list(map(str, wrong))}",
             "fill gaps with classes of their own; a value outside the classes can be the void_id",
         )
     seen: dict[str, LabelClass] = {}
@@ -301,19 +301,19 @@ def _is_byte(value: object) -> TypeGuard[int]:
 
 
 def _plain(name: str) -> str:
-    """A name in the form that is compared."""
+    """Normalizes a name for comparison."""
     return " ".join(name.casefold().replace("_", " ").replace("-", " ").split())
 
 
-def _near(wanted: str, names: Iterable[str]) -> list[str]:
+def _close_matches(wanted: str, names: Iterable[str]) -> list[str]:
     """Up to three names that are similar to the wanted one or contain it."""
     names = list(names)
     containing = [name for name in names if wanted and wanted in name]
     return list(dict.fromkeys(get_close_matches(wanted, names, n=3) + containing))[:3]
 
 
-def _some(items: Iterable[str], limit: int = 8) -> str:
-    """Lists the first few and counts the others."""
+def _format_list(items: Iterable[str], limit: int = 8) -> str:
+    """Joins the first `limit` items and counts the others."""
     items = list(items)
     more = f" and {len(items) - limit} more" if len(items) > limit else ""
     return ", ".join(items[:limit]) + more

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 MAX_INTERVAL = 0.05
 """Width of the median's 95 % interval, relative to the median, above which a figure is unstable.
 
-The coefficient of variation is no criterion: on a shared machine single samples vary by far more than 5 %, while the
-median of many interleaved rounds is known well."""
+The coefficient of variation is not used: on a shared machine single samples vary by far more than 5 %, while the
+median of many interleaved rounds is precise."""
 MIN_SAMPLES_FOR_P99 = 100
 """With fewer samples the 99th percentile would be close to the maximum."""
 RESAMPLES = 2000
@@ -92,7 +92,17 @@ def summarize(turns: Turns, seed: int = 0) -> Summary:
 
 
 def ratio_of_medians(baseline: Turns, turns: Turns, name: str, seed: int = 0) -> Ratio:
-    """baseline and turns: of the same rounds, in the same order. name: the baseline's."""
+    """Ratio of medians of two backends measured in the same rounds.
+
+    Args:
+        baseline: Samples of the baseline, one sequence per round.
+        turns: Samples of the other backend for the same rounds in the same order.
+        name: Name of the baseline.
+        seed: Seed of the bootstrap.
+
+    Returns:
+        Median of `baseline` divided by median of `turns`, with a paired 95 % bootstrap interval.
+    """
     assert len(baseline) == len(turns), (len(baseline), len(turns))
     rounds = bootstrap_weights(len(turns), seed)
     ratios = bootstrap_medians(baseline, rounds) / bootstrap_medians(turns, rounds)

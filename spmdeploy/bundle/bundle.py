@@ -59,7 +59,7 @@ MAX_TEXT_BYTES = 4 << 20  # manifest.json and SHA256SUMS, read before anything i
 
 
 class GraphFiles(NamedTuple):
-    """A graph in memory."""
+    """The content of a graph and of its external data files."""
 
     content: bytes
     weights: Mapping[str, bytes] = {}
@@ -85,8 +85,10 @@ class Bundle:
         return isinstance(self._store, FolderStore)
 
     def is_on_disk(self, record: GraphRecord) -> bool:
-        """Whether a graph has a path (`path_of_graph`): not in a zip, nor where a file of it is a link that leads out
-        of the bundle, because libraries refuse external data that is."""
+        """Whether a graph has a path (`path_of_graph`).
+
+        It has none in a zip, or if one of its files is a link out of the bundle: libraries refuse such external data.
+        """
         return self.is_folder and self._store.outside.isdisjoint(record.files)
 
     def files(self) -> dict[str, int]:
@@ -171,14 +173,14 @@ class Bundle:
 
     def check_all(self) -> tuple[str, ...]:
         """Hashes every file and returns `unlisted_files`. Raises one BundleError that names every corrupt file."""
-        faults = []
+        problems = []
         for name in self._digests:
             try:
                 self._check(name)
             except BundleError as exc:
-                faults.append(exc.problem)
-        if faults:
-            raise BundleError("; ".join(faults), COPY_AGAIN)
+                problems.append(exc.problem)
+        if problems:
+            raise BundleError("; ".join(problems), COPY_AGAIN)
         return self.unlisted_files
 
     def _check(self, name: str) -> None:
@@ -189,12 +191,13 @@ class Bundle:
 
 
 def open_bundle(path: str | Path, signed_with: PublicKey | None = None) -> Bundle:
-    """Opens a folder or an uncompressed zip and checks what is cheap to check.
+    """Opens a folder or an uncompressed zip and makes the cheap checks.
 
-    These are names, links, zip headers, the manifest and its hash, and presence and size of every file it needs. Graphs
-    and images are hashed when they are read.
+    Checked are names, links, zip headers, the manifest and its hash, and presence and size of all required files.
+    Graphs and images are hashed when they are read.
 
     Args:
+        path: The folder or zip.
         signed_with: Requires a signature by this key, which is checked before anything else is read.
 
     Raises:
@@ -208,7 +211,7 @@ def open_bundle(path: str | Path, signed_with: PublicKey | None = None) -> Bundl
 def open_store(store: FileStore, signed_with: PublicKey | None = None) -> Bundle:
     shown = store.shown / MANIFEST
     content = _read_text(store, MANIFEST)
-    if signed_with is None:  # else the signature comes before everything
+    if signed_with is None:  # otherwise the signature is checked before anything else
         check_version(content, str(shown))  # first: a later version may store its hashes differently
     sums = _read_text(store, SUMS)
     signature = None if signed_with is None else _check_signature(store, sums, signed_with)

@@ -67,7 +67,7 @@ def _fields(model: bytes, position: int, end: int) -> Iterator[tuple[int, int, i
             position += length
         elif wire_type in (1, 5):
             position += 8 if wire_type == 1 else 4
-        else:  # groups, which ONNX does not use, and numbers that mean nothing
+        else:  # groups, which ONNX does not use, and undefined wire types
             raise ValueError(f"a field of wire type {wire_type}")
     if position != end:
         raise ValueError("a field ends after its message")

@@ -163,7 +163,7 @@ class Manifest:
         return format_json(self.to_json())
 
     def to_json(self) -> dict[str, Any]:
-        """What `from_json` reads."""
+        """JSON value that `from_json` reads."""
         return {
             "schema": SCHEMA.name,
             **dataclasses.asdict(self),
@@ -174,7 +174,7 @@ class Manifest:
         }
 
     def _problem(self) -> str | None:
-        """What types alone do not tell: unsafe names, and records that contradict each other."""
+        """Checks that types cannot express: unsafe names, and records that contradict each other."""
         for where, name, plain in self._names():
             if not is_safe_relative_path(name) or (plain and "/" in name):
                 expected = "a plain name without /" if plain else "a relative path inside the bundle"
@@ -206,6 +206,6 @@ class Manifest:
 
 
 def check_version(content: bytes, source: str) -> None:
-    """Raises BundleError if manifest.json is another program's or of a later schema, and for nothing else."""
+    """Raises BundleError if manifest.json is of another program or of a later schema; checks nothing else."""
     with suppress(ValueError):
         SCHEMA.check(parse_json(content), source)

@@ -29,20 +29,20 @@ _MAKE_KEY = "make one: spmdeploy bundle keygen NAME"
 
 @dataclass(frozen=True)
 class PublicKey:
-    """What signatures are checked with."""
+    """Public key, which checks signatures."""
 
     line: str
     """The key in one line of base64, as `minisign -P` takes it."""
 
     @property
     def name(self) -> str:
-        """The key id as minisign shows it; it tells keys apart and proves nothing."""
+        """The key id as minisign shows it; it identifies a key but proves nothing."""
         return _key_name(base64.b64decode(self.line))
 
 
 @dataclass(frozen=True)
 class SecretKey:
-    """What signatures are made with, decrypted."""
+    """Decrypted secret key, which makes signatures."""
 
     line: str = field(repr=False)
     """The key in one line of base64, as in a key file without a password."""
@@ -58,18 +58,20 @@ class SecretKey:
 
 @dataclass(frozen=True)
 class Signature:
-    """A signature that was checked and fits."""
+    """A signature that was verified."""
 
     key: str
     """The name of the key."""
     comment: str
-    """Of the signer, covered by the signature."""
+    """Trusted comment of the signer, covered by the signature."""
 
 
 def sign(content: bytes, key: SecretKey, comment: str) -> bytes:
-    """Returns the content of a signature file; the same for the same arguments.
+    """Returns the content of a signature file. The result is deterministic.
 
     Args:
+        content: The bytes to sign.
+        key: The secret key.
         comment: One line that the signature covers; characters outside ASCII, which minisign refuses, are escaped.
     """
     signature = key._load().sign(
@@ -85,7 +87,13 @@ def check_signature(content: bytes, signature: bytes, key: PublicKey, shown: Pat
     """Checks a signature file over `content`.
 
     Args:
+        content: The signed bytes.
+        signature: Content of the signature file.
+        key: The key that must have signed.
         shown: The signature's path, for messages.
+
+    Returns:
+        Key name and trusted comment.
 
     Raises:
         BundleError: The file is no signature, or one by another key or over something else.
@@ -115,7 +123,7 @@ def check_signature(content: bytes, signature: bytes, key: PublicKey, shown: Pat
 
 
 def new_key() -> SecretKey:
-    """A key from the system's source of randomness."""
+    """Generates a key pair from the system's random source."""
     return SecretKey(_minisign().KeyPair.generate().secret_key.to_base64().decode())
 
 
@@ -165,7 +173,7 @@ def _decrypt(key: Any, password: str, path: Path) -> None:
 
 
 def _as_text(password: str, path: Path) -> str:
-    """The password, once it is sure that it is not made of bytes that are no UTF-8."""
+    """Returns the password after checking that it is valid UTF-8."""
     try:
         password.encode()
     except UnicodeError as exc:
@@ -177,8 +185,10 @@ def write_key_pair(path: Path, key: SecretKey, password: str | None, memory: int
     """Writes PATH.key, readable by its owner alone, and PATH.pub; never replaces either.
 
     Args:
+        path: PATH, without a suffix.
+        key: The key to write.
         password: None writes the secret key unencrypted.
-        memory: What guessing a password costs, in bytes.
+        memory: Memory that one guess of the password costs, in bytes (scrypt).
 
     Returns:
         The paths of both.

@@ -21,7 +21,7 @@ MANIFEST, SUMS, ENGINES = "manifest.json", "SHA256SUMS", "engines/"
 SIGNATURE = f"{SUMS}.minisig"  # optional: the name that `minisign -S -m SHA256SUMS` gives it
 GOLDEN_IMAGES = ("image.png", "labels.png", "mask.png", "expected.png")
 GOLDEN_REFINED = "refined.png"  # where there is a refine graph
-GOLDEN_INSTANCES = "instances.png"  # optional: without it the labels stand in
+GOLDEN_INSTANCES = "instances.png"  # optional: without it the labels are used
 
 MAX_ENTRIES = 4096  # a bundle has dozens; more is another folder, or an attack
 MAX_FILE_BYTES = (2 << 30) - 1  # an ONNX file cannot be larger: the limit of protobuf
@@ -64,7 +64,7 @@ WHAT_IT_IS = {
 
 
 def open_storage(path: Path) -> FileStore:
-    """Opens a folder or zip. Raises BundleError, naming what else the path is where that is known."""
+    """Opens a folder or zip. Raises BundleError, which names the kind of file if it is a known one."""
     if path.is_dir():
         if not os.path.lexists(path / MANIFEST):
             raise _no_manifest(path, os.listdir(path))
@@ -102,7 +102,7 @@ def _no_manifest(path: Path, names: list[str]) -> BundleError:
 class FolderStore:
     """A folder, in which files and folders may be links, as package managers and download caches make them.
 
-    `outside` has the names of those that lead out of the folder: they may be read only if a hash covers the content.
+    `outside` has the names of those that lead out of the folder; these may be read only if a hash covers their content.
     Messages name `shown`.
     """
 
@@ -132,7 +132,7 @@ class FolderStore:
             except FileNotFoundError:
                 if folder == self.root:
                     raise
-                continue  # of an engine that is being replaced
+                continue  # the folder of an engine that is being replaced
             if (status.st_dev, status.st_ino) in listed:
                 shown = self.shown / folder.relative_to(self.root)
                 raise BundleError(f"{shown}: a link to a folder that is in the bundle already", "take it out")
@@ -147,7 +147,7 @@ class FolderStore:
                     yield size
 
     def _size(self, path: Path) -> tuple[str, int] | None:
-        """Name and size of a file; None if it is gone by now."""
+        """Name and size of a file; None if it no longer exists."""
         name = path.relative_to(self.root).as_posix()
         target = Path(os.path.realpath(path))  # Path.resolve raises RuntimeError for a link to itself
         if not target.is_file():
@@ -193,12 +193,12 @@ class _Span(NamedTuple):
     name: str
 
 
-def _zip_fault(path: Path, problem: str, entry: str | None = None) -> BundleError:
+def _zip_error(path: Path, problem: str, entry: str | None = None) -> BundleError:
     return BundleError(f"{path}: {problem}" if entry is None else f"{path}: entry {entry!r} {problem}", PACK_AGAIN)
 
 
 def _directory_start(archive: BinaryIO, path: Path) -> int:
-    """The offset of the central directory. Checked before zipfile loads it: a hostile one can fill the memory."""
+    """The offset of the central directory. Checked before zipfile loads it, as a hostile one could exhaust memory."""
     size = archive.seek(0, os.SEEK_END)
     archive.seek(max(0, size - 42))
     locator, _, record = archive.read(42).rpartition(b"PK\5\6")
@@ -206,9 +206,9 @@ def _directory_start(archive: BinaryIO, path: Path) -> int:
         raise corrupt_bundle_error(path, "truncated, or something follows the zip: it does not end with its directory")
     length, start, comment = (int(number) for number in struct.unpack("<2LH", record[8:]))
     if locator[:4] == b"PK\6\7" or comment or start + length != size - 22:
-        raise _zip_fault(path, "more than 4 GiB, or something precedes the zip in the file")
+        raise _zip_error(path, "more than 4 GiB, or something precedes the zip in the file")
     if length > MAX_ENTRIES * (MAX_NAME_LENGTH + 128):
-        raise _zip_fault(path, f"more than {MAX_ENTRIES} entries")
+        raise _zip_error(path, f"more than {MAX_ENTRIES} entries")
     return start
 
 
@@ -217,14 +217,14 @@ def _read_directory(archive: BinaryIO, path: Path) -> list[zipfile.ZipInfo]:
         with zipfile.ZipFile(archive) as opened:
             entries = opened.infolist()
     except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as exc:
-        raise _zip_fault(path, f"the directory of the zip cannot be read: {exc}") from exc
+        raise _zip_error(path, f"the directory of the zip cannot be read: {exc}") from exc
     names = [entry.orig_filename for entry in entries]
     if MANIFEST not in names:
         raise _no_manifest(path, names)
     if len(names) > MAX_ENTRIES:
-        raise _zip_fault(path, f"more than {MAX_ENTRIES} entries")
+        raise _zip_error(path, f"more than {MAX_ENTRIES} entries")
     if twice := [name for name, count in Counter(names).items() if count > 1]:
-        raise _zip_fault(path, "is there twice", twice[0])
+        raise _zip_error(path, "is there twice", twice[0])
     return entries
 
 
@@ -242,7 +242,7 @@ def _check_entry(entry: zipfile.ZipInfo, path: Path) -> None:
     )
     for wrong, problem in faults:
         if wrong:
-            raise _zip_fault(path, problem, name)
+            raise _zip_error(path, problem, name)
 
 
 def _span(archive: BinaryIO, entry: zipfile.ZipInfo, path: Path) -> _Span:
@@ -251,7 +251,7 @@ def _span(archive: BinaryIO, entry: zipfile.ZipInfo, path: Path) -> _Span:
     archive.seek(entry.header_offset)
     header = archive.read(30)
     if len(header) < 30 or header[:4] != b"PK\3\4":
-        raise _zip_fault(path, "has no header where the directory says", entry.orig_filename)
+        raise _zip_error(path, "has no header where the directory says", entry.orig_filename)
     flags, method, crc, packed, size, name_length, extra_length = struct.unpack("<6x2H4x3L2H", header)
     name = archive.read(name_length).decode("utf-8" if flags & 0x800 else "cp437", "replace")
     expected = (
@@ -263,7 +263,7 @@ def _span(archive: BinaryIO, entry: zipfile.ZipInfo, path: Path) -> _Span:
         entry.orig_filename,
     )
     if (flags, method, crc, packed, size, name) != expected:
-        raise _zip_fault(path, "has a header that differs from the directory", entry.orig_filename)
+        raise _zip_error(path, "has a header that differs from the directory", entry.orig_filename)
     data = entry.header_offset + 30 + name_length + extra_length
     return _Span(entry.header_offset, data, data + size, name)
 
@@ -272,4 +272,4 @@ def _check_spans(spans: list[_Span], directory_start: int, path: Path) -> None:
     following = [span.header for span in spans[1:]] + [directory_start]
     for span, limit in zip(spans, following, strict=True):
         if span.end > limit:
-            raise _zip_fault(path, "runs into the entry behind it or the directory", span.name)
+            raise _zip_error(path, "runs into the entry behind it or the directory", span.name)

@@ -24,14 +24,14 @@ from spmdeploy.files import (
 
 
 class BundleWriter:
-    """Builds a bundle in a hidden folder beside `target`, which appears whole or not at all.
+    """Builds a bundle in a hidden folder next to `target`, which is created whole or not at all.
 
         with BundleWriter(target) as writer:
             onnx.save(model, writer.path("graphs/edit.fp32.onnx"))
             size, digest = writer.measure("graphs/edit.fp32.onnx")
             bundle = writer.finish(manifest)
 
-    Without `finish` the block leaves nothing behind, exception or not, but what `save_rejected` moved out.
+    Without `finish` the block leaves nothing behind except files that `save_rejected` moved out.
     An existing target is refused; with `overwrite` it is replaced if it is an intact bundle and nothing else.
 
     Raises:
@@ -56,7 +56,7 @@ class BundleWriter:
         self._stack.close()
 
     def path(self, name: str) -> Path:
-        """Where to write the file `name`; the folders above it are made."""
+        """The path to write the file `name` to; its parent folders are created."""
         if not is_safe_relative_path(name) or name in (MANIFEST, SUMS):
             raise BundleError(f"{self.target}: no file in it may be named {name!r}", "use a plain relative name")
         path = self._folder / name
@@ -81,16 +81,16 @@ class BundleWriter:
             return _measure(self.path(name))
 
     def save_rejected(self, name: str) -> Path:
-        """Moves a file that must not ship out to `TARGET.FILE.rejected`, for a look at it; replaces an earlier one."""
+        """Moves a file that must not ship to `TARGET.FILE.rejected` for inspection, replacing an earlier one."""
         kept = self.target.with_name(f"{self.target.name}.{PurePosixPath(name).name}.rejected")
         with os_errors(kept, "write"):
             os.replace(self.path(name), kept)
         return kept
 
     def finish(self, manifest: Manifest) -> Bundle:
-        """Writes manifest and SHA256SUMS, opens the result as a reader would, and puts it at the target."""
+        """Writes manifest and SHA256SUMS, opens the result as a reader would, and renames it to the target."""
         with os_errors(self.target, "write"):
-            Manifest.from_json(manifest.to_json(), str(self.target / MANIFEST))  # what is written can be read
+            Manifest.from_json(manifest.to_json(), str(self.target / MANIFEST))  # ensures that it can be read again
             (self._folder / MANIFEST).write_bytes(manifest.to_bytes())
             self._write_sums()
             open_store(FolderStore(self._folder, shown=self.target))

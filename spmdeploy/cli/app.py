@@ -35,7 +35,7 @@ _INTERRUPTED = 130
 
 app = typer.Typer(
     name="spmdeploy",
-    help="Semantic image editing: a photo, a label map and a mask go in, what is under the mask comes back repainted.",
+    help="Semantic image editing: repaints the masked part of a photo so that it shows what a label map says.",
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -70,10 +70,10 @@ def run_command(arguments: Sequence[str]) -> int:
     """Run the command in `arguments` and return its exit code. Raises UsageError if they cannot be parsed."""
     try:
         return int(app(list(arguments), prog_name="spmdeploy", standalone_mode=False) or 0)
-    except typer.TyperException as error:
-        context = getattr(error, "ctx", None)
+    except typer.TyperException as exc:
+        context = getattr(exc, "ctx", None)
         hint = f"see {context.command_path} --help" if context else None
-        raise UsageError(error.format_message().replace("Value error, ", ""), hint) from error
+        raise UsageError(exc.format_message().replace("Value error, ", ""), hint) from exc
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -82,29 +82,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     as_json = "--json" in arguments
     try:
         exit_code = run_command(arguments)
-        if exit_code == _INTERRUPTED:  # typer's own answer to Ctrl-C
+        if exit_code == _INTERRUPTED:  # typer turns Ctrl-C into this exit code
             return _fail(SpmDeployError("interrupted"), as_json, _INTERRUPTED)
         sys.stdout.flush()
         return exit_code
     except KeyboardInterrupt:
         return _fail(SpmDeployError("interrupted"), as_json, _INTERRUPTED)
-    except SpmDeployError as error:
-        return _fail(error, as_json)
+    except SpmDeployError as exc:
+        return _fail(exc, as_json)
     except MemoryError:
         return _fail(OutOfMemoryError("out of memory", "use a smaller photo or close other programs"), as_json)
     except BrokenPipeError:
         return 1  # stdout was closed, as in `spmdeploy inspect X | head -1`
-    except OSError as error:
-        return _fail(_os_error(error), as_json)
-    except Exception as error:
-        unexpected = SpmDeployError(
-            f"{type(error).__name__}: {error}", "this is a defect; SPMDEPLOY_DEBUG=1 shows where"
-        )
+    except OSError as exc:
+        return _fail(_os_error(exc), as_json)
+    except Exception as exc:
+        unexpected = SpmDeployError(f"{type(exc).__name__}: {exc}", "this is a defect; SPMDEPLOY_DEBUG=1 shows where")
         return _fail(unexpected, as_json)
 
 
 def _os_error(error: OSError) -> SpmDeployError:
-    """The message for what the operating system refused outside the reading and writing of named files."""
+    """The error for an OSError raised outside the reading and writing of named files."""
     if error.filename is None and error.errno == errno.ENOENT:  # from os.getcwd()
         return InputError("the current directory no longer exists", "cd to a directory that exists")
     return translated(error, error.filename or "standard output or a file", "write to")
@@ -117,7 +115,7 @@ def _fail(error: SpmDeployError, as_json: bool, exit_code: int | None = None) ->
     if as_json:
         try:
             print_json({"schema": "spmdeploy.error/1", **error_fields(error, exit_code)})
-        except (SpmDeployError, OSError):  # a full disk behind stdout, say
+        except (SpmDeployError, OSError):  # for example a full disk behind stdout
             report_error(error)
     else:
         report_error(error)
@@ -127,13 +125,13 @@ def _fail(error: SpmDeployError, as_json: bool, exit_code: int | None = None) ->
 def _open_closed_streams() -> None:
     """Open the null device for standard streams that were closed, as by `>&-` or a daemon.
 
-    Otherwise the next file to be opened would get their number, and what is printed would land in it.
+    Otherwise the next file to be opened would get their descriptor, and printed text would end up in it.
     """
     for descriptor, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         if getattr(sys, name) is None:
             with suppress(OSError):
                 os.fstat(descriptor)
-                continue  # open, but of no use to Python
+                continue  # open, but not usable by Python
             stream = open(os.devnull, mode, encoding="utf-8")  # noqa: SIM115  open until the process ends
             if stream.fileno() != descriptor:
                 os.dup2(stream.fileno(), descriptor)
@@ -144,12 +142,12 @@ def entry() -> None:
     """Console entry point. Ends the process."""
     is_edit = sys.argv[1:2] == ["edit"]
     if is_edit and not any("torch" in argument for argument in sys.argv):
-        # Importing numpy starts a thread for each core, which take turns in waiting for matrices; here there are none.
+        # Importing numpy starts an OpenBLAS thread per core, which busy-wait; an edit multiplies no matrices.
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # file names hold anything, terminals do not
+            stream.reconfigure(errors="backslashreplace")  # for file names that the terminal cannot encode
     exit_code = main()
     try:
         sys.stdout.flush()
@@ -157,8 +155,7 @@ def entry() -> None:
         # The interpreter's own flush at the end would fail again, with an exit code of its own.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if is_edit and not (sys.gettrace() or sys.getprofile()):
-        # Its files are written and its session is closed. To take the interpreter down as well, module by module,
-        # takes a twentieth of a second and changes nothing.
+        # All files are written and the session is closed; shutting down the interpreter would take another 0.05 s.
         with suppress(OSError):
             sys.stderr.flush()
         os._exit(exit_code)

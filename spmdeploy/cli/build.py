@@ -18,19 +18,21 @@ if TYPE_CHECKING:
 
 
 def build(
-    bundle: Annotated[Path | None, typer.Argument(help=f"Whose graphs to build. {BUILTIN_BUNDLE}")] = None,
+    bundle: Annotated[Path | None, typer.Argument(help=f"The bundle to build engines for. {BUILTIN_BUNDLE}")] = None,
     runtime: Annotated[
         Literal["auto", "tensorrt", "tensorrt-rtx"],
-        typer.Option("--runtime", metavar="auto|tensorrt|tensorrt-rtx", help="The library that builds and later runs."),
+        typer.Option(
+            "--runtime", metavar="auto|tensorrt|tensorrt-rtx", help="The library that builds and runs the engines."
+        ),
     ] = "auto",
     precision: Annotated[
-        Literal["fp32", "fp16"], typer.Option("--precision", metavar="fp32|fp16", help="Which of the bundle's graphs.")
+        Literal["fp32", "fp16"], typer.Option("--precision", metavar="fp32|fp16", help="Precision of the graphs.")
     ] = "fp16",
     graph: Annotated[
         Literal["edit", "refine", "all"],
-        typer.Option("--graph", metavar="edit|refine|all", help="Which of them, by what it computes."),
+        typer.Option("--graph", metavar="edit|refine|all", help="Which graphs to build."),
     ] = "all",
-    max_batch: Annotated[int, typer.Option("--max-batch", help="Edits at once, at most.")] = 8,
+    max_batch: Annotated[int, typer.Option("--max-batch", help="Largest batch size.")] = 8,
     opt_batch: Annotated[
         int | None,
         typer.Option(
@@ -51,7 +53,7 @@ def build(
         ),
     ] = None,
     workspace: Annotated[
-        int | None, typer.Option("--workspace", min=1, help="MiB that one layer may use for itself. Default: all.")
+        int | None, typer.Option("--workspace", min=1, help="Scratch memory of one layer, in MiB. Default: all.")
     ] = None,
     into: Annotated[
         Literal["bundle", "cache"] | None,
@@ -63,15 +65,15 @@ def build(
     ] = None,
     require_signature: RequireSignature = None,
     clean: Annotated[
-        bool, typer.Option("--clean", help="Build nothing: remove engines that no longer fit, saying why.")
+        bool, typer.Option("--clean", help="Build nothing; remove stale engines and print the reasons.")
     ] = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Build engines from a bundle's graphs.
 
-    On the machine that will run them, or with TensorRT-RTX ahead of time for listed targets. What is there already is
-    kept. Precision is read back: FP16 that came out as FP32 is an error.
+    Run it on the machine that will use the engines, or ahead of time with TensorRT-RTX and --target. Existing engines
+    are kept. The precision is read back from the engine: FP16 that was built as FP32 is an error.
     """
     from spmdeploy.bundle.bundle import open_bundle
     from spmdeploy.engines.store import remove_stale_engines
@@ -106,13 +108,13 @@ def build(
 def build_engines_with_progress(
     bundle: Bundle, options: EngineOptions, plan: EnginePlan | None = None
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """Builds and talks meanwhile; the engines as JSON and in words."""
+    """Build engines and log the progress. Returns the engines as JSON values and as lines of text."""
     from spmdeploy.engines.build import build_engines
 
-    def tell(words: str, seconds: float) -> None:
-        log(f"[{seconds // 60:.0f}:{seconds % 60:02.0f}] {words}" if seconds else words)
+    def report(status: str, seconds: float) -> None:
+        log(f"[{seconds // 60:.0f}:{seconds % 60:02.0f}] {status}" if seconds else status)
 
-    results = build_engines(bundle, options, plan, tell)
+    results = build_engines(bundle, options, plan, report)
     log_notes(
         [f"{result.path.with_name('build.log')}: {result.warnings} warnings" for result in results if result.warnings]
     )
@@ -120,7 +122,7 @@ def build_engines_with_progress(
     lines = []
     for result in results:
         record = result.record
-        how = f"built in {record.build_seconds:.1f} s" if result.built else "there already"
+        how = f"built in {record.build_seconds:.1f} s" if result.built else "existed already"
         lines.append(
             f"{result.path}: {record.engine.bytes / 1e6:.1f} MB for {record.target}, batches {record.batch}, "
             f"{record.computes_in}, {how}"

@@ -53,13 +53,13 @@ def inspect(
 ) -> None:
     """Show what is in a bundle, an engine or a checkpoint.
 
-    Read off the files themselves, after their hashes have been checked. No engine is loaded.
+    Facts are read from the files themselves after checking their hashes. No engine is loaded.
     """
     from spmdeploy.export.inspect import inspect_path
 
     facts = inspect_path(path or spmdeploy.default_model())
-    in_words = {"bundle": _bundle_lines, "engine": _engine_lines, "checkpoint": _checkpoint_lines}
-    print_result("inspect", facts, in_words[facts["kind"]](facts), as_json)
+    formatters = {"bundle": _bundle_lines, "engine": _engine_lines, "checkpoint": _checkpoint_lines}
+    print_result("inspect", facts, formatters[facts["kind"]](facts), as_json)
 
 
 def verify(
@@ -76,18 +76,18 @@ def verify(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Repeat a bundle's golden edits here.
+    """Repeat a bundle's golden edits on this machine.
 
-    All hashes are checked first. Drift is the distance from PyTorch in FP32 under the mask, in gray levels of 255.
+    All hashes are checked first. Deviation: difference from PyTorch in FP32 under the mask, in gray levels (0..255).
     """
-    from spmdeploy.backends.verify import verify as repeat_golden_edits
+    from spmdeploy.backends.verify import verify as run_golden_edits
     from spmdeploy.bundle.bundle import open_bundle
 
     opened = open_bundle(bundle or spmdeploy.default_model(), public_key_from(require_signature))
     opened.check_all()
     with open_editor_from_options(opened.path, backend, device, precision, require_signature) as editor:
         session = editor.session
-        results = repeat_golden_edits(session, opened)
+        results = run_golden_edits(session, opened)
         ran = {key: getattr(session, key) for key in ("backend", "device", "precision", "provider")}
         checks = list(_thorough_checks(opened, session)) if thorough else []
     rows = [
@@ -101,14 +101,14 @@ def verify(
         for result in results
     ]
     lines = [f"{opened.path}: all hashes match; golden edits on {ran['provider']}, {ran['precision']}"]
-    lines += format_table(("golden edit", "", "largest drift", "mean drift", "PSNR in mask"), rows)
+    lines += format_table(("golden edit", "", "largest deviation", "mean deviation", "PSNR in mask"), rows)
     if checks:
         lines += ["", *format_table(("check", "", ""), [(it.name, it.status, it.reason or "") for it in checks])]
     payload = {"bundle": str(opened.path), **ran, "golden": [result.to_json() for result in results]}
     payload |= {"checks": [it.to_json() for it in checks]} if thorough else {}
-    faults = [f"{result.name}: {fault}" for result in results for fault in result.problems]
-    faults += [f"{it.name}: {it.reason}" for it in checks if it.failed]
-    failure = VerificationError("; ".join(faults), "do not use this backend with this bundle") if faults else None
+    problems = [f"{result.name}: {problem}" for result in results for problem in result.problems]
+    problems += [f"{it.name}: {it.reason}" for it in checks if it.failed]
+    failure = VerificationError("; ".join(problems), "do not use this backend with this bundle") if problems else None
     print_result("verify", payload, lines, as_json, failure)
 
 
@@ -124,22 +124,22 @@ def _thorough_checks(bundle: Bundle, session: Backend) -> Iterator[Check]:
 @bundle_app.command("pack")
 def bundle_pack(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help=BUILTIN_BUNDLE)],
-    output: Annotated[Path | None, typer.Argument(metavar="OUTPUT", help="The one file to write, NAME.spm.")] = None,
+    output: Annotated[Path | None, typer.Argument(metavar="OUTPUT", help="The file to write, NAME.spm.")] = None,
     sign: SigningKey = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Pack a bundle into one file.
 
-    Every file is hashed on the way; the same bundle gives the same bytes. Engines that this machine built for itself
-    stay behind: `slim --engine` takes chosen ones along.
+    Every hash is checked, and equal bundles give equal files. Engines that this machine built are left out;
+    `slim --engine` includes chosen ones.
     """
     from spmdeploy.bundle.bundle import open_bundle
     from spmdeploy.engines.pack import pack
 
     bundle, output = source_and_target(bundle, output)
     opened, key = open_bundle(bundle), _secret_key(sign)
-    log_notes([f"{name} stays behind: no hash covers it" for name in opened.unlisted_files])
+    log_notes([f"{name} is left out: no hash covers it" for name in opened.unlisted_files])
     with progress_bar("packing") as show:
         packed = open_bundle(pack(opened, output, overwrite, key, show))
     payload = _packed_facts(packed)
@@ -148,21 +148,21 @@ def bundle_pack(
 
 @bundle_app.command("unpack")
 def bundle_unpack(
-    file: Annotated[Path, typer.Argument(help="What `pack` or `slim` wrote.")],
-    folder: Annotated[Path, typer.Argument(help="The folder to make, NAME.spm.")],
+    file: Annotated[Path, typer.Argument(help="A file written by `pack` or `slim`.")],
+    folder: Annotated[Path, typer.Argument(help="The folder to create, NAME.spm.")],
     require_signature: RequireSignature = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Unpack a bundle into a folder.
 
-    Everything is checked before anything is written; nothing is re-made, so a signature still fits afterwards.
+    All hashes are checked before anything is written. Files are not changed, so a signature stays valid.
     """
     from spmdeploy.bundle.bundle import open_bundle
     from spmdeploy.engines.pack import unpack
 
     opened = open_bundle(file, public_key_from(require_signature))
-    log_notes([f"{name} stays behind: no hash covers it" for name in opened.unlisted_files])
+    log_notes([f"{name} is left out: no hash covers it" for name in opened.unlisted_files])
     with progress_bar("unpacking") as show:
         unpacked = unpack(opened, folder, overwrite, show)
     signature = None if opened.signature is None else vars(opened.signature)
@@ -178,24 +178,23 @@ def bundle_slim(
         typer.Option("--keep", metavar="fp16|fp32|cpu|GRAPH|GRAPH.fp16", help="Graphs to keep; repeat for several."),
     ],
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help=BUILTIN_BUNDLE)],
-    output: Annotated[Path | None, typer.Argument(metavar="OUTPUT", help="The one file to write, NAME.spm.")] = None,
+    output: Annotated[Path | None, typer.Argument(metavar="OUTPUT", help="The file to write, NAME.spm.")] = None,
     engine: Annotated[
         list[str] | None,
         typer.Option(
             "--engine",
             metavar="KEY",
-            help="Engines to take along, by their keys or parts of them, such as sm86; repeat for several.",
+            help="Engines to include, by key or part of a key, such as sm86; repeat for several.",
         ),
     ] = None,
     sign: SigningKey = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Pack only what one kind of device needs.
+    """Pack only the files that one kind of device needs.
 
-    The graphs to keep, chosen engines, and all that is neither. Files that stay keep their hashes; what the manifest
-    and the card say of the others goes. An engine that is taken along is part of the bundle from then on: hashed, and
-    signed with it.
+    The result holds the graphs to keep, chosen engines and all other files. Kept files keep their hashes; manifest and
+    card no longer list the removed graphs. Included engines become part of the bundle: hashed, and signed with it.
     """
     from spmdeploy.bundle.bundle import open_bundle
     from spmdeploy.engines.pack import extract_subset
@@ -223,14 +222,14 @@ def bundle_slim(
 def bundle_keygen(
     name: Annotated[Path, typer.Argument(help="Writes NAME.key and NAME.pub.")],
     no_password: Annotated[
-        bool, typer.Option("--no-password", help="Leave the secret key unencrypted, as for a CI job's own store.")
+        bool, typer.Option("--no-password", help="Leave the secret key unencrypted, for example for a CI job.")
     ] = False,
     as_json: Json = False,
 ) -> None:
     """Make a pair of keys for signing bundles.
 
-    In minisign's format: its tools can use them, and --sign takes keys that minisign made. Keep NAME.key to yourself;
-    NAME.pub goes onto every device.
+    The keys have minisign's format: its tools can use them, and --sign accepts keys made by minisign. Keep NAME.key
+    secret and install NAME.pub on every device.
     """
     from spmdeploy.bundle.signature import new_key, write_key_pair
 
@@ -254,7 +253,7 @@ def _secret_key(path: Path | None) -> SecretKey | None:
 
 
 def _password(key: Path, new: bool = False) -> str:
-    """The password of a secret key, from the environment or typed. Raises UsageError where neither can be had."""
+    """The password of a secret key, from the environment or a prompt. Raises UsageError if neither is available."""
     password = os.environ.get(PASSWORD)
     if password is None and sys.stdin.isatty():
         asked: str = typer.prompt(f"password of {key}", hide_input=True, confirmation_prompt=new, err=True)
@@ -266,7 +265,7 @@ def _password(key: Path, new: bool = False) -> str:
 
 
 def _packed_facts(packed: Bundle) -> dict[str, Any]:
-    """What a packed bundle is; the hash is that of the whole file."""
+    """Facts about a packed bundle; the hash covers the whole file."""
     from spmdeploy.files import os_errors, sha256
 
     with os_errors(packed.path, "read"), open(packed.path, "rb") as stream:
@@ -321,32 +320,32 @@ def _bundle_lines(facts: dict[str, Any]) -> list[str]:
         f"classes     {classes['name']}: {names}{more}",
         f"source      {source['file']} ({source['format']}, {facts['channel_order']}), {facts['created']}",
         f"licence     {facts['licence']}",
-        f"signature   {'there; --require-signature PUB checks it' if facts['signed'] else 'none'}",
+        f"signature   {'present; --require-signature PUB checks it' if facts['signed'] else 'none'}",
         f"precision   {counted_by}",
         *format_table(("graph", "size", "FP16 operations", "PSNR in mask", "FP32 operations"), rows),
-        *(f"surplus file, never read: {name}" for name in facts["surplus"]),
+        *(f"unlisted file, never read: {name}" for name in facts["surplus"]),
         *(line for engine in facts["engines"] for line in _engine_lines(engine)),
     ]
 
 
 def _engine_lines(engine: dict[str, Any]) -> list[str]:
-    verdict = "fits this machine" if engine["fit"] else "; ".join(engine["faults"] + engine["differences"])
+    status = "fits this machine" if engine["fit"] else "; ".join(engine["faults"] + engine["differences"])
     record = engine["record"]
     if record is None:
-        return [f"engine      {engine['path']}", f"            never loaded: {verdict}"]
-    made_for = f"{record['gpu']['name']}" if record["gpu"] else ", ".join(record["targets"])
+        return [f"engine      {engine['path']}", f"            never loaded: {status}"]
+    target = f"{record['gpu']['name']}" if record["gpu"] else ", ".join(record["targets"])
     batch, reading, verified = record["batch"], record["computes_in"], record["verification"]
     share = reading["network_fp16_share"] if reading["fp16_share"] is None else reading["fp16_share"]
-    read = "read off the typed network" if reading["fp16_share"] is None else "read back from the engine"
-    proof = (
+    read = "read from the typed network" if reading["fp16_share"] is None else "read back from the engine"
+    verification = (
         f"golden edits {'passed' if verified['passed'] else 'FAILED'} on {verified['on']}"
         if verified
         else "not yet verified"
     )
     return [
         f"engine      {engine['path']}",
-        f"            {record['graph']} {record['precision']}, {record['runtime']} {record['version']} for {made_for}, "
+        f"            {record['graph']} {record['precision']}, {record['runtime']} {record['version']} for {target}, "
         f"{record['engine']['bytes'] / 1e6:.1f} MB, batches {batch['min']} to {batch['max']}",
-        f"            {share:.0%} FP16, {read}; {proof}",
-        f"            {'' if engine['fit'] else 'does not fit: '}{verdict}",
+        f"            {share:.0%} FP16, {read}; {verification}",
+        f"            {'' if engine['fit'] else 'does not fit: '}{status}",
     ]

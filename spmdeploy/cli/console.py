@@ -16,16 +16,16 @@ from spmdeploy.files import translated
 
 @contextmanager
 def require_extra(extra: str) -> Iterator[None]:
-    """Turns a missing package into an error with the command that installs it."""
+    """Turn a missing package into an error with the command that installs it."""
     try:
         yield
-    except ModuleNotFoundError as error:
-        raise UnavailableError(f"this needs the package {error.name}", f'pip install "spmdeploy[{extra}]"') from error
+    except ModuleNotFoundError as exc:
+        raise UnavailableError(f"this needs the package {exc.name}", f'pip install "spmdeploy[{extra}]"') from exc
 
 
 @contextmanager
 def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on stderr, when that is a terminal and there is more than one step."""
+    """Show a progress bar on stderr if that is a terminal and there is more than one step."""
     bar: Any = None
 
     def show(done: int, total: int) -> None:
@@ -46,7 +46,7 @@ def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
 
 @contextmanager
 def status_line() -> Iterator[Callable[[str, float], None]]:
-    """One line on stderr per step, with a percentage where stderr is a terminal."""
+    """Print one line per step to stderr, with a percentage if stderr is a terminal."""
     current = ""
 
     def show(step: str, share: float) -> None:
@@ -93,18 +93,18 @@ def print_result(
 
 
 def print_json(value: dict[str, Any]) -> None:
-    # ASCII: file names that are not valid Unicode, and terminals that are not UTF-8, would stop it otherwise.
+    # ASCII only: invalid Unicode in file names, and terminals without UTF-8, would raise otherwise.
     _print(json.dumps(value, ensure_ascii=True))
 
 
 def _print(text: str) -> None:
-    """Print to stdout now, not at the end of the process. Raises InputError where the disk behind it is full."""
+    """Print to stdout now, not at the end of the process. Raises InputError if the disk behind it is full."""
     try:
         print(text, flush=True)
     except BrokenPipeError:
         raise
-    except OSError as error:
-        raise translated(error, "standard output", "write to") from error
+    except OSError as exc:
+        raise translated(exc, "standard output", "write to") from exc
 
 
 def format_table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -14,23 +14,23 @@ from spmdeploy.cli.options import Json
 
 def doctor(
     bundle: Annotated[
-        Path | None, typer.Argument(help="Whose engines to look for; without it the built-in one.")
+        Path | None, typer.Argument(help="The bundle whose engines are checked; without it the built-in one.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Show what this machine can run.
+    """Show which backends this machine can run.
 
-    And for what it cannot: why not, and what to do.
+    For the others, show the reason and what to do.
     """
-    from spmdeploy.backends import doctor as examination
+    from spmdeploy.backends import doctor as checks
     from spmdeploy.bundle.bundle import open_bundle
 
     opened = open_bundle(bundle or spmdeploy.default_model())
-    findings, machine = examination.run_checks(opened), examination.machine()
+    findings, machine = checks.run_checks(opened), checks.machine()
     rows = [(finding.name, "usable" if finding.usable else "not usable", finding.reason) for finding in findings]
     lines = [", ".join(f"{name} {value}" for name, value in machine.items())]
     lines += format_table(("", "", ""), rows)[1:]
-    remedies: dict[str, str] = {}  # each is said once
+    remedies: dict[str, str] = {}  # each is printed once
     for finding in findings:
         if finding.remedy:
             remedies.setdefault(finding.remedy, finding.name)

@@ -23,9 +23,9 @@ GRAPH_PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16")
 
 def export(
     checkpoint: Annotated[
-        Path, typer.Argument(help="Weights: .safetensors of ours, a .pth checkpoint with netG, or a bundle.")
+        Path, typer.Argument(help="Weights: .safetensors of this project, a .pth checkpoint with netG, or a bundle.")
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The bundle, NAME.spm.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The bundle to write, NAME.spm.")],
     classes: Annotated[
         str | None,
         typer.Option("--classes", help="cityscapes, ade20k, street, or a JSON file; default: those of the bundle."),
@@ -43,7 +43,7 @@ def export(
         bool, typer.Option("--half-weights", help="Store the FP32 graph's weights as FP16: half the file.")
     ] = False,
     cpu_only: Annotated[
-        bool, typer.Option("--cpu-only", help="Write the graph for CPUs alone: half the bundle.")
+        bool, typer.Option("--cpu-only", help="Write only the graphs for CPUs: half the size.")
     ] = False,
     licence: Annotated[
         str | None, typer.Option("--licence", help="Terms of the weights, for manifest and card.")
@@ -53,9 +53,9 @@ def export(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Turn weights into a bundle.
+    """Export weights as a bundle.
 
-    Every graph is run and compared with PyTorch before it may ship.
+    Every graph is run and compared with PyTorch before the bundle is written.
     """
     with require_extra("export"):
         from spmdeploy.export.pipeline import ExportOptions, export_bundle
@@ -83,13 +83,13 @@ def export(
         )
         for graph in graphs
     ]
-    heading = ("graph", "size", "largest drift", "mean drift", "PSNR in mask", "time")
+    heading = ("graph", "size", "largest deviation", "mean deviation", "PSNR in mask", "time")
     lines = [f"{output}: {result.bundle.manifest.generator.parameters / 1e6:.1f} M parameters, {result.seconds:.1f} s"]
     lines += format_table(heading, rows)
     payload = {"output": str(output), "seconds": round(result.seconds, 2), "graphs": graphs}
     if engine_options is not None:
-        payload["engines"], engine_words = build_engines_with_progress(result.bundle, engine_options, engine_plan)
-        lines += engine_words
+        payload["engines"], engine_lines = build_engines_with_progress(result.bundle, engine_options, engine_plan)
+        lines += engine_lines
     print_result("export", payload, lines, as_json)
 
 
@@ -99,14 +99,14 @@ def export_triton(
         Path | None,
         typer.Argument(metavar="REPOSITORY", help="The model repository; other models in it are left alone."),
     ] = None,
-    name: Annotated[str | None, typer.Option("--name", help="Of the model; default: the bundle's.")] = None,
+    name: Annotated[str | None, typer.Option("--name", help="Name of the model; default: that of the bundle.")] = None,
     graph: Annotated[
         Literal["edit", "refine"],
-        typer.Option("--graph", metavar="edit|refine", help="Which graph, by what it computes."),
+        typer.Option("--graph", metavar="edit|refine", help="Which graph to serve."),
     ] = "edit",
     precision: PrecisionOption = "auto",
     device: Annotated[
-        Literal["gpu", "cpu"], typer.Option("--device", metavar="gpu|cpu", help="What the server runs it on.")
+        Literal["gpu", "cpu"], typer.Option("--device", metavar="gpu|cpu", help="Device that the server runs it on.")
     ] = "gpu",
     engine: Annotated[
         str | None,
@@ -114,7 +114,7 @@ def export_triton(
     ] = None,
     max_batch: Annotated[
         int | None,
-        typer.Option("--max-batch", min=1, help="Edits in one batch. Default: 8, or what the engine takes."),
+        typer.Option("--max-batch", min=1, help="Largest batch. Default: 8, or that of the engine."),
     ] = None,
     instances: Annotated[int, typer.Option("--instances", min=1, help="Copies of the model on each device.")] = 1,
     overwrite: Overwrite = False,
@@ -122,8 +122,8 @@ def export_triton(
 ) -> None:
     """Write a model repository for the Triton Inference Server.
 
-    Dynamic batching, instances, and a golden edit that every instance computes before it serves. The server takes and
-    gives what the graph does: bytes in, bytes out.
+    The configuration enables dynamic batching and several instances; every instance computes a golden edit before it
+    serves. Inputs and outputs are those of the graph: bytes in, bytes out.
     """
     with require_extra("export"):
         from spmdeploy.bundle.bundle import open_bundle
@@ -141,7 +141,7 @@ def export_triton(
 def _engines_of_export(
     export: ExportOptions, wanted: bool, targets: Sequence[str]
 ) -> tuple[EngineOptions | None, EnginePlan | None]:
-    """What to build after an export, checked before it: an export takes minutes."""
+    """Options and plan of the build after an export, checked first because an export takes minutes."""
     if not wanted:
         if targets:
             raise UsageError("--target is for engines", "add --engine")

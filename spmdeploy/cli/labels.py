@@ -22,7 +22,7 @@ def labels_check(
 ) -> None:
     """Show which classes a label map holds.
 
-    Ids that the table does not know are an error.
+    Ids that are not in the class table are an error.
     """
     from spmdeploy.imaging.files import read_labels
     from spmdeploy.labels import check_labels, class_table, count_labels

@@ -98,7 +98,7 @@ def _parameter(one: OptionField) -> inspect.Parameter:
 Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout, also on failure.")]
 
 
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing output.")]
 
 
 Model = Annotated[
@@ -118,12 +118,14 @@ BackendOption = Annotated[
 ]
 
 
-Device = Annotated[str, typer.Option("--device", metavar="auto|cpu|cuda:N", help="Where to run.")]
+Device = Annotated[str, typer.Option("--device", metavar="auto|cpu|cuda:N", help="Device to run on.")]
 
 
 PrecisionOption = Annotated[
     str,
-    typer.Option("--precision", metavar="|".join(("auto", *backend_precisions())), help="Arithmetic to compute in."),
+    typer.Option(
+        "--precision", metavar="|".join(("auto", *backend_precisions())), help="Precision of the computation."
+    ),
 ]
 
 
@@ -132,7 +134,7 @@ RequireSignature = Annotated[
     typer.Option(
         "--require-signature",
         metavar="PUB",
-        help="Use the bundle only if it is signed with this minisign key: a .pub file, or the line in it.",
+        help="Use the bundle only if it is signed with this minisign key: a .pub file or its base64 line.",
     ),
 ]
 
@@ -140,7 +142,7 @@ RequireSignature = Annotated[
 Targets = Annotated[
     list[str] | None,
     typer.Option(
-        "--target", metavar="smNN", help="TensorRT-RTX: build for this GPU generation without having one. Repeatable."
+        "--target", metavar="smNN", help="TensorRT-RTX: build for this GPU generation, without such a GPU. Repeatable."
     ),
 ]
 

@@ -114,7 +114,7 @@ class EnginePlan:
 
 @dataclass(frozen=True)
 class EngineResult:
-    """An engine in its place."""
+    """A stored engine."""
 
     path: Path
     record: EngineRecord
@@ -248,13 +248,14 @@ def build_engines(
         report: Called with every step and, during long ones, repeatedly.
 
     Returns:
-        All engines that were asked for, also those that existed.
+        All requested engines, including those that existed already.
 
     Raises:
         BundleError: There is no such graph, or it cannot be parsed.
         UnavailableError: This machine or library cannot build it.
         VerificationError: The engine computes in another precision than requested.
-        OutOfMemoryError, InputError: There is no memory, or nowhere to write.
+        OutOfMemoryError: The build needs more memory.
+        InputError: The engines cannot be written.
     """
     plan = plan or plan_engines(options)
     graphs = _graphs(bundle, options)
@@ -279,7 +280,7 @@ def _graphs(bundle: Bundle, options: EngineOptions) -> list[GraphRecord]:
     if options.graph != ALL_GRAPHS:
         return [bundle.graph(options.graph, options.precision)]
     chosen = [graph for graph in usable if graph.precision == options.precision]
-    return chosen or [bundle.graph(usable[0].graph, options.precision)]  # which raises an error that lists the graphs
+    return chosen or [bundle.graph(usable[0].graph, options.precision)]  # raises an error that lists the graphs
 
 
 def _present(bundle: Bundle, graph: GraphRecord, plan: EnginePlan) -> EngineResult | None:
@@ -446,7 +447,7 @@ class _EngineBuild:
             self._unusable_timing_cache(file, exc)
 
     def _unusable_timing_cache(self, file: Path, exc: Exception) -> None:
-        """Raise InputError for a folder that the user named; for the default one a warning is enough."""
+        """Raise InputError for a folder that the user named; log a warning for the default one."""
         problem = f"{file.parent}: cannot be used for timing caches: {exc}"
         if self._options.timing_cache is not None:
             raise InputError(problem, "give a folder that you may write to") from exc

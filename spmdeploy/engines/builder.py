@@ -59,7 +59,7 @@ class BuildLog:
     """Writes the library's messages to a file, and keeps errors and warnings in memory."""
 
     def __init__(self, path: Path, kept_as: Path) -> None:
-        """kept_as: where the file is moved to if the build fails."""
+        """Write to `path`; messages name `kept_as`, where the file is moved to if the build fails."""
         self.path, self.kept_as = path, kept_as
         self.errors: list[str] = []
         self.warnings: list[str] = []
@@ -185,7 +185,7 @@ def _add_profile(builder: Any, config: Any, inputs: Sequence[Port], batch: Batch
 
 def _set_flags(library: Any, config: Any, request: BuildRequest) -> tuple[str, ...]:
     """Set the builder's flags and return the names of all flags that are set then."""
-    # On by default, with the mantissa of FP16: deviates more than the limits of FP32 allow.
+    # TF32 is on by default, with the mantissa of FP16: it deviates more than the FP32 limits allow.
     config.clear_flag(library.BuilderFlag.TF32)
     if hasattr(library.BuilderFlag, "REQUIRE_USER_ALLOCATION"):
         # TensorRT-RTX: else it may allocate while it runs, and then its work cannot be captured as a CUDA graph.

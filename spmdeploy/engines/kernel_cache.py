@@ -1,6 +1,6 @@
-"""The kernels that TensorRT-RTX compiles on the device, kept for the next start.
+"""Stores the kernels that TensorRT-RTX compiles on the device, for later processes.
 
-They are code for the GPU that no hash in a bundle covers, so they are kept in the user's own cache and nowhere else.
+They are GPU code that no hash in a bundle covers, so they are stored only in the user's own cache.
 """
 
 from __future__ import annotations
@@ -18,10 +18,15 @@ MAX_BYTES = 1 << 30
 
 
 class KernelCache:
-    """The library's runtime cache (`cache`) with its file. A cache that does not fit is the library's to refuse."""
+    """The library's runtime cache (`cache`) and its file. The library itself rejects a cache that does not fit."""
 
     def __init__(self, cache: Any, record: EngineRecord) -> None:
-        """cache: an IRuntimeCache, empty. A CUDA context must be current: the library compares the cache with it."""
+        """Load the file into `cache`.
+
+        Args:
+            cache: An empty IRuntimeCache. A CUDA context must be current: the library checks the cache against it.
+            record: The engine's record, whose key names the file.
+        """
         self.cache = cache
         self._content = b""
         self._path: Path | None = None
@@ -32,7 +37,7 @@ class KernelCache:
                 self._content = content if cache.deserialize(content) else b""
 
     def save(self) -> list[str]:
-        """Writes the kernels if there are new ones; in words, why that did not go."""
+        """Writes the kernels if there are new ones. Returns notes on why that failed."""
         if self._path is None:
             return ["compiled kernels are lost: no cache folder is known, SPMDEPLOY_CACHE names one"]
         serialized = self.cache.serialize()

@@ -27,7 +27,7 @@ def import_engine_library(runtime: EngineRuntime) -> Any:
     """Import the module. Raises UnavailableError with a remedy."""
     try:
         return importlib.import_module(_MODULES[runtime])
-    except (ImportError, OSError) as exc:  # OSError: the package is installed, a library that it loads is not
+    except (ImportError, OSError) as exc:  # OSError: the package is installed, but a library that it loads is missing
         text = " ".join(str(exc).split())
         raise UnavailableError(f"{runtime} cannot be imported: {text}", _REMEDIES[runtime]) from exc
 
@@ -38,7 +38,7 @@ def is_installed(runtime: EngineRuntime) -> bool:
 
 
 def local_host(device: int = 0) -> EngineHost:
-    """Describe this machine as far as it decides which engines run on its GPU number `device`."""
+    """Describe the properties of this machine that decide which engines run on GPU number `device`."""
     versions = {}
     for runtime in ENGINE_RUNTIMES:
         try:
@@ -64,7 +64,7 @@ _loggers: dict[str, tuple[Any, list[Listener]]] = {}
 
 
 def library_logger(library: Any) -> Any:
-    """Return the one logger of the library, which uses the first that it is given until the process ends."""
+    """Return the one logger of the library, which keeps its first logger until the process ends."""
     return _logger_and_listeners(library)[0]
 
 

@@ -28,7 +28,7 @@ CARD = "card.md"
 
 
 class _File(NamedTuple):
-    """A file to write into a zip; read only then, because all of them might not fit into memory."""
+    """A file to write into a zip. Its content is read only then, as all files may not fit into memory."""
 
     name: str
     sha256: str
@@ -89,7 +89,7 @@ def unpack(bundle: Bundle, folder: str | Path, overwrite: bool = False, progress
 
 
 def _check_names_differ(names: Iterable[str], shown: Path) -> None:
-    """Refuses names that a file system without case would take for the same file."""
+    """Refuses names that are equal on a case-insensitive file system."""
     folded = Counter(unicodedata.normalize("NFC", name).casefold() for name in names)
     twice = next((name for name, count in folded.items() if count > 1), None)
     within = next((name for name in folded for above in PurePosixPath(name).parents if str(above) in folded), None)
@@ -183,7 +183,7 @@ def _names(record: GraphRecord) -> set[str]:
 
 
 def _card_without(card: bytes, dropped: Iterable[str]) -> bytes:
-    """The card without the rows of its tables that are about dropped files."""
+    """The card without table rows about dropped files."""
     lines = card.decode("utf-8", "surrogateescape").splitlines(keepends=True)
     marks = [f"`{name}`" for name in dropped]
     kept = [line for line in lines if not (line.startswith("|") and any(mark in line for mark in marks))]
@@ -198,7 +198,7 @@ def _write_zip(
     files: Sequence[_File],
     progress: Progress,
 ) -> Path:
-    """Writes the zip with SHA256SUMS and signature first, so that the rest can be checked while it is read."""
+    """Writes the zip, SHA256SUMS and signature first, so that other files can be checked while they are read."""
     target = Path(target)
     if target.suffix.lower() in WHAT_IT_IS:
         raise InputError(f"{target}: {target.suffix} is no suffix of a bundle", "call it NAME.spm")
@@ -212,15 +212,15 @@ def _write_zip(
                 for number, file in enumerate(sorted(files), start=1):
                     archive.writestr(_entry(file.name), file.read())
                     progress(number, len(files))
-        except zipfile.LargeZipFile as error:
+        except zipfile.LargeZipFile as exc:
             raise BundleError(
                 f"{target}: more than 2 GiB, too large for one zip", "slim it or copy the folder"
-            ) from error
+            ) from exc
     return target
 
 
 def _entry(name: str) -> zipfile.ZipInfo:
     entry = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
-    entry.create_system = 3  # Unix, wherever it is packed
+    entry.create_system = 3  # Unix, on every platform
     entry.external_attr = (stat.S_IFREG | 0o644) << 16
     return entry

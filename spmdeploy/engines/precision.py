@@ -50,7 +50,7 @@ def engine_fp16_share(library: Any, content: bytes, batch: int) -> tuple[float |
     try:
         with capture_log(library, note):
             text = _inspect(library, content, batch)
-    except Exception as exc:  # whatever the bindings raise, an engine built in an hour must not be lost
+    except Exception as exc:  # a build of an hour must not be lost to any error of the bindings
         return None, f"the inspector failed: {exc!r}"[:300]
     if text is None:
         return None, f"the engine cannot be loaded here: {errors[0] if errors else 'no reason given'}"[:300]
@@ -84,7 +84,7 @@ def inspected_fp16_share(text: str) -> tuple[float | None, str | None]:
     try:
         entries = json.loads(text).get("Layers", [])
     except (ValueError, AttributeError):
-        return None, "the inspector's answer is not JSON"
+        return None, "the inspector's output is not JSON"
     counts = Counter(_inspected_type(entry) for entry in entries if isinstance(entry, dict))
     share = _share(counts["fp16"], counts["fp32"])
     if share is None:

@@ -125,7 +125,7 @@ class EngineFile:
 
 @dataclass(frozen=True)
 class Verification:
-    """Result of repeating the golden edits of the bundle with this engine; the worst figures among them."""
+    """Result of running the bundle's golden edits with this engine: the largest deviation among them."""
 
     passed: bool
     on: date
@@ -219,7 +219,7 @@ class EngineRecord:
         return f"{slug(*parts)[:100]}-{digest[:12]}"
 
     def _problem(self) -> str | None:
-        """What types alone do not tell: unsafe names, and fields that contradict each other."""
+        """Checks that types cannot express: unsafe names, and fields that contradict each other."""
         for where, name in (("bundle", self.bundle), ("graph", self.graph), ("engine.file", self.engine.file)):
             if not is_safe_relative_path(name) or "/" in name:
                 return f"{where} is {shorten(name)}, not a plain name without /"
@@ -238,7 +238,7 @@ class EngineRecord:
 
 
 def slug(*parts: str) -> str:
-    """Joins any texts into a name for a file."""
+    """Joins texts into a file name: lower-case letters, digits, dots and underscores, parts separated by dashes."""
     return "-".join(re.sub(r"[^a-z0-9.]+", "_", part.lower()).strip("_.") for part in parts)
 
 
@@ -255,7 +255,7 @@ class EngineHost:
 
     @classmethod
     def with_gpu(cls, gpu: Gpu | None, versions: Mapping[EngineRuntime, str]) -> EngineHost:
-        """This machine, as far as Python knows it."""
+        """This machine's operating system and architecture, with the given GPU and library versions."""
         return cls(versions, gpu, *operating_system())
 
 
@@ -270,7 +270,7 @@ def incompatibilities(record: EngineRecord, host: EngineHost) -> tuple[str, ...]
 
     TensorRT engines are bound to version, GPU model, operating system and architecture. TensorRT-RTX engines for
     targets are bound to version and compute capability; they are portable between Windows and Linux by its
-    documentation ("CPU-Only AOT and TensorRT-RTX Engines"), which has not been tried here.
+    documentation ("CPU-Only AOT and TensorRT-RTX Engines"), which has not been tested here.
     """
     return tuple(reason for reason, _ in _compare(record, host))
 

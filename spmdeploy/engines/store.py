@@ -45,7 +45,7 @@ Place = Literal["bundle", "cache"]
 
 @dataclass(frozen=True)
 class StoredEngine:
-    """An engine file, or what is left of one, checked without loading it."""
+    """A stored engine with its record, checked without loading it."""
 
     path: Path
     """For messages; there is no such file if the bundle is a zip."""
@@ -83,7 +83,7 @@ class StoredEngine:
         return self.problems + self.incompatibilities
 
     def read(self) -> bytes:
-        """The engine, hashed just now: exactly the bytes that the record lists.
+        """The content of the engine, after checking its hash.
 
         Raises:
             BundleError: It is not `fit`; lists every reason.
@@ -92,7 +92,7 @@ class StoredEngine:
         return self.content()
 
     def content(self) -> bytes:
-        """The same, also of an engine for another machine. Raises BundleError for its problems."""
+        """Like `read`, also for engines of another machine. Raises BundleError if the engine has problems."""
         if self.record is None or self.problems:
             raise _unfit(self.path, self.problems)
         record = self.record
@@ -102,7 +102,7 @@ class StoredEngine:
                 content = stream.read(record.engine.bytes)
         except OSError as exc:
             raise _unfit(self.path, (f"it cannot be read: {exc.strerror or exc}",)) from exc
-        if fault := _content_fault(record, len(content), hashlib.sha256(content).hexdigest()):
+        if fault := _content_problem(record, len(content), hashlib.sha256(content).hexdigest()):
             raise _unfit(self.path, (fault,))
         return content
 
@@ -171,7 +171,7 @@ def named_engines(bundle: Bundle, names: Sequence[str]) -> list[StoredEngine]:
 
 
 def _stores(bundle: Bundle) -> list[tuple[FileStore, str, Place]]:
-    """Where to search, and below which prefix."""
+    """Stores to search, and the prefix of engines in each."""
     with os_errors(bundle.path, "read", BundleError):
         stores: list[tuple[FileStore, str, Place]] = [(open_storage(bundle.path), ENGINES, "bundle")]
     try:
@@ -271,7 +271,7 @@ def _problems(
     if name in store.sizes:
         size = store.sizes[name]
         digest = _digest(store, name) if hashing and size == record.engine.bytes else record.engine.sha256
-        if fault := _content_fault(record, size, digest):
+        if fault := _content_problem(record, size, digest):
             yield fault
 
 
@@ -301,7 +301,7 @@ def _stale(bundle: Bundle, record: EngineRecord) -> Iterator[str]:
             yield f"stale: built from another {source.file}: SHA-256 {source.sha256[:12]}…, here {now[:12]}…"
 
 
-def _content_fault(record: EngineRecord, size: int, digest: str) -> str | None:
+def _content_problem(record: EngineRecord, size: int, digest: str) -> str | None:
     if size != record.engine.bytes:
         fault = "truncated" if size < record.engine.bytes else "tampered with or damaged"
         return f"{fault}: {size} bytes, but {RECORD_FILE} says {record.engine.bytes}"
@@ -361,8 +361,8 @@ def choose_place(bundle: Bundle, wanted: Place | None = None) -> EnginePlace:
     if wanted == "bundle" and obstacle:
         raise UsageError(f"{bundle.path} takes no engines: {obstacle}", "let them go into the cache: --into cache")
     if wanted == "cache" or obstacle:
-        return EnginePlace(cache_folder(), "cache", obstacle if obstacle else "as asked")
-    return EnginePlace(bundle.path / ENGINES, "bundle", "as asked" if wanted else "it can be written to")
+        return EnginePlace(cache_folder(), "cache", obstacle if obstacle else "as requested")
+    return EnginePlace(bundle.path / ENGINES, "bundle", "as requested" if wanted else "it can be written to")
 
 
 def _why_not_writable(bundle: Bundle) -> str | None:
@@ -374,7 +374,7 @@ def _why_not_writable(bundle: Bundle) -> str | None:
     if bundle.read_signature() is not None:
         return "the bundle is signed, and the signature would not cover them"
     if any(name.startswith(ENGINES) for name in bundle.files()):
-        return "the bundle was shipped with engines, which stay what they are"
+        return "the bundle was shipped with engines, which are never changed"
     folder = bundle.path / ENGINES
     return None if os.access(folder if folder.is_dir() else bundle.path, os.W_OK) else "the bundle cannot be written to"
 
@@ -386,7 +386,7 @@ class EngineWriter:
     """
 
     def __init__(self, place: EnginePlace, name: str) -> None:
-        """name: of graph and precision, for the log of a build that fails."""
+        """name: Graph and precision, for the log file of a build that fails."""
         self._place = place
         self._name = name
         self._stack = ExitStack()
@@ -437,7 +437,7 @@ def _write_errors(target: Path) -> Iterator[None]:
 def remove_stale_engines(bundle: Bundle, host: EngineHost | None = None) -> list[StoredEngine]:
     """Removes engines with problems and those that will never run here again; returns what they were.
 
-    Engines for targets, and those whose library or driver is missing at the moment, are kept; so are engines that were
+    Engines for targets, and those whose library or driver is currently missing, are kept, as are engines that were
     shipped with the bundle or are in a zip. Raises InputError if something cannot be removed.
     """
     removed = []
@@ -459,5 +459,5 @@ def _remove(engine: StoredEngine) -> None:
     if engine.record is not None or not any(folder.glob(f"*{ENGINE_SUFFIX}")):
         for name in (RECORD_FILE, LOG_FILE):
             (folder / name).unlink(missing_ok=True)
-        with suppress(OSError):  # other files are in it
+        with suppress(OSError):  # other files are in the folder
             folder.rmdir()

@@ -1,1 +1,1 @@
-"""Weights to bundle: deploy graph, ONNX, FP16, parity, pipeline."""
+"""Export of weights to bundles: tracing, ONNX, FP16, parity checks."""

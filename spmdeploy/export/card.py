@@ -1,4 +1,4 @@
-"""card.md: what a person should know before using a bundle."""
+"""Writes the model card (card.md) of a bundle."""
 
 from __future__ import annotations
 
@@ -8,24 +8,31 @@ from spmdeploy.bundle.manifest import GeneratorFacts, GraphRecord, Manifest
 
 
 def bundle_card(manifest: Manifest, sizes: Mapping[str, int]) -> str:
-    """The card as Markdown. sizes: in bytes, of the files that graphs share weights in."""
+    """Return the card as Markdown.
+
+    Args:
+        manifest: The manifest of the bundle.
+        sizes: Size in bytes of each external data file.
+    """
     generator = manifest.generator
     sections = [
         f"# {manifest.name}",
-        "An SPM semantic image editor: give it a photo, a label map and a mask, and it repaints what is under the mask "
-        f"so that it shows what the labels say. {generator.parameters / 1e6:.1f} M parameters, {generator.gflop:.1f} "
+        "An SPM semantic image editor. It takes a photo, a label map and a mask, and repaints the pixels under the "
+        f"mask with the classes of the label map. {generator.parameters / 1e6:.1f} M parameters, {generator.gflop:.1f} "
         f"GFLOP for one {manifest.native_size}×{manifest.native_size} edit." + _ablations(generator),
         f"**Licence of the weights:** {manifest.licence}",
         f"**Made from** `{manifest.source.file}` (SHA-256 `{manifest.source.sha256[:16]}…`) on {manifest.created} with "
         + ", ".join(f"{tool} {version}" for tool, version in manifest.tools.items())
         + ".",
         "## Graphs",
-        "Drift is the worst over the golden edits, against PyTorch in FP32, under the mask, in gray levels of 255.",
-        "| graph | file | MB | FP16 share | largest drift | mean drift | PSNR |\n|---|---|---|---|---|---|---|\n"
+        "Deviations from PyTorch in FP32, under the mask, in gray levels (0..255); the largest of the golden edits.",
+        "| graph | file | MB | FP16 share | largest deviation | mean deviation | PSNR |\n"
+        + "|---" * 7
+        + "|\n"
         + "\n".join([*map(_graph_row, manifest.graphs), *_weights_rows(manifest, sizes)]),
         "## Classes",
         ", ".join(f"{entry.id} {entry.name}" for entry in manifest.classes.classes)
-        + ("." if manifest.classes.void_id is None else f"; {manifest.classes.void_id} means no class."),
+        + ("." if manifest.classes.void_id is None else f"; {manifest.classes.void_id} is void."),
         "## Golden edits",
         "\n".join(f"- `{edit.folder}`: {edit.note}" for edit in manifest.golden),
     ]
@@ -36,13 +43,13 @@ def bundle_card(manifest: Manifest, sizes: Mapping[str, int]) -> str:
 
 
 def _ablations(generator: GeneratorFacts) -> str:
-    """What of the paper's design was left out on purpose."""
-    skip_by_default = []
+    """A sentence about parts of the paper's design that the generator lacks, or nothing."""
+    ablations = []
     if generator.modulation == "spade":
-        skip_by_default.append("the layout alone modulates the features (SPADE)")
+        ablations.append("the layout alone modulates the features (SPADE)")
     if generator.stages == 1:
-        skip_by_default.append("there is one stage, at full size")
-    return f" An ablation: {' and '.join(skip_by_default)}." if skip_by_default else ""
+        ablations.append("there is one stage, at full size")
+    return f" An ablation: {' and '.join(ablations)}." if ablations else ""
 
 
 def _weights_rows(manifest: Manifest, sizes: Mapping[str, int]) -> Iterator[str]:

@@ -1,21 +1,21 @@
-"""Specializes the FP32 graph for CPUs: the same results without the work that the mask makes superfluous.
+"""Specializes the FP32 graph for CPUs: the same results without operations that cannot affect the masked pixels.
 
-On a CPU time follows the operations, and more than half of them (the layout branch) read labels and mask only. Three
-facts make most of that superfluous at the larger sizes, exactly and not approximately:
+On a CPU the time follows the number of operations, and more than half of them (the layout branch) read only labels and
+mask. Three facts remove most of these at the larger sizes, exactly and not approximately:
 
-- Where no masked pixel is within reach, the layout input is zero, and what the branch answers depends on the weights
-  alone: one value a channel, but for the outermost ring of pixels, where the zero padding of the convolutions shows.
-  That is known when the graph is written. A layer is computed with one value a channel and column everywhere, which
-  leaves the first and the last row to be put right, and what the layout changes is computed in the box around the mask.
-- The picture of a stage counts under the mask alone. Of its last layer only the statistics need the whole; modulations
-  and picture are computed inside the box.
-- Of the classes only those matter that lie under the mask. The others' channels of the layout are zero.
+- Away from the mask the layout input is zero, so the output of the branch depends on the weights alone: one value per
+  channel, except in the outermost ring of pixels, which the zero padding of the convolutions affects. These values are
+  constants of the graph. A layer is computed with one value per channel and column; then the first and the last row are
+  corrected, and the changes by the layout are computed in a bounding box around the mask.
+- The image of a stage is used only under the mask. The last layer needs the whole map for its statistics only;
+  modulation and image are computed inside the box.
+- Only classes under the mask matter: the layout channels of all other classes are zero.
 
-What is not a convolution is passes over maps, which take long where they are large: whatever can be said of a channel
-once, or in the box alone, is not done to every pixel.
+Elementwise operators are memory-bound on large maps, so values that are constant per channel, or needed only in the
+box, are not computed for every pixel.
 
-The box is found in the graph, around the masks of the whole batch. Shapes then depend on data, which ONNX Runtime
-allows and TensorRT does not: engines are built from the plain graph, where launches and not operations are what costs.
+The graph itself finds the box around the masks of the whole batch. Shapes then depend on data, which ONNX Runtime
+allows and TensorRT does not: engines are built from the plain graph, whose cost on a GPU is kernel launches.
 """
 
 from __future__ import annotations
@@ -33,25 +33,28 @@ from spmdeploy.export.onnx import with_shapes
 from spmdeploy.types import NATIVE_SIZE
 
 SMALLEST = 32
-"""Layers of smaller pictures are computed everywhere: they cost little, and a box of few pixels saves little of it."""
+"""Layers of smaller size are computed everywhere: they cost little, and a box would save little of it."""
 
 REACH = 2
-"""Pixels from which a 3×3 convolution of a 3×3 convolution sees the mask."""
+"""Distance in pixels at which two successive 3×3 convolutions are affected by the mask."""
 
 _LAYER = re.compile(r"(stages\.\d+\.(?:encoder|decoder)\.\d+)[./]")
 _CONTEXT_HEADS = ("context_gamma", "context_beta")
 _LAYOUT_HEADS = ("layout_gamma_scale", "layout_gamma_shift", "layout_beta_scale", "layout_beta_shift")
 _ONE_MORE = frozenset(_LAYOUT_HEADS[:3])
-"""The heads that the modulation adds one to. Here their biases hold it."""
+"""The heads that the modulation adds one to. Here the one is part of their biases."""
 
 
 def specialize_for_mask(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy of the FP32 edit graph that does around the mask what counts there only. Weights keep their names."""
+    """Return a copy of the FP32 edit graph that computes the layout branch only around the mask.
+
+    Weights keep their names.
+    """
     return _MaskSpecializer(model).graph()
 
 
 class _Layer:
-    """A layer as the given graph has it."""
+    """The nodes of a layer in the original graph."""
 
     def __init__(self, name: str, nodes: list[onnx.NodeProto]) -> None:
         self.name = name
@@ -59,7 +62,7 @@ class _Layer:
             node.name.removesuffix("/Conv").rpartition(".")[2]: node for node in nodes if node.op_type == "Conv"
         }
         self.relus = {node.input[0]: node for node in nodes if node.op_type == "Relu"}
-        """By what they read."""
+        """By their input."""
         self.norm = next(node for node in nodes if node.op_type == "InstanceNormalization")
         self.activation = nodes[-1]
         assert self.activation.op_type == "LeakyRelu", self.activation.name
@@ -68,7 +71,7 @@ class _Layer:
 
 
 class _MaskSpecializer:
-    """The graph as it is rewritten: its nodes in order, and the constants that the new ones need."""
+    """Rewrites a graph: collects its nodes in order, and the constants of the new nodes."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
         self._model = model
@@ -86,18 +89,18 @@ class _MaskSpecializer:
 
     def graph(self) -> onnx.ModelProto:
         ends = {layer.activation.name: layer for layer in self._layers}
-        before_picture = {node.input[0] for node in self._model.graph.node if node.op_type == "Pad"}
+        before_image = {node.input[0] for node in self._model.graph.node if node.op_type == "Pad"}
         for node in self._model.graph.node:
             if node.name in ends:
                 layer = ends[node.name]
-                if node.output[0] in before_picture:
+                if node.output[0] in before_image:
                     self._last_layer(layer)
                 elif self._size(layer) < SMALLEST:
                     self._layer_everywhere(layer)
                 else:
                     self._layer_around_mask(layer)
             elif node.op_type == "Tanh":
-                self._picture(node)
+                self._stage_image(node)
             elif node.op_type == "Transpose" and self._producers.get(node.input[0], node).op_type == "Tanh":
                 self._add("Identity", node.input, node.name)  # `_result` transposes at the end
             elif node.op_type == "Where":
@@ -114,11 +117,9 @@ class _MaskSpecializer:
         return with_shapes(rebuilt)
 
     def _size(self, layer: _Layer) -> int:
-        """Height and width of what the layer answers."""
+        """Height and width of the output of the layer."""
         size: int = self._shapes[layer.activation.input[0]][-1]
         return size
-
-    # -- layers
 
     def _layer_everywhere(self, layer: _Layer) -> None:
         heads: dict[str, str] = {}
@@ -132,7 +133,7 @@ class _MaskSpecializer:
         self._activated(layer, modulated)
 
     def _layer_around_mask(self, layer: _Layer) -> None:
-        """What an empty layout gives, and what the layout changes of it in the box."""
+        """Compute the layer for an empty layout, and add the change that the layout makes in the box."""
         maps = {"normalized": self._normalized(layer)}
         if layer.context_heads:
             self._nodes.append(layer.convolutions["context_shared"])
@@ -150,7 +151,7 @@ class _MaskSpecializer:
         self._activated(layer, self._add("Add", [base, change], f"{layer.name}/changed"))
 
     def _change_in_box(self, layer: _Layer, maps: Mapping[str, str], base: str) -> str:
-        """What the box has otherwise than `base`, in a map of the layer's size: zeros around it."""
+        """Difference from `base` in the box, padded with zeros to the size of the layer."""
         box, name = self._box(self._size(layer)), f"{layer.name}/around"
         hidden = self._hidden_in_box(layer, "layout_shared")
         heads = {head: self._head(layer, head, hidden, inside=True) for head in layer.layout_heads}
@@ -165,9 +166,9 @@ class _MaskSpecializer:
     def _change_of_borders(
         self, layer: _Layer, maps: Mapping[str, str], borders: Mapping[str, NDArray[np.float32]], change: str
     ) -> str:
-        """`change`, and what the padding makes of the first and last row beside the box.
+        """Add to `change` the effect of the padding on the first and the last row, outside the box.
 
-        borders: for each head (1, C, 2, 3), the two rows' difference from the others.
+        borders: for each head float32 (1, C, 2, 3), the difference of these rows from the other rows.
         """
         size, name = self._size(layer), f"{layer.name}/borders"
         first, behind, step = self._number(0), self._number(size), self._number(size - 1)
@@ -184,14 +185,14 @@ class _MaskSpecializer:
         return self._add("ScatterElements", [change, places, beside], f"{name}/change", axis=2, reduction="add")
 
     def _row_constant(self, layer: _Layer, name: str, answer: NDArray[np.float32]) -> str:
-        """`answer` (1, C, R, 3) for the first, every middle and the last column, as (1, C, R, size)."""
+        """Expand `answer` (1, C, R, 3), for the first, all middle and the last column, to (1, C, R, size)."""
         patch = self._constant(f"{layer.name}/{name}/patch", answer)
         size = self._size(layer)
         kinds = self._constant(f"columns/{size}", _ints(0, *[1] * (size - 2), 2))
         return self._add("Gather", [patch, kinds], f"{layer.name}/{name}", axis=3)
 
     def _last_layer(self, layer: _Layer) -> None:
-        """The layer before a stage's picture, in the box alone. Its output keeps its name."""
+        """Compute the last layer of a stage in the box only. Its output keeps its name."""
         box, name = self._box(self._size(layer)), f"{layer.name}/around"
         heads: dict[str, str] = {}
         for branch, parts in (("context", layer.context_heads), ("layout", layer.layout_heads)):
@@ -202,15 +203,15 @@ class _MaskSpecializer:
         inside = self._add("Slice", [whole, f"{box}/start", f"{box}/end", self._axes()], f"{name}/normalized")
         self._nodes.append(_copy(layer.activation, self._modulated(inside, heads, name)))
 
-    def _picture(self, tanh: onnx.NodeProto) -> None:
-        """The picture of a stage, of which `tanh` makes what lies in the box: zeros around it."""
+    def _stage_image(self, tanh: onnx.NodeProto) -> None:
+        """The image of a stage, which `tanh` computes in the box, padded with zeros."""
         output = tanh.output[0]
         box = self._box(self._shapes[output][-1])
         self._nodes.append(_copy(tanh, output=f"{output}/box"))
         self._add("Pad", [f"{output}/box", f"{box}/around"], f"{tanh.name}/around", output)
 
     def _result(self, where: onnx.NodeProto) -> None:
-        """What `where` gives, chosen by channels: by pixels, whose mask holds for three bytes each, takes longer."""
+        """The output of `where`, selected in planar layout, which is faster than in interleaved layout."""
         _, levels, given = where.input
         edit = self._producers[self._mask()].input[0]
         planes = next(node for node in self._model.graph.node if node.op_type == "Transpose" and given in node.input)
@@ -224,8 +225,8 @@ class _MaskSpecializer:
     def _activated(self, layer: _Layer, value: str) -> None:
         """Ends a layer in ONNX Runtime's blocked layout.
 
-        Its next readers are convolutions and what stands between layers, which all know that layout, but not how to get
-        into it: a convolution that leaves every channel what it is takes them there and the activation with it.
+        All readers of the layer support that layout, but none converts into it. A depthwise convolution with weight 1
+        does, and changes no value.
         """
         channels = self._shapes[layer.activation.input[0]][1]
         ones = self._constant(f"ones/{channels}", np.ones((channels, 1, 1, 1), np.float32))
@@ -233,7 +234,7 @@ class _MaskSpecializer:
         self._nodes.append(_copy(layer.activation, same))
 
     def _modulated(self, normalized: str, heads: Mapping[str, str], name: str) -> str:
-        """The equation of the layer, for heads that hold what it adds to them."""
+        """The modulation equation, for heads that include the added ones."""
         gamma, beta = heads["layout_gamma_shift"], heads["layout_beta_shift"]
         if "context_gamma" in heads:
             scaled = self._add("Mul", [heads["context_gamma"], heads["layout_gamma_scale"]], f"{name}/scaled_gamma")
@@ -243,10 +244,8 @@ class _MaskSpecializer:
         scaled = self._add("Mul", [normalized, gamma], f"{name}/scaled")
         return self._add("Add", [scaled, beta], f"{name}/modulated")
 
-    # -- convolutions
-
     def _relu(self, layer: _Layer, part: str) -> str:
-        """What follows the first convolution of a branch."""
+        """The ReLU after the first convolution of a branch."""
         relu = layer.relus[layer.convolutions[part].output[0]]
         self._nodes.append(relu)
         return str(relu.output[0])
@@ -260,28 +259,28 @@ class _MaskSpecializer:
             weights = [node.input[1], self._present_channels()]
             node.input[1] = self._add("Gather", weights, f"{layer.name}.{part}/present", axis=1)
         self._nodes.append(node)
-        # What the convolution answers beyond the picture is not zero, but what the second must see there is.
+        # Outside the image the output of this convolution is not zero, but the next one expects zero padding.
         relu = self._relu(layer, part)
         return self._add("Mul", [relu, f"{self._box(size)}/picture"], f"{relu}/inside")
 
     def _head(self, layer: _Layer, part: str, hidden: str, *, inside: bool = False) -> str:
-        """The second convolution of a branch and the one that is added to it; where `inside`, without own padding."""
+        """The second convolution of a branch, plus one for heads in `_ONE_MORE`; without padding if `inside`."""
         node = layer.convolutions[part]
         copy = _copy(node, hidden, pads=(0, 0, 0, 0) if inside else None)
-        if part in _ONE_MORE:  # folded when the graph is loaded; what is stored stays what it was
+        if part in _ONE_MORE:  # folded when the graph is loaded; the stored bias is unchanged
             one = self._constant("one", np.ones(1, np.float32))
             copy.input[2] = self._add("Add", [node.input[2], one], f"{node.input[2]}/one_more")
         self._nodes.append(copy)
         if not part.endswith("_shift"):
             return str(copy.output[0])
-        # A slope of 1 changes nothing, and ONNX Runtime (1.32) makes it part of the convolution, in whose sum it then
-        # leaves what is added behind it. Else the last bit would differ where `split_by_layout` cuts the graph there.
+        # LeakyRelu with slope 1 is the identity. ONNX Runtime (1.32) fuses it into the convolution, and then no longer
+        # fuses the following Add. Otherwise the last bit would differ where `split_by_layout` cuts the graph here.
         return self._add("LeakyRelu", [copy.output[0]], f"{copy.name}/unchanged", alpha=1.0)
 
     def _around(self, value: str, size: int) -> str:
-        """`value` (B, C, size, size) around the box; beyond the picture lie zeros.
+        """`value` (B, C, size, size) in the box with a margin, zero outside the image.
 
-        A layout is made there, from its single-channel maps, and with the channels of `_present_channels` only.
+        A layout is recomputed there from its single-channel maps, with the channels of `_present_channels` only.
         """
         name, node = f"{value}/around", self._producers[value]
         if name in self._made:
@@ -299,7 +298,7 @@ class _MaskSpecializer:
         return self._add("Pad", [f"{value}/wide", f"{box}/beyond"], name)
 
     def _answer_to_zeros(self, layer: _Layer, head: str) -> NDArray[np.float32]:
-        """What a head answers to an empty layout: float32 (1, C, 3, 3), rows and columns first, middle, last."""
+        """Output of a head for an empty layout: float32 (1, C, 3, 3), rows and columns first, middle, last."""
         weight, bias = (self._weight(name).astype(np.float64) for name in layer.convolutions[head].input[1:])
         shared_bias = self._weight(layer.convolutions["layout_shared"].input[2])
         hidden = np.maximum(shared_bias.astype(np.float64), 0)
@@ -308,10 +307,8 @@ class _MaskSpecializer:
         answer = [[bias + taps[:, rows, columns].sum((1, 2)) for columns in inside] for rows in inside]
         return np.moveaxis(np.array(answer), 2, 0)[None].astype(np.float32)
 
-    # -- the box
-
     def _box(self, size: int) -> str:
-        """The common name of the values that describe the box in pictures of this size; made at the first call."""
+        """Name prefix of the values that describe the box at this size; they are added at the first call."""
         box = f"box/{size}"
         if box in self._made:
             return box
@@ -331,7 +328,7 @@ class _MaskSpecializer:
             self._add("Min", [f"{place}/reach_end", whole], f"{place}/end")
             self._add("Sub", [whole, f"{place}/end"], f"{place}/rest")
             self._add("Add", [f"{place}/end", reach], f"{place}/end+{REACH}")
-            # Around the box, for the convolutions that look at it: within the picture, and beyond it.
+            # The margin around the box for the convolutions: inside the image, and outside it.
             self._add("Sub", [f"{place}/start", reach], f"{place}/around_start")
             self._add("Max", [f"{place}/around_start", zero], f"{place}/wide_start")
             self._add("Sub", [f"{place}/wide_start", f"{place}/around_start"], f"{place}/beyond_start")
@@ -342,8 +339,8 @@ class _MaskSpecializer:
         none = self._constant("box/none", _ints(0, 0))
         self._add("Concat", [none, f"{box}/start", none, f"{box}/rest"], f"{box}/around", axis=0)
         self._add("Concat", [none, f"{box}/beyond_start", none, f"{box}/beyond_end"], f"{box}/beyond", axis=0)
-        picture = np.pad(np.ones((1, 1, size, size), np.float32), ((0, 0), (0, 0), (1, 1), (1, 1)))
-        padded = self._constant(f"{box}/padded_picture", picture)
+        inside = np.pad(np.ones((1, 1, size, size), np.float32), ((0, 0), (0, 0), (1, 1), (1, 1)))
+        padded = self._constant(f"{box}/padded_picture", inside)
         self._add("Slice", [padded, f"{box}/start", f"{box}/end+{REACH}", self._axes()], f"{box}/picture")
         return box
 
@@ -362,7 +359,7 @@ class _MaskSpecializer:
         return self._add("Cast", [f"{box}/outside"], name, to=onnx.TensorProto.FLOAT)
 
     def _find_mask(self) -> None:
-        """First and last row and column that the batch's masks touch; everything where no mask touches any."""
+        """First and last masked row and column in the batch; the whole image if no pixel is masked."""
         self._add("ReduceMax", [self._mask(), self._constant("box/batch", _ints(0, 1))], "box/masks", keepdims=0)
         for axis, other in (("rows", 1), ("columns", 0)):
             self._add("ReduceMax", ["box/masks", self._number(other)], f"box/{axis}/touched", keepdims=0)
@@ -373,26 +370,24 @@ class _MaskSpecializer:
             self._add("Sub", [self._number(NATIVE_SIZE - 1), f"box/{axis}/behind"], f"box/{axis}/last")
 
     def _mask(self) -> str:
-        """The mask as float (B, 1, S, S): the last channel of the layout of the largest pictures."""
+        """The mask as float (B, 1, S, S): the last channel of the layout at full size."""
         return str(self._whole_layout().input[-1])
 
     def _whole_layout(self) -> onnx.NodeProto:
-        """What puts the layout of the largest pictures together: one-hot labels, edges, mask."""
+        """The Concat node of the layout at full size: one-hot labels, edges, mask."""
         largest = next(layer for layer in self._layers if self._size(layer) == NATIVE_SIZE)
         return self._producers[largest.convolutions["layout_shared"].input[0]]
 
-    # -- the classes under the mask
-
     def _present_channels(self) -> str:
-        """The channels of the layout that are not zero everywhere: int64 (k + 2,), those of the classes first."""
+        """The layout channels that are not zero everywhere: int64 (k + 2,), classes first."""
         self._present_classes()
         return "classes/channels"
 
     def _present_classes(self) -> str:
-        """The ids of the classes that any pixel under the batch's masks has: int32 (1, k, 1, 1).
+        """The ids of the classes under the masks of the batch: int32 (1, k, 1, 1).
 
-        Of dozens a mask holds a few, and a convolution of a few channels is faster than a better arranged one of all.
-        Class 0 is always among them, so that there is one.
+        A mask covers a few of dozens of classes, and a convolution of few channels is faster. Class 0 is always
+        included, so that k is at least 1.
         """
         if "classes" not in self._made:
             self._made.add("classes")
@@ -419,12 +414,10 @@ class _MaskSpecializer:
             self._add("Cast", [numbers], "classes/ids", to=onnx.TensorProto.INT32)
         return "classes/ids"
 
-    # -- nodes and constants
-
     def _add(
         self, operator: str, inputs: Iterable[str], name: str, output: str | None = None, **attributes: Any
     ) -> str:
-        """Adds a node. Returns its output, which has its name unless told otherwise."""
+        """Add a node and return the name of its output, by default that of the node."""
         self._nodes.append(helper.make_node(operator, list(inputs), [output or name], name=name, **attributes))
         return output or name
 
@@ -452,7 +445,7 @@ def _layers(graph: onnx.GraphProto) -> list[_Layer]:
 
 
 def _needed(nodes: list[onnx.NodeProto], outputs: Iterable[str]) -> list[onnx.NodeProto]:
-    """The nodes that `outputs` are made by, in order."""
+    """The nodes that `outputs` depend on, in order."""
     wanted, needed = set(outputs), []
     for node in reversed(nodes):
         if not wanted.isdisjoint(node.output):
@@ -464,7 +457,7 @@ def _needed(nodes: list[onnx.NodeProto], outputs: Iterable[str]) -> list[onnx.No
 def _copy(
     node: onnx.NodeProto, source: str | None = None, output: str | None = None, pads: tuple[int, ...] | None = None
 ) -> onnx.NodeProto:
-    """`node`, what is given put in the place of what it has."""
+    """A copy of `node` with another input, output or padding."""
     copy = onnx.NodeProto()
     copy.CopyFrom(node)
     copy.input[0], copy.output[0] = source or node.input[0], output or node.output[0]

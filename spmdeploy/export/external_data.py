@@ -1,7 +1,7 @@
-"""Large weights in a file of their own, which several graphs share: each tensor is in it once.
+"""Stores large weights once in an ONNX external data file that several graphs share.
 
-The `edit` graph, its variant for CPUs and the last stage alone, `refine`, hold the same weights. Graphs name what is
-theirs by place and length, as ONNX has it ("external data").
+The `edit` graph, its variant for CPUs and `refine`, the last stage alone, have the same weights. Graphs refer to
+their tensors by offset and length.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ import onnx
 from onnx import TensorProto, numpy_helper
 
 ELEMENTS = 1024
-"""Smaller tensors stay in the graph: an entry here costs about a hundred bytes of it."""
+"""Smaller tensors stay in the graph: a reference costs about a hundred bytes."""
 
 ALIGNMENT = 64
-"""Of every tensor's first byte: a cache line, for libraries that compute on the file where it is mapped."""
+"""Alignment of every tensor in bytes: a cache line, for libraries that use the memory-mapped file."""
 
 _TYPES = (TensorProto.FLOAT, TensorProto.FLOAT16)  # shapes and indices must be known when a graph is parsed
 
 
 class WeightStore:
-    """The file as it grows, graph by graph; what has been written stays where it is."""
+    """An external data file to which graphs are added one after the other; written tensors never move."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -32,7 +32,7 @@ class WeightStore:
         path.touch()
 
     def without_weights(self, model: onnx.ModelProto) -> onnx.ModelProto:
-        """A copy of `model` to be saved beside the file, in which its large weights are from now on."""
+        """Return a copy of `model` that refers to its large weights in this file; adds missing ones."""
         copy = onnx.ModelProto()
         copy.CopyFrom(model)
         with open(self._path, "ab") as stream:

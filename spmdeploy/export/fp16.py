@@ -1,11 +1,11 @@
-"""FP32 graph to FP16, by types written into the graph.
+"""Converts an FP32 graph to FP16 by the types in the graph.
 
-TensorRT 11 and TensorRT-RTX know no precision flags: an engine computes in the types that the graph states. So
-precision is decided here and can be read off the file. What stays in FP32, and why:
+TensorRT 11 and TensorRT-RTX have no precision flags: an engine computes in the types of the graph. So the precision is
+decided here and can be read from the file. Exceptions that stay in FP32:
 
 - instance normalization: the squares of a 256×256 channel overflow half precision;
 - the deploy graph's own arithmetic on 8-bit pixels: a half holds integers to 2048 exactly, but not the 1/127.5 steps
-  between them, and known pixels must come out untouched.
+  between them, and known pixels must not change.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ FP32_OPERATORS = frozenset({"InstanceNormalization"})
 FP32_LAYERS = (EDIT, REFINE, "generator")  # pixel arithmetic and the composites between the stages
 
 _DATA_INPUTS = {"Resize": 1, "Pad": 1, "InstanceNormalization": 1}
-"""Operators whose later float inputs are parameters that the standard wants as they are."""
+"""Number of data inputs of operators whose later float inputs are parameters and must stay FP32."""
 
 _WEIGHT_ELEMENTS = 1024
-"""Smaller constants are not worth storing as halves."""
+"""Smaller constants are not stored as halves: it would save little."""
 
 
 @dataclass
 class _Typing:
-    """Which precision each float value has so far, and the casts that were needed between them."""
+    """Precision of each float value so far, and the casts that were added."""
 
     elem_types: dict[str, int]
     halves: dict[str, onnx.TensorProto]
@@ -40,7 +40,7 @@ class _Typing:
     casts: dict[tuple[str, int], str] = field(default_factory=dict)
 
     def as_type(self, value: str, wanted: int) -> str:
-        """The name under which `value` can be read in the wanted precision; adds a cast where there is none yet."""
+        """The name of `value` in the wanted precision; adds a cast if there is none yet."""
         have = self.elem_types.get(value)
         if have not in (TensorProto.FLOAT, TensorProto.FLOAT16) or have == wanted:
             return value
@@ -54,7 +54,10 @@ class _Typing:
 
 
 def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy of the FP32 `model` that computes in FP16 but for the exceptions above. Inputs and outputs stay."""
+    """Return a copy of the FP32 `model` that computes in FP16 except for the cases above.
+
+    Inputs and outputs are unchanged.
+    """
     graph = model.graph
     elem_types = _elem_types(graph)
     floats = {tensor.name: tensor for tensor in graph.initializer if tensor.data_type == TensorProto.FLOAT}
@@ -78,9 +81,9 @@ def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def store_weights_as_halves(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy of the FP32 `model` that computes the same in FP32, from weights rounded to FP16 and stored as such.
+    """Return a copy of the FP32 `model` that computes in FP32 with weights rounded to FP16 and stored as FP16.
 
-    Half the file. Every runtime folds the casts when it loads the graph.
+    This halves the file. Runtimes fold the casts when they load the graph.
     """
     large = [
         tensor
@@ -113,7 +116,7 @@ def _halved(tensor: onnx.TensorProto) -> onnx.TensorProto:
 def _rebuilt(
     model: onnx.ModelProto, nodes: Iterable[onnx.NodeProto], initializers: Iterable[onnx.TensorProto]
 ) -> onnx.ModelProto:
-    """`model` with other nodes, the initializers that these read, and shapes and types inferred anew."""
+    """`model` with other nodes, the initializers that they read, and newly inferred shapes and types."""
     nodes = list(nodes)
     read = {value for node in nodes for value in node.input}
     graph = helper.make_graph(

@@ -1,4 +1,4 @@
-"""The golden edits of a new bundle: real photos at the graph's size, and what torch in FP32 makes of them."""
+"""Makes the golden edits of a bundle: sample photos at the graph's size with the results of PyTorch in FP32."""
 
 from __future__ import annotations
 
@@ -15,18 +15,23 @@ from spmdeploy.types import NATIVE_SIZE, ModelInput
 
 
 def golden_edits(reference: TorchSession, table: ClassTable) -> dict[str, GoldenSample]:
-    """The sample edits, cut to the graph's size around their masks, in the classes of `table`, by name."""
+    """Return the sample edits by name, cropped to the graph's size around their masks.
+
+    Args:
+        reference: The generator in PyTorch, in FP32.
+        table: The classes of the generator; labels are translated to it.
+    """
     golden = {}
     for sample in SAMPLE_EDITS:
         photo, labels, mask = sample.read(table)
         window = _window_around(mask)
-        image, labels, holes = photo[window][None], labels[window][None], mask[window].astype(np.uint8)[None]
-        inputs = ModelInput(image, labels, labels.astype(np.int32), holes)
-        pictures = GoldenSample(inputs, reference.run(inputs))
+        image, labels, mask = photo[window][None], labels[window][None], mask[window][None]
+        inputs = ModelInput(image, labels, labels.astype(np.int32), mask.astype(np.uint8))
+        edit = GoldenSample(inputs, reference.run(inputs))
         if reference.refines:
-            refined = reference.refine(inputs, pictures.coarse)
-            pictures = replace(pictures, refined=np.rint(refined).astype(np.uint8))
-        golden[sample.name] = pictures
+            refined = reference.refine(inputs, edit.coarse)
+            edit = replace(edit, refined=np.rint(refined).astype(np.uint8))
+        golden[sample.name] = edit
     return golden
 
 

@@ -1,4 +1,4 @@
-"""What a graph really contains: read off the file, not remembered from the options it was made with."""
+"""Counts operations, precisions and work of an ONNX graph from the graph itself."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ _FLOATS = {TensorProto.FLOAT: "fp32", TensorProto.FLOAT16: "fp16"}
 
 @dataclass(frozen=True)
 class GraphFacts:
-    """Counted over the nodes that compute in floating point; casts and constants are not computing."""
+    """Statistics of the nodes that compute in floating point; casts and constants are not counted."""
 
     nodes: int
     opset: int
     weights_dtype: Literal["float32", "float16"]
-    """Of the larger part of the stored weights, in elements."""
+    """Type of most of the stored weights, by elements."""
     fp16_operations: int
     fp32_operations: dict[str, int]
     """By ONNX operator."""
     gflop: float
-    """Of the convolutions, per picture of the batch: 2 per multiply-add, in units of 1e9. Those whose size depends on
-    the mask are not counted."""
+    """Operations of the convolutions per image of the batch, 2 per multiply-add, in units of 1e9. Convolutions whose
+    size depends on the mask are not counted."""
 
     @property
     def fp16_share(self) -> float:
@@ -35,7 +35,7 @@ class GraphFacts:
 
 
 def graph_facts(model: onnx.ModelProto) -> GraphFacts:
-    """model: with shapes inferred, as this package writes them."""
+    """Return the statistics of a graph with inferred shapes (`with_shapes`)."""
     graph = model.graph
     values = (*graph.input, *graph.value_info, *graph.output)
     types = {value.name: value.type.tensor_type for value in values}
@@ -53,8 +53,8 @@ def graph_facts(model: onnx.ModelProto) -> GraphFacts:
         operations[precision][node.op_type] += 1
         if node.op_type == "Conv":
             kernel = _shape_of_weight(node.input[1], weights, graph)
-            picture = [dim.dim_value for dim in types[node.output[0]].shape.dim[2:]]
-            multiply_adds += prod(kernel) * prod(picture)
+            size = [dim.dim_value for dim in types[node.output[0]].shape.dim[2:]]
+            multiply_adds += prod(kernel) * prod(size)
 
     stored: Counter[int] = Counter()
     for tensor in graph.initializer:
@@ -70,7 +70,7 @@ def graph_facts(model: onnx.ModelProto) -> GraphFacts:
 
 
 def _shape_of_weight(name: str, weights: dict[str, TensorProto], graph: onnx.GraphProto) -> list[int]:
-    """The kernel's shape, also when the weights are stored as halves behind a cast, or some of them are gathered."""
+    """Shape of a kernel, also if its weights are stored as halves behind a cast, or gathered."""
     while name not in weights:
         name = next(node.input[0] for node in graph.node if name in node.output)
     return list(weights[name].dims)

@@ -1,4 +1,4 @@
-"""What is in a bundle, an engine or a checkpoint, read off the files themselves."""
+"""Reads facts about a bundle, an engine or a checkpoint from the files themselves."""
 
 from __future__ import annotations
 
@@ -13,9 +13,15 @@ from spmdeploy.model import is_checkpoint
 
 
 def inspect_path(path: Path) -> dict[str, Any]:
-    """Facts about a bundle (folder or zip), an engine (.engine) or a checkpoint (.pth, .safetensors), as JSON values.
+    """Return facts about a bundle (folder or zip), an engine (.engine) or a checkpoint (.pth, .safetensors).
 
-    Raises BundleError or InputError for what is neither or unsound, UnavailableError when torch is needed and missing.
+    Returns:
+        JSON values; `kind` is bundle, engine or checkpoint.
+
+    Raises:
+        BundleError: It is none of them, or a corrupt bundle or engine.
+        InputError: It is a corrupt checkpoint, or missing.
+        UnavailableError: It is a checkpoint, and torch is not installed.
     """
     if not path.exists():
         raise InputError(f"there is no {path}", "give a bundle, an engine or a checkpoint")
@@ -27,13 +33,13 @@ def inspect_path(path: Path) -> dict[str, Any]:
 
 
 def _bundle_facts(bundle: Bundle) -> dict[str, Any]:
-    surplus = bundle.check_all()
+    unlisted = bundle.check_all()
     manifest = bundle.manifest.to_json()
     sizes = bundle.files()
     for graph in manifest["graphs"]:
         graph["counted"] = _counted(bundle, graph["file"])
     engines = [engine.to_json() for engine in find_engines(bundle)]
-    facts = {"kind": "bundle", "path": str(bundle.path), "bytes": sum(sizes.values()), "surplus": surplus}
+    facts = {"kind": "bundle", "path": str(bundle.path), "bytes": sum(sizes.values()), "surplus": unlisted}
     return {**facts, "signed": bundle.read_signature() is not None, "engines": engines, **manifest}
 
 
@@ -45,7 +51,7 @@ def _engine_facts(path: Path) -> dict[str, Any]:
 
 
 def _counted(bundle: Bundle, file: str) -> dict[str, Any] | None:
-    """What the graph itself says of its precision and work; None without the onnx package."""
+    """Precision and work counted in the graph; None if the onnx package is missing."""
     try:
         import onnx
 
@@ -55,8 +61,10 @@ def _counted(bundle: Bundle, file: str) -> dict[str, Any] | None:
     content = bundle.read(file)
     try:
         facts = graph_facts(onnx.load_from_string(content))
-    except Exception as error:  # onnx and protobuf raise anything on bytes that are no graph
-        raise BundleError(f"{bundle.path / file}: not a graph of ours: {error!r}", "export the bundle again") from error
+    except Exception as exc:  # onnx and protobuf raise anything on bytes that are no graph
+        raise BundleError(
+            f"{bundle.path / file}: not a graph of spmdeploy: {exc!r}", "export the bundle again"
+        ) from exc
     return {
         "nodes": facts.nodes,
         "gflop": round(facts.gflop, 2),
@@ -71,8 +79,8 @@ def _checkpoint_facts(path: Path) -> dict[str, Any]:
     try:
         from spmdeploy.model.checkpoint import load_checkpoint
         from spmdeploy.model.flops import edit_gflop
-    except ImportError as error:
-        raise UnavailableError(f"{path} is a checkpoint, and {error.name} is not installed", _EXTRA) from error
+    except ImportError as exc:
+        raise UnavailableError(f"{path} is a checkpoint, and {exc.name} is not installed", _EXTRA) from exc
     checkpoint = load_checkpoint(path)
     config = checkpoint.generator.config
     return {

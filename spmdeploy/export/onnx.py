@@ -1,4 +1,4 @@
-"""Deploy graph to ONNX: one file, dynamic batch, names that say which layer a node belongs to."""
+"""Exports the deploy graphs to ONNX with a dynamic batch, and names nodes after their layers."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ from spmdeploy.model.generator import Generator
 from spmdeploy.types import NATIVE_SIZE
 
 OPSET = 18
-"""The newest opset that brings anything the graph needs; TensorRT 10.3 on JetPack 6 parses up to 20."""
+"""The newest opset with features that the graph needs; TensorRT 10.3 on JetPack 6 parses up to 20."""
 MAX_IR_VERSION = 10
 MAX_BATCH = 64
-"""Upper end of the dynamic batch that the exporter is told of; engines choose their own limit below it."""
+"""Largest dynamic batch of the exported graph; engines choose their own limit below it."""
 
 _GENERATOR_PREFIX = "generator."
 
 
 def export_edit(generator: Generator) -> onnx.ModelProto:
-    """The `edit` graph of architecture.md in FP32. Weights keep their names in `Generator`."""
+    """Export the `edit` graph (see docs/bundle-format.md) in FP32. Weights keep their names in `Generator`."""
     return _export(generator, EditGraph(generator), EDIT, EDIT_INPUTS)
 
 
 def export_refine(generator: Generator) -> onnx.ModelProto:
-    """The `refine` graph likewise; the weights are those of the last stage."""
+    """Export the `refine` graph in FP32, with the weights of the last stage."""
     return _export(generator, RefineGraph(generator), REFINE, REFINE_INPUTS)
 
 
 def _export(generator: Generator, graph: nn.Module, name: str, inputs: Sequence[str]) -> onnx.ModelProto:
-    """The graph in FP32, its own nodes under `name`."""
-    size, batch = NATIVE_SIZE, 2  # a batch of one would be taken for a constant
+    """Export a module in FP32; nodes outside the generator are named `name/...`."""
+    size, batch = NATIVE_SIZE, 2  # a batch of one would be specialized as a constant
     examples = {
         "image": torch.zeros(batch, size, size, 3, dtype=torch.uint8),
         "labels": torch.zeros(batch, size, size, dtype=torch.uint8),
@@ -50,7 +50,7 @@ def _export(generator: Generator, graph: nn.Module, name: str, inputs: Sequence[
         "coarse": torch.zeros(batch, COARSE_SIZE, COARSE_SIZE, 3),
     }
     dynamic_batch = {0: torch.export.Dim("batch", min=1, max=MAX_BATCH)}
-    with _quiet(), torch.no_grad():  # weights that still learn would bring their own form of the norms
+    with _quiet(), torch.no_grad():  # with gradients, norms are exported in their training form
         program = torch.onnx.export(
             graph.eval(),
             tuple(examples[value] for value in inputs),
@@ -71,7 +71,7 @@ def _export(generator: Generator, graph: nn.Module, name: str, inputs: Sequence[
 
 
 def with_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
-    """`model` checked, with the type and shape of every value in it."""
+    """Return `model` after checking it, with type and shape of every value."""
     del model.graph.value_info[:]
     model = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
     for value in model.graph.value_info:
@@ -83,7 +83,7 @@ def with_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _rename(graph: onnx.GraphProto, outermost: str) -> None:
-    """Names nodes `layer/Operator` and their outputs likewise, after the module that they come from."""
+    """Name nodes and outputs `layer/Operator`, after the module that they come from."""
     fixed = {value.name for value in (*graph.input, *graph.output)}
     names: dict[str, str] = {}
     seen: Counter[str] = Counter()
@@ -102,10 +102,9 @@ def _rename(graph: onnx.GraphProto, outermost: str) -> None:
 
 
 def _restore_weights(graph: onnx.GraphProto, generator: Generator) -> None:
-    """Gives each convolution the weights of its layer, under their own names.
+    """Connect each convolution to the weights of its layer, under their own names.
 
-    The exporter keeps one of several equal tensors and leaves out biases of zeros: stages that have not learnt yet have
-    nothing else.
+    The exporter merges equal tensors and drops zero biases, which is all that an untrained stage has.
     """
     weights = {name: value.detach().numpy() for name, value in generator.state_dict().items()}
     stored = {tensor.name for tensor in graph.initializer}
@@ -118,14 +117,14 @@ def _restore_weights(graph: onnx.GraphProto, generator: Generator) -> None:
 
 
 def _layer(node: onnx.NodeProto) -> str:
-    """The path of the module that the exporter made this node for; empty for the deploy graph itself."""
+    """The path of the module that the node was exported from; empty for the deploy graph itself."""
     scopes = next((entry.value for entry in node.metadata_props if entry.key == "pkg.torch.onnx.name_scopes"), "[]")
     modules = [scope for scope in ast.literal_eval(scopes)[:-1] if scope]
     return modules[-1].removeprefix(_GENERATOR_PREFIX) if modules else ""
 
 
 def _strip_traces(model: onnx.ModelProto) -> None:
-    """Removes the exporter's notes: source paths of the machine that exported have no place in a product."""
+    """Remove the exporter's metadata, which includes source paths of the exporting machine."""
     for holder in (model, model.graph, *model.graph.node, *model.graph.input, *model.graph.output):
         del holder.metadata_props[:]
         holder.doc_string = ""
@@ -135,15 +134,15 @@ def _strip_traces(model: onnx.ModelProto) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silences what torch 2.13's exporter says about itself; its errors still come as exceptions."""
+    """Silence the log, warnings and output of torch 2.13's exporter; errors are still raised."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
         with (
             warnings.catch_warnings(),
-            open(os.devnull, "w", encoding="utf-8") as nowhere,
-            contextlib.redirect_stdout(nowhere),
+            open(os.devnull, "w", encoding="utf-8") as null,
+            contextlib.redirect_stdout(null),
         ):
             warnings.simplefilter("ignore")
             yield

@@ -1,4 +1,4 @@
-"""How far a written graph may be from torch in FP32, and why."""
+"""Compares exported graphs with PyTorch in FP32, and defines the limits of the deviation."""
 
 from __future__ import annotations
 
@@ -14,18 +14,25 @@ from spmdeploy.bundle.manifest import EDIT, REFINE, ParityLimits
 from spmdeploy.model.deploy import OUTPUTS
 from spmdeploy.types import LayoutInput
 
-# FP32 backends add in another order. That flips roundings (1 level); a few pixels sit where an instance norm divides
-# by nearly nothing, which amplifies the last bits: up to 0.3 levels before rounding on random weights. Hence 2.
+# FP32 backends sum in another order. That changes roundings by 1 level; where an instance norm divides by nearly zero,
+# it amplifies the last bits: up to 0.3 levels before rounding, measured with random weights. Hence 2.
 #
-# With FP16 weights or arithmetic, what matters is that nobody can see it: 40 dB in the mask is a root mean square
-# difference of 2.5 levels, below what an eye finds side by side. Single pixels may jump further (14 levels were seen
-# with random weights); 48 is still not a black or a white dot, which is what an overflow gives.
+# With FP16 weights or arithmetic, the difference must be invisible: 40 dB in the mask is a root mean square difference
+# of 2.5 levels, which is not visible side by side. Single pixels may deviate further (14 levels were measured with
+# random weights); 48 is still less than the black or white dot of an overflow.
 FP32_LIMITS = ParityLimits(max_grey=2, mean_grey=0.05, min_psnr_db=55)
 HALF_LIMITS = ParityLimits(max_grey=48, mean_grey=1.0, min_psnr_db=40)
 
 
 def check_graph(path: Path, graph: str, golden: Mapping[str, GoldenSample], limits: ParityLimits) -> list[GoldenResult]:
-    """Runs a graph that lies on disk in ONNX Runtime on the CPU, on every golden edit. graph: EDIT or REFINE."""
+    """Run a graph file in ONNX Runtime on the CPU on every golden edit.
+
+    Args:
+        path: The ONNX file.
+        graph: EDIT or REFINE.
+        golden: Golden edits by name.
+        limits: The largest deviation.
+    """
     loaded = LoadedGraph(path, graph)
     results = []
     for name, sample in golden.items():
@@ -43,7 +50,7 @@ def check_graph(path: Path, graph: str, golden: Mapping[str, GoldenSample], limi
 def check_parts(
     layout: Path, picture: Path, golden: Mapping[str, GoldenSample], limits: ParityLimits
 ) -> list[GoldenResult]:
-    """Runs the two parts of an `edit` graph in ONNX Runtime on the CPU, one after the other, on every golden edit."""
+    """Run the two parts of an `edit` graph in ONNX Runtime on the CPU on every golden edit."""
     parts = CachedLayoutGraphs(layout, picture)
     results = []
     for name, sample in golden.items():
@@ -53,7 +60,7 @@ def check_parts(
 
 
 def worst_case(results: list[GoldenResult]) -> dict[str, float | None]:
-    """The largest differences and the lowest PSNR among the edits, as they go into the manifest."""
+    """Return the largest differences and the lowest PSNR of the edits, in the form of the manifest."""
     deviations = [result.deviation for result in results]
     psnr = min(deviation.psnr_db for deviation in deviations)
     return {

@@ -1,4 +1,4 @@
-"""A checkpoint becomes a bundle: read, reference edits, FP32 graph, FP16 graph, each checked before it may ship."""
+"""Exports a checkpoint as a bundle: golden edits, FP32 and FP16 graphs, each checked before it is included."""
 
 from __future__ import annotations
 
@@ -52,28 +52,28 @@ from spmdeploy.model.generator import Generator
 from spmdeploy.types import NATIVE_SIZE, Precision, WeightsDtype
 from spmdeploy.version import __version__
 
-UNSTATED_LICENCE = "not stated by whoever exported this bundle"
+UNSTATED_LICENCE = "not stated at export"
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What to make of a checkpoint."""
+    """Options of an export."""
 
     table: ClassTable | None
-    """None: that of the bundle which is exported again."""
+    """None: the table of the bundle that is exported again."""
     precisions: Sequence[Precision] = ("fp32", "fp16")
     half_weights: bool = False
-    """Store the FP32 graph's weights rounded to FP16: half the file, FP32 arithmetic, the drift of rounded weights."""
+    """Store the FP32 graph's weights rounded to FP16: half the file, FP32 arithmetic, larger deviation."""
     cpu_only: bool = False
-    """Write the graph for CPUs alone: half the bundle, of no use to a GPU."""
+    """Write only the graphs for CPUs: half the bundle, but not usable on a GPU."""
     licence: str | None = None
-    """Terms of the weights; None: those of the bundle which is exported again."""
+    """Terms of the weights; None: those of the bundle that is exported again."""
     overwrite: bool = False
 
 
 @dataclass(frozen=True)
 class ExportedGraph:
-    """One graph that passed, and how long it took from weights to checked file."""
+    """A graph that passed its checks, and the seconds that its export took."""
 
     record: GraphRecord
     seconds: float
@@ -91,10 +91,19 @@ class Export:
 def export_bundle(
     checkpoint: Path, output: Path, options: ExportOptions, progress: Callable[[str], None] = lambda step: None
 ) -> Export:
-    """Writes the bundle `output` from the weights in `checkpoint`. progress is told each step as it begins.
+    """Write a bundle from the weights of a checkpoint or of another bundle.
 
-    Raises InputError for weights or classes that do not fit, VerificationError when a graph deviates further from torch
-    than its limits; the graph is then kept beside `output` as `*.rejected` and nothing else is written.
+    Args:
+        checkpoint: A .safetensors or .pth file, or a bundle.
+        output: The bundle to write.
+        options: Precisions, classes and license.
+        progress: Called with the name of each step when it begins.
+
+    Raises:
+        InputError: Weights and classes do not fit together, or a file cannot be used.
+        UsageError: The options contradict each other, or no class table is known.
+        VerificationError: A graph deviates from PyTorch by more than its limits; it is saved next to `output` as
+            `*.rejected`, and no bundle is written.
     """
     started = time.perf_counter()
     with BundleWriter(output, options.overwrite) as writer:
@@ -102,7 +111,7 @@ def export_bundle(
         weights, source = _read_source(checkpoint)
         table = source.classes if options.table is None else options.table
         if table is None:
-            raise UsageError(f"{checkpoint} does not say which classes it knows", "name a class table with --classes")
+            raise UsageError(f"{checkpoint} does not list its classes", "name a class table with --classes")
         _check_classes(weights, table, checkpoint)
         progress("making the golden edits with torch")
         golden = golden_edits(TorchSession(weights.generator), table)
@@ -151,7 +160,7 @@ def export_bundle(
 
 @dataclass(frozen=True)
 class _Source:
-    """Where the weights come from, and what it says beside them."""
+    """Origin of the weights, with the classes and license of a bundle."""
 
     facts: SourceFacts
     classes: ClassTable | None = None
@@ -181,13 +190,16 @@ def _check_classes(weights: Checkpoint, table: ClassTable, path: Path) -> None:
 
 
 def _traces(generator: Generator) -> dict[str, Callable[[Generator], onnx.ModelProto]]:
-    """What makes the graphs that the generator has, by their names."""
+    """The export function of each graph of the generator, by the name of the graph."""
     refine = {REFINE: export_refine} if generator.config.stages > 1 else {}
     return {EDIT: export_edit, **refine}
 
 
 def _wanted_variants(options: ExportOptions) -> list[tuple[Precision, bool]]:
-    """The precisions of each graph, and whether for CPUs alone; the fastest to make first. CPUs compute in FP32."""
+    """Precision of each variant of a graph, and whether it is the one for CPUs; the fastest to export first.
+
+    The graphs for CPUs are in FP32.
+    """
     variants: list[tuple[Precision, bool]] = []
     if "fp32" in options.precisions:
         variants += [("fp32", True)] if options.cpu_only else [("fp32", True), ("fp32", False)]
@@ -201,7 +213,7 @@ def _wanted_variants(options: ExportOptions) -> list[tuple[Precision, bool]]:
 def _variant(
     fp32: onnx.ModelProto, precision: Precision, on_cpu: bool, half_weights: bool
 ) -> tuple[onnx.ModelProto, ParityLimits]:
-    """The graph in that precision, and the limits that it must keep to."""
+    """The graph in that precision, and the limits of its deviation."""
     if precision == "fp16":
         return to_fp16(fp32), HALF_LIMITS
     model = specialize_for_mask(fp32) if on_cpu else fp32
@@ -209,14 +221,14 @@ def _variant(
 
 
 class _ExternalDataFiles:
-    """The weights files of a bundle: one for each type that graphs mostly store their weights in."""
+    """The external data files of a bundle, one per type of the stored weights."""
 
     def __init__(self, writer: BundleWriter) -> None:
         self._writer = writer
         self._stores: dict[str, WeightStore] = {}
 
     def of(self, dtype: WeightsDtype) -> tuple[str, WeightStore]:
-        """The file's name in the bundle, and what writes it."""
+        """The file's name in the bundle, and its writer."""
         name = f"graphs/{dtype}.weights"
         if name not in self._stores:
             self._stores[name] = WeightStore(self._writer.path(name))
@@ -241,12 +253,12 @@ def _write_graph(
     weights, store = stores.of(facts.weights_dtype)
     onnx.save(store.without_weights(model), path)
     results = check_graph(path, EDIT if graph in (EDIT, ON_CPU[EDIT]) else REFINE, golden, limits)
-    faults = [f"{result.name}: {fault}" for result in results for fault in result.problems]
-    if faults:
-        onnx.save(model, path)  # whole, as the weights file stays behind
+    problems = [f"{result.name}: {problem}" for result in results for problem in result.problems]
+    if problems:
+        onnx.save(model, path)  # with its weights, as their file is removed
         kept = writer.save_rejected(name)
         raise VerificationError(
-            f"the {graph} {precision} graph does not give the pictures that torch gives: {'; '.join(faults)}",
+            f"the {graph} {precision} graph deviates from PyTorch: {'; '.join(problems)}",
             f"it was kept as {kept}; if the weights are sound, this is a defect worth reporting",
         )
     return _record(writer, graph, precision, name, weights, facts, results)
@@ -260,7 +272,7 @@ def _write_parts(
     golden: Mapping[str, GoldenSample],
     limits: ParityLimits,
 ) -> list[GraphRecord]:
-    """The two parts of an edit graph, which share its weights, compared with torch as a pair."""
+    """Write the two parts of an edit graph, which share its weights, and compare them with PyTorch as a pair."""
     weights, store = stores.of(whole.weights_dtype)
     partition = split_by_layout(model)
     layout, picture = PARTS[whole.graph]
@@ -269,10 +281,10 @@ def _write_parts(
     for graph, part in graphs.items():
         onnx.save(store.without_weights(part), writer.path(names[graph]))
     results = check_parts(writer.path(names[layout]), writer.path(names[picture]), golden, limits)
-    problems = [f"{result.name}: {fault}" for result in results for fault in result.problems]
+    problems = [f"{result.name}: {problem}" for result in results for problem in result.problems]
     if problems:
         raise VerificationError(
-            f"the parts of the {whole.graph} {whole.precision} graph do not give its images: {'; '.join(problems)}",
+            f"the parts of the {whole.graph} {whole.precision} graph deviate from PyTorch: {'; '.join(problems)}",
             "if the weights are sound, this is a defect worth reporting",
         )
     return [
@@ -307,16 +319,16 @@ def _record(
 
 
 def _write_golden(writer: BundleWriter, golden: Mapping[str, GoldenSample]) -> None:
-    for name, pictures in golden.items():
-        for picture, array in (
-            ("image", pictures.inputs.image[0]),
-            ("labels", pictures.inputs.labels[0]),
-            ("mask", (pictures.inputs.mask[0] * 255).astype(np.uint8)),
-            ("expected", pictures.expected[0]),
-            ("refined", None if pictures.refined is None else pictures.refined[0]),
+    for name, sample in golden.items():
+        for image, array in (
+            ("image", sample.inputs.image[0]),
+            ("labels", sample.inputs.labels[0]),
+            ("mask", (sample.inputs.mask[0] * 255).astype(np.uint8)),
+            ("expected", sample.expected[0]),
+            ("refined", None if sample.refined is None else sample.refined[0]),
         ):
             if array is not None:
-                images.write_image(writer.path(f"golden/{name}/{picture}.png"), array)
+                images.write_image(writer.path(f"golden/{name}/{image}.png"), array)
 
 
 def _generator_facts(weights: Checkpoint) -> GeneratorFacts:

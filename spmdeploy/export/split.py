@@ -17,12 +17,12 @@ _WITH_BODIES = frozenset({"If", "Loop", "Scan"})
 
 @dataclass(frozen=True)
 class GraphPartition:
-    """Two ONNX models that give together what the whole one gives."""
+    """Two ONNX models that together compute the original one."""
 
     layout: onnx.ModelProto
     """Reads labels, instances and mask; its outputs are the cached tensors."""
     picture: onnx.ModelProto
-    """Reads the image, the cached tensors and whatever of the layout it needs; its outputs are those of the whole."""
+    """Reads the image, the cached tensors and the layout inputs that it needs; has the original outputs."""
 
 
 def split_by_layout(model: onnx.ModelProto, image: str = "image") -> GraphPartition:

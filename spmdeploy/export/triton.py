@@ -1,11 +1,11 @@
-"""A graph of a bundle, or a TensorRT engine of it, as a model repository of the Triton Inference Server.
+"""Writes a model repository of the Triton Inference Server for a graph or TensorRT engine of a bundle.
 
     REPOSITORY/NAME/config.pbtxt    the model's configuration (model_config.proto, message ModelConfig)
-    REPOSITORY/NAME/1/model.onnx    the graph, and the files that it keeps weights in, under the names it asks for
-    REPOSITORY/NAME/1/model.plan    or the engine
-    REPOSITORY/NAME/warmup/         a golden edit, which every instance computes before it serves anybody
+    REPOSITORY/NAME/1/model.onnx    the graph, and its external data files
+    REPOSITORY/NAME/1/model.plan    or the TensorRT engine
+    REPOSITORY/NAME/warmup/         a golden edit, which every instance computes before it serves requests
 
-Clients send and get what the graph takes and gives: bytes in, bytes out.
+Inputs and outputs of the served model are those of the graph: bytes in, bytes out.
 """
 
 from __future__ import annotations
@@ -33,49 +33,49 @@ TritonDevice = Literal["gpu", "cpu"]
 CONFIG, VERSION, WARMUP = "config.pbtxt", "1", "warmup"
 HEADING = "# Written by spmdeploy export-triton"
 MAX_BATCH = 64
-"""What the graphs are exported for."""
+"""Largest batch of the exported graphs."""
 QUEUE_DELAY = 1000
-"""Microseconds that a request waits for others to share its batch: little beside any edit."""
+"""Microseconds that a request waits for others to share its batch: short compared with an edit."""
 
 _TYPES = {"uint8": "TYPE_UINT8", "int32": "TYPE_INT32", "float16": "TYPE_FP16", "float32": "TYPE_FP32"}
 
 
 @dataclass(frozen=True)
 class TritonOptions:
-    """How to serve it."""
+    """Options of a served model."""
 
     name: str | None = None
-    """Of the model, and of its folder; None: the bundle's, for `refine` with _refine behind it."""
+    """Name of the model and its folder; None: that of the bundle, with the suffix _refine for `refine`."""
     graph: str = EDIT
-    """Or `REFINE`."""
+    """`EDIT` or `REFINE`."""
     precision: str = "auto"
     device: TritonDevice = "gpu"
     engine: str | None = None
-    """The key of a TensorRT engine, or a part of it that names one alone; None: the graph."""
+    """The key of a TensorRT engine, or an unambiguous part of it; None: serve the graph."""
     max_batch: int | None = None
-    """None: what the engine takes, or 8."""
+    """None: the largest batch of the engine, or 8."""
     instances: int = 1
-    """Copies of the model on each device, for requests at the same time."""
+    """Copies of the model on each device, for concurrent requests."""
     overwrite: bool = False
 
 
 @dataclass(frozen=True)
 class TritonModel:
-    """A model that is in place."""
+    """A model that was written."""
 
     folder: Path
     name: str
     backend: str
-    """Triton's."""
+    """Name of Triton's backend."""
     source: str
-    """What is served: a file of the bundle."""
+    """The file of the bundle that is served."""
     needs: str
-    """What the server must have, in words."""
+    """Requirements of the server, as text."""
     max_batch: int
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
     files: dict[str, int]
-    """Sizes in bytes, by name inside the folder."""
+    """Sizes in bytes, by path inside the folder."""
 
     def to_json(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self), "folder": str(self.folder)}
@@ -83,7 +83,7 @@ class TritonModel:
 
 @dataclass(frozen=True)
 class _ServedModel:
-    """The files of the version folder, and what the configuration says of them."""
+    """The files of the version folder, and their configuration."""
 
     backend: str
     file: str
@@ -97,9 +97,17 @@ class _ServedModel:
 
 
 def export_triton(bundle: Bundle, repository: Path, options: TritonOptions) -> TritonModel:
-    """Writes a model into a repository, which is made where there is none; other models in it are left alone.
+    """Write a model into a repository, which is created if needed; other models in it are not changed.
 
-    Raises UsageError, BundleError for a graph that Triton could not batch, InputError where nothing can be written.
+    Args:
+        bundle: The bundle of the graph or engine.
+        repository: The folder of the model repository.
+        options: Which graph or engine to serve, and how.
+
+    Raises:
+        UsageError: The options contradict each other or the bundle.
+        BundleError: The graph cannot be batched by Triton.
+        InputError: The repository cannot be written.
     """
     name = options.name
     if name is None:
@@ -133,11 +141,8 @@ def export_triton(bundle: Bundle, repository: Path, options: TritonOptions) -> T
     )
 
 
-# ------------------------------------------------------------------------------------------------- what is to be served
-
-
 def _chosen_graph(bundle: Bundle, options: TritonOptions) -> GraphRecord:
-    """The graph for CPUs on CPUs, where there is one; FP16 on GPUs, FP32 on CPUs unless something else is asked for."""
+    """The graph for the device: by default FP16 on GPUs, and on CPUs FP32 in the form for CPUs if there is one."""
     precision = options.precision
     if precision == "auto":
         precision = "fp32" if options.device == "cpu" else "fp16"
@@ -162,25 +167,25 @@ def _served_graph(bundle: Bundle, record: GraphRecord, options: TritonOptions) -
     )
 
 
-def _served_engine(bundle: Bundle, word: str, options: TritonOptions) -> _ServedModel:
-    named = named_engines(bundle, [word])
+def _served_engine(bundle: Bundle, name: str, options: TritonOptions) -> _ServedModel:
+    named = named_engines(bundle, [name])
     found = [engine for engine in named if engine.record and engine.record.graph == options.graph]
     if len(found) != 1:
         keys = ", ".join(engine.record.key for engine in found if engine.record) or "none"
         raise UsageError(
-            f"{word!r} does not name one engine of the {options.graph} graph, but {keys}", "give the whole key"
+            f"{name!r} does not name one engine of the {options.graph} graph, but {keys}", "give the whole key"
         )
     (engine,) = found
     record = engine.record
     assert record is not None
     if record.runtime != "tensorrt":
         raise UsageError(
-            f"{record.key} is an engine for {record.runtime}, and Triton loads those of TensorRT alone",
-            "build one there: spmdeploy build BUNDLE --runtime tensorrt; or leave --engine out and serve the graph",
+            f"{record.key} is an engine for {record.runtime}, and Triton loads only those of TensorRT",
+            "build one on the server (spmdeploy build BUNDLE --runtime tensorrt), or serve the graph, without --engine",
         )
     if options.device == "cpu" or options.precision not in ("auto", record.precision):
         asked = "a CPU" if options.device == "cpu" else options.precision
-        raise UsageError(f"{record.key} is a {record.precision} engine for a GPU, and {asked} was asked for", None)
+        raise UsageError(f"{record.key} is a {record.precision} engine for a GPU, and {asked} was requested", None)
     max_batch = _batch(options, record.batch.max, record.batch.max, f"the engine takes {record.batch}")
     return _ServedModel(
         backend="tensorrt",
@@ -195,11 +200,11 @@ def _served_engine(bundle: Bundle, word: str, options: TritonOptions) -> _Served
     )
 
 
-def _batch(options: TritonOptions, default: int, most: int, limits: str) -> int:
+def _batch(options: TritonOptions, default: int, maximum: int, limits: str) -> int:
     max_batch = default if options.max_batch is None else options.max_batch
-    if not 1 <= max_batch <= most or options.instances < 1:
-        words = f"batches up to {max_batch} on {options.instances} instances cannot be"
-        raise UsageError(words, f"{limits}, and there must be an instance")
+    if not 1 <= max_batch <= maximum or options.instances < 1:
+        problem = f"batches up to {max_batch} on {options.instances} instances are not possible"
+        raise UsageError(problem, f"{limits}, and there must be at least one instance")
     return max_batch
 
 
@@ -216,31 +221,28 @@ def _read_graph(content: bytes, shown: Path) -> tuple[tuple[Port, ...], tuple[Po
     try:
         graph = onnx.load_from_string(content).graph
         return tuple(map(port, graph.input)), tuple(map(port, graph.output))
-    except Exception as error:  # onnx and protobuf raise anything on bytes that are no graph
-        raise BundleError(f"{shown}: not a graph of ours: {error!r}", EXPORT_AGAIN) from error
+    except Exception as exc:  # onnx and protobuf raise anything on bytes that are no graph
+        raise BundleError(f"{shown}: not a graph of spmdeploy: {exc!r}", EXPORT_AGAIN) from exc
 
 
 def _warmup_sample(bundle: Bundle, inputs: Sequence[Port], shown: str) -> dict[str, NDArray[Any]]:
-    """One golden edit, by the names of the inputs: each (1, ...)."""
+    """The inputs of one golden edit by name, each (1, ...)."""
     if not bundle.manifest.golden:
         raise BundleError(f"{bundle.path}: holds no golden edit to warm a server up with", EXPORT_AGAIN)
-    pictures = read_golden(bundle, bundle.manifest.golden[0])
-    golden = {**pictures.inputs._asdict(), "coarse": pictures.coarse}
+    sample = read_golden(bundle, bundle.manifest.golden[0])
+    golden = {**sample.inputs._asdict(), "coarse": sample.coarse}
     for port in inputs:
         there = golden.get(port.name)
         if there is None or Port(port.name, str(there.dtype), (BATCH, *there.shape[1:])) != port:
             raise BundleError(
-                f"{bundle.path}: {shown} takes {port.name} {port.dtype}{port.shape}, as no graph of ours does",
+                f"{bundle.path}: {shown} takes {port.name} {port.dtype}{port.shape}, unlike the graphs of spmdeploy",
                 EXPORT_AGAIN,
             )
     return {port.name: np.ascontiguousarray(golden[port.name]) for port in inputs}
 
 
-# ---------------------------------------------------------------------------------------------------- the configuration
-
-
 def _config(name: str, bundle: Bundle, served: _ServedModel, options: TritonOptions) -> str:
-    """config.pbtxt. Dimensions go without the batch, which max_batch_size stands for."""
+    """The content of config.pbtxt. Dimensions are without the batch (`max_batch_size`)."""
     kind = "KIND_CPU" if options.device == "cpu" else "KIND_GPU"
     warm_batches = sorted({1, served.max_batch})
     lines = [
@@ -261,11 +263,11 @@ def _config(name: str, bundle: Bundle, served: _ServedModel, options: TritonOpti
 
 
 def _optimization(backend: str, device: TritonDevice) -> Iterator[str]:
-    """What each backend of Triton can do to make a GPU faster and FP32 exact."""
-    if backend == "tensorrt":  # launches, not arithmetic, bound small batches
+    """Options of Triton's backends: CUDA graphs for TensorRT, exact FP32 for ONNX Runtime on GPUs."""
+    if backend == "tensorrt":  # small batches are bound by kernel launches
         yield "optimization { cuda { graphs: true } }"
     elif device == "gpu":
-        # FP32 means FP32. The exhaustive search of cuDNN would start anew for every batch size.
+        # No TF32. The exhaustive search of cuDNN would run again for every batch size.
         chosen = {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
         parameters = " ".join(f'parameters {{ key: "{key}" value: "{value}" }}' for key, value in chosen.items())
         accelerator = f'name: "cuda" {parameters}'
@@ -290,26 +292,23 @@ def _type_and_dims(port: Port) -> str:
     return f"data_type: {_TYPES[port.dtype]} dims: {list(port.shape[1:])}"
 
 
-# ------------------------------------------------------------------------------------------------------ the repository
-
-
 def _make_repository(repository: Path) -> None:
     try:
         repository.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{repository}: cannot be made: {error.strerror}", "name another folder") from error
+    except OSError as exc:
+        raise InputError(f"{repository}: cannot be created: {exc.strerror}", "name another folder") from exc
 
 
 def _check_written_by_us(folder: Path) -> None:
-    """Raises InputError unless the folder is a model that was written here, with nothing else in it."""
+    """Raise InputError unless the folder is a model written by `export_triton` with no other files in it."""
     try:
         heading, names = (folder / CONFIG).read_bytes()[: len(HEADING)], set(os.listdir(folder))
     except OSError:
         heading, names = b"", set()
     strange = sorted(names - {CONFIG, VERSION, WARMUP})
     if heading != HEADING.encode() or strange:
-        words = f"{folder}: not replaced, {strange[0] if strange else 'it'} was not written by export-triton"
-        raise InputError(words, "remove it yourself, or give another --name")
+        problem = f"{folder}: not replaced, {strange[0] if strange else 'it'} was not written by export-triton"
+        raise InputError(problem, "remove it yourself, or give another --name")
 
 
 def _write_new(path: Path, content: bytes) -> None:

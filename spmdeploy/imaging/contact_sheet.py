@@ -10,7 +10,7 @@ from spmdeploy.imaging.resize import resize_labels
 from spmdeploy.labels import ClassTable, colorize, count_labels
 
 CELL_SIDE = 640
-"""Longer side that a cell of a sheet is shrunk to when it is larger."""
+"""Longest side of a cell of a sheet, in pixels; larger images are shrunk."""
 _GAP, _CAPTION, _FONT_SIZE = 10, 28, 16
 _PAPER, _INK = (255, 255, 255), (40, 40, 40)
 MASK_TINT = (255, 40, 70)
@@ -21,10 +21,19 @@ Color = tuple[int, int, int]
 
 
 def edit_sheet(photo: Rgb, labels: NDArray[np.uint8], mask: NDArray[np.bool_], edited: Rgb, classes: ClassTable) -> Rgb:
-    """One row: before / labels / mask / after. photo, edited: uint8 (H, W, 3). labels: uint8 (H, W). mask: bool (H, W).
+    """Draw one row of images: before, labels, mask, after, with a legend of the classes under the mask.
 
-    Labels are drawn over a faded photo where the mask keeps it: there they have no influence. Below is what the colors
-    stand for.
+    Labels are drawn only under the mask, where they matter; elsewhere the photo is shown in pale gray.
+
+    Args:
+        photo: uint8 (H, W, 3), RGB.
+        labels: uint8 (H, W), class ids.
+        mask: bool (H, W), True = edit.
+        edited: uint8 (H, W, 3), RGB.
+        classes: Names and colors of the class ids.
+
+    Returns:
+        uint8 (height, width, 3), RGB.
     """
     used = [classes.classes[i] for i in count_labels(labels[mask]) if i < len(classes)]
     before, after = fitted(photo), fitted(edited)
@@ -37,24 +46,29 @@ def edit_sheet(photo: Rgb, labels: NDArray[np.uint8], mask: NDArray[np.bool_], e
 
 
 def sheet(rows: list[dict[str, Rgb]], legend: list[tuple[str, Color]] | None = None, cell_side: int = CELL_SIDE) -> Rgb:
-    """A grid of captioned pictures, one dict of caption: uint8 (H, W, 3) per row. Returns uint8 (H, W, 3) RGB.
+    """Draw a grid of captioned images.
 
-    legend: names and the RGB colors that stand for them, written below the pictures. cell_side: pictures with a longer
-    side are shrunk to it.
+    Args:
+        rows: For each row the images by caption, uint8 (H, W, 3), RGB.
+        legend: Names and RGB colors, drawn below the images.
+        cell_side: Longest side of an image in pixels; larger ones are shrunk.
+
+    Returns:
+        uint8 (height, width, 3), RGB.
     """
-    drawn = [[(caption, _fitted(picture, cell_side)) for caption, picture in row.items()] for row in rows]
-    width = max(sum(picture.width + _GAP for _, picture in row) for row in drawn) + _GAP
-    heights = [max(picture.height for _, picture in row) + _CAPTION + _GAP for row in drawn]
+    drawn = [[(caption, _fitted(image, cell_side)) for caption, image in row.items()] for row in rows]
+    width = max(sum(image.width + _GAP for _, image in row) for row in drawn) + _GAP
+    heights = [max(image.height for _, image in row) + _CAPTION + _GAP for row in drawn]
     key = _legend(legend or [], width)
     page = Image.new("RGB", (width, sum(heights) + _GAP + key.height), _PAPER)
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(size=_FONT_SIZE)
     top = _GAP
     for row, height in zip(drawn, heights, strict=True):
         left = _GAP
-        for caption, picture in row:
+        for caption, image in row:
             draw.text((left, top), caption, fill=_INK, font=font)
-            page.paste(picture, (left, top + _CAPTION))
-            left += picture.width + _GAP
+            page.paste(image, (left, top + _CAPTION))
+            left += image.width + _GAP
         top += height
     page.paste(key, (0, top))
     return np.asarray(page)
@@ -68,13 +82,13 @@ def with_mask(photo: Rgb, mask: NDArray[np.bool_]) -> Rgb:
     return tinted
 
 
-def fitted(picture: Rgb, side: int = CELL_SIDE) -> Rgb:
-    """The picture, shrunk where its longer side is more than that. uint8 (H, W, 3)."""
-    return np.asarray(_fitted(picture, side))
+def fitted(image: Rgb, side: int = CELL_SIDE) -> Rgb:
+    """The image, shrunk if its longer side has more than `side` pixels. uint8 (H, W, 3), RGB."""
+    return np.asarray(_fitted(image, side))
 
 
 def _legend(entries: list[tuple[str, Color]], width: int) -> Image.Image:
-    """A square of each color with its name behind it, in as many lines as `width` makes necessary."""
+    """Squares of the colors followed by their names, wrapped at `width` pixels."""
     font = ImageFont.load_default(size=_FONT_SIZE)
     places, left, top = [], _GAP, 0
     for name, color in entries:
@@ -98,13 +112,13 @@ def _faded(photo: Rgb) -> Rgb:
 
 
 def _outline(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Pixels of the mask beside a pixel that is not in it. bool (H, W)."""
+    """Pixels of the mask next to a pixel outside it. bool (H, W)."""
     inside = Image.fromarray(mask.astype(np.uint8)).filter(ImageFilter.MinFilter(3))
     outline: NDArray[np.bool_] = mask & (np.asarray(inside) == 0)
     return outline
 
 
-def _fitted(picture: Rgb, side: int) -> Image.Image:
-    image = Image.fromarray(picture)
-    image.thumbnail((side, side), Image.Resampling.BOX)
-    return image
+def _fitted(image: Rgb, side: int) -> Image.Image:
+    fitted = Image.fromarray(image)
+    fitted.thumbnail((side, side), Image.Resampling.BOX)
+    return fitted

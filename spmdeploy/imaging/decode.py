@@ -1,4 +1,4 @@
-"""Image files to upright images in memory, with limits on size and errors that name the file."""
+"""Decodes image files into upright images, with limits on size and errors that name the file."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _READERS: dict[str, type[ImageFile]] = {
 
 @dataclass(frozen=True, eq=False)
 class DecodedFile:
-    """An image in memory, upright, and what Pillow's mode does not say about how the file stores it."""
+    """An upright image in memory, and facts about the file that Pillow's mode does not hold."""
 
     image: PilImage.Image
     format: str  # a key of _READERS
@@ -55,10 +55,10 @@ def decode_image(path: FilePath, content: bytes | None = None) -> DecodedFile:
 
     Args:
         path: a PNG, JPEG, WebP or BMP file, "-" for standard input.
-        content: the bytes of the file where they are in memory already; `path` then only names it in messages.
+        content: the bytes of the file if they are in memory already; `path` is then only used in messages.
 
     Raises:
-        InputError: for everything that can be wrong with a file before its mode matters.
+        InputError: the file cannot be read or decoded, is too large, or is animated.
     """
     name = Path("standard input" if os.fspath(path) == STDIN else path)
     content = read_input(path, IMAGE_BYTES) if content is None else content
@@ -104,7 +104,7 @@ def decode_ids(path: FilePath, content: bytes | None) -> DecodedFile:
     if file.format != "PNG":
         raise InputError(
             f"{path} is a {file.format} file; ids survive only in PNG",
-            "save the map as PNG straight from where it is made: a lossy copy already holds wrong ids",
+            "save the original map as PNG: a lossy copy already holds wrong ids",
         )
     return file
 
@@ -117,7 +117,7 @@ def _check_extent(image: ImageFile, path: Path) -> None:
             "crop or shrink it first",
         )
     if getattr(image, "is_animated", False):
-        raise InputError(f"{path} is an animation with several frames", "save the frame you mean as a picture")
+        raise InputError(f"{path} is an animation with several frames", "save one frame as an image")
 
 
 def _layout(image: ImageFile) -> str:
@@ -136,7 +136,7 @@ def io_errors(path: Path, verb: str) -> Iterator[None]:
     except FileNotFoundError as exc:
         raise InputError(f"there is no file {path}", f"looked in {path.absolute().parent}") from exc
     except IsADirectoryError as exc:
-        raise InputError(f"{path} is a folder, not a picture", "name a file in it") from exc
+        raise InputError(f"{path} is a folder, not an image", "name a file in it") from exc
     except PermissionError as exc:
         raise InputError(f"permission to {verb} {path} is denied", "check its owner and mode") from exc
     except (OSError, ValueError) as exc:  # ValueError: a zero byte in the name
@@ -152,11 +152,13 @@ def decode_errors(path: Path) -> Iterator[None]:
         raise
     except PilImage.DecompressionBombError as exc:
         raise InputError(f"{path} has too many pixels: {exc}", "crop or shrink it first") from exc
-    except Exception as exc:  # on hostile bytes decoders raise anything: OSError, SyntaxError, struct.error, zlib.error
+    except (
+        Exception
+    ) as exc:  # on hostile bytes decoders raise many types: OSError, SyntaxError, struct.error, zlib.error
         raise InputError(f"{path} is truncated or damaged: {exc}", "copy or export it again") from exc
 
 
-# Which transposition undoes which EXIF orientation.
+# The transposition that undoes each EXIF orientation.
 _TURNS = {
     2: PilImage.Transpose.FLIP_LEFT_RIGHT,
     3: PilImage.Transpose.ROTATE_180,
@@ -177,7 +179,7 @@ def _metadata(image: ImageFile, path: Path) -> tuple[int, bytes | None, tuple[st
     if image.info.get("xmp"):
         notes.append(f"the XMP metadata of {path} is not kept")
     if "mp" in image.info:
-        notes.append(f"{path} holds further pictures (a preview or depth map) after the first; they are not kept")
+        notes.append(f"{path} holds further images (a preview or depth map) after the first; they are not kept")
     block = image.info.get("exif")
     if not block:
         return 1, None, tuple(notes)
@@ -187,7 +189,7 @@ def _metadata(image: ImageFile, path: Path) -> tuple[int, bytes | None, tuple[st
         notes.append(f"the EXIF metadata of {path} is damaged and is not kept")
         return 1, None, tuple(notes)
     if orientation not in range(1, 9):
-        notes.append(f"the EXIF orientation of {path} is {orientation}, which means nothing; it is not turned")
+        notes.append(f"the EXIF orientation of {path} is {orientation}, which is undefined; it is not turned")
         orientation = 1
     return orientation, exif, tuple(notes)
 
@@ -195,8 +197,8 @@ def _metadata(image: ImageFile, path: Path) -> tuple[int, bytes | None, tuple[st
 def _upright_exif(block: bytes) -> tuple[int, bytes]:
     """The orientation that an EXIF block states, and the block with orientation 1 and without its thumbnail.
 
-    The block is changed in place instead of written anew, because camera makers' notes hold absolute offsets. The
-    thumbnail goes because it would go on showing what the edit removed. KeyError or struct.error on damage.
+    The block is changed in place, not rewritten, because maker notes hold absolute offsets. The thumbnail is removed
+    because it would still show what the edit removed. Raises KeyError or struct.error for damaged blocks.
     """
     while block.startswith(EXIF_PREFIX):
         block = block[len(EXIF_PREFIX) :]
@@ -220,7 +222,7 @@ def _upright_exif(block: bytes) -> tuple[int, bytes]:
 
 
 def _directory(tiff: bytearray, order: str, at: int) -> tuple[dict[int, int], int]:
-    """Where the value field of every tag of a TIFF directory lies, and where the offset of the next directory."""
+    """Offsets of the value field of every tag of a TIFF directory, and of the pointer to the next directory."""
     (count,) = struct.unpack_from(f"{order}H", tiff, at)
     tags = {struct.unpack_from(f"{order}H", tiff, at + 2 + 12 * k)[0]: at + 10 + 12 * k for k in range(count)}
     return tags, at + 2 + 12 * count

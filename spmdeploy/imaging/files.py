@@ -1,9 +1,9 @@
-"""The only place that touches image files, color order and mask polarity.
+"""Reads and writes photos, label maps, instance maps and masks, and converts color order and mask polarity.
 
 Photos are uint8 (H, W, 3) RGB, label maps uint8 (H, W), instance maps int32 (H, W), masks bool (H, W) with True = edit.
-What a file holds and we cannot use as it is becomes an InputError that names the file; what we change about a photo
-(turning it upright, gray to RGB) or cannot keep is said in a note. Every reader takes the file's bytes as `content`
-where they are in memory already (a bundle's, whose hash was checked); the path then only names them in errors.
+A file that cannot be used raises an InputError that names it. Changes to a photo (turned upright, gray to RGB) and
+metadata that cannot be kept are reported as notes. Every reader takes the file's bytes as `content` if they are in
+memory already, such as those of a bundle, whose hash was checked; the path is then only used in messages.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from spmdeploy.types import Image, Mask, MaskAlpha
 Pixels: TypeAlias = NDArray[np.uint8]
 """uint8 (H, W)."""
 
-# A mask value this near to 0 or 255 is taken for it: the ringing that JPEG puts around an edge at usual qualities.
-BINARY_SLACK = 32
+# Mask values this close to 0 or 255 count as 0 or 255: the amplitude of JPEG ringing at usual qualities.
+BINARY_TOLERANCE = 32
 # A JPEG segment holds 65535 bytes, two of them its length. PNG and WebP have no such limit.
-LARGEST_JPEG_EXIF = 65533
+MAX_JPEG_EXIF = 65533
 
 # PNG level, measured on a 480x360 and a 4000x3000 photo (Pillow 13 with zlib-ng, CPU time and size):
 #   level 1: 11 ms 207 kB, 0.91 s 16.7 MB   2: 12 ms 204 kB, 0.91 s 16.5 MB   3: 16 ms 195 kB, 1.28 s 16.0 MB
 #   level 4: 22 ms 197 kB, 1.63 s 17.1 MB   5: 24 ms 193 kB, 2.06 s 16.7 MB   6: 42 ms 186 kB, 3.45 s 16.2 MB
-# Level 2 costs what 1 does; what the slower ones save (3 % on the large photo) is not worth the wait.
+# Level 2 costs as much as 1; slower levels save little (3 % on the large photo).
 _WRITE_OPTIONS: dict[str, dict[str, Any]] = {
     "PNG": {"compress_level": 2},
     "JPEG": {"quality": 95, "subsampling": 0},  # 4:4:4: no color bleeds over the edge of the mask
@@ -44,29 +44,33 @@ _WRITE_OPTIONS: dict[str, dict[str, Any]] = {
     "WebP": {"lossless": True, "exact": True, "quality": 0, "method": 0},
 }
 _SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WebP"}
-_LONGEST_SIDE = {"JPEG": 65500, "WebP": 16383}
-
-
-# --------------------------------------------------------------------------------------------------------- reading
+_MAX_SIDE = {"JPEG": 65500, "WebP": 16383}
 
 
 @dataclass(frozen=True, eq=False)
 class Photo:
-    """A decoded photo, upright, with what has to be written back beside its pixels."""
+    """A decoded upright photo, with the metadata that is written back with its pixels."""
 
     pixels: Image  # uint8 (H, W, 3) RGB
     alpha: Pixels | None = None  # uint8 (H, W), 255 = opaque; None where the file has no transparency
     icc_profile: bytes | None = None  # of an RGB color space; the pixels are in that space, unconverted
     exif: bytes | None = None  # "Exif\0\0" and a TIFF block that says orientation 1 and holds no thumbnail
     orientation: int = 1  # EXIF orientation, 1..8, by which the pixels have been turned
-    notes: tuple[str, ...] = ()  # what reading changed or could not keep, a sentence each
+    notes: tuple[str, ...] = ()  # changes made by reading, and metadata that is not kept
 
 
 def read_photo(path: FilePath, content: bytes | None = None) -> Photo:
-    """The 8-bit photo in a PNG, JPEG, WebP or BMP file.
+    """Read the 8-bit photo in a PNG, JPEG, WebP or BMP file.
 
-    The EXIF orientation is applied to the pixels and reset. Gray and palette pictures become RGB. Transparency, the
-    ICC profile and EXIF are kept. InputError for 16-bit, CMYK and other modes, animations, damaged or huge files.
+    The EXIF orientation is applied to the pixels and reset. Gray and palette images become RGB. Transparency, the ICC
+    profile and EXIF are kept.
+
+    Args:
+        path: the file, "-" for standard input.
+        content: the bytes of the file if they are in memory already.
+
+    Raises:
+        InputError: for 16-bit, CMYK and other modes, animations, damaged and huge files.
     """
     file = decode_image(path, content)
     notes = list(file.notes)
@@ -74,13 +78,13 @@ def read_photo(path: FilePath, content: bytes | None = None) -> Photo:
         raise InputError(f"{path} has 16 bits per channel; photos must have 8", "convert it to 8 bits first")
     if file.image.mode not in ("RGB", "RGBA", "L", "LA", "1", "P"):
         raise InputError(
-            f"{path} is a {file.image.mode} picture; photos must be 8-bit RGB",
+            f"{path} is a {file.image.mode} image; photos must be 8-bit RGB",
             "convert it to RGB with its color profile in a photo editor first",
         )
     if file.image.mode in ("L", "LA", "1"):
         notes.append(f"{path} is gray; it is edited and written as RGB")
     if file.image.mode == "P":
-        notes.append(f"{path} is a palette picture; it is edited and written as RGB")
+        notes.append(f"{path} is a palette image; it is edited and written as RGB")
     pixels, alpha = _rgb_and_alpha(file, path)
     if alpha is not None and file.format == "BMP" and not alpha.any():
         notes.append(
@@ -88,7 +92,7 @@ def read_photo(path: FilePath, content: bytes | None = None) -> Photo:
         )
         alpha = None
     profile = file.icc_profile
-    # Bytes 16..20 of a profile name its color space. A gray one beside RGB pixels would make the file invalid.
+    # Bytes 16..20 of a profile name its color space. A gray profile with RGB pixels would make the file invalid.
     if profile and profile[16:20] != b"RGB ":
         notes.append(f"{path} has a color profile that is not for RGB; it is not kept")
         profile = None
@@ -103,9 +107,9 @@ def read_labels(path: FilePath, content: bytes | None = None, table: ClassTable 
 
     Args:
         path: the file, "-" for standard input.
-        content: the bytes of the file where they are in memory already.
-        table: the classes of the model. With it, a palette whose colors are all class colors, but of other classes than
-            the indices say, is refused: image programs reorder palettes, and the indices then mean nothing.
+        content: the bytes of the file if they are in memory already.
+        table: the classes of the model. With it, a palette is refused if its colors are all class colors, but of other
+            classes than its indices: image programs reorder palettes, and the indices are then meaningless.
 
     Returns:
         uint8 (H, W).
@@ -131,12 +135,12 @@ def read_labels(path: FilePath, content: bytes | None = None, table: ClassTable 
     ids = _stored_values(file, path)
     if ids.dtype != np.uint8 and ids.size and int(ids.max()) > 255:
         above = np.unique(ids[ids > 255])
-        raise InputError(f"{path} holds {_listed(above)}; class ids are 0 to 255", "is it an instance map?")
+        raise InputError(f"{path} holds {_format_values(above)}; class ids are 0 to 255", "is it an instance map?")
     return ids.astype(np.uint8)
 
 
 def _check_palette(image: PilImage.Image, table: ClassTable, path: FilePath) -> None:
-    """InputError where the palette shows every index that is used in the color of another class."""
+    """Raise InputError if the palette shows all used indices in class colors, but of other classes."""
     used = np.flatnonzero(np.asarray(image.histogram()))
     palette = np.array(image.getpalette("RGB"), np.uint8).reshape(-1, 3)
     owners: dict[tuple[int, ...], set[int]] = {}
@@ -145,20 +149,26 @@ def _check_palette(image: PilImage.Image, table: ClassTable, path: FilePath) -> 
     shown = {int(i): owners.get(tuple(map(int, palette[i])), set()) for i in used if i < len(palette)}
     wrong = {index: ids for index, ids in shown.items() if index not in ids}
     if not wrong or not all(shown.values()) or len(shown) < len(used):
-        return  # the colors are the classes' own, or have nothing to do with the table
+        return  # the colors are those of the classes, or unrelated to the table
     index, ids = next(iter(wrong.items()))
     raise InputError(
         f"the palette of {path} was reordered: index {index} is shown in the color of {table.classes[min(ids)].name} "
         f"(id {min(ids)} in {table.name})",
-        "the colors say which class is meant: `spmdeploy labels convert` turns them into ids",
+        "`spmdeploy labels convert` turns the colors into ids",
     )
 
 
 def read_instances(path: FilePath, content: bytes | None = None) -> NDArray[np.int32]:
-    """The instance ids in a PNG file: int32 (H, W).
+    """Read the instance ids in a PNG file.
 
     One channel (Cityscapes `instanceIds`, 16 bits): its values, or palette indices. RGB (ADE20K, where red is the class
-    and blue is empty): the green channel. Three equal channels are read as one. InputError for other color images.
+    and blue is empty): the green channel. Three equal channels are read as one.
+
+    Returns:
+        int32 (H, W).
+
+    Raises:
+        InputError: for other color images.
     """
     file = decode_ids(path, content)
     if file.image.mode != "RGB" or file.wide:
@@ -173,7 +183,7 @@ def read_instances(path: FilePath, content: bytes | None = None) -> NDArray[np.i
 
 
 class MaskFile(NamedTuple):
-    """A mask, and what reading it decided."""
+    """A mask, and notes on how it was derived from the file."""
 
     mask: Mask
     notes: tuple[str, ...]
@@ -189,24 +199,23 @@ def read_mask_file(
 ) -> MaskFile:
     """Return the mask in an image file.
 
-    Two-valued masks: 0 is kept, the other value, whatever it is, edited. Clearly binary ones (every value within 32 of
-    0 or 255, some near 255: what JPEG makes of a mask), and others whose values between lie along edges only
-    (antialiasing), are cut at 128. RGB counts where its channels agree, a palette by its colors, so that what looks
-    black is kept; where they decide nothing, index 0 is kept. Where the colors are the same everywhere, opaque pixels
-    are edited; otherwise an alpha channel must be opaque, because programs disagree on what transparent means.
+    In a two-valued mask, 0 is kept and the other value is edited. Masks are thresholded at 128 if every value is within
+    32 of 0 or 255 (JPEG), or if all other values are next to edges (antialiasing). RGB is accepted if its channels
+    agree. A palette is read by its colors, so that black is kept; if the colors are not conclusive, index 0 is kept. If
+    all colors are equal, opaque pixels are edited; otherwise an alpha channel must be opaque, because programs disagree
+    on the meaning of transparent.
 
     Args:
         path: the file, "-" for standard input.
-        content: the bytes of the file where they are in memory already.
-        threshold: 1 to 255; pixels of at least this value (of the gray image, or of alpha) are edited, whatever else
-            the file holds.
-        alpha: take this part of the alpha channel as the mask.
+        content: the bytes of the file if they are in memory already.
+        threshold: 1 to 255; pixels whose gray value (or alpha) is at least this are edited.
+        alpha: use this part of the alpha channel as the mask.
 
     Returns:
-        bool (H, W), True = edit, and notes. An empty or full mask is returned as such; `check_mask` refuses it.
+        bool (H, W), True = edit, and notes. Empty and full masks are returned too; `check_mask` refuses them.
 
     Raises:
-        InputError: for everything that is not clearly a mask.
+        InputError: the image is not clearly a mask.
     """
     file = decode_image(path, content)
     if alpha is not None:
@@ -231,7 +240,7 @@ def read_mask_file(
     if transparency is not None and (transparency != 255).any():
         if (rgb == rgb[0, 0]).all():
             mask, notes = _binary_mask(transparency, path)
-            return MaskFile(mask, (*notes, f"{path} has one color; its opaque pixels are taken as the mask"))
+            return MaskFile(mask, (*notes, f"{path} has one color; its opaque pixels are used as the mask"))
         raise InputError(
             f"{path} is partly transparent, and programs disagree on whether that means edit or keep",
             "--mask-alpha transparent edits its transparent pixels, --mask-alpha opaque the others",
@@ -253,7 +262,15 @@ def _alpha_mask(file: DecodedFile, path: FilePath, part: MaskAlpha, threshold: i
 
 
 def check_mask(mask: NDArray[Any], source: str) -> None:
-    """InputError when a mask edits nothing or everything. mask: (H, W), bool or 0 / non-0; source: its name."""
+    """Check that a mask has pixels to edit and pixels to keep.
+
+    Args:
+        mask: (H, W), bool or 0 / non-0.
+        source: Its name in errors.
+
+    Raises:
+        InputError: The mask is empty or full.
+    """
     if not mask.any():
         raise InputError(f"{source} is empty: it marks no pixel to edit", "white (non-zero) pixels are edited")
     if mask.all():
@@ -265,18 +282,18 @@ def check_mask(mask: NDArray[Any], source: str) -> None:
 
 _MASK_HINT = (
     "a mask is black (keep) and white (edit): save it as an 8-bit gray PNG without transparency, "
-    "or say with --mask-threshold N from which value on it edits"
+    "or give the smallest value that is edited with --mask-threshold N"
 )
 
 
 def _rgb_and_alpha(file: DecodedFile, path: FilePath) -> tuple[Image, Pixels | None]:
     """uint8 (H, W, 3) and, where the file has any transparency, uint8 (H, W)."""
     image = file.image
-    with decode_errors(Path(path)):  # palettes that are too short show here
+    with decode_errors(Path(path)):  # raises for palettes that are too short
         if image.mode in ("RGBA", "LA") or "transparency" in image.info:
             rgba = np.asarray(image.convert("RGBA"))
             return np.ascontiguousarray(rgba[..., :3]), np.ascontiguousarray(rgba[..., 3])
-        return np.array(image.convert("RGB")), None  # a copy: what Pillow lends is read-only
+        return np.array(image.convert("RGB")), None  # a copy, as Pillow's own array is read-only
 
 
 def _stored_values(file: DecodedFile, path: FilePath) -> NDArray[np.uint8 | np.uint16]:
@@ -286,7 +303,7 @@ def _stored_values(file: DecodedFile, path: FilePath) -> NDArray[np.uint8 | np.u
     if file.layout not in stretch:
         channels = "with transparency " if file.image.mode in ("LA", "RGBA") else ""
         raise InputError(
-            f"{path} is a {16 if file.wide else 8}-bit color or gray picture {channels}and no map of ids",
+            f"{path} is a {16 if file.wide else 8}-bit color or gray image {channels}and no map of ids",
             "save the ids as a gray or palette PNG of one channel",
         )
     values = np.asarray(file.image)
@@ -298,7 +315,7 @@ def _stored_values(file: DecodedFile, path: FilePath) -> NDArray[np.uint8 | np.u
 def _indices_decide(image: PilImage.Image) -> bool:
     """Whether a palette mask is two-valued by its indices: 0 and another one, and the colors do not contradict.
 
-    They do where the other index is black and 0 is not (optimizers write white first), or where one is transparent.
+    They contradict if the other index is black and 0 is not (optimizers write white first), or if one is transparent.
     """
     used = np.flatnonzero(np.asarray(image.histogram()))
     if len(used) != 2 or used[0] != 0 or "transparency" in image.info:
@@ -310,7 +327,7 @@ def _indices_decide(image: PilImage.Image) -> bool:
 
 
 def _binary_mask(values: NDArray[np.uint8 | np.uint16], path: FilePath) -> MaskFile:
-    """One channel of a mask file as a mask; InputError where it is neither two-valued nor clearly binary."""
+    """Threshold one channel of a mask file. Raises InputError if it is neither two-valued nor clearly binary."""
     # Pillow counts 8-bit values in place; numpy would need 8 bytes for each.
     distinct = np.flatnonzero(PilImage.fromarray(values).histogram()) if values.dtype == np.uint8 else np.unique(values)
     if len(distinct) == 1 or (len(distinct) == 2 and distinct[0] == 0):
@@ -319,18 +336,22 @@ def _binary_mask(values: NDArray[np.uint8 | np.uint16], path: FilePath) -> MaskF
         if _is_nearly_binary(distinct):
             return MaskFile(np.asarray(values >= 128), ())
         between = _between(values)
-        if not (between & ~(_beside(values <= BINARY_SLACK) & _beside(values >= 255 - BINARY_SLACK))).any():
-            note = f"{path} has {np.count_nonzero(between)} gray pixels along the edges of its mask; it is cut at 128"
+        if not (between & ~(_dilate(values <= BINARY_TOLERANCE) & _dilate(values >= 255 - BINARY_TOLERANCE))).any():
+            note = (
+                f"{path} has {np.count_nonzero(between)} gray pixels along the edges of its mask; the threshold is 128"
+            )
             return MaskFile(np.asarray(values >= 128), (note,))
-    raise InputError(f"{path} is not a mask: it holds {_listed(distinct)} instead of 0 and one other value", _MASK_HINT)
+    raise InputError(
+        f"{path} is not a mask: it holds {_format_values(distinct)} instead of 0 and one other value", _MASK_HINT
+    )
 
 
 def _between(values: NDArray[Any]) -> Mask:
-    """Which values are neither near 0 nor near 255."""
-    return np.asarray((values > BINARY_SLACK) & (values < 255 - BINARY_SLACK))
+    """True for values that are neither near 0 nor near 255."""
+    return np.asarray((values > BINARY_TOLERANCE) & (values < 255 - BINARY_TOLERANCE))
 
 
-def _beside(mask: Mask, reach: int = 2) -> Mask:
+def _dilate(mask: Mask, reach: int = 2) -> Mask:
     """Pixels at most `reach` rows and columns away from one of the mask."""
     for _ in range(reach):
         padded = np.pad(mask, 1)
@@ -344,24 +365,26 @@ def _is_nearly_binary(values: NDArray[Any]) -> bool:
 
 
 def _all_equal(rgb: NDArray[Any]) -> bool:
-    """Whether the three channels of (H, W, 3) hold the same picture."""
+    """Whether the three channels of (H, W, 3) are equal."""
     return np.array_equal(rgb[..., 0], rgb[..., 1]) and np.array_equal(rgb[..., 1], rgb[..., 2])
 
 
-def _listed(values: NDArray[Any], most: int = 8) -> str:
-    """ "3 values (0, 7, 255)" """
-    shown = ", ".join(map(str, values[:most])) + (", …" if len(values) > most else "")
+def _format_values(values: NDArray[Any], limit: int = 8) -> str:
+    """Format values as in "3 values (0, 7, 255)"."""
+    shown = ", ".join(map(str, values[:limit])) + (", …" if len(values) > limit else "")
     return f"{len(values)} {'value' if len(values) == 1 else 'values'} ({shown})"
 
 
-# --------------------------------------------------------------------------------------------------------- writing
-
-
 def write_photo(path: FilePath, photo: Photo, overwrite: bool = False) -> tuple[str, ...]:
-    """Write a photo with its transparency, ICC profile and EXIF; returns notes on what the format does not hold.
+    """Write a photo with its transparency, ICC profile and EXIF.
 
-    The suffix decides: .png and .webp are exact, .jpg (quality 95, 4:4:4) is not. The file appears whole or not at all.
-    InputError as `check_output` has it, and when the system refuses.
+    The suffix decides: .png and .webp are exact, .jpg (quality 95, 4:4:4) is not. The file is written atomically.
+
+    Returns:
+        Notes on what the format cannot hold.
+
+    Raises:
+        InputError: As `check_output`, or the operating system refuses.
     """
     format = check_output(path, overwrite)
     options = _WRITE_OPTIONS[format] | {"icc_profile": photo.icc_profile}
@@ -369,7 +392,7 @@ def write_photo(path: FilePath, photo: Photo, overwrite: bool = False) -> tuple[
     pixels, exif = photo.pixels, photo.exif
     if format == "JPEG":
         notes.append(f"{path} is JPEG: pixels outside the mask are close to the photo's, not equal; .png keeps them")
-        if exif is not None and len(exif) > LARGEST_JPEG_EXIF:
+        if exif is not None and len(exif) > MAX_JPEG_EXIF:
             notes.append(f"{path} is JPEG, which cannot hold the photo's {len(exif)} bytes of EXIF; they are not kept")
             exif = None
     if photo.alpha is not None and format != "JPEG":
@@ -383,20 +406,20 @@ def write_photo(path: FilePath, photo: Photo, overwrite: bool = False) -> tuple[
 
 
 def write_image(path: FilePath, pixels: Image | Pixels, overwrite: bool = False) -> None:
-    """Write a plain picture: uint8 (H, W, 3) RGB, or uint8 (H, W) such as a label map, which must be .png.
+    """Write a plain image: uint8 (H, W, 3) RGB, or uint8 (H, W) such as a label map, which must be .png.
 
-    The file appears whole or not at all. InputError as for `write_photo`.
+    The file is written atomically. Raises InputError as `write_photo`.
     """
     format = check_output(path, overwrite)
     if pixels.ndim == 2 and format != "PNG":
-        raise InputError(f"{path}: a picture of one channel survives only in PNG", "name the output .png")
+        raise InputError(f"{path}: an image of one channel survives only in PNG", "name the output .png")
     _write(Path(path), pixels, format, dict(_WRITE_OPTIONS[format]), overwrite)
 
 
 def write_instances(path: FilePath, instances: NDArray[np.integer[Any]], overwrite: bool = False) -> None:
     """Write instance ids, integers (H, W) of 0..65535, as the 16-bit gray PNG that `read_instances` reads.
 
-    The file appears whole or not at all. InputError as for `write_photo`, and for ids that 16 bits do not hold.
+    The file is written atomically. Raises InputError as `write_photo`, and for ids that do not fit into 16 bits.
     """
     if check_output(path, overwrite) != "PNG":
         raise InputError(f"{path}: instance ids survive only in PNG", "name the output .png")
@@ -406,14 +429,19 @@ def write_instances(path: FilePath, instances: NDArray[np.integer[Any]], overwri
 
 
 def check_output(path: FilePath, overwrite: bool) -> str:
-    """The format that a suffix asks for: "PNG", "JPEG" or "WebP". Ask before the work, not after it.
+    """Return the format that the suffix stands for: "PNG", "JPEG" or "WebP". Call it before the work, not after it.
 
-    InputError for another suffix, a folder that is missing or closed to us, a path that is taken (unless `overwrite`).
+    Raises:
+        InputError: The suffix is unknown, the folder is missing or not writable, or the file exists (unless
+            `overwrite`).
     """
     path = Path(path)
     format = _SUFFIXES.get(path.suffix.lower())
     if format is None:
-        raise InputError(f"{path} has no suffix of a picture we write: {path.suffix!r}", f"use {', '.join(_SUFFIXES)}")
+        raise InputError(
+            f"{path} has no suffix of an image format that can be written: {path.suffix!r}",
+            f"use {', '.join(_SUFFIXES)}",
+        )
     if not path.parent.is_dir():
         raise InputError(f"the folder of {path} does not exist", f"mkdir -p {path.parent}")
     if path.is_dir():
@@ -426,12 +454,12 @@ def check_output(path: FilePath, overwrite: bool) -> str:
 
 
 def check_output_size(path: FilePath, height: int, width: int) -> None:
-    """InputError where the format that the suffix asks for does not hold pictures of that size."""
+    """Raise InputError if the format of the suffix cannot hold images of that size."""
     format = _SUFFIXES[Path(path).suffix.lower()]
     longest = max(height, width)
-    if longest > _LONGEST_SIDE.get(format, longest):
+    if longest > _MAX_SIDE.get(format, longest):
         raise InputError(
-            f"{path}: {format} holds at most {_LONGEST_SIDE[format]} pixels a side, not {longest}", "use .png"
+            f"{path}: {format} holds at most {_MAX_SIDE[format]} pixels per side, not {longest}", "use .png"
         )
 
 

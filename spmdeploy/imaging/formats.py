@@ -1,4 +1,4 @@
-"""Recognizes image formats by content and repairs what every viewer tolerates, before a decoder sees the file."""
+"""Recognizes image formats by content, and repairs defects that viewers tolerate but decoders refuse."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from spmdeploy.errors import InputError
 READABLE = "PNG, JPEG, WebP or BMP"
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 LARGE_TEXT = 1024
-"""Bytes of a text chunk from which on a note says that it is not kept: workflows and prompts are that long."""
+"""Bytes of a text chunk above which a note reports that it is not kept: workflows and prompts are that long."""
 MAX_ICC_BYTES = 64 << 20
 # Cameras and web servers write up to about 12 scans. 2,500 scans in a file of 1 MB take a minute to decode.
 MAX_JPEG_SCANS = 100
@@ -51,7 +51,7 @@ class Sanitized(NamedTuple):
 
 
 def format_of(content: bytes, path: Path) -> str:
-    """Return "PNG", "JPEG", "WebP" or "BMP". Raises InputError, which names other formats that it recognizes."""
+    """Return "PNG", "JPEG", "WebP" or "BMP". Raises InputError, which names the format if it is a known one."""
     if not content:
         raise InputError(f"{path} is an empty file (0 bytes)", "copy or export it again")
     if content.startswith(PNG_SIGNATURE):
@@ -69,14 +69,14 @@ def format_of(content: bytes, path: Path) -> str:
 
 
 def sanitize(content: bytes, format: str, path: Path) -> Sanitized:
-    """Remove what a viewer would ignore but a strict decoder refuses, and bound the work of decoding.
+    """Remove parts that viewers ignore but strict decoders refuse, and limit the work of decoding.
 
     PNG: ancillary chunks with a wrong checksum are dropped with a note, text chunks are dropped, and the ICC profile
     is read here because Pillow limits its size to that of text. JPEG: scans are counted; a missing end marker is added
     by `complete_jpeg`.
 
     Raises:
-        InputError: for a JPEG with so many scans that decoding would take minutes.
+        InputError: the file is a JPEG with more scans than the limits allow, which would take minutes to decode.
     """
     if format == "PNG":
         return _sanitize_png(content, path)
@@ -104,7 +104,7 @@ def _sanitize_png(content: bytes, path: Path) -> Sanitized:
                 if profile is None:
                     notes.append(f"the color profile of {path} is damaged and is not kept")
             elif kind in (b"tEXt", b"zTXt", b"iTXt"):
-                drop = True  # none of it is written back, and Pillow refuses files with more than 1 MB of text
+                drop = True  # text is not written back, and Pillow refuses files with more than 1 MB of text
                 notes += _text_note(data, path)
         if drop:
             kept.append(content[start:at])
@@ -130,7 +130,7 @@ def _icc_profile(data: bytes) -> bytes | None:
 
 
 def _text_note(data: bytes, path: Path) -> list[str]:
-    """What to say about a text chunk that is dropped: nothing for short ones."""
+    """Notes about a text chunk that is dropped: none for short ones."""
     keyword = data.split(b"\0", 1)[0]
     if keyword == b"XML:com.adobe.xmp":
         return [f"the XMP metadata of {path} is not kept"]
@@ -186,10 +186,10 @@ def _check_scans(content: bytes, path: Path) -> None:
 
 
 def complete_jpeg(content: bytes) -> tuple[bytes, bytes] | None:
-    """Return two versions of a JPEG that lacks its end marker, or None where it has one.
+    """Return two versions of a JPEG that lacks its end marker, or None if it has one.
 
-    Both get the marker, the second some further bits before it. A decoder that had all image data ignores these, so
-    that equal pixels prove that nothing but the marker was missing.
+    Both get the marker, the second also some bits before it. A decoder that has all image data ignores these, so equal
+    pixels prove that only the marker was missing.
     """
     if b"\xff\xd9" in content[-64:]:
         return None

@@ -297,7 +297,7 @@ def test_with_verification_is_added_to_the_record(bundle: Bundle) -> None:
 def test_choose_place_bundle_or_cache(bundle: Bundle, tmp_path: Path, cache: Path) -> None:
     assert choose_place(bundle).folder == bundle.path / "engines"
     assert choose_place(bundle, "cache").folder == cache
-    assert "as asked" in choose_place(bundle, "cache").summary
+    assert "as requested" in choose_place(bundle, "cache").summary
     for other, why in (
         (pack(bundle, tmp_path / "street.spm.zip"), "is a zip"),
         (default_model(), "part of the installed package"),

@@ -69,7 +69,7 @@ def test_surplus_files_are_shown(street_bundle: Path, tmp_path: Path, capsys: py
     (copied / "notes.txt").write_text("mine")
     assert inspect(copied, capsys)[1]["surplus"] == ["notes.txt"]
     assert cli.main(["inspect", str(copied)]) == 0
-    assert "surplus file, never read: notes.txt" in capsys.readouterr().out
+    assert "unlisted file, never read: notes.txt" in capsys.readouterr().out
 
 
 def test_harm_is_found_in_files_that_nothing_else_reads(
@@ -159,4 +159,4 @@ def test_a_graph_that_is_none(street_bundle: Path, tmp_path: Path, capsys: pytes
     (copied / "manifest.json").write_text(json.dumps(manifest))
     reseal(copied)
     code, told = inspect(copied, capsys)
-    assert code == 6 and "edit.fp16.onnx: not a graph of ours" in told["error"]
+    assert code == 6 and "edit.fp16.onnx: not a graph of spmdeploy" in told["error"]

@@ -1,6 +1,6 @@
-"""The edits that ship with the project: three street photos of CamVid with a layout and a mask (see ATTRIBUTION.txt).
+"""Sample edits of the package: three street photos of CamVid with label maps and masks (see ATTRIBUTION.txt).
 
-`spmdeploy demo` shows them, exports are checked on them, benchmarks run on them.
+Exports are checked on them, and benchmarks run on them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from spmdeploy.labels import ClassTable, class_table
 
 ATTRIBUTION = "CamVid (Brostow et al. 2008), research and non-commercial use only"
 
-# What the samples' classes are called in other tables. A class without a counterpart keeps its id, modulo the classes.
+# Names of the samples' classes in other tables. A class without a counterpart keeps its id, modulo the class count.
 _SYNONYMS = {
     "pavement": ("sidewalk",),
     "tree": ("vegetation", "plant"),
@@ -51,7 +51,11 @@ class SampleEdit:
         return Path(__file__).parent / self.name
 
     def read(self, table: ClassTable) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.bool_]]:
-        """photo uint8 (360, 480, 3) RGB, labels uint8 (360, 480) as ids of `table`, mask bool (360, 480)."""
+        """Read the files.
+
+        Returns:
+            Photo uint8 (360, 480, 3) RGB, labels uint8 (360, 480) as ids of `table`, mask bool (360, 480).
+        """
         labels = _translation(table)[images.read_labels(self.labels)]
         return images.read_photo(self.photo).pixels, labels, images.read_mask(self.mask)
 
@@ -64,7 +68,7 @@ SAMPLE_EDITS = (
 
 
 def _translation(table: ClassTable) -> NDArray[np.uint8]:
-    """A lookup from ids of the `street` table to ids of `table`, by name where the name exists."""
+    """Lookup table from ids of the `street` table to ids of `table`, by name where the name exists."""
     ids = {entry.name: entry.id for entry in table.classes}
     lookup = np.zeros(256, np.uint8)
     for entry in class_table("street").classes:
