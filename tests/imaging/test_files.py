@@ -329,7 +329,7 @@ def test_read_photo_lost_metadata_is_noted(tmp_path: Path) -> None:
         "XMP": save(tmp_path / "xmp.jpg", SCENE, xmp=b"<x:xmpmeta/>"),
         "color profile": save(tmp_path / "gray.png", SCENE[..., 0], icc_profile=grey_profile),
         "EXIF metadata": save(tmp_path / "exif.jpg", SCENE, exif=b"Exif\0\0nonsense"),
-        "further pictures": save(
+        "further images": save(
             tmp_path / "two.mpo",
             Image.fromarray(SCENE),
             format="MPO",

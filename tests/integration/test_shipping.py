@@ -88,7 +88,7 @@ def test_a_signed_bundle_is_used(run: Any, signed: Path, tmp_path: Path) -> None
     assert run(*batch, "ours.pub").code == 0
     shutil.rmtree(tmp_path / "results")
     assert run(*batch, "theirs.pub").code == 6 and not (tmp_path / "results").exists()
-    assert "there; --require-signature" in run("inspect", signed).out
+    assert "present; --require-signature" in run("inspect", signed).out
 
 
 def test_nothing_is_loaded_without_the_right_signature(
