@@ -443,7 +443,7 @@ def read_instance_rules(root: Path) -> InstanceRules:
 def list_images(folder: Path) -> list[Path]:
     """The files of a folder that are images by their suffix, sorted, without hidden ones.
 
-    macOS writes a `._NAME` beside each file on other file systems; tools leave `.thumbnails` and the like.
+    macOS writes a `._NAME` next to each file on other file systems; tools leave `.thumbnails` and the like.
     """
     return [path for path in list_files(folder) if path.suffix.lower() in IMAGE_SUFFIXES]
 

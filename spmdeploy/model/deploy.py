@@ -58,7 +58,7 @@ class RefineGraph(nn.Module):
     """The last stage alone: refines a half-resolution result at full resolution.
 
     Inputs of `EditGraph`, and coarse: float32 (B, H/2, W/2, 3) RGB in 0..255, the result at half size. Of `image` only
-    what lies outside the mask is read, of `coarse` what lies under it and one pixel around. Returns edited, as
+    the pixels outside the mask are read, of `coarse` those under it and one pixel around. Returns edited, as
     `EditGraph` does and equal to its result if given the raw output of the stage before the last; and unrounded, for
     the next doubling: float32 (B, H, W, 3) RGB in 0..255, with the low-frequency
     colors of `coarse` (`_transfer_low_frequencies`).

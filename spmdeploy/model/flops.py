@@ -1,4 +1,4 @@
-"""How much work an edit is: counted, not measured, so that no noise is in it."""
+"""Counts the operations and bytes of one edit, by running the deploy graph on meta tensors."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from spmdeploy.types import NATIVE_SIZE
 
 @dataclass(frozen=True)
 class Work:
-    """One edit at the native size, as the plain generator does it."""
+    """The work of one edit at the native size, by the plain generator."""
 
     gflop: float
     """2 per multiply-add of the convolutions, in units of 1e9."""
     weight_bytes: int
     """In FP32."""
     written_bytes: int
-    """What all operators write, none of them fused; views write nothing."""
+    """Bytes written by all operators, none of them fused; views write nothing."""
     operators: int
-    """Calls of operators that write something."""
+    """Operator calls that write a result."""
 
 
 def edit_gflop(config: GeneratorConfig) -> float:
@@ -37,7 +37,7 @@ def edit_gflop(config: GeneratorConfig) -> float:
 
 
 def edit_work(config: GeneratorConfig) -> Work:
-    """Counted without computing."""
+    """Counts the work of one edit on meta tensors, without computing it."""
     size = NATIVE_SIZE
     with torch.device("meta"):
         generator = Generator(config)
@@ -51,7 +51,7 @@ def edit_work(config: GeneratorConfig) -> Work:
 
 
 class _Written(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Adds up what operators return, unless it is a view of what they were given."""
+    """Sums the bytes that operators return, except for views of their inputs."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -28,12 +28,16 @@ def instance_norm(x: Tensor) -> Tensor:
 class StylePreservedModulation(nn.Module):
     """One layer: convolve, normalize, modulate by the context's style corrected for the layout.
 
-    The first modulation (`context_*`) reads the un-normalized features, where the style of the known pixels lives; the
+    The first modulation (`context_*`) reads the un-normalized features, which hold the style of the known pixels; the
     second (`layout_*`) reads labels, edges and mask and corrects both of its parameters. With `spade` there is nothing
     to correct: the shifts alone are gamma and beta.
 
-    in_channels, channels: feature channels in and out. layout_channels: see `LayoutPyramid`. hidden: width of the two
-    shared layers. stride: of the two convolutions that read features.
+    Args:
+        in_channels: Feature channels of the input.
+        channels: Feature channels of the output.
+        layout_channels: See `LayoutPyramid`.
+        hidden: Width of the two shared layers.
+        stride: Of the two convolutions that read features.
     """
 
     def __init__(

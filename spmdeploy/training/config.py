@@ -56,7 +56,7 @@ class LossConfig:
     perceptual_stages: Literal["all", "finest"] = "all"
     """Which of the trained stages it is computed for; the finest alone costs a third less time."""
     adversarial_warmup: int = 0
-    """Samples at the start of each phase in which only the discriminator learns."""
+    """Samples at the start of each phase in which only the discriminator is trained."""
     adversarial_ramp: int = 0
     """Samples after the warm-up over which the adversarial weight grows linearly to its value."""
     feature_matching: float = 0.0
