@@ -12,6 +12,9 @@ if TYPE_CHECKING:  # help texts must not wait for numpy: the aliases below are s
     from numpy.typing import NDArray
 
 Precision = Literal["fp32", "fp16"]
+"""Of a graph."""
+BackendPrecision = Literal["fp32", "tf32", "fp16", "bf16"]
+"""What a backend computes in."""
 WeightsDtype = Literal["float32", "float16"]
 Tiling = Literal["auto", "off", "crop", "cascade"]
 """off: the whole image at once. crop: context windows, shrunk where they are larger than the model. cascade: large

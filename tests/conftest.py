@@ -29,6 +29,14 @@ def empty_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_bf16() -> Iterator[None]:
+    """`auto` is the same on every machine that runs the tests: without bf16, which not every processor has."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("spmdeploy.backends.openvino.cpu_features", lambda: "x86_64 avx2")
+        yield
+
+
 @pytest.fixture(scope="session")
 def street_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A real bundle, FP32 and FP16: the smallest sensible generator with the `street` classes and random weights.

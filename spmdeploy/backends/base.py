@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 from spmdeploy.errors import UsageError
-from spmdeploy.types import LayoutInput, ModelInput, Precision
+from spmdeploy.types import BackendPrecision, LayoutInput, ModelInput
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,11 +30,11 @@ class Backend(Protocol):
     """A graph loaded on one device. Attributes describe it as opened, not as requested."""
 
     backend: str
-    """onnxruntime, tensorrt, tensorrt-rtx or torch."""
+    """Its name in the registry."""
     device: str
     """cpu or cuda:N."""
-    precision: Precision
-    """Of the arithmetic in the graph."""
+    precision: BackendPrecision
+    """Of the arithmetic, as the library reports it."""
     provider: str
     """Who computes, as the library itself names it, with its version."""
     size: int

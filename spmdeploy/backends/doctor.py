@@ -11,6 +11,7 @@ from typing import Any
 
 from spmdeploy.backends.base import Check
 from spmdeploy.backends.onnxruntime import import_onnxruntime, missing_cuda_library
+from spmdeploy.backends.openvino import bf16_support, import_openvino, short_version
 from spmdeploy.backends.registry import backends
 from spmdeploy.backends.select_engine import compatible_engine
 from spmdeploy.bundle.bundle import Bundle
@@ -150,6 +151,28 @@ def _onnxruntime_cuda() -> Check:
         remedy = 'pip install "onnxruntime-gpu[cuda,cudnn]", or install CUDA and cuDNN for the whole system'
         return Check(name, False, f"onnxruntime {library.__version__} lacks a library of CUDA: {missing}", remedy)
     return Check(name, True, f"onnxruntime {library.__version__}; `spmdeploy verify --device cuda:0` proves it")
+
+
+def check_openvino() -> list[Check]:
+    """On the CPU; other devices that OpenVINO offers are listed, but not used: none has been tried."""
+    name = "openvino on cpu"
+    try:
+        library = import_openvino()
+    except UnavailableError as exc:
+        return [Check(name, False, exc.problem, exc.hint)]
+    feature, problem = bf16_support()
+    core = library.Core()
+    others = [device for device in core.available_devices if device != "CPU"]
+    in_bf16 = f"bf16 by {feature}" if feature else f"fp32 only: {problem}"
+    return [
+        Check(name, True, f"openvino {short_version(library)}; {in_bf16}"),
+        *(Check(f"openvino on {one}", False, f"{_full_name(core, one)}: not run yet, so not used") for one in others),
+    ]
+
+
+def _full_name(core: Any, device: str) -> str:
+    name: str = core.get_property(device, "FULL_DEVICE_NAME")
+    return name
 
 
 def check_torch() -> Check:

@@ -18,12 +18,13 @@ from numpy.typing import NDArray
 
 from spmdeploy.backends.base import OpenedBackend, Unsupported
 from spmdeploy.backends.graph_cache import cache_key, open_cached
+from spmdeploy.backends.threads import available_threads
 from spmdeploy.bundle.bundle import Bundle, GraphFiles
 from spmdeploy.bundle.manifest import EDIT, ON_CPU, PARTS, REFINE, GraphRecord
 from spmdeploy.errors import BundleError, OutOfMemoryError, SpmDeployError, UnavailableError
 from spmdeploy.gpu.arrays import DeviceArray
 from spmdeploy.gpu.driver import visible_gpus
-from spmdeploy.types import LayoutInput, ModelInput, Precision
+from spmdeploy.types import BackendPrecision, LayoutInput, ModelInput, Precision
 
 if TYPE_CHECKING:
     from spmdeploy.backends.base import LayoutRun
@@ -151,14 +152,14 @@ class OnnxRuntimeSession:
         edit_key: str | None = None,
         refine_key: str | None = None,
     ) -> None:
-        """device: cpu or cuda:N. threads: 0 = one per core (CPU only). refine: gets the graph when it is needed.
+        """device: cpu or cuda:N. threads: 0 = `available_threads` (CPU only). refine: gets the graph when it is needed.
 
         cached_layout: gets the `layout` and `picture` graphs when they are needed; None: the bundle has none, and
         layouts are not cached. edit_key, refine_key: identify the content of the graphs; without them the optimized
         graph is not cached.
         """
         self.device = device
-        self.precision = precision
+        self.precision: BackendPrecision = precision
         self._threads = threads
         self._edit: LoadedGraph | None = LoadedGraph(edit, EDIT, device, threads, edit_key)
         self._refine: LoadedGraph | None = None
@@ -319,7 +320,7 @@ def inference_session(library: Any, graph: Graph, options: Any, providers: list[
 
 def _options(library: Any, threads: int) -> Any:
     options = library.SessionOptions()
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = threads or available_threads()
     options.log_severity_level = 3
     return options
 

@@ -19,7 +19,7 @@ from spmdeploy.bundle.manifest import EDIT, EDIT_ON_CPU
 from spmdeploy.errors import BundleError, UnavailableError, UsageError
 from spmdeploy.model.deploy import EditGraph, RefineGraph, cache_layout
 from spmdeploy.model.generator import Generator, GeneratorConfig
-from spmdeploy.types import NATIVE_SIZE, LayoutInput, ModelInput, Precision
+from spmdeploy.types import NATIVE_SIZE, BackendPrecision, LayoutInput, ModelInput
 
 
 class TorchSession:
@@ -27,7 +27,7 @@ class TorchSession:
 
     backend = "torch"
     notes: tuple[str, ...] = ()
-    precision: Precision = "fp32"
+    precision: BackendPrecision = "fp32"
     size = NATIVE_SIZE
 
     def __init__(self, generator: Generator, device: str = "cpu") -> None:

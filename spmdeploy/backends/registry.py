@@ -121,7 +121,7 @@ def open_backend(
 
     Args:
         bundle: The opened bundle.
-        backend: auto (a compatible engine, else ONNX Runtime) or a registered name.
+        backend: auto (a compatible engine, else the fastest proved backend for this device) or a registered name.
         device: auto (a GPU if one can be used, else the CPU), cpu or cuda:N.
         precision: auto, or one of `backend_precisions`.
         on_loading: Called before ONNX Runtime loads a graph, which takes long and leaves Python to other threads.
@@ -150,9 +150,9 @@ def open_backend(
 
 
 def _open_auto(bundle: Bundle, device: str, precision: str, on_loading: OnLoading) -> OpenedBackend:
-    """A compatible engine, else ONNX Runtime."""
-    from spmdeploy.backends.onnxruntime import open_onnxruntime
-
+    """A compatible engine; else on a CPU bf16 in OpenVINO, where it is faster and proved; else ONNX Runtime."""
+    if precision == "bf16" and device not in ("auto", "cpu"):
+        raise UsageError(f"bf16 is computed on CPUs, not on {device}", "leave --device out, or say cpu")
     if device == "cpu":
         reason = "engines do not run on the CPU"
     else:
@@ -161,8 +161,57 @@ def _open_auto(bundle: Bundle, device: str, precision: str, on_loading: OnLoadin
         opened, reason = open_compatible_engine(bundle, _ordinal(device), precision)
         if opened is not None:
             return _with_device(opened, device)
-    found = open_onnxruntime(bundle, device, precision, on_loading)
-    return OpenedBackend(found.session, (f"backend onnxruntime: {reason}", *found.choices))
+    gpu, why = _onnxruntime_gpu(device)
+    if gpu or precision not in ("auto", "bf16"):
+        return _open_graphs(bundle, device, precision, on_loading, reason)
+    opened, proof = _open_bf16(bundle, on_loading)
+    if opened is not None:
+        chosen = (f"device cpu: {why}",) if device == "auto" else ()
+        return OpenedBackend(opened.session, (f"backend openvino: {reason}", *chosen, f"precision bf16: {proof}"))
+    if precision == "bf16":
+        raise UnavailableError(f"bf16 cannot be used: {proof}", "use --precision fp32")
+    return _open_graphs(bundle, device, precision, on_loading, f"{reason}; no bf16 in OpenVINO: {proof}")
+
+
+def _open_graphs(bundle: Bundle, device: str, precision: str, on_loading: OnLoading, reason: str) -> OpenedBackend:
+    """ONNX Runtime, whose graph for CPUs is the fastest in FP32; OpenVINO where that alone is installed."""
+    only_openvino = backend_entry("onnxruntime").missing() and not backend_entry("openvino").missing()
+    entry = backend_entry("openvino" if only_openvino and device in ("auto", "cpu") else "onnxruntime")
+    found = entry.open(bundle, device, precision, on_loading)
+    return OpenedBackend(found.session, (f"backend {entry.name}: {reason}", *found.choices))
+
+
+def _onnxruntime_gpu(device: str) -> tuple[bool, str]:
+    """Whether ONNX Runtime would use a GPU for this device, and why."""
+    if device != "auto":
+        return device != "cpu", "as asked"
+    if backend_entry("onnxruntime").missing():
+        return False, "ONNX Runtime is not installed"
+    from spmdeploy.gpu.driver import visible_gpus
+
+    try:
+        if not visible_gpus():
+            return False, "the driver shows no GPU"
+    except OSError as exc:
+        return False, str(exc)
+    from spmdeploy.backends.onnxruntime import best_device  # imports ONNX Runtime, which takes long
+
+    best, why = best_device()
+    return best != "cpu", why
+
+
+def _open_bf16(bundle: Bundle, on_loading: OnLoading) -> tuple[OpenedBackend | None, str]:
+    if backend_entry("openvino").missing():
+        return None, "it is not installed"
+    from spmdeploy.backends.openvino import open_proved_bf16
+
+    return open_proved_bf16(bundle, on_loading)
+
+
+def _open_openvino(bundle: Bundle, device: str, precision: str, on_loading: OnLoading) -> OpenedBackend:
+    from spmdeploy.backends.openvino import open_openvino
+
+    return open_openvino(bundle, device, precision, on_loading)
 
 
 def _open_onnxruntime(bundle: Bundle, device: str, precision: str, on_loading: OnLoading) -> OpenedBackend:
@@ -206,6 +255,12 @@ def _onnxruntime_checks() -> Sequence[Check]:
     from spmdeploy.backends.doctor import check_onnxruntime
 
     return check_onnxruntime()
+
+
+def _openvino_checks() -> Sequence[Check]:
+    from spmdeploy.backends.doctor import check_openvino
+
+    return check_openvino()
 
 
 def _torch_checks() -> Sequence[Check]:
@@ -254,6 +309,16 @@ for _entry in (
         extra="cpu",
         bench_rows=("onnxruntime", "onnxruntime-plain", "onnxruntime-cuda"),
         checks=_onnxruntime_checks,
+    ),
+    BackendEntry(
+        "openvino",
+        _open_openvino,
+        "the bundle's plain graphs in OpenVINO, in bf16 where the processor multiplies it",
+        precisions=("fp32", "bf16"),
+        modules=("openvino",),
+        extra="openvino",
+        bench_rows=("openvino", "openvino-plain"),
+        checks=_openvino_checks,
     ),
 ):
     register(_entry)

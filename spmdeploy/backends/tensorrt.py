@@ -22,7 +22,7 @@ from spmdeploy.gpu.buffers import EngineMemory
 from spmdeploy.gpu.device import Device
 from spmdeploy.tiling.letterbox import Letterbox
 from spmdeploy.tiling.pyramid import PyramidLevel
-from spmdeploy.types import ModelInput
+from spmdeploy.types import BackendPrecision, ModelInput
 
 HostArrays = Mapping[str, NDArray[Any]]
 _NAMES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
@@ -62,7 +62,7 @@ class TensorRtSession:
         record = edit.require_compatible()
         self.backend: str = record.runtime
         self.device = f"cuda:{ordinal}"
-        self.precision = record.precision
+        self.precision: BackendPrecision = record.precision
         self.size = size
         self.refine_unsupported = refine if isinstance(refine, Unsupported) else None
         self.refines = self.refine_unsupported is None

@@ -6,7 +6,7 @@ A backend named by the user is opened or refused with the reason, never replaced
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from functools import partial
 from typing import Any, Protocol
@@ -17,7 +17,9 @@ from numpy.typing import NDArray
 from spmdeploy.backends import registry
 from spmdeploy.backends.base import Backend, check_device
 from spmdeploy.backends.onnxruntime import OnnxRuntimeSession
+from spmdeploy.backends.openvino import OpenVinoSession, bf16_support, import_openvino
 from spmdeploy.backends.tensorrt import TensorRtSession
+from spmdeploy.backends.threads import available_threads
 from spmdeploy.bench.results import BackendInfo
 from spmdeploy.bundle.bundle import Bundle
 from spmdeploy.bundle.manifest import EDIT, ON_CPU, GraphRecord
@@ -29,7 +31,7 @@ from spmdeploy.types import ModelInput
 
 REFERENCE_BACKEND = "torch"
 """The plain generator in eager PyTorch; in FP32 it is the reference for results and the baseline for ratios."""
-_COMPARISONS = ("torch-compile", "onnxruntime-plain")
+_COMPARISONS = ("torch-compile", "onnxruntime-plain", "openvino-plain")
 """Backends that `spmdeploy edit` does not offer."""
 
 
@@ -49,6 +51,8 @@ def open_backend(bundle: Bundle, name: str, device: str, precision: str) -> Back
         return _open_torch(bundle, name, chosen, precision)
     if name == "onnxruntime-plain":
         return _open_plain_onnxruntime(bundle, precision)
+    if name == "openvino-plain":
+        return _open_plain_openvino(bundle, precision)
     return registry.open_backend(bundle, name.removesuffix("-cuda"), chosen, precision).session
 
 
@@ -59,7 +63,8 @@ def default_precisions(name: str, device: str) -> tuple[str, ...]:
         return ("fp32", "fp16") if on_gpu else ("fp32", "bf16")
     if on_gpu:
         return ("fp16", "fp32")
-    offered = registry.backend_entry(name).precisions if name in registry.backend_names() else ()
+    backend = name.removesuffix("-plain")
+    offered = registry.backend_entry(backend).precisions if backend in registry.backend_names() else ()
     return ("fp32", "bf16") if "bf16" in offered else ("auto",)
 
 
@@ -93,7 +98,9 @@ def has_torch() -> bool:
 
 def describe(session: Backend, bundle: Bundle) -> BackendInfo:
     """Facts of an opened session for the record."""
-    threads = None
+    threads = (
+        available_threads() if session.device == "cpu" and session.backend in ("onnxruntime", "openvino") else None
+    )
     if session.backend in (REFERENCE_BACKEND, "torch-compile"):
         from spmdeploy.bench.torch_backends import threads_of
 
@@ -112,14 +119,17 @@ def loaded_bytes(session: Backend, bundle: Bundle) -> int | None:
     """Bytes of the graphs or engines loaded so far, shared weights counted once; None for backends without files."""
     if isinstance(session, TensorRtSession):
         return session.engine_bytes
-    if not isinstance(session, OnnxRuntimeSession):
+    if isinstance(session, OpenVinoSession):
+        graphs: Iterable[GraphRecord] = session.loaded
+    elif isinstance(session, OnnxRuntimeSession):
+        graphs = filter(None, (_record_of(session, bundle, name) for name in session.loaded))
+    else:
         return None
-    graphs = filter(None, (_record_of(session, bundle, name) for name in session.loaded))
     return sum(bundle.files()[name] for name in {name for graph in graphs for name in graph.files})
 
 
 def graph_of(session: Backend, bundle: Bundle) -> GraphRecord | None:
-    """The record of the edit graph that a session has loaded; only ONNX Runtime loads one."""
+    """The record of the edit graph that a session has loaded; only ONNX Runtime is profiled."""
     return _record_of(session, bundle, EDIT) if session.backend == "onnxruntime" else None
 
 
@@ -138,7 +148,7 @@ def _device_of(name: str, device: str) -> str:
         if device == "cpu":
             raise UnavailableError(f"{name} runs on GPUs only, but --device is cpu", "leave --device out")
         return "cuda:0" if device == "auto" else device
-    if name in ("onnxruntime", "onnxruntime-plain"):
+    if name in ("onnxruntime", "onnxruntime-plain", "openvino", "openvino-plain"):
         if device not in ("auto", "cpu"):
             raise UnavailableError(
                 f"{name} means the CPU here, but --device is {device}", "on a GPU: --backend onnxruntime-cuda"
@@ -162,6 +172,17 @@ def _open_plain_onnxruntime(bundle: Bundle, precision: str) -> Backend:
     if precision not in ("auto", "fp32"):
         raise UnavailableError("onnxruntime-plain computes in fp32 on CPUs", "leave --precision out")
     return PlainOnnxRuntimeSession(bundle.read_graph(bundle.graph(EDIT, "fp32")), "fp32")
+
+
+def _open_plain_openvino(bundle: Bundle, precision: str) -> Backend:
+    registry.backend_entry("openvino").require_installed()
+    library = import_openvino()
+    feature, problem = bf16_support()
+    if precision == "bf16" and not feature:
+        raise UnavailableError(f"bf16 is refused: {problem}", "use --precision fp32")
+    if precision not in ("auto", "fp32", "bf16"):
+        raise UnavailableError("openvino-plain computes in fp32 and bf16", "leave --precision out")
+    return OpenVinoSession(library, library.Core(), bundle, "bf16" if precision == "bf16" else "fp32", as_exported=True)
 
 
 class DeviceRun(Protocol):

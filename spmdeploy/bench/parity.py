@@ -10,20 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spmdeploy.backends.verify import Deviation, GoldenResult, measure_deviation
-from spmdeploy.bundle.bundle import Bundle
 from spmdeploy.bundle.manifest import ParityLimits
-from spmdeploy.errors import UnavailableError
 
 IN_THIS_RUN = "eager PyTorch in FP32, in this run"
 GOLDEN = "the bundle's golden edits, made by PyTorch in FP32 at export"
-_HALF_LIMITS = ParityLimits(max_grey=48, mean_grey=1.0, min_psnr_db=40)
-_DEFAULT_LIMITS = {
-    "fp16": _HALF_LIMITS,
-    "tf32": _HALF_LIMITS,
-    "bf16": ParityLimits(max_grey=64, mean_grey=2.0, min_psnr_db=36),
-}
-"""For reduced precisions that the bundle states no limits for. bf16 has three bits of mantissa less than FP16: measured
-31 levels, mean 1.1 and 41 dB with random weights, 13 levels and 49 dB with trained ones."""
 
 
 @dataclass(frozen=True)
@@ -73,19 +63,6 @@ def check_golden_parity(golden: Sequence[GoldenResult]) -> Parity:
 
 def golden_problems(golden: Sequence[GoldenResult]) -> list[str]:
     return [f"golden edit {result.name}: {fault}" for result in golden for fault in result.problems]
-
-
-def limits_of(bundle: Bundle, precision: str) -> ParityLimits:
-    """Allowed deviation in a precision. Raises UnavailableError if the bundle states none."""
-    for name, limits in bundle.manifest.limits.items():
-        if name == precision:
-            return limits
-    if precision in _DEFAULT_LIMITS:
-        return _DEFAULT_LIMITS[precision]
-    raise UnavailableError(
-        f"the bundle states no limits for {precision}, so its results cannot be checked",
-        f"export it with --precision {precision}",
-    )
 
 
 def _parity(against: str, deviation: Deviation, faults: Sequence[str]) -> Parity:

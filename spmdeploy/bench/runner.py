@@ -12,10 +12,10 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from numpy.typing import NDArray
 
-from spmdeploy.backends.verify import GoldenResult
+from spmdeploy.backends.verify import GoldenResult, limits_of
 from spmdeploy.bench.backends import cold_start_options
 from spmdeploy.bench.cold_start import ColdStart
-from spmdeploy.bench.parity import Parity, check_golden_parity, check_parity, limits_of
+from spmdeploy.bench.parity import Parity, check_golden_parity, check_parity
 from spmdeploy.bench.results import BackendInfo, MemoryUsage, Result, Scope, Status
 from spmdeploy.bench.schedule import Round, StopCondition, run_interleaved, warm_up
 from spmdeploy.bench.worker import BackendCrashedError, FirstRun, Measurable, Worker

@@ -20,7 +20,7 @@ from spmdeploy.bundle.bundle import Bundle
 from spmdeploy.errors import UnavailableError, UsageError
 from spmdeploy.model.deploy import EditGraph, RefineGraph
 from spmdeploy.model.generator import Generator
-from spmdeploy.types import LayoutInput, ModelInput, Precision
+from spmdeploy.types import BackendPrecision, LayoutInput, ModelInput
 
 PRECISIONS = ("fp32", "tf32", "fp16", "bf16")
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -42,7 +42,7 @@ class BaselineSession(TorchSession):
             generator = generator.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         super().__init__(generator if dtype is None else generator.to(dtype), device)
         self.backend = "torch-compile" if compiled else "torch"
-        self.precision = cast(Precision, precision)
+        self.precision = cast(BackendPrecision, precision)
         settings = [] if precision == "fp32" else [precision]
         settings += ["channels_last"] * (dtype is not None or device != "cpu")
         self._compiled = compiled

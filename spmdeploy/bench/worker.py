@@ -30,7 +30,7 @@ from spmdeploy.backends.base import Backend, SupportsLayoutCache
 from spmdeploy.backends.onnxruntime import OnnxRuntimeSession
 from spmdeploy.backends.registry import BackendEntry, backends, register
 from spmdeploy.backends.tensorrt import TensorRtSession
-from spmdeploy.backends.verify import GoldenResult, read_golden, run_golden
+from spmdeploy.backends.verify import GoldenResult, limits_of, read_golden, run_golden
 from spmdeploy.bench.backends import (
     REFERENCE_BACKEND,
     DeviceRun,
@@ -42,7 +42,6 @@ from spmdeploy.bench.backends import (
     time_on_device,
 )
 from spmdeploy.bench.machine import GpuMeter, nvml
-from spmdeploy.bench.parity import limits_of
 from spmdeploy.bench.profile import Profile, profile_onnxruntime, profile_torch
 from spmdeploy.bench.results import BackendInfo, MemoryUsage
 from spmdeploy.bench.schedule import Round, Timeable

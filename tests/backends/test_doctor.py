@@ -190,6 +190,7 @@ def test_the_table_of_backends(machine: Machine) -> None:
         "torch",
         "onnxruntime on cuda",
         "onnxruntime on cpu",
+        "openvino on cpu",
         "export",
     ]
     for finding in machine.run_checks().values():

@@ -117,7 +117,7 @@ def test_check_batches_wrong_batch_fails(golden: GoldenSample) -> None:
 
 def test_check_cached_layout_other_bytes_fail(golden: GoldenSample) -> None:
     session: Any = FakeSession(cached=lambda inputs: inverted(inputs) ^ np.uint8(1))
-    assert "differs from the plain run by up to 1" in (check_cached_layout(session, golden).reason or "")
+    assert "differs from the plain run by up to 1" in (check_cached_layout(session, golden, BUILTIN).reason or "")
 
 
 def test_check_large_edit_without_refine_is_skipped(golden: GoldenSample) -> None:

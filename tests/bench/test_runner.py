@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 import spmdeploy
-from spmdeploy.backends.verify import Deviation, GoldenResult
-from spmdeploy.bench.parity import GOLDEN, IN_THIS_RUN, limits_of
+from spmdeploy.backends.verify import Deviation, GoldenResult, limits_of
+from spmdeploy.bench.parity import GOLDEN, IN_THIS_RUN
 from spmdeploy.bench.results import BackendInfo, MemoryUsage, Result
 from spmdeploy.bench.run import exit_error
 from spmdeploy.bench.runner import BackendUnderTest, Case, CaseRunner, without_folders

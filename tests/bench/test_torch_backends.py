@@ -9,8 +9,7 @@ import pytest
 import torch
 
 import spmdeploy
-from spmdeploy.backends.verify import measure_deviation
-from spmdeploy.bench.parity import limits_of
+from spmdeploy.backends.verify import limits_of, measure_deviation
 from spmdeploy.bench.torch_backends import BaselineSession, open_baseline, set_fp32_mode
 from spmdeploy.bench.workloads import edit_batch
 from spmdeploy.bundle.bundle import open_bundle

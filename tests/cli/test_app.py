@@ -322,7 +322,8 @@ WITH_LAST_WORDS = (
 
 
 def test_an_edit_ends_when_all_is_said(files: Edit, tmp_path: Path) -> None:
-    ran = process(*files.words(json=True), driver=WITH_LAST_WORDS)
+    words = (*files.words(json=True), "--backend", "onnxruntime")
+    ran = process(*words, driver=WITH_LAST_WORDS)
     assert ran.code == 0 and ran.json["output"] == str(files.output)
     assert "device cpu" in ran.err.splitlines()[-1] or "precision" in ran.err.splitlines()[-1]
     ran = process(*files.words(), driver=WITH_LAST_WORDS)  # there is an output already

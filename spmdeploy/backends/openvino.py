@@ -1,0 +1,464 @@
+"""Runs a bundle's graphs in OpenVINO: in FP32, or in bf16 on processors that multiply it.
+
+The plain graphs are compiled for one image: with a batch of unknown size OpenVINO takes twice the time (2026.4), and
+batches of a fixed size are no faster by the image (two cores with AMX). Compiled graphs are cached, because compiling
+takes seconds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import re
+import tempfile
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spmdeploy.backends.base import OpenedBackend, Unsupported
+from spmdeploy.backends.graph_cache import cache_key, cpu_features, open_cached
+from spmdeploy.backends.threads import available_threads
+from spmdeploy.bundle.bundle import Bundle
+from spmdeploy.bundle.manifest import EDIT, LAYOUT, PICTURE, REFINE, GraphRecord
+from spmdeploy.errors import BundleError, OutOfMemoryError, SpmDeployError, UnavailableError
+from spmdeploy.types import BackendPrecision, LayoutInput, ModelInput
+
+if TYPE_CHECKING:
+    from spmdeploy.backends.base import LayoutRun
+
+logger = logging.getLogger("spmdeploy")
+
+CpuPrecision = Literal["fp32", "bf16"]
+MIN_VERSION = (2026, 4)
+"""The oldest version that this was run with."""
+BF16_FEATURES = ("amx_bf16", "avx512_bf16")
+"""Instruction sets that multiply bf16, the faster first. Without them OpenVINO converts, or computes in FP32."""
+_OPENVINO_NAMES: dict[str, str] = {"fp32": "f32", "bf16": "bf16"}
+_PORTS = {"image": "u8", "labels": "u8", "instances": "i32", "mask": "u8", "coarse": "f32"}
+_COMPILED, _PROOF = "compiled.blob", "golden.json"
+Tensors = Mapping[str, Any]
+"""OpenVINO tensors by name."""
+
+
+def open_openvino(
+    bundle: Bundle, device: str, precision: str, on_loading: Callable[[], None] = lambda: None
+) -> OpenedBackend:
+    """Open the plain graphs of a bundle on the CPU.
+
+    Args:
+        bundle: Must hold the FP32 `edit` graph.
+        device: auto or cpu.
+        precision: auto (bf16 where the processor multiplies it, else fp32), fp32 or bf16.
+        on_loading: Called before a graph is loaded.
+
+    Raises:
+        UnavailableError: OpenVINO is missing, too old, refuses the graph, or does not compute in the precision.
+        BundleError: The bundle holds no plain FP32 graph.
+    """
+    library = import_openvino()
+    core = library.Core()
+    feature, problem = bf16_support()
+    choices: list[str] = []
+    if precision == "auto":
+        precision = "bf16" if feature else "fp32"
+        why = f"faster by {feature}" if feature else problem
+    elif precision == "bf16" and not feature:
+        raise UnavailableError(f"bf16 is refused: {problem}", "use --precision fp32")
+    else:
+        why = ""
+    on_loading()
+    session = OpenVinoSession(library, core, bundle, "bf16" if precision == "bf16" else "fp32")
+    if why:
+        choices.append(f"precision {precision}: {why}; {session.read_back}")
+    return OpenedBackend(session, tuple(choices))
+
+
+def open_proved_bf16(bundle: Bundle, on_loading: Callable[[], None] = lambda: None) -> tuple[OpenedBackend | None, str]:
+    """The session in bf16 if its golden edits are within the limits, or None; and why.
+
+    Whether they are is measured once for a bundle, processor and version of OpenVINO, and kept in the graph cache: runs
+    on one machine choose alike.
+    """
+    feature, problem = bf16_support()
+    if problem:
+        return None, problem
+    try:
+        opened = open_openvino(bundle, "cpu", "bf16", on_loading)
+        session = opened.session
+        assert isinstance(session, OpenVinoSession)
+        faults, worst = _proof(session, bundle)
+    except (SpmDeployError, ModuleNotFoundError) as exc:
+        return None, str(exc)
+    if faults:
+        session.close()
+        return None, f"golden edits differ in bf16: {faults}"
+    return opened, f"faster by {feature}; {session.read_back}; golden edits differ by at most {worst} gray levels"
+
+
+def _proof(session: OpenVinoSession, bundle: Bundle) -> tuple[str, int]:
+    """What is wrong with the golden edits, and their largest difference; from the cache where it is known."""
+    from spmdeploy.backends.verify import verify  # late: known results need no images
+
+    def measure(folder: Path | None = None) -> tuple[str, int]:
+        results = verify(session, bundle)
+        faults = "; ".join(f"{result.name}: {fault}" for result in results for fault in result.faults)
+        worst = max(result.drift.max_grey for result in results)
+        if folder is not None:
+            (folder / _PROOF).write_text(json.dumps({"faults": faults, "max_grey": worst}), encoding="utf-8")
+        return faults, worst
+
+    def read(folder: Path) -> tuple[str, int]:
+        known = json.loads((folder / _PROOF).read_text(encoding="utf-8"))
+        return str(known["faults"]), int(known["max_grey"])
+
+    sums = hashlib.sha256(bundle.sums).hexdigest()
+    return open_cached(cache_key("golden edits", session.provider, session.precision, sums), read, measure, measure)
+
+
+def bf16_support() -> tuple[str, str]:
+    """The instruction set of this processor that multiplies bf16; or an empty string, and why there is none."""
+    features = cpu_features().split()
+    found = next((name for name in BF16_FEATURES if name in features), "")
+    return found, "" if found else f"this processor has neither {' nor '.join(BF16_FEATURES)}"
+
+
+def import_openvino() -> Any:
+    """The openvino module. Raises UnavailableError with the command that installs it."""
+    install = 'pip install "spmdeploy[openvino]"'
+    try:
+        import openvino
+    except ImportError as exc:
+        raise UnavailableError(f"OpenVINO cannot be imported: {exc}", f"install it: {install}") from exc
+    version = short_version(openvino)
+    numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+    if numbers < MIN_VERSION:
+        needed = ".".join(map(str, MIN_VERSION))
+        raise UnavailableError(f"OpenVINO {version} is too old, {needed} is needed", f"{install} --upgrade")
+    return openvino
+
+
+def short_version(library: Any) -> str:
+    """The version without the number of the build: 2026.4.1."""
+    version: str = library.__version__.partition("-")[0]
+    return version
+
+
+class OpenVinoSession:
+    """The `edit` graph in OpenVINO, and the others from their first use on; may be used from several threads at once,
+    which take turns."""
+
+    backend = "openvino"
+    device = "cpu"
+    notes: tuple[str, ...] = ()
+
+    def __init__(
+        self, library: Any, core: Any, bundle: Bundle, precision: CpuPrecision, as_exported: bool = False
+    ) -> None:
+        """as_exported: batches of any size, without the cache; slower, a baseline.
+
+        Raises BundleError, UnavailableError, OutOfMemoryError.
+        """
+        self.precision: BackendPrecision = precision
+        self.provider = f"CPU (openvino {short_version(library)})"
+        self.size = bundle.manifest.native_size
+        self._loader = _Loader(library, core, bundle, precision, as_exported)
+        self._loading = threading.Lock()
+        self._edit: CompiledGraph | None = self._loader.load(bundle.graph(EDIT, "fp32"))
+        self._refine: CompiledGraph | None = None
+        self._parts: tuple[CompiledGraph, CompiledGraph] | None = None
+        there = {record.graph: record for record in bundle.manifest.graphs if record.precision == "fp32"}
+        self._refine_record = there.get(REFINE)
+        self._part_records = (there[LAYOUT], there[PICTURE]) if LAYOUT in there and PICTURE in there else None
+        self.refines = self._refine_record is not None
+        lack = Unsupported("the bundle holds no plain refine graph in fp32", "export it again with one")
+        self.refine_unsupported = None if self.refines else lack
+
+    def run(self, inputs: ModelInput) -> NDArray[np.uint8]:
+        edited: NDArray[np.uint8] = _open(self._edit).run(inputs._asdict(), "edited")
+        return edited
+
+    def run_unrounded(self, inputs: ModelInput) -> NDArray[np.float32]:
+        unrounded: NDArray[np.float32] = _open(self._edit).run(inputs._asdict(), "unrounded")
+        return unrounded
+
+    def refine(self, inputs: ModelInput, coarse: NDArray[np.float32]) -> NDArray[np.float32]:
+        with self._loading:
+            _open(self._edit)
+            if self._refine is None:
+                if self._refine_record is None:
+                    assert self.refine_unsupported is not None
+                    raise BundleError(*self.refine_unsupported)
+                self._refine = self._loader.load(self._refine_record)
+        unrounded: NDArray[np.float32] = self._refine.run({**inputs._asdict(), "coarse": coarse}, "unrounded")
+        return unrounded
+
+    def bind_layout(self, layout: LayoutInput) -> LayoutRun:
+        """Runs the `layout` graph now. Both graphs are loaded at the first call; bundles of schema 1 have none."""
+        if self._part_records is None:
+            return lambda image: self.run(ModelInput(image, *layout))
+        with self._loading:
+            _open(self._edit)
+            if self._parts is None:
+                first, second = self._part_records
+                self._parts = self._loader.load(first), self._loader.load(second)
+        layout_graph, picture_graph = self._parts
+        bound = [
+            picture_graph.bind(layout_graph.compute(given) | picture_graph.own_inputs(given))
+            for given in _singles(layout._asdict())
+        ]
+
+        def run(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+            return np.concatenate([one(image[[index]]) for index, one in enumerate(bound)])
+
+        return run
+
+    @property
+    def loaded(self) -> tuple[GraphRecord, ...]:
+        """Records of the whole graphs that are loaded: `refine` is from its first use on."""
+        return tuple(graph.record for graph in (self._edit, self._refine) if graph is not None)
+
+    @property
+    def read_back(self) -> str:
+        """What the convolutions of the edit graph really compute in, as OpenVINO's compiled graph says."""
+        return _open(self._edit).read_back
+
+    def close(self) -> None:
+        with self._loading:
+            self._edit = self._refine = self._parts = None
+
+
+def _open(graph: CompiledGraph | None) -> CompiledGraph:
+    if graph is None:
+        raise UnavailableError("the session was closed", "open another")
+    return graph
+
+
+class CompiledGraph:
+    """A graph compiled for one image, which computes in the precision that it was compiled for."""
+
+    def __init__(self, library: Any, compiled: Any, record: GraphRecord, precision: CpuPrecision) -> None:
+        """Raises UnavailableError if a convolution computes in another precision."""
+        self.record = record
+        self._library, self._compiled = library, compiled
+        self._request: Any = compiled.create_infer_request()
+        self._running = threading.Lock()
+        self._inputs = [port.get_any_name() for port in compiled.inputs]
+        self._outputs = [port.get_any_name() for port in compiled.outputs]
+        self.read_back = _check_precision(compiled, record, precision)
+
+    def run(self, inputs: Mapping[str, NDArray[Any]], output: str) -> NDArray[Any]:
+        """One output for a batch, computed image by image."""
+        results = []
+        with self._running, _translated_errors(self.record):
+            for given in _singles(inputs):
+                self._set(self._request, given)
+                self._request.infer()
+                results.append(np.array(self._request.get_tensor(output).data))
+        return np.concatenate(results)
+
+    def compute(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
+        """All outputs for one image, as tensors of OpenVINO: numpy has no bf16."""
+        with self._running, _translated_errors(self.record):
+            self._set(self._request, {name: value for name, value in inputs.items() if name in self._inputs})
+            self._request.infer()
+            return {name: self._copy(self._request.get_tensor(name)) for name in self._outputs}
+
+    def own_inputs(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
+        """Those of the arrays that the graph reads, as tensors of OpenVINO."""
+        return {name: self._tensor(value) for name, value in inputs.items() if name in self._inputs}
+
+    def bind(self, tensors: Tensors) -> Callable[[NDArray[np.uint8]], NDArray[np.uint8]]:
+        """A function from an image, uint8 (1, S, S, 3), to the edited one, with all other inputs given."""
+        if missing := set(self._inputs) - {*tensors, "image"}:
+            raise BundleError(
+                f"the picture graph reads {min(missing)}, which the layout graph does not compute",
+                "export the bundle again",
+            )
+        request = self._compiled.create_infer_request()
+        for name, tensor in tensors.items():
+            request.set_tensor(name, tensor)
+
+        def run(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+            with self._running, _translated_errors(self.record):
+                self._set(request, {"image": image})
+                request.infer()
+                return np.array(request.get_tensor("edited").data)
+
+        return run
+
+    def _set(self, request: Any, inputs: Mapping[str, NDArray[Any]]) -> None:
+        for name, value in inputs.items():
+            request.set_tensor(name, self._tensor(value))
+
+    def _tensor(self, value: NDArray[Any]) -> Any:
+        return self._library.Tensor(np.ascontiguousarray(value))
+
+    def _copy(self, tensor: Any) -> Any:
+        copy = self._library.Tensor(tensor.get_element_type(), tensor.get_shape())
+        tensor.copy_to(copy)
+        return copy
+
+
+def _singles(inputs: Mapping[str, NDArray[Any]]) -> Iterator[dict[str, NDArray[Any]]]:
+    """The images of a batch, each a batch of one."""
+    for index in range(len(next(iter(inputs.values())))):
+        yield {name: value[index : index + 1] for name, value in inputs.items()}
+
+
+class _Loader:
+    """Compiles graphs of a bundle, or takes them from the cache."""
+
+    def __init__(self, library: Any, core: Any, bundle: Bundle, precision: CpuPrecision, as_exported: bool) -> None:
+        self._library, self._core, self._bundle, self._precision = library, core, bundle, precision
+        self._as_exported = as_exported
+        self._config = {
+            "INFERENCE_PRECISION_HINT": _OPENVINO_NAMES[precision],  # bf16 by default where the processor has it
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_NUM_THREADS": available_threads(),
+            "ENABLE_CPU_PINNING": False,  # several processes would be pinned to the same cores
+        }
+
+    def load(self, record: GraphRecord) -> CompiledGraph:
+        content = [self._bundle.digest(name) for name in record.files]
+        facts = ("openvino", self._library.__version__, record.graph, self._precision, *content)
+        with _translated_errors(record):
+            if self._as_exported:
+                compiled = self._compile(record)
+            else:
+                compiled = open_cached(
+                    cache_key(*facts),
+                    load=self._import,
+                    make=lambda folder: self._make(record, folder),
+                    plain=lambda: self._compile(record),
+                )
+            return CompiledGraph(self._library, compiled, record, self._precision)
+
+    def _import(self, folder: Path) -> Any:
+        return self._core.import_model(io.BytesIO((folder / _COMPILED).read_bytes()), "CPU", self._config)
+
+    def _make(self, record: GraphRecord, folder: Path) -> Any:
+        compiled = self._compile(record)
+        exported = compiled.export_model()
+        (folder / _COMPILED).write_bytes(exported if isinstance(exported, bytes) else exported.getvalue())
+        return compiled
+
+    def _compile(self, record: GraphRecord) -> Any:
+        logger.warning("compiling the %s graph for OpenVINO in %s, once", record.graph, self._precision)
+        with self._path(record) as path:
+            model = self._core.read_model(str(path))
+            self._check_ports(model, record)
+            if not self._as_exported:
+                model.reshape({port.get_any_name(): [1, *_item_shape(port)] for port in model.inputs})
+            if self._precision == "bf16" and record.graph in (LAYOUT, PICTURE):
+                model = self._with_bf16_cache(model)
+            return self._core.compile_model(model, "CPU", self._config)
+
+    @contextmanager
+    def _path(self, record: GraphRecord) -> Iterator[Path]:
+        """The path of a graph with its weights beside it, which OpenVINO reads from files alone; a zip is unpacked."""
+        if self._bundle.is_on_disk(record):
+            yield self._bundle.path_of_graph(record)
+            return
+        graph = self._bundle.read_graph(record)
+        with tempfile.TemporaryDirectory(prefix="spmdeploy-", ignore_cleanup_errors=True) as folder:
+            path = Path(folder) / "graph.onnx"
+            path.write_bytes(graph.content)
+            for name, content in graph.weights.items():
+                (Path(folder) / name).write_bytes(content)
+            yield path
+
+    def _check_ports(self, model: Any, record: GraphRecord) -> None:
+        """Raises BundleError if it is another graph than the manifest says."""
+        if record.graph not in (EDIT, REFINE):
+            return
+        size = self._bundle.manifest.native_size
+        shapes = {"image": [size, size, 3], "labels": [size, size], "instances": [size, size], "mask": [size, size]}
+        if record.graph == REFINE:
+            shapes["coarse"] = [size // 2, size // 2, 3]
+        expected = {name: (_PORTS[name], shape) for name, shape in shapes.items()}
+        inputs = {
+            port.get_any_name(): (port.get_element_type().get_type_name(), _item_shape(port)) for port in model.inputs
+        }
+        outputs = {port.get_any_name(): port.get_element_type().get_type_name() for port in model.outputs}
+        if inputs != expected or outputs != {"edited": "u8", "unrounded": "f32"}:
+            raise BundleError(
+                f"the graph is no {record.graph} graph: it takes {inputs} and gives {outputs}",
+                "export the bundle again",
+            )
+
+    def _with_bf16_cache(self, model: Any) -> Any:
+        """The layout or picture graph with cached tensors in bf16, which they are computed in: half the memory."""
+        from openvino.preprocess import PrePostProcessor
+
+        steps = PrePostProcessor(model)
+        given = (*ModelInput._fields, "edited", "unrounded")
+        for ports, step in ((model.inputs, steps.input), (model.outputs, steps.output)):
+            for name in (port.get_any_name() for port in ports):
+                if name not in given:
+                    step(name).tensor().set_element_type(self._library.Type.bf16)
+        return steps.build()
+
+
+def _item_shape(port: Any) -> list[int]:
+    """The shape of a port without the batch."""
+    return [side.get_length() if side.is_static else -1 for side in list(port.get_partial_shape())[1:]]
+
+
+def _check_precision(compiled: Any, record: GraphRecord, precision: CpuPrecision) -> str:
+    """What the convolutions compute in, read from the compiled graph. Raises UnavailableError if not `precision`."""
+    found = convolution_precisions(compiled)
+    wanted = _OPENVINO_NAMES[precision]
+    count = sum(found.values())
+    said = ", ".join(f"{number} in {name}" for name, number in found.most_common())
+    if found[wanted] != count or not count:
+        raise UnavailableError(
+            f"{precision} was asked for, but OpenVINO computes the convolutions of the {record.graph} graph otherwise: "
+            f"{said or 'it has none'}",
+            "choose another --precision or --backend",
+        )
+    return f"all {count} convolutions compute in {precision}"
+
+
+def convolution_precisions(compiled: Any) -> Counter[str]:
+    """Convolutions of a compiled graph by the precision that they execute in, as OpenVINO names it."""
+    layers = (node.rt_info for node in compiled.get_runtime_model().get_ops())
+    return Counter(
+        info["runtimePrecision"].astype(str) for info in layers if info["layerType"].astype(str) == "Convolution"
+    )
+
+
+@contextmanager
+def _translated_errors(record: GraphRecord) -> Iterator[None]:
+    """OpenVINO's exceptions as ours; all are RuntimeErrors, only the messages differ."""
+    try:
+        yield
+    except SpmDeployError:
+        raise
+    except MemoryError as exc:
+        raise _out_of_memory(str(exc)) from exc
+    except Exception as exc:
+        text = shorten_message(str(exc))
+        if any(sign in text.lower() for sign in ("allocate", "bad_alloc", "out of memory")):
+            raise _out_of_memory(text) from exc
+        raise UnavailableError(
+            f"OpenVINO refuses the {record.graph} graph: {text}", "use --backend onnxruntime"
+        ) from exc
+
+
+def _out_of_memory(text: str) -> OutOfMemoryError:
+    return OutOfMemoryError(f"OpenVINO ran out of memory: {text}", "close other programs")
+
+
+def shorten_message(text: str) -> str:
+    """The message of an exception of OpenVINO without the places in its sources, in at most 300 characters."""
+    lines: Sequence[str] = [line.strip() for line in text.splitlines()]
+    kept = [line for line in lines if line and not re.match(r"(Exception from|Check '.*' failed at) ", line)]
+    return " ".join(kept or lines)[:300]
