@@ -166,7 +166,10 @@ def check_openvino() -> list[Check]:
     in_bf16 = f"bf16 by {feature}" if feature else f"fp32 only: {problem}"
     return [
         Check(name, True, f"openvino {short_version(library)}; {in_bf16}"),
-        *(Check(f"openvino on {one}", False, f"{_full_name(core, one)}: not run yet, so not used") for one in others),
+        *(
+            Check(f"openvino on {one}", False, f"{_full_name(core, one)}: not run yet, so not used", "use the CPU")
+            for one in others
+        ),
     ]
 
 

@@ -7,9 +7,7 @@ takes seconds.
 
 from __future__ import annotations
 
-import hashlib
 import io
-import json
 import logging
 import re
 import tempfile
@@ -43,7 +41,7 @@ BF16_FEATURES = ("amx_bf16", "avx512_bf16")
 """Instruction sets that multiply bf16, the faster first. Without them OpenVINO converts, or computes in FP32."""
 _OPENVINO_NAMES: dict[str, str] = {"fp32": "f32", "bf16": "bf16"}
 _PORTS = {"image": "u8", "labels": "u8", "instances": "i32", "mask": "u8", "coarse": "f32"}
-_COMPILED, _PROOF = "compiled.blob", "golden.json"
+_COMPILED = "compiled.blob"
 Tensors = Mapping[str, Any]
 """OpenVINO tensors by name."""
 
@@ -79,48 +77,6 @@ def open_openvino(
     if why:
         choices.append(f"precision {precision}: {why}; {session.read_back}")
     return OpenedBackend(session, tuple(choices))
-
-
-def open_proved_bf16(bundle: Bundle, on_loading: Callable[[], None] = lambda: None) -> tuple[OpenedBackend | None, str]:
-    """The session in bf16 if its golden edits are within the limits, or None; and why.
-
-    Whether they are is measured once for a bundle, processor and version of OpenVINO, and kept in the graph cache: runs
-    on one machine choose alike.
-    """
-    feature, problem = bf16_support()
-    if problem:
-        return None, problem
-    try:
-        opened = open_openvino(bundle, "cpu", "bf16", on_loading)
-        session = opened.session
-        assert isinstance(session, OpenVinoSession)
-        faults, worst = _proof(session, bundle)
-    except (SpmDeployError, ModuleNotFoundError) as exc:
-        return None, str(exc)
-    if faults:
-        session.close()
-        return None, f"golden edits differ in bf16: {faults}"
-    return opened, f"faster by {feature}; {session.read_back}; golden edits differ by at most {worst} gray levels"
-
-
-def _proof(session: OpenVinoSession, bundle: Bundle) -> tuple[str, int]:
-    """What is wrong with the golden edits, and their largest difference; from the cache where it is known."""
-    from spmdeploy.backends.verify import verify  # late: known results need no images
-
-    def measure(folder: Path | None = None) -> tuple[str, int]:
-        results = verify(session, bundle)
-        faults = "; ".join(f"{result.name}: {fault}" for result in results for fault in result.faults)
-        worst = max(result.drift.max_grey for result in results)
-        if folder is not None:
-            (folder / _PROOF).write_text(json.dumps({"faults": faults, "max_grey": worst}), encoding="utf-8")
-        return faults, worst
-
-    def read(folder: Path) -> tuple[str, int]:
-        known = json.loads((folder / _PROOF).read_text(encoding="utf-8"))
-        return str(known["faults"]), int(known["max_grey"])
-
-    sums = hashlib.sha256(bundle.sums).hexdigest()
-    return open_cached(cache_key("golden edits", session.provider, session.precision, sums), read, measure, measure)
 
 
 def bf16_support() -> tuple[str, str]:

@@ -203,7 +203,7 @@ def _onnxruntime_gpu(device: str) -> tuple[bool, str]:
 def _open_bf16(bundle: Bundle, on_loading: OnLoading) -> tuple[OpenedBackend | None, str]:
     if backend_entry("openvino").missing():
         return None, "it is not installed"
-    from spmdeploy.backends.openvino import open_proved_bf16
+    from spmdeploy.backends.select_cpu import open_proved_bf16
 
     return open_proved_bf16(bundle, on_loading)
 

@@ -115,7 +115,7 @@ def check_cached_layout(session: Backend, golden: GoldenSample, bundle: Bundle) 
     run = session.bind_layout(LayoutInput(inputs.labels, inputs.instances, inputs.mask))
     difference = measure_deviation(run(inputs.image), session.run(inputs), inputs.mask)
     if session.backend == "openvino":
-        faults = difference.faults(limits_of(bundle, session.precision))
+        faults = difference.problems(limits_of(bundle, session.precision))
     elif difference.max_grey:
         faults = [f"differs from the plain run by up to {difference.max_grey} gray levels"]
     else:
