@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 VERSIONS = ("3.10", "3.11", "3.12", "3.13")
 SAMPLE = ROOT / "spmdeploy/assets/samples/car_away"
-TESTS = ("tests/tiling", "tests/imaging", "tests/bundle", "tests/editing", "tests/gpu", "tests/engines")
+TESTS = ("tests/tiling", "tests/imaging", "tests/bundle", "tests/editing", "tests/engines")
 NEEDS_TORCH = ("tests/editing/test_prepare.py",)
 
 

@@ -211,7 +211,7 @@ def test_the_same_settings_give_the_same_bytes_whatever_the_batch() -> None:
 
 
 def test_batches_and_threads_change_a_real_network_by_a_grey_level_at_most() -> None:
-    import torch
+    torch = pytest.importorskip("torch")
 
     from spmdeploy.backends.pytorch import TorchSession
     from spmdeploy.model.generator import Generator, GeneratorConfig
