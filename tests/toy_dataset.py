@@ -27,14 +27,14 @@ def _one_thread() -> Iterator[None]:
 
 
 def write_data_folder(
-    root: Path, pictures: int, classes: tuple[str, ...] = CLASSES, size: tuple[int, int] = (140, 180)
+    root: Path, images: int, classes: tuple[str, ...] = CLASSES, size: tuple[int, int] = (140, 180)
 ) -> Path:
-    """Skies over roads with one car each: every pixel's color follows from its class."""
+    """Writes skies over roads with one car each: the color of a pixel depends on its class alone."""
     height, width = size
     for split in ("train", "test"):
         for kind in ("images", "labels"):
             (root / split / kind).mkdir(parents=True)
-        for index in range(pictures):
+        for index in range(images):
             labels = np.zeros((height, width), np.uint8)
             labels[height // 2 :] = 1
             labels[height // 2 : height // 2 + 40, 20 + index : 80 + index] = 2
@@ -48,7 +48,7 @@ def write_data_folder(
 
 @pytest.fixture(scope="session")
 def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_data_folder(tmp_path_factory.mktemp("data"), pictures=6)
+    return write_data_folder(tmp_path_factory.mktemp("data"), images=6)
 
 
 @pytest.fixture

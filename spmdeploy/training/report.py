@@ -43,7 +43,7 @@ def write_report(output: Path) -> Path:
             if name not in POSITION and isinstance(value, int | float):
                 curves[f"{record['kind']}: {name}"].append((record["images"], value))
     for record, images_per_second in _speeds(records):
-        curves["images per second"].append((record["images"], images_per_second))
+        curves["samples per second"].append((record["images"], images_per_second))
     charts = "\n".join(_chart(name, points) for name, points in sorted(curves.items()))
     sheets = sorted(output.glob("samples/*.png"))[-SHEETS:]
     images = "\n".join(_figure(sheet) for sheet in reversed(sheets))
@@ -91,7 +91,7 @@ def _chart(name: str, points: Points) -> str:
         f'<text x="2" y="34" font-size="11">{high:.3g}</text>'
         f'<text x="2" y="{HEIGHT - 24}" font-size="11">{low:.3g}</text>'
         f'<text x="{MARGIN}" y="{HEIGHT - 6}" font-size="11">{left:g}</text>'
-        f'<text x="{WIDTH - 10}" y="{HEIGHT - 6}" font-size="11" text-anchor="end">{right:g} images</text>'
+        f'<text x="{WIDTH - 10}" y="{HEIGHT - 6}" font-size="11" text-anchor="end">{right:g} samples</text>'
         f'<polyline fill="none" stroke="#1f5fbf" stroke-width="1.5" points="{line}"/></svg>'
     )
 

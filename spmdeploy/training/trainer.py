@@ -211,7 +211,7 @@ class Trainer:
     def _log(self, report: Report, kind: str, metrics: dict[str, float]) -> None:
         if not self.is_main_process:
             return
-        counts = {"style_skipped": self.progress.style_skipped} if self.config.loss.style else {}
+        counts = {"style_skipped": self.progress.style_skipped} if self.config.loss.style and kind == "train" else {}
         record = {
             "kind": kind,
             "images": self.progress.images,

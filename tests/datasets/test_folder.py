@@ -37,7 +37,7 @@ def samples(root: Path, seed: int = 0, **options: object) -> TrainingSamples:
     return TrainingSamples(DataConfig(str(root), crop=128, validation=0, **options), seed)  # type: ignore[arg-type]
 
 
-def test_a_sample_follows_from_seed_and_position_alone(data_folder: Path) -> None:
+def test_training_samples_depend_on_seed_and_position_only(data_folder: Path) -> None:
     first, second = samples(data_folder), samples(data_folder)
     backwards = [second.at(position) for position in reversed(range(14))]
     for position, sample in zip(range(14), reversed(backwards), strict=True):
@@ -46,7 +46,7 @@ def test_a_sample_follows_from_seed_and_position_alone(data_folder: Path) -> Non
     assert not same(first.at(0), first.at(first.epoch_length))
 
 
-def test_an_epoch_shows_every_picture_once(data_folder: Path) -> None:
+def test_training_samples_epoch_has_every_image_once(data_folder: Path) -> None:
     drawn = samples(data_folder)
     names = [name for _, name in drawn._epoch(3)]
     assert sorted(names) == [f"{index:03d}" for index in range(6)]
@@ -54,7 +54,7 @@ def test_an_epoch_shows_every_picture_once(data_folder: Path) -> None:
 
 
 @pytest.mark.parametrize("smallest_scale", [1.0, 0.8])
-def test_image_and_labels_stay_together(data_folder: Path, smallest_scale: float) -> None:
+def test_training_samples_image_and_labels_stay_aligned(data_folder: Path, smallest_scale: float) -> None:
     drawn = samples(data_folder, min_scale=smallest_scale)
     for position in range(12):
         sample = drawn.at(position)
@@ -64,36 +64,36 @@ def test_image_and_labels_stay_together(data_folder: Path, smallest_scale: float
         assert set(np.unique(sample.instances)) <= {0, 1, 2000}
 
 
-def test_scales_are_drawn_from_their_range(data_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Below 1 a crop covers more of the picture than it has pixels, above 1 less: the picture is enlarged."""
+def test_training_samples_scales_are_within_their_range(data_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Below 1 a crop covers more of the image than it has pixels, above 1 less: the image is enlarged."""
     sides: list[float] = []
 
-    def recorded(picture: AnnotatedImage, side: int, scale: float, *rest: Any) -> AnnotatedImage:
+    def recorded(annotated: AnnotatedImage, side: int, scale: float, *rest: Any) -> AnnotatedImage:
         sides.append(side / scale)
-        return random_crop(picture, side, scale, *rest)
+        return random_crop(annotated, side, scale, *rest)
 
     monkeypatch.setattr(dataset, "random_crop", recorded)
     drawn = samples(data_folder, min_scale=0.95, max_scale=4.0)
-    pictures = [drawn.at(position).image for position in range(30)]
+    images = [drawn.at(position).image for position in range(30)]
     assert 128 / 4 <= min(sides) < 50 and 120 < max(sides) <= 128 / 0.95
-    assert all(picture.shape == (128, 128, 3) for picture in pictures)
+    assert all(image.shape == (128, 128, 3) for image in images)
 
 
-def test_flips_and_crops_vary(data_folder: Path) -> None:
+def test_training_samples_flips_and_crops_vary(data_folder: Path) -> None:
     drawn = samples(data_folder)
     assert len({drawn.at(position).labels.tobytes() for position in range(30)}) > 20
 
 
-def test_a_picture_smaller_than_the_crop_is_enlarged() -> None:
-    picture = AnnotatedImage(
+def test_random_crop_small_image_is_enlarged() -> None:
+    annotated = AnnotatedImage(
         np.zeros((50, 90, 3), np.uint8), np.zeros((50, 90), np.uint8), np.zeros((50, 90), np.int32)
     )
-    cut = random_crop(picture, 128, 1.0, False, np.random.default_rng(0))
+    cut = random_crop(annotated, 128, 1.0, False, np.random.default_rng(0))
     assert cut.image.shape == (128, 128, 3)
     assert cut.labels.shape == cut.instances.shape == (128, 128)
 
 
-def test_relighting_changes_photos_alone_and_never_those_for_validation(data_folder: Path) -> None:
+def test_color_jitter_changes_training_photos_only(data_folder: Path) -> None:
     plain, relighted = (samples(data_folder, color_jitter=strength) for strength in (0.0, 0.3))
     for position in range(6):
         before, after = plain.at(position), relighted.at(position)
@@ -106,7 +106,7 @@ def test_relighting_changes_photos_alone_and_never_those_for_validation(data_fol
 
 
 @given(st.floats(0.01, 1), st.integers(0, 2**32))
-def test_relighting_keeps_the_order_of_levels_and_its_bounds(strength: float, seed: int) -> None:
+def test_jitter_color_is_monotonic_and_bounded(strength: float, seed: int) -> None:
     ramp = np.repeat(np.arange(256, dtype=np.uint8)[None, :, None], 3, axis=2)
     changed = jitter_color(ramp, strength, np.random.default_rng(seed))
     assert changed.dtype == np.uint8 and changed.shape == ramp.shape
@@ -115,7 +115,7 @@ def test_relighting_keeps_the_order_of_levels_and_its_bounds(strength: float, se
     assert (changed[0, 0] == 0).all() and (changed[0, -1] >= np.floor(brightest)).all()
 
 
-def test_validation_is_held_out_with_its_neighbors() -> None:
+def test_split_validation_neighbors_are_in_neither_part() -> None:
     names = tuple(f"{index:03d}" for index in range(100))
     training, held = split_validation(names, 8, 4)
     assert len(held) == 8
@@ -125,12 +125,12 @@ def test_validation_is_held_out_with_its_neighbors() -> None:
     assert sum(index + 1 in taken for index in taken) == 4  # four runs of two
 
 
-def test_holding_everything_out_is_refused() -> None:
+def test_split_validation_without_training_images_is_refused() -> None:
     with pytest.raises(InputError, match="2 images are too few"):
         split_validation(("a", "b"), 2, 1)
 
 
-def test_validation_samples_are_fixed(data_folder: Path) -> None:
+def test_validation_samples_are_the_same_each_time(data_folder: Path) -> None:
     config = DataConfig(str(data_folder), crop=128, validation=2, validation_blocks=1)
     first, second = TrainingSamples(config, 0), TrainingSamples(config, 0)
     assert first.validation_names == ["002", "003"]
@@ -139,7 +139,7 @@ def test_validation_samples_are_fixed(data_folder: Path) -> None:
     assert all(same(one, other) for one, other in pairs)
 
 
-def test_an_extra_folder_is_mapped_by_name(data_folder: Path, tmp_path: Path) -> None:
+def test_extra_folder_classes_are_mapped_by_name(data_folder: Path, tmp_path: Path) -> None:
     extra = write_data_folder(tmp_path / "extra", 4, classes=("road", "sky", "lorry"))
     config = DataConfig(
         str(data_folder), crop=128, validation=0, extra=(ExtraData(str(extra), 0.25, {"lorry": "car"}),)
@@ -154,13 +154,13 @@ def test_an_extra_folder_is_mapped_by_name(data_folder: Path, tmp_path: Path) ->
     assert folder[name].instances.max() == 2000
 
 
-def test_an_unmapped_class_is_named(data_folder: Path, tmp_path: Path) -> None:
+def test_extra_folder_unmapped_class_is_named(data_folder: Path, tmp_path: Path) -> None:
     extra = write_data_folder(tmp_path / "extra", 1, classes=("road", "sky", "lorry"))
     with pytest.raises(InputError, match="class 'lorry' has no counterpart named 'lorry'"):
         TrainingSamples(DataConfig(str(data_folder), validation=0, extra=(ExtraData(str(extra), 0.2),)), 0)
 
 
-def test_annotated_instances_win(data_folder: Path, tmp_path: Path) -> None:
+def test_image_folder_instance_maps_are_preferred(data_folder: Path, tmp_path: Path) -> None:
     root = shutil.copytree(data_folder, tmp_path / "copy")
     (root / "train" / "inst_map").mkdir()
     for path in (root / "train" / "labels").iterdir():
@@ -169,14 +169,14 @@ def test_annotated_instances_win(data_folder: Path, tmp_path: Path) -> None:
     assert (samples(root).at(0).instances == 26007).all()
 
 
-def test_missing_label_maps_are_counted(data_folder: Path, tmp_path: Path) -> None:
+def test_image_folder_missing_label_maps_are_counted(data_folder: Path, tmp_path: Path) -> None:
     root = shutil.copytree(data_folder, tmp_path / "copy")
     (root / "train" / "labels" / "004.png").unlink()
     with pytest.raises(InputError, match="1 images have no label map, the first is 004"):
         samples(root)
 
 
-def test_what_does_not_fit_into_memory_is_read_again(data_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_image_folder_beyond_the_cache_is_read_again(data_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dataset, "CACHE_BYTES", 2 * 140 * 180 * (3 + 1 + 4))
     drawn, again = samples(data_folder), samples(data_folder)
     found = [drawn.at(position) for position in range(12)]
@@ -184,7 +184,7 @@ def test_what_does_not_fit_into_memory_is_read_again(data_folder: Path, monkeypa
     assert all(same(sample, again.at(position)) for position, sample in enumerate(found))
 
 
-def test_no_sample_has_a_hole_of_void(data_folder: Path, tmp_path: Path) -> None:
+def test_training_samples_class_masks_exclude_void(data_folder: Path, tmp_path: Path) -> None:
     root = Path(shutil.copytree(data_folder, tmp_path / "copy"))
     table = json.loads((root / "labels.json").read_text())
     (root / "labels.json").write_text(json.dumps(table | {"void_id": 255}))
@@ -193,9 +193,9 @@ def test_no_sample_has_a_hole_of_void(data_folder: Path, tmp_path: Path) -> None
         labels[:60] = 255  # most of the sky
         Image.fromarray(labels).save(path)
     drawn = samples(root, mask_kinds=("class",))
-    holes = [drawn.at(position) for position in range(12)]
-    assert all(255 not in sample.labels[sample.mask] for sample in holes)
-    assert any(255 in sample.labels for sample in holes)
+    drawn_samples = [drawn.at(position) for position in range(12)]
+    assert all(255 not in sample.labels[sample.mask] for sample in drawn_samples)
+    assert any(255 in sample.labels for sample in drawn_samples)
 
 
 def test_image_folder_undeclared_label_is_refused_before_it_is_trained_on(data_folder: Path, tmp_path: Path) -> None:
@@ -227,7 +227,7 @@ def test_image_folder_hidden_files_are_ignored(data_folder: Path, tmp_path: Path
     assert not any("._" in warning or "DS_Store" in warning for warning in report.warnings)
 
 
-def test_sizes_that_differ_are_named(data_folder: Path, tmp_path: Path) -> None:
+def test_image_folder_sizes_that_differ_are_named(data_folder: Path, tmp_path: Path) -> None:
     root = shutil.copytree(data_folder, tmp_path / "copy")
     for path in (root / "train" / "labels").iterdir():
         Image.fromarray(np.zeros((20, 30), np.uint8)).save(path)
@@ -235,14 +235,14 @@ def test_sizes_that_differ_are_named(data_folder: Path, tmp_path: Path) -> None:
         samples(root).at(0)
 
 
-def test_a_bad_class_table_is_named(tmp_path: Path) -> None:
+def test_read_classes_bad_table_is_named(tmp_path: Path) -> None:
     root = write_data_folder(tmp_path / "bad", 1)
     (root / "labels.json").write_text(json.dumps({"labels": []}))
     with pytest.raises(InputError, match=r"labels\.json"):
         samples(root)
 
 
-def test_batches_are_rgb_from_minus_one_to_one(data_folder: Path) -> None:
+def test_collate_images_are_from_minus_one_to_one(data_folder: Path) -> None:
     sample = samples(data_folder).at(0)
     batch = collate([sample, sample])
     assert batch.image.shape == (2, 3, 128, 128)

@@ -79,7 +79,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_cityscapes(cityscapes: Path, target: Path) -> None:
+def test_prepare_cityscapes_writes_the_paper_sizes(cityscapes: Path, target: Path) -> None:
     done = prepare("cityscapes", cityscapes, target, jobs=1)
     assert (done.pictures, done.made, done.notes) == ({"train": 3, "test": 1}, 4, ())
     assert json.loads(json.dumps(done.to_json()))["pictures"] == {"train": 3, "test": 1}
@@ -95,7 +95,7 @@ def test_cityscapes(cityscapes: Path, target: Path) -> None:
         assert np.array_equal(instances, np.where(labels == 26, 26003, 7))
 
 
-def test_photos_are_antialiased(cityscapes: Path, target: Path) -> None:
+def test_prepare_photos_are_antialiased(cityscapes: Path, target: Path) -> None:
     stripes = np.zeros((1024, 2048, 3), np.uint8)
     stripes[:, ::2] = 201
     save(cityscapes / "leftImg8bit/train/aachen" / f"{TRAIN_STEM}_leftImg8bit.png", stripes)
@@ -107,7 +107,7 @@ def test_photos_are_antialiased(cityscapes: Path, target: Path) -> None:
     assert np.unique(pixels).tolist() == [101]
 
 
-def test_licence_plates_written_as_255_belong_to_the_car(cityscapes: Path, target: Path) -> None:
+def test_prepare_license_plates_of_255_become_car(cityscapes: Path, target: Path) -> None:
     path = cityscapes / "gtFine/train/aachen" / f"{TRAIN_STEM}_gtFine_labelIds.png"
     labels = images.read_labels(path)
     prepare("cityscapes", cityscapes, target, jobs=1)
@@ -119,7 +119,7 @@ def test_licence_plates_written_as_255_belong_to_the_car(cityscapes: Path, targe
     assert contents(target.with_name("with_plates")) == expected
 
 
-def test_ade20k(ade20k: Path, target: Path) -> None:
+def test_prepare_ade20k_keeps_proportions_and_instances(ade20k: Path, target: Path) -> None:
     assert prepare("ade20k", ade20k, target, jobs=1).pictures == {"train": 1, "test": 1}
     assert check_dataset(target).ok
     labels = images.read_labels(target / "test" / "labels" / "ADE_val_00000001.png")
@@ -128,10 +128,10 @@ def test_ade20k(ade20k: Path, target: Path) -> None:
     assert np.unique(labels).tolist() == [4, 20]
     assert np.array_equal(instances, np.where(labels == 20, 3, 0))
     annotated = ImageFolder.open(target, "train")["ADE_train_00000001"]
-    assert np.unique(annotated.instances).tolist() == [4, 20003]  # a thing, so that holes find its box
+    assert np.unique(annotated.instances).tolist() == [4, 20003]  # a thing, so that instance masks find its box
 
 
-def test_ade20k_without_instances(ade20k: Path, target: Path) -> None:
+def test_prepare_ade20k_without_instances_uses_components(ade20k: Path, target: Path) -> None:
     (ade20k / "annotations_instance").rename(ade20k.with_name("elsewhere"))
     done = prepare("ade20k", ade20k, target, jobs=1)
     assert done.notes[0].startswith("2 of 2 photos have no instance map")
@@ -139,7 +139,7 @@ def test_ade20k_without_instances(ade20k: Path, target: Path) -> None:
     assert annotated.instances.max() >= 20000  # the chair, from its connected piece
 
 
-def test_the_things_of_ade20k_are_those_of_the_instance_track() -> None:
+def test_ade20k_things_are_those_of_the_instance_track() -> None:
     names = [class_table("ade20k").classes[thing].name for thing in module.ADE20K_THINGS]
     assert len(set(names)) == 100
     assert {"bed", "person", "chair", "car", "flag"} <= set(names)
@@ -157,11 +157,11 @@ def test_the_things_of_ade20k_are_those_of_the_instance_track() -> None:
         ((200, 220), (256, 282)),  # the only reason to enlarge
     ],
 )
-def test_sizes_of_ade20k(size: tuple[int, int], wanted: tuple[int, int]) -> None:
+def test_ade20k_size_keeps_proportions(size: tuple[int, int], wanted: tuple[int, int]) -> None:
     assert ade20k_size(*size) == wanted
 
 
-def test_several_processes_write_the_same_bytes(cityscapes: Path, target: Path) -> None:
+def test_prepare_several_processes_write_the_same_bytes(cityscapes: Path, target: Path) -> None:
     seen: list[tuple[int, int]] = []
     prepare("cityscapes", cityscapes, target, jobs=1)
     prepare(
@@ -176,7 +176,7 @@ def test_several_processes_write_the_same_bytes(cityscapes: Path, target: Path) 
 
 
 @pytest.mark.parametrize("harm", ["removed", "empty", "truncated"])
-def test_what_is_not_whole_is_made_again_and_nothing_else(cityscapes: Path, target: Path, harm: str) -> None:
+def test_prepare_again_writes_only_incomplete_files(cityscapes: Path, target: Path, harm: str) -> None:
     prepare("cityscapes", cityscapes, target, jobs=1)
     whole = contents(target)
     harmed = target / "train" / "inst_map" / "ulm_000000_000019.png"
@@ -204,7 +204,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this system")
-def test_a_killed_run_leaves_no_half_file_and_goes_on(cityscapes: Path, target: Path) -> None:
+def test_prepare_killed_run_continues_without_partial_files(cityscapes: Path, target: Path) -> None:
     for index in range(8):
         save_cityscapes(cityscapes, "train", f"zurich_{index:06d}_000019", index)
     script = target.with_name("script.py")
@@ -225,7 +225,7 @@ def test_a_killed_run_leaves_no_half_file_and_goes_on(cityscapes: Path, target: 
     assert contents(target) == contents(target.with_name("at_once"))
 
 
-def test_missing_annotations_are_counted_and_listed(cityscapes: Path, target: Path) -> None:
+def test_prepare_missing_annotations_are_listed(cityscapes: Path, target: Path) -> None:
     for stem in ("aachen_000001_000019", "ulm_000000_000019"):
         (cityscapes / "gtFine/train" / stem.split("_")[0] / f"{stem}_gtFine_labelIds.png").unlink()
     with pytest.raises(InputError, match=r"2 of 4 photos have no \*_gtFine_labelIds\.png") as caught:
@@ -235,7 +235,7 @@ def test_missing_annotations_are_counted_and_listed(cityscapes: Path, target: Pa
     assert not target.exists()
 
 
-def test_labels_without_a_photo_are_noted(cityscapes: Path, target: Path) -> None:
+def test_prepare_labels_without_a_photo_are_noted(cityscapes: Path, target: Path) -> None:
     (cityscapes / "leftImg8bit/train/aachen" / f"{TRAIN_STEM}_leftImg8bit.png").unlink()
     done = prepare("cityscapes", cityscapes, target, jobs=1)
     assert done.pictures == {"train": 2, "test": 1}
@@ -243,14 +243,14 @@ def test_labels_without_a_photo_are_noted(cityscapes: Path, target: Path) -> Non
 
 
 @pytest.mark.parametrize("folder", ["leftImg8bit/train", "leftImg8bit/val", "gtFine/train", "gtFine/val"])
-def test_a_missing_folder_is_named_with_its_origin(cityscapes: Path, target: Path, folder: str) -> None:
+def test_prepare_missing_folder_is_named_with_its_origin(cityscapes: Path, target: Path, folder: str) -> None:
     shutil.rmtree(cityscapes / folder)
     with pytest.raises(InputError, match=f"{folder}: no such folder") as caught:
         prepare("cityscapes", cityscapes, target, jobs=1)
     assert f"{folder.split('/')[0]}_trainvaltest.zip" in (caught.value.hint or "")
 
 
-def test_a_folder_of_something_else(ade20k: Path, target: Path) -> None:
+def test_prepare_other_folder_is_refused(ade20k: Path, target: Path) -> None:
     with pytest.raises(InputError, match=r"leftImg8bit.train: no such folder"):
         prepare("cityscapes", ade20k, target, jobs=1)
     with pytest.raises(InputError, match=r"images.training: no such folder") as caught:
@@ -275,24 +275,24 @@ def truncate(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "complaint"),
+    ("spoil", "problem"),
     [
         (shrink_labels, r"labelIds\.png is 512×256, aachen_000000_000019_leftImg8bit\.png is 1024×512"),
         (use_unknown_ids, r"labelIds\.png holds ids that cityscapes does not have: 34"),
         (truncate, r"labelIds\.png is truncated or damaged"),
     ],
 )
-def test_bad_files_are_named_after_the_others_are_done(
-    cityscapes: Path, target: Path, spoil: Callable[[Path], None], complaint: str
+def test_prepare_bad_file_is_named_after_the_others_are_done(
+    cityscapes: Path, target: Path, spoil: Callable[[Path], None], problem: str
 ) -> None:
     spoil(cityscapes / "gtFine/train/aachen" / f"{TRAIN_STEM}_gtFine_labelIds.png")
-    with pytest.raises(InputError, match=f"1 of 4 images cannot be prepared: .*{complaint}"):
+    with pytest.raises(InputError, match=f"1 of 4 images cannot be prepared: .*{problem}"):
         prepare("cityscapes", cityscapes, target, jobs=1)
     assert len(list(target.rglob("*.png"))) == 9
     assert not (target / "labels.json").exists()
 
 
-def test_cityscapes_is_never_distorted(cityscapes: Path, target: Path) -> None:
+def test_prepare_cityscapes_of_another_size_is_refused(cityscapes: Path, target: Path) -> None:
     save(cityscapes / "leftImg8bit/train/aachen" / f"{TRAIN_STEM}_leftImg8bit.png", np.zeros((512, 900, 3), np.uint8))
     for kind in ("labelIds", "instanceIds"):
         save(cityscapes / "gtFine/train/aachen" / f"{TRAIN_STEM}_gtFine_{kind}.png", np.zeros((512, 900), np.uint8))
@@ -300,12 +300,12 @@ def test_cityscapes_is_never_distorted(cityscapes: Path, target: Path) -> None:
         prepare("cityscapes", cityscapes, target, jobs=1)
 
 
-def test_two_data_sets_are_not_mixed(cityscapes: Path, ade20k: Path, target: Path) -> None:
+def test_prepare_target_with_another_data_set_is_refused(cityscapes: Path, ade20k: Path, target: Path) -> None:
     prepare("ade20k", ade20k, target, jobs=1)
     with pytest.raises(InputError, match="already holds ade20k, not cityscapes"):
         prepare("cityscapes", cityscapes, target, jobs=1)
 
 
-def test_no_process_at_all_is_refused(cityscapes: Path, target: Path) -> None:
+def test_prepare_zero_jobs_is_refused(cityscapes: Path, target: Path) -> None:
     with pytest.raises(UsageError, match="0 processes"):
         prepare("cityscapes", cityscapes, target, jobs=0)

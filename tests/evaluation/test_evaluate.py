@@ -50,7 +50,7 @@ class Black:
         return np.where(inputs.mask[..., None] > 0, np.uint8(0), inputs.image)
 
 
-def test_holes_do_not_depend_on_other_pictures(data_folder: Path, tmp_path: Path) -> None:
+def test_evaluation_samples_masks_do_not_depend_on_other_images(data_folder: Path, tmp_path: Path) -> None:
     root = Path(shutil.copytree(data_folder, tmp_path / "fewer"))
     for kind in ("images", "labels"):
         (root / "test" / kind / "000.png").unlink()
@@ -62,7 +62,7 @@ def test_holes_do_not_depend_on_other_pictures(data_folder: Path, tmp_path: Path
         assert np.array_equal(one.image, other.image)
 
 
-def test_seed_and_kind_choose_the_hole_and_only_the_seed_the_square(data_folder: Path) -> None:
+def test_evaluation_samples_square_depends_on_the_seed_only(data_folder: Path) -> None:
     first, other_kind, other_seed = (
         evaluation_samples(data_folder, seed, kind, crop=128)[0]
         for seed, kind in ((0, "strokes"), (0, "outpainting"), (1, "strokes"))
@@ -73,7 +73,7 @@ def test_seed_and_kind_choose_the_hole_and_only_the_seed_the_square(data_folder:
 
 
 @needs_lpips
-def test_models_side_by_side(data_folder: Path, tmp_path: Path) -> None:
+def test_evaluate_two_models_scores_and_files(data_folder: Path, tmp_path: Path) -> None:
     evaluation, sheets = evaluate(
         {"copy": Copy(), "black": Black()}, data_folder, kinds=("strokes",), crop=128, limit=4
     )
@@ -121,7 +121,7 @@ class MeanColor(FidInception):
 
 
 @needs_lpips
-def test_fid_and_label_adherence_appear_when_their_networks_are_given(data_folder: Path, tmp_path: Path) -> None:
+def test_evaluate_with_networks_reports_fid_and_label_consistency(data_folder: Path, tmp_path: Path) -> None:
     network, table = write_segmenter(tmp_path / "toy.onnx"), write_table(tmp_path / "toy.json")
     segmenter = Segmenter(network, table, class_table(data_folder / "labels.json"))
     calls: list[tuple[int, int]] = []
@@ -156,14 +156,14 @@ def test_fid_and_label_adherence_appear_when_their_networks_are_given(data_folde
     assert len(fields["rows"]) == 6
 
 
-def test_nothing_to_judge_is_said(data_folder: Path) -> None:
+def test_bootstrap_counts_without_counts_is_none(data_folder: Path) -> None:
     assert bootstrap_counts(np.zeros((4, 3, 4), np.int64), mean_iou, 0) is None
     counts = np.zeros((2, 2, 3), np.int64)
     counts[0, 0, 0] = 5  # the second sample has nothing: some of the draws are empty too
     assert bootstrap_counts(counts, mean_iou, 0) == Estimate(1, 1, 1)
 
 
-def test_an_evaluation_is_not_replaced_unasked(tmp_path: Path) -> None:
+def test_check_output_existing_evaluation_is_refused(tmp_path: Path) -> None:
     check_output(tmp_path / "new", overwrite=False)
     (tmp_path / "evaluation.json").write_text("{}")
     with pytest.raises(InputError, match="holds an evaluation already"):
@@ -171,7 +171,7 @@ def test_an_evaluation_is_not_replaced_unasked(tmp_path: Path) -> None:
     check_output(tmp_path, overwrite=True)
 
 
-def test_weights_and_run_directories_are_opened(data_folder: Path, tmp_path: Path) -> None:
+def test_open_model_reads_weights_and_run_folders(data_folder: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     weights = RunDirectory(tmp_path).export(Generator(GeneratorConfig(3, 2, 2)), "export")
     sample = evaluation_samples(data_folder, 0, "strokes", crop=128)[0]
@@ -181,18 +181,18 @@ def test_weights_and_run_directories_are_opened(data_folder: Path, tmp_path: Pat
     assert not np.array_equal(edits[0], sample.image)
 
 
-def test_a_run_without_weights_is_named(tmp_path: Path) -> None:
+def test_open_model_run_without_weights_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(InputError, match="this run has not saved any weights yet"):
         open_model(tmp_path, classes=3)
 
 
-def test_a_path_to_nothing_is_named(tmp_path: Path) -> None:
+def test_open_model_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(SpmDeployError, match="nothing"):
         open_model(tmp_path / "nothing.safetensors", classes=3)
 
 
-def test_bootstrap_interval() -> None:
+def test_bootstrap_interval_is_that_of_the_normal_distribution() -> None:
     values = np.random.default_rng(1).normal(5, 2, 400)
     figure = bootstrap(values, 0)
     assert figure.mean == pytest.approx(values.mean())
@@ -200,18 +200,18 @@ def test_bootstrap_interval() -> None:
     assert figure == bootstrap(values, 0)
 
 
-def test_class_colors_come_from_the_picture_first(data_folder: Path) -> None:
+def test_class_mean_color_prefers_known_pixels(data_folder: Path) -> None:
     sample = evaluation_samples(data_folder, 0, "extension", crop=128)[0]
     colors = mean_colors([(sample.image, sample.labels)], 3)
     assert np.allclose(colors[np.unique(sample.labels)], np.array(COLORS)[np.unique(sample.labels)])
     filled = run_samples(ClassMeanColor(np.zeros((3, 3))), [sample])[0]
     known = np.unique(sample.labels[~sample.mask])
     inside = sample.mask & np.isin(sample.labels, known)
-    assert np.array_equal(filled[inside], sample.image[inside])  # each class has one color in these pictures
+    assert np.array_equal(filled[inside], sample.image[inside])  # each class has one color in these images
     assert np.array_equal(filled[~sample.mask], sample.image[~sample.mask])
 
 
-def test_telea(data_folder: Path) -> None:
+def test_telea_fills_the_mask_only(data_folder: Path) -> None:
     samples = evaluation_samples(data_folder, 0, "strokes", crop=128)[:2]
     if importlib.util.find_spec("cv2") is None:
         with pytest.raises(UnavailableError, match="OpenCV"):

@@ -44,13 +44,13 @@ def state() -> dict[str, Tensor]:
     return found
 
 
-def _pictures() -> Tensor:
+def _images() -> Tensor:
     ramp = torch.linspace(-1, 1, 3 * 140 * 180, dtype=torch.float64)
     return torch.stack((_values("picture", len(ramp)), torch.frac(ramp * 7))).float().view(2, 3, 140, 180)
 
 
-def test_features_are_those_of_pytorch_fid(state: dict[str, Tensor]) -> None:
-    features = FidInception(state).pooled(_pictures())
+def test_pooled_features_are_those_of_pytorch_fid(state: dict[str, Tensor]) -> None:
+    features = FidInception(state).pooled(_images())
     assert features.shape == (2, 2048)
     torch.testing.assert_close(features[:, ::128], torch.tensor(RECORDED["features"]), rtol=1e-3, atol=1e-5)
 
@@ -58,16 +58,16 @@ def test_features_are_those_of_pytorch_fid(state: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize(
     ("block", "old", "new"), [("Mixed_7c", "maximum", "average"), ("Mixed_7b", "average", "maximum")]
 )
-def test_the_record_tells_the_poolings_apart(
+def test_pooled_with_swapped_pooling_differs(
     state: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch, block: str, old: str, new: str
 ) -> None:
     swapped = tuple(tuple(new if step == old else step for step in branch) for branch in inception.BLOCKS[block])
     monkeypatch.setitem(inception.BLOCKS, block, swapped)
-    features = FidInception(state).pooled(_pictures())
+    features = FidInception(state).pooled(_images())
     assert not torch.allclose(features[:, ::128], torch.tensor(RECORDED["features"]), rtol=1e-2, atol=1e-4)
 
 
-def test_every_convolution_is_used(state: dict[str, Tensor]) -> None:
+def test_blocks_use_every_convolution(state: dict[str, Tensor]) -> None:
     steps = [
         f"{name}." + step
         for name, branches in inception.BLOCKS.items()
@@ -83,7 +83,7 @@ def _flat(branch: inception.Branch) -> list[str]:
     return [name for step in branch for name in ((step,) if isinstance(step, str) else step)]
 
 
-def test_only_the_published_file_is_fids(
+def test_from_file_other_than_published_is_refused(
     state: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "inception.pth"

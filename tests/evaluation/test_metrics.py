@@ -6,7 +6,7 @@ import pytest
 from spmdeploy.evaluation.metrics import boundary_score, frechet_distance, l1_under, psnr_under
 
 
-def test_errors_count_only_under_the_mask() -> None:
+def test_l1_and_psnr_count_only_under_the_mask() -> None:
     photo = np.full((8, 8, 3), 100, np.uint8)
     found, mask = photo.copy(), np.zeros((8, 8), bool)
     mask[:4] = True
@@ -16,7 +16,7 @@ def test_errors_count_only_under_the_mask() -> None:
     assert psnr_under(mask, found, photo) == pytest.approx(10 * np.log10(255**2 / 50))
 
 
-def test_boundary_score_sees_a_step_at_the_edge_only() -> None:
+def test_boundary_score_depends_on_the_edge_only() -> None:
     photo = np.full((16, 16, 3), 100, np.uint8)
     mask = np.zeros((16, 16), bool)
     mask[4:12, 4:12] = True
@@ -27,7 +27,7 @@ def test_boundary_score_sees_a_step_at_the_edge_only() -> None:
     assert boundary_score(mask, textured, photo) == 1
 
 
-def test_frechet_distance_of_known_normals() -> None:
+def test_frechet_distance_of_normals_is_the_closed_form() -> None:
     rng = np.random.default_rng(0)
     first = rng.normal(0, 1, (40000, 2))
     second = rng.normal((3, 0), (2, 1), (40000, 2))
@@ -37,7 +37,7 @@ def test_frechet_distance_of_known_normals() -> None:
 
 
 @pytest.mark.parametrize("count", [5, 200])
-def test_frechet_distance_by_the_definition(count: int) -> None:
+def test_frechet_distance_equals_the_definition(count: int) -> None:
     """Also with fewer samples than features, where the covariances are singular."""
     rng = np.random.default_rng(count)
     first, second = rng.normal(0, 1, (count, 12)), rng.normal(0.5, 2, (count + 3, 12))

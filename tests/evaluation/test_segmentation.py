@@ -40,11 +40,11 @@ def write_segmenter(
     bias = -(centers**2).sum(axis=1).astype(np.float32)
     graph = helper.make_graph(
         [
-            helper.make_node("Conv", ["picture", "weight", "bias"], ["full"]),
+            helper.make_node("Conv", ["image", "weight", "bias"], ["full"]),
             helper.make_node("AveragePool", ["full"], ["scores"], kernel_shape=[2, 2], strides=[2, 2]),
         ],
         "toy",
-        [helper.make_tensor_value_info("picture", element, [1, channels, *size])],
+        [helper.make_tensor_value_info("image", element, [1, channels, *size])],
         [helper.make_tensor_value_info("scores", element, None)],
         [numpy_helper.from_array(weight, "weight"), numpy_helper.from_array(bias, "bias")],
     )
@@ -57,7 +57,7 @@ def write_table(path: Path, **changes: object) -> Path:
     return path
 
 
-def picture_of(labels: np.ndarray) -> np.ndarray:
+def image_of(labels: np.ndarray) -> np.ndarray:
     return np.array(COLORS, np.uint8)[labels]
 
 
@@ -69,24 +69,24 @@ def street() -> np.ndarray:
 
 
 @pytest.mark.parametrize("size", [("h", "w"), (None, None), (64, 64), (128, 32)])
-def test_what_a_network_finds_is_given_in_the_folders_ids(tmp_path: Path, size: tuple[Any, Any]) -> None:
+def test_predict_gives_ids_of_the_folder(tmp_path: Path, size: tuple[Any, Any]) -> None:
     network = write_segmenter(tmp_path / "toy.onnx", size)
     segmenter = Segmenter(network, write_table(tmp_path / "t.json"), CLASS_TABLE)
-    found = segmenter.predict(picture_of(street()))
+    found = segmenter.predict(image_of(street()))
     assert found.shape == (64, 64)
     assert (found == street()).mean() > 0.9  # the borders of classes blur at half the size
     assert segmenter.scored_classes.tolist() == [True, True, True]
 
 
-def test_numbers_that_the_table_leaves_out_are_nothing(tmp_path: Path) -> None:
+def test_predict_number_outside_the_table_is_255(tmp_path: Path) -> None:
     network, table = write_segmenter(tmp_path / "toy.onnx"), write_table(tmp_path / "t.json", classes={"3": "road"})
     segmenter = Segmenter(network, table, CLASS_TABLE)
     assert segmenter.scored_classes.tolist() == [False, True, False]
-    found = segmenter.predict(picture_of(street()))
+    found = segmenter.predict(image_of(street()))
     assert set(np.unique(found)) == {1, 255}
 
 
-def test_only_judged_labels_under_the_mask_count() -> None:
+def test_confusion_matrix_counts_scored_labels_under_the_mask() -> None:
     labels = np.array([[0, 0, 1, 2, 9]], np.uint8)
     found = np.array([[0, 1, 255, 2, 0]], np.uint8)
     counts = confusion_matrix(labels, found, np.ones((1, 5), bool), np.array([True, True, False]))
@@ -95,7 +95,7 @@ def test_only_judged_labels_under_the_mask_count() -> None:
     assert masked.tolist() == [[1, 0, 0, 0], [0, 0, 0, 1], [0, 0, 1, 0]]
 
 
-def test_figures_by_hand() -> None:
+def test_accuracy_and_mean_iou_of_known_counts() -> None:
     counts = np.array([[6, 2, 0, 0], [1, 3, 0, 2], [0, 0, 0, 0]])
     assert accuracy(counts) == 9 / 14
     assert mean_iou(counts) == pytest.approx((6 / (8 + 1) + 3 / (6 + 2)) / 2)
@@ -103,7 +103,7 @@ def test_figures_by_hand() -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
+    ("content", "message"),
     [
         ("[]", "not a table"),
         ("{", "not a table"),
@@ -115,14 +115,14 @@ def test_figures_by_hand() -> None:
         ('{"classes": {"0": "road"}, "std": [1, 0, 2]}', "std not 0"),
     ],
 )
-def test_a_bad_table_is_named(tmp_path: Path, content: str, words: str) -> None:
+def test_segmenter_bad_table_is_named(tmp_path: Path, content: str, message: str) -> None:
     network = write_segmenter(tmp_path / "toy.onnx")
     (tmp_path / "t.json").write_text(content)
-    with pytest.raises(InputError, match=words):
+    with pytest.raises(InputError, match=message):
         Segmenter(network, tmp_path / "t.json", CLASS_TABLE)
 
 
-def test_a_network_of_another_kind_is_named(tmp_path: Path) -> None:
+def test_segmenter_unusable_network_is_named(tmp_path: Path) -> None:
     table = write_table(tmp_path / "t.json")
     (tmp_path / "no.onnx").write_bytes(b"no graph")
     with pytest.raises(InputError, match=r"no\.onnx: not a network that ONNX Runtime reads"):
@@ -132,10 +132,17 @@ def test_a_network_of_another_kind_is_named(tmp_path: Path) -> None:
     beyond = write_table(tmp_path / "f.json", classes={"9": "car"})
     few = Segmenter(write_segmenter(tmp_path / "few.onnx"), beyond, CLASS_TABLE)
     with pytest.raises(InputError, match=r"few\.onnx: its first output has the shape \[1, 4, 32, 32\]"):
-        few.predict(picture_of(street()))
+        few.predict(image_of(street()))
 
 
-def test_a_network_with_other_inputs_is_named(tmp_path: Path, street_bundle: Path) -> None:
-    onnx.save(onnx.load(street_bundle / "graphs/edit.fp32.onnx"), tmp_path / "edit.onnx")
+def test_segmenter_network_with_other_inputs_is_named(tmp_path: Path) -> None:
+    graph = helper.make_graph(
+        [helper.make_node("Identity", ["image"], ["edited"])],
+        "edit",
+        [helper.make_tensor_value_info("image", TensorProto.UINT8, [1, 64, 64, 3])],
+        [helper.make_tensor_value_info("edited", TensorProto.UINT8, None)],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    onnx.save(model, tmp_path / "edit.onnx")
     with pytest.raises(InputError, match=r"its inputs are image tensor\(uint8\).*float32 \[N, 3, H, W\] is needed"):
         Segmenter(tmp_path / "edit.onnx", write_table(tmp_path / "t.json"), CLASS_TABLE)

@@ -34,17 +34,17 @@ def _literal() -> Any:
 
 
 def _run(generator: Generator, image: np.ndarray, labels: np.ndarray, mask: np.ndarray) -> tuple[list[Tensor], Tensor]:
-    """Raw stage outputs in BGR as recorded, and the edited picture in RGB. image uint8 HWC, labels HW, mask HW."""
+    """Raw stage outputs in BGR as recorded, and the edited image in RGB. image uint8 HWC, labels HW, mask HW."""
     ids = torch.from_numpy(labels.astype(np.int64))[None]
-    holes = torch.from_numpy(mask.astype(np.float32))[None, None]
+    inside = torch.from_numpy(mask.astype(np.float32))[None, None]
     pixels = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
     with torch.inference_mode():
-        pictures = generator(pixels, LayoutPyramid(ids, ids, holes, generator.config.classes))
+        pictures = generator(pixels, LayoutPyramid(ids, ids, inside, generator.config.classes))
     return [raw.flip(1) for raw in pictures.raw], pictures.edited
 
 
 @pytest.mark.parametrize("dataset", ["cityscapes", "ade20k"])
-def test_agrees_with_recorded_outputs_of_the_original(shared: Path, dataset: str) -> None:
+def test_generator_published_weights_give_the_recorded_outputs(shared: Path, dataset: str) -> None:
     folder = shared / "golden" / dataset
     generator = load_checkpoint(folder / "checkpoint.pth").generator
     pictures = {p.name: p for p in (shared / "data/spmpgan_examples").rglob("*") if p.parent.name not in SIDE_FOLDERS}
@@ -72,7 +72,7 @@ def test_agrees_with_recorded_outputs_of_the_original(shared: Path, dataset: str
 SIDE_FOLDERS = ("labels", "inst_map")
 
 
-def test_agrees_with_the_small_golden() -> None:
+def test_generator_small_weights_give_the_golden_outputs() -> None:
     case = np.load(GOLDEN / "case.npz")
     generator = load_checkpoint(GOLDEN / "checkpoint.pth").generator
     raw, _ = _run(generator, case["image"], case["labels"], case["mask"])
@@ -80,7 +80,7 @@ def test_agrees_with_the_small_golden() -> None:
         torch.testing.assert_close(output, torch.from_numpy(case[f"stage{i}"]), rtol=0, atol=1e-4)
 
 
-def test_the_small_golden_comes_from_an_implementation_that_agrees_with_the_original(shared: Path) -> None:
+def test_golden_implementation_agrees_with_the_generator(shared: Path) -> None:
     literal = _literal()
     folder, data = shared / "golden/cityscapes", shared / "data/spmpgan_examples/data_test"
     state = torch.load(folder / "checkpoint.pth", weights_only=True)["netG"]
@@ -99,7 +99,7 @@ def test_the_small_golden_comes_from_an_implementation_that_agrees_with_the_orig
         assert difference.max() <= 5e-3
 
 
-def test_edges_mark_both_pixels_of_a_differing_pair_and_not_the_border() -> None:
+def test_instance_edges_mark_both_pixels_but_not_the_border() -> None:
     instances = torch.zeros(1, 5, 6, dtype=torch.int32)
     instances[0, 2, 3] = 70000
     edges = instance_edges(instances)[0]
@@ -109,7 +109,7 @@ def test_edges_mark_both_pixels_of_a_differing_pair_and_not_the_border() -> None
     assert torch.equal(edges, expected)
 
 
-def test_pyramid_equals_resizing_the_full_volume_with_nearest() -> None:
+def test_layout_pyramid_equals_nearest_resizing() -> None:
     torch.manual_seed(0)
     labels = torch.randint(0, 7, (2, 128, 256))
     mask = (torch.rand(2, 1, 128, 256) < 0.5).float()
@@ -126,7 +126,7 @@ def test_pyramid_equals_resizing_the_full_volume_with_nearest() -> None:
     ("classes", "preset", "millions", "gflop"),
     [(34, "paper", 74.1, 93.8), (151, "paper", 76.9, 124.7), (12, "small", 18.5, 23.1)],
 )
-def test_size_and_work_of_the_presets(classes: int, preset: str, millions: float, gflop: float) -> None:
+def test_presets_have_known_size_and_work(classes: int, preset: str, millions: float, gflop: float) -> None:
     config = GeneratorConfig(classes, **PRESETS[preset])
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in Generator(config).parameters())
@@ -134,7 +134,7 @@ def test_size_and_work_of_the_presets(classes: int, preset: str, millions: float
     assert edit_gflop(config) == pytest.approx(gflop, abs=0.05)
 
 
-def test_work_of_the_ablations() -> None:
+def test_edit_gflop_of_ablations_is_known() -> None:
     """A single scale saves the two smaller stages; spade saves the context branch and two of four layout heads."""
     whole, single, spade = (
         edit_gflop(GeneratorConfig(34, **PRESETS["paper"], **switches))  # type: ignore[arg-type]
@@ -144,7 +144,7 @@ def test_work_of_the_ablations() -> None:
     assert 0.3 < spade / whole < 0.7
 
 
-def test_spade_is_spm_without_a_context() -> None:
+def test_modulation_spade_is_spm_without_context() -> None:
     """An SPM layer whose context branch answers zero has only the layout's shifts left: the block of Park et al."""
     torch.manual_seed(0)
     full = StylePreservedModulation(3, 4, 5, 6, stride=2)
@@ -162,7 +162,7 @@ def test_spade_is_spm_without_a_context() -> None:
     torch.testing.assert_close(plain(x, layout), torch.nn.functional.leaky_relu(literal, 0.2))
 
 
-def test_a_single_scale_is_the_full_size_stage_on_the_picture_with_its_hole() -> None:
+def test_generator_single_stage_is_the_full_size_stage_on_the_masked_image() -> None:
     generator = _tiny(stages=1)
     image, labels = torch.rand(1, 3, 128, 128) * 2 - 1, torch.zeros(1, 128, 128, dtype=torch.int64)
     mask = torch.zeros(1, 1, 128, 128)
@@ -179,7 +179,7 @@ def test_a_single_scale_is_the_full_size_stage_on_the_picture_with_its_hole() ->
 
 
 @pytest.mark.parametrize("size", [(128, 128), (128, 384), (256, 128)])
-def test_takes_any_multiple_of_128(size: tuple[int, int]) -> None:
+def test_generator_sizes_are_multiples_of_128(size: tuple[int, int]) -> None:
     generator = _tiny()
     labels = torch.zeros(1, *size, dtype=torch.int64)
     mask = torch.zeros(1, 1, *size)
@@ -192,7 +192,7 @@ def test_takes_any_multiple_of_128(size: tuple[int, int]) -> None:
     assert edited.isfinite().all()
 
 
-def test_deploy_graph_keeps_known_pixels_and_repaints_the_others() -> None:
+def test_edit_graph_keeps_known_pixels() -> None:
     image, labels, instances, mask = _deploy_inputs()
     labels.fill_(200)  # belongs to no class: allowed, conditions nothing
     with torch.inference_mode():
@@ -215,7 +215,7 @@ def _deploy_inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return image, labels, labels.to(torch.int32), mask
 
 
-def test_refining_what_the_stage_before_the_last_gave_is_the_edit() -> None:
+def test_refine_graph_of_the_previous_stage_gives_the_edit() -> None:
     generator = _tiny()
     inputs = _deploy_inputs()
     coarse: list[Tensor] = []
@@ -227,7 +227,7 @@ def test_refining_what_the_stage_before_the_last_gave_is_the_edit() -> None:
     assert torch.equal(refined, edited)
 
 
-def test_what_is_refined_further_has_the_light_of_the_coarse_picture() -> None:
+def test_refine_graph_unrounded_has_the_colors_of_coarse() -> None:
     *inputs, mask = _deploy_inputs()
     mask[:, 96:192, 64:224] = 1
     light = torch.full((2, 128, 128, 3), 60.0)
@@ -239,12 +239,12 @@ def test_what_is_refined_further_has_the_light_of_the_coarse_picture() -> None:
         assert (side - level).abs().median() < 2
     plain = edited[:, 96:192, 64:224].float().reshape(2, 12, 8, 20, 8, 3).mean(dim=(2, 4))
     assert (plain[:, :, -6:-1] - 190).abs().mean() > 30, "it had that light by itself"
-    sharp, flat = (picture.float().diff(dim=2)[:, 100:190, 70:120].std() for picture in (lit, edited))
+    sharp, flat = (image.float().diff(dim=2)[:, 100:190, 70:120].std() for image in (lit, edited))
     assert torch.isclose(sharp, flat, rtol=0.1), "detail was lost"
     assert torch.equal(lit[mask == 0], inputs[0][mask == 0].float())
 
 
-def test_refining_reads_known_pixels_of_the_image_and_hidden_ones_of_the_coarse_picture() -> None:
+def test_refine_graph_reads_image_outside_and_coarse_under_the_mask() -> None:
     image, labels, instances, mask = _deploy_inputs()
     coarse = torch.rand(2, 128, 128, 3) * 255
     hidden = torch.nn.functional.max_pool2d((mask != 0).float(), 2)
@@ -266,7 +266,7 @@ def test_refining_reads_known_pixels_of_the_image_and_hidden_ones_of_the_coarse_
     "config",
     [(0, 1, 1), (256, 1, 1), (3, -1, 1), (3, 1, 2.5), (3, 1, 1, "adain"), (3, 1, 1, "spm", 2), (3, 1, 1, "spm", True)],
 )
-def test_impossible_configurations_are_refused(config: tuple[Any, ...]) -> None:
+def test_generator_config_impossible_values_are_refused(config: tuple[Any, ...]) -> None:
     with pytest.raises(ValueError, match="must be"):
         GeneratorConfig(*config)
 
@@ -276,7 +276,7 @@ def _tiny(**switches: Any) -> Generator:
     return Generator(GeneratorConfig(classes=3, width=1, hidden=2, **switches)).eval().requires_grad_(False)
 
 
-def test_the_order_of_the_weights_is_that_of_old_checkpoints() -> None:
+def test_generator_parameters_keep_the_order_of_old_checkpoints() -> None:
     """An optimizer's state in a run's checkpoint goes by position: another order would mix it up without an error."""
     parts = [name.rpartition(".")[0] for name, _ in _tiny().stages[0].encoder[0].named_parameters()]
     assert parts[::2] == [

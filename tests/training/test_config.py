@@ -26,7 +26,7 @@ def config() -> TrainConfig:
     return TrainConfig(data=DataConfig("root", extra=extra), schedule=staged_schedule((8, 8, 8), joint_images=8))
 
 
-def test_presets() -> None:
+def test_build_config_preset_sets_widths() -> None:
     small = build_config(Path("root"), "small", images=3)
     assert (small.width, small.hidden, small.discriminator_width) == (16, 32, 32)
     assert build_config(Path("root"), images=3) == TrainConfig(data=DataConfig("root"), schedule=joint_schedule(3))
@@ -34,7 +34,7 @@ def test_presets() -> None:
         build_config(Path("root"), "large", images=3)
 
 
-def test_options_reach_their_part_and_the_rest_stays_as_in_the_recipe() -> None:
+def test_build_config_overrides_change_only_their_fields() -> None:
     found = build_config(
         Path("root"),
         images=40,
@@ -57,7 +57,7 @@ def test_options_reach_their_part_and_the_rest_stays_as_in_the_recipe() -> None:
     assert [phase.generator_rate for phase in staged.schedule] == [4e-4, 3e-4, 2e-4]
 
 
-def test_a_single_stage_is_trained_by_a_joint_schedule() -> None:
+def test_build_config_single_stage_needs_the_joint_schedule() -> None:
     single = build_config(Path("root"), images=3, stages=1)
     assert [phase.stages for phase in single.schedule] == [(0,)]
     with pytest.raises(InputError, match="stages is 1, expected 3 for a staged schedule"):
@@ -66,7 +66,7 @@ def test_a_single_stage_is_trained_by_a_joint_schedule() -> None:
         dataclasses.replace(single, schedule=joint_schedule(3))
 
 
-def test_configurations_from_before_the_ablations_are_read() -> None:
+def test_from_json_without_later_fields_uses_defaults() -> None:
     """The run directories of earlier versions have none of these fields, and mean what was then the only way."""
     fields = json.loads(json.dumps(to_json(config())))
     for name in ("modulation", "stages", "compile", "tensorboard"):
@@ -88,11 +88,11 @@ def test_from_json_names_of_version_0_1_are_read() -> None:
     assert set(old_names.values()) <= fields["data"].keys()
 
 
-def test_survives_json() -> None:
+def test_from_json_to_json_round_trip_is_equal() -> None:
     assert from_json(json.loads(json.dumps(to_json(config()))), "config.json") == config()
 
 
-def test_the_default_is_the_papers_recipe() -> None:
+def test_train_config_defaults_are_those_of_the_paper() -> None:
     recipe = TrainConfig(data=DataConfig("root"), schedule=joint_schedule(1))
     assert (recipe.loss.adversarial, recipe.loss.l1, recipe.loss.l1_inside, recipe.loss.perceptual) == (1, 1, 1, 10)
     assert recipe.loss.perceptual_network == "vgg19"
@@ -128,7 +128,7 @@ def test_the_default_is_the_papers_recipe() -> None:
         (("color",), 1, "color"),
     ],
 )
-def test_a_bad_value_is_named(path: tuple[Any, ...], value: Any, named: str) -> None:
+def test_from_json_bad_value_is_named(path: tuple[Any, ...], value: Any, named: str) -> None:
     fields = json.loads(json.dumps(to_json(config())))
     place = fields
     for key in path[:-1]:
@@ -139,18 +139,18 @@ def test_a_bad_value_is_named(path: tuple[Any, ...], value: Any, named: str) -> 
     assert caught.value.problem.startswith("run/config.json: ")
 
 
-def test_a_missing_field_is_named() -> None:
+def test_from_json_missing_field_is_named() -> None:
     fields = to_json(config())
     del fields["data"]
     with pytest.raises(InputError, match="data"):
         from_json(fields, "config.json")
 
 
-def test_another_file_is_refused() -> None:
+def test_from_json_other_schema_is_refused() -> None:
     with pytest.raises(InputError, match="schema is None"):
         from_json({}, "config.json")
 
 
-def test_configurations_cannot_be_changed() -> None:
+def test_phase_assignment_is_refused() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         Phase((0,), 1, 1).batch = 2  # type: ignore[misc]

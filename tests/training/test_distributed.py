@@ -12,12 +12,12 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
 
 
-def test_a_process_alone_takes_what_it_is_told(two_gpus: None) -> None:
+def test_local_device_single_process_is_the_requested_one(two_gpus: None) -> None:
     found = [processes.local_device(wanted) for wanted in ("cpu", "cuda", "cuda:1")]
     assert found == [torch.device("cpu"), torch.device("cuda:0"), torch.device("cuda:1")]
 
 
-def test_under_torchrun_each_process_takes_a_gpu_of_its_own(two_gpus: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_local_device_under_torchrun_is_a_gpu_per_process(two_gpus: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert processes.local_device("cuda") == torch.device("cuda:1")
@@ -27,18 +27,18 @@ def test_under_torchrun_each_process_takes_a_gpu_of_its_own(two_gpus: None, monk
 
 
 @pytest.mark.parametrize("wanted", ["cuda:2", "cuda:02"])
-def test_a_gpu_that_is_not_there_is_named(two_gpus: None, wanted: str) -> None:
+def test_local_device_missing_gpu_is_named(two_gpus: None, wanted: str) -> None:
     with pytest.raises(UnavailableError, match="cuda:2 was requested, but PyTorch sees 2"):
         processes.local_device(wanted)
 
 
 @pytest.mark.parametrize("wanted", ["auto", "gpu", "cuda:", "cuda:x", "", "cpu:1"])
-def test_an_unknown_device_is_named(wanted: str) -> None:
+def test_local_device_unknown_name_is_refused(wanted: str) -> None:
     with pytest.raises(UsageError, match="unknown device"):
         processes.local_device(wanted)
 
 
-def test_the_number_of_a_process_is_known_before_it_joins(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rank_before_init_is_read_from_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     assert processes.rank() == 0
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     monkeypatch.setenv("RANK", "3")

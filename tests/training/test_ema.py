@@ -15,15 +15,15 @@ def plain() -> Generator:
 
 
 def run(generator: Generator) -> torch.Tensor:
-    picture = torch.linspace(-1, 1, 3 * 128 * 128).view(1, 3, 128, 128)
+    image = torch.linspace(-1, 1, 3 * 128 * 128).view(1, 3, 128, 128)
     labels = torch.arange(128).remainder(3).expand(1, 128, 128)
     mask = torch.zeros(1, 1, 128, 128)
     mask[..., 64:] = 1
     with torch.no_grad():
-        return generator.eval()(picture, LayoutPyramid(labels, labels, mask, 3)).edited
+        return generator.eval()(image, LayoutPyramid(labels, labels, mask, 3)).edited
 
 
-def test_the_folded_average_is_the_generator() -> None:
+def test_update_ema_without_decay_gives_the_folded_generator() -> None:
     torch.manual_seed(0)
     generator, averaged = training_generator(CONFIG), plain()
     update_ema(averaged, generator, range(3), decay=0.0)
@@ -31,7 +31,7 @@ def test_the_folded_average_is_the_generator() -> None:
     assert set(averaged.state_dict()) == set(plain().state_dict())
 
 
-def test_the_average_moves_by_its_decay_and_only_where_told() -> None:
+def test_update_ema_changes_the_given_stages_by_the_decay() -> None:
     torch.manual_seed(0)
     generator, averaged = training_generator(CONFIG), plain()
     before = {name: value.clone() for name, value in averaged.named_parameters()}
@@ -42,7 +42,7 @@ def test_the_average_moves_by_its_decay_and_only_where_told() -> None:
     assert torch.equal(averaged.get_parameter(name.replace("1", "0", 1)), before[name.replace("1", "0", 1)])
 
 
-def test_reading_the_average_takes_no_step_of_the_power_iteration() -> None:
+def test_update_ema_keeps_the_power_iteration() -> None:
     generator, averaged = training_generator(CONFIG).train(), plain()
     before = {name: value.clone() for name, value in generator.named_buffers()}
     update_ema(averaged, generator, range(3), decay=0.5)
@@ -51,7 +51,7 @@ def test_reading_the_average_takes_no_step_of_the_power_iteration() -> None:
     assert generator.training
 
 
-def test_a_stage_inherits_all_but_the_bottom_of_the_one_before() -> None:
+def test_grow_stage_copies_all_but_the_bottom_of_the_u() -> None:
     torch.manual_seed(0)
     generator, averaged = training_generator(CONFIG), plain()
     update_ema(averaged, generator, range(3), decay=0.0)
@@ -66,7 +66,7 @@ def test_a_stage_inherits_all_but_the_bottom_of_the_one_before() -> None:
     assert torch.equal(averaged.stages[1].to_rgb.weight, averaged.stages[0].to_rgb.weight)
 
 
-def test_inheriting_leaves_the_copy_free_to_learn() -> None:
+def test_grow_stage_copies_are_independent_and_trainable() -> None:
     generator, averaged = training_generator(CONFIG), plain()
     grow_stage(generator, averaged, 2)
     assert all(parameter.requires_grad for parameter in generator.stages[2].parameters())
@@ -75,7 +75,7 @@ def test_inheriting_leaves_the_copy_free_to_learn() -> None:
     assert not torch.equal(generator.stages[2].to_rgb.weight, averaged.stages[1].to_rgb.weight)
 
 
-def test_a_discriminator_inherits_its_outer_layers() -> None:
+def test_inherit_discriminator_copies_the_outer_layers() -> None:
     torch.manual_seed(0)
     coarser, finer = Discriminator(3, 2, 2), Discriminator(3, 1, 2)
     own_last = finer.state_dict()["layers.4.parametrizations.weight.original"].clone()

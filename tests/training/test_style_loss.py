@@ -19,14 +19,14 @@ def layout() -> tuple[np.ndarray, np.ndarray]:
     return labels, mask
 
 
-def test_a_class_without_known_pixels_is_skipped_and_counted() -> None:
+def test_find_style_pairs_class_without_known_pixels_is_skipped() -> None:
     pairs = find_style_pairs(*layout(), classes=3)
     assert pairs.samples.tolist() == [0] and pairs.classes.tolist() == [0]
     assert pairs.skipped == 1
     assert pairs.weights.sum() == 1
 
 
-def test_few_pixels_and_ids_beyond_the_classes_do_not_count() -> None:
+def test_find_style_pairs_few_pixels_and_unknown_ids_are_left_out() -> None:
     labels, mask = np.full((1, SIDE, SIDE), 255, np.uint8), np.zeros((1, SIDE, SIDE), bool)
     mask[..., :4] = True
     assert len(find_style_pairs(labels, mask, classes=3)) == find_style_pairs(labels, mask, classes=3).skipped == 0
@@ -42,7 +42,7 @@ def tensors() -> tuple[torch.Tensor, torch.Tensor]:
     return one_hot, torch.from_numpy(mask)[:, None].float()
 
 
-def test_the_loss_compares_texture_and_not_places() -> None:
+def test_class_style_loss_ignores_positions() -> None:
     one_hot, mask = tensors()
     pairs = find_style_pairs(*layout(), classes=3)
     torch.manual_seed(0)
@@ -53,7 +53,7 @@ def test_the_loss_compares_texture_and_not_places() -> None:
     assert good < 0.3 * bad
 
 
-def test_gradients_reach_edited_pixels_of_compared_classes_alone() -> None:
+def test_class_style_loss_gradient_reaches_only_edited_pixels_of_the_class() -> None:
     one_hot, mask = tensors()
     pairs = find_style_pairs(*layout(), classes=3)
     fake = torch.randn(1, 4, SIDE, SIDE, requires_grad=True)
@@ -64,7 +64,7 @@ def test_gradients_reach_edited_pixels_of_compared_classes_alone() -> None:
 
 
 @pytest.mark.parametrize("edited", [False, True])
-def test_no_pairs_give_no_loss(edited: bool) -> None:
+def test_class_style_loss_without_pairs_is_zero(edited: bool) -> None:
     labels, mask = np.zeros((1, SIDE, SIDE), np.uint8), np.full((1, SIDE, SIDE), edited)
     pairs = find_style_pairs(labels, mask, classes=3)
     assert pairs.skipped == int(edited)

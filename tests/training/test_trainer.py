@@ -52,11 +52,11 @@ def losses(run: Path) -> list[tuple[float, ...]]:
 
 def stepped(trainer: Trainer) -> tuple[float, ...]:
     trainer.step()
-    figures = trainer.read_losses()
-    return tuple(figures[name] for name in LOSSES)
+    values = trainer.read_losses()
+    return tuple(values[name] for name in LOSSES)
 
 
-def silently(record: dict[str, Any]) -> None:
+def ignore_record(record: dict[str, Any]) -> None:
     pass
 
 
@@ -71,10 +71,10 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
 
 
-def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path, tiny: TrainConfig) -> None:
-    """SIGKILL twice, in different phases; the losses are those of a run that was never interrupted."""
+def test_train_killed_twice_resumes_bit_for_bit(tmp_path: Path, tiny: TrainConfig) -> None:
+    """SIGKILL twice, in different phases; the losses equal those of an uninterrupted run."""
     config = dataclasses.replace(tiny, checkpoint_seconds=0)  # after every step
-    train(config, tmp_path / "whole", False, silently)
+    train(config, tmp_path / "whole", False, ignore_record)
     wanted = losses(tmp_path / "whole")
     assert len(wanted) == 6
 
@@ -89,15 +89,15 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path, tiny: TrainConfig) -> 
         process.stdout.close()
         assert process.wait() == -signal.SIGKILL
         assert len(losses(tmp_path / "killed")) < len(wanted)
-    train(config, tmp_path / "killed", True, silently)
+    train(config, tmp_path / "killed", True, ignore_record)
     assert losses(tmp_path / "killed") == wanted
     exports = [load_checkpoint(tmp_path / name / "export" / "generator.safetensors") for name in ("whole", "killed")]
     first, second = (export.generator.state_dict() for export in exports)
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
-def test_two_processes_give_the_losses_of_one(tmp_path: Path, tiny: TrainConfig) -> None:
-    train(tiny, tmp_path / "one", False, silently)
+def test_train_two_processes_have_the_losses_of_one(tmp_path: Path, tiny: TrainConfig) -> None:
+    train(tiny, tmp_path / "one", False, ignore_record)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*launcher, *arguments(tmp_path, tiny, tmp_path / "two", "start")]
     finished = subprocess.run(command, capture_output=True, text=True, env=environment(), check=False)
@@ -108,7 +108,7 @@ def test_two_processes_give_the_losses_of_one(tmp_path: Path, tiny: TrainConfig)
         assert split == pytest.approx(single, rel=1e-3, abs=1e-4)
 
 
-def test_a_phase_leaves_the_stages_before_it_alone(tmp_path: Path, tiny: TrainConfig) -> None:
+def test_step_trains_only_the_stages_of_the_phase(tmp_path: Path, tiny: TrainConfig) -> None:
     run = RunDirectory(tmp_path / "run")
     run.start(tiny)
     trainer = Trainer(tiny, run, torch.device("cpu"))
@@ -124,7 +124,7 @@ def test_a_phase_leaves_the_stages_before_it_alone(tmp_path: Path, tiny: TrainCo
     assert trained == {"1"}
 
 
-def test_rates_fall_at_the_end_of_a_phase(tmp_path: Path, tiny: TrainConfig) -> None:
+def test_step_rates_fall_after_decay_from(tmp_path: Path, tiny: TrainConfig) -> None:
     phase = Phase((0,), images=8, batch=2, generator_rate=1e-3, discriminator_rate=1e-3, decay_from=0.5)
     config = dataclasses.replace(tiny, schedule=(phase,))
     trainer = Trainer(config, RunDirectory(tmp_path), torch.device("cpu"))
@@ -137,15 +137,15 @@ def test_rates_fall_at_the_end_of_a_phase(tmp_path: Path, tiny: TrainConfig) -> 
 
 
 @pytest.mark.parametrize(("modulation", "stages"), [("spade", 3), ("spm", 1), ("spade", 1)])
-def test_ablations_train_resume_and_export(
+def test_train_ablation_resumes_and_exports(
     tmp_path: Path, tiny: TrainConfig, modulation: Modulation, stages: StageCount
 ) -> None:
     config = dataclasses.replace(tiny, modulation=modulation, stages=stages, schedule=joint_schedule(2, stages))
     half = dataclasses.replace(config, schedule=joint_schedule(1, stages))
-    train(config, tmp_path / "whole", False, silently)
-    train(half, tmp_path / "halves", False, silently)
+    train(config, tmp_path / "whole", False, ignore_record)
+    train(half, tmp_path / "halves", False, ignore_record)
     (tmp_path / "halves" / "config.json").write_text(json.dumps(to_json(config)))
-    train(config, tmp_path / "halves", True, silently)
+    train(config, tmp_path / "halves", True, ignore_record)
     assert losses(tmp_path / "halves") == losses(tmp_path / "whole")
     exported = load_checkpoint(tmp_path / "whole" / "export" / "generator.safetensors").generator
     assert exported.config == GeneratorConfig(3, 2, 2, modulation, stages)
@@ -155,10 +155,10 @@ def test_ablations_train_resume_and_export(
     assert len(trainer.discriminators) == len(trainer.edited_by_stage(batch)) == stages
 
 
-def test_a_run_from_before_the_ablations_resumes(tmp_path: Path, tiny: TrainConfig) -> None:
+def test_resume_run_of_version_0_1_has_the_same_losses(tmp_path: Path, tiny: TrainConfig) -> None:
     """Its config.json has no such fields, its checkpoint has these entries and no others."""
     config = dataclasses.replace(tiny, schedule=(Phase((0, 1, 2), images=4, batch=2),))
-    train(config, tmp_path / "whole", False, silently)
+    train(config, tmp_path / "whole", False, ignore_record)
     old = RunDirectory(tmp_path / "old")
     old.start(config)
     trainer = Trainer(config, old, torch.device("cpu"))
@@ -178,7 +178,7 @@ def test_a_run_from_before_the_ablations_resumes(tmp_path: Path, tiny: TrainConf
     for name in ("max_scale", "color_jitter"):
         del fields["data"][name]
     (tmp_path / "old" / "config.json").write_text(json.dumps(fields))
-    train(old.config(), tmp_path / "old", True, silently)
+    train(old.config(), tmp_path / "old", True, ignore_record)
     assert losses(tmp_path / "old") == losses(tmp_path / "whole")[1:]
 
 
@@ -202,8 +202,10 @@ class _Compiled:
         return call
 
 
-def test_only_what_runs_is_compiled(tmp_path: Path, tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    train(tiny, tmp_path / "plain", False, silently)
+def test_step_compile_compiles_each_network_once(
+    tmp_path: Path, tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(tiny, tmp_path / "plain", False, ignore_record)
     compiled = _Compiled()
     monkeypatch.setattr(torch, "compile", compiled)
     config = dataclasses.replace(tiny, compile=True, schedule=tiny.schedule[:2])
@@ -219,32 +221,32 @@ def test_only_what_runs_is_compiled(tmp_path: Path, tiny: TrainConfig, monkeypat
     assert set(trainer.generator.state_dict()) == set(training_generator(trainer.generator.config).state_dict())
 
 
-def test_compiling_for_a_cpu_excludes_channels_last(tmp_path: Path, tiny: TrainConfig) -> None:
+def test_trainer_compile_with_channels_last_on_cpu_is_refused(tmp_path: Path, tiny: TrainConfig) -> None:
     config = dataclasses.replace(tiny, compile=True, channels_last=True)
     with pytest.raises(UsageError, match="compile and channels_last exclude each other"):
-        train(config, tmp_path / "run", False, silently)
+        train(config, tmp_path / "run", False, ignore_record)
     assert not (tmp_path / "run").exists()
 
 
 # torch 2.13's compiler uses what torch deprecates, and looks for gradients where it knows that there are none.
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning", "ignore:The .grad attribute:UserWarning")
 @pytest.mark.slow
-def test_a_compiled_run_resumes_bit_for_bit(tmp_path: Path, tiny: TrainConfig) -> None:
+def test_train_compiled_resumes_bit_for_bit(tmp_path: Path, tiny: TrainConfig) -> None:
     if not shutil.which(os.environ.get("CXX", "g++")):
         pytest.skip("torch.compile needs a C++ compiler")
     config = dataclasses.replace(tiny, compile=True, schedule=(Phase((0,), images=6, batch=2),))
-    train(dataclasses.replace(config, compile=False), tmp_path / "plain", False, silently)
-    train(config, tmp_path / "whole", False, silently)
+    train(dataclasses.replace(config, compile=False), tmp_path / "plain", False, ignore_record)
+    train(config, tmp_path / "whole", False, ignore_record)
     half = dataclasses.replace(config, schedule=(Phase((0,), images=2, batch=2),))
-    train(half, tmp_path / "halves", False, silently)
+    train(half, tmp_path / "halves", False, ignore_record)
     (tmp_path / "halves" / "config.json").write_text(json.dumps(to_json(config)))
-    train(config, tmp_path / "halves", True, silently)
+    train(config, tmp_path / "halves", True, ignore_record)
     assert losses(tmp_path / "halves") == losses(tmp_path / "whole")
     for plain, compiled in zip(losses(tmp_path / "plain"), losses(tmp_path / "whole"), strict=True):
         assert compiled == pytest.approx(plain, rel=1e-3, abs=1e-4)
 
 
-def test_divergence_stops_with_the_last_good_checkpoint(tmp_path: Path, tiny: TrainConfig) -> None:
+def test_train_divergence_names_the_last_good_checkpoint(tmp_path: Path, tiny: TrainConfig) -> None:
     run = RunDirectory(tmp_path / "run")
     run.start(tiny)
     trainer = Trainer(tiny, run, torch.device("cpu"))
@@ -253,7 +255,7 @@ def test_divergence_stops_with_the_last_good_checkpoint(tmp_path: Path, tiny: Tr
     with torch.no_grad():
         trainer.generator.stages[0].to_rgb.weight.fill_(float("nan"))
     with pytest.raises(SpmDeployError, match="loss is nan at step 1, after 2 images") as caught:
-        trainer.train(silently)
+        trainer.train(ignore_record)
     assert "checkpoint.pt" in (caught.value.hint or "")
     resumed = Trainer(tiny, run, torch.device("cpu"))
     resumed.resume()
@@ -261,15 +263,15 @@ def test_divergence_stops_with_the_last_good_checkpoint(tmp_path: Path, tiny: Tr
     assert all(value.isfinite().all() for value in resumed.generator.parameters())
 
 
-def test_a_tiny_model_learns_its_pictures(tmp_path: Path) -> None:
+def test_train_tiny_model_overfits_four_images(tmp_path: Path) -> None:
     """`make train-smoke` in a reduced form: the coarsest stage alone. What does not learn does not pass."""
     data = smoke.write_street_images(tmp_path / "data")
     config = smoke.smoke_config(data, steps=30, stages=(0,), perceptual=0)
-    train(config, tmp_path / "run", False, silently)
+    train(config, tmp_path / "run", False, ignore_record)
     assert smoke.falls(RunDirectory(tmp_path / "run").metrics(), "l1") < smoke.FALLS_TO["l1"]
     (phase,) = config.schedule
     idle = dataclasses.replace(config, schedule=(dataclasses.replace(phase, images=60, generator_rate=0.0),))
-    train(idle, tmp_path / "idle", False, silently)
+    train(idle, tmp_path / "idle", False, ignore_record)
     assert smoke.falls(RunDirectory(tmp_path / "idle").metrics(), "l1") > smoke.FALLS_TO["l1"]
 
 
@@ -294,8 +296,8 @@ def projected(tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> TrainConfig
     return dataclasses.replace(tiny, discriminator="projected", discriminator_width=4, loss=loss, schedule=schedule)
 
 
-def test_a_projected_run_resumes_bit_for_bit_with_any_number_of_workers(tmp_path: Path, projected: TrainConfig) -> None:
-    train(projected, tmp_path / "whole", False, silently)
+def test_train_projected_resumes_bit_for_bit_with_other_workers(tmp_path: Path, projected: TrainConfig) -> None:
+    train(projected, tmp_path / "whole", False, ignore_record)
     records = RunDirectory(tmp_path / "whole").metrics()
     assert [set(line) >= {"l1", "adversarial", "feature_matching", "style"} for line in records] == [
         False, True, True, False, True, True,
@@ -309,12 +311,12 @@ def test_a_projected_run_resumes_bit_for_bit_with_any_number_of_workers(tmp_path
     trainer.step()
     trainer.step()
     trainer.save()
-    train(config, run.path, True, silently)
+    train(config, run.path, True, ignore_record)
     for ours, theirs in zip(run.metrics(), records[2:], strict=True):
         assert {**ours, "seconds": 0} == {**theirs, "seconds": 0}
 
 
-def test_the_warm_up_leaves_the_generator_alone(tmp_path: Path, projected: TrainConfig) -> None:
+def test_step_in_warm_up_keeps_the_generator(tmp_path: Path, projected: TrainConfig) -> None:
     trainer = Trainer(projected, RunDirectory(tmp_path), torch.device("cpu"))
     before = [value.clone() for value in trainer.generator.parameters()]
     heads = [value.clone() for value in trainer.discriminators.parameters()]
@@ -329,7 +331,7 @@ def test_the_warm_up_leaves_the_generator_alone(tmp_path: Path, projected: Train
     assert not all(map(torch.equal, before, trainer.generator.parameters()))
 
 
-def test_a_checkpoint_of_another_discriminator_is_refused(tmp_path: Path, projected: TrainConfig) -> None:
+def test_resume_checkpoint_of_another_discriminator_is_refused(tmp_path: Path, projected: TrainConfig) -> None:
     run = RunDirectory(tmp_path / "run")
     run.start(projected)
     Trainer(projected, run, torch.device("cpu")).save()
@@ -338,7 +340,7 @@ def test_a_checkpoint_of_another_discriminator_is_refused(tmp_path: Path, projec
         Trainer(patch, run, torch.device("cpu")).resume()
 
 
-def test_a_run_starts_from_given_weights(tmp_path: Path, tiny: TrainConfig) -> None:
+def test_trainer_start_weights_are_used(tmp_path: Path, tiny: TrainConfig) -> None:
     first = Trainer(dataclasses.replace(tiny, seed=5), RunDirectory(tmp_path / "first"), torch.device("cpu"))
     (tmp_path / "first").mkdir()
     weights = first.run.export(first.averaged, "export")
@@ -352,7 +354,7 @@ def test_a_run_starts_from_given_weights(tmp_path: Path, tiny: TrainConfig) -> N
         Trainer(wider, RunDirectory(tmp_path / "third"), torch.device("cpu"))
 
 
-def test_losses_are_read_every_so_many_steps_and_name_the_step_that_diverged(tmp_path: Path, tiny: TrainConfig) -> None:
+def test_read_losses_divergence_names_its_step(tmp_path: Path, tiny: TrainConfig) -> None:
     config = dataclasses.replace(tiny, report_images=1000, check_steps=3, schedule=(Phase((0,), images=20, batch=2),))
     run = RunDirectory(tmp_path / "run")
     run.start(config)
@@ -365,7 +367,7 @@ def test_losses_are_read_every_so_many_steps_and_name_the_step_that_diverged(tmp
         trainer.save()  # what diverged never replaces a good checkpoint
     assert not run.checkpoint.exists()
     with pytest.raises(SpmDeployError, match="loss is nan at step 1, after 2 images"):
-        trainer.train(silently)
+        trainer.train(ignore_record)
     assert trainer.progress.steps == 3
 
 
@@ -458,6 +460,6 @@ def test_train_shorter_than_an_interval_is_reported(
     saved_state: tuple[TrainConfig, dict[str, Any]], tmp_path: Path
 ) -> None:
     config = dataclasses.replace(saved_state[0], report_images=200)
-    assert train(config, tmp_path / "run", False, silently) == 4
+    assert train(config, tmp_path / "run", False, ignore_record) == 4
     assert [record["images"] for record in RunDirectory(tmp_path / "run").metrics()] == [4]
     assert not RunDirectory(tmp_path / "run").has_best
