@@ -76,8 +76,8 @@ def _export(checkpoint: Path, bundle: Path) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(2)
         save_generator(Generator(GeneratorConfig(len(class_table("street")), width=2, hidden=8)), checkpoint)
-    words = ["export", checkpoint, "--output", bundle, "--classes", "street", "--licence", "random weights", "--json"]
-    command = [sys.executable, "-m", "spmdeploy", *map(str, words)]
+    args = ["export", checkpoint, "--output", bundle, "--classes", "street", "--licence", "random weights", "--json"]
+    command = [sys.executable, "-m", "spmdeploy", *map(str, args)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     bundle.with_name("export.stdout").write_text(done.stdout)

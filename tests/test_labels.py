@@ -202,9 +202,9 @@ def test_check_labels_other_arrays_are_checked() -> None:
 
 @given(hnp.arrays(np.uint8, (5, 4), elements=st.sampled_from([0, 1, 255])))
 def test_labels_from_colors_painted_map_is_equal(labels: np.ndarray) -> None:
-    picture = colorize(labels, TWO)
-    assert picture.shape == (5, 4, 3) and picture.dtype == np.uint8
-    np.testing.assert_array_equal(labels_from_colors(picture, TWO, "x"), labels)
+    image = colorize(labels, TWO)
+    assert image.shape == (5, 4, 3) and image.dtype == np.uint8
+    np.testing.assert_array_equal(labels_from_colors(image, TWO, "x"), labels)
 
 
 def test_labels_from_colors_distinct_colors_are_exact() -> None:
@@ -216,8 +216,8 @@ def test_labels_from_colors_distinct_colors_are_exact() -> None:
 
 
 def test_colorize_ids_without_class_are_black_or_white() -> None:
-    picture = colorize(np.array([[255, 9]], np.uint8), TWO)
-    assert picture.tolist() == [[[0, 0, 0], [255, 255, 255]]]
+    image = colorize(np.array([[255, 9]], np.uint8), TWO)
+    assert image.tolist() == [[[0, 0, 0], [255, 255, 255]]]
 
 
 def test_labels_from_colors_unknown_ones_are_listed() -> None:

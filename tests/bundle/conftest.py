@@ -71,8 +71,8 @@ def graph_record(precision: Any, size: int, digest: str) -> GraphRecord:
 def fill(writer: BundleWriter, graphs: Mapping[str, bytes] = GRAPHS) -> tuple[GraphRecord, ...]:
     for precision, content in graphs.items():
         writer.add_bytes(f"graphs/edit.{precision}.onnx", content)
-    for picture in GOLDEN_IMAGES:
-        writer.add_bytes(f"golden/tree/{picture}", picture.encode())
+    for image in GOLDEN_IMAGES:
+        writer.add_bytes(f"golden/tree/{image}", image.encode())
     writer.add_bytes("card.md", b"# street\n")
     return tuple(graph_record(key, *writer.measure(f"graphs/edit.{key}.onnx")) for key in GRAPHS)
 

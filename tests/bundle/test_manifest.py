@@ -105,11 +105,11 @@ WRONG_FIELDS = [
 ]
 
 
-@pytest.mark.parametrize(("field", "value", "words"), WRONG_FIELDS)
-def test_from_json_wrong_field_is_named_with_its_value(field: str, value: object, words: str) -> None:
+@pytest.mark.parametrize(("field", "value", "message"), WRONG_FIELDS)
+def test_from_json_wrong_field_is_named_with_its_value(field: str, value: object, message: str) -> None:
     content = manifest_of(tuple(graph_record(key, 5, "a" * 64) for key in GRAPHS)).to_json()
     _set(field, value)(content)
-    with pytest.raises(BundleError, match=words) as caught:
+    with pytest.raises(BundleError, match=message) as caught:
         Manifest.from_json(content, "street.spm/manifest.json")
     assert caught.value.problem.startswith("street.spm/manifest.json: ")
 
@@ -133,13 +133,13 @@ def test_from_json_every_field_is_checked(field: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("graphs", "golden", "words"),
+    ("graphs", "golden", "message"),
     [(2, 1, "the graph edit fp32 is there twice"), (1, 2, "the golden edit tree is there twice")],
 )
-def test_from_json_repeated_graph_or_edit_is_refused(graphs: int, golden: int, words: str) -> None:
+def test_from_json_repeated_graph_or_edit_is_refused(graphs: int, golden: int, message: str) -> None:
     manifest = manifest_of((graph_record("fp32", 5, "a" * 64),) * graphs)
     manifest = dataclasses.replace(manifest, golden=manifest.golden * golden)
-    with pytest.raises(BundleError, match=words):
+    with pytest.raises(BundleError, match=message):
         Manifest.from_json(manifest.to_json(), "m")
 
 
@@ -166,7 +166,7 @@ def test_from_bytes_other_schema_is_refused(street: Path, schema: object) -> Non
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "message"),
     [
         ('{"schema": "spmdeploy.bundle/1", "name": ', "not valid JSON"),
         (
@@ -179,7 +179,7 @@ def test_from_bytes_other_schema_is_refused(street: Path, schema: object) -> Non
         ("[]", "its schema is None"),
     ],
 )
-def test_from_bytes_other_json_is_refused(street: Path, text: str, words: str) -> None:
+def test_from_bytes_other_json_is_refused(street: Path, text: str, message: str) -> None:
     (street / MANIFEST).write_bytes(text.encode("utf-8", "surrogateescape"))
     list_sums(street)
-    assert words in refusal(street)
+    assert message in refusal(street)

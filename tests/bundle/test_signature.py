@@ -102,8 +102,8 @@ def test_sign_keys_and_signatures_are_accepted_by_minisign(tmp_path: Path, passw
     (tmp_path / "file.minisig").write_bytes(sign(b"content", key, "from us"))
     check = ["minisign", "-V", "-H", "-p", public, "-m", tmp_path / "file"]
     assert b"Trusted comment: from us" in subprocess.run(check, capture_output=True, check=True).stdout
-    words = [*["-W"] * (password is None), "-s", secret, "-m", tmp_path / "file", "-t", "from them"]
-    subprocess.run(["minisign", "-S", *words], input=f"{password}\n".encode(), capture_output=True, check=True)
+    args = [*["-W"] * (password is None), "-s", secret, "-m", tmp_path / "file", "-t", "from them"]
+    subprocess.run(["minisign", "-S", *args], input=f"{password}\n".encode(), capture_output=True, check=True)
     checked = check_signature(b"content", (tmp_path / "file.minisig").read_bytes(), key.public, SHOWN)
     assert checked.comment == "from them"
 

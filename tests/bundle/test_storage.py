@@ -33,7 +33,7 @@ from .conftest import (
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "words", "hint"),
+    ("name", "content", "message", "hint"),
     [
         ("edit.onnx", b"\x08\x0a", "one graph, not a bundle", r"\.spm folder"),
         ("latest_net_G.pth", b"PK\3\4 and so on", "a checkpoint, not a bundle", "spmdeploy export"),
@@ -44,9 +44,9 @@ from .conftest import (
         ("nothing", b"", "neither a folder nor a zip", "spmdeploy export"),
     ],
 )
-def test_open_storage_other_file_is_named(tmp_path: Path, name: str, content: bytes, words: str, hint: str) -> None:
+def test_open_storage_other_file_is_named(tmp_path: Path, name: str, content: bytes, message: str, hint: str) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(BundleError, match=words) as caught:
+    with pytest.raises(BundleError, match=message) as caught:
         open_bundle(tmp_path / name)
     assert caught.value.problem.startswith(str(tmp_path / name))
     assert re.search(hint, caught.value.hint or "")
@@ -203,8 +203,8 @@ def patched(source: Path, entry: str, offset: int, value: bytes, central: bool =
      "\u202egnp.exe", "x" * 241],
 )  # fmt: skip
 def test_zip_unsafe_name_is_refused(street_zip: Path, name: str) -> None:
-    said = refusal(with_entry(street_zip, zipfile.ZipInfo(name)))
-    assert f"entry {name!r} has a name" in said
+    text = refusal(with_entry(street_zip, zipfile.ZipInfo(name)))
+    assert f"entry {name!r} has a name" in text
 
 
 def test_zip_name_with_nul_is_refused(street_zip: Path) -> None:
@@ -230,8 +230,8 @@ def test_zip_compressed_is_refused_with_hint(street_zip: Path) -> None:
     def deflate(archive: zipfile.ZipFile, name: str, content: bytes) -> None:
         archive.writestr(name, content, zipfile.ZIP_DEFLATED)
 
-    said = refusal(rezip(street_zip, deflate))
-    assert "is compressed; a bundle's zip is not" in said and "zip -0" in said
+    text = refusal(rezip(street_zip, deflate))
+    assert "is compressed; a bundle's zip is not" in text and "zip -0" in text
 
 
 def test_zip_encrypted_entry_is_refused(street_zip: Path) -> None:

@@ -142,7 +142,7 @@ def _no_pictures(manifest: Manifest) -> Manifest:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "words"),
+    ("spoil", "message"),
     [
         (_no_graph, r"street\.spm/graphs/lost\.onnx: named in manifest\.json"),
         (_infinite_parity, r"graphs\[0\]\.parity\.psnr_db is inf"),
@@ -150,9 +150,9 @@ def _no_pictures(manifest: Manifest) -> Manifest:
     ],
 )
 def test_finish_contradicting_manifest_is_not_written(
-    tmp_path: Path, spoil: Callable[[Manifest], Manifest], words: str
+    tmp_path: Path, spoil: Callable[[Manifest], Manifest], message: str
 ) -> None:
-    with pytest.raises(BundleError, match=words), BundleWriter(tmp_path / "street.spm") as writer:
+    with pytest.raises(BundleError, match=message), BundleWriter(tmp_path / "street.spm") as writer:
         writer.finish(spoil(manifest_of(fill(writer))))
     assert names_in(tmp_path) == []
 

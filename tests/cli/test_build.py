@@ -70,8 +70,8 @@ def tensorrt(request: pytest.FixtureRequest, shared: Path) -> Any:
     return library
 
 
-def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, dict[str, Any], str]:
-    code = cli.main([*map(str, words), "--json"])
+def run(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, dict[str, Any], str]:
+    code = cli.main([*map(str, args), "--json"])
     captured = capsys.readouterr()
     (line,) = captured.out.splitlines()
     return code, json.loads(line), captured.err
@@ -143,70 +143,70 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("options", "kind", "words", "hint"), REFUSED)
-def test_what_cannot_be_built_is_refused_before_any_work(
-    machine: Machine, options: dict[str, Any], kind: type[Exception], words: str, hint: str
+@pytest.mark.parametrize(("options", "kind", "message", "hint"), REFUSED)
+def test_plan_of_impossible_options_is_refused_with_hint(
+    machine: Machine, options: dict[str, Any], kind: type[Exception], message: str, hint: str
 ) -> None:
-    with pytest.raises(kind, match=words) as caught:
+    with pytest.raises(kind, match=message) as caught:
         plan_engines(EngineOptions(**options))
     assert re.search(hint, str(caught.value.hint)), caught.value.hint
 
 
-def test_tensorrt_without_a_gpu(machine: Machine) -> None:
+def test_plan_of_tensorrt_without_a_gpu_is_refused(machine: Machine) -> None:
     machine.install("tensorrt", SimpleNamespace(__version__="10.3.0", __spec__="here"))
     with pytest.raises(UnavailableError, match="GPU of this machine, and there is none: no NVIDIA driver"):
         plan_engines(EngineOptions(runtime="tensorrt"))
 
 
-def test_neither_library(machine: Machine) -> None:
+def test_plan_without_any_library_names_the_extras(machine: Machine) -> None:
     machine.install("tensorrt_rtx", None)
     with pytest.raises(UnavailableError, match="neither TensorRT nor TensorRT-RTX") as caught:
         plan_engines(EngineOptions())
     assert "spmdeploy[tensorrt-rtx]" in str(caught.value.hint)
 
 
-def test_building_inspecting_cleaning(
+def test_build_then_inspect_then_clean_handles_one_engine(
     machine: Machine, tensorrt: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
     bundle = write_street(tmp_path / "street.spm").path
     machine.gpu(ORIN)
     machine.install("tensorrt", tensorrt)
-    code, told, talk = run(capsys, "build", bundle)
-    assert code == 0 and told["schema"] == "spmdeploy.build/1"
-    (engine,) = told["engines"]
+    code, result, log = run(capsys, "build", bundle)
+    assert code == 0 and result["schema"] == "spmdeploy.build/1"
+    (engine,) = result["engines"]
     assert engine["built"] and engine["precision"] == "fp16" and engine["gpu"]["name"] == "Orin"
-    assert f"tensorrt {tensorrt.__version__} for Orin (sm87)" in talk and "engines go into the bundle" in talk
-    assert "edit.fp16: Timing tactics" in talk
+    assert f"tensorrt {tensorrt.__version__} for Orin (sm87)" in log and "engines go into the bundle" in log
+    assert "edit.fp16: Timing tactics" in log
     assert not run(capsys, "build", bundle)[1]["engines"][0]["built"]
 
     code, facts, _ = run(capsys, "inspect", engine["path"])
     assert code == 0 and facts["kind"] == "engine" and facts["fit"] and facts["record"]["version"] == engine["version"]
     assert cli.main(["inspect", engine["path"]]) == 0
-    words = capsys.readouterr().out
-    assert "fits this machine" in words and "100% FP16, read back from the engine; not yet verified" in words
+    args = capsys.readouterr().out
+    assert "fits this machine" in args and "100% FP16, read back from the engine; not yet verified" in args
 
     machine.gpu(RTX_3060)
     code, facts, _ = run(capsys, "inspect", engine["path"])
     assert code == 0 and not facts["fit"] and "Orin" in facts["differences"][0] and "3060" in facts["differences"][0]
-    code, told, _ = run(capsys, "build", bundle, "--clean")
-    assert code == 0 and [removed["path"] for removed in told["removed"]] == [engine["path"]]
-    assert told["removed"][0]["differences"] == facts["differences"] and not Path(engine["path"]).exists()
+    code, result, _ = run(capsys, "build", bundle, "--clean")
+    assert code == 0 and [removed["path"] for removed in result["removed"]] == [engine["path"]]
+    assert result["removed"][0]["differences"] == facts["differences"] and not Path(engine["path"]).exists()
     assert cli.main(["build", str(bundle), "--clean"]) == 0
     assert capsys.readouterr().out == "nothing to remove\n"
 
 
-def test_a_damaged_engine_is_inspected_with_exit_6(
+def test_inspect_of_damaged_or_separated_engine_exits_6(
     machine: Machine, tensorrt: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     machine.gpu(ORIN)
     machine.install("tensorrt", tensorrt)
     path = Path(run(capsys, "build", write_street(tmp_path / "street.spm").path)[1]["engines"][0]["path"])
     path.write_bytes(path.read_bytes()[:-1])
-    code, told, _ = run(capsys, "inspect", path)
-    assert code == 6 and "truncated" in told["error"]
+    code, result, _ = run(capsys, "inspect", path)
+    assert code == 6 and "truncated" in result["error"]
     alone = shutil.copy(path, tmp_path / "alone.engine")
-    code, told, _ = run(capsys, "inspect", alone)
-    assert code == 6 and "no engine.json beside it" in told["error"]
+    code, result, _ = run(capsys, "inspect", alone)
+    assert code == 6 and "no engine.json beside it" in result["error"]
 
 
 def test_build_of_graphs_for_cpus_names_the_command(machine: Machine, tmp_path: Path) -> None:
@@ -218,16 +218,16 @@ def test_build_of_graphs_for_cpus_names_the_command(machine: Machine, tmp_path: 
     assert "spmdeploy export" in str(caught.value.hint)
 
 
-def test_a_graph_or_precision_that_is_not_there(
+def test_build_of_missing_graph_exits_6_and_lists_graphs(
     machine: Machine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bundle = write_street(tmp_path / "street.spm").path
-    code, told, _ = run(capsys, "build", bundle, "--graph", "refine", "--target", "sm86")
-    assert code == 6 and "no graph 'refine' in fp16; there is edit fp32, edit fp16" in told["error"]
+    code, result, _ = run(capsys, "build", bundle, "--graph", "refine", "--target", "sm86")
+    assert code == 6 and "no graph 'refine' in fp16; there is edit fp32, edit fp16" in result["error"]
 
 
 @pytest.mark.parametrize(
-    ("words", "problem"),
+    ("args", "problem"),
     [
         (["--cpu-only", "--engine"], "from the graph for CPUs"),
         (["--target", "sm86"], "--target is for engines"),
@@ -235,24 +235,24 @@ def test_a_graph_or_precision_that_is_not_there(
         (["--engine"], "no GPU here"),
     ],
 )
-def test_an_export_with_engines_that_cannot_be_is_refused_before_it_starts(
-    machine: Machine, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], problem: str
+def test_export_with_impossible_engine_options_exits_2_at_once(
+    machine: Machine, tmp_path: Path, capsys: pytest.CaptureFixture[str], args: list[str], problem: str
 ) -> None:
-    export = ["export", tmp_path / "absent.pth", "--output", tmp_path / "b.spm", "--classes", "street", *words]
-    code, told, _ = run(capsys, *export)
-    assert code == 2 and problem in told["error"]
+    export = ["export", tmp_path / "absent.pth", "--output", tmp_path / "b.spm", "--classes", "street", *args]
+    code, result, _ = run(capsys, *export)
+    assert code == 2 and problem in result["error"]
 
 
-def test_an_export_builds_engines_right_away(
+def test_export_with_engine_builds_one(
     machine: Machine, tensorrt: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine.gpu(ORIN)
     machine.install("tensorrt", tensorrt)
     bundle = write_street(tmp_path / "street.spm")
     monkeypatch.setattr(pipeline, "export_bundle", lambda *arguments: pipeline.Export(bundle, (), 1.0))
-    words = ["export", "x.pth", "--output", bundle.path, "--classes", "street", "--engine"]
+    args = ["export", "x.pth", "--output", bundle.path, "--classes", "street", "--engine"]
     for precision in ([], ["--precision", "fp32"]):
-        code, told, talk = run(capsys, *words, *precision)
-        (engine,) = told["engines"]
+        code, result, log = run(capsys, *args, *precision)
+        (engine,) = result["engines"]
         assert code == 0 and engine["precision"] == ("fp32" if precision else "fp16") and Path(engine["path"]).exists()
-        assert "for Orin (sm87)" in talk
+        assert "for Orin (sm87)" in log

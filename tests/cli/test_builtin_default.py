@@ -15,9 +15,9 @@ from spmdeploy.bundle.bundle import open_bundle
 from spmdeploy.cli import build
 
 
-@pytest.mark.parametrize(("words", "place"), [([], "cache"), ([str(spmdeploy.default_model())], None)])
+@pytest.mark.parametrize(("args", "place"), [([], "cache"), ([str(spmdeploy.default_model())], None)])
 def test_build_without_bundle_builds_built_in_one_into_cache(
-    words: list[str], place: str | None, monkeypatch: pytest.MonkeyPatch
+    args: list[str], place: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[Any] = []
 
@@ -26,7 +26,7 @@ def test_build_without_bundle_builds_built_in_one_into_cache(
         return [], []
 
     monkeypatch.setattr(build, "build_engines_with_progress", record)
-    assert cli.main(["build", *words]) == 0
+    assert cli.main(["build", *args]) == 0
     assert calls == [(spmdeploy.default_model(), place)]
 
 

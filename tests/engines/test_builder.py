@@ -83,11 +83,11 @@ def test_build_calls_the_library_in_order(bundle: Bundle, apis: Any, version: st
     result = build(bundle, library, precision=precision)
     strongly = 1 << library.NetworkDefinitionCreationFlag["STRONGLY_TYPED"]
     maps = [(size, 256, 256) for size in (1, 2, 8)]
-    pictures = [(*shape, 3) for shape in maps]
+    images = [(*shape, 3) for shape in maps]
     assert called(library)[:14] == [
         ("Builder.create_network", strongly),
         ("OnnxParser.parse_from_file", f"edit.{precision}.onnx"),
-        ("IOptimizationProfile.set_shape", "image", *pictures),
+        ("IOptimizationProfile.set_shape", "image", *images),
         ("IOptimizationProfile.set_shape", "labels", *maps),
         ("IOptimizationProfile.set_shape", "instances", *maps),
         ("IOptimizationProfile.set_shape", "mask", *maps),
@@ -233,8 +233,8 @@ def test_timing_cache_in_a_file_is_an_input_error(bundle: Bundle, apis: Any, ver
 
 def test_build_of_a_typed_graph_failed_falls_back_to_weak_typing(bundle: Bundle, apis: Any) -> None:
     library = recording_tensorrt("10.3", apis["10.3"], Behavior(typed_builds=False, messages=[("ERROR", "no types")]))
-    heard: list[str] = []
-    (result,) = build_engines(bundle, EngineOptions(), plan(library), lambda words, seconds: heard.append(words))
+    reports: list[str] = []
+    (result,) = build_engines(bundle, EngineOptions(), plan(library), lambda args, seconds: reports.append(args))
     assert called(library, "Builder.create_network") == [
         ("Builder.create_network", 1 << library.NetworkDefinitionCreationFlag["STRONGLY_TYPED"]),
         ("Builder.create_network", 0),
@@ -244,7 +244,7 @@ def test_build_of_a_typed_graph_failed_falls_back_to_weak_typing(bundle: Bundle,
     record = result.record
     assert (record.precision, record.strongly_typed, record.flags) == ("fp16", False, ("FP16",))
     assert record.fallback is not None and "no types" in record.fallback and "10.3" in record.fallback
-    assert any(str(record.fallback) in words for words in heard)  # nothing silent
+    assert any(str(record.fallback) in args for args in reports)  # nothing silent
     assert record.onnx.file == "graphs/edit.fp32.onnx" and record.engine.file == "edit.fp16.engine"
     assert (record.computes_in.fp16_share, record.computes_in.network_fp16_share) == (1.0, 0.0)
     host = EngineHost.with_gpu(Gpu("Orin", "8.7"), {"tensorrt": "10.3"})
@@ -252,7 +252,7 @@ def test_build_of_a_typed_graph_failed_falls_back_to_weak_typing(bundle: Bundle,
 
 
 @pytest.mark.parametrize(
-    ("behavior", "words"),
+    ("behavior", "message"),
     [
         (Behavior(typed_builds=False, chooses="Float"), "FP16 was requested, but only 0% FP16 in the engine"),
         (Behavior(typed_builds=False, inspected=lambda kind: inspector_json("10.3", None)), "not in which type"),
@@ -260,10 +260,10 @@ def test_build_of_a_typed_graph_failed_falls_back_to_weak_typing(bundle: Bundle,
     ],
 )
 def test_build_that_computes_in_fp32_is_a_verification_error(
-    bundle: Bundle, apis: Any, behavior: Behavior, words: str
+    bundle: Bundle, apis: Any, behavior: Behavior, message: str
 ) -> None:
     library = recording_tensorrt("10.3", apis["10.3"], replace(behavior, messages=[("INFO", "hello")]))
-    with pytest.raises(VerificationError, match=words) as caught:
+    with pytest.raises(VerificationError, match=message) as caught:
         build(bundle, library)
     assert caught.value.exit_code == 5
     assert left(bundle) == ["edit.fp16.failed.log"]
@@ -311,11 +311,11 @@ FAILURES: list[tuple[Behavior, type[SpmDeployError], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("behavior", "kind", "words"), FAILURES, ids=[words[:12] for _, _, words in FAILURES])
+@pytest.mark.parametrize(("behavior", "kind", "message"), FAILURES, ids=[message[:12] for _, _, message in FAILURES])
 def test_build_failed_raises_the_error_of_its_cause(
-    bundle: Bundle, apis: Any, version: str, behavior: Behavior, kind: type[SpmDeployError], words: str
+    bundle: Bundle, apis: Any, version: str, behavior: Behavior, kind: type[SpmDeployError], message: str
 ) -> None:
-    with pytest.raises(kind, match=words) as caught:
+    with pytest.raises(kind, match=message) as caught:
         build(bundle, recording_tensorrt(version, apis[version], behavior), precision="fp32")
     assert caught.value.hint
     assert [name for name in left(bundle) if not name.endswith(".failed.log")] == []
@@ -343,12 +343,12 @@ class Listener:
         self.interrupt = interrupt
         self.interval = threading.Event()
 
-    def __call__(self, words: str, seconds: float) -> None:
+    def __call__(self, args: str, seconds: float) -> None:
         assert seconds >= 0
-        self.heard.append(words)
+        self.heard.append(args)
         if threading.current_thread() is threading.main_thread():
             self.interval.set()
-            if words == self.interrupt:
+            if args == self.interrupt:
                 self.interrupt = ""
                 raise KeyboardInterrupt
 
@@ -389,12 +389,12 @@ def test_monitor_interrupted_twice_does_not_wait(apis: Any, version: str, tmp_pa
     listener = Listener(interrupt="Timing tactics")
     canceling: list[str] = []
 
-    def interrupt_twice(words: str, seconds: float) -> None:
-        if words == "canceling at the next step":
-            canceling.append(words)
+    def interrupt_twice(args: str, seconds: float) -> None:
+        if args == "canceling at the next step":
+            canceling.append(args)
             listener.interrupt = "Timing tactics"
             return
-        listener(words, seconds)
+        listener(args, seconds)
 
     library = recording_tensorrt(version, apis[version], Behavior(during=lambda monitor: release.wait(60)))
     with pytest.raises(KeyboardInterrupt):

@@ -101,10 +101,10 @@ def test_unpack_zip_changed_meanwhile_leaves_nothing(street_zip: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "words"),
+    ("name", "message"),
     [("Card.md", r"two entries are 'card\.md'"), ("card.md/x", r"'card\.md/x' is inside a file")],
 )
-def test_unpack_names_equal_without_case_are_refused(street: Path, name: str, words: str) -> None:
+def test_unpack_names_equal_without_case_are_refused(street: Path, name: str, message: str) -> None:
     with zipfile.ZipFile(street.with_name("odd.spm"), "w") as archive:
         digests = (street / SUMS).read_text()
         archive.writestr(SUMS, digests + f"{digests[:64]}  {name}\n")
@@ -112,7 +112,7 @@ def test_unpack_names_equal_without_case_are_refused(street: Path, name: str, wo
             if file != SUMS:
                 archive.writestr(file, content)
         archive.writestr(name, (street / "card.md").read_bytes())
-    with pytest.raises(BundleError, match=words):
+    with pytest.raises(BundleError, match=message):
         unpack(open_bundle(street.with_name("odd.spm")), street.with_name("back.spm"))
     assert names_in(street.parent) == ["odd.spm", "street.spm"]
 

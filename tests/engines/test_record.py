@@ -60,7 +60,7 @@ def test_from_bytes_every_field_is_checked(field: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "words"),
+    ("field", "value", "message"),
     [
         ("schema", "spmdeploy.engine/2", "is newer than spmdeploy.engine/1"),
         ("schema", "spmdeploy.bundle/1", "not the record of an engine"),
@@ -76,8 +76,8 @@ def test_from_bytes_every_field_is_checked(field: str) -> None:
         ("strongly_typed", 1, "strongly_typed is 1, expected `bool`"),
     ],
 )
-def test_from_bytes_wrong_field_is_named_with_its_value(field: str, value: object, words: str) -> None:
-    with pytest.raises(BundleError, match=words):
+def test_from_bytes_wrong_field_is_named_with_its_value(field: str, value: object, message: str) -> None:
+    with pytest.raises(BundleError, match=message):
         EngineRecord.from_bytes(changed(field, value), "e.json")
 
 

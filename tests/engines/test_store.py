@@ -111,11 +111,11 @@ def test_find_engines_inside_zip_are_read(bundle: Bundle, tmp_path: Path) -> Non
 
 
 def test_find_engines_without_engine_examines_no_machine(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    looked: list[int] = []
-    monkeypatch.setattr(engine_store, "local_host", lambda: looked.append(1) or HOST)
-    assert find_engines(bundle) == [] and not looked
+    lookups: list[int] = []
+    monkeypatch.setattr(engine_store, "local_host", lambda: lookups.append(1) or HOST)
+    assert find_engines(bundle) == [] and not lookups
     add(in_bundle(bundle))
-    assert find_engines(bundle)[0].fit and looked == [1]
+    assert find_engines(bundle)[0].fit and lookups == [1]
 
 
 def test_read_incompatible_engine_lists_every_reason(bundle: Bundle) -> None:

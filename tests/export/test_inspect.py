@@ -33,7 +33,7 @@ def reseal(bundle: Path) -> None:
     sums.write_text("".join(lines))
 
 
-def test_a_bundle_counted_in_its_graphs(street_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_bundle_counts_equal_the_manifest(street_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, facts = inspect(street_bundle, capsys)
     assert code == 0 and facts["kind"] == "bundle" and facts["name"] == "tiny" and facts["surplus"] == []
     assert facts["classes"]["name"] == "street" and facts["generator"]["classes"] == 12
@@ -47,24 +47,24 @@ def test_a_bundle_counted_in_its_graphs(street_bundle: Path, capsys: pytest.Capt
             assert graph["counted"]["gflop"] == facts["generator"]["gflop"]
 
 
-def test_a_bundle_in_words(street_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_bundle_as_text_shows_the_facts(street_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["inspect", str(street_bundle)]) == 0
     out = capsys.readouterr().out
-    for words in ("bundle tiny", "all hashes match", "counted in the graphs", "8 car", "random weights", "edit fp16"):
-        assert words in out
+    for message in ("bundle tiny", "all hashes match", "counted in the graphs", "8 car", "random weights", "edit fp16"):
+        assert message in out
 
 
-def test_a_zip_says_what_its_folder_says(
+def test_inspect_zip_equals_its_folder(street_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    zipped = pack(open_bundle(street_bundle), tmp_path / "tiny.spm.zip")
+    (folder_code, folder), (zip_code, result) = inspect(street_bundle, capsys), inspect(zipped, capsys)
+    assert folder_code == zip_code == 0
+    assert result.pop("path") == str(zipped) and folder.pop("path") == str(street_bundle)
+    assert result == folder
+
+
+def test_inspect_unlisted_files_are_shown(
     street_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    zipped = pack(open_bundle(street_bundle), tmp_path / "tiny.spm.zip")
-    (folder_code, folder), (zip_code, told) = inspect(street_bundle, capsys), inspect(zipped, capsys)
-    assert folder_code == zip_code == 0
-    assert told.pop("path") == str(zipped) and folder.pop("path") == str(street_bundle)
-    assert told == folder
-
-
-def test_surplus_files_are_shown(street_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     copied = Path(shutil.copytree(street_bundle, tmp_path / "b.spm"))
     (copied / "notes.txt").write_text("mine")
     assert inspect(copied, capsys)[1]["surplus"] == ["notes.txt"]
@@ -72,16 +72,14 @@ def test_surplus_files_are_shown(street_bundle: Path, tmp_path: Path, capsys: py
     assert "unlisted file, never read: notes.txt" in capsys.readouterr().out
 
 
-def test_harm_is_found_in_files_that_nothing_else_reads(
-    street_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_inspect_changed_card_exits_6(street_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     copied = Path(shutil.copytree(street_bundle, tmp_path / "b.spm"))
     (copied / "card.md").write_text((copied / "card.md").read_text().replace("random weights", "MIT licence"))
-    code, told = inspect(copied, capsys)
-    assert code == told["exit_code"] == 6 and "b.spm/card.md" in told["error"]
+    code, result = inspect(copied, capsys)
+    assert code == result["exit_code"] == 6 and "b.spm/card.md" in result["error"]
 
 
-def test_a_bundle_without_torch_and_onnx(street_bundle: Path) -> None:
+def test_inspect_without_torch_and_onnx_shows_recorded_figures(street_bundle: Path) -> None:
     driver = (
         "import sys\n"
         "for name in ('torch', 'onnx', 'onnxscript', 'onnxruntime', 'safetensors'): sys.modules[name] = None\n"
@@ -89,20 +87,20 @@ def test_a_bundle_without_torch_and_onnx(street_bundle: Path) -> None:
         "spmdeploy.cli.entry()"
     )
 
-    def run(*words: object) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-c", driver, "inspect", *map(str, words)]
+    def run(*args: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", driver, "inspect", *map(str, args)]
         return subprocess.run(command, capture_output=True, text=True, check=False)
 
     facts = json.loads(run(street_bundle, "--json").stdout)
     assert [graph["counted"] for graph in facts["graphs"]] == [None] * 12
-    in_words = run(street_bundle)
-    assert in_words.returncode == 0 and "as recorded at export" in in_words.stdout
+    as_text = run(street_bundle)
+    assert as_text.returncode == 0 and "as recorded at export" in as_text.stdout
     checkpoint = run(street_bundle.with_name("tiny.safetensors"))
     assert checkpoint.returncode == 4 and "is not installed" in checkpoint.stderr
     assert 'hint: pip install "spmdeploy[export]"' in checkpoint.stderr
 
 
-def test_our_checkpoint(street_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_checkpoint_shows_shape_and_work(street_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, facts = inspect(street_bundle.with_name("tiny.safetensors"), capsys)
     assert code == 0 and facts["kind"] == "checkpoint" and facts["format"] == "spmdeploy"
     assert (facts["classes"], facts["width"], facts["hidden"], facts["channel_order"]) == (12, 2, 8, "RGB")
@@ -120,34 +118,34 @@ class Hostile:
         return (Path.touch, (self.mark,))
 
 
-def test_a_hostile_checkpoint_is_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_hostile_pickle_is_not_executed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     mark = tmp_path / "was here"
     (tmp_path / "evil.pth").write_bytes(pickle.dumps({"netG": Hostile(mark)}))
-    code, told = inspect(tmp_path / "evil.pth", capsys)
-    assert code == 7 and "evil.pth" in told["error"] and not mark.exists()
+    code, result = inspect(tmp_path / "evil.pth", capsys)
+    assert code == 7 and "evil.pth" in result["error"] and not mark.exists()
 
 
 @pytest.mark.parametrize("name", ["x.pth", "x.pt", "x.ckpt", "x.safetensors"])
 @pytest.mark.parametrize("content", [b"", b"garbage" * 100, b"PK\3\4" + bytes(100)], ids=["empty", "garbage", "zip"])
-def test_checkpoints_that_are_none(
+def test_inspect_invalid_checkpoint_exits_7(
     name: str, content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / name).write_bytes(content)
-    code, told = inspect(tmp_path / name, capsys)
-    assert code == told["exit_code"] == 7 and tmp_path.name in told["error"]
+    code, result = inspect(tmp_path / name, capsys)
+    assert code == result["exit_code"] == 7 and tmp_path.name in result["error"]
 
 
-def test_what_is_neither(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_other_path_is_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "garbage").write_bytes(b"\0\1\2")
     with zipfile.ZipFile(tmp_path / "other.zip", "w") as archive:
         archive.writestr("thesis.txt", "dear")
     for name, expected in (("absent", 7), ("empty", 6), ("garbage", 6), ("other.zip", 6)):
-        code, told = inspect(tmp_path / name, capsys)
-        assert code == told["exit_code"] == expected and name in told["error"], told
+        code, result = inspect(tmp_path / name, capsys)
+        assert code == result["exit_code"] == expected and name in result["error"], result
 
 
-def test_a_graph_that_is_none(street_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_invalid_graph_exits_6(street_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     copied = Path(shutil.copytree(street_bundle, tmp_path / "b.spm"))
     graph = copied / "graphs/edit.fp16.onnx"
     garbage = b"\xff" * graph.stat().st_size
@@ -158,5 +156,5 @@ def test_a_graph_that_is_none(street_bundle: Path, tmp_path: Path, capsys: pytes
             record["sha256"] = hashlib.sha256(garbage).hexdigest()
     (copied / "manifest.json").write_text(json.dumps(manifest))
     reseal(copied)
-    code, told = inspect(copied, capsys)
-    assert code == 6 and "edit.fp16.onnx: not a graph of spmdeploy" in told["error"]
+    code, result = inspect(copied, capsys)
+    assert code == 6 and "edit.fp16.onnx: not a graph of spmdeploy" in result["error"]

@@ -68,7 +68,7 @@ def _edits(batch: int) -> ModelInput:
     return ModelInput(image, labels, instances, mask)
 
 
-def test_weights_that_still_learn_become_the_same_graph(generator: Generator, fp32: onnx.ModelProto) -> None:
+def test_export_edit_with_gradients_gives_the_same_graph(generator: Generator, fp32: onnx.ModelProto) -> None:
     learning = Generator(generator.config)
     learning.load_state_dict(generator.state_dict())
     assert {parameter.requires_grad for parameter in learning.parameters()} == {True}
@@ -83,7 +83,7 @@ def test_weights_that_still_learn_become_the_same_graph(generator: Generator, fp
 
 
 @pytest.mark.parametrize("graph", ["edit", "refine"])
-def test_inputs_and_outputs_are_the_contract(street_bundle: Path, graph: str) -> None:
+def test_exported_graph_has_the_inputs_and_outputs_of_the_contract(street_bundle: Path, graph: str) -> None:
     fp32, fp16 = (onnx.load(street_bundle / f"graphs/{graph}.{precision}.onnx") for precision in ("fp32", "fp16"))
     coarse = {"coarse": (TensorProto.FLOAT, ["batch", 128, 128, 3])} if graph == "refine" else {}
     for model in (fp32, fp16, store_weights_as_halves(fp32)):
@@ -108,9 +108,7 @@ def test_inputs_and_outputs_are_the_contract(street_bundle: Path, graph: str) ->
         assert model.ir_version <= MAX_IR_VERSION
 
 
-def test_every_value_has_a_type_and_a_shape_whose_only_unknown_is_the_batch(
-    fp16: onnx.ModelProto, refine_fp16: onnx.ModelProto
-) -> None:
+def test_exported_graph_values_have_types_and_shapes(fp16: onnx.ModelProto, refine_fp16: onnx.ModelProto) -> None:
     for model in (fp16, refine_fp16):
         shaped = {value.name: value for value in (*model.graph.value_info, *model.graph.output)}
         for node in model.graph.node:
@@ -120,13 +118,13 @@ def test_every_value_has_a_type_and_a_shape_whose_only_unknown_is_the_batch(
                 assert all(dim.dim_param == "batch" or dim.HasField("dim_value") for dim in tensor.shape.dim), output
 
 
-def test_no_input_of_eight_bits_is_used_but_cast(fp16: onnx.ModelProto, refine_fp16: onnx.ModelProto) -> None:
+def test_exported_graph_uint8_inputs_are_only_cast(fp16: onnx.ModelProto, refine_fp16: onnx.ModelProto) -> None:
     for model in (fp16, refine_fp16):
         bytes_in = {value.name for value in model.graph.input if value.type.tensor_type.elem_type == TensorProto.UINT8}
         assert {node.op_type for node in model.graph.node if bytes_in & set(node.input)} == {"Cast"}
 
 
-def test_names_tell_the_layer_and_nothing_of_the_machine_that_exported(fp32: onnx.ModelProto) -> None:
+def test_exported_graph_names_are_layers_without_machine_paths(fp32: onnx.ModelProto) -> None:
     names = [node.name for node in fp32.graph.node]
     assert len(set(names)) == len(names)
     assert "stages.2.encoder.8.layout_gamma_shift/Conv" in names
@@ -135,7 +133,7 @@ def test_names_tell_the_layer_and_nothing_of_the_machine_that_exported(fp32: onn
     assert str(Path(__file__).parents[1]).encode() not in fp32.SerializeToString()
 
 
-def test_the_refine_graph_is_the_last_stage_of_the_edit_graph(
+def test_refine_graph_equals_the_last_stage_of_the_edit_graph(
     fp32: onnx.ModelProto, refine_fp32: onnx.ModelProto
 ) -> None:
     layers = {node.name.rpartition("/")[0] for node in refine_fp32.graph.node}
@@ -147,13 +145,13 @@ def test_the_refine_graph_is_the_last_stage_of_the_edit_graph(
             assert tensor.raw_data == whole[tensor.name]
 
 
-def test_weights_keep_their_names_and_come_back_bit_for_bit(generator: Generator, fp32: onnx.ModelProto) -> None:
+def test_generator_from_graph_restores_weights_exactly(generator: Generator, fp32: onnx.ModelProto) -> None:
     again = generator_from_graph(GraphFiles(fp32.SerializeToString()), generator.config)
     for name, tensor in generator.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name]), name
 
 
-def test_the_graph_does_the_work_that_torch_counts(
+def test_graph_facts_gflop_equals_that_of_torch(
     generator: Generator, fp32: onnx.ModelProto, fp16: onnx.ModelProto
 ) -> None:
     for model in (fp32, fp16, store_weights_as_halves(fp32)):
@@ -163,7 +161,7 @@ def test_the_graph_does_the_work_that_torch_counts(
 # -------------------------------------------------------------------------------------------------------- precision
 
 
-def test_fp16_is_written_into_the_types(fp16: onnx.ModelProto) -> None:
+def test_to_fp16_edit_graph_has_fp16_types(fp16: onnx.ModelProto) -> None:
     facts = graph_facts(fp16)
     assert facts.fp16_share > 0.9
     assert facts.weights_dtype == "float16"
@@ -173,7 +171,7 @@ def test_fp16_is_written_into_the_types(fp16: onnx.ModelProto) -> None:
     _check_types_of_operations(fp16)
 
 
-def test_fp16_is_written_into_the_types_of_refining_too(refine_fp16: onnx.ModelProto) -> None:
+def test_to_fp16_refine_graph_has_fp16_types(refine_fp16: onnx.ModelProto) -> None:
     facts = graph_facts(refine_fp16)
     assert facts.fp16_share > 0.88
     assert facts.fp32_operations["InstanceNormalization"] == 16
@@ -190,7 +188,7 @@ def _check_types_of_operations(model: onnx.ModelProto) -> None:
             assert types[node.output[0]] == TensorProto.FLOAT16
 
 
-def test_half_stored_weights_compute_in_fp32_from_half_the_bytes(fp32: onnx.ModelProto) -> None:
+def test_store_weights_as_halves_computes_in_fp32_and_saves_space(fp32: onnx.ModelProto) -> None:
     model = store_weights_as_halves(fp32)
     facts = graph_facts(model)
     assert (facts.weights_dtype, facts.fp16_operations) == ("float16", 0)
@@ -201,7 +199,7 @@ def test_half_stored_weights_compute_in_fp32_from_half_the_bytes(fp32: onnx.Mode
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_all_graphs_give_the_pictures_that_torch_gives(
+def test_edit_graphs_agree_with_torch_within_limits(
     generator: Generator, fp32: onnx.ModelProto, fp16: onnx.ModelProto, batch: int
 ) -> None:
     edits = _edits(batch)
@@ -217,12 +215,12 @@ def test_all_graphs_give_the_pictures_that_torch_gives(
         assert np.array_equal(edited[mask == 0], image[mask == 0])
 
 
-def test_refining_what_the_stage_before_the_last_gave_is_the_edit(
+def test_refine_graphs_from_the_previous_stage_equal_the_edit(
     generator: Generator, refine_fp32: onnx.ModelProto, refine_fp16: onnx.ModelProto
 ) -> None:
     edits = _edits(2)
     raw: list[torch.Tensor] = []
-    hook = generator.stages[1].register_forward_hook(lambda stage, given, picture: raw.append(picture))
+    hook = generator.stages[1].register_forward_hook(lambda stage, given, image: raw.append(image))
     by_torch = TorchSession(generator)
     expected = by_torch.run_unrounded(edits)
     hook.remove()
@@ -237,7 +235,7 @@ def test_refining_what_the_stage_before_the_last_gave_is_the_edit(
         assert not measure_deviation(lit, expected_lit, edits[3]).problems(limits)
 
 
-def test_labels_instances_and_mask_all_matter(fp32: onnx.ModelProto) -> None:
+def test_edit_graph_depends_on_labels_instances_and_mask(fp32: onnx.ModelProto) -> None:
     session = OnnxRuntimeSession(GraphFiles(fp32.SerializeToString()), "fp32")
     edits = _edits(1)
     edited = session.run(edits)
@@ -248,13 +246,13 @@ def test_labels_instances_and_mask_all_matter(fp32: onnx.ModelProto) -> None:
     assert (session.run(edits._replace(mask=np.roll(edits.mask, 37, axis=1))) != edited).any()
 
 
-def test_drift_is_measured_under_the_mask_only() -> None:
+def test_measure_deviation_ignores_pixels_outside_the_mask() -> None:
     reference = np.full((1, 4, 4, 3), 100, np.uint8)
-    picture, mask = reference.copy(), np.zeros((1, 4, 4), np.uint8)
+    image, mask = reference.copy(), np.zeros((1, 4, 4), np.uint8)
     mask[0, 0, :2] = 1
-    picture[0, 0, 0, 0], picture[0, 3, 3] = 94, 0
-    drift = measure_deviation(picture, reference, mask)
-    assert drift == Deviation(6, 1.0, pytest.approx(10 * np.log10(255**2 / 6)))
+    image[0, 0, 0, 0], image[0, 3, 3] = 94, 0
+    deviation = measure_deviation(image, reference, mask)
+    assert deviation == Deviation(6, 1.0, pytest.approx(10 * np.log10(255**2 / 6)))
     assert measure_deviation(reference, reference, mask).to_json()["psnr_db"] is None
 
 
@@ -286,7 +284,9 @@ MASKS = {
 
 
 @pytest.mark.parametrize("name", MASKS)
-def test_the_cpu_graph_gives_the_same_pictures(fp32: onnx.ModelProto, on_cpu: onnx.ModelProto, name: str) -> None:
+def test_cpu_edit_graph_agrees_with_plain_graph_for_any_mask(
+    fp32: onnx.ModelProto, on_cpu: onnx.ModelProto, name: str
+) -> None:
     edits = _edits(1)._replace(mask=MASKS[name][None])
     plain, restricted = (
         OnnxRuntimeSession(GraphFiles(m.SerializeToString()), "fp32").run(edits) for m in (fp32, on_cpu)
@@ -297,9 +297,7 @@ def test_the_cpu_graph_gives_the_same_pictures(fp32: onnx.ModelProto, on_cpu: on
 
 
 @pytest.mark.parametrize("name", ["middle", "corner", "a row", "all but one", "nothing"])
-def test_the_cpu_graph_for_refining_gives_the_same_pictures(
-    street_bundle: Path, refine_fp32: onnx.ModelProto, name: str
-) -> None:
+def test_cpu_refine_graph_agrees_with_plain_graph(street_bundle: Path, refine_fp32: onnx.ModelProto, name: str) -> None:
     coarse = np.random.default_rng(3).random((1, 128, 128, 3), np.float32) * 255
     edits = dict(zip(REFINE_INPUTS, (*_edits(1), coarse), strict=True)) | {"mask": MASKS[name][None]}
     on_cpu = street_bundle / "graphs/refine_cpu.fp32.onnx"
@@ -311,7 +309,7 @@ def test_the_cpu_graph_for_refining_gives_the_same_pictures(
     assert np.abs(plain[1] - outputs[1]).mean() < 1e-3
 
 
-def test_the_cpu_graph_takes_a_batch_of_different_masks(fp32: onnx.ModelProto, on_cpu: onnx.ModelProto) -> None:
+def test_cpu_edit_graph_accepts_a_batch_of_different_masks(fp32: onnx.ModelProto, on_cpu: onnx.ModelProto) -> None:
     edits = _edits(3)._replace(mask=np.stack([MASKS[name] for name in ("corner", "nothing", "middle")]))
     plain, restricted = (
         OnnxRuntimeSession(GraphFiles(m.SerializeToString()), "fp32").run(edits) for m in (fp32, on_cpu)
@@ -319,7 +317,7 @@ def test_the_cpu_graph_takes_a_batch_of_different_masks(fp32: onnx.ModelProto, o
     assert np.abs(plain.astype(int) - restricted).max() <= 1
 
 
-def test_the_cpu_graph_leaves_out_most_of_the_layout_branch(fp32: onnx.ModelProto, on_cpu: onnx.ModelProto) -> None:
+def test_cpu_edit_graph_omits_most_of_the_layout_branch(fp32: onnx.ModelProto, on_cpu: onnx.ModelProto) -> None:
     # Convolutions whose size depends on the mask are not counted: what is left is done for every mask.
     assert graph_facts(on_cpu).gflop < 0.6 * graph_facts(fp32).gflop
     kept = {node.name for node in on_cpu.graph.node if node.op_type == "Conv" and "LeakyRelu" not in node.name}
@@ -327,7 +325,7 @@ def test_the_cpu_graph_leaves_out_most_of_the_layout_branch(fp32: onnx.ModelProt
 
 
 @pytest.mark.parametrize("label", [0, 11, 12, 255])
-def test_the_cpu_graph_takes_whatever_classes_lie_under_the_mask(
+def test_cpu_edit_graph_accepts_any_class_under_the_mask(
     fp32: onnx.ModelProto, on_cpu: onnx.ModelProto, label: int
 ) -> None:
     """The first, the last, and no class; around the mask lie others."""
@@ -339,7 +337,7 @@ def test_the_cpu_graph_takes_whatever_classes_lie_under_the_mask(
     assert np.abs(plain.astype(int) - restricted).max() <= 1
 
 
-def test_cpu_only_bundles_hold_one_graph_of_each_and_edit_with_torch_too(
+def test_export_bundle_cpu_only_holds_cpu_graphs_and_verifies(
     generator: Generator,
     fp32: onnx.ModelProto,
     refine_fp32: onnx.ModelProto,
@@ -367,7 +365,7 @@ def test_cpu_only_bundles_hold_one_graph_of_each_and_edit_with_torch_too(
 # --------------------------------------------------------------------------------------------------------- pipeline
 
 
-def test_a_graph_over_its_limits_stops_the_export_and_is_kept_aside(
+def test_export_bundle_graph_over_limits_is_rejected_and_saved(
     generator: Generator, fp32: onnx.ModelProto, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken = onnx.ModelProto()
@@ -385,7 +383,7 @@ def test_a_graph_over_its_limits_stops_the_export_and_is_kept_aside(
     assert sorted(path.name for path in tmp_path.iterdir()) == [kept.name, "g.json", "g.safetensors"]
 
 
-def test_an_ablation_becomes_a_bundle_and_comes_back(tmp_path: Path) -> None:
+def test_export_bundle_of_ablation_verifies_and_reads_back(tmp_path: Path) -> None:
     """Neither the context's modulation nor the coarser stages: every graph, and the weights read back by torch."""
     torch.manual_seed(3)
     ablation = Generator(GeneratorConfig(12, width=1, hidden=4, modulation="spade", stages=1)).eval()
@@ -412,23 +410,23 @@ def test_an_ablation_becomes_a_bundle_and_comes_back(tmp_path: Path) -> None:
     assert [record.graph for record in bundle.manifest.graphs] == graphs and not session.refines
 
 
-def test_a_class_table_of_another_length_is_refused(generator: Generator, tmp_path: Path) -> None:
+def test_export_bundle_class_table_of_other_length_is_refused(generator: Generator, tmp_path: Path) -> None:
     save_generator(generator, tmp_path / "g.safetensors")
     with pytest.raises(InputError, match="12 classes, but the class table cityscapes lists 34"):
         export_bundle(tmp_path / "g.safetensors", tmp_path / "b.spm", ExportOptions(class_table("cityscapes")))
     assert not (tmp_path / "b.spm").exists()
 
 
-def test_the_manifest_says_what_was_written(street_bundle: Path) -> None:
+def test_export_bundle_manifest_describes_the_files(street_bundle: Path) -> None:
     bundle = open_bundle(street_bundle)
     assert bundle.check_all() == ()
     manifest = bundle.manifest
     graphs = [(graph.graph, graph.precision) for graph in manifest.graphs]
     variants = [("_cpu", "fp32"), ("", "fp32"), ("", "fp16")]
     assert graphs == [
-        (name + made_for, precision)
+        (name + target, precision)
         for names in (("edit", "layout", "picture"), ("refine",))
-        for made_for, precision in variants
+        for target, precision in variants
         for name in names
     ]
     assert [edit.name for edit in manifest.golden] == ["car_away", "tree_planted", "crossing_cleared"]
@@ -451,7 +449,7 @@ def places(model: onnx.ModelProto) -> dict[str, tuple[str, str]]:
     return {name: (entry["location"], entry["offset"]) for name, entry in entries.items() if entry}
 
 
-def test_weights_that_graphs_share_are_stored_once(street_bundle: Path, generator: Generator) -> None:
+def test_export_bundle_shared_weights_are_stored_once(street_bundle: Path, generator: Generator) -> None:
     graphs = {
         path.stem: onnx.load(path, load_external_data=False) for path in (street_bundle / "graphs").glob("*.onnx")
     }
@@ -473,7 +471,9 @@ def test_weights_that_graphs_share_are_stored_once(street_bundle: Path, generato
     assert "| weights of edit fp16, layout fp16, picture fp16, refine fp16 | `graphs/float16.weights` |" in card
 
 
-def test_a_store_gives_back_what_was_put_in(tmp_path: Path, fp32: onnx.ModelProto, on_cpu: onnx.ModelProto) -> None:
+def test_weight_store_weights_are_read_back_equal(
+    tmp_path: Path, fp32: onnx.ModelProto, on_cpu: onnx.ModelProto
+) -> None:
     store = WeightStore(tmp_path / "some.weights")
     for model in (fp32, on_cpu, fp32):
         moved = store.without_weights(model)
@@ -486,7 +486,7 @@ def test_a_store_gives_back_what_was_put_in(tmp_path: Path, fp32: onnx.ModelProt
         assert all(int(start) % ALIGNMENT == 0 for _, start in places(moved).values())
 
 
-def test_exporting_a_checkpoint_of_the_authors_format(shared: Path, tmp_path: Path) -> None:
+def test_export_bundle_accepts_a_checkpoint_of_the_authors(shared: Path, tmp_path: Path) -> None:
     checkpoint = shared / "golden/cityscapes/checkpoint.pth"
     options = ExportOptions(class_table("cityscapes"), precisions=("fp32",), half_weights=True, licence="test only")
     steps: list[str] = []
@@ -503,7 +503,7 @@ def test_exporting_a_checkpoint_of_the_authors_format(shared: Path, tmp_path: Pa
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("graph", ["edit", "refine"])
-def test_graphs_build_as_tensorrt_rtx_engines_without_a_gpu(street_bundle: Path, graph: str, precision: str) -> None:
+def test_exported_graphs_build_as_tensorrt_rtx_engines(street_bundle: Path, graph: str, precision: str) -> None:
     trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: engines cannot be built here")
     logger = trt.Logger(trt.Logger.ERROR)
     builder = trt.Builder(logger)

@@ -17,17 +17,15 @@ from spmdeploy.export.split import split_by_layout
 @pytest.mark.parametrize("whole", PARTS)
 def test_split_by_layout_exported_parts_hold_every_weight_once(whole: str, street_bundle: Path) -> None:
     bundle = open_bundle(street_bundle)
-    graph, layout, picture = (
+    graph, layout, image = (
         onnx.load(bundle.path_of_graph(bundle.graph(name, "fp32"))) for name in (whole, *PARTS[whole])
     )
-    for part in (layout, picture):
+    for part in (layout, image):
         onnx.checker.check_model(part, full_check=True)
     cached = [value.name for value in layout.graph.output]
     assert {value.name for value in layout.graph.input} == {"labels", "instances", "mask"}
-    assert {"image", *cached} <= {value.name for value in picture.graph.input}
-    weights = [
-        {it.name for it in part.graph.initializer if it.name.startswith("stages.")} for part in (layout, picture)
-    ]
+    assert {"image", *cached} <= {value.name for value in image.graph.input}
+    weights = [{it.name for it in part.graph.initializer if it.name.startswith("stages.")} for part in (layout, image)]
     assert weights[0] | weights[1] == {it.name for it in graph.graph.initializer if it.name.startswith("stages.")}
     assert not weights[0] & weights[1]
     assert {name.split(".")[4].partition("_")[0] for name in weights[0]} == {"layout"}
@@ -61,10 +59,10 @@ def test_split_by_layout_constants_go_where_they_are_read() -> None:
         weights=(two, three),
     )
     partition = split_by_layout(whole)
-    layout, picture = partition.layout.graph, partition.picture.graph
+    layout, image = partition.layout.graph, partition.picture.graph
     assert [node.output[0] for node in layout.node] == ["minus two", "product", "sum"]
     assert [value.name for value in layout.output] == ["sum"]
-    assert [node.output[0] for node in picture.node] == ["minus two", "other", "both", "out"]
-    assert [it.name for it in layout.initializer] == ["2", "3"] and [it.name for it in picture.initializer] == ["2"]
+    assert [node.output[0] for node in image.node] == ["minus two", "other", "both", "out"]
+    assert [it.name for it in layout.initializer] == ["2", "3"] and [it.name for it in image.initializer] == ["2"]
     assert [value.name for value in layout.input] == ["labels"]
-    assert [value.name for value in picture.input] == ["image", "labels", "sum"]
+    assert [value.name for value in image.input] == ["image", "labels", "sum"]

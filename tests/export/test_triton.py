@@ -44,8 +44,8 @@ def messages() -> Any:
 
 @pytest.fixture
 def export(street_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Any:
-    def export(*words: str, bundle: Path = street_bundle) -> tuple[int, dict[str, Any]]:
-        code = cli.main(["export-triton", str(bundle), str(tmp_path / "models"), *words, "--json"])
+    def export(*args: str, bundle: Path = street_bundle) -> tuple[int, dict[str, Any]]:
+        code = cli.main(["export-triton", str(bundle), str(tmp_path / "models"), *args, "--json"])
         (line,) = capsys.readouterr().out.splitlines()
         return code, json.loads(line)
 
@@ -81,11 +81,11 @@ def named(ports: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("graph_name", "name"), [("edit", "tiny"), ("refine", "tiny_refine")])
-def test_the_configuration_is_what_the_graph_is(
+def test_export_triton_configuration_matches_the_graph(
     messages: Any, export: Any, tmp_path: Path, graph_name: str, name: str
 ) -> None:
-    code, told = export("--max-batch", "4", "--instances", "2", "--graph", graph_name)
-    assert code == 0 and told["schema"] == "spmdeploy.export-triton/1"
+    code, result = export("--max-batch", "4", "--instances", "2", "--graph", graph_name)
+    assert code == 0 and result["schema"] == "spmdeploy.export-triton/1"
     model = tmp_path / "models" / name
     config, graph = read_config(messages, model), onnx.load(model / "1/model.onnx").graph
     assert (config.name, config.backend, config.max_batch_size) == (name, "onnxruntime", 4)
@@ -95,10 +95,10 @@ def test_the_configuration_is_what_the_graph_is(
     assert list(graph_ports(graph.input)) == ["image", "labels", "instances", "mask", *coarse]
     assert [(group.kind, group.count) for group in config.instance_group] == [(messages.ModelInstanceGroup.KIND_GPU, 2)]
     assert config.HasField("dynamic_batching") and (model / "1" / config.default_model_filename).exists()
-    assert told["files"].keys() == {path.relative_to(model).as_posix() for path in model.rglob("*") if path.is_file()}
+    assert result["files"].keys() == {path.relative_to(model).as_posix() for path in model.rglob("*") if path.is_file()}
 
 
-def test_optimization_of_each_backend_is_in_tritons_own_fields(
+def test_export_triton_optimization_uses_fields_of_each_backend(
     messages: Any, export: Any, street_bundle: Path, tmp_path: Path
 ) -> None:
     export("--name", "gpu")
@@ -115,7 +115,7 @@ def test_optimization_of_each_backend_is_in_tritons_own_fields(
 
 
 @pytest.mark.parametrize("batch", [1, 8])
-def test_the_warm_up_is_a_batch_of_one_golden_edit(messages: Any, export: Any, tmp_path: Path, batch: int) -> None:
+def test_export_triton_warmup_holds_one_golden_edit(messages: Any, export: Any, tmp_path: Path, batch: int) -> None:
     assert export("--max-batch", str(batch))[0] == 0
     model = tmp_path / "models/tiny"
     config = read_config(messages, model)
@@ -129,7 +129,7 @@ def test_the_warm_up_is_a_batch_of_one_golden_edit(messages: Any, export: Any, t
 
 
 @pytest.mark.parametrize(
-    ("words", "precision"),
+    ("args", "precision"),
     [
         ([], "fp16"),
         (["--precision", "fp32"], "fp32"),
@@ -138,16 +138,18 @@ def test_the_warm_up_is_a_batch_of_one_golden_edit(messages: Any, export: Any, t
         (["--graph", "refine", "--device", "cpu"], "fp32"),
     ],
 )
-def test_what_is_in_the_repository_edits_by_itself(
-    messages: Any, export: Any, street_bundle: Path, tmp_path: Path, words: list[str], precision: Any
+def test_export_triton_repository_gives_the_golden_result(
+    messages: Any, export: Any, street_bundle: Path, tmp_path: Path, args: list[str], precision: Any
 ) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
-    code, told = export(*words)
-    assert code == 0 and told["source"].endswith(f".{precision}.onnx")
-    assert ("_cpu" in told["source"]) == ("--device" in words) and ("refine" in told["source"]) == ("--graph" in words)
+    code, result = export(*args)
+    assert code == 0 and result["source"].endswith(f".{precision}.onnx")
+    assert ("_cpu" in result["source"]) == ("--device" in args) and ("refine" in result["source"]) == (
+        "--graph" in args
+    )
     weights = "1/float16.weights" if precision == "fp16" else "1/float32.weights"
-    assert {"1/model.onnx", weights} == {name for name in told["files"] if name.startswith("1/")}
-    model, bundle = Path(told["folder"]), open_bundle(street_bundle)
+    assert {"1/model.onnx", weights} == {name for name in result["files"] if name.startswith("1/")}
+    model, bundle = Path(result["folder"]), open_bundle(street_bundle)
     config = read_config(messages, model)
     inputs = {}
     for name, (dtype, dims) in config_ports(messages, named(config.input)).items():
@@ -158,21 +160,21 @@ def test_what_is_in_the_repository_edits_by_itself(
     )
     edited, unrounded = session.run(["edited", "unrounded"], inputs)
     golden = read_golden(bundle, bundle.manifest.golden[0])
-    expected = golden.refined if "refine" in words else golden.expected
+    expected = golden.refined if "refine" in args else golden.expected
     assert expected is not None
-    if "refine" in words:
+    if "refine" in args:
         edited = np.rint(unrounded).astype(np.uint8)
     assert not measure_deviation(edited, expected, golden.inputs.mask).problems(bundle.manifest.limits[precision])
 
 
-def test_the_graph_is_the_bundles(export: Any, street_bundle: Path, tmp_path: Path) -> None:
+def test_export_triton_graph_equals_that_of_the_bundle(export: Any, street_bundle: Path, tmp_path: Path) -> None:
     assert export()[0] == 0
     record = open_bundle(street_bundle).graph("edit", "fp16")
     assert hashlib.sha256((tmp_path / "models/tiny/1/model.onnx").read_bytes()).hexdigest() == record.sha256
     assert record.sha256 in (tmp_path / "models/tiny/config.pbtxt").read_text()
 
 
-def test_other_models_and_strange_folders_are_left_alone(export: Any, tmp_path: Path) -> None:
+def test_export_triton_other_folders_are_not_changed(export: Any, tmp_path: Path) -> None:
     (tmp_path / "models/other").mkdir(parents=True)
     assert export()[0] == export("--name", "second", "--device", "cpu")[0] == 0
     assert sorted(path.name for path in (tmp_path / "models").iterdir()) == ["other", "second", "tiny"]
@@ -180,33 +182,35 @@ def test_other_models_and_strange_folders_are_left_alone(export: Any, tmp_path: 
     assert export("--overwrite", "--device", "cpu")[0] == 0
     assert "KIND_CPU" in (tmp_path / "models/tiny/config.pbtxt").read_text()
     (tmp_path / "models/tiny/2").mkdir()
-    for name, words in (("tiny", "2 was not written"), ("other", "it was not written")):
-        code, told = export("--overwrite", "--name", name)
-        assert code == 7 and words in told["error"]
+    for name, message in (("tiny", "2 was not written"), ("other", "it was not written")):
+        code, result = export("--overwrite", "--name", name)
+        assert code == 7 and message in result["error"]
     assert sorted(path.name for path in (tmp_path / "models").iterdir()) == ["other", "second", "tiny"]
 
 
 @pytest.mark.parametrize("name", ["../up", "", "a b", 'x"', ".hidden", "ü"])
-def test_names_that_no_model_can_have(export: Any, tmp_path: Path, name: str) -> None:
-    code, told = export("--name", name)
-    assert code == 2 and "no name for a model" in told["error"] and not (tmp_path / "models").exists()
+def test_export_triton_invalid_name_exits_2(export: Any, tmp_path: Path, name: str) -> None:
+    code, result = export("--name", name)
+    assert code == 2 and "no name for a model" in result["error"] and not (tmp_path / "models").exists()
 
 
 @pytest.mark.parametrize(
-    ("words", "code"), [(["--max-batch", "65"], 2), (["--max-batch", "0"], 2), (["--instances", "0"], 2)]
+    ("args", "code"), [(["--max-batch", "65"], 2), (["--max-batch", "0"], 2), (["--instances", "0"], 2)]
 )
-def test_what_cannot_be_served(export: Any, tmp_path: Path, words: list[str], code: int) -> None:
-    assert export(*words)[0] == code and not (tmp_path / "models").exists()
+def test_export_triton_impossible_batch_or_instances_exits_2(
+    export: Any, tmp_path: Path, args: list[str], code: int
+) -> None:
+    assert export(*args)[0] == code and not (tmp_path / "models").exists()
 
 
-def test_a_precision_that_the_bundle_does_not_hold(
+def test_export_triton_missing_precision_exits_6(
     export: Any, street_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     slim = tmp_path / "slim.spm"
     assert cli.main(["bundle", "slim", str(street_bundle), str(slim), "--keep", "edit_cpu"]) == 0
     capsys.readouterr()
-    code, told = export(bundle=slim)
-    assert code == 6 and "no graph 'edit' in fp16" in told["error"] and not (tmp_path / "models").exists()
+    code, result = export(bundle=slim)
+    assert code == 6 and "no graph 'edit' in fp16" in result["error"] and not (tmp_path / "models").exists()
     assert export("--device", "cpu", bundle=slim)[0] == 0
 
 
@@ -234,11 +238,13 @@ def add_engine(bundle: Path, record: EngineRecord, **changes: Any) -> EngineReco
     return record
 
 
-def test_an_engine_is_served_as_it_is(messages: Any, export: Any, street_bundle: Path, tmp_path: Path) -> None:
+def test_export_triton_engine_is_copied_unchanged(
+    messages: Any, export: Any, street_bundle: Path, tmp_path: Path
+) -> None:
     record = add_engine(street_bundle, SAMPLE, batch=BatchRange(1, 1, 4))
-    code, told = export("--engine", "tensorrt")
-    assert code == 0 and told["needs"] == "TensorRT 10.16.1 and NVIDIA GeForce RTX 3060 (sm86)"
-    assert told["source"] == f"engines/{record.key}/edit.fp16.engine"
+    code, result = export("--engine", "tensorrt")
+    assert code == 0 and result["needs"] == "TensorRT 10.16.1 and NVIDIA GeForce RTX 3060 (sm86)"
+    assert result["source"] == f"engines/{record.key}/edit.fp16.engine"
     model = tmp_path / "models/tiny"
     config = read_config(messages, model)
     assert (config.backend, config.default_model_filename, config.max_batch_size) == ("tensorrt", "model.plan", 4)
@@ -248,19 +254,19 @@ def test_an_engine_is_served_as_it_is(messages: Any, export: Any, street_bundle:
             port.name: (np.dtype(port.dtype), list(port.shape[1:])) for port in ports
         }
     assert sorted(warmup.batch_size for warmup in config.model_warmup) == [1, 4]
-    for words in (["--max-batch", "5"], ["--device", "cpu"], ["--precision", "fp32"]):
-        assert export("--engine", record.key, "--name", "other", *words)[0] == 2, words
+    for args in (["--max-batch", "5"], ["--device", "cpu"], ["--precision", "fp32"]):
+        assert export("--engine", record.key, "--name", "other", *args)[0] == 2, args
     assert [path.name for path in (tmp_path / "models").iterdir()] == ["tiny"]
 
 
-def test_engines_that_triton_cannot_load(export: Any, street_bundle: Path, tmp_path: Path) -> None:
+def test_export_triton_unusable_engine_exits_2(export: Any, street_bundle: Path, tmp_path: Path) -> None:
     add_engine(street_bundle, for_targets("sm89"))
-    code, told = export("--engine", "sm89")
-    assert code == 2 and "is an engine for tensorrt-rtx" in told["error"]
+    code, result = export("--engine", "sm89")
+    assert code == 2 and "is an engine for tensorrt-rtx" in result["error"]
     assert export("--engine", "sm90")[0] == 2
     add_engine(street_bundle, SAMPLE, batch=BatchRange(1, 1, 2))
-    code, told = export("--engine", "fp16")
-    assert code == 2 and "does not name one engine" in told["error"] and not (tmp_path / "models").exists()
+    code, result = export("--engine", "fp16")
+    assert code == 2 and "does not name one engine" in result["error"] and not (tmp_path / "models").exists()
 
 
 @pytest.fixture(autouse=True)

@@ -116,7 +116,7 @@ def fuzz_json(fuzzer: Fuzzer, value: Any, read: Callable[[bytes], object], count
         fuzzer.run(lambda content=content: read(content), content)
 
 
-def test_fuzz_manifest(fuzzer: Fuzzer) -> None:
+def test_fuzz_manifest_raises_only_package_errors(fuzzer: Fuzzer) -> None:
     def read(content: bytes) -> None:
         manifest = Manifest.from_bytes(content, "m.json")
         assert Manifest.from_bytes(manifest.to_bytes(), "m.json") == manifest
@@ -124,7 +124,7 @@ def test_fuzz_manifest(fuzzer: Fuzzer) -> None:
     fuzz_json(fuzzer, records()["manifest.json"], read, 2500)
 
 
-def test_fuzz_engine_record(fuzzer: Fuzzer) -> None:
+def test_fuzz_engine_record_raises_only_package_errors(fuzzer: Fuzzer) -> None:
     def read(content: bytes) -> None:
         record = EngineRecord.from_bytes(content, "e.json")
         assert EngineRecord.from_bytes(record.to_bytes(), "e.json") == record and record.key
@@ -132,7 +132,7 @@ def test_fuzz_engine_record(fuzzer: Fuzzer) -> None:
     fuzz_json(fuzzer, records()["engine.json"], read, 2000)
 
 
-def test_fuzz_class_table(fuzzer: Fuzzer, tmp_path: Path) -> None:
+def test_fuzz_class_table_raises_only_package_errors(fuzzer: Fuzzer, tmp_path: Path) -> None:
     path = tmp_path / "classes.json"
 
     def read(content: bytes) -> None:
@@ -142,7 +142,7 @@ def test_fuzz_class_table(fuzzer: Fuzzer, tmp_path: Path) -> None:
     fuzz_json(fuzzer, records()["classes.json"], read, 1000)
 
 
-def test_fuzz_training_configuration(fuzzer: Fuzzer, tmp_path: Path) -> None:
+def test_fuzz_training_configuration_raises_only_package_errors(fuzzer: Fuzzer, tmp_path: Path) -> None:
     config = pytest.importorskip("spmdeploy.training.config")
     (tmp_path / "train/images").mkdir(parents=True)
     path = tmp_path / "config.json"
@@ -163,7 +163,7 @@ def read_all(path: Path) -> None:
     find_engines(bundle, HOST)
 
 
-def test_fuzz_bundle_as_a_zip(fuzzer: Fuzzer, tmp_path: Path) -> None:
+def test_fuzz_zipped_bundle_raises_only_package_errors(fuzzer: Fuzzer, tmp_path: Path) -> None:
     files = bundle_files(tmp_path / "street.spm")
     whole = pack(open_bundle(tmp_path / "street.spm"), tmp_path / "one.spm").read_bytes()
     path = tmp_path / "changed.spm"
@@ -172,7 +172,7 @@ def test_fuzz_bundle_as_a_zip(fuzzer: Fuzzer, tmp_path: Path) -> None:
         fuzzer.run(lambda: read_all(path), path)
 
 
-def test_fuzz_bundle_with_hashes_made_again(fuzzer: Fuzzer, tmp_path: Path) -> None:
+def test_fuzz_bundle_with_new_hashes_raises_only_package_errors(fuzzer: Fuzzer, tmp_path: Path) -> None:
     folder = tmp_path / "street.spm"
     files = bundle_files(folder)
     engine = folder / "engines/some/engine.json"
@@ -195,7 +195,7 @@ def test_fuzz_bundle_with_hashes_made_again(fuzzer: Fuzzer, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("read", [read_photo, read_labels, read_instances, read_mask])
-def test_fuzz_image(fuzzer: Fuzzer, read: Callable[..., object], tmp_path: Path) -> None:
+def test_fuzz_image_raises_only_package_errors(fuzzer: Fuzzer, read: Callable[..., object], tmp_path: Path) -> None:
     corpus = images()
     for i in fuzzer.rounds(750):
         name = fuzzer.source.choice(list(corpus))
@@ -206,7 +206,7 @@ def test_fuzz_image(fuzzer: Fuzzer, read: Callable[..., object], tmp_path: Path)
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".json"])
-def test_fuzz_checkpoint(fuzzer: Fuzzer, suffix: str, tmp_path: Path) -> None:
+def test_fuzz_checkpoint_raises_only_package_errors(fuzzer: Fuzzer, suffix: str, tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     checkpoint = pytest.importorskip("spmdeploy.model.checkpoint")
     generator = pytest.importorskip("spmdeploy.model.generator")
@@ -229,7 +229,7 @@ def test_fuzz_checkpoint(fuzzer: Fuzzer, suffix: str, tmp_path: Path) -> None:
         fuzzer.run(lambda: checkpoint.load_checkpoint(path if suffix == ".json" else target), shown)
 
 
-def test_fuzz_batch_manifest(fuzzer: Fuzzer, tmp_path: Path) -> None:
+def test_fuzz_batch_manifest_raises_only_package_errors(fuzzer: Fuzzer, tmp_path: Path) -> None:
     for name, content in images().items():
         (tmp_path / name).write_bytes(content)
     for _ in fuzzer.rounds(1200):
@@ -243,7 +243,9 @@ LEFT_OUT = {"bench", "train", "evaluate", "doctor", "serve", "studio"}
 """Commands that measure, train, look at the machine or wait for connections."""
 
 
-def test_fuzz_command_line(fuzzer: Fuzzer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fuzz_command_line_ends_with_exit_codes(
+    fuzzer: Fuzzer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SPMDEPLOY_CACHE", str(tmp_path / "cache"))
     files = images() | BATCHES | {name: json.dumps(value).encode() for name, value in records().items()}

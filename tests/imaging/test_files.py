@@ -42,8 +42,8 @@ HALF[:, 16:] = True
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
 
-def save(path: Path, picture: np.ndarray | Image.Image, **options: Any) -> Path:
-    (picture if isinstance(picture, Image.Image) else Image.fromarray(picture)).save(path, **options)
+def save(path: Path, image: np.ndarray | Image.Image, **options: Any) -> Path:
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(path, **options)
     return path
 
 
@@ -57,9 +57,9 @@ def refusal(read: Callable[..., object], path: Path) -> InputError | None:
 
 
 def palette_png(path: Path, indices: np.ndarray, colors: list[tuple[int, int, int]], **options: Any) -> Path:
-    picture = Image.fromarray(indices.astype(np.uint8), "L")
-    picture.putpalette([channel for color in colors for channel in color])
-    return save(path, picture, **options)
+    image = Image.fromarray(indices.astype(np.uint8), "L")
+    image.putpalette([channel for color in colors for channel in color])
+    return save(path, image, **options)
 
 
 def png_bytes(depth: int, color_type: int, width: int, height: int, rows: bytes) -> bytes:
@@ -213,11 +213,11 @@ def test_read_photo_lossless_is_exact(suffix: str, tmp_path: Path) -> None:
 
 
 def test_read_photo_color_order_is_rgb(tmp_path: Path) -> None:
-    picture = np.zeros((8, 8, 3), np.uint8)
-    picture[..., 0] = 255
+    image = np.zeros((8, 8, 3), np.uint8)
+    image[..., 0] = 255
     (tmp_path / "red.png").write_bytes(png_bytes(8, 2, 1, 1, b"\0\xff\0\0"))
     assert read_photo(tmp_path / "red.png").pixels.tolist() == [[[255, 0, 0]]]
-    write_image(tmp_path / "out.png", picture)
+    write_image(tmp_path / "out.png", image)
     with Image.open(tmp_path / "out.png") as written:
         assert written.getpixel((0, 0)) == (255, 0, 0)
 
@@ -236,8 +236,8 @@ def test_read_photo_gray_or_palette_becomes_rgb_with_note(tmp_path: Path) -> Non
 
 def test_read_photo_transparency_is_kept(tmp_path: Path) -> None:
     alpha = (np.arange(24 * 40).reshape(24, 40) % 256).astype(np.uint8)
-    for name, picture in {"rgba": np.dstack([SCENE, alpha]), "la": np.dstack([SCENE[..., 1], alpha])}.items():
-        photo = read_photo(save(tmp_path / f"{name}.png", picture))
+    for name, image in {"rgba": np.dstack([SCENE, alpha]), "la": np.dstack([SCENE[..., 1], alpha])}.items():
+        photo = read_photo(save(tmp_path / f"{name}.png", image))
         np.testing.assert_array_equal(photo.alpha, alpha)
         np.testing.assert_array_equal(photo.pixels[..., 1], SCENE[..., 1])
     keyed = read_photo(save(tmp_path / "key.png", SCENE, transparency=(0, 0, 60)))
@@ -316,9 +316,9 @@ def test_write_photo_exif_thumbnail_is_blanked(tmp_path: Path) -> None:
 @given(st.binary(max_size=80))
 def test_metadata_damaged_exif_is_dropped_with_note(tail: bytes) -> None:
     for block in (exif_block("<", 6, b"thumbnail")[: 6 + 8 + len(tail)] + tail, tail, b"Exif\0\0II*\0" + tail):
-        picture = Image.fromarray(SCENE)
-        picture.info["exif"] = block
-        orientation, exif, notes = decode._metadata(picture, Path("a.jpg"))  # type: ignore[arg-type]
+        image = Image.fromarray(SCENE)
+        image.info["exif"] = block
+        orientation, exif, notes = decode._metadata(image, Path("a.jpg"))  # type: ignore[arg-type]
         assert isinstance(orientation, int)
         assert exif is not None or notes or not block
 
@@ -337,10 +337,10 @@ def test_read_photo_lost_metadata_is_noted(tmp_path: Path) -> None:
             append_images=[Image.new("RGB", (8, 8))],
         ),
     }
-    for word, path in cases.items():
+    for text, path in cases.items():
         photo = read_photo(path)
         assert photo.pixels.shape == SCENE.shape
-        assert any(word in note and "not kept" in note for note in photo.notes), (word, photo.notes)
+        assert any(text in note and "not kept" in note for note in photo.notes), (text, photo.notes)
         assert photo.icc_profile is None and photo.exif is None
 
 
@@ -454,11 +454,9 @@ def test_read_mask_palette_black_is_kept(
     np.testing.assert_array_equal(read_mask(palette_png(tmp_path / "p.png", indices, colors)), HALF)
 
 
-@pytest.mark.parametrize("picture", [HALF * np.uint8(255), np.dstack([HALF * np.uint8(255)] * 3)])
-def test_read_mask_jpeg_is_cut_at_128(picture: np.ndarray, tmp_path: Path) -> None:
-    path = save(
-        tmp_path / "mask.jpg", np.roll(picture, 3, axis=1), quality=75
-    )  # an edge inside JPEG's blocks: it rings
+@pytest.mark.parametrize("image", [HALF * np.uint8(255), np.dstack([HALF * np.uint8(255)] * 3)])
+def test_read_mask_jpeg_is_cut_at_128(image: np.ndarray, tmp_path: Path) -> None:
+    path = save(tmp_path / "mask.jpg", np.roll(image, 3, axis=1), quality=75)  # an edge inside JPEG's blocks: it rings
     with Image.open(path) as written:
         assert len(written.getcolors() or []) > 2
     np.testing.assert_array_equal(read_mask(path), np.roll(HALF, 3, axis=1))
@@ -488,9 +486,9 @@ def test_read_mask_not_a_mask_is_refused(tmp_path: Path) -> None:
 
 
 def test_check_mask_empty_or_full_is_refused(tmp_path: Path) -> None:
-    for value, word in ((0, "empty"), (1, "full"), (255, "full")):
+    for value, text in ((0, "empty"), (1, "full"), (255, "full")):
         mask = read_mask(save(tmp_path / f"{value}.png", np.full((4, 4), value, np.uint8)))
-        with pytest.raises(InputError, match=rf"^m\.png is {word}: "):
+        with pytest.raises(InputError, match=rf"^m\.png is {text}: "):
             check_mask(mask, "m.png")
     check_mask(HALF, "m.png")
     check_mask(HALF.astype(np.uint8) * np.uint8(7), "array")
@@ -529,8 +527,8 @@ def test_write_photo_transparent_pixels_are_exact(suffix: str, tmp_path: Path) -
 def test_write_photo_jpeg_notes_what_is_lost(tmp_path: Path) -> None:
     photo = Photo(SCENE, np.full(SCENE.shape[:2], 9, np.uint8), exif=b"Exif\0\0" + bytes(70000))
     notes = write_photo(tmp_path / "a.jpg", photo)
-    for word, note in zip(("not equal", "EXIF", "transparency"), notes, strict=True):
-        assert word in note
+    for text, note in zip(("not equal", "EXIF", "transparency"), notes, strict=True):
+        assert text in note
     assert np.abs(read_photo(tmp_path / "a.jpg").pixels.astype(int) - SCENE).max() <= 8
     with Image.open(tmp_path / "a.jpg") as written:
         assert written.layer[0][1:3] == written.layer[1][1:3] == (1, 1)  # type: ignore[attr-defined]  # 4:4:4

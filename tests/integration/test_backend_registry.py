@@ -53,8 +53,8 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, dict[
 
 def test_registered_backend_edits(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
     sample, output = SAMPLE_EDITS[0], tmp_path / "edited.png"
-    words = ("--labels", sample.labels, "--mask", sample.mask, "--output", output, "--backend", "echo")
-    code, result = run(capsys, "edit", sample.photo, *words)
+    args = ("--labels", sample.labels, "--mask", sample.mask, "--output", output, "--backend", "echo")
+    code, result = run(capsys, "edit", sample.photo, *args)
     assert (code, result["report"]["backend"], result["report"]["provider"]) == (0, "echo", "echo 1.0")
     photo, mask = np.asarray(Image.open(sample.photo)), np.asarray(Image.open(sample.mask)) != 0
     edited = np.asarray(Image.open(output))

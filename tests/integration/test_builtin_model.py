@@ -21,7 +21,7 @@ BUNDLE_HASH = "f61b221b589eacbad6791b236d872f4b9f07014ba6571169c7d00cd078db99ab"
 EXPECTED = Path(__file__).parents[1] / "expected"
 
 
-def test_it_is_whole_and_fits_the_package() -> None:
+def test_builtin_model_is_intact_and_small() -> None:
     bundle = open_bundle(spmdeploy.default_model())
     assert bundle.check_all() == ()
     assert hashlib.sha256((spmdeploy.default_model() / "SHA256SUMS").read_bytes()).hexdigest() == BUNDLE_HASH
@@ -31,7 +31,7 @@ def test_it_is_whole_and_fits_the_package() -> None:
     assert "non-commercial" in bundle.read("card.md").decode()
 
 
-def test_it_repeats_its_golden_edits() -> None:
+def test_builtin_model_passes_its_golden_edits() -> None:
     with spmdeploy.open_editor() as editor:
         results = verify(editor.session, open_bundle(spmdeploy.default_model()))
     names = [sample.name for sample in SAMPLE_EDITS]
@@ -39,7 +39,7 @@ def test_it_repeats_its_golden_edits() -> None:
     assert all(result.passed for result in results), [result.problems for result in results]
 
 
-def test_its_edit_of_the_sample_stays_what_it_is() -> None:
+def test_builtin_model_edit_equals_expected_image() -> None:
     sample = SAMPLE_EDITS[0]
     with spmdeploy.open_editor() as editor:
         photo, labels, mask = sample.read(editor.classes)
@@ -49,19 +49,19 @@ def test_its_edit_of_the_sample_stays_what_it_is() -> None:
     assert (edited[~mask] == photo[~mask]).all()
 
 
-def test_its_cascade_differs_by_a_grey_level_at_most_whatever_the_batch_and_the_threads() -> None:
+def test_builtin_model_cascade_is_independent_of_batch_and_threads() -> None:
     sample, bundle = SAMPLE_EDITS[0], open_bundle(spmdeploy.default_model())
     photo, labels, mask = sample.read(bundle.manifest.classes)
     mask[120:, 60:] = True  # a window of 460 pixels
     coarse, finer = (bundle.path_of_graph(bundle.graph(name, "fp32")) for name in ("edit_cpu", "refine_cpu"))
-    pictures = []
+    images = []
     for batch, threads in ((4, 1), (4, 1), (1, 1), (3, 2)):
         session = OnnxRuntimeSession(coarse, "fp32", threads=threads, refine=lambda: finer)
         with Editor(session, bundle.manifest.classes) as editor:
             result = editor.edit(photo, labels, mask, tiling="cascade", batch_size=batch, match_surroundings=False)
         assert result.report.tiles >= 4
-        pictures.append(result.image.astype(int))
-    first, again, *others = pictures
+        images.append(result.image.astype(int))
+    first, again, *others = images
     np.testing.assert_array_equal(again, first)
     assert np.abs(first - photo)[mask].max() > 50
     assert all(np.abs(other - first).max() <= 1 for other in others)

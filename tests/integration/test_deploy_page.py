@@ -27,15 +27,15 @@ EXECUTED = re.findall(r"^\$ spmdeploy (.+)$", PAGE, re.MULTILINE)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_and_option_exists(command: str) -> None:
-    words = shlex.split(command)[1:]
+def test_page_commands_parse(command: str) -> None:
+    args = shlex.split(command)[1:]
     found: Any = typer.main.get_command(commands.app)
     while hasattr(found, "commands"):
-        found = found.commands[words.pop(0)]
-    found.make_context("spmdeploy", words)  # parses, checks names, counts and choices; runs nothing
+        found = found.commands[args.pop(0)]
+    found.make_context("spmdeploy", args)  # parses, checks names, counts and choices; runs nothing
 
 
-def test_what_needs_no_gpu_works_in_this_order(
+def test_page_commands_without_gpu_succeed_in_order(
     street_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("tensorrt_rtx", reason="engines for a fleet are built by TensorRT-RTX")
@@ -54,7 +54,7 @@ def test_what_needs_no_gpu_works_in_this_order(
     assert Path("edited.png").exists() and Path("models/street_cpu/1/model.onnx").exists()
 
 
-def test_the_client_gets_what_the_server_is_asked_for(
+def test_page_client_receives_the_edit_of_the_server(
     street_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The client of the page, with ONNX Runtime in the server's place behind the names of tritonclient."""
@@ -114,7 +114,7 @@ def test_the_client_gets_what_the_server_is_asked_for(
     assert not np.array_equal(edited[mask != 0], image[mask != 0])
 
 
-def test_what_it_points_to_exists() -> None:
+def test_page_links_and_targets_exist() -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", PAGE):
         assert (ROOT / "docs" / target).exists(), target
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")

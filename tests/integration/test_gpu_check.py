@@ -60,7 +60,7 @@ def run(
     return code, json.loads(output.read_text()), output.with_suffix(".md").read_text(), commands
 
 
-def test_check_everything_passes_measures_every_contender(
+def test_check_all_backends_pass_and_are_measured(
     gpu_check: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     code, result, table, commands = run(gpu_check, tmp_path, monkeypatch, passing)
@@ -120,7 +120,7 @@ def test_check_budget_used_up_skips_the_rest(
     assert result["contenders"][-1]["reason"] == "verify: the budget was used up" and "skipped" in table
 
 
-def test_check_result_is_on_disk_after_each_contender(
+def test_check_result_is_on_disk_after_each_backend(
     gpu_check: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[list[str]] = []
@@ -167,7 +167,7 @@ def test_run_process_that_dies_gives_its_stderr(gpu_check: ModuleType) -> None:
 
 
 @pytest.mark.slow
-def test_check_whole_command_on_a_machine_without_gpu(
+def test_check_whole_command_without_gpu_passes_on_cpu(
     gpu_check: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))

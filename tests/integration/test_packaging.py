@@ -23,10 +23,10 @@ ROOT = Path(__file__).resolve().parents[2]
 NOT_FOR_THE_EDGE = {"torch", "torchvision", "onnx", "onnxscript", "onnx-ir", "safetensors", "triton", "scipy"}
 
 
-def run(*words: object, cwd: Path, **environment: str) -> str:
+def run(*args: object, cwd: Path, **environment: str) -> str:
     """Stdout of a command that must succeed, without our own source tree on its path."""
     inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    command = [str(word) for word in words]
+    command = [str(text) for text in args]
     done = subprocess.run(
         command, cwd=cwd, env=inherited | environment, capture_output=True, text=True, errors="replace", check=False
     )
@@ -62,12 +62,12 @@ def unpacked(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_one_top_level_package(unpacked: Path) -> None:
+def test_wheel_holds_one_top_level_package(unpacked: Path) -> None:
     names = {path.name for path in unpacked.iterdir()}
     assert names == {"spmdeploy", f"spmdeploy-{spmdeploy.__version__}.dist-info"}
 
 
-def test_every_file_of_the_package_is_inside(unpacked: Path) -> None:
+def test_wheel_holds_every_file_of_the_package(unpacked: Path) -> None:
     def listing(root: Path) -> set[str]:
         return {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
 
@@ -79,7 +79,7 @@ def test_every_file_of_the_package_is_inside(unpacked: Path) -> None:
     assert {"py.typed", "assets/samples/ATTRIBUTION.txt", *tables, *samples} <= inside and len(tables) >= 3
 
 
-def test_what_the_metadata_says(unpacked: Path) -> None:
+def test_wheel_metadata_lists_dependencies_and_script(unpacked: Path) -> None:
     distribution = PathDistribution(unpacked / f"spmdeploy-{spmdeploy.__version__}.dist-info")
     requires = distribution.requires or []
     base = {name.partition(">")[0] for name in requires if "extra ==" not in name}
@@ -90,21 +90,21 @@ def test_what_the_metadata_says(unpacked: Path) -> None:
     assert distribution.metadata["License-Expression"] == "MIT" and "LICENSE" in str(distribution.files)
 
 
-def test_the_unpacked_wheel_works_from_elsewhere(unpacked: Path, tmp_path: Path) -> None:
+def test_wheel_unpacked_elsewhere_works(unpacked: Path, tmp_path: Path) -> None:
     driver = (
         "import spmdeploy; print(spmdeploy.__file__); from spmdeploy.assets import samples; print(samples.__file__)"
     )
     for path in run(sys.executable, "-c", driver, cwd=tmp_path, PYTHONPATH=str(unpacked)).splitlines():
         assert Path(path).is_relative_to(unpacked)
-    words = [sys.executable, "-m", "spmdeploy"]
-    assert run(*words, "--version", cwd=tmp_path, PYTHONPATH=str(unpacked)).strip() == spmdeploy.__version__
+    args = [sys.executable, "-m", "spmdeploy"]
+    assert run(*args, "--version", cwd=tmp_path, PYTHONPATH=str(unpacked)).strip() == spmdeploy.__version__
     sample = unpacked / "spmdeploy/assets/samples/car_away/labels.png"
-    told = json.loads(run(*words, "labels", "check", sample, "--json", cwd=tmp_path, PYTHONPATH=str(unpacked)))
-    assert told["table"] == "street"
+    result = json.loads(run(*args, "labels", "check", sample, "--json", cwd=tmp_path, PYTHONPATH=str(unpacked)))
+    assert result["table"] == "street"
 
 
 @pytest.mark.slow
-def test_the_edge_install_edits_without_torch(wheel: Path, street_bundle: Path, tmp_path: Path) -> None:
+def test_wheel_with_cpu_extra_edits_without_torch(wheel: Path, street_bundle: Path, tmp_path: Path) -> None:
     venv.create(tmp_path / "env", with_pip=True)
     scripts = tmp_path / "env" / ("Scripts" if sys.platform == "win32" else "bin")
     run(scripts / "python", "-m", "pip", "install", "--quiet", f"{wheel}[cpu]", cwd=tmp_path)
@@ -116,8 +116,8 @@ def test_the_edge_install_edits_without_torch(wheel: Path, street_bundle: Path, 
     assert run(scripts / "spmdeploy", "--version", cwd=tmp_path).strip() == spmdeploy.__version__
     sample, output = SAMPLE_EDITS[0], tmp_path / "edited.png"
     edit = ["edit", sample.photo, "--labels", sample.labels, "--mask", sample.mask, "-o", output, "--json"]
-    told = json.loads(run(scripts / "spmdeploy", *edit, "--model", street_bundle, cwd=tmp_path))
-    assert told["schema"] == "spmdeploy.edit/1" and output.is_file()
+    result = json.loads(run(scripts / "spmdeploy", *edit, "--model", street_bundle, cwd=tmp_path))
+    assert result["schema"] == "spmdeploy.edit/1" and output.is_file()
     assert json.loads(run(scripts / "spmdeploy", "verify", street_bundle, "--json", cwd=tmp_path))["golden"]
     doctor = json.loads(run(scripts / "spmdeploy", "doctor", "--json", cwd=tmp_path))
     usable = {finding["name"]: finding["usable"] for finding in doctor["findings"]}

@@ -68,19 +68,19 @@ def golden_bundle(golden_model: onnx.ModelProto, tmp_path_factory: pytest.TempPa
             name = f"graphs/edit.{precision}.onnx"
             onnx.save(model, writer.path(name))
             records.append(graph_record(precision, *writer.measure(name)))
-        for picture in GOLDEN_IMAGES:
-            writer.add_bytes(f"golden/tree/{picture}", b"")
+        for image in GOLDEN_IMAGES:
+            writer.add_bytes(f"golden/tree/{image}", b"")
         return writer.finish(manifest_of(tuple(records)))
 
 
 @pytest.fixture(scope="module")
 def golden_engines(golden_bundle: Bundle) -> dict[str, StoredEngine]:
-    heard: list[str] = []
+    reports: list[str] = []
     for precision in ("fp16", "fp32"):
         options = EngineOptions(precision=precision, targets=("sm86", "sm120"), opt_batch=2)  # type: ignore[arg-type]
-        (result,) = build_engines(golden_bundle, options, report=lambda status, seconds: heard.append(status))
+        (result,) = build_engines(golden_bundle, options, report=lambda status, seconds: reports.append(status))
         assert result.built and result.warnings == 0
-    assert any("Building engine from subgraph" in words for words in heard)
+    assert any("Building engine from subgraph" in args for args in reports)
     host = EngineHost.with_gpu(RTX_3060, {"tensorrt-rtx": rtx.__version__})
     return {engine.require_compatible().precision: engine for engine in find_engines(golden_bundle, host)}
 
@@ -119,7 +119,7 @@ def test_real_engine_has_the_ports_of_the_graph(golden_bundle: Bundle, golden_en
 
 
 @pytest.mark.parametrize(
-    ("gpu", "version", "words"),
+    ("gpu", "version", "message"),
     [
         (RTX_3060, "1.6.0.10", f"tensorrt-rtx: built with {rtx.__version__}, here 1.6.0.10"),
         (H100, rtx.__version__, r"GPU: built for sm86, sm120, here NVIDIA H100 \(sm90\)"),
@@ -127,10 +127,10 @@ def test_real_engine_has_the_ports_of_the_graph(golden_bundle: Bundle, golden_en
     ],
 )
 def test_real_engine_elsewhere_is_refused(
-    golden_bundle: Bundle, golden_engines: dict[str, StoredEngine], gpu: Gpu | None, version: str, words: str
+    golden_bundle: Bundle, golden_engines: dict[str, StoredEngine], gpu: Gpu | None, version: str, message: str
 ) -> None:
     for engine in find_engines(golden_bundle, EngineHost.with_gpu(gpu, {"tensorrt-rtx": version})):
-        with pytest.raises(BundleError, match=words):
+        with pytest.raises(BundleError, match=message):
             engine.read()
 
 
@@ -160,8 +160,8 @@ def test_build_imports_neither_torch_nor_onnx(golden_bundle: Bundle, golden_engi
         "import spmdeploy.cli\n"
         "spmdeploy.cli.entry()"
     )
-    words = ["build", str(golden_bundle.path), "--target", "sm86", "--target", "sm120", "--opt-batch", "2", "--json"]
-    done = subprocess.run([sys.executable, "-c", driver, *words], capture_output=True, text=True, check=False)
+    args = ["build", str(golden_bundle.path), "--target", "sm86", "--target", "sm120", "--opt-batch", "2", "--json"]
+    done = subprocess.run([sys.executable, "-c", driver, *args], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     (engine,) = json.loads(done.stdout)["engines"]
     assert not engine["built"] and engine["precision"] == "fp16"
@@ -175,17 +175,17 @@ def test_inspect_of_real_engines_lists_them(
     assert [engine["record"]["precision"] for engine in engines] == ["fp16", "fp32"]
     assert all(engine["differences"] == ["GPU: built for sm86, sm120, here none"] for engine in engines)
     assert cli.main(["inspect", str(golden_bundle.path)]) == 0
-    told = capsys.readouterr().out
-    assert "does not fit: GPU: built for sm86, sm120, here none" in told and "read off the typed network" in told
+    result = capsys.readouterr().out
+    assert "does not fit: GPU: built for sm86, sm120, here none" in result and "read off the typed network" in result
 
 
 def test_real_build_interrupted_stops(golden_bundle: Bundle, tmp_path: Path) -> None:
-    heard: list[str] = []
+    reports: list[str] = []
 
-    def interrupt(words: str, seconds: float) -> None:
+    def interrupt(args: str, seconds: float) -> None:
         if threading.current_thread() is threading.main_thread():
-            heard.append(words)
-            if len(heard) == 1:
+            reports.append(args)
+            if len(reports) == 1:
                 raise KeyboardInterrupt
 
     watch = BuildMonitor(interrupt, interval=0.001)
@@ -193,20 +193,20 @@ def test_real_build_interrupted_stops(golden_bundle: Bundle, tmp_path: Path) -> 
     graph = golden_bundle.path_of("graphs/edit.fp32.onnx")
     with pytest.raises(KeyboardInterrupt):
         build_engine(rtx, BuildRequest(graph, (BatchRange(1, 1, 1),), ("SM86",)), log, watch)
-    assert watch.canceled and "canceled by user" in log.error_summary and heard[1] == "canceling at the next step"
+    assert watch.canceled and "canceled by user" in log.error_summary and reports[1] == "canceling at the next step"
 
 
 @pytest.mark.parametrize(
-    ("content", "kind", "words"),
+    ("content", "kind", "message"),
     [
         (b"no graph", BundleError, r"cannot be parsed by tensorrt_rtx .*Failed to parse the ONNX model"),
         (b"", BundleError, "without inputs or outputs"),
     ],
 )
 def test_real_build_of_another_file_is_refused(
-    content: bytes, kind: type[Exception], words: str, tmp_path: Path
+    content: bytes, kind: type[Exception], message: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(kind, match=words):
+    with pytest.raises(kind, match=message):
         build_file(tmp_path, content)
 
 
@@ -228,7 +228,7 @@ def build_file(folder: Path, content: bytes, targets: tuple[str, ...] = ("SM86",
     graph.write_bytes(content)
     log = BuildLog(folder / "log", folder / "log")
     request = BuildRequest(graph, (BatchRange(1, 1, 8),), targets)
-    return build_engine(rtx, request, log, BuildMonitor(lambda words, seconds: None))
+    return build_engine(rtx, request, log, BuildMonitor(lambda args, seconds: None))
 
 
 def test_real_library_lists_its_targets(no_gpu: None) -> None:
@@ -256,7 +256,7 @@ def paper_engines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, BuiltEn
         onnx.save(make(), path)
         log = BuildLog(folder / f"{precision}.log", folder / f"{precision}.log")
         request = BuildRequest(path, (BatchRange(1, 1, 8),), ("SM86", "SM89"))
-        engines[precision] = build_engine(rtx, request, log, BuildMonitor(lambda words, seconds: None))
+        engines[precision] = build_engine(rtx, request, log, BuildMonitor(lambda args, seconds: None))
         path.unlink()
         assert not log.errors and not log.warnings
     return engines

@@ -66,7 +66,7 @@ def only(bundle: Bundle) -> StoredEngine:
     return found
 
 
-def test_it_arrives_as_it_left(bundle: Bundle, tmp_path: Path) -> None:
+def test_shipped_engine_unpacked_is_usable(bundle: Bundle, tmp_path: Path) -> None:
     packed = shipped(bundle)
     name = f"engines/{own(SM86).key}/edit.fp16.engine"
     assert packed.read(name) == CONTENT and packed.check_all() == () == packed.unlisted_files
@@ -77,12 +77,12 @@ def test_it_arrives_as_it_left(bundle: Bundle, tmp_path: Path) -> None:
     assert not only(bundle).shipped
 
 
-def test_engines_go_by_parts_of_their_keys(bundle: Bundle) -> None:
+def test_named_engines_accepts_parts_of_keys(bundle: Bundle) -> None:
     for record, place in ((SM86, "bundle"), (SM89, "cache"), (SAMPLE, "bundle")):
         add(bundle, record, place)
 
-    def named(*words: str) -> list[str]:
-        return [engine.record.key for engine in named_engines(bundle, words) if engine.record]
+    def named(*args: str) -> list[str]:
+        return [engine.record.key for engine in named_engines(bundle, args) if engine.record]
 
     keys = {record: own(record).key for record in (SM86, SM89, SAMPLE)}
     assert named("sm86") == named(keys[SM86]) == [keys[SM86]]
@@ -94,7 +94,7 @@ def test_engines_go_by_parts_of_their_keys(bundle: Bundle) -> None:
             named(unknown)
 
 
-def test_an_engine_that_is_in_the_bundle_and_in_the_cache_is_taken_once(bundle: Bundle) -> None:
+def test_named_engines_in_bundle_and_cache_gives_one(bundle: Bundle) -> None:
     add(bundle, SM86, "cache")
     add(bundle, SM86)
     (found,) = named_engines(bundle, ["sm86"])
@@ -104,7 +104,7 @@ def test_an_engine_that_is_in_the_bundle_and_in_the_cache_is_taken_once(bundle: 
     assert found.place == "cache" and found.content() == CONTENT
 
 
-def test_engines_of_graphs_that_go_and_damaged_ones_are_not_shipped(bundle: Bundle) -> None:
+def test_extract_subset_engine_of_dropped_graph_or_damaged_is_refused(bundle: Bundle) -> None:
     path = add(bundle, SM86)
     target = bundle.path.with_name("device.spm")
     with pytest.raises(UsageError, match=r"was built from graphs/edit\.fp16\.onnx, which is left out"):
@@ -116,28 +116,28 @@ def test_engines_of_graphs_that_go_and_damaged_ones_are_not_shipped(bundle: Bund
     assert find_engines(extract_subset(bundle, target, ["fp16"]), HOST) == []  # not asked for
 
 
-def test_a_consistent_pair_of_engine_and_record_is_still_not_what_was_shipped(bundle: Bundle, tmp_path: Path) -> None:
+def test_shipped_engine_replaced_with_its_record_is_refused(bundle: Bundle, tmp_path: Path) -> None:
     arrived = unpack(shipped(bundle), tmp_path / "back.spm")
     folder = only(arrived).path.parent
     (folder / "edit.fp16.engine").write_bytes(HOSTILE)
     assert "engine.json says" in str(only(arrived).problems)
     (folder / "engine.json").write_bytes(own(SM86, HOSTILE).to_bytes())
     found = only(arrived)
-    assert found.shipped and len([fault for fault in found.problems if "SHA256SUMS lists another" in fault]) == 2
+    assert found.shipped and len([problem for problem in found.problems if "SHA256SUMS lists another" in problem]) == 2
     with pytest.raises(BundleError, match="SHA256SUMS lists another"):
         found.read()
     with pytest.raises(BundleError, match="tampered"):
         open_bundle(arrived.path).check_all()
 
 
-def test_an_engine_that_only_half_is_shipped(bundle: Bundle, tmp_path: Path) -> None:
+def test_shipped_engine_with_unlisted_record_is_refused(bundle: Bundle, tmp_path: Path) -> None:
     arrived = unpack(shipped(bundle), tmp_path / "back.spm")
     lines = (arrived.path / SUMS).read_text().splitlines(keepends=True)
     (arrived.path / SUMS).write_text("".join(line for line in lines if not line.endswith("engine.json\n")))
     assert "SHA256SUMS lists another engine.json" in str(only(open_bundle(arrived.path)).problems)
 
 
-def test_a_required_signature_covers_engines_too(bundle: Bundle, tmp_path: Path) -> None:
+def test_required_signature_excludes_added_engines(bundle: Bundle, tmp_path: Path) -> None:
     packed = shipped(bundle, key=KEY)
     arrived = unpack(packed, tmp_path / "back.spm")
     hidden = tmp_path / "hidden.spm"
@@ -150,21 +150,21 @@ def test_a_required_signature_covers_engines_too(bundle: Bundle, tmp_path: Path)
             archive.writestr(f"engines/{own(SM89).key}/{name}", content)
             (folder / name).write_bytes(content)
     for path in (arrived.path, hidden):
-        faults = [len(engine.problems) for engine in find_engines(open_bundle(path), HOST)]
-        assert faults == [0, 0]
+        problems = [len(engine.problems) for engine in find_engines(open_bundle(path), HOST)]
+        assert problems == [0, 0]
         by_key = {e.record.key: e for e in find_engines(open_bundle(path, KEY.public), HOST) if e.record}
         assert by_key[own(SM86).key].fit and not by_key[own(SM89).key].fit
         assert "the signature that is required does not cover it" in str(by_key[own(SM89).key].problems)
 
 
-def test_what_this_machine_built_for_itself_needs_no_signature(bundle: Bundle) -> None:
+def test_cached_engine_of_signed_bundle_is_used(bundle: Bundle) -> None:
     packed = open_bundle(shipped(bundle, key=KEY).path, KEY.public)
     add(packed, SAMPLE)
     (built,) = [found for found in find_engines(packed, HOST) if found.place == "cache"]
     assert built.fit and not built.shipped and built.read() == CONTENT
 
 
-def test_what_was_shipped_stays(bundle: Bundle, tmp_path: Path, cache: Path) -> None:
+def test_shipped_engines_are_never_changed(bundle: Bundle, tmp_path: Path, cache: Path) -> None:
     arrived = unpack(shipped(bundle), tmp_path / "back.spm")
     assert choose_place(arrived).folder == cache and "shipped with engines" in choose_place(arrived).why
     with pytest.raises(UsageError, match="shipped with engines"):
@@ -178,13 +178,13 @@ def test_what_was_shipped_stays(bundle: Bundle, tmp_path: Path, cache: Path) -> 
     assert open_bundle(arrived.path).check_all() == () and only(arrived).fit
 
 
-def test_a_signed_bundle_takes_no_engines(bundle: Bundle, cache: Path) -> None:
+def test_choose_place_signed_bundle_gives_the_cache(bundle: Bundle, cache: Path) -> None:
     (bundle.path / SIGNATURE).write_bytes(b"whatever")
     place = choose_place(open_bundle(bundle.path))
     assert place.folder == cache and "signed" in place.why
 
 
-def test_slimming_a_slimmed_bundle_takes_its_engines_by_name_again(bundle: Bundle, tmp_path: Path) -> None:
+def test_extract_subset_of_subset_includes_engines_by_name(bundle: Bundle, tmp_path: Path) -> None:
     first = shipped(bundle)
     assert find_engines(extract_subset(first, tmp_path / "a.spm", ["fp16"]), HOST) == []
     again = extract_subset(first, tmp_path / "b.spm", ["fp16"], ["sm86"])

@@ -36,9 +36,9 @@ def run(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv(PASSWORD, raising=False)
 
-    def run(*words: object) -> Ran:
+    def run(*args: object) -> Ran:
         capfd.readouterr()
-        code = cli.main([str(word) for word in words])
+        code = cli.main([str(text) for text in args])
         return Ran(code, *capfd.readouterr())
 
     return run
@@ -53,34 +53,34 @@ def signed(run: Any, street_bundle: Path, tmp_path: Path) -> Path:
     return tmp_path / "tiny.spm"
 
 
-def edit(model: Path | str, *words: str) -> list[str]:
+def edit(model: Path | str, *args: str) -> list[str]:
     sample = ["--labels", str(SAMPLE.labels), "--mask", str(SAMPLE.mask), "--output", "edited.png"]
-    return ["edit", str(SAMPLE.photo), *sample, "--model", str(model), "--overwrite", *words]
+    return ["edit", str(SAMPLE.photo), *sample, "--model", str(model), "--overwrite", *args]
 
 
-def test_pack_says_what_it_wrote(run: Any, street_bundle: Path, tmp_path: Path) -> None:
-    ran = run("bundle", "pack", street_bundle, "tiny.spm", "--json")
+def test_pack_json_describes_the_file(run: Any, street_bundle: Path, tmp_path: Path) -> None:
+    result = run("bundle", "pack", street_bundle, "tiny.spm", "--json")
     content = (tmp_path / "tiny.spm").read_bytes()
-    assert ran.code == 0 and ran.json["schema"] == "spmdeploy.bundle-pack/1" and ran.json["signed"] is False
-    assert (ran.json["bytes"], ran.json["sha256"]) == (len(content), hashlib.sha256(content).hexdigest())
-    assert ran.json["files"] == len(open_bundle(street_bundle).files())
+    assert result.code == 0 and result.json["schema"] == "spmdeploy.bundle-pack/1" and result.json["signed"] is False
+    assert (result.json["bytes"], result.json["sha256"]) == (len(content), hashlib.sha256(content).hexdigest())
+    assert result.json["files"] == len(open_bundle(street_bundle).files())
     assert run("bundle", "pack", street_bundle, "tiny.spm").code == 7
     assert "not signed" in run("bundle", "pack", street_bundle, "tiny.spm", "--overwrite").out
 
 
-def test_unpack_gives_the_folder_back(run: Any, signed: Path, street_bundle: Path, tmp_path: Path) -> None:
-    ran = run("bundle", "unpack", signed, "back.spm", "--require-signature", "ours.pub", "--json")
-    assert ran.code == 0 and ran.json["signature"]["comment"].startswith("spmdeploy bundle tiny of ")
+def test_unpack_signed_file_restores_the_folder(run: Any, signed: Path, street_bundle: Path, tmp_path: Path) -> None:
+    result = run("bundle", "unpack", signed, "back.spm", "--require-signature", "ours.pub", "--json")
+    assert result.code == 0 and result.json["signature"]["comment"].startswith("spmdeploy bundle tiny of ")
     assert open_bundle(tmp_path / "back.spm").sums == open_bundle(street_bundle).sums
-    for words in (["--require-signature", "theirs.pub"], ["--require-signature", "nonsense"]):
-        assert run("bundle", "unpack", signed, "other.spm", *words).code in (6, 7)
+    for args in (["--require-signature", "theirs.pub"], ["--require-signature", "nonsense"]):
+        assert run("bundle", "unpack", signed, "other.spm", *args).code in (6, 7)
         assert not (tmp_path / "other.spm").exists()
 
 
-def test_a_signed_bundle_is_used(run: Any, signed: Path, tmp_path: Path) -> None:
-    ran = run(*edit(signed, "--require-signature", "ours.pub", "--json"))
-    assert ran.code == 0 and ran.json["choices"][0].startswith("signature by the key ")
-    assert ran.json["choices"][0] in ran.err
+def test_signed_bundle_with_its_key_is_accepted_by_commands(run: Any, signed: Path, tmp_path: Path) -> None:
+    result = run(*edit(signed, "--require-signature", "ours.pub", "--json"))
+    assert result.code == 0 and result.json["choices"][0].startswith("signature by the key ")
+    assert result.json["choices"][0] in result.err
     line = (tmp_path / "ours.pub").read_text().splitlines()[1]
     assert run("verify", signed, "--require-signature", line).code == 0
     (tmp_path / "edits.csv").write_text(f"image,mask,fill\n{SAMPLE.photo},{SAMPLE.mask},road\n")
@@ -91,7 +91,7 @@ def test_a_signed_bundle_is_used(run: Any, signed: Path, tmp_path: Path) -> None
     assert "present; --require-signature" in run("inspect", signed).out
 
 
-def test_nothing_is_loaded_without_the_right_signature(
+def test_bundle_without_required_signature_is_not_loaded(
     run: Any, signed: Path, street_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("spmdeploy.backends.registry.open_backend", None)
@@ -99,40 +99,42 @@ def test_nothing_is_loaded_without_the_right_signature(
     content = signed.read_bytes()
     digest = open_bundle(signed).digest("card.md").encode()
     tampered.write_bytes(content.replace(digest, digest[::-1]))
-    for model, key, words in (
+    for model, key, message in (
         (street_bundle, "ours.pub", "not signed"),
         (signed, "theirs.pub", "made with the key"),
         (tampered, "ours.pub", "does not fit"),
     ):
         for command in (edit(model, "--require-signature", key), ["verify", model, "--require-signature", key]):
-            ran = run(*command, "--json")
-            assert ran.code == ran.json["exit_code"] == 6 and words in ran.json["error"], command
+            result = run(*command, "--json")
+            assert result.code == result.json["exit_code"] == 6 and message in result.json["error"], command
     assert run("edit", *edit("x")[1:-3], "--require-signature", "ours.pub").code == 6  # the built-in one is not signed
     assert not (tmp_path / "edited.png").exists()
 
 
-def test_slim_leaves_what_the_device_needs(run: Any, street_bundle: Path, tmp_path: Path) -> None:
-    ran = run("bundle", "slim", street_bundle, "device.spm", "--keep", "cpu", "--json")
-    assert ran.code == 0
+def test_slim_keeps_files_that_the_device_needs(run: Any, street_bundle: Path, tmp_path: Path) -> None:
+    result = run("bundle", "slim", street_bundle, "device.spm", "--keep", "cpu", "--json")
+    assert result.code == 0
     graphs = [
         f"graphs/{name}.{kind}.onnx" for name in ("edit", "layout", "picture", "refine") for kind in ("fp16", "fp32")
     ]
-    assert ran.json["dropped"] == sorted([*graphs, "graphs/float16.weights"])
-    assert ran.json["bytes"] < ran.json["bytes_before"] and ran.json["added"] == []
-    ran = run("bundle", "slim", street_bundle, "none.spm", "--keep", "fp16", "--engine", "sm86", "--json")
-    assert ran.code == 2 and "no engine is 'sm86'" in ran.json["error"]
+    assert result.json["dropped"] == sorted([*graphs, "graphs/float16.weights"])
+    assert result.json["bytes"] < result.json["bytes_before"] and result.json["added"] == []
+    result = run("bundle", "slim", street_bundle, "none.spm", "--keep", "fp16", "--engine", "sm86", "--json")
+    assert result.code == 2 and "no engine is 'sm86'" in result.json["error"]
     assert run("verify", "device.spm").code == 0
     assert run(*edit("device.spm")).code == 0 and (tmp_path / "edited.png").exists()
     assert run("verify", "device.spm", "--precision", "fp16").code == 6
-    ran = run("bundle", "slim", street_bundle, "none.spm", "--keep", "int8", "--json")
-    assert ran.code == 2 and "edit_cpu.fp32" in ran.json["error"] and not (tmp_path / "none.spm").exists()
+    result = run("bundle", "slim", street_bundle, "none.spm", "--keep", "int8", "--json")
+    assert result.code == 2 and "edit_cpu.fp32" in result.json["error"] and not (tmp_path / "none.spm").exists()
 
 
-def test_a_password_is_needed_and_never_shown(run: Any, street_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_key_password_is_required_and_never_printed(
+    run: Any, street_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("spmdeploy.bundle.signature.write_key_pair.__defaults__", (1 << 24,))
     pack = ["bundle", "pack", street_bundle, "tiny.spm", "--sign", "street.key"]
-    for ran in (run("bundle", "keygen", "street"), run("bundle", "keygen", "street", "--json")):
-        assert ran.code == 2 and "--no-password" in ran.out + ran.err
+    for result in (run("bundle", "keygen", "street"), run("bundle", "keygen", "street", "--json")):
+        assert result.code == 2 and "--no-password" in result.out + result.err
     monkeypatch.setenv(PASSWORD, "correct horse")
     made = run("bundle", "keygen", "street", "--json")
     assert made.code == 0 and made.json["public_key"] == "street.pub"
@@ -143,13 +145,13 @@ def test_a_password_is_needed_and_never_shown(run: Any, street_bundle: Path, mon
     monkeypatch.delenv(PASSWORD)
     nobody = run(*pack, "--overwrite", "--json")
     assert nobody.code == 2 and PASSWORD in nobody.json["hint"]
-    for ran in (made, wrong, nobody):
-        assert "horse" not in ran.out + ran.err and "staple" not in ran.out + ran.err
+    for result in (made, wrong, nobody):
+        assert "horse" not in result.out + result.err and "staple" not in result.out + result.err
 
 
-def test_keys_that_are_none(run: Any, street_bundle: Path, signed: Path, tmp_path: Path) -> None:
+def test_pack_and_keygen_unusable_key_file_exits_7(run: Any, street_bundle: Path, signed: Path, tmp_path: Path) -> None:
     for key in ("absent.key", "ours.pub", "tiny.spm"):
         assert run("bundle", "pack", street_bundle, "other.spm", "--sign", key).code == 7
     assert not (tmp_path / "other.spm").exists()
-    ran = run("bundle", "keygen", "ours", "--no-password", "--json")
-    assert ran.code == 7 and "never replaced" in ran.json["error"]
+    result = run("bundle", "keygen", "ours", "--no-password", "--json")
+    assert result.code == 7 and "never replaced" in result.json["error"]

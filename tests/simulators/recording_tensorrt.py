@@ -314,12 +314,12 @@ def inspector_json(version: str, kind: str | None) -> str:
     def tensor(kind: str | None) -> dict[str, Any]:
         if version.startswith("11"):
             return {"Name": "x", "DataType": kind, "Format": "kLINEAR"} if kind else {"Name": "x"}
-        words = {
+        args = {
             "Half": "Row major linear FP16 format",
             "Float": "Row major linear FP32",
             None: "N/A due to dynamic shapes",
         }
-        return {"Name": "x", "Location": "Device", "Format/Datatype": words[kind]}
+        return {"Name": "x", "Location": "Device", "Format/Datatype": args[kind]}
 
     layers: list[Any] = [
         {"Name": "in", "LayerType": "Reformat", "Inputs": [tensor("Float")], "Outputs": [tensor("Float")]},

@@ -347,8 +347,8 @@ class PyCudaDriver:
                 return function(*arguments)
             except SimulatedCudaError as exc:
                 kind = outer.MemoryError if exc.code == Code.CUDA_ERROR_OUT_OF_MEMORY else outer.LogicError
-                words = exc.code.name.removeprefix("CUDA_ERROR_").lower().replace("_", " ")
-                raise kind(f"{gpu.calls[-1]} failed: {words}") from exc
+                args = exc.code.name.removeprefix("CUDA_ERROR_").lower().replace("_", " ")
+                raise kind(f"{gpu.calls[-1]} failed: {args}") from exc
 
         self._guarded = guarded
         stacks = threading.local()
