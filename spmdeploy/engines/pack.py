@@ -168,7 +168,7 @@ def _kept_graphs(bundle: Bundle, keep: Sequence[str]) -> tuple[GraphRecord, ...]
     available = ", ".join(f"{record.graph}.{record.precision}" for record in graphs)
     for name in keep:
         if not any(name in _names(record) for record in graphs):
-            raise UsageError(f"{bundle.path}: holds no graph {name}; there is {available}", "keep fp16, say, or cpu")
+            raise UsageError(f"{bundle.path}: holds no graph {name}; there is {available}", "keep fp16 or cpu")
     kept = tuple(record for record in graphs if not _names(record).isdisjoint(keep))
     if not any(record.graph in (EDIT, EDIT_ON_CPU) for record in kept):
         left = ", ".join(keep) or "nothing"

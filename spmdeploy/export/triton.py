@@ -305,9 +305,9 @@ def _check_written_by_us(folder: Path) -> None:
         heading, names = (folder / CONFIG).read_bytes()[: len(HEADING)], set(os.listdir(folder))
     except OSError:
         heading, names = b"", set()
-    strange = sorted(names - {CONFIG, VERSION, WARMUP})
-    if heading != HEADING.encode() or strange:
-        problem = f"{folder}: not replaced, {strange[0] if strange else 'it'} was not written by export-triton"
+    unknown = sorted(names - {CONFIG, VERSION, WARMUP})
+    if heading != HEADING.encode() or unknown:
+        problem = f"{folder}: not replaced, {unknown[0] if unknown else 'it'} was not written by export-triton"
         raise InputError(problem, "remove it yourself, or give another --name")
 
 
