@@ -26,6 +26,7 @@ from spmdeploy.cli.doctor import doctor
 from spmdeploy.cli.edit import edit
 from spmdeploy.cli.export import export, export_triton
 from spmdeploy.cli.labels import labels_app
+from spmdeploy.cli.studio import studio
 from spmdeploy.cli.train import evaluate, train
 from spmdeploy.errors import InputError, OutOfMemoryError, SpmDeployError, UsageError
 from spmdeploy.files import translated
@@ -42,6 +43,7 @@ app = typer.Typer(
 )
 app.command()(edit)
 app.command()(batch)
+app.command()(studio)
 app.command()(export)
 app.command()(inspect)
 app.command()(build)

@@ -19,10 +19,13 @@ from spmdeploy.cli.options import (
     record_from,
     with_fields_of,
 )
-from spmdeploy.editing.options import EditOptions, EditRequest
+from spmdeploy.editing.options import EditOptions, EditRequest, option_fields
+from spmdeploy.errors import UsageError
 
 if TYPE_CHECKING:
-    from spmdeploy.editing.run import EditInputs
+    from pathlib import Path
+
+    from spmdeploy.editing.run import EditInputs, EditOutcome
     from spmdeploy.labels import ClassTable
 
 
@@ -39,8 +42,12 @@ def edit(
     """Edit one photo.
 
     --labels or --fill gives the content, --mask or --edited-from the region. All other pixels stay as they are. With
-    --extend the photo grows beyond its borders; --labels is then a map of the extended photo.
+    --extend the photo grows beyond its borders; --labels is then a map of the extended photo. A session file (.zip) of
+    the studio in place of the photo holds all of these and is replayed to the same bytes.
     """
+    if values["image"].suffix.lower() == ".zip":
+        _replay(values, model, backend, device, precision, require_signature, as_json)
+        return
     started = time.perf_counter()
     request = record_from(EditRequest, values, options=record_from(EditOptions, values))
     with (
@@ -54,17 +61,48 @@ def edit(
         with progress_bar("editing") as show:
             result = run_edit(editor, request, show, prefetcher.inputs)
         choices = editor.choices
+    _print_outcome(result, choices, started, opened, as_json)
+
+
+def _replay(
+    values: dict[str, Any],
+    model: Path | None,
+    backend: str,
+    device: str,
+    precision: str,
+    require_signature: str | None,
+    as_json: bool,
+) -> None:
+    """Run the edit of a session file."""
+    from spmdeploy.editing.session import check_session_output, read_session, replay_session
+
+    started = time.perf_counter()
+    for one in (*option_fields(EditRequest), *option_fields(EditOptions)):
+        name = one.field.name
+        if name not in ("image", "output", "overwrite") and values[name] != one.field.default:
+            raise UsageError(f"a session file has its own {one.column}", f"leave --{one.column.replace('_', '-')} out")
+    session, output = read_session(values["image"]), values["output"]
+    check_session_output(output, values["overwrite"])
+    with open_editor_from_options(model, backend, device, precision, require_signature) as editor:
+        opened = time.perf_counter()
+        with progress_bar("editing") as show:
+            result = replay_session(editor, session, output, values["overwrite"], show)
+        choices = editor.choices
+    _print_outcome(result, choices, started, opened, as_json)
+
+
+def _print_outcome(result: EditOutcome, choices: tuple[str, ...], started: float, opened: float, as_json: bool) -> None:
     ended = time.perf_counter()
     log_notes(result.notes)
     seconds = {"open": round(opened - started, 4), "edit": round(ended - opened, 4)}
     payload = {**result.to_json(), "choices": list(choices), "seconds": seconds}
     windows = len(result.report.windows)
-    summary = f"{request.output}: {result.report.edited_pixels} pixels in {windows} window{'s' * (windows != 1)}"
+    summary = f"{result.output}: {result.report.edited_pixels} pixels in {windows} window{'s' * (windows != 1)}"
     if tiles := result.report.tiles:
         summary += f", {tiles} tile{'s' * (tiles != 1)}"
     lines = [f"{summary}, {result.report.provider}, {result.report.precision}, {ended - started:.2f} s"]
-    lines += [f"{request.sheet}: before, labels, mask, after"] if request.sheet else []
-    lines += [f"{request.explain}: windows and tiles"] if request.explain else []
+    lines += [f"{result.sheet}: before, labels, mask, after"] if result.sheet else []
+    lines += [f"{result.explain}: windows and tiles"] if result.explain else []
     print_result("edit", payload, lines, as_json)
 
 

@@ -113,7 +113,7 @@ def read_inputs(request: EditRequest, classes: ClassTable) -> EditInputs:
     original = photo.pixels.shape
     if request.extend is not None:
         check_padding(request.extend, original, str(request.image))
-        photo = _extend_photo(photo, request.extend)
+        photo = extend_photo(photo, request.extend)
     if request.labels is not None:
         labels = images.read_labels(request.labels, table=classes)
     else:
@@ -130,6 +130,15 @@ def read_inputs(request: EditRequest, classes: ClassTable) -> EditInputs:
     return EditInputs(photo, labels, mask, instances, notes)
 
 
+def extend_photo(photo: images.Photo, padding: Padding) -> images.Photo:
+    """Return the photo on a larger, gray canvas, which is opaque."""
+    alpha = None
+    if photo.alpha is not None:
+        alpha = np.full(extended_size(photo.pixels.shape, padding), 255, np.uint8)
+        alpha[image_window(photo.pixels.shape, padding).slices] = photo.alpha
+    return replace(photo, pixels=extend_canvas(photo.pixels, padding), alpha=alpha)
+
+
 def _names(request: EditRequest, photo: images.Photo) -> InputNames:
     return InputNames(
         image=str(request.image),
@@ -139,15 +148,6 @@ def _names(request: EditRequest, photo: images.Photo) -> InputNames:
         extended=request.extend is not None,
         turned=photo.orientation > 4,
     )
-
-
-def _extend_photo(photo: images.Photo, padding: Padding) -> images.Photo:
-    """The photo on a larger, gray canvas, which is opaque."""
-    alpha = None
-    if photo.alpha is not None:
-        alpha = np.full(extended_size(photo.pixels.shape, padding), 255, np.uint8)
-        alpha[image_window(photo.pixels.shape, padding).slices] = photo.alpha
-    return replace(photo, pixels=extend_canvas(photo.pixels, padding), alpha=alpha)
 
 
 def _outpaint_windows(inputs: EditInputs, padding: Padding, size: int) -> list[EditWindow]:

@@ -90,6 +90,22 @@ def decode_image(path: FilePath, content: bytes | None = None) -> DecodedFile:
     return DecodedFile(upright, format, layout, exif, profile, orientation, tuple(notes))
 
 
+def image_size(path: FilePath, content: bytes) -> tuple[int, int]:
+    """Return width and height of an image file as its header states them, without decoding its pixels.
+
+    Raises:
+        InputError: as `decode_image`, for everything that shows before the pixels are decoded.
+    """
+    name = Path(path)
+    format = format_of(content, name)
+    file = sanitize(content, format, name)
+    with decode_errors(name):
+        image = _READERS[format](io.BytesIO(file.content))
+    _check_extent(image, name)
+    width, height = image.size
+    return width, height
+
+
 def _without_end_marker(content: bytes, format: str) -> ImageFile | None:
     """The image of a JPEG that lacks nothing but its end marker; None for other files."""
     versions = complete_jpeg(content) if format == "JPEG" else None

@@ -8,6 +8,7 @@ memory already, such as those of a bundle, whose hash was checked; the path is t
 
 from __future__ import annotations
 
+import io
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -389,20 +390,42 @@ def write_photo(path: FilePath, photo: Photo, overwrite: bool = False) -> tuple[
     format = check_output(path, overwrite)
     options = _WRITE_OPTIONS[format] | {"icc_profile": photo.icc_profile}
     notes = []
-    pixels, exif = photo.pixels, photo.exif
+    exif = photo.exif
     if format == "JPEG":
         notes.append(f"{path} is JPEG: pixels outside the mask are close to the photo's, not equal; .png keeps them")
         if exif is not None and len(exif) > MAX_JPEG_EXIF:
             notes.append(f"{path} is JPEG, which cannot hold the photo's {len(exif)} bytes of EXIF; they are not kept")
             exif = None
-    if photo.alpha is not None and format != "JPEG":
-        pixels = np.dstack([pixels, photo.alpha])
-    elif photo.alpha is not None and (photo.alpha != 255).any():
+    if format == "JPEG" and photo.alpha is not None and (photo.alpha != 255).any():
         notes.append(f"{path} is JPEG, which has no transparency: the photo's is lost; .png keeps it")
     if exif is not None:
         options["exif"] = exif
+    pixels = photo.pixels if format == "JPEG" else _with_alpha(photo)
     _write(Path(path), pixels, format, options, overwrite)
     return tuple(notes)
+
+
+def encode_photo(photo: Photo) -> bytes:
+    """Return the bytes of the PNG file that `write_photo` writes."""
+    options = _WRITE_OPTIONS["PNG"] | {"icc_profile": photo.icc_profile}
+    if photo.exif is not None:
+        options["exif"] = photo.exif
+    return _encode(_with_alpha(photo), options)
+
+
+def encode_ids(ids: Pixels) -> bytes:
+    """Return a gray PNG file of ids or a mask, uint8 (H, W)."""
+    return _encode(ids, _WRITE_OPTIONS["PNG"])
+
+
+def _encode(pixels: NDArray[np.uint8], options: dict[str, Any]) -> bytes:
+    stream = io.BytesIO()
+    PilImage.fromarray(np.ascontiguousarray(pixels)).save(stream, "PNG", **options)
+    return stream.getvalue()
+
+
+def _with_alpha(photo: Photo) -> NDArray[np.uint8]:
+    return photo.pixels if photo.alpha is None else np.dstack([photo.pixels, photo.alpha])
 
 
 def write_image(path: FilePath, pixels: Image | Pixels, overwrite: bool = False) -> None:

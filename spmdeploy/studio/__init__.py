@@ -1,0 +1,1 @@
+"""Web editor and HTTP service."""
