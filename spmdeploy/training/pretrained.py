@@ -128,7 +128,9 @@ def read_array_pickle(path: Path) -> Any:
     try:
         with path.open("rb") as file:
             return _ArrayUnpickler(file).load()
-    except (OSError, EOFError, pickle.UnpicklingError, ValueError, TypeError) as exc:
+    except MemoryError:
+        raise
+    except Exception as exc:  # on damaged files the unpickler raises errors of any kind
         raise InputError(f"{path}: refused or unreadable: {exc}", "install the package again") from exc
 
 

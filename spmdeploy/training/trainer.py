@@ -10,7 +10,6 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -23,7 +22,6 @@ from spmdeploy.errors import InputError, OutOfMemoryError, SpmDeployError, Unava
 from spmdeploy.imaging.files import write_image
 from spmdeploy.model.generator import Generator, GeneratorConfig, composite
 from spmdeploy.model.layout import LayoutPyramid
-from spmdeploy.serialization import Count, FieldError, convert
 from spmdeploy.training import distributed
 from spmdeploy.training import projected_discriminator as projected
 from spmdeploy.training.config import ADAM_BETAS, Phase, TrainConfig
@@ -48,6 +46,7 @@ from spmdeploy.training.losses import (
 from spmdeploy.training.perceptual import Lpips, build_perceptual_loss
 from spmdeploy.training.projected_discriminator import EfficientNetFeatures, FeaturePair, ProjectedDiscriminator
 from spmdeploy.training.run_dir import CHECKPOINT_HINT, RunDirectory
+from spmdeploy.training.state import TrainState, restore_moments, restore_progress, restore_weights
 from spmdeploy.training.style_loss import class_style_loss, find_style_pairs
 from spmdeploy.training.validation import validate
 
@@ -62,28 +61,6 @@ MIN_RATE = 0.05
 
 Network = TypeVar("Network", bound=nn.Module)
 Report = Callable[[dict[str, Any]], None]
-
-
-@dataclass
-class TrainState:
-    """Position of the run."""
-
-    phase: Count = 0
-    """Index of the current phase."""
-    phase_images: Count = 0
-    """Finished samples of the current phase."""
-    images: Count = 0
-    """Finished samples of the run."""
-    steps: Count = 0
-    """Optimizer steps of the run."""
-    phase_seconds: float = 0.0
-    """Wall time of the current phase's steps."""
-    best: float = math.inf
-    """Lowest validation LPIPS so far."""
-    style_pairs: Count = 0
-    """Pairs of sample and class that the style loss has compared."""
-    style_skipped: Count = 0
-    """Pairs that it has skipped, because too few pixels of the class were known."""
 
 
 class StageOutput(NamedTuple):
@@ -543,28 +520,13 @@ class Trainer:
                 f"config.json asks for a {self.config.discriminator} one",
                 "put discriminator back, or start a new run with start_weights set to this run's export",
             )
-        self.progress = self._restored_progress(state["progress"])
+        self.progress = restore_progress(state["progress"], self.config.schedule)
         self._begin_phase()  # optimizers of the right shape; what it inherits is overwritten below
         for name in ("generator", "averaged", "discriminators"):
-            for key, value in state[name].items():
-                if not isinstance(value, Tensor) or not value.isfinite().all():
-                    raise ValueError(f"{name}: {key} is no tensor of finite numbers")
-            getattr(self, name).load_state_dict(state[name])
-        _restore_moments(self._generator_optimizer, state["generator_optimizer"])
-        _restore_moments(self._discriminator_optimizer, state["discriminator_optimizer"])
+            restore_weights(getattr(self, name), state[name], name)
+        restore_moments(self._generator_optimizer, state["generator_optimizer"])
+        restore_moments(self._discriminator_optimizer, state["discriminator_optimizer"])
         torch.set_rng_state(state["random"])
-
-    def _restored_progress(self, fields: dict[str, Any]) -> TrainState:
-        try:
-            progress = convert(fields, TrainState)
-        except FieldError as exc:
-            raise ValueError(f"progress: {exc}") from exc
-        schedule = self.config.schedule
-        if progress.phase >= len(schedule) or progress.phase_images > schedule[progress.phase].images:
-            raise ValueError(f"sample {progress.phase_images} of phase {progress.phase} is not in the schedule")
-        if not progress.best >= 0 or not math.isfinite(progress.phase_seconds):
-            raise ValueError(f"progress: best is {progress.best}, phase_seconds is {progress.phase_seconds}")
-        return progress
 
     def _call(self, network: nn.Module, image: Tensor, layout: LayoutPyramid) -> Tensor:
         """Calls a network; with `compile` through torch.compile, which compiles it at the first call."""
@@ -599,25 +561,6 @@ class Trainer:
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bf16)
-
-
-def _restore_moments(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Restores step counts and moments; rates and all else are the configuration's.
-
-    Raises ValueError or what PyTorch raises where they do not fit the parameters.
-    """
-    settings = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
-    for group, own in zip(optimizer.param_groups, settings, strict=True):
-        group.update(own)
-        for parameter in group["params"]:
-            moments = optimizer.state.get(parameter, {})
-            shapes = {name: tuple(value.shape) for name, value in moments.items()}
-            expected = {"step": (), "exp_avg": tuple(parameter.shape), "exp_avg_sq": tuple(parameter.shape)}
-            if moments and shapes != expected:
-                raise ValueError(f"optimizer state of the shapes {shapes}, expected {expected}")
-            if not all(value.is_floating_point() and value.isfinite().all() for value in moments.values()):
-                raise ValueError("optimizer state that is not finite")
 
 
 def optimizer_step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:

