@@ -1,4 +1,4 @@
-"""What several test files need: the tree beside the repository, and one small real bundle."""
+"""Fixtures of several test files: the shared folder, an empty cache and a small real bundle."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SHARED = Path(__file__).resolve().parents[1] / "../shared"
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder `shared` beside the repository: recorded outputs of the original network, data sets, design pages."""
+    """The folder `shared` next to the repository: recorded outputs of the original network, data sets, design pages."""
     if not SHARED.is_dir():
         pytest.skip(f"{SHARED} is absent: what is recorded there cannot be compared")
     return SHARED.resolve()
@@ -23,7 +23,7 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def empty_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Engines that whoever runs the tests has in their cache are none of the tests' business."""
+    """Use an empty cache, so that the user's cached engines do not affect the tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SPMDEPLOY_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
@@ -39,10 +39,10 @@ def no_bf16() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def street_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A real bundle, FP32 and FP16: the smallest sensible generator with the `street` classes and random weights.
+    """A real bundle, FP32 and FP16: a very small generator with the `street` classes and random weights.
 
-    Beside it lie the checkpoint, `tiny.safetensors`, and what the command printed, `export.stdout`. Exported once per
-    run, by whichever process asks first: tests must not write into it.
+    Next to it are the checkpoint, `tiny.safetensors`, and the output of the command, `export.stdout`. It is exported
+    once per run, by the first process that needs it: tests must not write into it.
     """
     return exported_once(_run_folder(tmp_path_factory) / "street_bundle")
 
@@ -54,7 +54,7 @@ def _run_folder(factory: pytest.TempPathFactory) -> Path:
 
 
 def exported_once(folder: Path) -> Path:
-    """`folder`/tiny.spm, exported now unless another process has done it or does it right now."""
+    """`folder`/tiny.spm, exported unless another process did so or is doing so."""
     pytest.importorskip("torch", reason="bundles are exported with torch, which an edge install lacks")
     fcntl = pytest.importorskip("fcntl", reason="the lock between test processes needs POSIX")
     folder.mkdir(exist_ok=True)

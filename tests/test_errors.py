@@ -1,4 +1,4 @@
-"""Messages hold nothing that a terminal would obey."""
+"""Error messages contain no control characters for terminals."""
 
 from __future__ import annotations
 

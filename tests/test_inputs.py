@@ -1,4 +1,4 @@
-"""One way to open an input: bounded in size and time, whatever is behind the path."""
+"""Reading inputs: limits on size and time for files, pipes and devices."""
 
 from __future__ import annotations
 

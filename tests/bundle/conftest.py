@@ -1,4 +1,4 @@
-"""A bundle of a street with made-up graphs, and what is done to it."""
+"""Fixtures: a bundle with placeholder graphs, and helpers that modify it."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ LOCATION = graph_with(entry(b"location", b"shared.weights"))
 
 
 def with_weights_beside(target: Path, graph: bytes = LOCATION) -> Bundle:
-    """A bundle whose graphs share a file of weights. graph: both of them, but for the name of their producer."""
+    """A bundle whose graphs share a file of weights. graph: content of both graphs, except for the producer's name."""
     with BundleWriter(target) as writer:
         writer.add_bytes("graphs/shared.weights", WEIGHTS)
         records = fill(writer, {key: message(2, content) + graph for key, content in GRAPHS.items()})
@@ -117,7 +117,7 @@ def write_street(target: Path, overwrite: bool = False, **changes: Any) -> Bundl
 
 
 def list_sums(folder: Path) -> None:
-    """SHA256SUMS as it should be for what is in the folder now: an attacker can compute it too."""
+    """Rewrite SHA256SUMS for the current files of the folder, as an attacker can do too."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SUMS)
     lines = [f"{hashlib.sha256(f.read_bytes()).hexdigest()}  {f.relative_to(folder).as_posix()}\n" for f in files]
     (folder / SUMS).write_text("".join(lines))
@@ -157,14 +157,14 @@ def street_zip(street: Path) -> Path:
 
 @pytest.fixture(autouse=True, scope="module")
 def no_flushing() -> Iterator[None]:
-    """Waiting for the disk would be most of the time of these tests; one of them proves that there is flushing."""
+    """Replace fsync, which would take most of the time of these tests; one test checks that it is called."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
         yield
 
 
 def secret_key(key_id: bytes, seed: bytes) -> SecretKey:
-    """The same key for the same bytes, 8 and 32, packed as minisign does."""
+    """A key computed from an id of 8 bytes and a seed of 32 bytes, in minisign's format."""
     ed25519 = pytest.importorskip("cryptography.hazmat.primitives.asymmetric.ed25519", reason="needs the extra sign")
     public = ed25519.Ed25519PrivateKey.from_private_bytes(seed).public_key().public_bytes_raw()
     packed = b"Ed\0\0B2" + bytes(48) + key_id + seed + public + bytes(32)

@@ -236,7 +236,7 @@ def test_external_locations_agree_with_onnx_on_changed_graphs(data: st.DataObjec
     try:
         model = onnx.ModelProto.FromString(bytes(content))
     except decode_error:
-        return  # no library loads it
+        return  # libraries refuse it too
     tensors = [*model.graph.initializer]
     entries = [(each.key, each.value) for tensor in tensors for each in tensor.external_data]
     values = [value for key, value in entries if key in ("location", b"location")]

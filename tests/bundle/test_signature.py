@@ -53,7 +53,7 @@ PUBLIC_OF_ENCRYPTED = "RWSBQzNyZHkXzPSCR++AHRlWWKBIwaQU5jFvbvDJxFU8w/AMIr8kmig5"
 
 SHOWN = Path("SHA256SUMS.minisig")
 KEY = secret_key(b"\1" * 8, b"\2" * 32)
-LITTLE = 1 << 24  # bytes for a password's sake: 16 MiB instead of 1 GiB
+LITTLE = 1 << 24  # bytes of scrypt: 16 MiB instead of 1 GiB
 
 
 def unasked() -> str:
@@ -122,7 +122,7 @@ def test_sign_is_repeatable_and_fits(content: bytes, comment: str) -> None:
 @given(st.data())
 def test_check_signature_any_changed_byte_is_refused(data: st.DataObject) -> None:
     signature = bytearray(sign(b"content", KEY, "a comment"))
-    start = signature.index(b"\n") + 1  # the first line is covered by nothing
+    start = signature.index(b"\n") + 1  # the signature does not cover the first line
     place = data.draw(st.integers(start, len(signature) - 1))
     signature[place] ^= 1 << data.draw(st.integers(0, 7))
     with pytest.raises(BundleError, match=r"does not fit|no signature|made with the key"):
@@ -132,7 +132,7 @@ def test_check_signature_any_changed_byte_is_refused(data: st.DataObject) -> Non
 def test_check_signature_other_base64_is_refused() -> None:
     lines = SIGNATURE.splitlines(keepends=True)
     assert lines[1].endswith("2wo=\n")
-    lines[1] = lines[1].replace("2wo=", "2wp=")  # the same bytes: the last bits of the o count for nothing
+    lines[1] = lines[1].replace("2wo=", "2wp=")  # the same bytes: the last bits of the o are ignored
     with pytest.raises(BundleError, match="no signature"):
         check_signature(b"hello\n", "".join(lines).encode(), read_public_key(PUBLIC.splitlines()[1]), SHOWN)
 

@@ -167,7 +167,7 @@ def test_open_bundle_behind_link_is_read(street: Path) -> None:
 
 
 def rezip(source: Path, change: Callable[[zipfile.ZipFile, str, bytes], None]) -> Path:
-    """The zip again, each entry written by `change`."""
+    """A copy of the zip, with each entry written by `change`."""
     target = source.with_name("hostile.zip")
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as new:
         for info in old.infolist():
@@ -277,7 +277,7 @@ def test_zip_contradicting_headers_are_refused(street_zip: Path) -> None:
 
 
 def test_zip_two_entries_over_same_bytes_are_refused(street_zip: Path) -> None:
-    """The overlapping zip bomb: many names in the directory for one stretch of the file."""
+    """An overlapping zip bomb: many names in the directory for the same bytes."""
     with zipfile.ZipFile(street_zip) as archive:
         offset = archive.getinfo("card.md").header_offset
     hostile = patched(street_zip, "golden/tree/mask.png", 42, struct.pack("<L", offset), local=False)
@@ -293,7 +293,7 @@ def test_zip_two_entries_over_same_bytes_are_refused(street_zip: Path) -> None:
 
 
 def test_zip_overlap_with_equal_headers_is_refused(street: Path) -> None:
-    """An entry whose content is the whole of the entry behind it, headers and all."""
+    """An entry whose content is the whole next entry, including its header."""
     inner = b"PK\3\4" + struct.pack("<5H3L2H", 20, 0, 0, 0, 33, 0, 1, 1, 1, 0) + b"b" + b"!"
     outer = b"PK\3\4" + struct.pack("<5H3L2H", 20, 0, 0, 0, 33, 0, len(inner), len(inner), 13, 0) + MANIFEST.encode()
 
@@ -350,10 +350,10 @@ def test_zip_corrupt_directory_is_refused(street_zip: Path) -> None:
     assert "the directory of the zip cannot be read" in refusal(street_zip)
 
 
-@settings(deadline=None)  # files are written: no time to promise
+@settings(deadline=None)  # writes files, whose duration varies
 @given(st.data())
 def test_zip_any_changed_byte_gives_no_other_content(tmp_path_factory: Any, data: st.DataObject) -> None:
-    """Whichever byte is changed to whatever: refused, or (in what no reader looks at, like dates) the same content."""
+    """With any byte changed, the zip is refused or (in unused fields such as dates) has the same content."""
     content = bytearray(_zip_once(tmp_path_factory))
     content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     path = tmp_path_factory.getbasetemp() / "fuzzed.zip"

@@ -1,4 +1,4 @@
-"""Writing bundles: whole or not at all, replacing only bundles, on disk before they get their name."""
+"""Writing bundles: atomically, replacing only bundles, and flushed to disk before they are renamed."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def _infinite_parity(manifest: Manifest) -> Manifest:
     )
 
 
-def _no_pictures(manifest: Manifest) -> Manifest:
+def _no_golden_images(manifest: Manifest) -> Manifest:
     return dataclasses.replace(manifest, golden=(GoldenEdit("car", "golden/car", ""),))
 
 
@@ -146,7 +146,7 @@ def _no_pictures(manifest: Manifest) -> Manifest:
     [
         (_no_graph, r"street\.spm/graphs/lost\.onnx: named in manifest\.json"),
         (_infinite_parity, r"graphs\[0\]\.parity\.psnr_db is inf"),
-        (_no_pictures, r"golden/car/image\.png: missing from the golden edit car"),
+        (_no_golden_images, r"golden/car/image\.png: missing from the golden edit car"),
     ],
 )
 def test_finish_contradicting_manifest_is_not_written(
@@ -238,11 +238,11 @@ def _notes_in_the_bundle(street: Path) -> None:
     (street / "notes.txt").touch()
 
 
-def _somebodys_manifest(street: Path) -> None:
+def _manifest_of_another_program(street: Path) -> None:
     (street / MANIFEST).write_text('{"name": "a web app"}')
 
 
-@pytest.mark.parametrize("make", [_user_folder, _user_file, _notes_in_the_bundle, _somebodys_manifest])
+@pytest.mark.parametrize("make", [_user_folder, _user_file, _notes_in_the_bundle, _manifest_of_another_program])
 def test_overwrite_other_files_are_left_alone(street: Path, make: Callable[[Path], None]) -> None:
     make(street)
     before = {path: path.stat().st_mtime_ns for path in street.parent.rglob("*")}
@@ -259,10 +259,10 @@ def test_finish_target_written_meanwhile_is_left_alone(tmp_path: Path) -> None:
     target = tmp_path / "street.spm"
     with BundleWriter(target) as writer:
         manifest = manifest_of(fill(writer))
-        write_street(target, licence="the other one's")
+        write_street(target, licence="another")
         with pytest.raises(InputError, match="exists already"):
             writer.finish(manifest)
-    assert open_bundle(target).manifest.licence == "the other one's"
+    assert open_bundle(target).manifest.licence == "another"
     assert names_in(tmp_path) == ["street.spm"]
 
 

@@ -17,7 +17,7 @@ from tests.toy_dataset import _one_thread, data_folder, tiny  # noqa: F401
 def run(capfd: pytest.CaptureFixture[str]) -> Any:
     def run(*args: object) -> Result:
         capfd.readouterr()
-        code = cli.main([str(text) for text in args])
+        code = cli.main([str(arg) for arg in args])
         return Result(code, *capfd.readouterr())
 
     return run

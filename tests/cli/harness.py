@@ -47,11 +47,11 @@ class EditFiles(NamedTuple):
             "output": self.output,
             "model": self.model,
         } | changes
-        words = ["edit", str(options.pop("image", self.photo))]
+        args = ["edit", str(options.pop("image", self.photo))]
         for name, value in options.items():
             if value is not None:
-                words += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
-        return words
+                args += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
+        return args
 
 
 def save(path: Path, pixels: NDArray[Any], **options: Any) -> Path:

@@ -82,7 +82,7 @@ def test_help_of_every_command_imports_no_heavy_library(args: list[str]) -> None
     code, *modules = result.err.split()
     assert code == "0" and result.out.startswith("Usage: spmdeploy")
     assert HEAVY.isdisjoint(modules)
-    assert "typer" in modules  # the list is one
+    assert "typer" in modules  # the list of modules is not empty
 
 
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name not in GROUPS])

@@ -1,4 +1,4 @@
-"""`spmdeploy build`: which library it takes for which GPU, what it refuses, what it prints and cleans."""
+"""The command `build`: choice of the library, refused options, output and cleaning."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ RTX_3060 = GpuFacts("NVIDIA GeForce RTX 3060", "8.6", "13.0", "580.95.05")
 
 
 class Machine:
-    """Which GPU is plugged in and which libraries are installed."""
+    """A simulated machine: its GPU and its installed libraries."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.patch = monkeypatch
@@ -51,7 +51,7 @@ class Machine:
         self.patch.setattr(engine_library, "gpu_facts", answer)
 
     def install(self, module: str, library: Any) -> None:
-        """None: it is not installed."""
+        """Install a module; None: it is not installed."""
         self.patch.setitem(sys.modules, module, library)
 
 

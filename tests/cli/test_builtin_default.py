@@ -1,4 +1,4 @@
-"""Commands that take the built-in bundle where none is named."""
+"""Commands use the built-in bundle if none is given."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pictures of an edit are read while its graph is loaded; nothing of that shows in what it does."""
+"""The command `edit` reads its files while the graph loads, with unchanged results and errors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from spmdeploy.imaging import files as images
 SAMPLE = SAMPLE_EDITS[0]
 
 
-def words(output: Path, **changes: object) -> list[str]:
+def edit_args(output: Path, **changes: object) -> list[str]:
     options: dict[str, object] = {"labels": SAMPLE.labels, "mask": SAMPLE.mask, "output": output} | changes
     photo = options.pop("image", SAMPLE.photo)
     return ["edit", str(photo), *(str(text) for name, value in options.items() for text in (f"--{name}", value))]
@@ -35,7 +35,7 @@ def fail_to_load(error: Exception) -> Any:
 
 
 def test_edit_reads_the_photo_while_the_graph_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Loading waits here until the photo has been read: one after the other they would never end."""
+    """Loading waits until the photo has been read, so reading one after the other would never end."""
     read, decode, load = threading.Event(), images.read_photo, ort.inference_session
 
     def read_photo(*arguments: Any) -> images.Photo:
@@ -49,7 +49,7 @@ def test_edit_reads_the_photo_while_the_graph_loads(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(images, "read_photo", read_photo)
     monkeypatch.setattr(ort, "inference_session", inference_session)
-    assert cli.main(words(tmp_path / "o.png", device="cpu", backend="onnxruntime")) == 0
+    assert cli.main(edit_args(tmp_path / "o.png", device="cpu", backend="onnxruntime")) == 0
     assert images.read_photo(tmp_path / "o.png").pixels.shape == (360, 480, 3)
 
 
@@ -61,7 +61,7 @@ def test_edit_model_error_precedes_input_error(
     monkeypatch.setattr(ort, "inference_session", fail_to_load(error))
     monkeypatch.setattr(ort, "_translated", lambda error, device: error)
     before = set(threading.enumerate())
-    assert cli.main(words(tmp_path / "o.png", image=tmp_path / "absent.png", **given)) == error.exit_code
+    assert cli.main(edit_args(tmp_path / "o.png", image=tmp_path / "absent.png", **given)) == error.exit_code
     assert capfd.readouterr().err == f"error: {error.problem}\n"
     assert set(threading.enumerate()) <= before and not list(tmp_path.iterdir())
 
@@ -69,7 +69,7 @@ def test_edit_model_error_precedes_input_error(
 def test_edit_output_error_precedes_input_error(tmp_path: Path, capfd: Any) -> None:
     output = tmp_path / "o.png"
     output.write_bytes(b"dear")
-    assert cli.main(words(output, image=tmp_path / "absent.png")) == 7
+    assert cli.main(edit_args(output, image=tmp_path / "absent.png")) == 7
     text = capfd.readouterr().err.splitlines()
     assert text[0].startswith("backend onnxruntime: ") and str(output) in text[-2] and "absent" not in text[-2]
     assert output.read_bytes() == b"dear"
@@ -84,17 +84,17 @@ def test_edit_exception_in_reading_thread_has_its_exit_code(
 
     monkeypatch.setattr(run, "read_inputs", read_inputs)
     code = {KeyboardInterrupt: 130, MemoryError: 8}.get(type(raised), 1)
-    assert cli.main(words(tmp_path / "o.png")) == code
+    assert cli.main(edit_args(tmp_path / "o.png")) == code
     assert not list(tmp_path.iterdir())
 
 
 def test_edit_backend_without_on_loading_reads_files_afterwards(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As with engines: the files are read afterwards."""
+    """As with engines, the files are read after opening the model."""
     opened = session.open_backend(open_bundle(spmdeploy.default_model()), "onnxruntime", "cpu")
     monkeypatch.setattr(session, "open_backend", lambda *arguments: opened)
-    assert cli.main(words(tmp_path / "o.png")) == 0
+    assert cli.main(edit_args(tmp_path / "o.png")) == 0
 
 
 def test_open_editor_on_loading_receives_the_classes(street_bundle: Path) -> None:

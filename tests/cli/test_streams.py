@@ -1,4 +1,4 @@
-"""Standard streams that are closed or full, and a current directory that is gone."""
+"""Commands with closed or full standard streams, or a deleted current directory."""
 
 from __future__ import annotations
 

@@ -234,7 +234,7 @@ def test_timing_cache_in_a_file_is_an_input_error(bundle: Bundle, apis: Any, ver
 def test_build_of_a_typed_graph_failed_falls_back_to_weak_typing(bundle: Bundle, apis: Any) -> None:
     library = recording_tensorrt("10.3", apis["10.3"], Behavior(typed_builds=False, messages=[("ERROR", "no types")]))
     reports: list[str] = []
-    (result,) = build_engines(bundle, EngineOptions(), plan(library), lambda args, seconds: reports.append(args))
+    (result,) = build_engines(bundle, EngineOptions(), plan(library), lambda status, seconds: reports.append(status))
     assert called(library, "Builder.create_network") == [
         ("Builder.create_network", 1 << library.NetworkDefinitionCreationFlag["STRONGLY_TYPED"]),
         ("Builder.create_network", 0),
@@ -244,7 +244,7 @@ def test_build_of_a_typed_graph_failed_falls_back_to_weak_typing(bundle: Bundle,
     record = result.record
     assert (record.precision, record.strongly_typed, record.flags) == ("fp16", False, ("FP16",))
     assert record.fallback is not None and "no types" in record.fallback and "10.3" in record.fallback
-    assert any(str(record.fallback) in args for args in reports)  # nothing silent
+    assert any(str(record.fallback) in status for status in reports)  # the fallback is reported
     assert record.onnx.file == "graphs/edit.fp32.onnx" and record.engine.file == "edit.fp16.engine"
     assert (record.computes_in.fp16_share, record.computes_in.network_fp16_share) == (1.0, 0.0)
     host = EngineHost.with_gpu(Gpu("Orin", "8.7"), {"tensorrt": "10.3"})
@@ -339,16 +339,16 @@ class Listener:
     """Collects the reports of a build, and interrupts it, as Ctrl-C does, at the report `interrupt`."""
 
     def __init__(self, interrupt: str = "") -> None:
-        self.heard: list[str] = []
+        self.reports: list[str] = []
         self.interrupt = interrupt
         self.interval = threading.Event()
 
-    def __call__(self, args: str, seconds: float) -> None:
+    def __call__(self, status: str, seconds: float) -> None:
         assert seconds >= 0
-        self.heard.append(args)
+        self.reports.append(status)
         if threading.current_thread() is threading.main_thread():
             self.interval.set()
-            if args == self.interrupt:
+            if status == self.interrupt:
                 self.interrupt = ""
                 raise KeyboardInterrupt
 
@@ -361,7 +361,7 @@ def test_monitor_of_a_long_build_reports_repeatedly(apis: Any, version: str, tmp
 
     library = recording_tensorrt(version, apis[version], Behavior(during=wait_for_interval))
     assert watched(library, listener, tmp_path) == b'{"fake engine": "Float"}'
-    assert listener.heard[:2] == ["Timing tactics", "Timing tactics"]
+    assert listener.reports[:2] == ["Timing tactics", "Timing tactics"]
 
 
 def test_monitor_without_the_librarys_reports_repeatedly(apis: Any, version: str, tmp_path: Path) -> None:
@@ -373,7 +373,7 @@ def test_monitor_without_the_librarys_reports_repeatedly(apis: Any, version: str
     library = recording_tensorrt(version, apis[version], Behavior(during=wait_for_interval))
     del library.IProgressMonitor
     watched(library, listener, tmp_path)
-    assert listener.heard[0] == "building"
+    assert listener.reports[0] == "building"
 
 
 def test_monitor_interrupted_cancels_at_the_next_step(apis: Any, version: str, tmp_path: Path) -> None:
@@ -381,7 +381,7 @@ def test_monitor_interrupted_cancels_at_the_next_step(apis: Any, version: str, t
     library = recording_tensorrt(version, apis[version], Behavior(during=until_canceled, builds=False))
     with pytest.raises(KeyboardInterrupt):
         watched(library, listener, tmp_path)
-    assert listener.heard[-1] == "canceling at the next step"
+    assert listener.reports[-1] == "canceling at the next step"
 
 
 def test_monitor_interrupted_twice_does_not_wait(apis: Any, version: str, tmp_path: Path) -> None:
@@ -389,12 +389,12 @@ def test_monitor_interrupted_twice_does_not_wait(apis: Any, version: str, tmp_pa
     listener = Listener(interrupt="Timing tactics")
     canceling: list[str] = []
 
-    def interrupt_twice(args: str, seconds: float) -> None:
-        if args == "canceling at the next step":
-            canceling.append(args)
+    def interrupt_twice(status: str, seconds: float) -> None:
+        if status == "canceling at the next step":
+            canceling.append(status)
             listener.interrupt = "Timing tactics"
             return
-        listener(args, seconds)
+        listener(status, seconds)
 
     library = recording_tensorrt(version, apis[version], Behavior(during=lambda monitor: release.wait(60)))
     with pytest.raises(KeyboardInterrupt):
@@ -463,7 +463,7 @@ OBJECTS = {
     "context": "IExecutionContext",
     "runtime": "Runtime",
 }
-"""What these variables hold, in the files that talk to the library through them."""
+"""Library class of each variable, in the files that use the library through them."""
 USERS_OF_OBJECTS = ("engines/builder.py", "engines/precision.py")
 VALUES = {"serialized", "name"}
 """Variables that hold a plain value from the library."""
@@ -478,8 +478,8 @@ NOT_EVERYWHERE = {
 }
 
 
-def touched(source: str) -> Iterator[str]:
-    """Class.member, or Class alone, of everything of the library that a file mentions."""
+def used_members(source: str) -> Iterator[str]:
+    """Yield Class.member, or Class alone, for every use of the library in a file."""
     tree = ast.parse((PACKAGE / source).read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         if not isinstance(node, ast.Attribute):
@@ -509,16 +509,16 @@ def exists(member: str, api: dict[str, list[str]]) -> bool:
 
 
 def test_attributes_used_exist_in_all_versions(apis: Any) -> None:
-    members = {member for source in SOURCES for member in touched(source)}
+    members = {member for source in SOURCES for member in used_members(source)}
     assert {"Builder", "BuilderFlag.TF32", "OnnxParser.parse_from_file", "EngineInspector.execution_context"} <= members
     missing = {(member, version) for member in members for version in VERSIONS if not exists(member, apis[version])}
     assert {member for member, _ in missing} == NOT_EVERYWHERE.keys() & members
-    assert NOT_EVERYWHERE.keys() <= members | {"ComputeCapability.__members__"}  # no excuse outlives its reason
+    assert NOT_EVERYWHERE.keys() <= members | {"ComputeCapability.__members__"}  # no exception is obsolete
 
 
 def test_attributes_used_exist_in_tensorrt_rtx() -> None:
     rtx = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
-    for member in {member for source in SOURCES for member in touched(source)} - {"BuilderFlag.FP16"}:
+    for member in {member for source in SOURCES for member in used_members(source)} - {"BuilderFlag.FP16"}:
         owner, _, attribute = member.partition(".")
         assert hasattr(rtx, owner), member
         assert not attribute or hasattr(getattr(rtx, owner), attribute), member

@@ -1,4 +1,4 @@
-"""Engine libraries that are there, that are missing, and that are broken."""
+"""Importing engine libraries that are installed, missing or broken."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Packing, unpacking, extracting subsets and signing give exactly the intended files, or nothing."""
+"""Packing, unpacking, extracting subsets and signing give exactly the intended files, or none."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def test_open_bundle_signed_opens_with_its_key(street: Path) -> None:
     assert packed.check_all() == () and packed.unlisted_files == ()
     again = pack(open_bundle(street), street.with_name("again.spm"), key=KEY)
     assert again.read_bytes() == packed.path.read_bytes()
-    assert open_bundle(street).signature is None  # the folder it was made from is as it was
+    assert open_bundle(street).signature is None  # the source folder is unchanged
     assert not (street / SIGNATURE).exists()
 
 
@@ -231,7 +231,7 @@ def test_open_bundle_forged_is_refused_unparsed(
     assert open_bundle(street, KEY.public).signature is not None
     forge(street)
     subject = pack(open_bundle(street), street.with_name("one.spm")) if packed else street
-    open_bundle(subject).check_all()  # whoever does not ask for a signature notices nothing
+    open_bundle(subject).check_all()  # without a required signature there is no error
     monkeypatch.setattr("spmdeploy.bundle.bundle.Manifest.from_bytes", None)
     monkeypatch.setattr("spmdeploy.bundle.bundle.check_version", None)
     with pytest.raises(BundleError, match=r"not signed|does not fit|made with the key") as caught:
@@ -249,7 +249,7 @@ def test_read_file_changed_after_signing_is_refused(street: Path) -> None:
 
 
 def test_open_bundle_sums_changed_meanwhile_are_not_used(street: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bytes that were checked are the bytes that count."""
+    """The checked bytes are the bytes that are used."""
     (street / SIGNATURE).write_bytes(sign((street / SUMS).read_bytes(), KEY, ""))
 
     def swap(*arguments: object) -> None:

@@ -52,7 +52,7 @@ def bundle(tmp_path: Path) -> Bundle:
 
 
 def own(record: EngineRecord) -> EngineRecord:
-    """The record as of an engine that was built from the bundle's FP16 graph."""
+    """The record of an engine built from the bundle's FP16 graph."""
     file = EngineFile("edit.fp16.engine", len(CONTENT), hashlib.sha256(CONTENT).hexdigest())
     return replace(record, bundle="street", onnx=FP16, engine=file)
 
@@ -88,7 +88,7 @@ def test_read_compatible_engine_is_returned(bundle: Bundle) -> None:
     assert found.read() == CONTENT and found.record == own(SAMPLE)
     assert sorted(file.name for file in path.parent.iterdir()) == ["build.log", "edit.fp16.engine", "engine.json"]
     again = open_bundle(bundle.path)
-    assert again.check_all() == before == () and again.files() == bundle.files()  # the product is what it was
+    assert again.check_all() == before == () and again.files() == bundle.files()  # the bundle is unchanged
 
 
 def test_find_engines_cache_gives_those_of_the_bundle(bundle: Bundle, tmp_path: Path, cache: Path) -> None:
@@ -97,7 +97,7 @@ def test_find_engines_cache_gives_those_of_the_bundle(bundle: Bundle, tmp_path: 
     assert path.is_relative_to(cache) and only(zipped).place == only(bundle).place == "cache"
     assert only(zipped).read() == CONTENT
     other = write_street(tmp_path / "other.spm", name="other")
-    assert only(other).fit  # the same graph under another name: the engine is as good
+    assert only(other).fit  # the same graph under another name
     with EngineWriter(choose_place(zipped), "x") as writer:
         writer.finish(replace(own(SAMPLE), bundle="third", onnx=SourceFile(FP16.file, "9" * 64)), CONTENT)
     assert [found.path for found in find_engines(other, HOST)] == [path]
@@ -164,7 +164,7 @@ def claim_another_gpu(engine: Path) -> None:
     record.write_text(record.read_text().replace("NVIDIA GeForce RTX 3060", "NVIDIA A10"))
 
 
-FAULTS: dict[Callable[[Path], None], str] = {
+DAMAGE: dict[Callable[[Path], None], str] = {
     truncate: "truncated: 19 bytes, but engine.json says 20",
     tamper: "tampered with or damaged: SHA-256 is ",
     extend: "tampered with or damaged: 21 bytes",
@@ -177,12 +177,12 @@ FAULTS: dict[Callable[[Path], None], str] = {
 }
 
 
-@pytest.mark.parametrize("damage", FAULTS)
+@pytest.mark.parametrize("damage", DAMAGE)
 def test_find_engines_corrupt_engine_has_its_problem(bundle: Bundle, damage: Callable[[Path], None]) -> None:
     path = add(in_bundle(bundle))
     damage(path)
     found = find_engines(bundle, replace(HOST, gpu=A10) if damage is claim_another_gpu else HOST)
-    assert FAULTS[damage] in "; ".join(found[0].problems)
+    assert DAMAGE[damage] in "; ".join(found[0].problems)
     for engine in found:
         with pytest.raises(BundleError, match="does not fit"):
             engine.read()
@@ -306,7 +306,7 @@ def test_choose_place_bundle_or_cache(bundle: Bundle, tmp_path: Path, cache: Pat
         assert (place.folder, place.place) == (cache, "cache") and why in place.why
         with pytest.raises(UsageError, match=why):
             choose_place(open_bundle(other), "bundle")
-    assert not cache.exists()  # nothing is made before there is something to put in
+    assert not cache.exists()  # no empty folder is created
 
 
 def test_choose_place_unwritable_bundle_gives_the_cache(

@@ -1,4 +1,4 @@
-"""`inspect`: what it finds in bundles and checkpoints, and what it says of files that are neither."""
+"""The command `inspect` on bundles, checkpoints and other files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def inspect(path: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[s
 
 
 def reseal(bundle: Path) -> None:
-    """Makes SHA256SUMS fit the files as they are now."""
+    """Rewrite SHA256SUMS for the current files."""
     sums = bundle / "SHA256SUMS"
     names = [line[66:] for line in sums.read_text().splitlines()]
     lines = [f"{hashlib.sha256((bundle / name).read_bytes()).hexdigest()}  {name}\n" for name in names]
@@ -40,10 +40,10 @@ def test_inspect_bundle_counts_equal_the_manifest(street_bundle: Path, capsys: p
     by_precision = {graph["precision"]: graph for graph in facts["graphs"]}
     assert by_precision["fp32"]["counted"]["fp16_share"] == 0 < 0.8 < by_precision["fp16"]["counted"]["fp16_share"]
     assert by_precision["fp16"]["counted"]["fp32_operations"]["InstanceNormalization"] > 0
-    for graph in facts["graphs"]:  # what export recorded is what is in the file
+    for graph in facts["graphs"]:  # recorded at export and counted in the file
         for name in ("fp16_share", "fp32_operations", "weights_dtype"):
             assert graph["counted"][name] == graph[name]
-        if graph["graph"] == "edit":  # what the CPU's graph does depends on the mask
+        if graph["graph"] == "edit":  # the work of the CPU graph depends on the mask
             assert graph["counted"]["gflop"] == facts["generator"]["gflop"]
 
 
@@ -109,7 +109,7 @@ def test_inspect_checkpoint_shows_shape_and_work(street_bundle: Path, capsys: py
 
 
 class Hostile:
-    """A pickle that would leave a file behind, had anybody run it."""
+    """A pickle that would create a file if it were executed."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark

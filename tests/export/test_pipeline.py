@@ -1,4 +1,4 @@
-"""Every graph that ships gives the pictures that torch gives, states its types, and builds as an engine."""
+"""Exported graphs agree with PyTorch, have the contracted types and shapes, and build as engines."""
 
 from __future__ import annotations
 
@@ -79,9 +79,6 @@ def test_export_edit_with_gradients_gives_the_same_graph(generator: Generator, f
         assert np.array_equal(numpy_helper.to_array(made), numpy_helper.to_array(stored))
 
 
-# ------------------------------------------------------------------------------------------------------ the contract
-
-
 @pytest.mark.parametrize("graph", ["edit", "refine"])
 def test_exported_graph_has_the_inputs_and_outputs_of_the_contract(street_bundle: Path, graph: str) -> None:
     fp32, fp16 = (onnx.load(street_bundle / f"graphs/{graph}.{precision}.onnx") for precision in ("fp32", "fp16"))
@@ -158,9 +155,6 @@ def test_graph_facts_gflop_equals_that_of_torch(
         assert graph_facts(model).gflop == pytest.approx(edit_gflop(generator.config), rel=1e-6)
 
 
-# -------------------------------------------------------------------------------------------------------- precision
-
-
 def test_to_fp16_edit_graph_has_fp16_types(fp16: onnx.ModelProto) -> None:
     facts = graph_facts(fp16)
     assert facts.fp16_share > 0.9
@@ -193,9 +187,6 @@ def test_store_weights_as_halves_computes_in_fp32_and_saves_space(fp32: onnx.Mod
     facts = graph_facts(model)
     assert (facts.weights_dtype, facts.fp16_operations) == ("float16", 0)
     assert model.ByteSize() < 0.75 * fp32.ByteSize()
-
-
-# ----------------------------------------------------------------------------------------------------------- parity
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -254,9 +245,6 @@ def test_measure_deviation_ignores_pixels_outside_the_mask() -> None:
     deviation = measure_deviation(image, reference, mask)
     assert deviation == Deviation(6, 1.0, pytest.approx(10 * np.log10(255**2 / 6)))
     assert measure_deviation(reference, reference, mask).to_json()["psnr_db"] is None
-
-
-# --------------------------------------------------------------------------------------------------- the CPU's graph
 
 
 @pytest.fixture(scope="module")
@@ -318,7 +306,7 @@ def test_cpu_edit_graph_accepts_a_batch_of_different_masks(fp32: onnx.ModelProto
 
 
 def test_cpu_edit_graph_omits_most_of_the_layout_branch(fp32: onnx.ModelProto, on_cpu: onnx.ModelProto) -> None:
-    # Convolutions whose size depends on the mask are not counted: what is left is done for every mask.
+    # Convolutions whose size depends on the mask are not counted: the remaining ones run for every mask.
     assert graph_facts(on_cpu).gflop < 0.6 * graph_facts(fp32).gflop
     kept = {node.name for node in on_cpu.graph.node if node.op_type == "Conv" and "LeakyRelu" not in node.name}
     assert kept == {node.name for node in fp32.graph.node if node.op_type == "Conv"}
@@ -328,7 +316,7 @@ def test_cpu_edit_graph_omits_most_of_the_layout_branch(fp32: onnx.ModelProto, o
 def test_cpu_edit_graph_accepts_any_class_under_the_mask(
     fp32: onnx.ModelProto, on_cpu: onnx.ModelProto, label: int
 ) -> None:
-    """The first, the last, and no class; around the mask lie others."""
+    """The first class, the last class and no class, with other classes around the mask."""
     edits = _edits(1)
     edits[1][edits[3] != 0] = label
     plain, restricted = (
@@ -362,9 +350,6 @@ def test_export_bundle_cpu_only_holds_cpu_graphs_and_verifies(
         export_bundle(tmp_path / "g.safetensors", tmp_path / "c.spm", replace(options, precisions=("fp16",)))
 
 
-# --------------------------------------------------------------------------------------------------------- pipeline
-
-
 def test_export_bundle_graph_over_limits_is_rejected_and_saved(
     generator: Generator, fp32: onnx.ModelProto, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -384,7 +369,7 @@ def test_export_bundle_graph_over_limits_is_rejected_and_saved(
 
 
 def test_export_bundle_of_ablation_verifies_and_reads_back(tmp_path: Path) -> None:
-    """Neither the context's modulation nor the coarser stages: every graph, and the weights read back by torch."""
+    """Without context modulation and coarser stages: checks all graphs, and reads the weights back."""
     torch.manual_seed(3)
     ablation = Generator(GeneratorConfig(12, width=1, hidden=4, modulation="spade", stages=1)).eval()
     initialize(ablation)  # all biases are zero: the exporter keeps one of several equal tensors
@@ -442,7 +427,7 @@ def test_export_bundle_manifest_describes_the_files(street_bundle: Path) -> None
 
 
 def places(model: onnx.ModelProto) -> dict[str, tuple[str, str]]:
-    """Where a graph keeps its large tensors, by their names: file and first byte."""
+    """File and offset of each large tensor of a graph, by name."""
     entries = {
         tensor.name: {part.key: part.value for part in tensor.external_data} for tensor in model.graph.initializer
     }
@@ -496,9 +481,6 @@ def test_export_bundle_accepts_a_checkpoint_of_the_authors(shared: Path, tmp_pat
     assert manifest.graphs[0].weights_dtype == "float16"
     assert steps[0].startswith("reading") and steps[-1] == "writing the bundle" and len(steps) == 11
     assert [path.name for path in tmp_path.iterdir()] == ["city.spm"]
-
-
-# ---------------------------------------------------------------------------------------------------------- engines
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])

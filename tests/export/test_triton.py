@@ -1,6 +1,6 @@
-"""`export-triton`: the repository holds all that Triton needs, and the configuration says what the graph is.
+"""The command `export-triton`: the repository is complete, and the configuration matches the graph.
 
-No server runs here. The configuration is read into Triton's own message, and what it describes is run by ONNX Runtime.
+No server runs here. The configuration is parsed as Triton's own message, and the model is run by ONNX Runtime.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def graph_ports(values: Any) -> dict[str, tuple[Any, list[int]]]:
 
 
 def config_ports(messages: Any, ports: Any) -> dict[str, tuple[Any, list[int]]]:
-    """The same as the configuration has it. ports: by name."""
+    """The same from the configuration. ports: by name."""
     dtypes = {"TYPE_UINT8": np.uint8, "TYPE_INT32": np.int32, "TYPE_FP32": np.float32}
     return {
         name: (np.dtype(dtypes[messages.DataType.Name(port.data_type)]), list(port.dims))
@@ -214,13 +214,11 @@ def test_export_triton_missing_precision_exits_6(
     assert export("--device", "cpu", bundle=slim)[0] == 0
 
 
-# -------------------------------------------------------------------------------------------------------------- engines
-
 CONTENT = b"not really an engine"
 
 
 def add_engine(bundle: Path, record: EngineRecord, **changes: Any) -> EngineRecord:
-    """Puts an engine of the bundle's FP16 graph into the cache."""
+    """Write an engine of the bundle's FP16 graph into the cache."""
     opened = open_bundle(bundle)
     ports = graph_ports_of(EDIT, 256)
     outputs = ("edited", "unrounded")

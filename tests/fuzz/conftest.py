@@ -1,4 +1,4 @@
-"""Fuzzing takes minutes and finds by chance: it runs only where it is asked for, by `make fuzz`."""
+"""Runs the fuzz tests, which take minutes and depend on chance, only with `make fuzz`."""
 
 from __future__ import annotations
 

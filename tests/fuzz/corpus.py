@@ -42,7 +42,7 @@ TEXT = (
 
 
 def mutated(content: bytes, source: random.Random, others: Sequence[bytes]) -> bytes:
-    """Some of the changes that break readers: of bits, numbers, lengths; parts missing, doubled or of other files."""
+    """Apply random changes: bits, numbers, lengths; parts missing, doubled or from other files."""
     data = bytearray(content)
     for _ in range(source.choice((1, 1, 1, 2, 3, 8))):
         size = len(data)
@@ -75,7 +75,7 @@ def mutated(content: bytes, source: random.Random, others: Sequence[bytes]) -> b
 
 
 def mutated_json(value: Any, source: random.Random) -> bytes:
-    """A JSON value with fields replaced, removed, added or written in a way that JSON does not allow."""
+    """A JSON value with fields replaced, removed, added or invalid."""
     value, raw = json.loads(json.dumps(value)), None
     for _ in range(source.choice((1, 1, 2, 4))):
         containers = list(_containers(value))

@@ -1,4 +1,4 @@
-"""Changed inputs by the thousand: every reader ends with a result or one of our errors, soon and in bounded memory.
+"""Fuzzes every reader with changed inputs: each ends with a result or a package error, in bounded time and memory.
 
 Run by `make fuzz`. A seed is a number, so that a failure is repeated by `-k NAME` alone; SPMDEPLOY_FUZZ multiplies the
 number of inputs, SPMDEPLOY_FUZZ_SEED chooses others.
@@ -50,7 +50,7 @@ class Hang(BaseException):
 
 
 class Fuzzer:
-    """Runs one kind of input and collects what must not happen, once for each place in the code."""
+    """Runs one kind of input and collects failures, one for each place in the code."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -63,7 +63,7 @@ class Fuzzer:
         yield from range(max(1, round(count * SCALE)))
 
     def run(self, action: Callable[[], object], shown: object) -> None:
-        """shown: what to print of the input in case of a failure."""
+        """shown: text that identifies the input in a failure."""
         signal.setitimer(signal.ITIMER_REAL, SECONDS)
         try:
             action()
@@ -221,7 +221,7 @@ def test_fuzz_checkpoint_raises_only_package_errors(fuzzer: Fuzzer, suffix: str,
     for _ in fuzzer.rounds(300):
         if suffix == ".json":
             content = mutated_json(records()["generator.json"], fuzzer.source)
-        else:  # the first bytes are the header, which says everything of the rest
+        else:  # the first bytes are the header, which describes the rest
             start = whole[: fuzzer.source.choice((200, 4000, len(whole)))]
             content = mutated(start, fuzzer.source, [whole[:4000]]) + whole[len(start) :]
         target.write_bytes(content)

@@ -1,4 +1,4 @@
-"""Image files: what is read exactly, what is refused in words, what is written whole or not at all, and resizing."""
+"""Image files: exact reading, refused files, and atomic writing."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from spmdeploy.imaging.files import (
 )
 
 READERS: tuple[Callable[..., object], ...] = (read_photo, read_labels, read_instances, read_mask)
-# A smooth picture with all corners different: JPEG keeps it nearly, and every turn of it is another picture.
+# A smooth image with four different corners: JPEG nearly preserves it, and every rotation differs.
 SCENE = np.stack([*np.meshgrid(np.arange(40) * 5, np.arange(24) * 9, indexing="xy"), np.full((24, 40), 60)], -1)
 SCENE = SCENE.astype(np.uint8)
 HALF = np.zeros((16, 32), bool)
@@ -48,7 +48,7 @@ def save(path: Path, image: np.ndarray | Image.Image, **options: Any) -> Path:
 
 
 def refusal(read: Callable[..., object], path: Path) -> InputError | None:
-    """How a reader refuses a file; None if it reads it. Any other exception is the test's failure."""
+    """The InputError of a reader, or None if it reads the file. Other exceptions fail the test."""
     try:
         read(path)
     except InputError as error:
@@ -63,7 +63,7 @@ def palette_png(path: Path, indices: np.ndarray, colors: list[tuple[int, int, in
 
 
 def png_bytes(depth: int, color_type: int, width: int, height: int, rows: bytes) -> bytes:
-    """A PNG as the standard has it, for depths that Pillow does not write. rows: a filter byte and the data each."""
+    """A PNG of a bit depth that Pillow does not write. rows: a filter byte and the data each."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
@@ -86,9 +86,6 @@ def exif_block(order: str, orientation: int, thumbnail: bytes = b"") -> bytes:
     rest += struct.pack(order + "HHII", 0x0201, 4, 1, second + 2 + 2 * 12 + 4)
     rest += struct.pack(order + "HHII", 0x0202, 4, 1, len(thumbnail))
     return b"Exif\0\0" + head + first + rest + bytes(4) + thumbnail
-
-
-# ------------------------------------------------------------------------------------------------ files as such
 
 
 @pytest.mark.parametrize("read", READERS)
@@ -139,7 +136,7 @@ def test_read_truncated_file_is_refused_unless_complete(suffix: str, data: st.Da
     path = tmp_path / f"cut.{suffix}"
     path.write_bytes(whole[: data.draw(st.integers(1, len(whole) - 1))])
     error = refusal(read_photo, path)
-    if error is None:  # a cut behind the last pixel may go unnoticed, but never a missing pixel
+    if error is None:  # a cut behind the last pixel may be accepted, a missing pixel never
         np.testing.assert_array_equal(read_photo(path).pixels, read_photo(tmp_path / f"whole.{suffix}").pixels)
     else:
         assert str(path) in error.problem and error.hint
@@ -177,7 +174,7 @@ def test_read_decompression_bomb_is_refused(read: Callable[[Path], object], tmp_
 def test_read_hundred_megapixels_succeeds(tmp_path: Path) -> None:
     path = tmp_path / "large.png"
     path.write_bytes(png_bytes(1, 0, 10000, 10000, (b"\0" + b"\x0f" * 1250) * 10000))
-    mask = read_mask(path)  # one bit a pixel: the other readers would take the test long
+    mask = read_mask(path)  # one bit per pixel keeps the test fast
     assert mask.shape == (10000, 10000) and mask[:, 4:8].all() and not mask[:, :4].any()
 
 
@@ -199,9 +196,6 @@ def test_read_animation_is_refused(read: Callable[[Path], object], suffix: str, 
     path = save(tmp_path / f"a.{suffix}", frames[0], save_all=True, append_images=frames[1:])
     with pytest.raises(InputError, match="animation"):
         read(path)
-
-
-# ------------------------------------------------------------------------------------------------------- photos
 
 
 @pytest.mark.parametrize("suffix", ["png", "webp", "bmp"])
@@ -344,9 +338,6 @@ def test_read_photo_lost_metadata_is_noted(tmp_path: Path) -> None:
         assert photo.icc_profile is None and photo.exif is None
 
 
-# ---------------------------------------------------------------------------------------- label and instance maps
-
-
 @given(ids=hnp.arrays(np.uint8, (3, 5)))
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_labels_write_then_read_is_identical(ids: np.ndarray, tmp_path: Path) -> None:
@@ -422,9 +413,6 @@ def test_read_instances_both_datasets_are_read(tmp_path: Path) -> None:
         read_instances(save(tmp_path / "lossy.jpg", SCENE))
 
 
-# -------------------------------------------------------------------------------------------------------- masks
-
-
 @pytest.mark.parametrize("value", [1, 2, 127, 128, 254, 255])
 def test_read_mask_two_values_nonzero_edits(value: int, tmp_path: Path) -> None:
     gray = HALF.astype(np.uint8) * np.uint8(value)
@@ -444,7 +432,7 @@ def test_read_mask_two_values_nonzero_edits(value: int, tmp_path: Path) -> None:
         ([(0, 0, 0), (1, 1, 1)], HALF),
         ([(0, 0, 0), (0, 0, 0)], HALF),
         ([(200, 30, 30), (30, 200, 30)], HALF),
-        ([(255, 255, 255), (0, 0, 0)], ~HALF),  # what optimizers make of a black and white picture
+        ([(255, 255, 255), (0, 0, 0)], ~HALF),  # as written by PNG optimizers for a black and white image
         ([(9, 9, 9), (0, 0, 0), (255, 255, 255)], HALF + 1),
     ],
 )
@@ -494,9 +482,6 @@ def test_check_mask_empty_or_full_is_refused(tmp_path: Path) -> None:
     check_mask(HALF.astype(np.uint8) * np.uint8(7), "array")
 
 
-# ------------------------------------------------------------------------------------------------------- writing
-
-
 @given(
     pixels=hnp.arrays(np.uint8, (5, 7, 3)),
     alpha=st.none() | hnp.arrays(np.uint8, (5, 7)),
@@ -510,9 +495,7 @@ def test_write_photo_png_and_webp_are_exact(
     assert write_photo(path, Photo(pixels, alpha), overwrite=True) == ()
     again = read_photo(path)
     np.testing.assert_array_equal(again.pixels, pixels)
-    if suffix != ".webp" or (
-        alpha is not None and (alpha != 255).any()
-    ):  # WebP drops an alpha channel that says nothing
+    if suffix != ".webp" or (alpha is not None and (alpha != 255).any()):  # WebP drops an opaque alpha channel
         np.testing.assert_array_equal(again.alpha, alpha)
 
 
@@ -620,10 +603,10 @@ def test_write_file_that_appears_meanwhile_is_kept(
     links: bool, late: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "a.png"
-    save_picture = Image.Image.save
+    save_image = Image.Image.save
 
     def slow_save(self: Image.Image, *arguments: Any, **options: Any) -> None:
-        save_picture(self, *arguments, **options)
+        save_image(self, *arguments, **options)
         if late:
             path.write_bytes(b"theirs")
 

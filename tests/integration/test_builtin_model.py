@@ -1,4 +1,4 @@
-"""The model inside the package: whole, small enough to ship, and giving the pictures that it gave when it was made."""
+"""The built-in model: intact, small enough to ship, and with unchanged results."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from spmdeploy.editing.editor import Editor
 from spmdeploy.imaging.files import read_photo
 from spmdeploy.labels import class_table
 
-# Of SHA256SUMS, and so of every file: a new model is pinned here together with its picture in `expected`.
+# Hash of SHA256SUMS, which covers all files. A new model needs this hash and its image in `expected`.
 BUNDLE_HASH = "f61b221b589eacbad6791b236d872f4b9f07014ba6571169c7d00cd078db99ab"
 EXPECTED = Path(__file__).parents[1] / "expected"
 

@@ -1,4 +1,4 @@
-"""docs/deploy.md: its commands exist, those that need no GPU work in their order, and so does its client."""
+"""docs/deploy.md: its commands parse, those without a GPU succeed in order, and its Triton client works."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_page_commands_without_gpu_succeed_in_order(
 def test_page_client_receives_the_edit_of_the_server(
     street_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The client of the page, with ONNX Runtime in the server's place behind the names of tritonclient."""
+    """Runs the client of the page against a fake tritonclient that uses ONNX Runtime."""
     onnxruntime = pytest.importorskip("onnxruntime")
     assert cli.main(["export-triton", str(street_bundle), str(tmp_path), "--name", "street", "--device", "cpu"]) == 0
     graph = tmp_path / "street/1/model.onnx"

@@ -1,4 +1,4 @@
-"""The wheel, used as users get it: away from the source tree, in an environment that holds nothing else."""
+"""The built wheel, used outside the source tree and in a fresh environment."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from spmdeploy.assets.samples import SAMPLE_EDITS
 from spmdeploy.labels import built_in_tables
 
 ROOT = Path(__file__).resolve().parents[2]
-# What an edge device must never be made to install: hundreds of megabytes that only export and training need.
+# Packages that an edge install must not include: only export and training need them.
 NOT_FOR_THE_EDGE = {"torch", "torchvision", "onnx", "onnxscript", "onnx-ir", "safetensors", "triton", "scipy"}
 
 
 def run(*args: object, cwd: Path, **environment: str) -> str:
-    """Stdout of a command that must succeed, without our own source tree on its path."""
+    """Stdout of a command that must succeed, without the source tree on its path."""
     inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    command = [str(text) for text in args]
+    command = [str(arg) for arg in args]
     done = subprocess.run(
         command, cwd=cwd, env=inherited | environment, capture_output=True, text=True, errors="replace", check=False
     )
@@ -36,7 +36,7 @@ def run(*args: object, cwd: Path, **environment: str) -> str:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy: setuptools leaves build/ behind, and what is in there would find its way into later wheels."""
+    """Built from a copy, because setuptools leaves files in build/ that would get into later wheels."""
     source, built = tmp_path_factory.mktemp("copy") / "source", tmp_path_factory.mktemp("built")
     no_source = shutil.ignore_patterns(".*", "build", "dist", "demo", "*.egg-info", "__pycache__")
     shutil.copytree(ROOT, source, ignore=no_source)
@@ -46,7 +46,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _isolation() -> list[str]:
-    """Building in this environment saves a download, where it has what pyproject.toml asks for."""
+    """Build in this environment, without a download, if it meets the requirements of pyproject.toml."""
     try:
         import setuptools
     except ImportError:

@@ -1,4 +1,4 @@
-"""The README's commands work, in the order in which a reader meets them."""
+"""The commands of README.md and docs/editing.md succeed in order."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 @pytest.fixture
 def reader(tmp_path: Path, street_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the files that the README speaks of."""
+    """A folder with the files that the pages use."""
     sample = SAMPLE_EDITS[0]
     for source, name in ((sample.photo, "photo.jpg"), (sample.labels, "labels.png"), (sample.mask, "mask.png")):
         shutil.copy(source, tmp_path / name)

@@ -1,4 +1,4 @@
-"""Real engines: TensorRT-RTX builds them without a GPU. That they run, and what they compute, only a GPU can prove."""
+"""Engines built by the real TensorRT-RTX without a GPU. Running them needs a GPU and is not tested here."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def golden_model() -> onnx.ModelProto:
 
 @pytest.fixture(scope="module")
 def golden_bundle(golden_model: onnx.ModelProto, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """A bundle of its graphs in both precisions; the golden edits in it are none, as no engine runs here."""
+    """A bundle of its graphs in both precisions; its golden edits are placeholders, as no engine runs here."""
     from spmdeploy.export.fp16 import to_fp16
 
     records = []
@@ -80,7 +80,7 @@ def golden_engines(golden_bundle: Bundle) -> dict[str, StoredEngine]:
         options = EngineOptions(precision=precision, targets=("sm86", "sm120"), opt_batch=2)  # type: ignore[arg-type]
         (result,) = build_engines(golden_bundle, options, report=lambda status, seconds: reports.append(status))
         assert result.built and result.warnings == 0
-    assert any("Building engine from subgraph" in args for args in reports)
+    assert any("Building engine from subgraph" in status for status in reports)
     host = EngineHost.with_gpu(RTX_3060, {"tensorrt-rtx": rtx.__version__})
     return {engine.require_compatible().precision: engine for engine in find_engines(golden_bundle, host)}
 
@@ -140,7 +140,7 @@ def test_bundle_with_engines_is_unchanged(golden_bundle: Bundle, golden_engines:
 
 
 def test_real_engine_without_a_gpu_does_not_load(golden_engines: dict[str, StoredEngine]) -> None:
-    """What is recorded as the reason is what the library says; skipped where it could load the engine."""
+    """The recorded reason is the library's message; skipped if the library can load the engine."""
     from spmdeploy.engines.precision import engine_fp16_share
     from spmdeploy.gpu.driver import visible_gpus
 
@@ -182,9 +182,9 @@ def test_inspect_of_real_engines_lists_them(
 def test_real_build_interrupted_stops(golden_bundle: Bundle, tmp_path: Path) -> None:
     reports: list[str] = []
 
-    def interrupt(args: str, seconds: float) -> None:
+    def interrupt(status: str, seconds: float) -> None:
         if threading.current_thread() is threading.main_thread():
-            reports.append(args)
+            reports.append(status)
             if len(reports) == 1:
                 raise KeyboardInterrupt
 
@@ -228,7 +228,7 @@ def build_file(folder: Path, content: bytes, targets: tuple[str, ...] = ("SM86",
     graph.write_bytes(content)
     log = BuildLog(folder / "log", folder / "log")
     request = BuildRequest(graph, (BatchRange(1, 1, 8),), targets)
-    return build_engine(rtx, request, log, BuildMonitor(lambda args, seconds: None))
+    return build_engine(rtx, request, log, BuildMonitor(lambda status, seconds: None))
 
 
 def test_real_library_lists_its_targets(no_gpu: None) -> None:
@@ -256,7 +256,7 @@ def paper_engines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, BuiltEn
         onnx.save(make(), path)
         log = BuildLog(folder / f"{precision}.log", folder / f"{precision}.log")
         request = BuildRequest(path, (BatchRange(1, 1, 8),), ("SM86", "SM89"))
-        engines[precision] = build_engine(rtx, request, log, BuildMonitor(lambda args, seconds: None))
+        engines[precision] = build_engine(rtx, request, log, BuildMonitor(lambda status, seconds: None))
         path.unlink()
         assert not log.errors and not log.warnings
     return engines
@@ -267,4 +267,4 @@ def test_real_build_of_the_full_size_works_in_both_precisions(paper_engines: dic
     assert 0.9 < paper_engines["fp16"].network_fp16_share < 1
     weights = 74.1e6
     assert 4 * weights < len(paper_engines["fp32"].content) < 6 * weights
-    assert 2 * weights < len(paper_engines["fp16"].content) < 3 * weights  # stored as halves, as the types say
+    assert 2 * weights < len(paper_engines["fp16"].content) < 3 * weights  # stored as halves

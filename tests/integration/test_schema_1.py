@@ -1,4 +1,4 @@
-"""Bundles of schema 1, which have no `layout` and `picture` graphs, still work."""
+"""Bundles of schema 1, without `layout` and `picture` graphs, are read and edited with."""
 
 from __future__ import annotations
 

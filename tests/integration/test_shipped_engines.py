@@ -1,4 +1,4 @@
-"""Engines that travel inside a bundle: hashed and signed with it, and left alone where they arrive."""
+"""Engines shipped inside a bundle: covered by its hashes and signature, and never changed."""
 
 from __future__ import annotations
 
@@ -81,8 +81,8 @@ def test_named_engines_accepts_parts_of_keys(bundle: Bundle) -> None:
     for record, place in ((SM86, "bundle"), (SM89, "cache"), (SAMPLE, "bundle")):
         add(bundle, record, place)
 
-    def named(*args: str) -> list[str]:
-        return [engine.record.key for engine in named_engines(bundle, args) if engine.record]
+    def named(*names: str) -> list[str]:
+        return [engine.record.key for engine in named_engines(bundle, names) if engine.record]
 
     keys = {record: own(record).key for record in (SM86, SM89, SAMPLE)}
     assert named("sm86") == named(keys[SM86]) == [keys[SM86]]
@@ -113,7 +113,7 @@ def test_extract_subset_engine_of_dropped_graph_or_damaged_is_refused(bundle: Bu
     with pytest.raises(BundleError, match="tampered"):
         extract_subset(bundle, target, ["fp16"], ["sm86"])
     assert not target.exists()
-    assert find_engines(extract_subset(bundle, target, ["fp16"]), HOST) == []  # not asked for
+    assert find_engines(extract_subset(bundle, target, ["fp16"]), HOST) == []  # not requested
 
 
 def test_shipped_engine_replaced_with_its_record_is_refused(bundle: Bundle, tmp_path: Path) -> None:

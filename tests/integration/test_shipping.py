@@ -1,4 +1,4 @@
-"""A bundle's way to a device on the command line: packed, signed, slimmed, unpacked, checked and used."""
+"""Commands that ship a bundle to a device: pack, sign, slim, unpack, verify and edit."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from spmdeploy.cli.bundle import PASSWORD
 SAMPLE = SAMPLE_EDITS[0]
 
 
-class Ran(NamedTuple):
-    """What a command left."""
+class Result(NamedTuple):
+    """Exit code, stdout and stderr of a command."""
 
     code: int
     out: str
@@ -36,17 +36,17 @@ def run(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv(PASSWORD, raising=False)
 
-    def run(*args: object) -> Ran:
+    def run(*args: object) -> Result:
         capfd.readouterr()
-        code = cli.main([str(text) for text in args])
-        return Ran(code, *capfd.readouterr())
+        code = cli.main([str(arg) for arg in args])
+        return Result(code, *capfd.readouterr())
 
     return run
 
 
 @pytest.fixture
 def signed(run: Any, street_bundle: Path, tmp_path: Path) -> Path:
-    """The bundle in one file, signed with ours.key; theirs.pub is a stranger's key."""
+    """The bundle in one file, signed with ours.key; theirs.pub is another key."""
     for name in ("ours", "theirs"):
         assert run("bundle", "keygen", name, "--no-password").code == 0
     assert run("bundle", "pack", street_bundle, "tiny.spm", "--sign", "ours.key").code == 0
@@ -143,9 +143,9 @@ def test_key_password_is_required_and_never_printed(
     wrong = run(*pack, "--overwrite", "--json")
     assert wrong.code == 7 and "the password is wrong" in wrong.json["error"]
     monkeypatch.delenv(PASSWORD)
-    nobody = run(*pack, "--overwrite", "--json")
-    assert nobody.code == 2 and PASSWORD in nobody.json["hint"]
-    for result in (made, wrong, nobody):
+    missing = run(*pack, "--overwrite", "--json")
+    assert missing.code == 2 and PASSWORD in missing.json["hint"]
+    for result in (made, wrong, missing):
         assert "horse" not in result.out + result.err and "staple" not in result.out + result.err
 
 

@@ -1,4 +1,4 @@
-"""TensorRT in Python: it builds nothing, offers exactly what one version's bindings offer, and writes down every call.
+"""TensorRT in Python: it builds nothing, has exactly the members of one version's bindings, and records every call.
 
 The fakes below know more than any version does; `recording_tensorrt` cuts them down to the recorded API of one.
 """
@@ -21,7 +21,7 @@ INPUTS = {"image": ("UINT8", IMAGE), "labels": ("UINT8", MAP), "instances": ("IN
 
 @dataclass
 class Behavior:
-    """What the fake is to do; the default is what a GPU does with a sound graph."""
+    """Behavior of the fake; by default that of a GPU with a valid graph."""
 
     typed_builds: bool = True
     parses: bool = True
@@ -42,7 +42,7 @@ class Behavior:
 def recording_tensorrt(
     version: str, api: dict[str, list[str]], behavior: Behavior | None = None, name: str = "tensorrt"
 ) -> Any:
-    """A module to hand to the builder. `calls` has what was called, in order, as (Class.member, arguments)."""
+    """A module for the builder. `calls` has all calls in order, as (Class.member, arguments)."""
     do = behavior or Behavior()
     calls: list[tuple[str, tuple[Any, ...]]] = []
     library = SimpleNamespace(__name__=f"{name}_{version}_{id(calls)}", __version__=version, calls=calls, behavior=do)
@@ -314,12 +314,12 @@ def inspector_json(version: str, kind: str | None) -> str:
     def tensor(kind: str | None) -> dict[str, Any]:
         if version.startswith("11"):
             return {"Name": "x", "DataType": kind, "Format": "kLINEAR"} if kind else {"Name": "x"}
-        args = {
+        formats = {
             "Half": "Row major linear FP16 format",
             "Float": "Row major linear FP32",
             None: "N/A due to dynamic shapes",
         }
-        return {"Name": "x", "Location": "Device", "Format/Datatype": args[kind]}
+        return {"Name": "x", "Location": "Device", "Format/Datatype": formats[kind]}
 
     layers: list[Any] = [
         {"Name": "in", "LayerType": "Reformat", "Inputs": [tensor("Float")], "Outputs": [tensor("Float")]},

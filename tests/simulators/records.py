@@ -1,4 +1,4 @@
-"""Records of engines that nobody built, for tests that need none."""
+"""Records of engines that do not exist, for tests that need no engine."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def sample(**changes: Any) -> EngineRecord:
 
 
 def for_targets(*targets: str, **changes: Any) -> EngineRecord:
-    """As TensorRT-RTX builds it without a GPU."""
+    """A record of an engine built by TensorRT-RTX without a GPU."""
     unread = MeasuredPrecision(None, "no GPU", 0.92)
     made = {"runtime": "tensorrt-rtx", "version": "1.7.1.116", "gpu": None, "targets": targets, "computes_in": unread}
     return sample(**made | changes)

@@ -347,8 +347,8 @@ class PyCudaDriver:
                 return function(*arguments)
             except SimulatedCudaError as exc:
                 kind = outer.MemoryError if exc.code == Code.CUDA_ERROR_OUT_OF_MEMORY else outer.LogicError
-                args = exc.code.name.removeprefix("CUDA_ERROR_").lower().replace("_", " ")
-                raise kind(f"{gpu.calls[-1]} failed: {args}") from exc
+                text = exc.code.name.removeprefix("CUDA_ERROR_").lower().replace("_", " ")
+                raise kind(f"{gpu.calls[-1]} failed: {text}") from exc
 
         self._guarded = guarded
         stacks = threading.local()

@@ -23,7 +23,7 @@ _DTYPES = {"uint8": "UINT8", "int32": "INT32", "float32": "FLOAT", "float16": "H
 
 
 def engine_content(record: EngineRecord, **changes: Any) -> bytes:
-    """An engine that is what its record says, but for the changes."""
+    """An engine that matches its record, except for the changes."""
     facts = {
         "inputs": [[port.name, port.dtype, list(port.shape)] for port in record.inputs],
         "outputs": [[port.name, port.dtype, list(port.shape)] for port in record.outputs],
@@ -144,7 +144,7 @@ def simulated_library(gpu: SimulatedGpu, runtime: str = "tensorrt", version: str
             self._shapes: dict[str, tuple[int, ...]] = {}
             self._addresses: dict[str, int] = {}
             self._memory = (0, 0)
-            self._version = 0  # changes whenever somebody changes the context
+            self._version = 0  # incremented by every change of the context
             self._enqueued = -1  # the version that was last enqueued outside a capture
 
         def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
