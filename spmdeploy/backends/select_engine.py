@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from spmdeploy.backends.base import OpenedBackend, Unsupported
 from spmdeploy.bundle.bundle import Bundle
-from spmdeploy.bundle.manifest import EDIT, REFINE
+from spmdeploy.bundle.manifest import EDIT, LAYOUT, PICTURE, REFINE
 from spmdeploy.engines.library import import_engine_library, local_host
 from spmdeploy.engines.record import BUILD_AGAIN, EngineHost, EngineRecord, EngineRuntime, Gpu, Verification
 from spmdeploy.engines.store import StoredEngine, cache_folder, find_engines
@@ -19,6 +19,7 @@ from spmdeploy.errors import BundleError, InputError, SpmDeployError, Unavailabl
 from spmdeploy.gpu.driver import gpu_facts
 
 if TYPE_CHECKING:
+    from spmdeploy.backends.tensorrt_layout import StoredParts
     from spmdeploy.backends.verify import GoldenResult
 
 BUILD_FIRST = "build one on this machine: spmdeploy build BUNDLE"
@@ -79,16 +80,19 @@ def _open(
     bundle: Bundle, engine: StoredEngine, there: list[StoredEngine], ordinal: int, precision: str
 ) -> OpenedBackend:
     from spmdeploy.backends.tensorrt import TensorRtSession
-    from spmdeploy.backends.verify import verify_edits, verify_refinements  # late: without an engine nobody needs them
+    from spmdeploy.backends.verify import verify_cached_layouts, verify_edits, verify_refinements  # late: seldom needed
 
     record = engine.require_compatible()
-    refine = _refine_beside(bundle, engine, there)
+    refine, parts = _refine_beside(bundle, engine, there), _parts_beside(engine, there)
     library = import_engine_library(record.runtime)
-    session = TensorRtSession(library, engine, refine, bundle.manifest.native_size, ordinal)
+    session = TensorRtSession(library, engine, refine, bundle.manifest.native_size, ordinal, parts)
     try:
         proof = _verify_once(engine, lambda: verify_edits(session, bundle), ordinal)
         if not isinstance(refine, Unsupported):
             _verify_once(refine, lambda: verify_refinements(session, bundle), ordinal)
+        if not isinstance(parts, Unsupported):
+            for part in parts:
+                _verify_once(part, lambda: verify_cached_layouts(session, bundle), ordinal)
     except BaseException:
         session.close()
         raise
@@ -156,6 +160,26 @@ def _refine_beside(bundle: Bundle, engine: StoredEngine, there: list[StoredEngin
     problem = f"no refine engine fits: {against}" if against else "an edit engine was built, but no refine engine"
     how = f"--graph refine --runtime {edit.runtime} --precision {edit.precision}"
     return Unsupported(problem, f"build one on this machine: spmdeploy build BUNDLE {how}")
+
+
+def _parts_beside(engine: StoredEngine, there: list[StoredEngine]) -> StoredParts | Unsupported:
+    """The engines for cached layouts that go with an edit engine, or why there are none and what to do about it."""
+    from spmdeploy.backends.tensorrt_layout import StoredParts
+
+    edit = engine.require_compatible()
+    found = [
+        next((other for other in _fitting(there, edit.precision, part) if _same_library(other, engine)), None)
+        for part in (LAYOUT, PICTURE)
+    ]
+    layout, picture = found
+    if layout is not None and picture is not None:
+        return StoredParts(layout, picture)
+    missing = " and ".join(part for part, one in zip((LAYOUT, PICTURE), found, strict=True) if one is None)
+    how = f"--graph cached-layout --runtime {edit.runtime} --precision {edit.precision}"
+    return Unsupported(
+        f"there is no {missing} engine of {edit.runtime} in {edit.precision} that fits this machine",
+        f"build it on this machine: spmdeploy build BUNDLE {how}",
+    )
 
 
 def _against(engines: list[StoredEngine], graph: str, unwanted: Callable[[EngineRecord], str]) -> str:

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from spmdeploy.backends.base import Unsupported
+from spmdeploy.backends.base import LayoutRun, Unsupported
 from spmdeploy.backends.device_pyramid import EXTRA_BYTES, DeviceCascade
 from spmdeploy.backends.tensorrt_engine import LoadedEngine
+from spmdeploy.backends.tensorrt_layout import CachedLayoutEngines, StoredParts
 from spmdeploy.bundle.manifest import EDIT, REFINE
 from spmdeploy.engines.record import BATCH, Port
 from spmdeploy.engines.store import StoredEngine
@@ -22,12 +23,15 @@ from spmdeploy.gpu.buffers import EngineMemory
 from spmdeploy.gpu.device import Device
 from spmdeploy.tiling.letterbox import Letterbox
 from spmdeploy.tiling.pyramid import PyramidLevel
-from spmdeploy.types import BackendPrecision, ModelInput
+from spmdeploy.types import BackendPrecision, LayoutInput, ModelInput
 
 HostArrays = Mapping[str, NDArray[Any]]
 _NAMES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
 _OUTPUTS = ("edited", "unrounded")
 _NO_REFINE = Unsupported("there is no refine engine", "build one: spmdeploy build BUNDLE --graph refine")
+_NO_PARTS = Unsupported(
+    "there are no engines for cached layouts", "build them: spmdeploy build BUNDLE --graph cached-layout"
+)
 
 
 class TensorRtSession:
@@ -44,8 +48,9 @@ class TensorRtSession:
         refine: StoredEngine | Unsupported = _NO_REFINE,
         size: int = 256,
         ordinal: int = 0,
+        parts: StoredParts | Unsupported = _NO_PARTS,
     ) -> None:
-        """Load the edit engine; the refine engine is loaded when it is first used.
+        """Load the edit engine; the others are loaded when they are first used.
 
         Args:
             library: The module `tensorrt` or `tensorrt_rtx`.
@@ -53,6 +58,7 @@ class TensorRtSession:
             refine: One of the same library and precision, or why there is none.
             size: Height and width of the graphs' images.
             ordinal: Number of the GPU.
+            parts: The engines for cached layouts, of the same library and precision, or why there are none.
 
         Raises:
             BundleError: An engine does not fit.
@@ -66,9 +72,12 @@ class TensorRtSession:
         self.size = size
         self.refine_unsupported = refine if isinstance(refine, Unsupported) else None
         self.refines = self.refine_unsupported is None
+        self.layout_unsupported = parts if isinstance(parts, Unsupported) else None
         self.max_batch = record.batch.max
         self._library, self._refine_engine = library, refine
         self._engines: dict[str, LoadedEngine] = {}
+        self._stored_parts = parts
+        self._parts: CachedLayoutEngines | None = None
         self._open = True
         self._memory = EngineMemory(Device(ordinal))
         try:
@@ -82,12 +91,16 @@ class TensorRtSession:
     @property
     def notes(self) -> tuple[str, ...]:
         """Non-fatal warnings collected so far."""
-        return tuple(note for engine in self._engines.values() for note in engine.notes)
+        return tuple(note for engine in self._loaded for note in engine.notes)
 
     @property
     def engine_bytes(self) -> int:
-        """Bytes of the engine files that are loaded: `refine` is from its first use on."""
-        return sum(engine.record.engine.bytes for engine in self._engines.values())
+        """Bytes of the engine files that are loaded: all but `edit` are from their first use on."""
+        return sum(engine.record.engine.bytes for engine in self._loaded)
+
+    @property
+    def _loaded(self) -> tuple[LoadedEngine, ...]:
+        return (*self._engines.values(), *(self._parts.engines if self._parts else ()))
 
     @property
     def activation_bytes(self) -> int:
@@ -120,6 +133,20 @@ class TensorRtSession:
                 for start in range(0, batch, step)
             ]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def bind_layout(self, layout: LayoutInput) -> LayoutRun:
+        """Compute a layout now and keep it on the GPU; see `SupportsLayoutCache`.
+
+        Without the engines for it (`layout_unsupported`) the layout is computed with every image.
+        """
+        if isinstance(self._stored_parts, Unsupported):
+            return lambda image: self.run(ModelInput(image, *layout))
+        with self._memory.lock():
+            self._engine(EDIT)
+            if self._parts is None:
+                known = graph_ports(EDIT, self.size)
+                self._parts = CachedLayoutEngines(self._library, self._stored_parts, known, self._memory)
+            return self._parts.bind(layout)
 
     def timed_run(self, inputs: ModelInput) -> float:
         """Return the milliseconds of `run` by the device's clock, copies in and out included.
@@ -229,6 +256,8 @@ class TensorRtSession:
                     self._memory.device.synchronize(self._memory.stream)
                 for engine in self._engines.values():
                     engine.close()
+                if self._parts is not None:
+                    self._parts.close()
         finally:
             self._memory.close()
 

@@ -11,7 +11,7 @@ Run on the simulated GPU of the tests only, not yet on a GPU.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,7 +29,7 @@ from spmdeploy.gpu.device import SEE_DOCTOR, GraphCaptureError
 
 _DTYPES = {"FLOAT": "float32", "HALF": "float16"}
 _MAX_MESSAGES = 20
-_MAX_FIXED = 4
+MAX_FIXED = 4
 """Sets of the caller's addresses that graphs are kept for."""
 
 Addresses = tuple[tuple[str, int], ...]
@@ -62,6 +62,7 @@ class LoadedEngine:
         ports: Mapping[str, Port],
         memory: EngineMemory,
         extra_bytes: Mapping[str, int] | None = None,
+        on_host: Collection[str] | None = None,
     ) -> None:
         """Read, check and load an engine.
 
@@ -71,6 +72,8 @@ class LoadedEngine:
             ports: Inputs and outputs of the graph by name; the engine must have exactly these.
             memory: Shared with the session's other engines.
             extra_bytes: Bytes an item to reserve under more names.
+            on_host: Names of the ports with places in `memory`, to be copied from or to the host; `enqueue_on` must
+                be given the addresses of the others. None: all.
 
         Raises:
             BundleError: The engine does not fit this machine, cannot be loaded or is another graph's.
@@ -95,8 +98,12 @@ class LoadedEngine:
                 self._load(content)
                 self._check_ports(ports)
                 self._choose_context_options()
-                sizes = {port.name: item_bytes(port) for port in (*self._inputs, *self._outputs)}
-                memory.reserve(sizes | dict(extra_bytes or {}), self.record.batch.max)
+                ports_here = [
+                    port for port in (*self._inputs, *self._outputs) if on_host is None or port.name in on_host
+                ]
+                sizes = {port.name: item_bytes(port) for port in ports_here} | dict(extra_bytes or {})
+                if sizes:
+                    memory.reserve(sizes, self.record.batch.max)
             except BaseException:
                 self.close()
                 raise
@@ -248,12 +255,12 @@ class LoadedEngine:
         if prepared is None:
             seen = key in self._seen
             self._seen[key] = None
-            if len(self._seen) > 2 * _MAX_FIXED:
+            if len(self._seen) > 2 * MAX_FIXED:
                 self._seen.popitem(last=False)
             if not seen:
                 return None
             prepared = _Prepared(self._context_for(batch))
-            if len(self._fixed) >= _MAX_FIXED:
+            if len(self._fixed) >= MAX_FIXED:
                 self._destroy_graphs(self._fixed.popitem(last=False)[1])
             self._fixed[key] = prepared
         self._fixed.move_to_end(key)
@@ -333,7 +340,7 @@ class LoadedEngine:
     def _set_addresses(self, prepared: _Prepared, addresses: Mapping[str, int]) -> None:
         """Those given, and the places in `EngineMemory` for the others."""
         for port in (*self._inputs, *self._outputs):
-            address = addresses.get(port.name, self._memory.address(port.name))
+            address = addresses[port.name] if port.name in addresses else self._memory.address(port.name)
             if not prepared.context.set_tensor_address(port.name, address):
                 raise EngineError(f"{self._name} refuses the address of {port.name}: {self._error_summary()}")
 

@@ -10,13 +10,13 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from spmdeploy.backends.base import Backend
+from spmdeploy.backends.base import Backend, bind_layout
 from spmdeploy.bundle.bundle import Bundle
 from spmdeploy.bundle.manifest import GoldenEdit, ParityLimits
 from spmdeploy.bundle.storage import GOLDEN_INSTANCES, GOLDEN_REFINED
 from spmdeploy.errors import BundleError, InputError, UnavailableError
 from spmdeploy.imaging import files as images
-from spmdeploy.types import ModelInput
+from spmdeploy.types import LayoutInput, ModelInput
 
 Picture = TypeVar("Picture")
 
@@ -202,6 +202,20 @@ def verify_edits(session: Backend, bundle: Bundle) -> list[GoldenResult]:
         raise BundleError(f"{bundle.path}: holds no golden edits, so nothing can be verified", EXPORT_AGAIN)
     limits = limits_of(bundle, session.precision)
     return [run_golden(session, read_golden(bundle, edit), edit.name, limits) for edit in bundle.manifest.golden]
+
+
+def verify_cached_layouts(session: Backend, bundle: Bundle) -> list[GoldenResult]:
+    """Repeat the golden edits with cached layouts. Raises BundleError when there is none."""
+    if not bundle.manifest.golden:
+        raise BundleError(f"{bundle.path}: holds no golden edits, so nothing can be verified", EXPORT_AGAIN)
+    limits = limits_of(bundle, session.precision)
+    results = []
+    for edit in bundle.manifest.golden:
+        golden = read_golden(bundle, edit)
+        edited = bind_layout(session, LayoutInput(*golden.inputs[1:]))(golden.inputs.image)
+        name = f"{edit.name} with a cached layout"
+        results.append(compare_with_golden(edited, golden.expected, golden, name, limits))
+    return results
 
 
 def verify_refinements(session: Backend, bundle: Bundle) -> list[GoldenResult]:

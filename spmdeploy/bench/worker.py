@@ -180,6 +180,8 @@ class BackendProcess:
         session = self._session
         if not isinstance(session, SupportsLayoutCache):
             raise UnavailableError(f"{self._backend} caches no layouts", "use --scope engine")
+        if isinstance(session, TensorRtSession) and session.layout_unsupported is not None:
+            raise UnavailableError(*session.layout_unsupported)
         started = time.perf_counter()
         run = session.bind_layout(LayoutInput(batch.labels, batch.instances, batch.mask))
         caching = time.perf_counter() - started

@@ -29,8 +29,13 @@ def build(
         Literal["fp32", "fp16"], typer.Option("--precision", metavar="fp32|fp16", help="Precision of the graphs.")
     ] = "fp16",
     graph: Annotated[
-        Literal["edit", "refine", "all"],
-        typer.Option("--graph", metavar="edit|refine|all", help="Which graphs to build."),
+        Literal["edit", "refine", "all", "cached-layout"],
+        typer.Option(
+            "--graph",
+            metavar="edit|refine|all|cached-layout",
+            help="Which graphs to build. all: edit and refine. cached-layout: the two parts of edit, for many images "
+            "under one layout.",
+        ),
     ] = "all",
     max_batch: Annotated[int, typer.Option("--max-batch", help="Largest batch size.")] = 8,
     opt_batch: Annotated[

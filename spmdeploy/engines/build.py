@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from spmdeploy.bundle.bundle import Bundle
-from spmdeploy.bundle.manifest import EDIT, REFINE, GraphRecord
+from spmdeploy.bundle.manifest import EDIT, PARTS, REFINE, GraphRecord
 from spmdeploy.engines.builder import BuildLog, BuildRequest, BuiltEngine, build_engine
 from spmdeploy.engines.library import import_engine_library, is_installed
 from spmdeploy.engines.precision import engine_fp16_share
@@ -45,6 +45,9 @@ from spmdeploy.types import Precision
 from spmdeploy.version import __version__
 
 ALL_GRAPHS = "all"
+CACHED_LAYOUT = "cached-layout"
+"""The two graphs that together are `edit`, split so that a layout is computed once for many images."""
+
 MAX_BATCH = 64
 """The graphs are exported for batches up to this."""
 
@@ -65,6 +68,7 @@ class EngineOptions:
     runtime: str = "auto"
     precision: Precision = "fp16"
     graph: str = ALL_GRAPHS
+    """edit, refine, `ALL_GRAPHS` (both) or `CACHED_LAYOUT`."""
     max_batch: int = 8
     opt_batch: int | None = None
     """One optimization profile for all batch sizes, best at this one. None: a profile for each of `PROFILE_BATCHES`."""
@@ -277,6 +281,8 @@ def _graphs(bundle: Bundle, options: EngineOptions) -> list[GraphRecord]:
             f"{bundle.path}: holds only graphs for CPUs, whose shapes depend on the mask: no engine can be built",
             f"add the graphs for GPUs: spmdeploy export {bundle.path} --output NEW.spm",
         )
+    if options.graph == CACHED_LAYOUT:
+        return [bundle.graph(part, options.precision) for part in PARTS[EDIT]]
     if options.graph != ALL_GRAPHS:
         return [bundle.graph(options.graph, options.precision)]
     chosen = [graph for graph in usable if graph.precision == options.precision]

@@ -235,6 +235,8 @@ class Device:
 
     def wait_for_stream(self, stream: int, other: int) -> None:
         """Make later work in `stream` wait for what is queued in `other` so far. The host does not wait."""
+        if stream == other:
+            return
         with self._translate_errors("an event"):
             self._cuda.wait_for_stream(stream, other)
 

@@ -16,7 +16,7 @@ import pytest
 
 import spmdeploy
 from spmdeploy import cli
-from spmdeploy.backends.base import OpenedBackend
+from spmdeploy.backends.base import OpenedBackend, bind_layout
 from spmdeploy.backends.registry import open_backend
 from spmdeploy.backends.verify import GoldenSample
 from spmdeploy.bundle.bundle import Bundle, open_bundle
@@ -28,7 +28,7 @@ from spmdeploy.engines.record import EngineFile, EngineRecord, Gpu, SourceFile
 from spmdeploy.engines.store import EngineWriter, choose_place, find_engines
 from spmdeploy.errors import BundleError, SpmDeployError, UnavailableError, UsageError, VerificationError
 from spmdeploy.imaging import files as images
-from spmdeploy.types import ModelInput
+from spmdeploy.types import LayoutInput, ModelInput
 from tests.backends.test_tensorrt import SIZE, inputs_for, record_of, refine_inputs
 from tests.bundle.conftest import GRAPHS, fill, manifest_of
 from tests.simulators.records import A10, for_targets
@@ -395,3 +395,28 @@ def test_edit_without_cuda_graphs_notes_it(machine: Machine, bundle: Bundle) -> 
         for _ in range(2):
             result = editor.edit(np.zeros((SIZE, SIZE, 3), np.uint8), np.ones((SIZE, SIZE), np.uint8), mask)
     assert any("without CUDA graphs" in note for note in result.report.notes)
+
+
+def test_engines_for_cached_layouts_are_found_and_verified(machine: Machine, bundle: Bundle) -> None:
+    add(bundle, record_of())
+    lack = open_backend(bundle).session.layout_unsupported  # type: ignore[attr-defined]
+    assert lack.problem.startswith("there is no layout and picture engine of tensorrt in fp16")
+    add(bundle, record_of(graph="layout"))
+    add(bundle, record_of(graph="picture"))
+    session = open_backend(bundle).session
+    assert session.layout_unsupported is None  # type: ignore[attr-defined]
+    run = bind_layout(session, LayoutInput(*ModelInput(**GOLDEN)[1:]))
+    assert np.array_equal(run(GOLDEN["image"]), edited_like(GOLDEN)["edited"])
+
+
+def test_verification_of_engines_for_cached_layouts_names_the_edit(machine: Machine, bundle: Bundle) -> None:
+    for graph in ("edit", "layout", "picture"):
+        add(bundle, record_of(graph=graph))
+
+    def black_from_cached_tensors(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        computed = edited_like(inputs)
+        return {name: array * 0 for name, array in computed.items()} if "heads/Add" in inputs else computed
+
+    machine.libraries["tensorrt"]._computes = black_from_cached_tensors
+    with pytest.raises(VerificationError, match="tree with a cached layout"):
+        open_backend(bundle, "tensorrt")

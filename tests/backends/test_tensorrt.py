@@ -18,18 +18,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from spmdeploy.backends.tensorrt import TensorRtSession, graph_ports
-from spmdeploy.bundle.manifest import REFINE
+from spmdeploy.backends.tensorrt_layout import MAX_LAYOUTS, StoredParts
+from spmdeploy.bundle.manifest import LAYOUT, PICTURE, REFINE
 from spmdeploy.bundle.storage import FolderStore
 from spmdeploy.engines import library as engine_library
 from spmdeploy.engines.record import BatchRange, EngineFile, EngineRecord, Port
 from spmdeploy.engines.store import StoredEngine
 from spmdeploy.errors import BundleError, InputError, OutOfMemoryError, SpmDeployError, UnavailableError, UsageError
 from spmdeploy.gpu.arrays import DeviceArray
-from spmdeploy.types import ModelInput
+from spmdeploy.types import LayoutInput, ModelInput
 from tests.simulators.records import sample
 from tests.simulators.simulated_gpu import Code, SimulatedGpu, host_context
 from tests.simulators.simulated_packages import PACKAGES, plug_in
-from tests.simulators.simulated_tensorrt import edited_like, engine_content, offered, simulated_library
+from tests.simulators.simulated_tensorrt import CACHED, edited_like, engine_content, offered, simulated_library
 
 SIZE = 16
 LIBRARIES = [("tensorrt", "10.3.0"), ("tensorrt", "10.16.1"), ("tensorrt", "11.4.1"), ("tensorrt-rtx", "1.7.1.116")]
@@ -53,6 +54,10 @@ def record_of(runtime: str = "tensorrt", version: str = "10.16.1", graph: str = 
     ports = graph_ports(graph, SIZE)
     outputs = tuple(ports[name] for name in ("edited", "unrounded"))
     inputs = tuple(port for name, port in ports.items() if port not in outputs)
+    if graph == LAYOUT:
+        inputs, outputs = tuple(ports[name] for name in LayoutInput._fields), CACHED
+    if graph == PICTURE:
+        inputs = (ports["image"], *CACHED)
     batch = BatchRange(1, 1, most)
     return sample(runtime=runtime, version=version, graph=graph, inputs=inputs, outputs=outputs, batch=batch)
 
@@ -627,3 +632,121 @@ def test_import_of_the_backend_loads_no_gpu_library() -> None:
     code = "import sys, spmdeploy.backends.tensorrt; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert heavy.isdisjoint(loaded)
+
+
+def with_parts(gpu: SimulatedGpu, folder: Path, runtime: str, version: str, most: int = 8, **changes: Any) -> Any:
+    """A session with the engines for cached layouts. changes: to the record of the picture engine."""
+    library = simulated_library(gpu, runtime, version)
+    edit = engine_file(folder / "edit", record_of(runtime, version))
+    layout = engine_file(folder / LAYOUT, record_of(runtime, version, LAYOUT, most))
+    picture = engine_file(folder / PICTURE, replace(record_of(runtime, version, PICTURE, most), **changes))
+    return TensorRtSession(library, edit, size=SIZE, parts=StoredParts(layout, picture))
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+@pytest.mark.parametrize(("runtime", "version"), LIBRARIES)
+def test_bind_layout_gives_what_run_gives(
+    runtime: str, version: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = SimulatedGpu()
+    plug_in(monkeypatch, gpu, package)
+    with host_context(gpu), with_parts(gpu, tmp_path, runtime, version) as session:
+        given = inputs_for(2)
+        run = session.bind_layout(LayoutInput(*ModelInput(**given)[1:]))
+        for seed in range(5):
+            image = inputs_for(2, seed)["image"]
+            assert np.array_equal(run(image), session.run(ModelInput(**{**given, "image": image})))
+        assert session.notes == ()
+    assert gpu.left_behind == {} and not any("without a context" in call for call in gpu.calls)
+
+
+def test_bind_layout_computes_once_and_copies_images_only(gpu: SimulatedGpu, tmp_path: Path) -> None:
+    with with_parts(gpu, tmp_path, "tensorrt", "10.16.1") as session:
+        given = inputs_for(2)
+        run = session.bind_layout(LayoutInput(*ModelInput(**given)[1:]))
+        for seed in range(3):
+            run(inputs_for(2, seed)["image"])
+        gpu.calls.clear()
+        copies = []
+        for name in ("copy_in", "copy_out"):
+            copy = getattr(session._memory.device, name)
+
+            def counted(*arguments: Any, copy: Any = copy, name: str = name) -> None:
+                copies.append((name, next(value.nbytes for value in arguments if hasattr(value, "nbytes"))))
+                copy(*arguments)
+
+            setattr(session._memory.device, name, counted)
+        image = inputs_for(2, 9)["image"]
+        assert np.array_equal(run(image), edited_like({**given, "image": image})["edited"])
+        assert copies == [("copy_in", image.nbytes), ("copy_out", image.nbytes)]
+        assert "execute_async_v3" not in gpu.calls  # a captured graph, and no layout
+
+
+def test_bind_layout_more_than_fit_recomputes_the_oldest(gpu: SimulatedGpu, tmp_path: Path) -> None:
+    with with_parts(gpu, tmp_path, "tensorrt", "10.16.1") as session:
+        cases = [inputs_for(1, seed) for seed in range(MAX_LAYOUTS + 2)]
+        runs = [session.bind_layout(LayoutInput(*ModelInput(**case)[1:])) for case in cases]
+        for _ in range(4):
+            for case, run in zip(cases, runs, strict=True):
+                assert np.array_equal(run(case["image"]), edited_like(case)["edited"])
+            assert np.array_equal(session.run(ModelInput(**cases[0])), edited_like(cases[0])["edited"])
+        assert len(session._memory._temporary) == MAX_LAYOUTS
+    assert gpu.left_behind == {}
+
+
+def test_bind_layout_keeps_its_own_copy_of_the_layout(gpu: SimulatedGpu, tmp_path: Path) -> None:
+    with with_parts(gpu, tmp_path, "tensorrt", "10.16.1") as session:
+        given = inputs_for(1)
+        expected = edited_like(given)["edited"]
+        run = session.bind_layout(LayoutInput(*ModelInput(**given)[1:]))
+        others = [session.bind_layout(LayoutInput(*ModelInput(**inputs_for(1, seed))[1:])) for seed in (1, 2)]
+        given["labels"][:] = 0
+        assert others and np.array_equal(run(given["image"]), expected)
+
+
+def test_bind_layout_of_a_large_batch_is_split(gpu: SimulatedGpu, tmp_path: Path) -> None:
+    with with_parts(gpu, tmp_path, "tensorrt-rtx", "1.7.1.116", most=2) as session:
+        given = inputs_for(5)
+        run = session.bind_layout(LayoutInput(*ModelInput(**given)[1:]))
+        for _ in range(4):
+            assert np.array_equal(run(given["image"]), edited_like(given)["edited"])
+
+
+def test_bind_layout_wrong_shapes_are_named(gpu: SimulatedGpu, tmp_path: Path) -> None:
+    with with_parts(gpu, tmp_path, "tensorrt", "10.16.1") as session:
+        given = ModelInput(**inputs_for(2))
+        with pytest.raises(
+            InputError, match=r"mask is uint8 \(1, 16, 16\), but the graph has uint8 \(2, 16, 16\)|labels"
+        ):
+            session.bind_layout(LayoutInput(given.labels, given.instances, given.mask[:1]))
+        run = session.bind_layout(LayoutInput(*given[1:]))
+        with pytest.raises(InputError, match=r"image is uint8 \(1, 16, 16, 3\)"):
+            run(given.image[:1])
+
+
+def test_bind_layout_parts_that_do_not_match_are_refused(gpu: SimulatedGpu, tmp_path: Path) -> None:
+    other = (graph_ports("edit", SIZE)["image"], replace(CACHED[0], shape=(-1, 8, 8, 1)), CACHED[1])
+    with with_parts(gpu, tmp_path, "tensorrt", "10.16.1", inputs=other) as session:
+        given = inputs_for(1)
+        with pytest.raises(
+            BundleError, match=r"heads/Add: float32 \[-1, 8, 8, 1\] in the engine, float32 \[-1, 16, 16, 1\]"
+        ):
+            session.bind_layout(LayoutInput(*ModelInput(**given)[1:]))
+        assert np.array_equal(session.run(ModelInput(**given)), edited_like(given)["edited"])
+    assert gpu.left_behind == {}
+
+
+def test_bind_layout_without_the_engines_runs_the_edit_graph(session: TensorRtSession) -> None:
+    given = inputs_for(2)
+    assert session.layout_unsupported is not None and "--graph cached-layout" in session.layout_unsupported.hint
+    run = session.bind_layout(LayoutInput(*ModelInput(**given)[1:]))
+    assert np.array_equal(run(given["image"]), edited_like(given)["edited"])
+
+
+def test_bind_layout_after_close_is_refused(gpu: SimulatedGpu, tmp_path: Path) -> None:
+    session = with_parts(gpu, tmp_path, "tensorrt", "10.16.1")
+    given = inputs_for(1)
+    run = session.bind_layout(LayoutInput(*ModelInput(**given)[1:]))
+    session.close()
+    with pytest.raises(UnavailableError, match="closed"):
+        run(given["image"])

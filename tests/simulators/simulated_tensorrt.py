@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from spmdeploy.engines.record import BATCH, EngineRecord
+from spmdeploy.engines.record import BATCH, EngineRecord, Port
 from tests.simulators.simulated_gpu import Code, SimulatedCudaError, SimulatedGpu
 
 MAGIC = b"kernels of "
-_DTYPES = {"uint8": "UINT8", "int32": "INT32", "float32": "FLOAT", "float16": "HALF"}
+_DTYPES = {"bool": "BOOL", "uint8": "UINT8", "int32": "INT32", "float32": "FLOAT", "float16": "HALF"}
 
 
 def engine_content(record: EngineRecord, **changes: Any) -> bytes:
@@ -38,7 +38,17 @@ def engine_content(record: EngineRecord, **changes: Any) -> bytes:
 
 
 def edited_like(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """What simulated engines compute. A function of each edit alone, of every input, and of neighboring pixels."""
+    """What simulated engines compute. A function of each edit alone, of every input, and of neighboring pixels.
+
+    The graph layout (no image) gives the cached tensors of `CACHED`, which the graph picture reads.
+    """
+    if "image" not in inputs:
+        shift = inputs["labels"][..., None] * 7.0 + inputs["instances"][..., None]
+        return {"heads/Add": shift.astype(np.float32), "edit/Unsqueeze": inputs["mask"][..., None] != 0}
+    if "heads/Add" in inputs:
+        start, shift, mask = inputs["image"], inputs["heads/Add"], inputs["edit/Unsqueeze"]
+        unrounded = np.where(mask, (np.roll(start, 1, axis=2) * 3 + shift) % 256, start).astype(np.float32)
+        return {"edited": np.floor(unrounded).astype(np.uint8), "unrounded": unrounded}
     mask = inputs["mask"][..., None] != 0
     start = inputs["image"]
     if "coarse" in inputs:
@@ -46,6 +56,10 @@ def edited_like(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     mixed = np.roll(start, 1, axis=2) * 3 + inputs["labels"][..., None] * 7 + inputs["instances"][..., None]
     unrounded = np.where(mask, mixed % 256, inputs["image"]).astype(np.float32)
     return {"edited": np.floor(unrounded).astype(np.uint8), "unrounded": unrounded}
+
+
+CACHED = (Port("heads/Add", "float32", (BATCH, 16, 16, 1)), Port("edit/Unsqueeze", "bool", (BATCH, 16, 16, 1)))
+"""The cached tensors of the simulated graphs, whose images are 16 by 16."""
 
 
 class Severity(Enum):
@@ -70,6 +84,7 @@ def simulated_library(gpu: SimulatedGpu, runtime: str = "tensorrt", version: str
         UINT8 = "UINT8"
         INT32 = "INT32"
         INT64 = "INT64"
+        BOOL = "BOOL"
         FLOAT = "FLOAT"
         HALF = "HALF"
 
