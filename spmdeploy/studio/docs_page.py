@@ -26,12 +26,12 @@ def docs_page(document: dict[str, Any]) -> HTMLResponse:
                 fields = body["schema"].get("properties", {})
                 rows += [(name, kind, _field(field)) for name, field in fields.items()] or [("body", kind, "a file")]
             if rows:
-                parts.append(_table(("field", "in", ""), rows))
+                parts.append(_table(("field", "in", "meaning"), rows))
             answers = [
                 (status, ", ".join(answer.get("content", {})), answer["description"])
                 for status, answer in facts["responses"].items()
             ]
-            parts.append(_table(("status", "type", ""), answers) + "</section>")
+            parts.append(_table(("status", "type", "meaning"), answers) + "</section>")
     return HTMLResponse("".join(parts) + "</main></body></html>")
 
 

@@ -74,7 +74,7 @@ function App() {
   const [hover, setHover] = useState("");
   const [zoom, setZoom] = useState(1);
   const [search, setSearch] = useState("");
-  const [options, setOptions] = useState({ tiling: "auto", feather: 3, match_surroundings: false });
+  const [options, setOptions] = useState({ tiling: "auto", feather: 3, match_surroundings: "auto" });
   const [dialog, setDialog] = useState(/** @type {"" | "shortcuts" | "extend"} */ (""));
   const [, setVersion] = useState(0);
   const doc = useRef(/** @type {EditDocument | null} */ (null));
@@ -90,7 +90,7 @@ function App() {
   }, []);
   const change = useCallback((/** @type {Partial<Settings>} */ part) => setSettings((old) => ({ ...old, ...part })), []);
   const report = useCallback((/** @type {unknown} */ error) => {
-    if (error instanceof DOMException && error.name === "AbortError") setNotice({ kind: "note", message: "cancelled" });
+    if (error instanceof DOMException && error.name === "AbortError") setNotice({ kind: "note", message: "canceled" });
     else if (error instanceof ServiceError) setNotice({ kind: "error", message: error.message, hint: error.hint });
     else setNotice({ kind: "error", message: String(error) });
   }, []);
@@ -137,7 +137,7 @@ function App() {
       }
       const { width, height } = current.state;
       if (map.width !== width || map.height !== height) {
-        throw new ServiceError(`${file.name} is ${map.width}×${map.height} but the photo is ${width}×${height}; they must match`, "make the label map of this very photo");
+        throw new ServiceError(`${file.name} is ${map.width}×${map.height} but the photo is ${width}×${height}; they must match`, "open the label map of this photo");
       }
       current.replaceState("open label map", { base: map.ids, labels: map.ids.slice(), hasLabels: true, mask: new Uint8Array(width * height), result: null });
       change({ showLabels: true });
@@ -155,7 +155,7 @@ function App() {
       form.append("labels", await /** @type {EditDocument} */ (doc.current).labelsBlob(), "labels.png");
       form.append("mask", await /** @type {EditDocument} */ (doc.current).maskBlob(), "mask.png");
     }
-    for (const [name, value] of Object.entries(live.current.options)) form.append(name, String(value));
+    for (const [name, value] of Object.entries(live.current.options)) if (value !== "auto") form.append(name, String(value));
     return form;
   };
 
@@ -200,7 +200,7 @@ function App() {
       const form = await editForm(false);
       form.append("extend", sides.join(","));
       form.append("fill", String(live.current.settings.classId));
-      form.set("match_surroundings", "false");
+      form.delete("match_surroundings");
       const result = await send(form);
       const size = result.width * result.height;
       current.replaceState("extend", {
@@ -281,6 +281,7 @@ function App() {
     const keydown = (event) => {
       const target = /** @type {HTMLElement} */ (event.target);
       if (target.closest("input, select, textarea") && event.key !== "Escape") return;
+      canvas.current?.classList.remove("pointed");
       const { settings: now, dialog: open, model: served } = live.current;
       const key = event.key.toLowerCase();
       const view = surface.current;
@@ -438,7 +439,11 @@ function App() {
           </select>
         </label>
         <${Slider} label="Feather" unit="px" min=${0} max=${32} value=${options.feather} onInput=${(/** @type {number} */ feather) => setOptions({ ...options, feather })} />
-        <label class="check"><input type="checkbox" checked=${options.match_surroundings} disabled=${!state?.hasLabels} onChange=${() => setOptions({ ...options, match_surroundings: !options.match_surroundings })} /> Match colors and grain of the surroundings</label>
+        <label class="field" title="Matches colors and grain of the edit to known pixels of the same classes">Match surroundings
+          <select value=${options.match_surroundings} onChange=${(/** @type {any} */ event) => setOptions({ ...options, match_surroundings: event.target.value })}>
+            <option value="auto">automatic</option><option value="true">always</option><option value="false">never</option>
+          </select>
+        </label>
         <button disabled=${!state} onClick=${() => setDialog("extend")}>Extend the photo …</button>
       </section>
       <section>
@@ -524,4 +529,6 @@ function ExtendForm({ name, onExtend }) {
   </form>`;
 }
 
-render(html`<${App} />`, /** @type {Element} */ (document.getElementById("app")));
+const root = /** @type {Element} */ (document.getElementById("app"));
+root.replaceChildren();
+render(html`<${App} />`, root);

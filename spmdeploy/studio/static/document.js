@@ -57,6 +57,7 @@ export class EditDocument {
   /** Begins a change that can be undone in one step.
    * @param {string} label */
   begin(label) {
+    if (this.state.result) this.replaceState("paint on the photo", { result: null });
     this.current = { label, bytes: 0, tiles: new Map(), state: null };
   }
 

@@ -118,6 +118,7 @@ export class Surface {
   down(event) {
     if (!this.document || !this.settings) return;
     this.canvas.focus({ preventScroll: true });
+    this.canvas.classList.add("pointed"); // the focus ring is for the keyboard
     this.canvas.setPointerCapture(event.pointerId);
     const local = this.local(event);
     this.pointers.set(event.pointerId, local);

@@ -1,0 +1,259 @@
+"""The page in a real browser: paint, run, undo, extend, download, replay, errors, keyboard, accessibility."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from spmdeploy.assets.samples import SAMPLE_EDITS
+from spmdeploy.editing.session import read_session, run_session
+from spmdeploy.studio.app import Served
+from tests.studio.conftest import Painter, png, running, wait_until
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine: apt install chromium")
+playwright = pytest.importorskip("playwright.sync_api", reason="the browser is driven with playwright")
+axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="accessibility is checked with axe-core")
+SCREENSHOTS = os.environ.get("SPMDEPLOY_SCREENSHOTS")
+"""A folder that gets a screenshot of every state."""
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+class Studio:
+    """The open page, and what it logged as an error."""
+
+    def __init__(self, page: Any, url: str) -> None:
+        self.page = page
+        self.errors: list[str] = []
+        page.on("pageerror", lambda error: self.errors.append(str(error)))
+        page.goto(url)
+        self.wait_for_photo(480, 360)
+
+    def wait_for_photo(self, width: int, height: int) -> None:
+        self.page.wait_for_selector(f'canvas[aria-label*="{width} by {height} pixels"]')
+
+    def drag(self, *points: tuple[float, float]) -> None:
+        """Draw with the mouse through points given as shares of the photo."""
+        box = self.page.locator("canvas").bounding_box()
+        scale = min((box["width"] - 32) / 480, (box["height"] - 32) / 360)
+        left = box["x"] + (box["width"] - 480 * scale) / 2
+        top = box["y"] + (box["height"] - 360 * scale) / 2
+        mouse = self.page.mouse
+        for index, (x, y) in enumerate(points):
+            mouse.move(left + x * 480 * scale, top + y * 360 * scale, steps=1 if index == 0 else 4)
+            if index == 0:
+                mouse.down()
+        mouse.up()
+
+    def run(self) -> None:
+        self.page.locator("canvas").focus()  # Enter on a focused button would press that button
+        self.page.keyboard.press("Enter")
+        self.page.wait_for_selector(".notice.done")
+
+    def download(self, name: str) -> bytes:
+        with self.page.expect_download() as download:
+            self.page.get_by_role("button", name=name, exact=True).click()
+        return Path(download.value.path()).read_bytes()
+
+    def painted(self) -> int:
+        label = self.page.locator("canvas").get_attribute("aria-label")
+        return int(re.search(r"(\d+) pixels painted", label)[1])
+
+    def shot(self, name: str) -> None:
+        if SCREENSHOTS:
+            self.page.screenshot(path=Path(SCREENSHOTS) / f"{name}.png")
+
+
+@pytest.fixture
+def studio(browser: Any, served: Served) -> Iterator[Studio]:
+    with running(served) as url:
+        page = browser.new_page(viewport={"width": 1280, "height": 720})
+        page.set_default_timeout(20_000)
+        studio = Studio(page, url)
+        yield studio
+        page.close()
+        assert not studio.errors
+
+
+def pixels(content: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(content)))
+
+
+def test_page_first_minute_paints_runs_and_replays(studio: Studio, served: Served, tmp_path: Path) -> None:
+    studio.drag((0.85, 0.7), (0.95, 0.8))
+    assert studio.painted() > 500
+    studio.shot("painted")
+    mask, labels = pixels(studio.download("Mask")), pixels(studio.download("Labels"))
+    assert set(np.unique(mask)) == {0, 255} and np.count_nonzero(mask) == studio.painted()
+    assert (labels[mask > 0] == 5).all()  # tree
+    known = pixels(SAMPLE_EDITS[0].labels.read_bytes())
+    assert np.array_equal(labels[mask == 0], known[mask == 0])
+    studio.run()
+    studio.shot("result")
+    shown = studio.download("Image")
+    assert not np.array_equal(pixels(shown)[mask > 0], pixels(SAMPLE_EDITS[0].photo.read_bytes())[mask > 0])
+    (tmp_path / "session.zip").write_bytes(studio.download("Session"))
+    assert run_session(served.editor, read_session(tmp_path / "session.zip")).png == shown
+
+
+def test_page_undo_and_redo_restore_strokes_and_results(studio: Studio) -> None:
+    keyboard = studio.page.keyboard
+    studio.drag((0.2, 0.5), (0.3, 0.5))
+    first = studio.painted()
+    studio.drag((0.6, 0.5), (0.7, 0.5))
+    both = studio.painted()
+    studio.run()
+    keyboard.press("Control+z")
+    assert studio.page.locator(".compare").count() == 0 and studio.painted() == both
+    keyboard.press("Control+z")
+    assert studio.painted() == first
+    keyboard.press("Control+z")
+    assert studio.painted() == 0
+    for _ in range(3):
+        keyboard.press("Control+Shift+z")
+    assert studio.painted() == both and studio.page.locator(".compare").count() == 1
+    keyboard.press("a")
+    studio.shot("compare")
+
+
+def test_page_tools_paint_exact_shapes(studio: Studio) -> None:
+    keyboard = studio.page.keyboard
+    keyboard.press("3")
+    keyboard.press("r")
+    studio.drag((0.25, 0.25), (0.5, 0.5))
+    assert studio.painted() == pytest.approx(120 * 90, rel=0.05)
+    rectangle = studio.painted()
+    studio.page.get_by_role("button", name="Grow").click()
+    assert studio.painted() > rectangle
+    studio.page.get_by_role("button", name="Shrink").click()
+    assert studio.painted() == rectangle
+    keyboard.press("e")
+    studio.drag((0.3, 0.3), (0.45, 0.45))
+    assert 0 < studio.painted() < rectangle
+    studio.page.get_by_role("button", name="Clear").click()
+    assert studio.painted() == 0
+    keyboard.press("x")
+    studio.drag((0.5, 0.9))  # the class under the mouse becomes the chosen one, everywhere
+    labels = pixels(SAMPLE_EDITS[0].labels.read_bytes())
+    assert studio.painted() in {int(count) for count in np.bincount(labels.ravel())}
+    studio.page.get_by_role("button", name="Clear").click()
+    keyboard.press("g")
+    studio.drag((0.5, 0.9))
+    assert studio.painted() > 0
+
+
+def test_page_extends_the_photo_and_continues_with_results(studio: Studio) -> None:
+    studio.page.get_by_role("button", name="Extend the photo").click()
+    studio.shot("extend")
+    studio.page.get_by_role("button", name="Extend", exact=True).click()
+    studio.wait_for_photo(600, 360)
+    studio.drag((0.4, 0.5), (0.5, 0.5))
+    studio.run()
+    studio.page.get_by_role("button", name="Use as new photo").click()
+    wait_until(lambda: studio.painted() == 0)
+    assert pixels(studio.download("Image")).shape == (360, 600, 3)
+
+
+def test_page_shows_errors_and_survives_a_stopped_server(browser: Any, served: Served, painter: Painter) -> None:
+    with running(served) as url:
+        page = browser.new_page(viewport={"width": 1280, "height": 720})
+        studio = Studio(page, url)
+        page.keyboard.press("Enter")
+        assert "nothing is painted" in page.locator(".notice").inner_text()
+        files = page.locator("input[type=file]")
+        files.first.set_input_files({"name": "bad.png", "mimeType": "image/png", "buffer": b"no image"})
+        page.wait_for_selector(".notice:has-text('bad.png')")
+        small = png(np.zeros((4, 5), np.uint8))
+        files.nth(1).set_input_files({"name": "small.png", "mimeType": "image/png", "buffer": small})
+        page.wait_for_selector(".notice:has-text('they must match')")
+        studio.shot("error")
+        painter.gate.clear()
+        studio.drag((0.4, 0.5), (0.5, 0.5))
+        page.keyboard.press("Enter")
+        page.wait_for_selector(".progress")
+        studio.shot("progress")
+        page.keyboard.press("Escape")
+        page.wait_for_selector(".notice:has-text('canceled')")
+        painter.gate.set()
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".notice:has-text('the server does not answer')")
+    assert studio.painted() > 0 and not studio.errors
+    page.close()
+
+
+def test_page_works_with_the_keyboard_alone(studio: Studio) -> None:
+    keyboard = studio.page.keyboard
+    studio.page.locator("canvas").focus()
+    keyboard.press("ArrowRight")
+    keyboard.press("Space")
+    assert studio.painted() > 0
+    studio.run()
+    keyboard.press("?")
+    studio.page.wait_for_selector("dialog[open]")
+    studio.shot("shortcuts")
+    keyboard.press("Escape")
+    studio.page.wait_for_selector("dialog", state="detached")
+    studio.page.get_by_placeholder("Search classes").fill("pave")
+    assert studio.page.get_by_role("radio").count() == 1
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_page_has_no_accessibility_violations(browser: Any, served: Served, scheme: str) -> None:
+    with running(served) as url:
+        page = browser.new_page(viewport={"width": 1280, "height": 720}, color_scheme=scheme, bypass_csp=True)
+        studio = Studio(page, url)
+        studio.shot(f"open-{scheme}")
+        for state in ("open", "result", "dialog"):
+            if state == "result":
+                studio.drag((0.4, 0.5), (0.5, 0.5))
+                studio.run()
+            if state == "dialog":
+                page.keyboard.press("?")
+            result = axe.Axe().run(page)
+            assert result.violations_count == 0, f"{state}: {result.generate_report()}"
+        page.goto(f"{url}/docs")
+        assert axe.Axe().run(page).violations_count == 0
+        page.close()
+
+
+@pytest.mark.slow
+def test_page_24_megapixels_pan_and_zoom_fluidly(studio: Studio) -> None:
+    photo = np.zeros((4000, 6000, 3), np.uint8)
+    photo[::40] = 200
+    stream = io.BytesIO()
+    Image.fromarray(photo).save(stream, "JPEG")
+    upload = {"name": "large.jpg", "mimeType": "image/jpeg", "buffer": stream.getvalue()}
+    studio.page.locator("input[type=file]").first.set_input_files(upload)
+    studio.wait_for_photo(6000, 4000)
+    studio.drag((0.3, 0.3), (0.6, 0.6))
+    box = studio.page.locator("canvas").bounding_box()
+    studio.page.mouse.move(box["x"] + 400, box["y"] + 200)
+    times = studio.page.evaluate(
+        """async () => {
+            const canvas = document.querySelector("canvas"), times = [];
+            for (let i = 0; i < 60; i++) {
+                const started = performance.now();
+                canvas.dispatchEvent(new WheelEvent("wheel", {deltaY: i < 30 ? -60 : 60, clientX: 500, clientY: 300}));
+                await new Promise(requestAnimationFrame);
+                times.push(performance.now() - started);
+            }
+            return times.sort((a, b) => a - b);
+        }"""
+    )
+    assert times[30] < 100, times  # software rendering on two cores
