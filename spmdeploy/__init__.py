@@ -71,7 +71,7 @@ def open_editor(
     from spmdeploy.editing.editor import Editor  # late: a thread started by `on_loading` may have imported it by now
 
     signer = (f"signature by the key {bundle.signature.key}: {bundle.signature.comment}",) if bundle.signature else ()
-    return Editor(opened.session, bundle.manifest.classes, (*signer, *opened.choices))
+    return Editor(opened.session, bundle.manifest.classes, (*signer, *opened.choices), (*signer, *opened.notices))
 
 
 def __getattr__(name: str) -> Any:

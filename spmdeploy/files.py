@@ -31,6 +31,7 @@ STALE_SECONDS = 5
 
 EXISTS_HINT = "choose another name, or allow it with --overwrite"
 _HIDDEN = re.compile(r"\.(.*\.)?[0-9a-f]{16}\.(tmp|building|previous)", re.DOTALL)
+_OUTPUT_DESCRIPTOR = re.compile(r"-|/dev/stdout|/dev/fd/(\d{1,4})|/proc/self/fd/(\d{1,4})")
 _SWEPT: set[Path] = set()
 """Folders that this process has swept."""
 
@@ -53,6 +54,22 @@ def sha256(stream: BinaryIO, size: int | None = None) -> str:
         digest.update(chunk)
         size = None if size is None else size - len(chunk)
     return digest.hexdigest()
+
+
+def output_descriptor(path: str | Path) -> int | None:
+    """The open descriptor that an output stands for: "-" or /dev/stdout, or the /dev/fd/N of a process substitution."""
+    found = _OUTPUT_DESCRIPTOR.fullmatch(os.fspath(path))
+    return None if found is None else int(found[1] or found[2] or 1)
+
+
+def write_descriptor(path: str | Path, content: bytes) -> None:
+    """Writes all of `content` to the descriptor that `path` stands for. Raises InputError."""
+    descriptor = output_descriptor(path)
+    assert descriptor is not None, path
+    with os_errors("standard output" if descriptor == 1 else path, "write to"):
+        view = memoryview(content)
+        while view:
+            view = view[os.write(descriptor, view) :]
 
 
 @contextmanager

@@ -40,7 +40,7 @@ def read_input(path: FilePath, max_bytes: int) -> bytes:
     Raises:
         InputError: names the file and what is wrong with it.
     """
-    name = "standard input" if os.fspath(path) == STDIN else str(path)
+    name = input_name(path)
     descriptor = _open(path, name)
     try:
         facts = os.fstat(descriptor)
@@ -52,6 +52,21 @@ def read_input(path: FilePath, max_bytes: int) -> bytes:
         raise InputError(f"cannot read {name}: {exc.strerror or exc}") from exc
     finally:
         os.close(descriptor)
+
+
+def input_name(path: FilePath) -> str:
+    """What messages call an input file."""
+    return "standard input" if os.fspath(path) == STDIN else str(path)
+
+
+def is_stream(path: FilePath) -> bool:
+    """Whether the path stands for an open descriptor: "-", /dev/stdin or the /dev/fd/N of a process substitution."""
+    return os.fspath(path) == STDIN or _DESCRIPTOR.fullmatch(os.fspath(path)) is not None
+
+
+def is_standard_input(path: FilePath) -> bool:
+    """Whether the path stands for standard input, which can be read only once."""
+    return os.fspath(path) in (STDIN, "/dev/stdin", "/dev/fd/0", "/proc/self/fd/0")
 
 
 def read_text(path: FilePath, max_bytes: int = TEXT_BYTES) -> str:

@@ -110,6 +110,8 @@ class OpenedBackend:
 
     session: Backend
     choices: tuple[str, ...]
+    notices: tuple[str, ...] = ()
+    """Those of the choices that were made because something better, which is here, cannot be used."""
 
 
 @dataclass(frozen=True)

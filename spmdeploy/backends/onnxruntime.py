@@ -9,6 +9,7 @@ import os
 import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,7 +61,9 @@ def open_onnxruntime(
         try:
             return _open_on(bundle, device, precision, [*choices, f"device {device}: {reason}"], on_loading)
         except UnavailableError as error:
-            device, reason = "cpu", f"{device} was tried first; {error.problem}"
+            notice = f"device cpu: {device} was tried first; {error.problem}"
+            opened = _open_on(bundle, "cpu", precision, [*choices, notice], on_loading)
+            return replace(opened, notices=(notice,))
     return _open_on(bundle, device, precision, [*choices, f"device {device}: {reason}"], on_loading)
 
 

@@ -154,31 +154,40 @@ def _open_auto(bundle: Bundle, device: str, precision: str, on_loading: OnLoadin
     if precision == "bf16" and device not in ("auto", "cpu"):
         raise UsageError(f"bf16 is computed on CPUs, not on {device}", "leave --device out, or say cpu")
     if device == "cpu":
-        reason = "engines do not run on the CPU"
+        reason, is_notice = "engines do not run on the CPU", False
     else:
-        from spmdeploy.backends.select_engine import open_compatible_engine
+        from spmdeploy.backends.select_engine import NO_ENGINES, open_compatible_engine
 
         opened, reason = open_compatible_engine(bundle, _ordinal(device), precision)
         if opened is not None:
             return _with_device(opened, device)
+        is_notice = reason != NO_ENGINES
     gpu, why = _onnxruntime_gpu(device)
     if gpu or precision not in ("auto", "bf16"):
-        return _open_graphs(bundle, device, precision, on_loading, reason)
+        return _open_graphs(bundle, device, precision, on_loading, reason, is_notice)
     opened, proof = _open_bf16(bundle, on_loading)
     if opened is not None:
         chosen = (f"device cpu: {why}",) if device == "auto" else ()
-        return OpenedBackend(opened.session, (f"backend openvino: {reason}", *chosen, f"precision bf16: {proof}"))
+        choice = f"backend openvino: {reason}"
+        choices = (choice, *chosen, f"precision bf16: {proof}")
+        return OpenedBackend(opened.session, choices, (choice,) if is_notice else ())
     if precision == "bf16":
         raise UnavailableError(f"bf16 cannot be used: {proof}", "use --precision fp32")
-    return _open_graphs(bundle, device, precision, on_loading, f"{reason}; no bf16 in OpenVINO: {proof}")
+    return _open_graphs(bundle, device, precision, on_loading, f"{reason}; no bf16 in OpenVINO: {proof}", is_notice)
 
 
-def _open_graphs(bundle: Bundle, device: str, precision: str, on_loading: OnLoading, reason: str) -> OpenedBackend:
-    """ONNX Runtime, whose graph for CPUs is the fastest in FP32; OpenVINO where that alone is installed."""
+def _open_graphs(
+    bundle: Bundle, device: str, precision: str, on_loading: OnLoading, reason: str, is_notice: bool
+) -> OpenedBackend:
+    """ONNX Runtime, whose graph for CPUs is the fastest in FP32; OpenVINO where that alone is installed.
+
+    is_notice: whether the user should see the reason unasked.
+    """
     only_openvino = backend_entry("onnxruntime").missing() and not backend_entry("openvino").missing()
     entry = backend_entry("openvino" if only_openvino and device in ("auto", "cpu") else "onnxruntime")
     found = entry.open(bundle, device, precision, on_loading)
-    return OpenedBackend(found.session, (f"backend {entry.name}: {reason}", *found.choices))
+    choice = f"backend {entry.name}: {reason}"
+    return OpenedBackend(found.session, (choice, *found.choices), (*((choice,) if is_notice else ()), *found.notices))
 
 
 def _onnxruntime_gpu(device: str) -> tuple[bool, str]:
@@ -242,7 +251,7 @@ def _ordinal(device: str) -> int:
 def _with_device(opened: OpenedBackend, device: str) -> OpenedBackend:
     backend, *others = opened.choices
     first = [f"device {opened.session.device}: the first GPU that the driver shows"] if device == "auto" else []
-    return OpenedBackend(opened.session, (backend, *first, *others))
+    return OpenedBackend(opened.session, (backend, *first, *others), opened.notices)
 
 
 def _engine_checks(runtime: Literal["tensorrt", "tensorrt-rtx"]) -> Sequence[Check]:

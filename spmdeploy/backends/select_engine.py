@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 BUILD_FIRST = "build one on this machine: spmdeploy build BUNDLE"
 BUILD_EDIT_TOO = "build it too, on this machine: spmdeploy build BUNDLE --graph edit"
+NO_ENGINES = "no engine was built for this bundle"
 
 
 def open_named_engine(bundle: Bundle, runtime: EngineRuntime, ordinal: int, precision: str) -> OpenedBackend:
@@ -61,7 +62,8 @@ def open_compatible_engine(bundle: Bundle, ordinal: int, precision: str) -> tupl
             failures.append(error.problem)
             continue
         tried = "".join(f"; tried first: {problem}" for problem in failures)
-        return replace(opened, choices=(f"{opened.choices[0]}{tried}", *opened.choices[1:])), ""
+        choice = f"{opened.choices[0]}{tried}"
+        return replace(opened, choices=(choice, *opened.choices[1:]), notices=(choice,) if failures else ()), ""
     return None, f"no engine for this bundle works here: {'; '.join(failures)}"
 
 
@@ -137,7 +139,7 @@ def _reasons(engines: list[StoredEngine], precision: str) -> str:
         return f"no engine fits this machine: {against}"
     if _fitting(engines, precision, REFINE):
         return "a refine engine fits this machine, but no edit engine was built, without which it is of no use"
-    return "no engine was built for this bundle"
+    return NO_ENGINES
 
 
 def _refine_beside(bundle: Bundle, engine: StoredEngine, there: list[StoredEngine]) -> StoredEngine | Unsupported:

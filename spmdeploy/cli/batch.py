@@ -16,6 +16,7 @@ from spmdeploy.cli.options import (
     Overwrite,
     PrecisionOption,
     RequireSignature,
+    Verbose,
     open_editor_from_options,
     record_from,
     with_fields_of,
@@ -26,7 +27,7 @@ from spmdeploy.errors import BatchItemsFailedError
 
 @with_fields_of(EditOptions)
 def batch(
-    manifest: Annotated[Path, typer.Argument(help="The edits, .csv or .jsonl.")],
+    manifest: Annotated[Path, typer.Argument(help="The edits, .csv or .jsonl; - for standard input.")],
     output_dir: Annotated[Path, typer.Option("--output-dir", help="Results and status.jsonl go here.")],
     model: Model = None,
     backend: BackendOption = "auto",
@@ -36,6 +37,7 @@ def batch(
     jobs: Annotated[int, typer.Option("--jobs", min=1, help="Edits under way at once.")] = 1,
     resume: Annotated[bool, typer.Option("--resume", help="Skip what is done already.")] = False,
     overwrite: Overwrite = False,
+    verbose: Verbose = False,
     as_json: Json = False,
     **values: Any,
 ) -> None:
@@ -50,7 +52,7 @@ def batch(
 
     items = read_manifest(manifest, output_dir, overwrite, record_from(EditOptions, values))
     with (
-        open_editor_from_options(model, backend, device, precision, require_signature) as editor,
+        open_editor_from_options(model, backend, device, precision, require_signature, verbose=verbose) as editor,
         progress_bar("editing") as show,
     ):
         done = 0

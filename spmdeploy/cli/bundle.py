@@ -19,6 +19,7 @@ from spmdeploy.cli.options import (
     Overwrite,
     PrecisionOption,
     RequireSignature,
+    Verbose,
     open_editor_from_options,
     source_and_target,
 )
@@ -74,6 +75,7 @@ def verify(
             "--thorough", help="Also check repeatability, batches, cached layouts, a large edit and the GPU's memory."
         ),
     ] = False,
+    verbose: Verbose = False,
     as_json: Json = False,
 ) -> None:
     """Repeat a bundle's golden edits on this machine.
@@ -85,7 +87,9 @@ def verify(
 
     opened = open_bundle(bundle or spmdeploy.default_model(), public_key_from(require_signature))
     opened.check_all()
-    with open_editor_from_options(opened.path, backend, device, precision, require_signature) as editor:
+    with open_editor_from_options(
+        opened.path, backend, device, precision, require_signature, verbose=verbose
+    ) as editor:
         session = editor.session
         results = run_golden_edits(session, opened)
         ran = {key: getattr(session, key) for key in ("backend", "device", "precision", "provider")}

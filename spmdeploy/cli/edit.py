@@ -7,7 +7,7 @@ import time
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
-from spmdeploy.cli.console import log_notes, print_result, progress_bar
+from spmdeploy.cli.console import log, log_notes, print_result, progress_bar
 from spmdeploy.cli.options import (
     BackendOption,
     Device,
@@ -15,12 +15,14 @@ from spmdeploy.cli.options import (
     Model,
     PrecisionOption,
     RequireSignature,
+    Verbose,
     open_editor_from_options,
     record_from,
     with_fields_of,
 )
 from spmdeploy.editing.options import EditOptions, EditRequest, option_fields
 from spmdeploy.errors import UsageError
+from spmdeploy.files import output_descriptor
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -36,6 +38,7 @@ def edit(
     device: Device = "auto",
     precision: PrecisionOption = "auto",
     require_signature: RequireSignature = None,
+    verbose: Verbose = False,
     as_json: Json = False,
     **values: Any,
 ) -> None:
@@ -46,13 +49,17 @@ def edit(
     the studio in place of the photo holds all of these and is replayed to the same bytes.
     """
     if values["image"].suffix.lower() == ".zip":
-        _replay(values, model, backend, device, precision, require_signature, as_json)
+        _replay(values, model, backend, device, precision, require_signature, verbose, as_json)
         return
     started = time.perf_counter()
+    if as_json and output_descriptor(values["output"]) == 1:
+        raise UsageError("--json and --output - would both write to standard output", "name a file for the image")
     request = record_from(EditRequest, values, options=record_from(EditOptions, values))
     with (
         _Prefetcher(request) as prefetcher,
-        open_editor_from_options(model, backend, device, precision, require_signature, prefetcher.start) as editor,
+        open_editor_from_options(
+            model, backend, device, precision, require_signature, prefetcher.start, verbose
+        ) as editor,
     ):
         opened = time.perf_counter()
         from spmdeploy.editing.run import run_edit
@@ -71,6 +78,7 @@ def _replay(
     device: str,
     precision: str,
     require_signature: str | None,
+    verbose: bool,
     as_json: bool,
 ) -> None:
     """Run the edit of a session file."""
@@ -83,7 +91,7 @@ def _replay(
             raise UsageError(f"a session file has its own {one.column}", f"leave --{one.column.replace('_', '-')} out")
     session, output = read_session(values["image"]), values["output"]
     check_session_output(output, values["overwrite"])
-    with open_editor_from_options(model, backend, device, precision, require_signature) as editor:
+    with open_editor_from_options(model, backend, device, precision, require_signature, verbose=verbose) as editor:
         opened = time.perf_counter()
         with progress_bar("editing") as show:
             result = replay_session(editor, session, output, values["overwrite"], show)
@@ -103,7 +111,11 @@ def _print_outcome(result: EditOutcome, choices: tuple[str, ...], started: float
     lines = [f"{summary}, {result.report.provider}, {result.report.precision}, {ended - started:.2f} s"]
     lines += [f"{result.sheet}: before, labels, mask, after"] if result.sheet else []
     lines += [f"{result.explain}: windows and tiles"] if result.explain else []
-    print_result("edit", payload, lines, as_json)
+    if output_descriptor(result.output) == 1:
+        for line in lines:
+            log(line)
+    else:
+        print_result("edit", payload, lines, as_json)
 
 
 class _Prefetcher(AbstractContextManager["_Prefetcher"]):

@@ -129,6 +129,9 @@ PrecisionOption = Annotated[
 ]
 
 
+Verbose = Annotated[bool, typer.Option("--verbose", help="Print why this backend, device and precision were chosen.")]
+
+
 RequireSignature = Annotated[
     str | None,
     typer.Option(
@@ -157,10 +160,17 @@ def open_editor_from_options(
     precision: str,
     require_signature: str | None,
     on_loading: Callable[[ClassTable], None] = lambda classes: None,
+    verbose: bool = False,
 ) -> Editor:
-    """Open the editor and log what was chosen for it."""
+    """Open the editor and log what was chosen for it, in one line; the reasons if `verbose` or if something failed."""
     with require_extra("export"):
         editor = spmdeploy.open_editor(model, backend, device, precision, require_signature, on_loading)
-    for choice in editor.choices:
-        log(choice)
+    if verbose:
+        for choice in editor.choices:
+            log(choice)
+    elif editor.choices:
+        session = editor.session
+        log(f"{session.backend}, {'CPU' if session.device == 'cpu' else session.device}, {session.precision}")
+        for notice in editor.notices:
+            log(notice)
     return editor

@@ -5,13 +5,15 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
 import threading
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -20,7 +22,7 @@ from spmdeploy.editing.options import EditOptions, EditRequest, OptionField, opt
 from spmdeploy.editing.run import run_edit
 from spmdeploy.errors import InputError, OutOfMemoryError, SpmDeployError, UsageError
 from spmdeploy.imaging import files as images
-from spmdeploy.inputs import read_text
+from spmdeploy.inputs import input_name, is_stream, read_text
 from spmdeploy.serialization import parse_json
 
 STATUS_FILE = "status.jsonl"
@@ -108,24 +110,26 @@ def read_manifest(
     """Read the rows of a CSV file with a heading, or of a JSONL file with one object per line (by suffix).
 
     Args:
-        path: columns are the fields of `EditRequest` and `EditOptions` (see COLUMNS). Without `output` the result is
-            named like the image, as PNG.
+        path: "-" for standard input, whose first character tells which it is. Columns are the fields of `EditRequest`
+            and `EditOptions` (see COLUMNS). Without `output` the result is named like the image, as PNG.
         output_dir: where outputs go.
         overwrite: whether outputs may replace files.
         options: of every row, unless the row has a column for it.
 
     Raises:
-        InputError: the file as a whole cannot be read, has an unknown column, or two rows would write the same file.
+        InputError: the file as a whole cannot be read or has an unknown column, two rows would write the same file, or
+            one would overwrite a file that another one reads.
     """
     items = []
+    folder = Path() if is_stream(path) else path.parent
     for number, row in enumerate(_rows(path), start=1):
         try:
-            items.append(BatchItem(number, _request_of_row(row, path.parent, output_dir, overwrite, options), None))
+            items.append(BatchItem(number, _request_of_row(row, folder, output_dir, overwrite, options), None))
         except SpmDeployError as exc:
             items.append(BatchItem(number, None, exc))
     if not items:
-        raise InputError(f"{path} holds no rows", _COLUMNS_HINT)
-    _check_outputs_differ(items, path)
+        raise InputError(f"{input_name(path)} holds no rows", _COLUMNS_HINT)
+    _check_outputs(items, path, output_dir)
     return items
 
 
@@ -222,23 +226,29 @@ def _in_order_of_completion(
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    text = read_text(path)
-    if path.suffix.lower() == ".jsonl":
-        yield from _jsonl_rows(text, path)
-    elif path.suffix.lower() == ".csv":
-        yield from _csv_rows(text, path)
-    else:
+    if not is_stream(path) and path.suffix.lower() not in (".csv", ".jsonl"):
         raise InputError(f"{path} is neither .csv nor .jsonl", "the suffix says how it is read")
+    text = read_text(path)
+    is_jsonl = text.lstrip().startswith("{") if is_stream(path) else path.suffix.lower() == ".jsonl"
+    yield from _jsonl_rows(text, path) if is_jsonl else _csv_rows(text, path)
 
 
 def _csv_rows(text: str, path: Path) -> Iterator[dict[str, Any]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    """The rows that hold anything. Spreadsheets write empty columns and rows, and headings with capitals and blanks."""
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    names: list[str] | None = None
     try:
-        _check_columns(list(reader.fieldnames or ()), path)
-        for row in reader:
-            if None in row:
-                raise InputError(f"{path} line {reader.line_num}: more cells than the heading has")
-            yield {name: value for name, value in row.items() if value}
+        for cells in reader:
+            if not any(cell.strip() for cell in cells):
+                continue
+            if names is None:
+                names = [re.sub(r"[\s_-]+", "_", cell.strip().lower()) for cell in cells]
+                _check_columns([name for name in names if name], path)
+                continue
+            row = list(zip_longest(names, cells, fillvalue=""))
+            if surplus := [cell for name, cell in row if cell.strip() and not name]:
+                raise InputError(f"{path} line {reader.line_num}: {surplus[0]!r} is in a column without a heading")
+            yield {name: cell for name, cell in row if cell.strip()}
     except csv.Error as exc:
         raise InputError(f"{path} line {reader.line_num}: {exc}") from exc
 
@@ -292,7 +302,7 @@ def _value(column: OptionField, value: object, folder: Path) -> Any:
         return column.option.parse(text)
     types = get_args(column.type) or (column.type,)
     if Path in types:
-        return folder / text
+        return _input_path(folder, text)
     if bool in types:
         if text.lower() not in _FLAGS:
             raise InputError(f"{column.column} is {value!r}, neither true nor false")
@@ -302,6 +312,19 @@ def _value(column: OptionField, value: object, folder: Path) -> Any:
             raise InputError(f"{column.column} is {value!r}, not a whole number")
         return int(text)
     return text
+
+
+def _input_path(folder: Path, text: str) -> Path:
+    """The file of a cell; if there is none, the one whose name is the same in another Unicode normalization (macOS)."""
+    path = folder / text
+    if is_stream(text) or is_stream(path):
+        raise InputError(f"a row cannot read {text}", "name a file")
+    if not os.path.lexists(path):
+        for form in ("NFC", "NFD"):
+            other = folder / unicodedata.normalize(form, text)
+            if os.path.lexists(other):
+                return other
+    return path
 
 
 _FLAGS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
@@ -315,15 +338,42 @@ def _is_below(path: Path, folder: Path) -> bool:
         return False
 
 
-def _check_outputs_differ(items: list[BatchItem], path: Path) -> None:
-    rows: dict[Path, int] = {}
-    for item in items:
-        if item.request is None:
-            continue
-        output = item.request.output.resolve()
-        if output in rows:
+def _check_outputs(items: list[BatchItem], manifest: Path, output_dir: Path) -> None:
+    """InputError if two rows would write the same file, or one would overwrite a file that another one reads."""
+    requests = [(item.row, item.request) for item in items if item.request is not None]
+    ignores_case = _ignores_case(output_dir)
+    outputs: dict[str, int] = {}
+    for row, request in requests:
+        first = outputs.setdefault(_file_key(request.output, ignores_case), row)
+        if first != row:
             raise InputError(
-                f"{path}: rows {rows[output]} and {item.row} would both write {item.request.output}",
+                f"{manifest}: rows {first} and {row} would both write {request.output}",
                 "give them different names in the output column",
             )
-        rows[output] = item.row
+    for row, request in requests:
+        for path in (request.image, request.labels, request.mask, request.edited_from, request.instances):
+            writer = None if path is None else outputs.get(_file_key(path, ignores_case))
+            if request.overwrite and writer not in (None, row):
+                raise InputError(
+                    f"{manifest}: row {writer} would overwrite {path}, which row {row} reads",
+                    "name another output folder, or other names in the output column",
+                )
+
+
+def _file_key(path: Path, ignores_case: bool) -> str:
+    """The same for all paths of one file: links are resolved, and names folded where the file system ignores case."""
+    try:
+        real = os.path.realpath(path)
+    except ValueError:  # a zero byte in the name, which reading the file reports
+        real = str(path)
+    return unicodedata.normalize("NFC", real).casefold() if ignores_case else real
+
+
+def _ignores_case(folder: Path) -> bool:
+    """Whether the file system of a folder, or of its nearest parent that exists, ignores case in names."""
+    folder = Path(os.path.realpath(folder))
+    for part in (folder, *folder.parents):
+        other = part.with_name(part.name.swapcase()) if part.name else part
+        if other != part and part.exists():
+            return other.exists() and os.path.samefile(part, other)
+    return False

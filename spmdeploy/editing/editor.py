@@ -58,12 +58,21 @@ class Editor:
         classes: the model's classes.
         choices: why this session was chosen, one line for each choice that was left open; first the signature, if one
             was checked.
+        notices: those of the choices that the user should see unasked: a signature that was checked, and what is here
+            but cannot be used.
     """
 
-    def __init__(self, session: Backend, classes: ClassTable, choices: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        session: Backend,
+        classes: ClassTable,
+        choices: tuple[str, ...] = (),
+        notices: tuple[str, ...] = (),
+    ) -> None:
         self.session = session
         self.classes = classes
         self.choices = choices
+        self.notices = notices
 
     def edit(
         self,

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
 
 from spmdeploy.errors import UsageError
+from spmdeploy.inputs import input_name, is_standard_input, is_stream
 from spmdeploy.types import MaskAlpha, Padding, Tiling
 
 DEFAULT_DILATION = 8
@@ -138,8 +139,14 @@ class EditRequest:
         UsageError: the fields contradict each other, or an output would overwrite an input.
     """
 
-    image: Annotated[Path, Option("The photo: 8-bit PNG, JPEG, WebP or BMP.", is_argument=True)]
-    output: Annotated[Path, Option("The edited photo; .png keeps known pixels exactly.", flags=("--output", "-o"))]
+    image: Annotated[Path, Option("The photo: 8-bit PNG, JPEG, WebP or BMP; - for standard input.", is_argument=True)]
+    output: Annotated[
+        Path,
+        Option(
+            "The edited photo; .png keeps known pixels exactly. - writes a PNG to standard output.",
+            flags=("--output", "-o"),
+        ),
+    ]
     labels: Annotated[Path | None, Option("Label map: the class of each pixel to paint.")] = None
     fill: Annotated[str | None, Option("One class for the whole mask, by name or id.")] = None
     mask: Annotated[Path | None, Option("White is edited, black is kept.")] = None
@@ -200,6 +207,10 @@ class EditRequest:
         """An output may replace the photo, if overwriting is allowed, but no other input and no other output."""
         sources = (self.labels, self.mask, self.edited_from, self.instances)
         all_sources = (*sources, self.image, self.output)
+        if sum(is_standard_input(path) for path in (self.image, *filter(None, sources))) > 1:
+            raise UsageError(
+                "standard input is given for more than one file", "pass the others by name, or as <(command) in bash"
+            )
         for written, others in (
             (self.output, sources),
             (self.sheet, all_sources),
@@ -221,12 +232,16 @@ class EditRequest:
         """How messages name the mask."""
         if self.extend is not None:
             return "the extension"
-        name = str(self.mask) if self.mask else f"the difference of {self.labels} and {self.edited_from}"
+        name = input_name(self.mask) if self.mask else f"the difference of {self.labels} and {self.edited_from}"
         return f"{name}, grown by {self.dilation}," if self.dilation else name
 
 
 def _same_file(first: Path, second: Path) -> bool:
+    if is_stream(first) or is_stream(second):
+        return False
     try:
-        return os.path.realpath(first) == os.path.realpath(second)
-    except ValueError:  # a zero byte in a name, which reading the file reports
+        if os.path.realpath(first) == os.path.realpath(second):
+            return True
+        return os.path.samefile(first, second)  # hard links, and other capitals where the file system ignores them
+    except (OSError, ValueError):  # one does not exist; a zero byte in a name, which reading the file reports
         return False

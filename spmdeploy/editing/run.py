@@ -17,6 +17,7 @@ from spmdeploy.editing.preprocess import extend_canvas
 from spmdeploy.editing.report import EditReport
 from spmdeploy.editing.validate import InputNames, check_padding
 from spmdeploy.imaging import files as images
+from spmdeploy.inputs import input_name
 from spmdeploy.labels import ClassTable
 from spmdeploy.tiling.outpaint import extended_size, image_window, outpaint_windows
 from spmdeploy.tiling.windows import EditWindow
@@ -79,7 +80,8 @@ def run_edit(
     Raises:
         SpmDeployError: names the file or option at fault. Nothing has been written then.
     """
-    for path in filter(None, (request.output, request.sheet, request.explain)):
+    images.check_output(request.output, request.overwrite, allow_stream=True)
+    for path in filter(None, (request.sheet, request.explain)):
         images.check_output(path, request.overwrite)
     inputs = read_inputs(request, editor.classes) if get_inputs is None else get_inputs()
     images.check_output_size(request.output, *inputs.mask.shape)
@@ -112,7 +114,7 @@ def read_inputs(request: EditRequest, classes: ClassTable) -> EditInputs:
     photo = images.read_photo(request.image)
     original = photo.pixels.shape
     if request.extend is not None:
-        check_padding(request.extend, original, str(request.image))
+        check_padding(request.extend, original, input_name(request.image))
         photo = extend_photo(photo, request.extend)
     if request.labels is not None:
         labels = images.read_labels(request.labels, table=classes)
@@ -141,8 +143,8 @@ def extend_photo(photo: images.Photo, padding: Padding) -> images.Photo:
 
 def _names(request: EditRequest, photo: images.Photo) -> InputNames:
     return InputNames(
-        image=str(request.image),
-        labels=str(request.labels or f"fill {request.fill}"),
+        image=input_name(request.image),
+        labels=input_name(request.labels or f"fill {request.fill}"),
         mask=request.mask_description,
         instances=str(request.instances),
         extended=request.extend is not None,

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image as PilImage
 
 from spmdeploy.errors import InputError
-from spmdeploy.files import EXISTS_HINT, atomic_write
+from spmdeploy.files import EXISTS_HINT, atomic_write, output_descriptor, write_descriptor
 from spmdeploy.imaging.decode import DecodedFile, decode_errors, decode_ids, decode_image
 from spmdeploy.inputs import FilePath
 from spmdeploy.labels import ClassTable
@@ -379,7 +379,8 @@ def _format_values(values: NDArray[Any], limit: int = 8) -> str:
 def write_photo(path: FilePath, photo: Photo, overwrite: bool = False) -> tuple[str, ...]:
     """Write a photo with its transparency, ICC profile and EXIF.
 
-    The suffix decides: .png and .webp are exact, .jpg (quality 95, 4:4:4) is not. The file is written atomically.
+    The suffix decides: .png and .webp are exact, .jpg (quality 95, 4:4:4) is not. The file is written atomically. "-"
+    writes a PNG to standard output.
 
     Returns:
         Notes on what the format cannot hold.
@@ -387,7 +388,7 @@ def write_photo(path: FilePath, photo: Photo, overwrite: bool = False) -> tuple[
     Raises:
         InputError: As `check_output`, or the operating system refuses.
     """
-    format = check_output(path, overwrite)
+    format = check_output(path, overwrite, allow_stream=True)
     options = _WRITE_OPTIONS[format] | {"icc_profile": photo.icc_profile}
     notes = []
     exif = photo.exif
@@ -451,14 +452,21 @@ def write_instances(path: FilePath, instances: NDArray[np.integer[Any]], overwri
     _write(Path(path), instances.astype(np.uint16), "PNG", dict(_WRITE_OPTIONS["PNG"]), overwrite)
 
 
-def check_output(path: FilePath, overwrite: bool) -> str:
+def check_output(path: FilePath, overwrite: bool, *, allow_stream: bool = False) -> str:
     """Return the format that the suffix stands for: "PNG", "JPEG" or "WebP". Call it before the work, not after it.
+
+    Args:
+        path: the output.
+        overwrite: whether it may replace a file.
+        allow_stream: whether it may be "-", /dev/stdout or a process substitution, which are PNG.
 
     Raises:
         InputError: The suffix is unknown, the folder is missing or not writable, or the file exists (unless
             `overwrite`).
     """
     path = Path(path)
+    if allow_stream and output_descriptor(path) is not None:
+        return "PNG"
     format = _SUFFIXES.get(path.suffix.lower())
     if format is None:
         raise InputError(
@@ -478,7 +486,7 @@ def check_output(path: FilePath, overwrite: bool) -> str:
 
 def check_output_size(path: FilePath, height: int, width: int) -> None:
     """Raise InputError if the format of the suffix cannot hold images of that size."""
-    format = _SUFFIXES[Path(path).suffix.lower()]
+    format = "PNG" if output_descriptor(Path(path)) is not None else _SUFFIXES[Path(path).suffix.lower()]
     longest = max(height, width)
     if longest > _MAX_SIDE.get(format, longest):
         raise InputError(
@@ -490,5 +498,11 @@ def _write(
     path: Path, pixels: NDArray[np.uint8 | np.uint16], format: str, options: dict[str, Any], overwrite: bool
 ) -> None:
     check_output_size(path, *pixels.shape[:2])
+    image = PilImage.fromarray(np.ascontiguousarray(pixels))
+    if output_descriptor(path) is not None:
+        buffer = io.BytesIO()
+        image.save(buffer, format, **options)
+        write_descriptor(path, buffer.getvalue())
+        return
     with atomic_write(path, overwrite) as stream:
-        PilImage.fromarray(np.ascontiguousarray(pixels)).save(stream, format, **options)
+        image.save(stream, format, **options)

@@ -176,7 +176,8 @@ def test_auto_goes_on_to_the_cpu_and_says_why(
     bundle = open_bundle(street_bundle)
     opened = open_backend(bundle)  # the fake claims CUDA and runs on the CPU
     assert (opened.session.device, opened.session.precision) == ("cpu", "fp32")
-    assert any("cuda:0 was tried first" in choice and "would run on CPU" in choice for choice in opened.choices)
+    (notice,) = opened.notices
+    assert notice in opened.choices and "cuda:0 was tried first" in notice and "would run on CPU" in notice
 
     library.runs_on = CUDA
     assert open_backend(bundle).session.device == "cuda:0"

@@ -24,7 +24,7 @@ def test_edit_finished_skips_interpreter_shutdown_unless_traced(files: EditFiles
     args = files.args(json=True, backend="onnxruntime")
     result = process(*args, driver=WITH_EXIT_MESSAGE)
     assert result.code == 0 and result.json["output"] == str(files.output)
-    assert "device cpu" in result.err.splitlines()[-1] or "precision" in result.err.splitlines()[-1]
+    assert result.err == "onnxruntime, CPU, fp32\n"
     result = process(*files.args(), driver=WITH_EXIT_MESSAGE)  # the output exists already
     assert (result.code, result.out) == (7, "") and result.err.splitlines()[-1].startswith("hint: ")
     result = process("labels", "check", files.labels, driver=WITH_EXIT_MESSAGE)
@@ -50,7 +50,9 @@ def test_edit_known_pixels_are_unchanged(files: EditFiles, run: Any) -> None:
 
 def test_edit_auto_choices_are_logged_and_explicit_ones_are_not(files: EditFiles, run: Any) -> None:
     result = run(*files.args())
-    assert [line.split(":")[0] for line in result.err.splitlines()] == [
+    assert result.err == "onnxruntime, CPU, fp32\n"
+    verbose = run(*files.args(overwrite=True, verbose=True))
+    assert [line.split(":")[0] for line in verbose.err.splitlines()] == [
         "backend onnxruntime",
         "device cpu",
         "precision fp32",

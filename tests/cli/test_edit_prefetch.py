@@ -71,7 +71,7 @@ def test_edit_output_error_precedes_input_error(tmp_path: Path, capfd: Any) -> N
     output.write_bytes(b"dear")
     assert cli.main(edit_args(output, image=tmp_path / "absent.png")) == 7
     text = capfd.readouterr().err.splitlines()
-    assert text[0].startswith("backend onnxruntime: ") and str(output) in text[-2] and "absent" not in text[-2]
+    assert text[0] == "onnxruntime, CPU, fp32" and str(output) in text[-2] and "absent" not in text[-2]
     assert output.read_bytes() == b"dear"
 
 

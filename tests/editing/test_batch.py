@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,10 @@ from PIL import Image
 
 from spmdeploy import cli
 from spmdeploy.backends.base import Unsupported
-from spmdeploy.editing.batch import STATUS_FILE, ItemStatus, read_manifest, run_batch
+from spmdeploy.editing import batch
+from spmdeploy.editing.batch import STATUS_FILE, ItemStatus, _ignores_case, read_manifest, run_batch
 from spmdeploy.editing.editor import Editor
+from spmdeploy.editing.options import EditOptions
 from spmdeploy.errors import InputError, OutOfMemoryError, UsageError
 from spmdeploy.labels import class_table
 from spmdeploy.types import ModelInput
@@ -357,3 +361,116 @@ def test_a_killed_batch_is_resumed(
     assert counts["failed"] == 0 and counts["skipped"] == (2 if number == "SIGINT" else 1)
     assert set(results(folder)) == {"a.png", "b.png", "c.png"}
     assert not [path for path in (folder / "out").iterdir() if path.suffix == ".tmp"]
+
+
+def test_read_manifest_csv_as_spreadsheets_write_it_is_read(folder: Path) -> None:
+    manifest = csv(
+        folder,
+        "a.png,labels.png,mask.png,,,,,",
+        ",,,,,,,",
+        "b.png,,mask.png,tree,2,yes,,",
+        heading="Image , LABELS,mask,Fill,Grow,Match surroundings,,",
+    )
+    first, second = read_manifest(manifest, folder / "out")
+    assert first.request is not None and first.request.labels == folder / "labels.png"
+    assert second.error is not None and "match_surroundings needs the labels" in second.error.problem
+    manifest = csv(folder, "b.png,mask.png,tree,2,,", heading="image,mask,fill,grow,,")
+    (item,) = read_manifest(manifest, folder / "out")
+    assert item.request is not None and (item.request.fill, item.request.options.dilate) == ("tree", 2)
+
+
+@pytest.mark.parametrize("row", ["a.png,labels.png,mask.png,,surplus", "a.png,labels.png,mask.png,,,surplus"])
+def test_read_manifest_cell_without_heading_is_refused(row: str, folder: Path) -> None:
+    with pytest.raises(InputError, match="line 2: 'surplus' is in a column without a heading"):
+        read_manifest(csv(folder, row, heading="image,labels,mask,output,"), folder / "out")
+
+
+@pytest.mark.parametrize(("stored", "written"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_read_manifest_name_in_another_normalization_is_found(stored: str, written: str, folder: Path) -> None:
+    name = unicodedata.normalize(stored, "café.png")
+    (folder / "a.png").rename(folder / name)
+    (item,) = read_manifest(
+        csv(folder, unicodedata.normalize(written, "café.png,labels.png,mask.png,")), folder / "out"
+    )
+    assert item.request is not None and item.request.image == folder / name
+
+
+def test_read_manifest_options_in_columns_replace_those_of_the_command(folder: Path) -> None:
+    rows = [f"{name}.png,labels.png,mask.png,{feather}" for name, feather in zip("ab", ("0", ""), strict=True)]
+    manifest = csv(folder, *rows, heading="image,labels,mask,feather")
+    items = read_manifest(manifest, folder / "out", options=EditOptions(feather=9, tiling="crop"))
+    assert [item.request and (item.request.options.feather, item.request.options.tiling) for item in items] == [
+        (0, "crop"),
+        (9, "crop"),
+    ]
+
+
+def test_read_manifest_standard_input_inside_a_row_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    for name in ("-", "/dev/stdin", "/dev/fd/3"):
+        (item,) = read_manifest(csv(Path(), f"{name},labels.png,mask.png,o.png"), folder / "out")
+        assert item.error is not None and f"cannot read {name}" in item.error.problem
+
+
+@pytest.mark.parametrize("kind", ["image", "labels", "mask"])
+def test_read_manifest_output_over_the_input_of_another_row_is_refused(kind: str, folder: Path) -> None:
+    save(folder / "x.png", np.zeros((30, 40), np.uint8))
+    rows = [f"{name}.png,labels.png,mask.png,{name}-edited.png".split(",") for name in "ab"]
+    rows[1][["image", "labels", "mask"].index(kind)] = "x.png"
+    rows[0][3] = "x.png"
+    manifest = csv(folder, *map(",".join, rows))
+    with pytest.raises(InputError, match=r"row 1 would overwrite .*x\.png, which row 2 reads"):
+        read_manifest(manifest, folder, overwrite=True)
+    assert len(read_manifest(manifest, folder)) == 2  # refused by the rows themselves, which leave existing files alone
+
+
+def test_read_manifest_output_over_an_input_behind_a_link_is_refused(folder: Path) -> None:
+    (folder / "link.png").symlink_to(folder / "b.png")
+    rows = ["a.png,labels.png,mask.png,link.png", "b.png,labels.png,mask.png,other.png"]
+    with pytest.raises(InputError, match=r"row 1 would overwrite .*b\.png, which row 2 reads"):
+        read_manifest(csv(folder, *rows), folder, overwrite=True)
+
+
+def test_read_manifest_output_over_the_photo_of_its_own_row_is_allowed(folder: Path) -> None:
+    assert all(item.request for item in read_manifest(csv(folder, *ROWS), folder, overwrite=True))
+
+
+def test_read_manifest_names_that_differ_in_case_are_one_file_where_case_is_ignored(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = csv(folder, "a.png,labels.png,mask.png,x.png", "b.png,labels.png,mask.png,X.png")
+    assert len(read_manifest(manifest, folder / "out")) == 2
+    monkeypatch.setattr(batch, "_ignores_case", lambda folder: True)
+    with pytest.raises(InputError, match="rows 1 and 2 would both write"):
+        read_manifest(manifest, folder / "out")
+    manifest = csv(folder, "a.png,labels.png,mask.png,B.PNG", "b.png,labels.png,mask.png,c2.png")
+    with pytest.raises(InputError, match=r"row 1 would overwrite .*b\.png, which row 2 reads"):
+        read_manifest(manifest, folder, overwrite=True)
+
+
+def test_ignores_case_follows_the_file_system(folder: Path) -> None:
+    assert _ignores_case(folder / "absent") == (folder.parent / folder.name.swapcase()).exists()
+    (folder / "case").mkdir()
+    (folder / "CASE").mkdir(exist_ok=True)
+    assert _ignores_case(folder / "case") == (folder / "case").samefile(folder / "CASE")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs /dev/stdin")
+@pytest.mark.parametrize("path", ["-", "/dev/stdin"])
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_batch_manifest_from_standard_input_is_read_relative_to_the_working_directory(
+    path: str, kind: str, folder: Path, street_bundle: Path
+) -> None:
+    row = {"image": "a.png", "labels": "labels.png", "mask": "mask.png"}
+    manifest = csv(folder, ROWS[0]) if kind == "csv" else jsonl(folder, row)
+    arguments = ["batch", path, "--output-dir", "out", "--model", street_bundle, "--json"]
+    done = subprocess.run(
+        [sys.executable, "-m", "spmdeploy", *map(str, arguments)],
+        input=manifest.read_bytes(),
+        capture_output=True,
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[2])},
+        check=False,
+    )
+    assert done.returncode == 0 and json.loads(done.stdout)["counts"]["done"] == 1, done.stderr
+    assert set(results(folder)) == {"a.png"}

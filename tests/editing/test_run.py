@@ -259,7 +259,7 @@ def test_absurd_extensions_are_refused_before_memory_is_asked_for(files: EditReq
 
 def test_a_format_that_cannot_hold_the_grown_picture_is_refused_before_the_work(files: EditRequest) -> None:
     never = editor(AssertionError("the session ran"))
-    with pytest.raises(InputError, match="WebP holds at most 16383 pixels a side, not 17030"):
+    with pytest.raises(InputError, match="WebP holds at most 16383 pixels per side, not 17030"):
         run_edit(never, extension(files, 17_000, 0, 0, 0, output=files.output.with_suffix(".webp")))
 
 
