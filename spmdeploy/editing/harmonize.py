@@ -16,7 +16,7 @@ from spmdeploy.types import Image, LabelMap, Mask
 
 Plane = NDArray[np.floating[Any]]  # float32
 
-# Larger pictures are measured on cells of several pixels, so that the band below spans about the same part of them.
+# Larger images are measured on cells of several pixels, so that the band below spans about the same part of them.
 MEASURED_SIDE = 512
 # Cells on either side of the border between known and painted pixels of a class whose mean colors are compared.
 BAND = 6
@@ -95,39 +95,39 @@ def border_contrast(image: Image, labels: LabelMap, mask: Mask) -> tuple[float, 
     return float(across / max(inside, 1e-6)), int(count[1])
 
 
-def match_surroundings(picture: Image, labels: LabelMap, mask: Mask) -> None:
-    """Changes the picture under the mask, in place; known pixels are only read.
+def match_surroundings(image: Image, labels: LabelMap, mask: Mask) -> None:
+    """Changes the image under the mask, in place; known pixels are only read.
 
-    picture: uint8 (H, W, 3) RGB, edited. labels: integer (H, W), true of the known pixels too. mask: bool (H, W),
+    image: uint8 (H, W, 3) RGB, edited. labels: integer (H, W), true of the known pixels too. mask: bool (H, W),
     True = painted. The same inputs give the same bytes.
     """
-    match_color_statistics(picture, labels, mask)
-    match_noise(picture, labels, mask)
+    match_color_statistics(image, labels, mask)
+    match_noise(image, labels, mask)
 
 
 # ---- colors ----
 
 
-def match_color_statistics(picture: Image, labels: LabelMap, mask: Mask) -> None:
+def match_color_statistics(image: Image, labels: LabelMap, mask: Mask) -> None:
     """Shifts every painted class by its steps at the border, spread over its inside."""
     factor = -(-max(mask.shape) // MEASURED_SIDE)
     for label in np.unique(labels[mask]):
         known, painted = (labels == label) & ~mask, (labels == label) & mask
-        shift = _shift(picture, known, painted, factor)
+        shift = _shift(image, known, painted, factor)
         if shift is not None:
             rows, columns = np.nonzero(painted)
-            shifted = picture[rows, columns] + _upsample_bilinear(shift, factor, mask.shape)[rows, columns]
-            picture[rows, columns] = np.clip(np.rint(shifted), 0, 255)
+            shifted = image[rows, columns] + _upsample_bilinear(shift, factor, mask.shape)[rows, columns]
+            image[rows, columns] = np.clip(np.rint(shifted), 0, 255)
 
 
-def _shift(picture: Image, known: Mask, painted: Mask, factor: int) -> Plane | None:
+def _shift(image: Image, known: Mask, painted: Mask, factor: int) -> Plane | None:
     """What to add to the painted pixels, a value per cell: float32 (h, w, 3). None where the two hardly meet."""
     known_cells, painted_cells = (_block_sum(where.astype(np.float32), factor) for where in (known, painted))
     known_rim, painted_rim = known_cells * _near(painted_cells > 0), painted_cells * _near(known_cells > 0)
     if min(np.count_nonzero(known_rim), np.count_nonzero(painted_rim)) < FEWEST_CELLS:
         return None
-    around = _pull_push(_cell_means(picture, known, factor), known_rim)
-    inside = _pull_push(_cell_means(picture, painted, factor), painted_rim)
+    around = _pull_push(_cell_means(image, known, factor), known_rim)
+    inside = _pull_push(_cell_means(image, painted, factor), painted_rim)
     return _pull_push(np.clip(around - inside, -LARGEST_SHIFT, LARGEST_SHIFT), painted_rim)
 
 
@@ -140,10 +140,10 @@ def _block_sum(values: Plane, factor: int) -> Plane:
     return values
 
 
-def _cell_means(picture: Image, where: Mask, factor: int) -> Plane:
+def _cell_means(image: Image, where: Mask, factor: int) -> Plane:
     """Mean color of the chosen pixels in each cell: float32 (h, w, 3), 0 where a cell has none."""
     count = _block_sum(where.astype(np.float32), factor)
-    return _block_sum(np.where(where[..., None], picture, np.float32(0)), factor) / np.maximum(count, 1)[..., None]
+    return _block_sum(np.where(where[..., None], image, np.float32(0)), factor) / np.maximum(count, 1)[..., None]
 
 
 def _near(where: Mask) -> Mask:
@@ -188,9 +188,9 @@ def _upsample_bilinear(values: Plane, factor: int, shape: tuple[int, ...]) -> Pl
 # ---- grain ----
 
 
-def match_noise(picture: Image, labels: LabelMap, mask: Mask) -> None:
+def match_noise(image: Image, labels: LabelMap, mask: Mask) -> None:
     """Adds to every painted class the grain of its known squares, where it has less."""
-    residual = _fine(picture @ LUMA)
+    residual = _fine(image @ LUMA)
     variance = _blurred(residual**2)
     noise = _fine(np.random.default_rng(0).standard_normal(mask.shape, np.float32))
     for label in np.unique(labels[mask]):
@@ -198,8 +198,8 @@ def match_noise(picture: Image, labels: LabelMap, mask: Mask) -> None:
         wanted = _grain_variance(residual, of_class & ~mask)
         rows, columns = np.nonzero(of_class & mask)
         missing = np.sqrt(np.maximum(wanted - variance[rows, columns], 0) / FINE_VARIANCE)
-        grainy = picture[rows, columns] + (missing * noise[rows, columns])[:, None]
-        picture[rows, columns] = np.clip(np.rint(grainy), 0, 255)
+        grainy = image[rows, columns] + (missing * noise[rows, columns])[:, None]
+        image[rows, columns] = np.clip(np.rint(grainy), 0, 255)
 
 
 def _grain_variance(residual: Plane, where: Mask) -> float:

@@ -59,30 +59,30 @@ def _tiles_at(window: WindowReport, factor: int) -> list[Window]:
 
 
 def _draw_windows(background: Rgb, windows: Sequence[WindowReport], photo_width: int) -> Rgb:
-    picture = Image.fromarray(background)
-    draw, font = ImageDraw.Draw(picture, "RGBA"), ImageFont.load_default(size=14)
+    image = Image.fromarray(background)
+    draw, font = ImageDraw.Draw(image, "RGBA"), ImageFont.load_default(size=14)
     for number, window in enumerate(windows, start=1):
         color = _REFINED if window.plan.levels else _SINGLE_PASS
         left, top, *_ = box = _box(window.plan.edit_window.window, background.shape[1] / photo_width)
         draw.rectangle(box, outline=(0, 0, 0, _SHADE), width=4)
         draw.rectangle(box, outline=color, width=2)
         draw.text((left + 6, top + 4), str(number), fill=color, font=font, stroke_width=2, stroke_fill=(0, 0, 0))
-    return np.asarray(picture)
+    return np.asarray(image)
 
 
 def _draw_tiles(background: Rgb, tiles: Sequence[Window], photo_width: int) -> Rgb:
-    picture = Image.fromarray(background)
-    draw = ImageDraw.Draw(picture, "RGBA")
+    image = Image.fromarray(background)
+    draw = ImageDraw.Draw(image, "RGBA")
     boxes = [_box(tile, background.shape[1] / photo_width) for tile in tiles]
     for box in boxes:
         draw.rectangle(box, fill=(*_TILE, _FILL))
     for box in boxes:
         draw.rectangle(box, outline=(*_TILE, 200))
-    return np.asarray(picture)
+    return np.asarray(image)
 
 
 def _box(window: Window, scale: float) -> tuple[int, int, int, int]:
-    """Left, top, right and bottom in the picture, the last two inside."""
+    """Left, top, right and bottom in the image, the last two inside."""
     right, bottom = window.left + window.width, window.top + window.height
     left, top, right, bottom = (round(side * scale) for side in (window.left, window.top, right, bottom))
     return left, top, max(right - 1, left), max(bottom - 1, top)

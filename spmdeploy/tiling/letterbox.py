@@ -62,7 +62,7 @@ def label_sampling_grid(mask: Mask, frame_mask: Mask) -> tuple[Indices, Indices]
 
     mask: bool (H, W) of the window; frame_mask: bool (h, w), True where the frame pixel touches a masked one. It is the
     pixel in the middle, except that a frame pixel to be edited takes the *masked* pixel nearest to its middle: labels
-    count only there, and a thin mask would else be told what lies beside it.
+    count only there, and a thin mask would otherwise get the labels next to it.
     """
     rows, first_row, last_row = _cell_bounds(mask.shape[0], frame_mask.shape[0])
     columns, first_column, last_column = _cell_bounds(mask.shape[1], frame_mask.shape[1])

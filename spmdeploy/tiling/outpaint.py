@@ -18,9 +18,9 @@ _AHEAD = 16
 
 @dataclass(frozen=True, slots=True)
 class OutpaintStep:
-    """One window of the grown picture, and the part of it that is made in this step; the rest is there already.
+    """One window of the extended image, and the part of it that this step makes; the rest exists already.
 
-    Where the picture grows on, what lies at the window's far border is made once more by the next step.
+    Where the image is extended further, what is at the window's far border is made once more by the next step.
     """
 
     window: Window
@@ -38,14 +38,14 @@ def extended_size(shape: tuple[int, ...], padding: Padding) -> tuple[int, int]:
 
 
 def padding_mask(shape: tuple[int, ...], padding: Padding) -> Mask:
-    """bool (H, W) of the grown picture: everything but the photo of that shape."""
+    """bool (H, W) of the extended image: everything but the photo of that shape."""
     mask = np.ones(extended_size(shape, padding), np.bool_)
     mask[image_window(shape, padding).slices] = False
     return mask
 
 
 def image_window(shape: tuple[int, ...], padding: Padding) -> Window:
-    """Where the photo of that shape lies in the grown picture."""
+    """Where the photo of that shape is in the extended image."""
     return Window(padding.top, padding.left, shape[0], shape[1])
 
 
@@ -67,7 +67,7 @@ def plan_extension(height: int, width: int, padding: Padding, native: int = NATI
 
 
 def _steps(depth: int, band: int, length: int, native: int) -> Iterator[OutpaintStep]:
-    """Those that grow a picture of `band` rows and `depth` columns by `length` columns on its right."""
+    """Those that extend an image of `band` rows and `depth` columns by `length` columns on its right."""
     side = max(native, min(band, 2 * depth))
     ahead = side // _AHEAD
     for near, far in pairwise(_equal_steps(depth, depth + length, side // 2)):
@@ -87,7 +87,7 @@ def _equal_steps(first: int, last: int, max_step: int) -> list[int]:
 
 
 def _placed(step: OutpaintStep, depth: int, top: int, left: int, *, mirrored: bool, upright: bool) -> OutpaintStep:
-    """The step in the grown picture, where the photo (or the band above and below it) begins at top, left."""
+    """The step in the extended image, where the photo (or the band above and below it) begins at top, left."""
 
     def place(window: Window) -> Window:
         along = depth - window.left - window.width if mirrored else window.left

@@ -94,20 +94,20 @@ class PyramidLevel:
 
 
 def plan_pyramid(
-    window: Window, hole: Mask, size: int = NATIVE_SIZE, overlap: float = OVERLAP
+    window: Window, mask: Mask, size: int = NATIVE_SIZE, overlap: float = OVERLAP
 ) -> tuple[PyramidLevel, ...]:
     """The levels of a window from the coarsest to its own resolution; none where the window fits into the model.
 
-    hole: bool (height, width) of the window, not empty. The grid of a level covers it and a margin around it, not the
+    mask: bool (height, width) of the window, not empty. The grid of a level covers it and a margin around it, not the
     window.
     """
     factors = [2**power for power in range(_doublings(max(window.height, window.width), size))]
     shared = 2 * round(size * overlap / 2)
-    return tuple(_level(window, hole, factor, size, shared) for factor in reversed(factors))
+    return tuple(_level(window, mask, factor, size, shared) for factor in reversed(factors))
 
 
 def coarse_size(frame: Letterbox, first: PyramidLevel) -> tuple[int, int, float, float]:
-    """Height and width of the picture that the first level starts from, at half its size, and the rows and columns of
+    """Height and width of the image that the first level starts from, at half its size, and the rows and columns of
     the coarse edit that it shows. frame: the window in the model's input."""
     window, factor = frame.window, 2 * first.factor
     height, width = (-(-side // factor) for side in (window.height, window.width))
@@ -124,15 +124,15 @@ def _doublings(longer: int, size: int) -> int:
     return count
 
 
-def _level(window: Window, hole: Mask, factor: int, size: int, overlap: int) -> PyramidLevel:
-    bounds = bounding_box(hole)
+def _level(window: Window, mask: Mask, factor: int, size: int, overlap: int) -> PyramidLevel:
+    bounds = bounding_box(mask)
     assert bounds is not None, window
     top, left, bottom, right = bounds
     rows = tile_starts(top // factor, -(-bottom // factor), -(-window.height // factor), size, overlap)
     columns = tile_starts(left // factor, -(-right // factor), -(-window.width // factor), size, overlap)
     whole = PyramidLevel(window, factor, rows, columns, (), size)
     tiles = (Tile(i, j, y, x) for i, y in enumerate(rows) for j, x in enumerate(columns))
-    return replace(whole, tiles=tuple(tile for tile in tiles if hole[whole.source_window(tile).slices].any()))
+    return replace(whole, tiles=tuple(tile for tile in tiles if mask[whole.source_window(tile).slices].any()))
 
 
 def tile_starts(first: int, end: int, length: int, size: int, overlap: int) -> tuple[int, ...]:
@@ -186,16 +186,16 @@ def tile_by_tile(weights: NDArray[np.float32], starts: tuple[int, ...], size: in
     return np.stack([row[start - starts[0] :][:size] for row, start in zip(weights, starts, strict=True)])
 
 
-def high_frequency_energy(picture: NDArray[np.uint8], known: Mask) -> tuple[float, int]:
+def high_frequency_energy(image: NDArray[np.uint8], known: Mask) -> tuple[float, int]:
     """Sum and number of the finest detail at the known pixels, in gray levels.
 
-    picture: (H, W, 3). known: bool (H, W). Detail is the absolute fourth difference, by rows and by columns, over 16:
+    image: (H, W, 3). known: bool (H, W). Detail is the absolute fourth difference, by rows and by columns, over 16:
     all of a checkerboard's amplitude, a quarter of it at twice the wavelength, and nothing of gradients. Only
     differences between known pixels count.
     """
     total, count = 0.0, 0
     for axis in (0, 1):
-        pixels, inside = np.moveaxis(picture, axis, 0).astype(np.int16), np.moveaxis(known, axis, 0)
+        pixels, inside = np.moveaxis(image, axis, 0).astype(np.int16), np.moveaxis(known, axis, 0)
         middle = pixels[2:-2]
         difference = pixels[:-4] - 4 * pixels[1:-3] + 6 * middle - 4 * pixels[3:-1] + pixels[4:]
         whole = inside[:-4] & inside[1:-3] & inside[2:-2] & inside[3:-1] & inside[4:]

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from spmdeploy.types import Mask
 
-# Rows handled at once, so that the differences of a large picture never exist as a whole.
+# Rows handled at once, so that the differences of a large image never exist as a whole.
 _ROWS = 256
 
 
@@ -24,17 +24,17 @@ def border_lines(starts: tuple[int, ...], size: int) -> frozenset[int]:
     return frozenset(line - starts[0] for line in lines)
 
 
-def seam_score(picture: NDArray[Any], mask: Mask, rows: frozenset[int], columns: frozenset[int]) -> float | None:
+def seam_score(image: NDArray[Any], mask: Mask, rows: frozenset[int], columns: frozenset[int]) -> float | None:
     """Mean step between neighboring pixels across the borders of tiles, less the mean step elsewhere, in gray levels.
 
-    picture: (H, W, 3), 0..255. mask: bool (H, W): only steps between two masked pixels count. rows, columns: borders,
+    image: (H, W, 3), 0..255. mask: bool (H, W): only steps between two masked pixels count. rows, columns: borders,
     see `border_lines`. Steps down and steps to the right are compared among themselves, since photos have more of the
     one than of the other. 0 = borders do not show; None where the mask has no pixels on both sides of one.
     """
     excess, count = 0.0, 0
     for turned, lines in ((False, rows), (True, columns)):
         across, elsewhere = _Mean(), _Mean()
-        for steps, inside, first in _steps(picture, mask, turned):
+        for steps, inside, first in _steps(image, mask, turned):
             border = np.isin(np.arange(first, first + steps.shape[0]), list(lines))
             across.add(steps[border], inside[border])
             elsewhere.add(steps[~border], inside[~border])
@@ -57,12 +57,12 @@ class _Mean:
         return self.total / self.count
 
 
-def _steps(picture: NDArray[Any], mask: Mask, turned: bool) -> Iterator[tuple[NDArray[np.float32], Mask, int]]:
+def _steps(image: NDArray[Any], mask: Mask, turned: bool) -> Iterator[tuple[NDArray[np.float32], Mask, int]]:
     """In strips: the step from each pixel to the one before it, float32 (n, length), whether both are masked, and the
     number of the first. Down the rows, or along the columns where `turned`."""
     if turned:
-        picture, mask = picture.swapaxes(0, 1), mask.T
+        image, mask = image.swapaxes(0, 1), mask.T
     for start in range(1, len(mask), _ROWS):
         stop = min(start + _ROWS, len(mask))
-        here, before = (picture[a:b].astype(np.float32) for a, b in ((start, stop), (start - 1, stop - 1)))
+        here, before = (image[a:b].astype(np.float32) for a, b in ((start, stop), (start - 1, stop - 1)))
         yield np.abs(here - before).mean(axis=2), mask[start:stop] & mask[start - 1 : stop - 1], start

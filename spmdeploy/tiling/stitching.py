@@ -22,7 +22,7 @@ class BorderRing:
     columns: Indices
 
 
-def extrapolate_border(picture: Image, mask: Mask, depth: int) -> list[BorderRing]:
+def extrapolate_border(image: Image, mask: Mask, depth: int) -> list[BorderRing]:
     """Continue the known pixels `depth` steps into the mask, in place; returns the rings, the outermost first.
 
     Each ring gets the mean of its known neighbors and of those already filled in (3x3), so nothing that was hidden
@@ -39,7 +39,7 @@ def extrapolate_border(picture: Image, mask: Mask, depth: int) -> list[BorderRin
         rows, columns = np.divmod(at, line)
         rings.append(BorderRing(step, rows - 1, columns - 1))
         for some in _chunks(len(at)):
-            picture[rows[some] - 1, columns[some] - 1] = _known_mean(picture, known, at[some], around)
+            image[rows[some] - 1, columns[some] - 1] = _known_mean(image, known, at[some], around)
         known.ravel()[at] = True
         hidden.ravel()[at] = False
         at = _next_ring(hidden, at, around)
@@ -47,7 +47,7 @@ def extrapolate_border(picture: Image, mask: Mask, depth: int) -> list[BorderRin
 
 
 def _pad_false(flags: Mask) -> Mask:
-    """The flags with a border of False: beyond the picture lies neither a known pixel nor one to fill.
+    """The flags with a border of False: beyond the image lies neither a known pixel nor one to fill.
 
     In C order whatever the order of the flags (np.pad would keep theirs), since pixels are addressed by flat index.
     """
@@ -67,15 +67,15 @@ def _dilate8(flags: Mask) -> Mask:
     return dilated
 
 
-def _known_mean(picture: Image, known: Mask, at: Indices, around: Indices) -> Image:
-    """uint8 (n, 3): the rounded mean over the known among the neighbors of the places `at` of the padded picture."""
-    total = np.zeros((len(at), picture.shape[2]), np.int32)
+def _known_mean(image: Image, known: Mask, at: Indices, around: Indices) -> Image:
+    """uint8 (n, 3): the rounded mean over the known among the neighbors of the places `at` of the padded image."""
+    total = np.zeros((len(at), image.shape[2]), np.int32)
     count = np.zeros(len(at), np.int32)
     for offset in around:
         neighbors = at + offset
         use = np.flatnonzero(known.ravel()[neighbors])
         rows, columns = np.divmod(neighbors[use], known.shape[1])
-        total[use] += picture[rows - 1, columns - 1]
+        total[use] += image[rows - 1, columns - 1]
         count[use] += 1
     return ((2 * total + count[:, None]) // (2 * count[:, None])).astype(np.uint8)
 
@@ -90,18 +90,18 @@ def _chunks(length: int) -> Iterator[slice]:
     return (slice(start, start + _CHUNK) for start in range(0, length, _CHUNK))
 
 
-def stitch(picture: Image, edited: Image, mask: Mask, feather: int) -> None:
-    """Put the edited pixels under the mask into the picture, in place; known pixels are never written.
+def stitch(image: Image, edited: Image, mask: Mask, feather: int) -> None:
+    """Put the edited pixels under the mask into the image, in place; known pixels are never written.
 
-    picture, edited: uint8 (H, W, 3). In the outermost `feather` pixels under the mask the picture passes over from the
+    image, edited: uint8 (H, W, 3). In the outermost `feather` pixels under the mask the image passes over from the
     continued known pixels (`extrapolate_border`) to the edited ones in equal steps; feather 0 puts the edit side by
     side with the photo.
     """
-    rings = extrapolate_border(picture, mask, feather)
-    continued = [picture[ring.rows, ring.columns] for ring in rings]  # uint8 (n, 3) each
-    np.copyto(picture, edited, where=mask[:, :, None])
+    rings = extrapolate_border(image, mask, feather)
+    continued = [image[ring.rows, ring.columns] for ring in rings]  # uint8 (n, 3) each
+    np.copyto(image, edited, where=mask[:, :, None])
     for ring, outer in zip(rings, continued, strict=True):
         for some in _chunks(len(ring.rows)):
             inner = edited[ring.rows[some], ring.columns[some]].astype(np.int32)
             blend = outer[some].astype(np.int32) * (feather + 1 - ring.depth) + inner * ring.depth
-            picture[ring.rows[some], ring.columns[some]] = (2 * blend + feather + 1) // (2 * (feather + 1))
+            image[ring.rows[some], ring.columns[some]] = (2 * blend + feather + 1) // (2 * (feather + 1))

@@ -1,4 +1,4 @@
-"""The context windows around the pieces of a mask: what the network gets to see."""
+"""Plans the context windows around the connected components of a mask."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 
 from spmdeploy.types import NATIVE_SIZE, Boxes, Indices, Mask
 
-# Pieces are told apart on a grid of blocks of this size. Pixels in touching blocks are less than two blocks apart, so
-# with a margin of at least one block on either side their windows overlap and would be merged anyway: nothing is lost.
+# Connected components are found on a grid of blocks of this size. Pixels in touching blocks are less than two blocks
+# apart, so with a margin of at least one block on either side their windows overlap and would be merged anyway.
 BLOCK = 32
-# The window's side over the longer side of what is edited in it. The network was trained on holes that fill from a few
-# per cent up to three quarters of the picture; 1.5 leaves at least 5/9 of a square window known.
+# The window's side over the longer side of what is edited in it. The network was trained on masks that fill from a few
+# per cent up to three quarters of the image; 1.5 leaves at least 5/9 of a square window known.
 CONTEXT_FACTOR = 1.5
-# Known pixels on every side of a piece where the photo has them, whatever its size.
+# Known pixels on every side of a component where the photo has them, whatever its size.
 MIN_MARGIN = BLOCK
 # A window whose longer side is more than this many times the model's loses detail when it is shrunk to it.
 CROP_LIMIT = 1.5
@@ -56,20 +56,20 @@ class Window:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EditWindow:
-    """A window, and which of the masked pixels in it are edited there: those in `boxes`, which no other site has."""
+    """A window, and which of the masked pixels in it are edited there: those in `boxes`, which no other window has."""
 
     window: Window
     boxes: Boxes
 
     def mask_of(self, mask: Mask) -> Mask:
         """These pixels: bool (height, width) of the window. mask: bool (H, W) of the photo."""
-        hole = np.zeros((self.window.height, self.window.width), np.bool_)
+        own = np.zeros((self.window.height, self.window.width), np.bool_)
         for top, left, bottom, right in self.boxes.tolist():
             inside = np.s_[
                 top - self.window.top : bottom - self.window.top, left - self.window.left : right - self.window.left
             ]
-            hole[inside] = mask[top:bottom, left:right]
-        return hole
+            own[inside] = mask[top:bottom, left:right]
+        return own
 
 
 def plan_windows(
@@ -79,23 +79,23 @@ def plan_windows(
     margin: int = MIN_MARGIN,
     crop_limit: float = CROP_LIMIT,
 ) -> list[EditWindow]:
-    """Where to edit: sites that have every masked pixel exactly once between them, from top to bottom, left to right.
+    """Plan the windows to edit: each masked pixel is edited in one of them. From top to bottom, left to right.
 
-    Around each piece of the mask lies a square of side max(native, context * the piece's longer side, that side + 2 *
-    margin), moved inside the photo and cut to it where the photo is smaller. Pieces whose windows overlap share one, as
-    long as it is not larger than crop_limit * native. Beyond that each piece keeps its own, or shares it with small
+    Around each component of the mask is a square of side max(native, context * its longer side, that side + 2 *
+    margin), moved inside the photo and cut to it where the photo is smaller. Components whose windows overlap share one, as
+    long as it is not larger than crop_limit * native. Beyond that each component keeps its own, or shares it with small
     ones in the same cell of a grid: a mask of many specks all over a photo would otherwise become one window, the
-    photo. Sites can be edited in any order, or together. margin >= BLOCK.
+    photo. Windows can be edited in any order, or together. margin >= BLOCK.
     """
     assert margin >= BLOCK, (margin, BLOCK)
     around = partial(_windows_around, shape=mask.shape, native=native, context=context, margin=margin)
-    pieces = mask_components(mask)
-    group, boxes = _joined(pieces, around)
+    components = mask_components(mask)
+    group, boxes = _joined(components, around)
     alone = (np.bincount(group) == 1) | (_longer(around(boxes)) <= crop_limit * native)
     shared = alone[group]
-    sites = _sites(pieces[shared], group[shared], around)
-    sites += _sites(*_kept_apart(pieces[~shared], native // 2), around)
-    return sorted(sites, key=lambda site: (site.window.top, site.window.left, site.boxes.tolist()))
+    planned = _edit_windows(components[shared], group[shared], around)
+    planned += _edit_windows(*_kept_apart(components[~shared], native // 2), around)
+    return sorted(planned, key=lambda one: (one.window.top, one.window.left, one.boxes.tolist()))
 
 
 def _joined(boxes: Boxes, around: Callable[[Boxes], Boxes]) -> tuple[Indices, Boxes]:
@@ -107,9 +107,9 @@ def _joined(boxes: Boxes, around: Callable[[Boxes], Boxes]) -> tuple[Indices, Bo
     return group, boxes
 
 
-def _kept_apart(pieces: Boxes, cell: int) -> tuple[Boxes, Indices]:
-    """The pieces as boxes that do not overlap, and which of these share a window: small ones in one cell."""
-    _, boxes = _joined(pieces, lambda boxes: boxes)
+def _kept_apart(components: Boxes, cell: int) -> tuple[Boxes, Indices]:
+    """The components as boxes that do not overlap, and which of these share a window: small ones in one cell."""
+    _, boxes = _joined(components, lambda boxes: boxes)
     if len(boxes) == 0:
         return boxes, np.empty(0, np.intp)
     place = ((boxes[:, :2] + boxes[:, 2:]) // 2 - boxes[:, :2].min(axis=0)) // cell
@@ -118,8 +118,8 @@ def _kept_apart(pieces: Boxes, cell: int) -> tuple[Boxes, Indices]:
     return boxes, np.unique(place, axis=0, return_inverse=True)[1].reshape(-1)
 
 
-def _sites(boxes: Boxes, group: Indices, around: Callable[[Boxes], Boxes]) -> list[EditWindow]:
-    """A site for each group of boxes."""
+def _edit_windows(boxes: Boxes, group: Indices, around: Callable[[Boxes], Boxes]) -> list[EditWindow]:
+    """A window for each group of boxes."""
     if len(boxes) == 0:
         return []
     numbers = np.unique(group, return_inverse=True)[1]
@@ -179,10 +179,10 @@ def _overlapping(boxes: Boxes) -> tuple[Indices, Indices]:
 
 
 def mask_components(mask: Mask) -> Boxes:
-    """The exact bounding boxes of the mask's pieces: int64 (pieces, 4), empty for an empty mask.
+    """The exact bounding boxes of the mask's connected components: int64 (N, 4), empty for an empty mask.
 
-    Pieces are 8-connected groups of blocks on a grid that starts at the mask's own bounding box, so that moving the
-    mask moves the pieces. Pieces in touching blocks count as one (see BLOCK).
+    Components are 8-connected groups of blocks on a grid that starts at the mask's own bounding box, so that moving the
+    mask moves them. Components in touching blocks count as one (see BLOCK).
     """
     bounds = bounding_box(mask)
     if bounds is None:

@@ -107,7 +107,7 @@ def results(folder: Path) -> dict[str, bytes]:
 # --------------------------------------------------------------------------------------------------------- manifests
 
 
-def test_csv_and_jsonl_say_the_same(folder: Path) -> None:
+def test_read_manifest_csv_and_jsonl_give_equal_requests(folder: Path) -> None:
     rows = [
         {"image": "a.png", "labels": "labels.png", "mask": "mask.png"},
         {"image": "b.png", "fill": "tree", "mask": "mask.png", "grow": 2, "output": "deep/b.webp"},
@@ -123,7 +123,7 @@ def test_csv_and_jsonl_say_the_same(folder: Path) -> None:
     assert not list(out.iterdir())  # reading makes nothing
 
 
-def test_names_may_hold_what_csv_and_json_can_quote(folder: Path) -> None:
+def test_read_manifest_quoted_names_are_kept(folder: Path) -> None:
     name = 'x\u2028y, "z"\nw.png'
     quoted = name.replace('"', '""')
     for manifest in (
@@ -154,7 +154,7 @@ def test_names_may_hold_what_csv_and_json_can_quote(folder: Path) -> None:
         ("m.csv", None, "there is no file"),
     ],
 )
-def test_manifests_that_cannot_be_read(name: str, text: str | bytes | None, word: str, tmp_path: Path) -> None:
+def test_read_manifest_unusable_file_is_refused(name: str, text: str | bytes | None, word: str, tmp_path: Path) -> None:
     path = tmp_path / name
     if text is not None:
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -163,7 +163,7 @@ def test_manifests_that_cannot_be_read(name: str, text: str | bytes | None, word
     assert name in error.value.problem and word in f"{error.value.problem} {error.value.hint}"
 
 
-def test_two_rows_never_write_the_same_file(folder: Path) -> None:
+def test_read_manifest_equal_outputs_are_refused(folder: Path) -> None:
     save(folder / "a.webp", np.zeros((30, 40, 3), np.uint8))
     for rows in (
         ["a.png,labels.png,mask.png,", "a.webp,labels.png,mask.png,"],
@@ -175,7 +175,7 @@ def test_two_rows_never_write_the_same_file(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("output", ["../x.png", "/x.png", "y/../../x.png", "link/x.png", "x\0.png", "", "."])
-def test_outputs_stay_in_the_output_folder(output: str, folder: Path) -> None:
+def test_read_manifest_output_outside_the_folder_is_refused(output: str, folder: Path) -> None:
     (folder / "out/link").symlink_to(folder)
     row = {"image": "a.png", "labels": "labels.png", "mask": "mask.png", "output": output}
     (item,) = read_manifest(jsonl(folder, row), folder / "out")
@@ -185,7 +185,7 @@ def test_outputs_stay_in_the_output_folder(output: str, folder: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------- running
 
 
-def test_a_bad_row_stops_no_other(folder: Path) -> None:
+def test_run_batch_bad_row_does_not_stop_others(folder: Path) -> None:
     rows = [
         ROWS[0],
         "missing.png,labels.png,mask.png,",
@@ -203,7 +203,7 @@ def test_a_bad_row_stops_no_other(folder: Path) -> None:
     assert sorted(log, key=lambda record: record["row"]) == [status.to_json() for status in statuses]
 
 
-def test_a_defect_in_one_edit_stops_no_other(folder: Path) -> None:
+def test_run_batch_unexpected_exception_does_not_stop_others(folder: Path) -> None:
     def fail(run: int) -> None:
         if run == 2:
             raise ZeroDivisionError("by 0")
@@ -214,7 +214,7 @@ def test_a_defect_in_one_edit_stops_no_other(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [OutOfMemoryError("too large"), MemoryError()], ids=["device", "host"])
-def test_running_out_of_memory_stops_all(error: Exception, folder: Path) -> None:
+def test_run_batch_out_of_memory_stops_all(error: Exception, folder: Path) -> None:
     def fail(run: int) -> None:
         if run == 2:
             raise error
@@ -225,7 +225,7 @@ def test_running_out_of_memory_stops_all(error: Exception, folder: Path) -> None
     assert words(edit_all(csv(folder, *ROWS), resume=True)) == ["skipped", "done", "done"]
 
 
-def test_three_jobs_give_the_bytes_of_one(folder: Path) -> None:
+def test_run_batch_three_jobs_give_the_bytes_of_one(folder: Path) -> None:
     edit_all(csv(folder, *ROWS), jobs=1)
     alone = results(folder)
     assert len(alone) == 3
@@ -233,12 +233,12 @@ def test_three_jobs_give_the_bytes_of_one(folder: Path) -> None:
     assert results(folder) == alone
 
 
-def test_jobs_are_counted_from_one(folder: Path) -> None:
+def test_run_batch_zero_jobs_are_refused(folder: Path) -> None:
     with pytest.raises(UsageError):
         edit_all(csv(folder, *ROWS), jobs=0)
 
 
-def test_existing_outputs_are_left_alone(folder: Path) -> None:
+def test_run_batch_existing_outputs_are_kept(folder: Path) -> None:
     (folder / "out/b.png").write_bytes(b"dear")
     statuses = edit_all(csv(folder, *ROWS))
     assert words(statuses) == ["done", "failed", "done"] and "exists already" in str(statuses[1].error)
@@ -246,7 +246,7 @@ def test_existing_outputs_are_left_alone(folder: Path) -> None:
     assert (folder / "out/b.png").read_bytes() == b"dear"
 
 
-def test_an_output_folder_that_cannot_be(folder: Path) -> None:
+def test_run_batch_output_folder_that_is_a_file_is_refused(folder: Path) -> None:
     (folder / "file").write_text("")
     items = read_manifest(csv(folder, *ROWS), folder / "file")
     with pytest.raises(InputError, match="file"):
@@ -260,7 +260,7 @@ def test_an_output_folder_that_cannot_be(folder: Path) -> None:
 # --------------------------------------------------------------------------------------------------------- resuming
 
 
-def test_resuming_skips_what_is_done_and_there(folder: Path) -> None:
+def test_run_batch_resume_skips_existing_results(folder: Path) -> None:
     manifest = csv(folder, *ROWS)
     assert words(edit_all(manifest)) == ["done"] * 3
     (folder / "out/b.png").unlink()
@@ -270,7 +270,7 @@ def test_resuming_skips_what_is_done_and_there(folder: Path) -> None:
     assert editor.session.runs == 1  # type: ignore[attr-defined]
 
 
-def test_resuming_from_elsewhere(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_batch_resume_from_another_folder_skips(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert words(edit_all(csv(folder, *ROWS))) == ["done"] * 3
     (folder / "out").rename(folder / "moved")
     monkeypatch.chdir(folder)
@@ -279,7 +279,7 @@ def test_resuming_from_elsewhere(folder: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("kept", [1, 20, -1, -30])
-def test_resuming_after_a_line_was_cut_off(kept: int, folder: Path) -> None:
+def test_run_batch_resume_after_a_truncated_line_continues(kept: int, folder: Path) -> None:
     edit_all(csv(folder, ROWS[0]))
     log = folder / "out" / STATUS_FILE
     before, last = log.read_bytes().splitlines(keepends=True)
@@ -289,7 +289,7 @@ def test_resuming_after_a_line_was_cut_off(kept: int, folder: Path) -> None:
     assert words(edit_all(csv(folder, *ROWS), resume=True)) == ["skipped"] * 3
 
 
-def test_a_status_file_of_garbage(folder: Path) -> None:
+def test_run_batch_status_file_of_garbage_is_ignored(folder: Path) -> None:
     (folder / "out" / STATUS_FILE).write_bytes(b'\xff\xfe{"output"\n[1]\n{"output": ["a.png"], "status": "done"}\nnull')
     assert words(edit_all(csv(folder, *ROWS), resume=True)) == ["done"] * 3
     assert words(edit_all(csv(folder, *ROWS), resume=True)) == ["skipped"] * 3
@@ -303,7 +303,7 @@ def command(folder: Path, bundle: Path, *options: object) -> list[str]:
     return [str(word) for word in words]
 
 
-def test_the_command_tells_how_many_failed(
+def test_batch_command_reports_failed_count(
     folder: Path, street_bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     csv(folder, ROWS[0], "b.png,labels.png,mask.png,../b.png", ROWS[2])
@@ -323,7 +323,9 @@ def test_the_command_tells_how_many_failed(
     assert json.loads(capsys.readouterr().out)["counts"] == {"done": 0, "skipped": 2, "failed": 0}
 
 
-def test_jobs_share_one_real_session(folder: Path, street_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_batch_command_jobs_share_one_session(
+    folder: Path, street_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     csv(folder, *ROWS)
     assert cli.main(command(folder, street_bundle)) == 0
     alone = results(folder)
@@ -334,7 +336,7 @@ def test_jobs_share_one_real_session(folder: Path, street_bundle: Path, capsys: 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs POSIX signals")
 @pytest.mark.parametrize("number", ["SIGINT", "SIGKILL"])
-def test_a_killed_batch_is_resumed(
+def test_batch_command_killed_run_is_resumed(
     number: str, folder: Path, street_bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     csv(folder, *ROWS)

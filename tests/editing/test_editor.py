@@ -142,20 +142,20 @@ def check_promises(mask: np.ndarray, size: int, feather: int, refines: bool = Fa
 
 @quick
 @given(partial_masks(), st.integers(0, 4), st.booleans())
-def test_known_pixels_are_exact_and_hidden_pixels_never_matter(mask: np.ndarray, feather: int, refines: bool) -> None:
+def test_edit_known_pixels_are_exact_and_hidden_ones_unused(mask: np.ndarray, feather: int, refines: bool) -> None:
     check_promises(mask, 256, feather, refines)
 
 
 @quick
 @given(partial_masks(150), st.sampled_from([8, 20, 32]))
-def test_the_promises_hold_for_strongly_shrunken_windows(mask: np.ndarray, size: int) -> None:
+def test_edit_strongly_shrunk_windows_keep_known_pixels(mask: np.ndarray, size: int) -> None:
     """A small model makes small photos as hard as large ones."""
     check_promises(mask, size, 3)
 
 
 @settings(max_examples=15, deadline=None)
 @given(partial_masks(500), st.sampled_from([128, 160]))
-def test_the_promises_hold_through_several_levels(mask: np.ndarray, size: int) -> None:
+def test_edit_several_levels_keep_known_pixels(mask: np.ndarray, size: int) -> None:
     check_promises(mask, size, 3, refines=True)
 
 
@@ -163,7 +163,7 @@ BORDERS = np.s_[:5, 1400:1500], np.s_[-5:, 1400:1500], np.s_[2000:2100, :5], np.
 
 
 @pytest.mark.parametrize("regions", [BORDERS, (np.s_[1000:2400, 900:2900],)])
-def test_the_promises_hold_on_a_large_photo(regions: tuple[Any, ...]) -> None:
+def test_edit_large_photo_keeps_known_pixels(regions: tuple[Any, ...]) -> None:
     mask = np.zeros((4000, 3000), bool)
     for region in regions:
         mask[region] = True
@@ -171,7 +171,7 @@ def test_the_promises_hold_on_a_large_photo(regions: tuple[Any, ...]) -> None:
 
 
 @pytest.mark.parametrize("shape", [(1, 2), (2, 1), (1, 300), (300, 1), (3, 2), (255, 257), (256, 256), (257, 255)])
-def test_the_smallest_photos_and_those_around_the_models_size(shape: tuple[int, int]) -> None:
+def test_edit_small_and_model_sized_photos_keep_known_pixels(shape: tuple[int, int]) -> None:
     for place in (0, -1):
         mask = np.zeros(shape, bool)
         mask.flat[place] = True
@@ -181,7 +181,7 @@ def test_the_smallest_photos_and_those_around_the_models_size(shape: tuple[int, 
 
 @quick
 @given(partial_masks(400), st.integers(0, 1000))
-def test_labels_matter_only_under_the_mask_but_for_the_edge_at_its_rim(mask: np.ndarray, seed: int) -> None:
+def test_edit_labels_outside_the_mask_affect_edges_at_its_rim_only(mask: np.ndarray, seed: int) -> None:
     """With an instance map that stays, labels outside the mask may hold anything."""
     image, labels, instances = noise(*mask.shape), labels_for(mask), labels_for(mask, seed=5)
     result = edit(image, labels, mask, everything_mixed, instances=instances, size=64).image
@@ -190,7 +190,7 @@ def test_labels_matter_only_under_the_mask_but_for_the_edge_at_its_rim(mask: np.
     np.testing.assert_array_equal(again, result)
 
 
-def test_every_edited_pixel_comes_from_the_session() -> None:
+def test_edit_every_masked_pixel_comes_from_the_session() -> None:
     mask = np.zeros((700, 900), bool)
     mask[:170, 30:60] = mask[690:, 890:] = mask[530:700, 300:470] = True
     image = np.full((700, 900, 3), 255, np.uint8)
@@ -199,7 +199,7 @@ def test_every_edited_pixel_comes_from_the_session() -> None:
     assert (result[~mask] == 255).all()
 
 
-def test_an_enlarged_result_fills_the_hole_but_for_a_soft_rim() -> None:
+def test_edit_upsampled_result_fills_the_mask_inside_the_feather() -> None:
     mask = np.zeros((1200, 1200), bool)
     mask[200:1000, 200:1000] = True
     result = edit(np.full((1200, 1200, 3), 255, np.uint8), labels_for(mask), mask, black, feather=0).image
@@ -207,7 +207,7 @@ def test_an_enlarged_result_fills_the_hole_but_for_a_soft_rim() -> None:
     assert (result[215:985, 215:985] == 0).all()  # three frame pixels inside the rim
 
 
-def test_an_identity_session_gives_the_smooth_photo_back() -> None:
+def test_edit_identity_session_returns_the_smooth_photo() -> None:
     """Of a photo of one color nothing changes, however the windows lie, since the hidden pixels are continued."""
     mask = np.zeros((300, 700), bool)
     mask[100:104, 100:104] = mask[200:203, 400:650] = True
@@ -219,7 +219,7 @@ def test_an_identity_session_gives_the_smooth_photo_back() -> None:
 # ---- what the session is given ----
 
 
-def test_hidden_pixels_are_replaced_before_the_session_sees_them() -> None:
+def test_edit_hidden_pixels_are_replaced_before_the_session() -> None:
     mask = np.zeros((256, 256), bool)
     mask[50:100, 50:100] = True
     session = FakeSession(identity)
@@ -232,7 +232,7 @@ def test_hidden_pixels_are_replaced_before_the_session_sees_them() -> None:
     assert (seen == 30).all()
 
 
-def test_a_photo_of_the_models_size_is_passed_as_it_is() -> None:
+def test_edit_photo_of_the_models_size_is_passed_unchanged() -> None:
     mask = np.zeros((256, 256), bool)
     mask[3:9, 200:] = True
     image, labels, session = noise(256, 256), labels_for(mask), FakeSession(identity)
@@ -245,7 +245,7 @@ def test_a_photo_of_the_models_size_is_passed_as_it_is() -> None:
     np.testing.assert_array_equal(seen_mask[0], mask)
 
 
-def test_labels_stand_in_for_missing_instances() -> None:
+def test_edit_without_instances_passes_labels() -> None:
     mask = np.zeros((256, 256), bool)
     mask[:9, :9] = True
     labels, session = labels_for(mask), FakeSession(identity)
@@ -253,7 +253,7 @@ def test_labels_stand_in_for_missing_instances() -> None:
     np.testing.assert_array_equal(session.calls[0][2][0], labels)
 
 
-def test_small_photos_are_mirrored_and_not_stretched() -> None:
+def test_edit_small_photo_is_padded_by_reflection() -> None:
     mask = np.zeros((100, 60), bool)
     mask[20:30, 40:] = True
     image, session = noise(100, 60), FakeSession(identity)
@@ -264,7 +264,7 @@ def test_small_photos_are_mirrored_and_not_stretched() -> None:
     np.testing.assert_array_equal(seen_mask[:100, 60:119], seen_mask[:100, 58::-1][:, :59])
 
 
-def test_a_thin_mask_is_told_its_own_labels_in_a_shrunken_window() -> None:
+def test_edit_thin_mask_in_a_shrunk_window_keeps_its_labels() -> None:
     mask = np.zeros((2000, 2000), bool)
     mask[1000, 200:1800] = mask[200:1800, 700] = True
     labels = np.where(mask, 2, 1).astype(np.uint8)
@@ -276,7 +276,7 @@ def test_a_thin_mask_is_told_its_own_labels_in_a_shrunken_window() -> None:
     np.testing.assert_array_equal(seen_instances, seen_labels)
 
 
-def test_void_labels_under_the_mask_are_passed_as_no_class() -> None:
+def test_edit_void_labels_are_passed_as_no_class() -> None:
     mask = np.zeros((256, 256), bool)
     mask[0, 0] = True
     session = FakeSession(layout)
@@ -284,7 +284,7 @@ def test_void_labels_under_the_mask_are_passed_as_no_class() -> None:
     assert Editor(session, CLASSES).edit(noise(256, 256), labels, mask, feather=0).image[0, 0].tolist() == [255] * 3
 
 
-def test_integer_masks_edit_wherever_they_are_not_zero() -> None:
+def test_edit_integer_mask_edits_non_zero_pixels() -> None:
     mask = np.zeros((20, 30), np.uint8)
     mask[4:9, 4:9], mask[15:, 20:] = 255, 1
     image = noise(20, 30)
@@ -302,21 +302,21 @@ def six_windows() -> np.ndarray:
     return mask
 
 
-def test_windows_go_through_in_batches_and_come_back_to_their_places() -> None:
+def test_edit_batched_windows_are_pasted_in_place() -> None:
     mask, image = six_windows(), np.full((700, 1100, 3), 99, np.uint8)
     result = edit(image, labels_for(mask), mask, batch_index, feather=0, batch_size=4)
     assert result.image[mask][:, 0].tolist() == [0, 1, 2, 3, 0, 1]
     assert result.report.batches == 2
 
 
-def test_the_batch_size_does_not_change_the_result() -> None:
+def test_edit_batch_size_does_not_change_the_result() -> None:
     mask, image = six_windows(), noise(700, 1100)
     pictures = [edit(image, labels_for(mask), mask, everything_mixed, batch_size=size).image for size in (1, 4, 6, 50)]
     for picture in pictures[1:]:
         np.testing.assert_array_equal(picture, pictures[0])
 
 
-def test_progress_counts_windows() -> None:
+def test_edit_progress_counts_windows() -> None:
     told: list[tuple[int, int]] = []
     edit(noise(700, 1100), labels_for(six_windows()), six_windows(), batch_size=4, progress=lambda *at: told.append(at))
     assert told == [(0, 6), (4, 6), (6, 6)]
@@ -325,7 +325,7 @@ def test_progress_counts_windows() -> None:
 # ---- modes and report ----
 
 
-def test_auto_runs_the_whole_photo_only_at_the_models_size() -> None:
+def test_edit_tiling_auto_is_off_only_at_the_models_size() -> None:
     for shape, mode, reason in (
         ((256, 256), "off", "the photo has the model's size, 256×256"),
         ((256, 257), "crop", "no window is larger than 384 pixels"),
@@ -337,7 +337,7 @@ def test_auto_runs_the_whole_photo_only_at_the_models_size() -> None:
         assert (report.tiling, report.tiling_reason) == (mode, reason)
 
 
-def test_off_refuses_any_other_size_and_names_both() -> None:
+def test_edit_tiling_off_other_size_is_refused() -> None:
     mask = np.zeros((480, 360), bool)
     mask[0, 0] = True
     with pytest.raises(InputError, match=r"street\.png is 360×480, .* 256×256") as caught:
@@ -345,7 +345,7 @@ def test_off_refuses_any_other_size_and_names_both() -> None:
     assert caught.value.hint
 
 
-def test_off_and_crop_agree_at_the_models_size() -> None:
+def test_edit_tiling_off_and_crop_agree_at_the_models_size() -> None:
     mask = np.zeros((256, 256), bool)
     mask[100:180, 90:99] = True
     image = noise(256, 256)
@@ -354,7 +354,7 @@ def test_off_and_crop_agree_at_the_models_size() -> None:
     assert (off.report.tiling_reason, crop.report.tiling) == ("asked for", "crop")
 
 
-def test_the_report_says_what_ran_and_is_plain_json() -> None:
+def test_edit_report_is_plain_json() -> None:
     mask = np.zeros((1000, 2000), bool)
     mask[500, 100] = True
     mask[200:800, 1000:1600] = True
@@ -376,14 +376,14 @@ def test_the_report_says_what_ran_and_is_plain_json() -> None:
     assert (told["tiling"], told["batches"], told["feather"], told["edited_pixels"]) == ("crop", 1, 3, 360_001)
 
 
-def test_a_window_a_little_larger_than_the_model_is_no_reason_for_a_note() -> None:
+def test_edit_window_slightly_larger_than_the_model_gives_no_note() -> None:
     mask = np.zeros((1000, 1000), bool)
     mask[400:650, 400:650] = True
     report = edit(noise(1000, 1000), labels_for(mask), mask).report
     assert report.windows[0].window.height == 375 and report.notes == ()
 
 
-def test_the_session_is_closed_with_the_editor() -> None:
+def test_editor_exit_closes_the_session() -> None:
     session = FakeSession(identity)
     with Editor(session, CLASSES) as editor:
         assert editor.choices == () and not session.closed
@@ -422,7 +422,7 @@ BAD_INPUTS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", BAD_INPUTS)
-def test_bad_inputs_are_refused_in_words(case: str) -> None:
+def test_edit_bad_arrays_are_refused(case: str) -> None:
     changed, words = BAD_INPUTS[case]
     arrays = {"image": PHOTO, "labels": IDS, "mask": HOLE, **changed}
     session = FakeSession(identity)
@@ -432,16 +432,16 @@ def test_bad_inputs_are_refused_in_words(case: str) -> None:
 
 
 @pytest.mark.parametrize(("value", "word"), [(False, "empty"), (True, "full")])
-def test_a_photo_of_one_pixel_leaves_nothing_to_edit_from(value: bool, word: str) -> None:
+def test_edit_photo_of_one_pixel_is_refused(value: bool, word: str) -> None:
     with pytest.raises(InputError, match=word):
         edit(PHOTO[:1, :1], IDS[:1, :1], np.array([[value]]))
 
 
-def test_the_good_inputs_that_the_bad_ones_are_made_from_are_accepted() -> None:
+def test_edit_valid_arrays_are_accepted() -> None:
     edit(PHOTO, IDS, HOLE, instances=IDS)
 
 
-def test_errors_name_the_files_when_they_are_known() -> None:
+def test_edit_errors_name_the_files() -> None:
     names = InputNames("a.jpg", "b.png", "c.png", "d.png")
     with pytest.raises(InputError, match=r"b\.png: 8×5, but a\.jpg: 8×6"):
         edit(PHOTO, IDS[:5], HOLE, names=names)
@@ -451,7 +451,7 @@ def test_errors_name_the_files_when_they_are_known() -> None:
         edit(PHOTO, IDS, HOLE, instances=IDS.astype(float), names=names)
 
 
-def test_unknown_labels_are_counted_under_the_mask_only() -> None:
+def test_edit_unknown_labels_are_counted_under_the_mask() -> None:
     labels = np.where(HOLE, 0, 9)
     edit(PHOTO, labels, HOLE)
     labels[2, 2] = labels[3, 3] = 7
@@ -461,7 +461,7 @@ def test_unknown_labels_are_counted_under_the_mask_only() -> None:
 
 
 @pytest.mark.parametrize("side", [256, 700])
-def test_surroundings_are_matched_on_request_only(side: int) -> None:
+def test_edit_match_surroundings_requested_removes_a_cast(side: int) -> None:
     photo = np.full((side, side, 3), 100, np.uint8)
     mask = np.zeros((side, side), np.bool_)
     mask[60:-60, 60:-60] = True
@@ -476,7 +476,23 @@ def test_surroundings_are_matched_on_request_only(side: int) -> None:
 
 
 @pytest.mark.parametrize("option", [{"tiling": "mosaic"}, {"feather": -1}, {"batch_size": 0}])
-def test_impossible_options_are_refused(option: dict[str, Any]) -> None:
+def test_edit_options_out_of_range_are_refused(option: dict[str, Any]) -> None:
     (value,) = option.values()
     with pytest.raises(UsageError, match=str(value)):
         edit(PHOTO, IDS, HOLE, **option)
+
+
+def test_edit_feather_blends_inside_the_mask_only_and_zero_is_the_sessions_result() -> None:
+    photo, mask = noise(256, 256), np.zeros((256, 256), bool)
+    mask[50:150, 60:200] = True
+
+    def constant(image: np.ndarray, labels: np.ndarray, instances: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        return np.full_like(image, 200)
+
+    hard, soft = (edit(photo, labels_for(mask), mask, constant, feather=feather) for feather in (0, 3))
+    assert (hard.image[mask] == 200).all() and hard.report.to_json()["feather"] == 0
+    for result in (hard, soft):
+        np.testing.assert_array_equal(result.image[~mask], photo[~mask])
+    inside = np.zeros_like(mask)
+    inside[53:147, 63:197] = True
+    assert (soft.image[inside] == 200).all() and (soft.image[mask & ~inside] != 200).any()

@@ -32,7 +32,9 @@ def mask_of(height: int, width: int) -> np.ndarray:
 
 @settings(max_examples=25, deadline=None)
 @given(SIDES, SIDES, st.tuples(*[st.integers(-40, 40)] * 3))
-def test_a_cast_on_an_even_surface_is_taken_out(height: int, width: int, cast: tuple[int, int, int]) -> None:
+def test_match_color_statistics_even_surface_loses_its_cast(
+    height: int, width: int, cast: tuple[int, int, int]
+) -> None:
     labels, mask = two_classes(height, width), mask_of(height, width)
     photo = np.where(labels[..., None] == 1, np.uint8([200, 180, 160]), np.uint8([60, 70, 80])).astype(np.uint8)
     edited = photo.copy()
@@ -41,7 +43,7 @@ def test_a_cast_on_an_even_surface_is_taken_out(height: int, width: int, cast: t
     assert np.abs(edited.astype(int) - photo).max() <= 1
 
 
-def test_each_class_is_judged_by_its_own_surroundings() -> None:
+def test_match_color_statistics_classes_are_matched_separately() -> None:
     labels, mask = two_classes(80, 80), mask_of(80, 80)
     edited = np.full((80, 80, 3), 100, np.uint8)
     edited[mask & (labels == 1)] = 120
@@ -49,7 +51,7 @@ def test_each_class_is_judged_by_its_own_surroundings() -> None:
     assert (edited == 100).all()
 
 
-def test_known_pixels_and_classes_without_a_border_stay_as_they_are() -> None:
+def test_match_surroundings_known_pixels_and_lone_classes_are_unchanged() -> None:
     rng = np.random.default_rng(0)
     labels, mask = two_classes(80, 80), mask_of(80, 80)
     labels[30:50, 15:30] = 3  # under the mask alone
@@ -61,7 +63,7 @@ def test_known_pixels_and_classes_without_a_border_stay_as_they_are() -> None:
     assert not same[mask].all()
 
 
-def test_another_object_of_the_class_is_not_copied() -> None:
+def test_match_color_statistics_large_step_is_limited() -> None:
     labels, mask = np.ones((80, 80), np.uint8), mask_of(80, 80)
     edited = np.where(mask[..., None], np.uint8(0), np.uint8(250)).astype(np.uint8)
     edited = np.repeat(edited[..., :1], 3, axis=2)
@@ -69,7 +71,7 @@ def test_another_object_of_the_class_is_not_copied() -> None:
     assert edited[mask].max() == 48  # the largest shift
 
 
-def test_detail_under_the_mask_is_kept() -> None:
+def test_match_color_statistics_detail_is_kept() -> None:
     rng = np.random.default_rng(1)
     labels, mask = np.ones((96, 96), np.uint8), mask_of(96, 96)
     texture = rng.normal(0, 12, (96, 96, 1)).repeat(3, axis=2)
@@ -84,7 +86,7 @@ def test_detail_under_the_mask_is_kept() -> None:
 
 @settings(max_examples=10, deadline=None)
 @given(st.integers(520, 700), st.integers(100, 700))
-def test_large_pictures_are_measured_on_cells(height: int, width: int) -> None:
+def test_match_color_statistics_large_image_is_measured_on_cells(height: int, width: int) -> None:
     labels, mask = two_classes(height, width), mask_of(height, width)
     edited = np.full((height, width, 3), 100, np.uint8)
     edited[mask] = 90
@@ -92,7 +94,7 @@ def test_large_pictures_are_measured_on_cells(height: int, width: int) -> None:
     assert np.abs(edited.astype(int) - 100).max() <= 1
 
 
-def test_an_even_class_passes_its_grain_on() -> None:
+def test_match_noise_even_class_passes_its_noise_on() -> None:
     rng = np.random.default_rng(2)
     labels, mask = np.ones((96, 96), np.uint8), mask_of(96, 96)
     grain = np.clip(128 + rng.normal(0, 3, (96, 96, 1)), 0, 255).astype(np.uint8).repeat(3, axis=2)
@@ -106,7 +108,7 @@ def test_an_even_class_passes_its_grain_on() -> None:
     assert edited[mask].std() == pytest.approx(again[mask].std(), rel=0.25)  # what has grain gets little more
 
 
-def test_structure_is_not_taken_for_grain() -> None:
+def test_match_noise_structure_is_not_added() -> None:
     rng = np.random.default_rng(3)
     labels, mask = np.ones((96, 96), np.uint8), mask_of(96, 96)
     wall = rng.integers(0, 256, (96, 96, 1), dtype=np.uint8).repeat(3, axis=2)
@@ -118,7 +120,7 @@ def test_structure_is_not_taken_for_grain() -> None:
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(1, 70), st.integers(1, 70), st.integers(0, 2**32))
-def test_anything_may_be_matched(height: int, width: int, seed: int) -> None:
+def test_match_surroundings_any_input_keeps_known_pixels(height: int, width: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     picture = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
     labels, mask = rng.integers(0, 3, (height, width)), rng.random((height, width)) < 0.5

@@ -44,7 +44,7 @@ class KeepingSession(FakeSession):
 
 @given(partial_masks(), st.sampled_from([64, 256]), st.booleans(), st.booleans(), st.integers(1, 5))
 @settings(max_examples=15, deadline=None)
-def test_prepared_edits_are_edits(mask: np.ndarray, size: int, refines: bool, match: bool, batch_size: int) -> None:
+def test_prepared_edit_equals_edit(mask: np.ndarray, size: int, refines: bool, match: bool, batch_size: int) -> None:
     labels, options = labels_for(mask), {"match_surroundings": match, "batch_size": batch_size}
     instances = labels.astype(np.int64) * 3 if size == 64 else None
     editor = Editor(FakeSession(everything_mixed, size, refines), CLASSES)
@@ -63,7 +63,7 @@ def test_prepared_edits_are_edits(mask: np.ndarray, size: int, refines: bool, ma
     assert keeping.kept == told
 
 
-def test_every_batch_of_windows_is_kept_once() -> None:
+def test_prepare_each_batch_is_bound_once() -> None:
     mask = np.zeros((300, 2000), bool)
     mask[100:120, [100, 600, 1100, 1600, 1900]] = True
     session = KeepingSession()
@@ -72,7 +72,7 @@ def test_every_batch_of_windows_is_kept_once() -> None:
     assert windows > 2 and session.kept == -(-windows // 2) == len(session.calls)
 
 
-def test_what_changes_after_preparing_changes_nothing() -> None:
+def test_prepare_later_changes_of_arrays_have_no_effect() -> None:
     mask = np.zeros((300, 400), bool)
     mask[50:90, 60:200] = True
     labels, image = labels_for(mask), noise(300, 400)
@@ -87,7 +87,7 @@ def test_what_changes_after_preparing_changes_nothing() -> None:
     np.testing.assert_array_equal(image, untouched)
 
 
-def test_progress_is_told_for_every_image() -> None:
+def test_prepared_edit_reports_progress_per_image() -> None:
     mask = np.zeros((300, 400), bool)
     mask[50:90, 60:200] = True
     plan = Editor(FakeSession(everything_mixed), CLASSES).prepare(labels_for(mask), mask)
@@ -109,7 +109,7 @@ def test_progress_is_told_for_every_image() -> None:
         ({"batch_size": 0}, UsageError, "batch size 0"),
     ],
 )
-def test_bad_layouts_are_refused_at_once(change: dict[str, Any], error: type[Exception], words: str) -> None:
+def test_prepare_bad_layout_is_refused(change: dict[str, Any], error: type[Exception], words: str) -> None:
     mask = np.zeros((300, 400), bool)
     mask[50:90, 60:200] = True
     with pytest.raises(error, match=words):
@@ -125,7 +125,7 @@ def test_bad_layouts_are_refused_at_once(change: dict[str, Any], error: type[Exc
         ("photo.png", "expected a numpy array"),
     ],
 )
-def test_bad_images_are_refused(image: Any, words: str) -> None:
+def test_prepared_edit_bad_image_is_refused(image: Any, words: str) -> None:
     mask = np.zeros((300, 400), bool)
     mask[50:90, 60:200] = True
     plan = Editor(FakeSession(everything_mixed), CLASSES).prepare(labels_for(mask), mask)
@@ -154,7 +154,7 @@ def real(street_bundle: Path) -> dict[str, OnnxRuntimeSession]:
 
 @pytest.mark.parametrize("graph", ["edit", "edit_cpu"])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_onnxruntime_draws_the_same(real: dict[str, OnnxRuntimeSession], graph: str, batch: int) -> None:
+def test_prepared_edit_onnxruntime_equals_edit(real: dict[str, OnnxRuntimeSession], graph: str, batch: int) -> None:
     session = real[graph]
     given = edit_batch(spmdeploy.open_editor().classes, 256, "medium", batch)
     run = session.bind_layout(LayoutInput(*given[1:]))
@@ -164,7 +164,7 @@ def test_onnxruntime_draws_the_same(real: dict[str, OnnxRuntimeSession], graph: 
         np.testing.assert_array_equal(run(image), expected)
 
 
-def test_two_layouts_do_not_disturb_each_other(real: dict[str, OnnxRuntimeSession]) -> None:
+def test_prepare_two_layouts_are_independent(real: dict[str, OnnxRuntimeSession]) -> None:
     session, table = real["edit_cpu"], spmdeploy.open_editor().classes
     cases = [edit_batch(table, 256, mask, 1) for mask in ("small", "large")]
     runs = [session.bind_layout(LayoutInput(*case[1:])) for case in cases]
@@ -172,7 +172,7 @@ def test_two_layouts_do_not_disturb_each_other(real: dict[str, OnnxRuntimeSessio
         np.testing.assert_array_equal(run(case.image), session.run(case))
 
 
-def test_an_editor_on_a_bundle_keeps_layouts(street_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prepare_editor_of_a_bundle_caches_layouts(street_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = open_bundle(street_bundle)
     session = open_backend(bundle, "onnxruntime", "cpu").session
     assert isinstance(session, SupportsLayoutCache)
@@ -185,7 +185,7 @@ def test_an_editor_on_a_bundle_keeps_layouts(street_bundle: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize("options", [{}, {"modulation": "spade"}, {"stages": 1}])
-def test_torch_draws_the_same(options: dict[str, Any]) -> None:
+def test_prepared_edit_torch_equals_edit(options: dict[str, Any]) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         generator = Generator(GeneratorConfig(12, 2, 4, **options)).eval().requires_grad_(False)

@@ -105,7 +105,7 @@ def holes(draw: st.DrawFn) -> tuple[np.ndarray, int]:
 
 @quick
 @given(holes(), st.integers(1, 7))
-def test_a_session_that_knows_what_was_hidden_gives_the_photo_back(hole: tuple[np.ndarray, int], batch: int) -> None:
+def test_edit_cascade_perfect_session_returns_the_photo(hole: tuple[np.ndarray, int], batch: int) -> None:
     """Bit for bit: every tile is told of its own pixels, put where they belong, and the weights sum to one."""
     mask, size = hole
     image = noise(*mask.shape)
@@ -115,7 +115,7 @@ def test_a_session_that_knows_what_was_hidden_gives_the_photo_back(hole: tuple[n
 
 @quick
 @given(holes())
-def test_known_pixels_come_back_through_all_levels(hole: tuple[np.ndarray, int]) -> None:
+def test_edit_cascade_keeps_known_pixels(hole: tuple[np.ndarray, int]) -> None:
     mask, size = hole
     image = noise(*mask.shape)
     result = edit(Session(size, np.zeros((1, 3), np.uint8)), image, mask)
@@ -124,7 +124,7 @@ def test_known_pixels_come_back_through_all_levels(hole: tuple[np.ndarray, int])
 
 @settings(max_examples=10, deadline=None)
 @given(st.integers(200, 600), st.integers(33, 600), st.integers(0, 2**32 - 1))
-def test_each_level_lies_exactly_over_the_one_before(height: int, width: int, seed: int) -> None:
+def test_refine_on_host_levels_are_aligned(height: int, width: int, seed: int) -> None:
     """A slope stays the same slope through all doublings, whatever the size of the window."""
     size, rng = 64, np.random.default_rng(seed)
     slope = rng.uniform(-1, 1, 2) * 200 / (height + width)
@@ -149,7 +149,7 @@ def test_each_level_lies_exactly_over_the_one_before(height: int, width: int, se
     np.testing.assert_allclose(canvas[inner], value(y, x)[inner], atol=0.1)
 
 
-def test_the_picture_between_levels_is_not_rounded() -> None:
+def test_refine_on_host_levels_are_not_rounded() -> None:
     """A slope of a tenth of a gray level a pixel has no steps wider than a gray level's own."""
     mask = np.ones((1000, 1000), bool)
     mask[0, 0] = False
@@ -162,7 +162,7 @@ def test_the_picture_between_levels_is_not_rounded() -> None:
     assert steps.min() > 0 and steps.max() < 2 * steps.min()
 
 
-def test_tiles_see_the_photo_as_it_is_and_labels_of_their_own_pixels() -> None:
+def test_edit_cascade_tiles_get_photo_and_labels_at_their_scale() -> None:
     class Watching(Session):
         def refine(self, inputs: ModelInput, coarse: np.ndarray) -> np.ndarray:
             self.seen = [array[0] for array in (*inputs, coarse)]
@@ -186,7 +186,7 @@ def test_tiles_see_the_photo_as_it_is_and_labels_of_their_own_pixels() -> None:
 # ---- what it costs ----
 
 
-def test_tiles_go_through_in_batches_of_one_level() -> None:
+def test_edit_cascade_batches_hold_tiles_of_one_level() -> None:
     mask = np.zeros((400, 400), bool)
     mask[50:350, 50:350] = True
     session = Session(64)
@@ -201,7 +201,7 @@ def test_tiles_go_through_in_batches_of_one_level() -> None:
     assert all(0 < after - before <= 4 for (before, _), (after, _) in pairwise(told))
 
 
-def test_the_same_settings_give_the_same_bytes_whatever_the_batch() -> None:
+def test_edit_cascade_batch_size_does_not_change_the_result() -> None:
     mask = np.zeros((500, 700), bool)
     mask[80:420, 90:640] = True
     image = noise(500, 700)
@@ -210,7 +210,7 @@ def test_the_same_settings_give_the_same_bytes_whatever_the_batch() -> None:
         np.testing.assert_array_equal(edit(Session(64), image, mask, batch_size=batch).image, first)
 
 
-def test_batches_and_threads_change_a_real_network_by_a_grey_level_at_most() -> None:
+def test_edit_cascade_onnxruntime_batches_and_threads_differ_by_one_level_at_most() -> None:
     torch = pytest.importorskip("torch")
 
     from spmdeploy.backends.pytorch import TorchSession
@@ -249,7 +249,7 @@ def two_holes() -> np.ndarray:
     return mask
 
 
-def test_auto_cascades_windows_beyond_the_limit_only() -> None:
+def test_edit_tiling_auto_cascades_windows_beyond_the_limit() -> None:
     report = edit(Session(256), noise(1000, 2000), two_holes(), tiling="auto").report
     assert (report.tiling, report.tiling_reason) == ("cascade", "1 of 2 windows larger than 384 pixels")
     assert [(len(entry.plan.levels), entry.scale) for entry in report.windows] == [(0, 1.0), (1, 1.0)]
@@ -257,7 +257,7 @@ def test_auto_cascades_windows_beyond_the_limit_only() -> None:
 
 
 @pytest.mark.parametrize(("side", "mode"), [(256, "crop"), (257, "cascade")])
-def test_the_limit_is_a_longer_side_of_384(side: int, mode: str) -> None:
+def test_edit_tiling_auto_limit_is_384_pixels(side: int, mode: str) -> None:
     mask = np.zeros((900, 900), bool)
     mask[300 : 300 + side, 400] = True
     (site,) = plan_windows(mask)
@@ -265,14 +265,14 @@ def test_the_limit_is_a_longer_side_of_384(side: int, mode: str) -> None:
     assert edit(Session(256), noise(900, 900), mask, tiling="auto").report.tiling == mode
 
 
-def test_asked_for_by_name_every_window_larger_than_the_model_cascades() -> None:
+def test_edit_tiling_cascade_refines_every_window_larger_than_the_model() -> None:
     mask = np.zeros((300, 300), bool)
     mask[20:200, 20:200] = True
     report = edit(Session(256), noise(300, 300), mask).report
     assert (report.tiling, report.tiling_reason, report.tiles > 0) == ("cascade", "asked for", True)
 
 
-def test_without_a_refine_graph_auto_crops_and_says_so() -> None:
+def test_edit_tiling_auto_without_refine_crops_with_a_note() -> None:
     report = edit(Session(256, refines=False), noise(1000, 2000), two_holes(), tiling="auto").report
     assert report.tiling == "crop"
     assert report.tiling_reason == "1 of 2 windows larger than 384 pixels, but the model has no refine graph"
@@ -288,13 +288,13 @@ def test_without_a_refine_graph_auto_crops_and_says_so() -> None:
     assert len(cropped.notes) == 1  # it was asked for
 
 
-def test_without_a_refine_graph_a_cascade_is_refused() -> None:
+def test_edit_tiling_cascade_without_refine_is_refused() -> None:
     with pytest.raises(BundleError, match="no refine graph") as caught:
         edit(Session(256, refines=False), noise(1000, 2000), two_holes())
     assert str(caught.value.hint).startswith("export it again; or use")
 
 
-def test_crop_by_name_never_refines() -> None:
+def test_edit_tiling_crop_never_refines() -> None:
     session = Session(256)
     assert edit(session, noise(1000, 2000), two_holes(), tiling="crop").report.tiling == "crop"
     assert not session.batches
@@ -303,7 +303,7 @@ def test_crop_by_name_never_refines() -> None:
 # ---- what is reported ----
 
 
-def test_the_report_tells_of_every_level() -> None:
+def test_edit_cascade_report_has_every_level() -> None:
     mask = np.zeros((400, 400), bool)
     mask[80:360, 40:320] = True
     report = edit(Session(64), noise(400, 400), mask).report
@@ -315,7 +315,7 @@ def test_the_report_tells_of_every_level() -> None:
     assert all({"seam_score", "tile_mismatch"} <= set(level) for level in window["levels"])
 
 
-def test_tiles_that_differ_show_it_as_mismatch() -> None:
+def test_edit_cascade_differing_tiles_have_a_mismatch() -> None:
     class Flickering(Session):
         """Every tile ten gray levels brighter than the one before; the first at 0."""
 
@@ -336,7 +336,7 @@ def test_tiles_that_differ_show_it_as_mismatch() -> None:
     assert all((level.tile_mismatch or 0) >= 10 for level in differing.levels)
 
 
-def test_borders_that_show_and_tiles_that_disagree_are_told() -> None:
+def test_report_notes_seams_and_mismatch_are_noted() -> None:
     mask = np.zeros((400, 400), bool)
     mask[80:360, 40:320] = True
     (plain,) = edit(Session(64), noise(400, 400), mask).report.windows
@@ -351,7 +351,7 @@ def test_borders_that_show_and_tiles_that_disagree_are_told() -> None:
     assert told.startswith("window 1 of 1: its tiles differed by 16 gray levels")
 
 
-def test_a_level_of_a_smooth_photo_is_enlarged_and_not_refined() -> None:
+def test_edit_cascade_level_of_a_smooth_photo_is_upsampled() -> None:
     mask = np.zeros((400, 400), bool)
     mask[80:360, 40:320] = True
     fine = noise(400, 400)
@@ -372,7 +372,7 @@ def test_a_level_of_a_smooth_photo_is_enlarged_and_not_refined() -> None:
     assert np.array_equal(result.image[~mask], blurred[~mask])
 
 
-def test_windows_that_are_carried_up_one_after_the_other_keep_apart() -> None:
+def test_edit_cascade_windows_are_independent() -> None:
     mask = np.zeros((700, 1800), bool)
     mask[200:500, 200:500] = mask[200:500, 1300:1600] = True
     image = noise(700, 1800)
@@ -399,7 +399,7 @@ growth = st.sampled_from([0, 0, 1, 30, 200])
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(20, 150), st.integers(20, 150), st.builds(Padding, growth, growth, growth, growth))
-def test_a_session_that_knows_what_is_beyond_gives_the_whole_picture(height: int, width: int, sides: Padding) -> None:
+def test_extend_perfect_session_returns_the_whole_image(height: int, width: int, sides: Padding) -> None:
     """Bit for bit, in every direction, over as many windows as it takes."""
     if not any(sides):
         return
@@ -414,7 +414,7 @@ def test_a_session_that_knows_what_is_beyond_gives_the_whole_picture(height: int
         assert result.report.edited_pixels == whole[..., 0].size - height * width
 
 
-def test_each_window_sees_what_the_one_before_made() -> None:
+def test_extend_windows_see_earlier_results() -> None:
     class Continuing(Session):
         """Paints one more than the brightest known pixel that it sees."""
 
@@ -430,7 +430,7 @@ def test_each_window_sees_what_the_one_before_made() -> None:
     assert strips[134:] == [11] * 25 + [12] * 25 + [13] * 25 + [14] * 25
 
 
-def test_what_is_still_to_come_never_reaches_the_session() -> None:
+def test_extend_later_windows_are_hidden_from_the_session() -> None:
     class Strict(Session):
         def run_unrounded(self, inputs: ModelInput) -> np.ndarray:
             known = inputs.image[inputs.mask == 0]
@@ -441,7 +441,7 @@ def test_what_is_still_to_come_never_reaches_the_session() -> None:
     assert (extend(Strict(64), photo, Padding(90, 70, 110, 130), tiling="crop", feather=3).image == 200).all()
 
 
-def test_steps_cost_the_same_however_far_a_picture_grows() -> None:
+def test_extend_cost_per_step_is_constant() -> None:
     told: list[tuple[int, int]] = []
     photo = noise(64, 64)
     near, far = (
@@ -457,7 +457,7 @@ def test_steps_cost_the_same_however_far_a_picture_grows() -> None:
     assert told[-1] == (30, 30) and told[0] == (0, 3)
 
 
-def test_the_report_of_an_extension_names_windows_of_the_grown_picture() -> None:
+def test_extend_report_has_windows_of_the_extended_image() -> None:
     report = extend(Session(64), noise(100, 100), Padding(0, 0, 120, 0)).report
     assert [entry.window for entry in report.windows] == [Window(0, left, 100, 100) for left in (46, 86, 120)]
     assert (report.tiling, report.tiling_reason) == ("cascade", "3 of 3 windows larger than 96 pixels")
@@ -471,14 +471,14 @@ def test_the_report_of_an_extension_names_windows_of_the_grown_picture() -> None
         (Padding(0, 0, 10**9, 0), "1000000008×6, 6000 megapixels; at most 200"),
     ],
 )
-def test_extensions_that_make_no_sense_are_refused(sides: Padding, words: str) -> None:
+def test_extend_impossible_padding_is_refused(sides: Padding, words: str) -> None:
     photo = noise(6, 8)
     with pytest.raises(UsageError, match=words) as caught:
         Editor(Session(64), CLASSES).extend(photo, np.zeros((6, 8), np.uint8), sides)
     assert caught.value.hint
 
 
-def test_labels_of_an_extension_have_the_grown_size() -> None:
+def test_extend_labels_of_another_size_are_refused() -> None:
     photo, labels = noise(6, 8), np.zeros((6, 8), np.uint8)
     with pytest.raises(InputError, match="labels: 8×6, but image grows to 10×6"):
         Editor(Session(64), CLASSES).extend(photo, labels, Padding(0, 0, 2, 0))
@@ -491,6 +491,6 @@ def test_labels_of_an_extension_have_the_grown_size() -> None:
         Editor(Session(64), CLASSES).extend(photo, [[0]], Padding(0, 0, 2, 0))  # type: ignore[arg-type]
 
 
-def test_an_extension_always_runs_in_windows() -> None:
+def test_extend_tiling_off_is_refused() -> None:
     with pytest.raises(UsageError, match="without tiling"):
         extend(Session(64), noise(64, 64), Padding(0, 0, 1, 0), tiling="off")

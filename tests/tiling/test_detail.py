@@ -9,7 +9,7 @@ from spmdeploy.tiling.pyramid import high_frequency_energy
 EVERYWHERE = np.ones((20, 30), np.bool_)
 
 
-def test_a_checkerboard_counts_in_full_and_a_gradient_not_at_all() -> None:
+def test_high_frequency_energy_checkerboard_counts_and_gradient_does_not() -> None:
     rows, columns = np.indices((20, 30))
     board = np.repeat((100 + 8 * ((rows + columns) % 2 * 2 - 1))[..., None], 3, 2).astype(np.uint8)
     total, count = high_frequency_energy(board, EVERYWHERE)
@@ -18,7 +18,7 @@ def test_a_checkerboard_counts_in_full_and_a_gradient_not_at_all() -> None:
     assert high_frequency_energy(slope, EVERYWHERE) == (0, count)
 
 
-def test_only_known_pixels_count() -> None:
+def test_high_frequency_energy_only_known_pixels_count() -> None:
     picture = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
     known = EVERYWHERE.copy()
     known[:, 12:] = False

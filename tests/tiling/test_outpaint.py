@@ -18,9 +18,7 @@ native = 48
 
 @quick
 @given(st.integers(1, 200), st.integers(1, 200), grown)
-def test_every_new_pixel_is_made_from_what_is_there_and_at_a_far_border_twice(
-    height: int, width: int, sides: Padding
-) -> None:
+def test_plan_extension_every_new_pixel_has_context(height: int, width: int, sides: Padding) -> None:
     there = np.zeros((sides.top + height + sides.bottom, sides.left + width + sides.right), bool)
     there[sides.top : sides.top + height, sides.left : sides.left + width] = True
     times = there * 2
@@ -41,7 +39,7 @@ def test_every_new_pixel_is_made_from_what_is_there_and_at_a_far_border_twice(
 
 @quick
 @given(st.integers(1, 200), st.integers(1, 200), grown)
-def test_windows_are_bounded_and_little_more_than_half_new(height: int, width: int, sides: Padding) -> None:
+def test_plan_extension_windows_are_bounded(height: int, width: int, sides: Padding) -> None:
     longest = max(native, 2 * height, 2 * width)
     for step in plan_extension(height, width, sides, native):
         assert max(step.window.height, step.window.width) <= longest
@@ -55,7 +53,7 @@ def steps(height: int, width: int, *sides: int) -> list[OutpaintStep]:
 
 @quick
 @given(st.integers(30, 200), st.integers(30, 200), st.integers(1, 400))
-def test_all_directions_are_one_turned_around(height: int, width: int, length: int) -> None:
+def test_plan_extension_directions_are_symmetric(height: int, width: int, length: int) -> None:
     right = steps(height, width, 0, 0, length, 0)
     left = steps(height, width, length, 0, 0, 0)
     below = steps(width, height, 0, 0, 0, length)
@@ -72,7 +70,7 @@ def test_all_directions_are_one_turned_around(height: int, width: int, length: i
     assert above == [OutpaintStep(turned(step.window), turned(step.fresh)) for step in left]
 
 
-def test_the_size_of_a_window_does_not_depend_on_how_far_the_picture_grows() -> None:
+def test_plan_extension_window_size_does_not_depend_on_padding() -> None:
     sizes = [
         {(step.window.height, step.window.width) for step in plan_extension(360, 480, Padding(0, 0, length, 0))}
         for length in (180 * 3, 180 * 300)
@@ -80,17 +78,17 @@ def test_the_size_of_a_window_does_not_depend_on_how_far_the_picture_grows() -> 
     assert sizes == [{(360, 360)}] * 2
 
 
-def test_a_short_extension_is_one_step_that_sees_as_much_as_is_high() -> None:
+def test_plan_extension_short_padding_is_one_step() -> None:
     assert steps(200, 300, 0, 0, 60, 0) == [OutpaintStep(Window(0, 160, 200, 200), Window(0, 300, 200, 60))]
 
 
-def test_what_lies_at_a_far_border_is_made_again_where_the_picture_grows_on() -> None:
+def test_plan_extension_far_border_is_repeated_by_the_next_step() -> None:
     found = steps(200, 300, 0, 0, 200, 0)
     assert [step.fresh for step in found] == [Window(0, 300, 200, 112), Window(0, 400, 200, 100)]
     assert [step.window for step in found] == [Window(0, 212, 200, 200), Window(0, 300, 200, 200)]
 
 
-def test_above_a_panorama_windows_follow_each_other_along_it() -> None:
+def test_plan_extension_above_a_panorama_has_several_windows() -> None:
     found = steps(100, 500, 0, 40, 0, 0)
     assert [step.window for step in found] == [Window(0, left, 140, 200) for left in (0, 100, 200, 300)]
     assert [step.fresh for step in found] == [
@@ -101,5 +99,5 @@ def test_above_a_panorama_windows_follow_each_other_along_it() -> None:
     ]
 
 
-def test_a_photo_without_any_growth_has_no_steps() -> None:
+def test_plan_extension_without_padding_has_no_steps() -> None:
     assert steps(50, 50, 0, 0, 0, 0) == []

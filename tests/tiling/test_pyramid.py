@@ -30,7 +30,7 @@ def lines(draw: st.DrawFn) -> tuple[int, int, int, int, int]:
 
 @settings(max_examples=500)
 @given(lines())
-def test_tiles_cover_the_masked_part_and_its_margin(line: tuple[int, int, int, int, int]) -> None:
+def test_plan_pyramid_tiles_cover_mask_and_margin(line: tuple[int, int, int, int, int]) -> None:
     first, end, length, size, overlap = line
     starts = tile_starts(first, end, length, size, overlap)
     assert starts[0] <= max(first - 32, 0) and starts[-1] + size >= min(end + 32, length)
@@ -41,7 +41,7 @@ def test_tiles_cover_the_masked_part_and_its_margin(line: tuple[int, int, int, i
 
 @settings(max_examples=500)
 @given(lines())
-def test_tiles_are_as_few_as_the_overlap_allows_and_evenly_spread(line: tuple[int, int, int, int, int]) -> None:
+def test_plan_pyramid_tiles_are_few_and_evenly_spread(line: tuple[int, int, int, int, int]) -> None:
     starts = tile_starts(*line)
     *_, size, overlap = line
     span = starts[-1] + size - starts[0]
@@ -53,7 +53,7 @@ def test_tiles_are_as_few_as_the_overlap_allows_and_evenly_spread(line: tuple[in
 
 @settings(max_examples=500)
 @given(lines())
-def test_weights_along_a_line_sum_to_one(line: tuple[int, int, int, int, int]) -> None:
+def test_blend_windows_weights_sum_to_one(line: tuple[int, int, int, int, int]) -> None:
     starts, size = tile_starts(*line), line[3]
     weights = blend_windows(starts, size)
     assert weights.shape == (len(starts), size) and weights.dtype == np.float32
@@ -64,7 +64,7 @@ def test_weights_along_a_line_sum_to_one(line: tuple[int, int, int, int, int]) -
     np.testing.assert_allclose(total[starts[0] :], 1, atol=1e-6)
 
 
-def test_a_tile_fades_out_towards_its_neighbors_only() -> None:
+def test_blend_windows_fade_towards_neighbors_only() -> None:
     first, middle, last = blend_windows((0, 40, 80), 64)
     assert (first[:40] == 1).all() and (last[24:] == 1).all()
     assert (np.diff(first[40:]) < 0).all() and first[-1] < 0.01
@@ -92,7 +92,7 @@ def planned(mask: np.ndarray, size: int) -> list[tuple[PyramidLevel, ...]]:
 
 @quick
 @given(holes())
-def test_levels_double_up_to_the_windows_own_size(hole: tuple[np.ndarray, int]) -> None:
+def test_plan_pyramid_levels_double_up_to_full_resolution(hole: tuple[np.ndarray, int]) -> None:
     mask, size = hole
     for site, levels in zip(plan_windows(mask, size), planned(mask, size), strict=True):
         window = site.window
@@ -107,7 +107,7 @@ def test_levels_double_up_to_the_windows_own_size(hole: tuple[np.ndarray, int]) 
 
 @quick
 @given(holes())
-def test_every_masked_pixel_of_every_level_is_blended_from_weights_that_sum_to_one(
+def test_plan_pyramid_weights_of_masked_pixels_sum_to_one(
     hole: tuple[np.ndarray, int],
 ) -> None:
     """By the tiles that run; and each of these has something to do."""
@@ -133,7 +133,7 @@ def covered_cells(mask: np.ndarray, factor: int) -> np.ndarray:
 
 @quick
 @given(holes())
-def test_a_level_is_made_from_what_the_one_before_covers(hole: tuple[np.ndarray, int]) -> None:
+def test_plan_pyramid_level_is_covered_by_the_previous_one(hole: tuple[np.ndarray, int]) -> None:
     mask, size = hole
     for levels in planned(mask, size):
         for coarse, fine in pairwise(levels):
@@ -147,7 +147,7 @@ def test_a_level_is_made_from_what_the_one_before_covers(hole: tuple[np.ndarray,
 
 @quick
 @given(holes(), st.integers(0, 300), st.integers(0, 300))
-def test_translating_photo_and_mask_translates_the_tiles(hole: tuple[np.ndarray, int], down: int, right: int) -> None:
+def test_plan_pyramid_translation_translates_tiles(hole: tuple[np.ndarray, int], down: int, right: int) -> None:
     """On a photo so large that no window reaches its border."""
     mask, size = hole
     height, width = mask.shape
@@ -161,7 +161,7 @@ def test_translating_photo_and_mask_translates_the_tiles(hole: tuple[np.ndarray,
             assert (moved.rows, moved.columns, moved.tiles) == (level.rows, level.columns, level.tiles)
 
 
-def test_cost_follows_the_mask_and_not_the_photo() -> None:
+def test_plan_pyramid_cost_follows_the_mask() -> None:
     counts = []
     for height, width in ((1024, 1024), (2160, 3840), (9000, 11000)):
         mask = np.zeros((height, width), bool)
@@ -171,7 +171,7 @@ def test_cost_follows_the_mask_and_not_the_photo() -> None:
     assert counts == [[9]] * 3
 
 
-def test_a_thin_line_runs_only_the_tiles_along_it() -> None:
+def test_plan_pyramid_thin_line_has_tiles_along_it_only() -> None:
     mask = np.zeros((2000, 2000), bool)
     mask[np.arange(100, 1900), np.arange(100, 1900)] = True
     ((*_, last),) = planned(mask, 256)
@@ -181,14 +181,14 @@ def test_a_thin_line_runs_only_the_tiles_along_it() -> None:
 # ---- seams ----
 
 
-def test_borders_are_where_tiles_begin_end_and_pass_over() -> None:
+def test_border_lines_are_at_starts_ends_and_middles_of_overlaps() -> None:
     assert border_lines((10, 60, 110), 80) == {50, 80, 65, 100, 130, 115}
     assert border_lines((10,), 80) == frozenset()
 
 
 @quick
 @given(st.integers(0, 2**32 - 1), st.integers(2, 40), st.integers(2, 40))
-def test_the_seam_score_is_what_two_loops_say(seed: int, height: int, width: int) -> None:
+def test_seam_score_equals_plain_loops(seed: int, height: int, width: int) -> None:
     rng = np.random.default_rng(seed)
     picture, mask = rng.integers(0, 256, (height, width, 3), np.uint8), rng.random((height, width)) < 0.8
     rows, columns = frozenset(rng.integers(1, height, 2).tolist()), frozenset(rng.integers(1, width, 2).tolist())
@@ -210,7 +210,7 @@ def test_the_seam_score_is_what_two_loops_say(seed: int, height: int, width: int
         assert score is None
 
 
-def test_a_gradient_has_no_seams_and_a_step_is_one() -> None:
+def test_seam_score_gradient_is_zero_and_step_is_positive() -> None:
     gradient = np.repeat(np.linspace(0, 200, 600, dtype=np.float32)[None, :, None], 400, axis=0).repeat(3, axis=2)
     mask = np.ones(gradient.shape[:2], bool)
     assert seam_score(gradient, mask, frozenset({100}), frozenset({300})) == pytest.approx(0, abs=1e-4)
@@ -218,7 +218,7 @@ def test_a_gradient_has_no_seams_and_a_step_is_one() -> None:
     assert seam_score(gradient, mask, frozenset(), frozenset({300})) == pytest.approx(6, abs=1e-3)
 
 
-def test_known_pixels_say_nothing_about_seams() -> None:
+def test_seam_score_known_pixels_do_not_count() -> None:
     picture = np.zeros((50, 50, 3), np.uint8)
     picture[:, 25:] = 99
     mask = np.zeros((50, 50), bool)

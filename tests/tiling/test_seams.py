@@ -48,7 +48,7 @@ def editor() -> Editor:
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] if name in MASKS[2:] else []) for name in MASKS]
 )
-def test_borders_of_tiles_do_not_show(name: str, editor: Editor) -> None:
+def test_seam_score_of_builtin_model_is_below_the_limit(name: str, editor: Editor) -> None:
     import torch
 
     threads = torch.get_num_threads()

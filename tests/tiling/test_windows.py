@@ -58,7 +58,7 @@ def brute_pieces(mask: np.ndarray, reach: int) -> list[tuple[int, int, int, int]
 
 @quick
 @given(small_masks(), st.integers(2, 5))
-def test_pieces_lie_between_touching_pixels_and_pixels_a_block_apart(mask: np.ndarray, block: int) -> None:
+def test_mask_components_are_between_touching_pixels_and_a_block_apart(mask: np.ndarray, block: int) -> None:
     """No two touching pixels are torn apart, and nothing is joined that lies two blocks apart."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(windows, "BLOCK", block)
@@ -71,24 +71,24 @@ def test_pieces_lie_between_touching_pixels_and_pixels_a_block_apart(mask: np.nd
 
 @quick
 @given(small_masks())
-def test_with_blocks_of_one_pixel_the_pieces_are_the_connected_components(mask: np.ndarray) -> None:
+def test_mask_components_blocks_of_one_pixel_are_connected_components(mask: np.ndarray) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(windows, "BLOCK", 1)
         assert sorted(tuple(box) for box in mask_components(mask).tolist()) == brute_pieces(mask, 1)
 
 
-def test_pieces_have_exact_boxes_across_many_blocks() -> None:
+def test_mask_components_boxes_are_exact() -> None:
     mask = np.zeros((900, 700), bool)
     mask[3, 5] = mask[100:305, 450:451] = mask[304, 200:451] = True
     assert mask_components(mask).tolist() == [[3, 5, 4, 6], [100, 200, 305, 451]]
 
 
-def test_a_diagonal_line_is_one_piece() -> None:
+def test_mask_components_diagonal_line_is_one() -> None:
     for line in (np.eye(512, dtype=bool), np.eye(512, dtype=bool)[:, ::-1]):
         assert mask_components(line).tolist() == [[0, 0, 512, 512]]
 
 
-def test_hundreds_of_thousands_of_specks_on_a_large_photo() -> None:
+def test_mask_components_many_specks_are_found() -> None:
     mask = np.zeros((4000, 6000), bool)
     mask[::9, ::9] = True
     assert mask_components(mask).tolist() == [[0, 0, 3997, 5995]]
@@ -97,7 +97,7 @@ def test_hundreds_of_thousands_of_specks_on_a_large_photo() -> None:
 
 @quick
 @given(st.integers(1, 60), st.lists(st.tuples(st.integers(0, 59), st.integers(0, 59)), max_size=60))
-def test_connected_groups_are_those_of_a_plain_search(count: int, links: list[tuple[int, int]]) -> None:
+def test_connected_groups_equal_a_plain_search(count: int, links: list[tuple[int, int]]) -> None:
     links = [(a % count, b % count) for a, b in links]
     group = list(range(count))
     for _ in range(count):
@@ -108,7 +108,7 @@ def test_connected_groups_are_those_of_a_plain_search(count: int, links: list[tu
     assert windows.connected_groups(count, first, second).tolist() == [numbers[root] for root in group]
 
 
-def test_connected_groups_of_a_long_shuffled_chain() -> None:
+def test_connected_groups_long_shuffled_chain_is_one() -> None:
     order = np.random.default_rng(1).permutation(20_000)
     assert not windows.connected_groups(20_000, order[:-1], order[1:]).any()
 
@@ -122,7 +122,7 @@ def plan_windows(mask: np.ndarray) -> list[Window]:
 
 @quick
 @given(masks())
-def test_sites_have_every_masked_pixel_once_in_windows_that_are_large_enough(mask: np.ndarray) -> None:
+def test_plan_windows_every_masked_pixel_is_edited_once(mask: np.ndarray) -> None:
     height, width = mask.shape
     covered = np.zeros(mask.shape, np.uint8)
     for site in plan_sites(mask):
@@ -138,7 +138,7 @@ def test_sites_have_every_masked_pixel_once_in_windows_that_are_large_enough(mas
 
 @quick
 @given(masks())
-def test_windows_keep_context_around_what_is_edited(mask: np.ndarray) -> None:
+def test_plan_windows_keep_context_around_the_mask(mask: np.ndarray) -> None:
     """Known margins on all sides up to the photo's border, and at least the context factor where the photo has it."""
     for site in plan_sites(mask):
         window, hole = site.window, site.mask_of(mask)
@@ -155,7 +155,7 @@ def test_windows_keep_context_around_what_is_edited(mask: np.ndarray) -> None:
 
 @quick
 @given(masks())
-def test_holes_of_different_sites_never_touch(mask: np.ndarray) -> None:
+def test_plan_windows_masks_of_different_windows_never_touch(mask: np.ndarray) -> None:
     """By far: the feather of one would otherwise be made from what the other still hides."""
     owner = np.full(mask.shape, -1)
     for number, site in enumerate(plan_sites(mask)):
@@ -169,7 +169,7 @@ def test_holes_of_different_sites_never_touch(mask: np.ndarray) -> None:
 
 @quick
 @given(masks())
-def test_windows_are_square_where_the_photo_allows_and_come_in_reading_order(mask: np.ndarray) -> None:
+def test_plan_windows_are_square_and_in_reading_order(mask: np.ndarray) -> None:
     windows = plan_windows(mask)
     for window in windows:
         longer = max(window.height, window.width)
@@ -179,7 +179,7 @@ def test_windows_are_square_where_the_photo_allows_and_come_in_reading_order(mas
 
 @quick
 @given(masks(600), st.integers(0, 700), st.integers(0, 700))
-def test_translating_photo_and_mask_translates_the_plan(mask: np.ndarray, down: int, right: int) -> None:
+def test_plan_windows_translation_translates_windows(mask: np.ndarray, down: int, right: int) -> None:
     """On a photo so large that no window reaches its border."""
     height, width = mask.shape
     one, other = np.zeros((2, height + 3200, width + 3200), bool)
@@ -189,13 +189,13 @@ def test_translating_photo_and_mask_translates_the_plan(mask: np.ndarray, down: 
     assert plan_windows(other) == moved
 
 
-def test_near_pieces_share_a_window_and_far_ones_do_not() -> None:
+def test_plan_windows_near_components_share_a_window() -> None:
     mask = np.zeros((1000, 3000), bool)
     mask[500, 200] = mask[500, 400] = mask[500, 2000] = True
     assert plan_windows(mask) == [Window(350, 150, 302, 302), Window(373, 1873, 256, 256)]
 
 
-def test_merging_goes_on_until_nothing_overlaps() -> None:
+def test_plan_windows_merging_ends_without_overlap() -> None:
     """Two pieces whose common window reaches a third that neither of them reached alone."""
     places = (1500, 1000), (1500, 1200), (1235, 1100)
 
@@ -209,7 +209,7 @@ def test_merging_goes_on_until_nothing_overlaps() -> None:
     assert windows_of(0, 1, 2) == [Window(1169, 901, 399, 399)]
 
 
-def test_pieces_whose_common_window_would_be_too_large_keep_their_own() -> None:
+def test_plan_windows_components_far_apart_keep_their_own() -> None:
     mask = np.zeros((1000, 3000), bool)
     mask[400:600, 200:400] = mask[400:600, 480:680] = True
     left, right = plan_sites(mask)
@@ -218,7 +218,7 @@ def test_pieces_whose_common_window_would_be_too_large_keep_their_own() -> None:
     assert left.mask_of(mask).sum() == right.mask_of(mask).sum() == 40_000
 
 
-def test_specks_all_over_a_photo_are_edited_at_their_own_size() -> None:
+def test_plan_windows_scattered_specks_are_edited_at_full_resolution() -> None:
     rng = np.random.default_rng(2)
     mask = np.zeros((3000, 4000), bool)
     for top, left in zip(rng.integers(0, 2990, 300).tolist(), rng.integers(0, 3990, 300).tolist(), strict=True):
@@ -228,7 +228,7 @@ def test_specks_all_over_a_photo_are_edited_at_their_own_size() -> None:
     assert all(max(site.window.height, site.window.width) <= 384 for site in sites)
 
 
-def test_windows_side_by_side_do_not_overlap() -> None:
+def test_window_overlaps_adjacent_is_false() -> None:
     mask = np.zeros((256, 512), bool)
     mask[128, 127] = mask[128, 384] = True
     assert plan_windows(mask) == [Window(0, 0, 256, 256), Window(0, 256, 256, 256)]
@@ -236,7 +236,7 @@ def test_windows_side_by_side_do_not_overlap() -> None:
     assert Window(0, 0, 256, 257).overlaps(Window(0, 256, 256, 256))
 
 
-def test_thousands_of_pieces_are_all_held() -> None:
+def test_plan_windows_thousands_of_components_are_all_edited() -> None:
     mask = np.zeros((6000, 6000), bool)
     mask[100::500, 100::500] = True
     windows = plan_windows(mask)
@@ -244,7 +244,7 @@ def test_thousands_of_pieces_are_all_held() -> None:
     assert sum(int(mask[window.slices].sum()) for window in windows) == 144
 
 
-def test_an_empty_mask_has_no_windows() -> None:
+def test_plan_windows_empty_mask_has_none() -> None:
     assert plan_windows(np.zeros((5, 5), bool)) == []
 
 
@@ -253,7 +253,7 @@ def test_an_empty_mask_has_no_windows() -> None:
 
 @quick
 @given(st.integers(1, 9000), st.integers(1, 9000))
-def test_a_frame_shrinks_to_the_model_and_never_enlarges(height: int, width: int) -> None:
+def test_fit_letterbox_shrinks_and_never_enlarges(height: int, width: int) -> None:
     frame = fit_letterbox(Window(0, 0, height, width), 256)
     longer = max(height, width)
     assert 1 <= frame.height <= min(height, 256) and 1 <= frame.width <= min(width, 256)
@@ -264,13 +264,13 @@ def test_a_frame_shrinks_to_the_model_and_never_enlarges(height: int, width: int
         assert abs(side * frame.scale - shrunk) <= 0.5 or shrunk == 1
 
 
-def test_a_narrow_window_is_not_stretched() -> None:
+def test_fit_letterbox_narrow_window_keeps_its_aspect() -> None:
     assert fit_letterbox(Window(7, 9, 100, 1000), 256) == Letterbox(Window(7, 9, 100, 1000), 26, 256, 256)
 
 
 @quick
 @given(st.integers(1, 40), st.integers(1, 40))
-def test_padding_mirrors_without_repeating_the_border(height: int, width: int) -> None:
+def test_pad_by_reflection_does_not_repeat_the_border(height: int, width: int) -> None:
     ids = np.arange(height * width, dtype=np.int32).reshape(height, width)
     padded = frames.pad_by_reflection(ids, 40, 50)
     assert padded.shape == (40, 50) and padded.dtype == ids.dtype
@@ -282,7 +282,7 @@ def test_padding_mirrors_without_repeating_the_border(height: int, width: int) -
     np.testing.assert_array_equal(padded, ids[np.ix_(mirrored(height, 40), mirrored(width, 50))])
 
 
-def test_padding_keeps_color_channels() -> None:
+def test_pad_by_reflection_keeps_channels() -> None:
     picture = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3)
     padded = frames.pad_by_reflection(picture, 4, 4)
     assert padded.shape == (4, 4, 3)
@@ -302,7 +302,7 @@ def covering(mask: np.ndarray, height: int, width: int) -> np.ndarray:
 
 @quick
 @given(small_masks(), st.integers(1, 40), st.integers(1, 40))
-def test_edited_frame_pixels_take_their_labels_from_under_the_mask(mask: np.ndarray, height: int, width: int) -> None:
+def test_label_sampling_grid_masked_pixels_take_masked_labels(mask: np.ndarray, height: int, width: int) -> None:
     height, width = min(height, mask.shape[0]), min(width, mask.shape[1])
     frame_mask = covering(mask, height, width)
     rows, columns = frames.label_sampling_grid(mask, frame_mask)
@@ -313,7 +313,7 @@ def test_edited_frame_pixels_take_their_labels_from_under_the_mask(mask: np.ndar
     assert (columns + 1 > x * mask.shape[1] / width).all() and (columns < (x + 1) * mask.shape[1] / width).all()
 
 
-def test_known_frame_pixels_take_the_nearest_label() -> None:
+def test_label_sampling_grid_known_pixels_take_the_nearest_label() -> None:
     rows, columns = frames.label_sampling_grid(np.zeros((9, 6), bool), np.zeros((3, 2), bool))
     assert rows.tolist() == [[1, 1], [4, 4], [7, 7]] and columns.tolist() == [[1, 4]] * 3
 
@@ -345,7 +345,7 @@ def distance_to_known(mask: np.ndarray) -> np.ndarray:
 
 @quick
 @given(pictures_with_masks(), st.integers(0, 5))
-def test_stitching_never_writes_a_known_pixel_and_hides_the_hidden(case: Case, feather: int) -> None:
+def test_stitch_known_pixels_are_unchanged_and_hidden_ones_unused(case: Case, feather: int) -> None:
     picture, edited, mask = case
     stitched, hidden_changed = picture.copy(), picture.copy()
     hidden_changed[mask] ^= 0xFF
@@ -357,7 +357,7 @@ def test_stitching_never_writes_a_known_pixel_and_hides_the_hidden(case: Case, f
 
 @quick
 @given(pictures_with_masks(), st.integers(0, 5))
-def test_beyond_the_feather_lies_the_edit_itself(case: Case, feather: int) -> None:
+def test_stitch_beyond_the_feather_is_the_edit(case: Case, feather: int) -> None:
     picture, edited, mask = case
     deep = mask & (distance_to_known(mask) > feather)
     stitching.stitch(picture, edited, mask, feather)
@@ -366,7 +366,7 @@ def test_beyond_the_feather_lies_the_edit_itself(case: Case, feather: int) -> No
 
 @quick
 @given(pictures_with_masks(), st.integers(0, 5))
-def test_stitching_a_constant_into_itself_changes_nothing_but_the_hidden(case: Case, feather: int) -> None:
+def test_stitch_constant_into_itself_is_unchanged(case: Case, feather: int) -> None:
     _, _, mask = case
     constant = np.full((*mask.shape, 3), 77, np.uint8)
     picture = np.where(mask[:, :, None], np.uint8(200), constant)
@@ -374,7 +374,7 @@ def test_stitching_a_constant_into_itself_changes_nothing_but_the_hidden(case: C
     assert (picture == 77).all()
 
 
-def test_the_feather_goes_in_equal_steps_from_the_photo_to_the_edit() -> None:
+def test_stitch_feather_blends_in_equal_steps() -> None:
     picture, edited = np.full((1, 9, 3), 40, np.uint8), np.full((1, 9, 3), 80, np.uint8)
     mask = np.ones((1, 9), bool)
     mask[0, 0] = False
@@ -384,7 +384,7 @@ def test_the_feather_goes_in_equal_steps_from_the_photo_to_the_edit() -> None:
 
 @quick
 @given(pictures_with_masks(), st.integers(0, 4))
-def test_rings_are_the_pixels_at_each_distance(case: Case, depth: int) -> None:
+def test_extrapolate_border_rings_are_pixels_at_each_distance(case: Case, depth: int) -> None:
     picture, _, mask = case
     distance = distance_to_known(mask)
     before = picture.copy()
@@ -399,7 +399,7 @@ def test_rings_are_the_pixels_at_each_distance(case: Case, depth: int) -> None:
 
 @quick
 @given(pictures_with_masks(), st.integers(1, 200))
-def test_the_first_ring_is_the_rounded_mean_of_known_neighbors(case: Case, chunk: int) -> None:
+def test_extrapolate_border_first_ring_is_the_mean_of_known_neighbors(case: Case, chunk: int) -> None:
     picture, _, mask = case
     before = picture.copy()
     with pytest.MonkeyPatch.context() as patch:
@@ -412,7 +412,7 @@ def test_the_first_ring_is_the_rounded_mean_of_known_neighbors(case: Case, chunk
             np.testing.assert_array_equal(picture[y, x], np.floor(mean + 0.5))
 
 
-def test_the_memory_order_of_the_arrays_does_not_matter() -> None:
+def test_stitch_memory_order_does_not_matter() -> None:
     mask = np.random.default_rng(0).random((30, 40)) < 0.7
     picture, edited = np.random.default_rng(1).integers(0, 256, (2, 30, 40, 3), np.uint8)
     turned = np.asfortranarray(picture)
