@@ -1,4 +1,4 @@
-"""Edited pixels back into the photo: under the mask alone, softly at its rim."""
+"""Puts edited pixels back into the photo, under the mask only, with a soft border."""
 
 from __future__ import annotations
 

@@ -82,10 +82,10 @@ def plan_windows(
     """Plan the windows to edit: each masked pixel is edited in one of them. From top to bottom, left to right.
 
     Around each component of the mask is a square of side max(native, context * its longer side, that side + 2 *
-    margin), moved inside the photo and cut to it where the photo is smaller. Components whose windows overlap share one, as
-    long as it is not larger than crop_limit * native. Beyond that each component keeps its own, or shares it with small
-    ones in the same cell of a grid: a mask of many specks all over a photo would otherwise become one window, the
-    photo. Windows can be edited in any order, or together. margin >= BLOCK.
+    margin), moved inside the photo and cut to it where the photo is smaller. Components whose windows overlap share
+    one, as long as it is not larger than crop_limit * native. Beyond that each component keeps its own, or shares it
+    with small ones in the same cell of a grid: a mask of many specks all over a photo would otherwise become one
+    window, the photo. Windows can be edited in any order, or together. margin >= BLOCK.
     """
     assert margin >= BLOCK, (margin, BLOCK)
     around = partial(_windows_around, shape=mask.shape, native=native, context=context, margin=margin)
