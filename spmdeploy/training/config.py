@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -96,7 +97,7 @@ class Phase:
 
     def __post_init__(self) -> None:
         require(
-            bool(self.stages) and self.stages == tuple(range(self.stages[0], self.stages[-1] + 1)),
+            bool(self.stages) and all(finer == coarser + 1 for coarser, finer in pairwise(self.stages)),
             "schedule.stages",
             self.stages,
             "neighboring stages in order",

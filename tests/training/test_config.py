@@ -115,6 +115,7 @@ def test_train_config_defaults_are_those_of_the_paper() -> None:
         (("schedule", 2, "decay_from"), 1.5, "decay_from is 1.5"),
         (("data", "root"), None, "data.root is None"),
         (("loss", "perceptual_network"), "resnet", "perceptual_network is 'resnet'"),
+        (("schedule", 0, "stages"), [0, 10**12], r"stages is \(0, 1000000000000\)"),  # once took terabytes
         (("schedule", 0, "stages"), [0, 2], r"stages is \(0, 2\)"),
         (("schedule", 1, "batch"), 0, "batch is 0"),
         (("data", "mask_kinds"), ["moon"], "data.mask_kinds is 'moon', expected kinds among strokes"),
