@@ -43,6 +43,7 @@ COMMANDS = {
     "dataset": ["dataset"],
     "dataset check": ["dataset", "check"],
     "dataset prepare": ["dataset", "prepare"],
+    "studio": ["studio"],
 }
 GROUPS = ("bundle", "labels", "dataset")
 HEAVY = {
@@ -85,7 +86,7 @@ def test_help_of_every_command_imports_no_heavy_library(args: list[str]) -> None
     assert "typer" in modules  # the list of modules is not empty
 
 
-@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in GROUPS])
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in (*GROUPS, "studio")])  # studio is a server
 def test_help_of_every_command_lists_json(name: str, run: Any) -> None:
     assert "--json" in run(*COMMANDS[name], "--help").out
 
@@ -104,7 +105,7 @@ def test_version_option_prints_the_version(run: Any) -> None:
     assert run("--version") == Result(0, f"{spmdeploy.__version__}\n", "")
 
 
-WITHOUT_ARGUMENTS = ("inspect", "build", "verify", "doctor", "bench", "bench run", *GROUPS)
+WITHOUT_ARGUMENTS = ("inspect", "build", "verify", "doctor", "studio", "bench", "bench run", *GROUPS)
 """Commands that run without arguments."""
 NEEDS_ARGUMENTS = [name for name in COMMANDS if name not in WITHOUT_ARGUMENTS]
 

@@ -186,7 +186,7 @@ def test_read_mask_antialiased_edge_is_cut_with_note() -> None:
     values = np.asarray(circle())
     mask, notes = read_mask_file("a.png", encoded(values))
     np.testing.assert_array_equal(mask, values >= 128)
-    assert len(notes) == 1 and "cut at 128" in notes[0]
+    assert len(notes) == 1 and "threshold is 128" in notes[0]
 
 
 def test_read_mask_wide_gradient_needs_a_threshold() -> None:
