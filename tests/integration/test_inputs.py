@@ -18,11 +18,15 @@ from spmdeploy.assets.samples import SAMPLE_EDITS
 PACKAGE = Path(spmdeploy.__file__).parent
 
 OWN_FILES = {
-    # Files of ours inside bundles, caches, run folders or the package, whose kind is checked where they are listed.
+    # Files of the system, and of ours inside bundles, caches, run folders or the package, whose kind is checked where
+    # they are listed.
     "assets",
     "backends/graph_cache.py",
     "backends/onnxruntime_profile.py",
+    "backends/openvino.py",
+    "backends/select_cpu.py",
     "backends/select_engine.py",
+    "backends/threads.py",
     "bench/machine.py",
     "bench/worker.py",
     "bundle/bundle.py",
