@@ -86,7 +86,7 @@ class JobQueue:
     """A bounded queue and the thread that works through it.
 
     One thread, because a session uses all cores or the whole GPU by itself. Requests are not merged into batches: their
-    windows differ in number and size (docs/service.md has the measurement).
+    windows differ in number and size.
     """
 
     def __init__(self, capacity: int, seconds: float) -> None:

@@ -134,6 +134,8 @@ def responses(*media_types: str) -> dict[int | str, dict[str, Any]]:
     """Return the responses of a route that takes files, for its OpenAPI document."""
     problem = {"content": {PROBLEM: {"schema": {"type": "object"}}}}
     return {
+        404: {"description": "There is no such thing.", **problem},
+        422: {"description": "A parameter in the address is wrong.", **problem},
         200: {"description": "Done.", "content": {media_type: {} for media_type in media_types}},
         400: {"description": "Something about the inputs is wrong; `detail` and `hint` say what.", **problem},
         413: {"description": "The request is too large.", **problem},
