@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Unsupported(NamedTuple):
-    """What a session cannot do, in words, and what to do about it."""
+    """What a session cannot do, and what to do about it."""
 
     problem: str
     hint: str
@@ -38,7 +38,7 @@ class Backend(Protocol):
     provider: str
     """Who computes, as the library itself names it, with its version."""
     size: int
-    """Height and width of the pictures that the graph takes."""
+    """Height and width of the images that the graph takes."""
     refines: bool
     """Whether `refine` can be called: the bundle holds a `refine` graph for this device in this precision."""
     refine_unsupported: Unsupported | None
@@ -46,7 +46,7 @@ class Backend(Protocol):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What did not go as it should, in words, though the results are right. May grow with use."""
+        """Problems that did not affect the results. May grow with use."""
 
     def run(self, inputs: ModelInput) -> NDArray[np.uint8]:
         """Edits a batch.
@@ -82,12 +82,16 @@ class SupportsLayoutCache(Protocol):
     """A session that can compute once what many images share."""
 
     def bind_layout(self, layout: LayoutInput) -> LayoutRun:
-        """Computes now what these three decide. The pictures are those of `run` with the same arguments."""
+        """Computes now what depends on these three alone.
+
+        Returns:
+            A function with the results of `run` for the same arguments; in OpenVINO rounded in other places.
+        """
 
 
 @runtime_checkable
 class SupportsDevicePyramid(Protocol):
-    """A session that can keep the picture of a cascade in the memory of its GPU from one level to the next."""
+    """A session that can keep the image of a cascade in the memory of its GPU from one level to the next."""
 
     def device_cascade(self, frame: Letterbox, levels: tuple[PyramidLevel, ...], batch: int) -> DeviceCascade | None:
         """For one window, `batch` tiles at once at most. Pictures and scores are those of the same steps on the host.

@@ -76,7 +76,7 @@ def _cuda_binding() -> Check:
 
 
 def check_engine_library(runtime: EngineRuntime) -> Check:
-    """Whether engines can be run with it: the library, a GPU and something to talk to the GPU with."""
+    """Whether engines can be run with it: needs the library, a GPU and a CUDA binding."""
     try:
         library = import_engine_library(runtime)
     except UnavailableError as error:
@@ -93,7 +93,7 @@ def check_engine_library(runtime: EngineRuntime) -> Check:
 
 
 def _why_not_imported(runtime: EngineRuntime, error: UnavailableError) -> tuple[str, str | None]:
-    """Reason and remedy, told apart: not there, there without its libraries, or a library of CUDA missing."""
+    """Reason and remedy: not installed, installed without its libraries, or a library of CUDA missing."""
     package = next((name for name in _PACKAGES[runtime] if any(importlib.metadata.distributions(name=name))), None)
     if package is None:
         return f"{package or runtime} is not installed", error.hint

@@ -219,12 +219,12 @@ class OnnxRuntimeSession:
         return _open(self._edit).bound(inputs, outputs)
 
     def device_cascade(self, frame: Letterbox, levels: tuple[PyramidLevel, ...], batch: int) -> DeviceCascade | None:
-        """On a GPU, carries a window up without its picture leaving its memory; see `SupportsDevicePyramid`."""
+        """On a GPU, refine a window whose image stays in its memory; see `SupportsDevicePyramid`."""
         if self.device == "cpu":
             return None
         refine = self._refining()
         from spmdeploy.backends.onnxruntime_pyramid import (
-            OrtCascades,  # late: nobody else needs it, least of all on a CPU
+            OrtCascades,  # needed on GPUs only
         )
 
         with self._loading:
@@ -291,7 +291,7 @@ class CachedLayoutGraphs:
         return results
 
 
-# Passes over the graph that find nothing to gain in ours: the pictures are the same bit for bit, edits as fast, and
+# Passes over the graph that find nothing to gain in ours: the results are the same bit for bit, edits as fast, and
 # loading takes a fifth less (onnxruntime 1.32). What folds constants and blocks the convolutions stays on.
 _IDLE_PASSES = (
     *("CommonSubexpressionElimination", "ConstantSharing", "TransposeOptimizer", "PropagateCastOps", "ReshapeFusion"),
@@ -451,7 +451,7 @@ class LoadedGraph:
         return have
 
     def _checked_size(self, graph: str) -> int:
-        """Height and width of the pictures that the graph takes. Raises BundleError when it is another graph."""
+        """Height and width of the images that the graph takes. Raises BundleError when it is another graph."""
         inputs = {value.name: (value.type, value.shape[1:]) for value in self._session.get_inputs()}
         outputs = {value.name: value.type for value in self._session.get_outputs()}
         size = inputs["mask"][1][0] if inputs.get("mask", ("", []))[1] else 0
@@ -529,7 +529,7 @@ def _providers(library: Any, device: str) -> list[Any]:
 
 
 def _translated(error: Exception, device: str) -> Exception:
-    """ONNX Runtime's exceptions as ours; they share no base class, only the words differ."""
+    """ONNX Runtime's exceptions as ours; they share no base class, only the messages differ."""
     text = " ".join(str(error).split())[:400]
     signs = ("allocate memory", "out of memory", "bad_alloc", "smaller than requested bytes")
     if isinstance(error, MemoryError) or any(sign in text.lower() for sign in signs):

@@ -14,7 +14,7 @@ from spmdeploy.backends.onnxruntime import Graph, import_onnxruntime, inference_
 
 
 def profiled_nodes(graph: Graph, provider: str, feed: Mapping[str, NDArray[Any]], runs: int) -> list[dict[str, Any]]:
-    """The profiler's events for every node of `runs` runs, after one that is not told; in the order of execution.
+    """The profiler's events for every node of `runs` runs, after one that is left out; in the order of execution.
 
     provider: ONNX Runtime's name of it. Each event has a name, `dur` in microseconds and `args`, among them op_name
     and, from ONNX Runtime 1.23 on, mem_bytes_in_use.

@@ -37,10 +37,10 @@ class TorchSession:
         self.device = device
         self.provider = f"torch {torch.__version__}"
         self.refines = len(generator.stages) > 1
-        lack = Unsupported(
+        problem = Unsupported(
             "a generator of one stage has nothing to refine", "use --tiling crop, or a model of several stages"
         )
-        self.refine_unsupported = None if self.refines else lack
+        self.refine_unsupported = None if self.refines else problem
         self.edit_graph = EditGraph(generator).to(device).eval()
         self._refine = RefineGraph(generator).to(device).eval() if self.refines else None
 

@@ -165,15 +165,22 @@ def _open_auto(bundle: Bundle, device: str, precision: str, on_loading: OnLoadin
     gpu, why = _onnxruntime_gpu(device)
     if gpu or precision not in ("auto", "bf16"):
         return _open_graphs(bundle, device, precision, on_loading, reason, is_notice)
-    opened, proof = _open_bf16(bundle, on_loading)
+    from spmdeploy.backends.openvino import bf16_support
+
+    feature, problem = bf16_support()
+    opened, proof = _open_bf16(bundle, on_loading) if feature else (None, problem)
     if opened is not None:
         chosen = (f"device cpu: {why}",) if device == "auto" else ()
         choice = f"backend openvino: {reason}"
-        choices = (choice, *chosen, f"precision bf16: {proof}")
-        return OpenedBackend(opened.session, choices, (choice,) if is_notice else ())
+        in_bf16 = f"precision bf16: {proof}"  # a notice: the results are not those of FP32
+        notices = (*((choice,) if is_notice else ()), in_bf16)
+        return OpenedBackend(opened.session, (choice, *chosen, in_bf16), notices)
     if precision == "bf16":
         raise UnavailableError(f"bf16 cannot be used: {proof}", "use --precision fp32")
-    return _open_graphs(bundle, device, precision, on_loading, f"{reason}; no bf16 in OpenVINO: {proof}", is_notice)
+    if feature:
+        reason = f"{reason}; no bf16: {proof}"
+        is_notice = is_notice or not backend_entry("openvino").missing()
+    return _open_graphs(bundle, device, precision, on_loading, reason, is_notice)
 
 
 def _open_graphs(
@@ -211,7 +218,7 @@ def _onnxruntime_gpu(device: str) -> tuple[bool, str]:
 
 def _open_bf16(bundle: Bundle, on_loading: OnLoading) -> tuple[OpenedBackend | None, str]:
     if backend_entry("openvino").missing():
-        return None, "it is not installed"
+        return None, "OpenVINO is not installed"
     from spmdeploy.backends.select_cpu import open_proved_bf16
 
     return open_proved_bf16(bundle, on_loading)

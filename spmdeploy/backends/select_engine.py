@@ -82,7 +82,7 @@ def _open(
     bundle: Bundle, engine: StoredEngine, there: list[StoredEngine], ordinal: int, precision: str
 ) -> OpenedBackend:
     from spmdeploy.backends.tensorrt import TensorRtSession
-    from spmdeploy.backends.verify import verify_cached_layouts, verify_edits, verify_refinements  # late: seldom needed
+    from spmdeploy.backends.verify import verify_cached_layouts, verify_edits, verify_refinements
 
     record = engine.require_compatible()
     refine, parts = _refine_beside(bundle, engine, there), _parts_beside(engine, there)
@@ -103,9 +103,6 @@ def _open(
         why = "faster on a GPU, within the bundle's limits of FP32" if record.precision == "fp16" else "no other fits"
         choices.append(f"precision {record.precision}: {why}")
     return OpenedBackend(session, tuple(choices))
-
-
-# ---------------------------------------------------------------------------------------------------------- choosing
 
 
 def _fitting(engines: Iterable[StoredEngine], precision: str, graph: str = EDIT) -> list[StoredEngine]:
@@ -185,49 +182,46 @@ def _parts_beside(engine: StoredEngine, there: list[StoredEngine]) -> StoredPart
 
 
 def _against(engines: list[StoredEngine], graph: str, unwanted: Callable[[EngineRecord], str]) -> str:
-    """Everything that speaks against each engine of a graph, and against files that nobody can tell about. unwanted:
+    """Why each engine of a graph and each unreadable file is not used. unwanted:
     what does against one that fits this machine."""
-    words = []
+    texts = []
     for engine in engines:
         if engine.record is None or _is_of(engine, "auto", graph):
             reasons = (unwanted(engine.require_compatible()),) if engine.fit else engine.reasons
-            words.append(f"{engine.path.parent.name}/{engine.path.name}: {', '.join(reasons)}")
-    return "; ".join(words)
-
-
-# ----------------------------------------------------------------------------------------------------------- proving
+            texts.append(f"{engine.path.parent.name}/{engine.path.name}: {', '.join(reasons)}")
+    return "; ".join(texts)
 
 
 def _verify_once(engine: StoredEngine, verify: Callable[[], list[GoldenResult]], ordinal: int) -> str:
-    """Why its pictures are to be trusted: the golden edits came out right with this GPU and driver, now or before."""
+    """Evidence for its results: the golden edits passed with this GPU and driver, now or before."""
     record = engine.require_compatible()
     facts = gpu_facts(ordinal)
     here = f"{facts.name}, driver {facts.driver or 'unknown'}"
     for known in (record, _kept(record)):
         proof = known and known.verification
         if proof and proof.passed and proof.gpu == here:
-            return f"its golden edits came out right here on {proof.on}"
+            return f"its golden edits passed here on {proof.on}"
     results = verify()
     verification = _verification(results, here)
     lost = _keep(engine, verification)
     faults = [f"{result.name}: {fault}" for result in results for fault in result.problems]
     if faults:
         raise VerificationError(
-            f"{engine.path} does not give the pictures that it should: {'; '.join(faults)}",
+            f"{engine.path} gives wrong results: {'; '.join(faults)}",
             "build it again with --overwrite; if it stays so, use another backend and report it",
         )
-    return "its golden edits came out right just now" + (f", which cannot be noted: {lost}" if lost else "")
+    return "its golden edits passed just now" + (f", which cannot be noted: {lost}" if lost else "")
 
 
 def _verification(results: list[GoldenResult], gpu: str) -> Verification:
-    drifts = [result.deviation for result in results]
-    worst = min(drifts, key=lambda drift: drift.psnr_db).to_json()["psnr_db"]
+    deviations = [result.deviation for result in results]
+    worst = min(deviations, key=lambda it: it.psnr_db).to_json()["psnr_db"]
     return Verification(
         passed=all(result.passed for result in results),
         on=date.today(),
         gpu=gpu,
-        max_grey=max(drift.max_grey for drift in drifts),
-        mean_grey=max(drift.mean_grey for drift in drifts),
+        max_grey=max(it.max_grey for it in deviations),
+        mean_grey=max(it.mean_grey for it in deviations),
         psnr_db=worst,
     )
 

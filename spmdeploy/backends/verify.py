@@ -18,7 +18,7 @@ from spmdeploy.errors import BundleError, InputError, UnavailableError
 from spmdeploy.imaging import files as images
 from spmdeploy.types import LayoutInput, ModelInput
 
-Picture = TypeVar("Picture")
+Decoded = TypeVar("Decoded")
 
 EXPORT_AGAIN = "export the bundle again"
 
@@ -34,7 +34,7 @@ _DEFAULT_LIMITS = {
 
 @dataclass(frozen=True)
 class GoldenSample:
-    """One edit at the graph's own size, as a batch of one, and the pictures that torch in FP32 makes of it.
+    """One edit at the graph's own size, as a batch of one, and the images that torch in FP32 computes.
 
     expected: uint8 (1, S, S, 3) RGB. refined: uint8 (1, S, S, 3), the result of refining `coarse`; None if the model
     has no refine graph.
@@ -46,7 +46,7 @@ class GoldenSample:
 
     @property
     def coarse(self) -> NDArray[np.float32]:
-        """What the golden refinement starts from, the expected picture at half size: float32 (1, S/2, S/2, 3)."""
+        """What the golden refinement starts from, the expected image at half size: float32 (1, S/2, S/2, 3)."""
         batch, height, width, channels = self.expected.shape
         fours = self.expected.reshape(batch, height // 2, 2, width // 2, 2, channels)
         coarse: NDArray[np.float32] = fours.mean(axis=(2, 4), dtype=np.float32)
@@ -55,15 +55,15 @@ class GoldenSample:
 
 @dataclass(frozen=True)
 class Deviation:
-    """How far two pictures of the same edit are apart under the mask, in gray levels (0..255)."""
+    """How far two images of the same edit are apart under the mask, in gray levels (0..255)."""
 
     max_grey: int
     mean_grey: float
     psnr_db: float
-    """Infinite for equal pictures."""
+    """Infinite for equal images."""
 
     def problems(self, limits: ParityLimits) -> list[str]:
-        """What exceeds the limits, in words; empty when nothing does."""
+        """Each limit that is exceeded, as text; empty when none is."""
         return [
             text
             for exceeded, text in (
@@ -75,7 +75,7 @@ class Deviation:
         ]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values; the PSNR of equal pictures is null."""
+        """Plain JSON values; the PSNR of equal images is null."""
         psnr = None if math.isinf(self.psnr_db) else round(self.psnr_db, 2)
         return {"max_grey": self.max_grey, "mean_grey": round(self.mean_grey, 4), "psnr_db": psnr}
 
@@ -105,25 +105,25 @@ class GoldenResult:
 
 
 def read_golden(bundle: Bundle, edit: GoldenEdit) -> GoldenSample:
-    """The pictures of one golden edit. Raises BundleError when one is missing, altered or no picture of the edit."""
+    """The images of one golden edit. Raises BundleError when one is missing, altered or of another size."""
 
-    def picture(read: Callable[[str, bytes], Picture], name: str) -> Picture:
+    def decoded(read: Callable[[str, bytes], Decoded], name: str) -> Decoded:
         file = f"{edit.folder}/{name}"
         try:
             return read(str(bundle.path / file), bundle.read(file))
         except InputError as error:
             raise BundleError(error.problem, EXPORT_AGAIN) from error
 
-    labels = picture(images.read_labels, "labels.png")
+    labels = decoded(images.read_labels, "labels.png")
     has_instances = f"{edit.folder}/{GOLDEN_INSTANCES}" in bundle.files()
-    instances = picture(images.read_instances, GOLDEN_INSTANCES) if has_instances else labels.astype(np.int32)
+    instances = decoded(images.read_instances, GOLDEN_INSTANCES) if has_instances else labels.astype(np.int32)
     has_refined = f"{edit.folder}/{GOLDEN_REFINED}" in bundle.files()
-    image = picture(images.read_photo, "image.png").pixels
-    mask = picture(images.read_mask, "mask.png").astype(np.uint8)
+    image = decoded(images.read_photo, "image.png").pixels
+    mask = decoded(images.read_mask, "mask.png").astype(np.uint8)
     sample = GoldenSample(
         inputs=ModelInput(image[None], labels[None], instances[None], mask[None]),
-        expected=picture(images.read_photo, "expected.png").pixels[None],
-        refined=picture(images.read_photo, GOLDEN_REFINED).pixels[None] if has_refined else None,
+        expected=decoded(images.read_photo, "expected.png").pixels[None],
+        refined=decoded(images.read_photo, GOLDEN_REFINED).pixels[None] if has_refined else None,
     )
     size = bundle.manifest.native_size
     arrays = {**sample.inputs._asdict(), "expected": sample.expected, "refined": sample.refined}
@@ -135,9 +135,9 @@ def read_golden(bundle: Bundle, edit: GoldenEdit) -> GoldenSample:
     return sample
 
 
-def measure_deviation(picture: NDArray[np.uint8], reference: NDArray[np.uint8], mask: NDArray[np.uint8]) -> Deviation:
-    """picture, reference: uint8 (B, S, S, 3). mask: (B, S, S), not 0 = compared."""
-    difference = picture.astype(np.int16)[mask != 0] - reference.astype(np.int16)[mask != 0]
+def measure_deviation(image: NDArray[np.uint8], reference: NDArray[np.uint8], mask: NDArray[np.uint8]) -> Deviation:
+    """image, reference: uint8 (B, S, S, 3). mask: (B, S, S), not 0 = compared."""
+    difference = image.astype(np.int16)[mask != 0] - reference.astype(np.int16)[mask != 0]
     square = float(np.mean(np.square(difference, dtype=np.float64)))
     psnr = 10 * math.log10(255**2 / square) if square else math.inf
     distance = np.abs(difference)
@@ -158,13 +158,13 @@ def limits_of(bundle: Bundle, precision: str) -> ParityLimits:
 
 
 def run_golden(session: Backend, golden: GoldenSample, name: str, limits: ParityLimits) -> GoldenResult:
-    """Runs one golden edit and judges the result."""
+    """Runs one golden edit and compares the result."""
     edited = session.run(golden.inputs)
     return compare_with_golden(edited, golden.expected, golden, name, limits)
 
 
 def run_golden_refine(session: Backend, golden: GoldenSample, name: str, limits: ParityLimits) -> GoldenResult:
-    """Refines the result of one golden edit, which must have a `refined` picture, and judges that."""
+    """Refines the result of one golden edit, which must have a `refined` image, and compares that."""
     assert golden.refined is not None, name
     unrounded = session.refine(golden.inputs, golden.coarse)
     refined = np.clip(np.rint(unrounded), 0, 255).astype(np.uint8)
@@ -172,16 +172,16 @@ def run_golden_refine(session: Backend, golden: GoldenSample, name: str, limits:
 
 
 def compare_with_golden(
-    picture: NDArray[np.uint8],
+    image: NDArray[np.uint8],
     expected: NDArray[np.uint8],
     golden: GoldenSample,
     name: str,
     limits: ParityLimits,
 ) -> GoldenResult:
-    """How far a picture made from the golden edit is from the expected one, and what is wrong with it."""
-    deviation = measure_deviation(picture, expected, golden.inputs.mask)
+    """The deviation of an image made from the golden edit from the expected one, and its problems."""
+    deviation = measure_deviation(image, expected, golden.inputs.mask)
     keep = golden.inputs.mask == 0
-    intact = bool(np.array_equal(picture[keep], golden.inputs.image[keep]))
+    intact = bool(np.array_equal(image[keep], golden.inputs.image[keep]))
     problems = deviation.problems(limits) + ([] if intact else ["pixels outside the mask were changed"])
     return GoldenResult(name, deviation, intact, tuple(problems))
 
@@ -222,7 +222,7 @@ def verify_refinements(session: Backend, bundle: Bundle) -> list[GoldenResult]:
     """What becomes of the golden edits when they are refined. Raises BundleError when the bundle holds none of it."""
     limits = limits_of(bundle, session.precision)
     golden = {edit.name: read_golden(bundle, edit) for edit in bundle.manifest.golden}
-    refined = {name: pictures for name, pictures in golden.items() if pictures.refined is not None}
+    refined = {name: sample for name, sample in golden.items() if sample.refined is not None}
     if not refined:
         raise BundleError(f"{bundle.path}: holds no refined golden edits, so nothing can be verified", EXPORT_AGAIN)
-    return [run_golden_refine(session, pictures, name, limits) for name, pictures in refined.items()]
+    return [run_golden_refine(session, sample, name, limits) for name, sample in refined.items()]

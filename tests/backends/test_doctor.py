@@ -17,7 +17,6 @@ from spmdeploy import cli, default_model
 from spmdeploy.backends import doctor
 from spmdeploy.bundle.bundle import Bundle, open_bundle
 from spmdeploy.engines.store import StoredEngine
-from spmdeploy.gpu import driver as cuda
 from tests.bundle.conftest import write_street
 from tests.simulators.records import SAMPLE
 
@@ -101,7 +100,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Machine:
 CUDA = ["CUDAExecutionProvider", "CPUExecutionProvider"]
 
 
-def test_a_plain_computer(machine: Machine) -> None:
+def test_run_checks_plain_computer_runs_on_cpu(machine: Machine) -> None:
     found = machine.run_checks()
     assert found["onnxruntime on cpu"].usable and found["onnxruntime on cpu"].reason == "onnxruntime 9.9"
     gpu, on_cuda = found["NVIDIA GPU"], found["onnxruntime on cuda"]
@@ -109,7 +108,7 @@ def test_a_plain_computer(machine: Machine) -> None:
     assert not on_cuda.usable and "built without CUDA" in on_cuda.reason and "spmdeploy[gpu]" in str(on_cuda.remedy)
 
 
-def test_nothing_that_runs_graphs(machine: Machine) -> None:
+def test_run_checks_without_backends_names_packages(machine: Machine) -> None:
     machine.onnxruntime(None, set())
     found = machine.run_checks()
     for name in ("onnxruntime on cpu", "onnxruntime on cuda"):
@@ -117,7 +116,7 @@ def test_nothing_that_runs_graphs(machine: Machine) -> None:
     assert 'pip install "spmdeploy[cpu]"' in str(found["onnxruntime on cpu"].remedy)
 
 
-def test_both_packages_at_once(machine: Machine) -> None:
+def test_check_onnxruntime_both_packages_are_refused(machine: Machine) -> None:
     machine.onnxruntime(CUDA, {"onnxruntime", "onnxruntime-gpu"})
     machine.gpus(1)
     found = machine.run_checks()
@@ -128,7 +127,7 @@ def test_both_packages_at_once(machine: Machine) -> None:
 
 
 @pytest.mark.parametrize("answer", [0, OSError("the NVIDIA driver answered cuInit with error 100")], ids=str)
-def test_a_cuda_build_without_a_gpu(answer: int | OSError, machine: Machine) -> None:
+def test_check_onnxruntime_without_gpu_is_unusable(answer: int | OSError, machine: Machine) -> None:
     machine.onnxruntime(CUDA, {"onnxruntime-gpu"})
     machine.gpus(answer)
     found = machine.run_checks()
@@ -137,7 +136,7 @@ def test_a_cuda_build_without_a_gpu(answer: int | OSError, machine: Machine) -> 
     assert found["onnxruntime on cpu"].usable
 
 
-def test_a_gpu_and_the_package_for_it(machine: Machine) -> None:
+def test_check_onnxruntime_gpu_and_package_are_usable(machine: Machine) -> None:
     machine.onnxruntime(CUDA, {"onnxruntime-gpu"})
     machine.gpus(2)
     found = machine.run_checks()
@@ -148,13 +147,13 @@ def test_a_gpu_and_the_package_for_it(machine: Machine) -> None:
 @pytest.mark.parametrize(
     ("missing", "name"), [("torch", "torch"), ("onnx", "torch"), ("onnxscript", "export"), ("safetensors", "export")]
 )
-def test_what_export_needs(missing: str, name: str, machine: Machine) -> None:
+def test_run_checks_missing_package_blocks_export(missing: str, name: str, machine: Machine) -> None:
     machine.without(missing)
     finding = machine.run_checks()[name]
     assert not finding.usable and finding.reason == f"{missing} is not installed" and "export" in str(finding.remedy)
 
 
-def test_examining_imports_nothing_heavy(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_checks_imports_nothing_heavy(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     imported: list[str] = []
     real = builtins.__import__
 
@@ -167,20 +166,20 @@ def test_examining_imports_nothing_heavy(machine: Machine, monkeypatch: pytest.M
     assert {"torch", "onnx"}.isdisjoint(imported) and "onnxruntime" in imported
 
 
-def test_the_command(machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor_command_prints_table_and_json(machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:
     machine.onnxruntime(None, set())
     assert cli.main(["doctor"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("onnxruntime on cpu   not usable") for line in lines)
     assert any(line.startswith("onnxruntime on cpu: ") and "pip install" in line for line in lines)
     assert cli.main(["doctor", "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["schema"] == "spmdeploy.doctor/1" and set(told) == {"schema", "machine", "findings"}
-    assert {"system", "machine", "python", "cores"} <= set(told["machine"])
-    assert set(told["findings"][0]) == {"name", "usable", "reason", "remedy"}
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["schema"] == "spmdeploy.doctor/1" and set(printed) == {"schema", "machine", "findings"}
+    assert {"system", "machine", "python", "cores"} <= set(printed["machine"])
+    assert set(printed["findings"][0]) == {"name", "usable", "reason", "remedy"}
 
 
-def test_the_table_of_backends(machine: Machine) -> None:
+def test_run_checks_lists_every_backend(machine: Machine) -> None:
     assert list(machine.run_checks()) == [
         "NVIDIA GPU",
         "CUDA for Python",
@@ -197,16 +196,13 @@ def test_the_table_of_backends(machine: Machine) -> None:
         assert finding.usable or (finding.reason and finding.remedy), finding
 
 
-# ------------------------------------------------------------------------------------------------------------- engines
-
-
 def library(version: str = "10.16.1") -> ModuleType:
     module = ModuleType("tensorrt")
     module.__version__, module.Runtime = version, object  # type: ignore[attr-defined]
     return module
 
 
-def test_a_machine_for_engines(machine: Machine) -> None:
+def test_check_engine_library_with_gpu_is_usable(machine: Machine) -> None:
     machine.gpus(1)
     machine.binding("PyCUDA 2025.1.2")
     machine.engine_library("tensorrt", library(), "tensorrt")
@@ -215,7 +211,7 @@ def test_a_machine_for_engines(machine: Machine) -> None:
     assert found["tensorrt"].usable and found["tensorrt"].reason == "tensorrt 10.16.1 with PyCUDA 2025.1.2"
 
 
-def test_a_library_that_is_not_installed(machine: Machine) -> None:
+def test_check_engine_library_missing_names_package(machine: Machine) -> None:
     found = machine.run_checks()
     for runtime in ("tensorrt", "tensorrt-rtx"):
         assert found[runtime].reason == f"{runtime} is not installed"
@@ -223,14 +219,14 @@ def test_a_library_that_is_not_installed(machine: Machine) -> None:
 
 
 @pytest.mark.parametrize("module", [ImportError("cannot import name 'tensorrt_libs'"), ModuleType("tensorrt")], ids=str)
-def test_a_stub_without_its_libraries(module: Any, machine: Machine) -> None:
+def test_check_engine_library_stub_is_named(module: Any, machine: Machine) -> None:
     machine.engine_library("tensorrt", module, "tensorrt")
     finding = machine.run_checks()["tensorrt"]
     assert not finding.usable and "stub" in str(finding.remedy)
     assert "installed without its libraries" in finding.reason or "is empty" in finding.reason
 
 
-def test_a_library_of_cuda_that_is_missing(machine: Machine) -> None:
+def test_check_engine_library_missing_cuda_library_is_named(machine: Machine) -> None:
     error = OSError("libcudart.so.12: cannot open shared object file: No such file or directory")
     machine.engine_library("tensorrt", error, "tensorrt-cu12")
     finding = machine.run_checks()["tensorrt"]
@@ -238,7 +234,7 @@ def test_a_library_of_cuda_that_is_missing(machine: Machine) -> None:
     assert "libcudart.so.12" in str(finding.remedy)
 
 
-def test_an_engine_library_without_a_gpu_or_a_binding(machine: Machine) -> None:
+def test_check_engine_library_without_gpu_or_binding_is_unusable(machine: Machine) -> None:
     for runtime in ("tensorrt", "tensorrt-rtx"):
         machine.engine_library(runtime, library("9.9"), runtime)
     machine.binding("cuda-core 1.2.2")
@@ -253,7 +249,7 @@ def test_an_engine_library_without_a_gpu_or_a_binding(machine: Machine) -> None:
     assert "pip install cuda-core" in str(found["tensorrt"].remedy)
 
 
-def test_a_driver_that_the_binding_cannot_use(machine: Machine) -> None:
+def test_run_checks_driver_error_is_reported(machine: Machine) -> None:
     machine.gpus(1)
     machine.binding(OSError("the NVIDIA driver answered cuInit with error 803"))
     finding = machine.run_checks()["CUDA for Python"]
@@ -266,7 +262,7 @@ def found_engine(**changes: Any) -> StoredEngine:
     return replace(engine, **changes)
 
 
-def test_engines_of_a_bundle(machine: Machine) -> None:
+def test_run_checks_engines_of_bundle_are_listed(machine: Machine) -> None:
     finding = machine.run_checks()["engines of street"]
     assert not finding.usable and finding.reason == "no engine was built for this bundle"
     assert "spmdeploy build" in str(finding.remedy)
@@ -284,7 +280,7 @@ def test_engines_of_a_bundle(machine: Machine) -> None:
     assert machine.run_checks()["engines of street"].reason == there
 
 
-def test_a_bundle_for_cpus_alone(machine: Machine) -> None:
+def test_run_checks_cpu_only_bundle_names_export(machine: Machine) -> None:
     whole = open_bundle(default_model())
     on_cpu = tuple(record for record in whole.manifest.graphs if record.graph.endswith("_cpu"))
     machine.bundle = replace(whole, manifest=replace(whole.manifest, graphs=on_cpu))
@@ -292,7 +288,7 @@ def test_a_bundle_for_cpus_alone(machine: Machine) -> None:
     assert not finding.usable and "for CPUs only" in finding.reason and "spmdeploy export" in str(finding.remedy)
 
 
-def test_onnxruntime_that_lacks_a_library_of_cuda(machine: Machine, tmp_path: Path) -> None:
+def test_check_onnxruntime_missing_cuda_library_is_named(machine: Machine, tmp_path: Path) -> None:
     machine.onnxruntime(CUDA, {"onnxruntime-gpu"})
     machine.gpus(1)
     (tmp_path / "capi").mkdir()
@@ -301,9 +297,9 @@ def test_onnxruntime_that_lacks_a_library_of_cuda(machine: Machine, tmp_path: Pa
     loaded.__file__ = str(tmp_path / "__init__.py")
     loaded.preload_dlls = lambda: print("Failed to load libcublas.so.13")  # type: ignore[attr-defined]
 
-    def load(words: str) -> None:
+    def load(text: str) -> None:
         def fail(name: str) -> None:
-            raise OSError(words)
+            raise OSError(text)
 
         machine.patch.setattr("spmdeploy.backends.onnxruntime.ctypes.CDLL", fail)
 
@@ -312,63 +308,3 @@ def test_onnxruntime_that_lacks_a_library_of_cuda(machine: Machine, tmp_path: Pa
     assert not finding.usable and "libcudnn.so.9" in finding.reason and "cudnn" in str(finding.remedy)
     load("undefined symbol: Provider_GetHost")  # which ONNX Runtime itself will bring
     assert machine.run_checks()["onnxruntime on cuda"].usable
-
-
-# --------------------------------------------------------------------------------------------------- asking the driver
-
-
-class Driver:
-    """libcuda with the answers it is to give."""
-
-    def __init__(self, started: int = 0, counted: int = 0, count: int = 0) -> None:
-        self.cuInit = lambda flags: started
-        self.counted, self.count = counted, count
-
-    def cuDeviceGetCount(self, pointer: Any) -> int:  # noqa: N802 (NVIDIA's name)
-        pointer._obj.value = self.count
-        return self.counted
-
-    def cuDeviceGet(self, pointer: Any, index: int) -> int:  # noqa: N802
-        pointer._obj.value = index
-        return 0 if index < self.count else 101
-
-    def cuDeviceGetName(self, name: Any, size: int, device: Any) -> int:  # noqa: N802
-        name.value = f"GPU {device}".encode()[:size]
-        return 0
-
-    def cuDeviceGetAttribute(self, pointer: Any, attribute: int, device: Any) -> int:  # noqa: N802
-        pointer._obj.value = {75: 8, 76: 6}[attribute]
-        return 0
-
-    def cuDriverGetVersion(self, pointer: Any) -> int:  # noqa: N802
-        pointer._obj.value = 12080
-        return 0
-
-
-def test_the_driver_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    for driver, answer in ((Driver(count=3), 3), (Driver(), 0)):
-        monkeypatch.setattr(cuda.ctypes, "CDLL", lambda name, driver=driver: driver)
-        assert cuda.visible_gpus() == answer
-    for driver, words in ((Driver(started=100), "cuInit with error 100"), (Driver(counted=3), "error 3")):
-        monkeypatch.setattr(cuda.ctypes, "CDLL", lambda name, driver=driver: driver)
-        with pytest.raises(OSError, match=words):
-            cuda.visible_gpus()
-
-
-def test_the_driver_describes_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(cuda.ctypes, "CDLL", lambda name: Driver(count=2))
-    monkeypatch.setattr(cuda, "_KERNEL_MODULE_VERSION", tmp_path / "version")
-    assert cuda.gpu_facts(1) == cuda.GpuFacts("GPU 1", "8.6", "12.8", None)
-    (tmp_path / "version").write_text("580.95.05\n")
-    assert cuda.gpu_facts().driver == "580.95.05"
-    with pytest.raises(OSError, match="cuDeviceGet with error 101"):
-        cuda.gpu_facts(2)
-
-
-def test_no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(name: str) -> None:
-        raise OSError(f"{name}: no such file")
-
-    monkeypatch.setattr(cuda.ctypes, "CDLL", fail)
-    with pytest.raises(OSError, match="no NVIDIA driver"):
-        cuda.visible_gpus()

@@ -109,7 +109,7 @@ def test_key_depends_on_every_fact_and_on_the_processor(monkeypatch: pytest.Monk
 
 
 def test_edit_writes_nothing_but_its_own_cache(tmp_path: Path) -> None:
-    """ONNX Runtime stores a device id and a database for telemetry unless it is told not to before it is imported."""
+    """ONNX Runtime stores a device id and a database for telemetry unless this is disabled before the import."""
     pytest.importorskip("onnxruntime")
     sample, home = SAMPLE_EDITS[0], tmp_path / "home"
     home.mkdir()

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-import math
 import os
-import re
 import resource
-import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,25 +18,20 @@ import onnx
 import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
-from PIL import Image
 
 import spmdeploy
 from spmdeploy import cli
 from spmdeploy.assets.samples import SAMPLE_EDITS
 from spmdeploy.backends import onnxruntime as ort
 from spmdeploy.backends.registry import open_backend
-from spmdeploy.backends.verify import GoldenSample, measure_deviation, read_golden, run_golden, verify
+from spmdeploy.backends.verify import GoldenSample, read_golden, verify
 from spmdeploy.bundle.bundle import Bundle, GraphFiles, open_bundle
-from spmdeploy.bundle.manifest import ParityLimits
 from spmdeploy.engines.pack import pack
 from spmdeploy.errors import BundleError, OutOfMemoryError, UnavailableError, UsageError
 from spmdeploy.types import ModelInput
 
 CUDA = "CUDAExecutionProvider"
 SQUARE = ["batch", 256, 256]
-
-
-# -------------------------------------------------------------------------- an ONNX Runtime that is not to be trusted
 
 
 class FakeOnnxRuntime:
@@ -94,22 +84,22 @@ def library(monkeypatch: pytest.MonkeyPatch) -> FakeOnnxRuntime:
 
 def edit_on_cuda(bundle: Path, output: Path) -> int:
     sample = SAMPLE_EDITS[0]
-    words = ["edit", sample.photo, "--labels", sample.labels, "--mask", sample.mask, "--output", output]
-    return cli.main([str(word) for word in [*words, "--model", bundle, "--device", "cuda:0", "--json"]])
+    arguments = ["edit", sample.photo, "--labels", sample.labels, "--mask", sample.mask, "--output", output]
+    return cli.main([str(argument) for argument in [*arguments, "--model", bundle, "--device", "cuda:0", "--json"]])
 
 
-def test_a_silent_move_to_the_cpu_is_an_error(
+def test_session_moved_to_cpu_is_refused(
     street_bundle: Path, library: FakeOnnxRuntime, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert edit_on_cuda(street_bundle, tmp_path / "edited.png") == 4
-    told = json.loads(capsys.readouterr().out)
-    assert told["exit_code"] == 4 and "would run on CPUExecutionProvider" in told["error"]
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["exit_code"] == 4 and "would run on CPUExecutionProvider" in printed["error"]
     assert library.asked == [(CUDA, {"device_id": 0, "use_tf32": 0})]  # the CPU is not even offered
     assert library.entries["session.disable_cpu_ep_fallback"] == "1"
     assert not list(tmp_path.iterdir())
 
 
-def test_a_gpu_that_fails_is_an_error(
+def test_session_failing_gpu_is_refused(
     street_bundle: Path, library: FakeOnnxRuntime, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     library.fails = RuntimeError("CUDA failure 35: driver version is insufficient")
@@ -121,7 +111,7 @@ def test_a_gpu_that_fails_is_an_error(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_session_says_where_it_is(street_bundle: Path, library: FakeOnnxRuntime) -> None:
+def test_session_reports_device_and_provider(street_bundle: Path, library: FakeOnnxRuntime) -> None:
     library.runs_on = CUDA
     opened = open_backend(open_bundle(street_bundle), device="cuda:3")
     session = opened.session
@@ -131,9 +121,7 @@ def test_a_session_says_where_it_is(street_bundle: Path, library: FakeOnnxRuntim
     assert [choice.split(":")[0] for choice in opened.choices] == ["backend onnxruntime", "precision fp16"]
 
 
-def test_cuda_from_pip_packages_is_loaded_first_and_in_silence(
-    library: FakeOnnxRuntime, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_session_preloads_cuda_silently(library: FakeOnnxRuntime, capsys: pytest.CaptureFixture[str]) -> None:
     loaded: list[str] = []
     library.runs_on = CUDA
     library.preload_dlls = lambda: (loaded.append(library.runs_on), print("Failed to load libcudnn.so.9"))  # type: ignore[attr-defined]
@@ -144,7 +132,7 @@ def test_cuda_from_pip_packages_is_loaded_first_and_in_silence(
     assert loaded == [CUDA]
 
 
-def test_a_build_without_cuda(street_bundle: Path, library: FakeOnnxRuntime) -> None:
+def test_session_build_without_cuda_is_refused(street_bundle: Path, library: FakeOnnxRuntime) -> None:
     library.get_available_providers = lambda: ["CPUExecutionProvider"]  # type: ignore[method-assign]
     with pytest.raises(UnavailableError, match="cuda:0 was asked for, but this ONNX Runtime has only CPU"):
         open_backend(open_bundle(street_bundle), device="cuda:0")
@@ -156,7 +144,7 @@ def test_a_build_without_cuda(street_bundle: Path, library: FakeOnnxRuntime) -> 
     [(2, "cuda:0", "first GPU"), (0, "cpu", "shows no GPU"), (OSError("no NVIDIA driver"), "cpu", "no NVIDIA driver")],
     ids=str,
 )
-def test_what_auto_means(
+def test_auto_device_depends_on_gpus(
     gpus: int | OSError, device: str, why: str, library: FakeOnnxRuntime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def visible_gpus() -> int:
@@ -169,7 +157,7 @@ def test_what_auto_means(
     assert chosen == device and why in reason
 
 
-def test_auto_goes_on_to_the_cpu_and_says_why(
+def test_auto_failing_gpu_uses_cpu_with_reason(
     street_bundle: Path, library: FakeOnnxRuntime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ort, "visible_gpus", lambda: 1)
@@ -190,17 +178,14 @@ def test_auto_goes_on_to_the_cpu_and_says_why(
         open_backend(only, device="cuda:0")
 
 
-def test_onnxruntime_that_is_not_installed(street_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_open_backend_without_onnxruntime_names_command(street_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(UnavailableError) as error:
         spmdeploy.open_editor(street_bundle)
     assert 'pip install "spmdeploy[cpu]"' in str(error.value.hint)
 
 
-# ----------------------------------------------------------------------------------------------------- the real one
-
-
-def test_the_python_interface(street_bundle: Path) -> None:
+def test_open_editor_edits_arrays(street_bundle: Path) -> None:
     with spmdeploy.open_editor(str(street_bundle), device="cpu", precision="fp32") as editor:
         assert isinstance(editor, spmdeploy.Editor)
         photo, labels, mask = SAMPLE_EDITS[1].read(editor.classes)
@@ -210,14 +195,14 @@ def test_the_python_interface(street_bundle: Path) -> None:
     assert [choice.split(":")[0] for choice in editor.choices] == ["backend onnxruntime"]
 
 
-def test_importing_the_package_imports_nothing_heavy() -> None:
+def test_import_of_package_loads_nothing_heavy() -> None:
     code = "import sys, spmdeploy; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert "spmdeploy" in modules and {"numpy", "PIL", "onnxruntime", "torch", "onnx", "typer"}.isdisjoint(modules)
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "text"),
     [
         ({"backend": "tensorflow"}, "'tensorflow'"),
         ({"device": "cuda"}, "'cuda'"),
@@ -228,12 +213,12 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
     ],
     ids=str,
 )
-def test_options_that_do_not_exist(options: dict[str, str], words: str, street_bundle: Path) -> None:
-    with pytest.raises(UsageError, match=words):
+def test_open_backend_unknown_option_is_refused(options: dict[str, str], text: str, street_bundle: Path) -> None:
+    with pytest.raises(UsageError, match=text):
         spmdeploy.open_editor(street_bundle, **options)
 
 
-def test_precision_is_that_of_the_graph_or_an_error(street_bundle: Path) -> None:
+def test_open_backend_precision_is_that_of_the_graph(street_bundle: Path) -> None:
     bundle = open_bundle(street_bundle)
     assert open_backend(bundle, device="cpu").session.precision == "fp32"
     assert open_backend(bundle, device="cpu", precision="fp16").session.precision == "fp16"
@@ -245,15 +230,12 @@ def test_precision_is_that_of_the_graph_or_an_error(street_bundle: Path) -> None
         open_backend(only, device="cpu", precision="fp32")
 
 
-def test_a_zip_runs_like_its_folder(street_bundle: Path, tmp_path: Path) -> None:
+def test_run_zip_equals_folder(street_bundle: Path, tmp_path: Path) -> None:
     folder = open_bundle(street_bundle)
     zipped = open_bundle(pack(folder, tmp_path / "tiny.spm.zip"))
     pictures = read_golden(folder, folder.manifest.golden[0])
     first, second = (open_backend(bundle, device="cpu").session.run(pictures.inputs) for bundle in (folder, zipped))
     assert np.array_equal(first, second)
-
-
-# ---------------------------------------------------------------------------------------------------------- refining
 
 
 def coarse_edit(bundle: Bundle) -> tuple[GoldenSample, tuple[ModelInput, NDArray[np.float32]]]:
@@ -262,7 +244,7 @@ def coarse_edit(bundle: Bundle) -> tuple[GoldenSample, tuple[ModelInput, NDArray
     return golden, (golden.inputs, golden.coarse)
 
 
-def test_refining_gives_what_torch_gives_and_keeps_known_pixels(street_bundle: Path, tmp_path: Path) -> None:
+def test_refine_equals_torch_and_keeps_known_pixels(street_bundle: Path, tmp_path: Path) -> None:
     folder = open_bundle(street_bundle)
     golden, inputs = coarse_edit(folder)
     assert golden.refined is not None and golden.coarse.shape == (1, 128, 128, 3)
@@ -278,7 +260,7 @@ def test_refining_gives_what_torch_gives_and_keeps_known_pixels(street_bundle: P
         assert (refined[golden.inputs.mask != 0] % 1 != 0).any()
 
 
-def test_the_edit_before_rounding(street_bundle: Path) -> None:
+def test_run_unrounded_rounds_to_run(street_bundle: Path) -> None:
     bundle = open_bundle(street_bundle)
     _, inputs = coarse_edit(bundle)
     session = open_backend(bundle, device="cpu").session
@@ -286,9 +268,7 @@ def test_the_edit_before_rounding(street_bundle: Path) -> None:
     assert np.array_equal(np.rint(unrounded), session.run(inputs[0])) and (unrounded % 1 != 0).any()
 
 
-def test_the_refine_graph_is_loaded_once_and_only_when_it_is_used(
-    street_bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_refine_graph_is_loaded_at_first_use(street_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[str] = []
 
     class Noting(ort.LoadedGraph):
@@ -313,7 +293,7 @@ def test_the_refine_graph_is_loaded_once_and_only_when_it_is_used(
             use()
 
 
-def test_without_a_refine_graph(street_bundle: Path) -> None:
+def test_refine_without_graph_is_refused(street_bundle: Path) -> None:
     bundle = open_bundle(street_bundle)
     _, inputs = coarse_edit(bundle)
     graphs = tuple(r for r in bundle.manifest.graphs if r.graph[:4] == "edit" or r.precision == "fp16")
@@ -325,7 +305,7 @@ def test_without_a_refine_graph(street_bundle: Path) -> None:
         session.refine(*inputs)
 
 
-def test_a_graph_from_before_there_was_refining(tmp_path: Path) -> None:
+def test_run_unrounded_without_output_is_refused(tmp_path: Path) -> None:
     session = ort.OnnxRuntimeSession(graph_file(tmp_path / "old.onnx", 64), "fp32")
     maps = np.zeros((1, 64, 64), np.uint8)
     inputs = ModelInput(np.zeros((1, 64, 64, 3), np.uint8), maps, maps.astype(np.int32), maps)
@@ -350,7 +330,7 @@ def graph_file(path: Path, size: object = 256, instances: int = TensorProto.INT3
     return path
 
 
-def test_graphs_that_are_no_edit_graphs(tmp_path: Path) -> None:
+def test_session_other_graph_is_refused(tmp_path: Path) -> None:
     assert ort.OnnxRuntimeSession(graph_file(tmp_path / "good.onnx", 64), "fp32").size == 64
     for changes in ({"size": "free"}, {"instances": TensorProto.INT64}, {"output": "picture"}):
         with pytest.raises(BundleError, match="no edit graph"):
@@ -393,186 +373,5 @@ def test_run_graph_that_asks_for_all_memory_is_out_of_memory(tmp_path: Path) -> 
         (RuntimeError("INVALID_GRAPH"), "cpu", BundleError),
     ],
 )
-def test_foreign_exceptions_become_ours(error: Exception, device: str, becomes: type[Exception]) -> None:
+def test_errors_of_onnxruntime_are_translated(error: Exception, device: str, becomes: type[Exception]) -> None:
     assert type(ort._translated(error, device)) is becomes
-
-
-# ------------------------------------------------------------------------------------------------------ golden edits
-
-
-def test_drift_is_measured_under_the_mask() -> None:
-    mask = np.zeros((1, 4, 4), np.uint8)
-    mask[0, 0, :2] = 1
-    reference = np.full((1, 4, 4, 3), 100, np.uint8)
-    picture = reference.copy()
-    picture[0, 0, 0] = (103, 100, 100)
-    picture[0, 3, 3] = 255  # not under the mask
-    drift = measure_deviation(picture, reference, mask)
-    assert (drift.max_grey, drift.mean_grey) == (3, 0.5)
-    assert drift.psnr_db == pytest.approx(10 * math.log10(255**2 / 1.5))
-    same = measure_deviation(reference, reference, mask)
-    assert same.to_json() == {"max_grey": 0, "mean_grey": 0.0, "psnr_db": None}
-
-
-@pytest.mark.parametrize(
-    ("limits", "words"),
-    [
-        (ParityLimits(2, 9, 0), "largest difference 3 > 2"),
-        (ParityLimits(9, 0.4, 0), "mean difference 0.500 > 0.4"),
-        (ParityLimits(9, 9, 60), "PSNR"),
-    ],
-)
-def test_every_limit_counts(limits: ParityLimits, words: str) -> None:
-    reference = np.full((1, 1, 2, 3), 100, np.uint8)
-    picture = reference.copy()
-    picture[0, 0, 0, 0] = 103
-    drift = measure_deviation(picture, reference, np.ones((1, 1, 2), np.uint8))
-    (fault,) = drift.problems(limits)
-    assert words in fault
-    assert drift.problems(ParityLimits(3, 0.5, drift.psnr_db)) == []
-
-
-class Touching:
-    """A session that gives the expected picture, but changes a pixel outside the mask."""
-
-    backend, device, precision, provider, size = "onnxruntime", "cpu", "fp32", "touching", 256
-    refines = False
-
-    def __init__(self, expected: NDArray[np.uint8]) -> None:
-        self.expected = expected.copy()
-        self.expected[0, 0, 0] ^= 1
-
-    def run(self, inputs: ModelInput) -> NDArray[np.uint8]:
-        return self.expected
-
-    def close(self) -> None:
-        pass
-
-
-def test_known_pixels_must_stay(street_bundle: Path) -> None:
-    bundle = open_bundle(street_bundle)
-    pictures = read_golden(bundle, bundle.manifest.golden[0])
-    assert not pictures.inputs.mask[0, 0, 0]
-    result = run_golden(Touching(pictures.expected), pictures, "x", bundle.manifest.limits["fp32"])  # type: ignore[arg-type]
-    assert not result.passed and result.problems == ("pixels outside the mask were changed",)
-
-
-def test_without_golden_edits_nothing_is_verified(street_bundle: Path) -> None:
-    bundle = open_bundle(street_bundle)
-    bare = dataclasses.replace(bundle, manifest=dataclasses.replace(bundle.manifest, golden=()))
-    with pytest.raises(BundleError, match="no golden edits"):
-        verify(open_backend(bundle, device="cpu").session, bare)
-
-
-# --------------------------------------------------------------------------------------------------- the command verify
-
-
-def run_verify(bundle: Path, capsys: pytest.CaptureFixture[str], *options: str) -> tuple[int, dict[str, Any]]:
-    code = cli.main(["verify", str(bundle), "--json", *options])
-    (line,) = capsys.readouterr().out.splitlines()
-    return code, json.loads(line)
-
-
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_a_sound_bundle(precision: str, street_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, told = run_verify(street_bundle, capsys, "--precision", precision)
-    assert code == 0 and told["precision"] == precision and told["provider"].startswith("CPUExecutionProvider")
-    names = [sample.name for sample in SAMPLE_EDITS]
-    assert [edit["name"] for edit in told["golden"]] == [*names, *(f"{name} refined" for name in names)]
-    assert all(edit["passed"] and edit["known_pixels_intact"] for edit in told["golden"])
-
-
-def test_torch_gives_the_very_pictures(street_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, told = run_verify(street_bundle, capsys, "--backend", "torch")
-    assert code == 0 and {edit["max_grey"] for edit in told["golden"]} <= {0, 1} and told["backend"] == "torch"
-
-
-@pytest.fixture
-def copied(street_bundle: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(street_bundle, tmp_path / "b.spm"))
-
-
-def reseal(bundle: Path) -> None:
-    """Makes SHA256SUMS fit the files as they are now."""
-    names = [line[66:] for line in (bundle / "SHA256SUMS").read_text().splitlines()]
-    lines = [f"{hashlib.sha256((bundle / name).read_bytes()).hexdigest()}  {name}\n" for name in names]
-    (bundle / "SHA256SUMS").write_text("".join(lines))
-
-
-def flip_a_byte(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-def newer(path: Path) -> None:
-    path.write_text(path.read_text().replace("spmdeploy.bundle/2", "spmdeploy.bundle/3"))
-
-
-def halve(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-@pytest.mark.parametrize(
-    ("name", "harm"),
-    [
-        ("graphs/edit.fp32.onnx", flip_a_byte),
-        ("graphs/edit.fp16.onnx", flip_a_byte),
-        ("graphs/edit.fp32.onnx", halve),
-        ("graphs/edit.fp32.onnx", Path.unlink),
-        ("graphs/refine_cpu.fp32.onnx", flip_a_byte),
-        ("graphs/refine.fp16.onnx", Path.unlink),
-        ("golden/car_away/expected.png", flip_a_byte),
-        ("golden/car_away/refined.png", Path.unlink),
-        ("golden/tree_planted/mask.png", Path.unlink),
-        ("card.md", flip_a_byte),
-        ("manifest.json", flip_a_byte),
-        ("manifest.json", halve),
-        ("manifest.json", Path.unlink),
-        ("manifest.json", newer),
-        ("SHA256SUMS", Path.unlink),
-    ],
-)
-def test_harm_done_to_a_bundle(
-    name: str, harm: Callable[[Path], None], copied: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    harm(copied / name)
-    code, told = run_verify(copied, capsys)
-    assert code == told["exit_code"] == 6 and f"b.spm/{name}" in told["error"]
-    assert ("upgrade spmdeploy" in told["hint"]) == (harm is newer)
-
-
-def repaint(path: Path, change: Callable[[NDArray[np.uint8]], NDArray[np.uint8]]) -> None:
-    with Image.open(path) as image:
-        pixels = np.array(image)
-    Image.fromarray(change(pixels)).save(path)
-
-
-def test_pictures_that_differ_too_much(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    repaint(copied / "golden/tree_planted/expected.png", lambda pixels: pixels ^ 8)
-    reseal(copied)
-    code, told = run_verify(copied, capsys)
-    assert code == told["exit_code"] == 5 and told["schema"] == "spmdeploy.verify/1"
-    # The expected picture is what the golden refinement starts from.
-    assert [edit["passed"] for edit in told["golden"]] == [True, False, True, True, False, True]
-    assert told["error"].startswith("tree_planted: largest difference ")
-    assert cli.main(["verify", str(copied)]) == 5
-    printed = capsys.readouterr()
-    assert re.search(r"tree_planted +FAILED", printed.out) and "error: tree_planted: " in printed.err
-
-
-@pytest.mark.parametrize(
-    ("name", "change", "words"),
-    [
-        ("mask.png", lambda pixels: pixels * 0, "mask is empty"),
-        ("image.png", lambda pixels: pixels[:255], "image is (255, 256), not 256×256"),
-        ("labels.png", lambda pixels: np.dstack([pixels, pixels, 255 - pixels]), "labels.png is a color image"),
-    ],
-)
-def test_golden_edits_that_are_none(
-    name: str, change: Any, words: str, copied: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    repaint(copied / "golden/car_away" / name, change)
-    reseal(copied)
-    code, told = run_verify(copied, capsys)
-    assert code == told["exit_code"] == 6 and words in told["error"] and "golden/car_away" in told["error"]

@@ -1,4 +1,4 @@
-"""Which engine runs a bundle, why none does, and that none is trusted before its golden edits came out right."""
+"""Which engine runs a bundle, why none does, and that none is trusted before its golden edits passed."""
 
 from __future__ import annotations
 
@@ -183,10 +183,10 @@ def test_refine_engine_missing_names_the_command(machine: Machine, bundle: Bundl
 
 def test_refine_engine_alone_is_not_used(machine: Machine, bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     add(bundle, record_of(graph=REFINE))
-    words = "a refine engine fits this machine, but no edit engine was built"
+    text = "a refine engine fits this machine, but no edit engine was built"
     (choice, *_) = fallen_back(bundle, monkeypatch)
-    assert words in choice and "spmdeploy build BUNDLE --graph edit" in choice
-    with pytest.raises(BundleError, match=words) as caught:
+    assert text in choice and "spmdeploy build BUNDLE --graph edit" in choice
+    with pytest.raises(BundleError, match=text) as caught:
         open_backend(bundle, "tensorrt")
     assert "--graph edit" in str(caught.value.hint)
 
@@ -206,22 +206,22 @@ def test_auto_without_a_compatible_engine_says_why(
 
 
 @pytest.mark.parametrize(
-    ("spoil", "words"),
+    ("spoil", "text"),
     [
         (lambda machine: machine.gpu.fails.update(cuMemAlloc=Code.CUDA_ERROR_OUT_OF_MEMORY), "has no room for"),
         (lambda machine: setattr(machine.libraries["tensorrt"], "_refuses", "Cuda failure"), "Cuda failure"),
-        (lambda machine: setattr(machine.libraries["tensorrt"], "_computes", painted_black), "does not give the pict"),
+        (lambda machine: setattr(machine.libraries["tensorrt"], "_computes", painted_black), "gives wrong results"),
         (lambda machine: plug_in(machine.patch, machine.gpu, ""), "neither PyCUDA"),
     ],
 )
 def test_auto_with_a_failing_engine_takes_another_backend(
-    spoil: Any, words: str, machine: Machine, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+    spoil: Any, text: str, machine: Machine, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     add(bundle, record_of())
     spoil(machine)
     why = fallen_back(bundle, monkeypatch)[0]
-    assert why.startswith("backend onnxruntime: no engine for this bundle works here: ") and words in why
-    with pytest.raises(SpmDeployError, match=words):
+    assert why.startswith("backend onnxruntime: no engine for this bundle works here: ") and text in why
+    with pytest.raises(SpmDeployError, match=text):
         open_backend(bundle, "tensorrt")
     machine.gpu.fails.clear()
     assert machine.gpu.left_behind == {} and machine.gpu.contexts == []
@@ -232,7 +232,7 @@ def test_auto_with_a_failing_engine_takes_the_next(machine: Machine, bundle: Bun
     add(bundle, record_of(most=4))
     opened = open_backend(bundle)
     assert opened.session.max_batch == 4 and opened.notices == opened.choices[:1]  # type: ignore[attr-defined]
-    assert "came out right just now; tried first: " in opened.choices[0] and "has no room" in opened.choices[0]
+    assert "passed just now; tried first: " in opened.choices[0] and "has no room" in opened.choices[0]
 
 
 def test_backend_by_name_without_an_engine_is_refused(machine: Machine, bundle: Bundle) -> None:
@@ -281,20 +281,20 @@ def proof_of(opened: OpenedBackend) -> str:
 
 def test_verification_is_done_at_the_first_use_only(machine: Machine, bundle: Bundle) -> None:
     add(bundle, record_of())
-    assert proof_of(open_backend(bundle)) == "its golden edits came out right just now"
+    assert proof_of(open_backend(bundle)) == "its golden edits passed just now"
     (found,) = find_engines(bundle)
     assert found.record is not None and found.record.verification is not None
     noted = found.record.verification
     assert noted.passed and noted.gpu.startswith("NVIDIA GeForce RTX 3060, driver ") and noted.max_grey == 0
     machine.gpu.calls.clear()
-    assert proof_of(open_backend(bundle)) == f"its golden edits came out right here on {date.today()}"
+    assert proof_of(open_backend(bundle)) == f"its golden edits passed here on {date.today()}"
     assert "execute_async_v3" not in machine.gpu.calls
 
 
 def test_verification_on_another_gpu_or_driver_is_repeated(machine: Machine, bundle: Bundle, tmp_path: Path) -> None:
     machine.patch.setattr("spmdeploy.gpu.driver._KERNEL_MODULE_VERSION", tmp_path / "version")
     add(bundle, replace(for_targets("sm86"), **ports_of(record_of())))
-    for version, expected in (("580.1", "just now"), ("580.1", "right here on"), ("590.2", "just now")):
+    for version, expected in (("580.1", "just now"), ("580.1", "passed here on"), ("590.2", "just now")):
         (tmp_path / "version").write_text(version)
         assert expected in proof_of(open_backend(bundle))
     machine.gpu.name = "NVIDIA RTX A4000"
@@ -314,7 +314,7 @@ def test_verification_failed_is_an_error_until_it_passes(
     (found,) = find_engines(bundle)
     assert found.record is not None and found.record.verification is not None and not found.record.verification.passed
     assert cli.main(["verify", str(bundle.path), "--backend", "tensorrt", "--json"]) == 5
-    assert "does not give the pictures" in json.loads(capsys.readouterr().out)["error"]
+    assert "gives wrong results" in json.loads(capsys.readouterr().out)["error"]
     machine.libraries["tensorrt"]._computes = edited_like
     assert "just now" in proof_of(open_backend(bundle, "tensorrt"))
 
@@ -332,7 +332,7 @@ def test_verification_of_a_refine_engine_is_separate(machine: Machine, bundle: B
         open_backend(bundle, "tensorrt")
     assert caught.value.problem.startswith(str(refine))
     machine.libraries["tensorrt"]._computes = edited_like
-    assert "right here on" in proof_of(open_backend(bundle, "tensorrt"))
+    assert "passed here on" in proof_of(open_backend(bundle, "tensorrt"))
     noted = {found.record.graph: found.record.verification for found in find_engines(bundle) if found.record}
     assert all(proof is not None and proof.passed for proof in noted.values()) and len(noted) == 2
     machine.gpu.calls.clear()
@@ -347,8 +347,8 @@ def test_verification_of_a_zip_is_kept_in_the_cache(machine: Machine, bundle: Bu
         for file in sorted(file for file in bundle.path.rglob("*") if file.is_file()):
             archive.write(file, file.relative_to(bundle.path).as_posix())
     zipped = open_bundle(tmp_path / "z.spm.zip")
-    assert proof_of(open_backend(zipped)) == "its golden edits came out right just now"
-    assert "right here on" in proof_of(open_backend(zipped))
+    assert proof_of(open_backend(zipped)) == "its golden edits passed just now"
+    assert "passed here on" in proof_of(open_backend(zipped))
     (kept,) = (tmp_path / "cache" / "verified").iterdir()
     kept.write_bytes(kept.read_bytes().replace(b'"edit"', b'"refine"', 1))
     assert "just now" in proof_of(open_backend(zipped))  # that was of another engine
@@ -361,7 +361,7 @@ def test_verification_that_cannot_be_stored_is_noted(machine: Machine, bundle: B
     add(zipped, record_of())  # into the cache
     (tmp_path / "cache" / "verified").write_text("a file where the folder should be")
     machine.patch.setattr("spmdeploy.engines.store.StoredEngine.with_verification", refuse_to_write)
-    assert "came out right just now, which cannot be noted: " in open_backend(zipped).choices[0]
+    assert "passed just now, which cannot be noted: " in open_backend(zipped).choices[0]
 
 
 def refuse_to_write(self: object, verification: object) -> None:
@@ -375,15 +375,15 @@ def test_verify_and_edit_run_on_an_engine(
 ) -> None:
     add(bundle, record_of(), capturable=False)
     assert cli.main(["verify", str(bundle.path), "--backend", "tensorrt", "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert (told["backend"], told["device"], told["precision"]) == ("tensorrt", "cuda:0", "fp16")
-    assert told["provider"].startswith("TensorRT 10.16.1 on NVIDIA GeForce RTX 3060 (cuda-core")
+    printed = json.loads(capsys.readouterr().out)
+    assert (printed["backend"], printed["device"], printed["precision"]) == ("tensorrt", "cuda:0", "fp16")
+    assert printed["provider"].startswith("TensorRT 10.16.1 on NVIDIA GeForce RTX 3060 (cuda-core")
 
     images.write_image(tmp_path / "photo.png", np.zeros((SIZE, SIZE, 3), np.uint8))
     images.write_image(tmp_path / "mask.png", np.pad(np.full((2, 2), 255, np.uint8), SIZE // 2 - 1))
-    words = ["edit", tmp_path / "photo.png", "--fill", "sky", "--mask", tmp_path / "mask.png", "--json"]
+    arguments = ["edit", tmp_path / "photo.png", "--fill", "sky", "--mask", tmp_path / "mask.png", "--json"]
     more = ["--output", tmp_path / "out.png", "--model", bundle.path, "--backend", "tensorrt"]
-    assert cli.main([str(word) for word in [*words, *more]]) == 0
+    assert cli.main([str(argument) for argument in [*arguments, *more]]) == 0
     assert json.loads(capsys.readouterr().out)["report"]["backend"] == "tensorrt"
     assert machine.gpu.left_behind == {}
 

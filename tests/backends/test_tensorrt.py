@@ -337,7 +337,7 @@ def swapped(ports: tuple[Port, ...], changed_port: str, changes: dict[str, Any])
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "text"),
     [
         ({"inputs": ("instances", {"dtype": "int64"})}, r"instances: int64 .* in the engine, int32 .* in its record"),
         (
@@ -351,14 +351,14 @@ def swapped(ports: tuple[Port, ...], changed_port: str, changes: dict[str, Any])
     ],
 )
 def test_session_of_an_engine_unlike_its_record_is_refused(
-    changes: dict[str, Any], words: str, gpu: SimulatedGpu, tmp_path: Path
+    changes: dict[str, Any], text: str, gpu: SimulatedGpu, tmp_path: Path
 ) -> None:
     record = record_of()
     facts = {
         kind: swapped(getattr(record, kind), *change) if isinstance(change, tuple) else change
         for kind, change in changes.items()
     }
-    with pytest.raises(BundleError, match=words):
+    with pytest.raises(BundleError, match=text):
         TensorRtSession(simulated_library(gpu), engine_file(tmp_path, record, **facts), size=SIZE)
     assert gpu.left_behind == {} and gpu.contexts == []
 
@@ -382,7 +382,7 @@ def test_run_refused_by_the_library_has_its_error(gpu: SimulatedGpu, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("name", "spoil", "words"),
+    ("name", "spoil", "text"),
     [
         ("labels", lambda array: array.astype(np.int64), r"labels is int64 \(2, 16, 16\), but the graph has uint8"),
         ("mask", lambda array: array[:1], r"mask is uint8 \(1, 16, 16\), but the graph has uint8 \(2, 16, 16\)"),
@@ -392,8 +392,8 @@ def test_run_refused_by_the_library_has_its_error(gpu: SimulatedGpu, tmp_path: P
         ("instances", lambda array: array[..., None], "instances is int32"),
     ],
 )
-def test_run_with_wrong_arrays_names_them(name: str, spoil: Any, words: str, session: TensorRtSession) -> None:
-    with pytest.raises(InputError, match=words):
+def test_run_with_wrong_arrays_names_them(name: str, spoil: Any, text: str, session: TensorRtSession) -> None:
+    with pytest.raises(InputError, match=text):
         session.run(ModelInput(**{**inputs_for(2), name: spoil(inputs_for(2)[name])}))
 
 
@@ -560,7 +560,7 @@ def test_run_device_waits_for_the_streams_of_its_arrays(gpu: SimulatedGpu, sessi
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "text"),
     [
         (lambda gpu, arrays: arrays.update(mask=np.zeros((1, SIZE, SIZE), np.uint8)), "mask is not an array on a GPU"),
         (lambda gpu, arrays: arrays["mask"].interface.update(strides=(1, 2, 3)), "mask is masked or not C-contiguous"),
@@ -579,13 +579,13 @@ def test_run_device_waits_for_the_streams_of_its_arrays(gpu: SimulatedGpu, sessi
     ],
 )
 def test_run_device_with_wrong_arrays_names_them(
-    change: Any, words: str, gpu: SimulatedGpu, session: TensorRtSession
+    change: Any, text: str, gpu: SimulatedGpu, session: TensorRtSession
 ) -> None:
     inputs, outputs = on_gpu(gpu, inputs_for(1))
     arrays: dict[str, Any] = {**inputs, "edited": outputs["edited"]}
     change(gpu, arrays)
     written = {"edited": arrays.pop("edited")}
-    with pytest.raises(InputError, match=words):
+    with pytest.raises(InputError, match=text):
         session.run_device(arrays, written, gpu.foreign_stream())
     assert "execute_async_v3" not in gpu.calls
 

@@ -254,11 +254,11 @@ def test_nvml_without_energy_counter_is_none(monkeypatch: pytest.MonkeyPatch) ->
         assert meter is not None and meter.joules() is None
 
 
-@pytest.mark.parametrize(("library", "words"), [(None, "nvidia-ml-py"), (fake_nvml(nvmlInit=None), "not supported")])
-def test_nvml_unavailable_says_why(library: ModuleType | None, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("library", "text"), [(None, "nvidia-ml-py"), (fake_nvml(nvmlInit=None), "not supported")])
+def test_nvml_unavailable_says_why(library: ModuleType | None, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "pynvml", library)
     with nvml() as opened:
-        assert opened.note is not None and words in opened.note
+        assert opened.note is not None and text in opened.note
         assert list(_gpu_records(opened)) == [] and list(_gpu_states(opened)) == [] and opened.meter("x") is None
 
 

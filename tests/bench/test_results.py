@@ -49,7 +49,7 @@ def test_from_json_unknown_fields_are_ignored() -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "wrong", "words"),
+    ("path", "wrong", "text"),
     [
         ("spmdeploy", 1, r"r.json: spmdeploy is 1, expected `str`"),
         ("rows", {}, r"rows is \{\}, expected `array`"),
@@ -63,7 +63,7 @@ def test_from_json_unknown_fields_are_ignored() -> None:
         ("schema", ..., "not a benchmark record"),
     ],
 )
-def test_from_json_wrong_field_is_refused(path: str, wrong: Any, words: str) -> None:
+def test_from_json_wrong_field_is_refused(path: str, wrong: Any, text: str) -> None:
     value: Any = json.loads(record_text(a_record()))
     *above, last = [int(part) if part.isdigit() else part for part in path.split("/")]
     place = value
@@ -73,7 +73,7 @@ def test_from_json_wrong_field_is_refused(path: str, wrong: Any, words: str) -> 
         del place[last]
     else:
         place[last] = wrong
-    with pytest.raises(InputError, match=words):
+    with pytest.raises(InputError, match=text):
         Record.from_json(value, "r.json")
 
 

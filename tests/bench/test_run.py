@@ -66,7 +66,7 @@ def test_bench_command_writes_record_chart_and_report(
     }
     arguments = ["bench", str(street_bundle), "--backend", "torch", "--backend", "onnxruntime", "--backend", "tensorrt"]
     arguments += ["--precision", "auto", "--mask", "small", "--duration", "0.01", "--batch", "2", "--profile", "--json"]
-    arguments += [word for name, path in outputs.items() for word in (f"--{name}", str(path))]
+    arguments += [argument for name, path in outputs.items() for argument in (f"--{name}", str(path))]
     assert cli.main(arguments) == 0
     output = capfd.readouterr()
     assert len(output.out.splitlines()) == 1 and "measuring" in output.err

@@ -146,8 +146,8 @@ def test_measure_backend_not_opened_gives_reason() -> None:
     row, other = rows_of(closed, torch)
     assert (row.status, row.reason, row.ran) == ("unavailable", "no driver (install one)", None)
     assert other.status == "measured" and exit_error(record_of(row, other)) is None
-    told = exit_error(record_of(row))
-    assert isinstance(told, UnavailableError) and "tensorrt: no driver" in told.problem
+    printed = exit_error(record_of(row))
+    assert isinstance(printed, UnavailableError) and "tensorrt: no driver" in printed.problem
 
 
 @pytest.mark.parametrize(
@@ -161,8 +161,8 @@ def test_measure_failing_backend_does_not_stop_others(error: SpmDeployError, sta
     failing = under_test("onnxruntime", FakeWorker(painted(1), fails=error))
     row, other = rows_of(failing, under_test("torch", FakeWorker(painted(1))))
     assert (row.status, other.status) == (status, "measured") and error.problem in (row.reason or "")
-    told = exit_error(record_of(row))
-    assert told is not None and told.exit_code == code
+    printed = exit_error(record_of(row))
+    assert printed is not None and printed.exit_code == code
 
 
 def test_measure_cold_start_of_torch_compile_is_unavailable() -> None:

@@ -68,9 +68,6 @@ def test_run_interleaved_without_backends_returns_empty() -> None:
     assert run_interleaved([], StopCondition(1, 1)) == []
 
 
-# ------------------------------------------------------------------------------------------------------------- warm-up
-
-
 def test_warm_up_stable_backend_takes_two_seconds() -> None:
     result = warm_up(FakeBackend([100]))
     assert result.steady and result.seconds == pytest.approx(2.0, abs=0.5)

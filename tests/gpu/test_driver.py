@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from spmdeploy.gpu import driver
@@ -47,3 +50,60 @@ def test_driver_without_the_function_says_so(monkeypatch: pytest.MonkeyPatch) ->
 )
 def test_cuda_error_of_a_text_or_code_has_its_class(kind: type[CudaError], text: str, code: int) -> None:
     assert type(cuda_error("cuCall", text, code)) is kind
+
+
+class Driver:
+    """libcuda with given answers."""
+
+    def __init__(self, started: int = 0, counted: int = 0, count: int = 0) -> None:
+        self.cuInit = lambda flags: started
+        self.counted, self.count = counted, count
+
+    def cuDeviceGetCount(self, pointer: Any) -> int:  # noqa: N802 (NVIDIA's name)
+        pointer._obj.value = self.count
+        return self.counted
+
+    def cuDeviceGet(self, pointer: Any, index: int) -> int:  # noqa: N802
+        pointer._obj.value = index
+        return 0 if index < self.count else 101
+
+    def cuDeviceGetName(self, name: Any, size: int, device: Any) -> int:  # noqa: N802
+        name.value = f"GPU {device}".encode()[:size]
+        return 0
+
+    def cuDeviceGetAttribute(self, pointer: Any, attribute: int, device: Any) -> int:  # noqa: N802
+        pointer._obj.value = {75: 8, 76: 6}[attribute]
+        return 0
+
+    def cuDriverGetVersion(self, pointer: Any) -> int:  # noqa: N802
+        pointer._obj.value = 12080
+        return 0
+
+
+def test_visible_gpus_returns_count_of_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    for library, answer in ((Driver(count=3), 3), (Driver(), 0)):
+        monkeypatch.setattr(driver.ctypes, "CDLL", lambda name, library=library: library)
+        assert driver.visible_gpus() == answer
+    for library, text in ((Driver(started=100), "cuInit with error 100"), (Driver(counted=3), "error 3")):
+        monkeypatch.setattr(driver.ctypes, "CDLL", lambda name, library=library: library)
+        with pytest.raises(OSError, match=text):
+            driver.visible_gpus()
+
+
+def test_gpu_facts_describe_the_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(driver.ctypes, "CDLL", lambda name: Driver(count=2))
+    monkeypatch.setattr(driver, "_KERNEL_MODULE_VERSION", tmp_path / "version")
+    assert driver.gpu_facts(1) == driver.GpuFacts("GPU 1", "8.6", "12.8", None)
+    (tmp_path / "version").write_text("580.95.05\n")
+    assert driver.gpu_facts().driver == "580.95.05"
+    with pytest.raises(OSError, match="cuDeviceGet with error 101"):
+        driver.gpu_facts(2)
+
+
+def test_visible_gpus_without_driver_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str) -> None:
+        raise OSError(f"{name}: no such file")
+
+    monkeypatch.setattr(driver.ctypes, "CDLL", fail)
+    with pytest.raises(OSError, match="no NVIDIA driver"):
+        driver.visible_gpus()
