@@ -37,13 +37,13 @@ lint: .venv/ready
 	$(DEV)/lint-imports
 
 # About 20 minutes on two idle cores. Unstable rows are not published.
-CPU_BACKENDS := torch torch-compile onnxruntime onnxruntime-plain
+CPU_BACKENDS := torch torch-compile onnxruntime onnxruntime-plain openvino openvino-plain
 CPU_ROWS := $(addprefix --backend ,$(CPU_BACKENDS)) --scope engine --scope cached-layout --mask large --duration 60
 bench: .venv/ready
 	@mkdir -p bench/results
 	$(DEV)/spmdeploy bench --preset paper $(CPU_ROWS) --profile --output bench/results/bench_paper_cpu.json --overwrite
 	$(DEV)/spmdeploy bench $(CPU_ROWS) --output bench/results/bench_street_cpu.json --overwrite
-	$(DEV)/spmdeploy bench --scope edit --scope cold-start --backend onnxruntime --baseline onnxruntime \
+	$(DEV)/spmdeploy bench --scope edit --scope cold-start --backend onnxruntime --backend openvino --baseline onnxruntime \
 		--size 360 --mask medium --duration 30 --output bench/results/bench_street_edit_cpu.json --overwrite
 	$(MAKE) figures
 

@@ -48,7 +48,7 @@ def open_editor(
         model: A bundle (folder or zip); None: the built-in model.
         backend: auto, onnxruntime, openvino, tensorrt, tensorrt-rtx or torch.
         device: auto, cpu or cuda:N.
-        precision: auto, fp32 or fp16.
+        precision: auto, fp32, fp16 or bf16.
         require_signature: A minisign public key, as a file or its base64 line. A bundle that is not signed with it is
             refused before anything else in it is read.
         on_loading: Called with the model's classes just before ONNX Runtime loads the graph, which takes long and

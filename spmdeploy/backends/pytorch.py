@@ -14,6 +14,7 @@ from onnx import numpy_helper
 from torch import nn
 
 from spmdeploy.backends.base import LayoutRun, OpenedBackend, Unsupported, check_device
+from spmdeploy.backends.threads import available_threads
 from spmdeploy.bundle.bundle import Bundle, GraphFiles
 from spmdeploy.bundle.manifest import EDIT, EDIT_ON_CPU
 from spmdeploy.errors import BundleError, UnavailableError, UsageError
@@ -102,6 +103,7 @@ def open_torch(bundle: Bundle, device: str = "auto", precision: str = "auto") ->
         device = "cuda:0" if torch.cuda.is_available() else "cpu"
         choices.append(f"device {device}: torch.cuda.is_available() is {torch.cuda.is_available()}")
     check_device(device)
+    torch.set_num_threads(min(torch.get_num_threads(), available_threads()))
     return OpenedBackend(TorchSession(bundled_generator(bundle), device), tuple(choices))
 
 

@@ -42,7 +42,7 @@ def _is_gpu_only(name: str) -> bool:
 
 
 def open_backend(bundle: Bundle, name: str, device: str, precision: str) -> Backend:
-    """device: auto, cpu or cuda:N. precision: auto, fp32 or fp16.
+    """device: auto, cpu or cuda:N. precision: auto, fp32, tf32, fp16 or bf16.
 
     Raises UnavailableError with the reason if this machine cannot run it, BundleError if the bundle lacks the graph.
     """

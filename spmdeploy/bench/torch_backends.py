@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from spmdeploy.backends.base import LayoutRun
 from spmdeploy.backends.pytorch import TorchSession, bundled_generator
+from spmdeploy.backends.threads import available_threads
 from spmdeploy.bench.roofline import COPIED_BYTES, MATRIX_SIDE, PeakRates, best_seconds, rates_from
 from spmdeploy.bundle.bundle import Bundle
 from spmdeploy.errors import UnavailableError, UsageError
@@ -120,6 +121,7 @@ def open_baseline(bundle: Bundle, name: str, device: str, precision: str) -> Bas
     if precision in ("fp16", "tf32") and device == "cpu":
         raise UnavailableError(f"PyTorch does not compute in {precision} on CPUs", "use fp32 or bf16")
     precision = "fp32" if precision == "auto" else precision
+    torch.set_num_threads(min(torch.get_num_threads(), available_threads()))
     return BaselineSession(bundled_generator(bundle), device, precision, compiled=name == "torch-compile")
 
 

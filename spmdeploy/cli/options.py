@@ -111,7 +111,8 @@ BackendOption = Annotated[
     typer.Option(
         "--backend",
         metavar="|".join(("auto", *backend_names())),
-        help="Inference backend. An explicit choice is never replaced. auto: a compatible engine, else ONNX Runtime; "
+        help="Inference backend. An explicit choice is never replaced. auto: a compatible engine; on CPUs with bf16, "
+        "OpenVINO if its golden edits pass; else ONNX Runtime; "
         + "; ".join(f"{entry.name}: {entry.help}" for entry in backends())
         + ".",
     ),
