@@ -247,7 +247,10 @@ def _open(graph: LoadedGraph | None) -> LoadedGraph:
 
 
 class CachedLayoutGraphs:
-    """The `layout` and `picture` graphs of a bundle in ONNX Runtime: the first runs once for each layout."""
+    """The `layout` and `picture` graphs of a bundle in ONNX Runtime: the first runs once for each layout.
+
+    On a GPU the cached tensors stay in its memory, for as long as the function that `bind` returned is alive.
+    """
 
     def __init__(self, layout: Graph, picture: Graph, device: str = "cpu", threads: int = 0) -> None:
         """Raises BundleError, OutOfMemoryError, UnavailableError."""
@@ -263,6 +266,8 @@ class CachedLayoutGraphs:
                 sessions.append(inference_session(library, graph, options, providers))
         except Exception as error:
             raise _translated(error, device) from error
+        for session in sessions:
+            _proved_provider(session, providers, device)
         self._layout, self._picture = sessions
         self._layout_inputs, self._cached, self._picture_inputs = (
             [value.name for value in values]
@@ -278,10 +283,50 @@ class CachedLayoutGraphs:
     def bind(self, layout: LayoutInput) -> LayoutRun:
         """Run the layout graph, and return a function from images, uint8 (B, size, size, 3), to edited ones."""
         given = layout._asdict()
+        if self._device != "cpu":
+            return self._bind_on("cuda", int(self._device.removeprefix("cuda:")), given)
         values = self._run(self._layout, self._cached, {name: given[name] for name in self._layout_inputs})
         known = {name: given[name] for name in self._picture_inputs if name in given}
         known |= dict(zip(self._cached, values, strict=True))
         return lambda image: self._run(self._picture, ["edited"], {**known, "image": image})[0]
+
+    def _bind_on(self, kind: str, ordinal: int, given: Arrays) -> LayoutRun:
+        """Run the layout graph from device memory to device memory; only images are copied afterwards.
+
+        Args:
+            kind: The device as ONNX Runtime names it: cuda or cpu.
+            ordinal: Its number.
+            given: labels, instances and mask.
+        """
+        library = import_onnxruntime()
+        names = [name for name in given if name in (*self._layout_inputs, *self._picture_inputs)]
+        try:
+            known = {name: library.OrtValue.ortvalue_from_numpy(given[name], kind, ordinal) for name in names}
+            binding = self._layout.io_binding()
+            for name in self._layout_inputs:
+                binding.bind_ortvalue_input(name, known[name])
+            for name in self._cached:
+                binding.bind_output(name, kind, ordinal)
+            self._layout.run_with_iobinding(binding)
+            known |= dict(zip(self._cached, binding.get_outputs(), strict=True))
+        except Exception as error:
+            raise _translated(error, self._device) from error
+
+        def run(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+            try:
+                binding = self._picture.io_binding()  # one for each call: several threads may call
+                binding.bind_cpu_input("image", np.ascontiguousarray(image))
+                for name in self._picture_inputs:
+                    if name != "image":
+                        binding.bind_ortvalue_input(name, known[name])
+                binding.bind_output("edited", "cpu")
+                self._picture.run_with_iobinding(binding)
+                edited: NDArray[np.uint8] = binding.copy_outputs_to_cpu()[0]
+            except Exception as error:
+                raise _translated(error, self._device) from error
+            return edited
+
+        return run
 
     def _run(self, graph: Any, outputs: Sequence[str], inputs: dict[str, NDArray[Any]]) -> list[NDArray[Any]]:
         try:
@@ -404,7 +449,7 @@ class LoadedGraph:
                 self._session: Any = inference_session(library, content, options, providers)
             else:
                 self._session = _cached_session(library, content, threads, key)
-            self.provider = f"{self._proved_provider(providers)} (onnxruntime {library.__version__})"
+            self.provider = f"{_proved_provider(self._session, providers, device)} (onnxruntime {library.__version__})"
             self.outputs = frozenset(value.name for value in self._session.get_outputs())
             self.size = self._checked_size(graph)
         except SpmDeployError:
@@ -439,17 +484,6 @@ class LoadedGraph:
 
         return run
 
-    def _proved_provider(self, asked: list[Any]) -> str:
-        """The provider that the session really has, which must be the first one asked for."""
-        wanted = asked[0][0] if isinstance(asked[0], tuple) else asked[0]
-        have: str = self._session.get_providers()[0]
-        if have != wanted:
-            raise UnavailableError(
-                f"asked for {wanted} on {self._device}, but ONNX Runtime would run on {have}",
-                "see `spmdeploy doctor`, or ask for --device cpu",
-            )
-        return have
-
     def _checked_size(self, graph: str) -> int:
         """Height and width of the images that the graph takes. Raises BundleError when it is another graph."""
         inputs = {value.name: (value.type, value.shape[1:]) for value in self._session.get_inputs()}
@@ -460,6 +494,18 @@ class LoadedGraph:
                 f"the graph is no {graph} graph: it takes {inputs} and gives {outputs}", "export the bundle again"
             )
         return size
+
+
+def _proved_provider(session: Any, asked: list[Any], device: str) -> str:
+    """The provider that a session really has. Raises UnavailableError unless it is the first one asked for."""
+    wanted = asked[0][0] if isinstance(asked[0], tuple) else asked[0]
+    have: str = session.get_providers()[0]
+    if have != wanted:
+        raise UnavailableError(
+            f"asked for {wanted} on {device}, but ONNX Runtime would run on {have}",
+            "see `spmdeploy doctor`, or ask for --device cpu",
+        )
+    return have
 
 
 def _ports(graph: str, size: int) -> dict[str, tuple[str, list[int]]]:

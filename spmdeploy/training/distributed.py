@@ -55,7 +55,9 @@ def init(device: torch.device) -> None:
     if dist.is_available() and dist.is_torchelastic_launched() and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+            dist.init_process_group("nccl", timeout=TIMEOUT, device_id=device)
+        else:
+            dist.init_process_group("gloo", timeout=TIMEOUT)
 
 
 def shutdown() -> None:

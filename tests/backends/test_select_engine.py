@@ -16,6 +16,7 @@ import pytest
 
 import spmdeploy
 from spmdeploy import cli
+from spmdeploy.backends import registry
 from spmdeploy.backends.base import OpenedBackend, bind_layout
 from spmdeploy.backends.registry import open_backend
 from spmdeploy.backends.verify import GoldenSample
@@ -194,15 +195,17 @@ def test_refine_engine_alone_is_not_used(machine: Machine, bundle: Bundle, monke
 def test_auto_without_a_compatible_engine_says_why(
     machine: Machine, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    choice = fallen_back(bundle, monkeypatch)[0].partition("; no bf16 in OpenVINO")[0]
-    assert choice == "backend onnxruntime: no engine was built for this bundle"
+    monkeypatch.setattr(registry, "_open_bf16", lambda *_: (None, "not here"))
+    unproved = "; no bf16 in OpenVINO: not here"
+    assert fallen_back(bundle, monkeypatch)[0] == f"backend onnxruntime: no engine was built for this bundle{unproved}"
     add(bundle, replace(record_of(), gpu=A10, version="10.3.0"))
     why = fallen_back(bundle, monkeypatch)[0]
     assert why.startswith("backend onnxruntime: no engine fits this machine: edit-fp16-b8-")
     assert "tensorrt: built with 10.3.0, here 10.16.1, GPU: built on NVIDIA A10 (sm86), here NVIDIA GeForce" in why
     add(bundle, record_of())
     assert "it computes in fp16, not fp32" in fallen_back(bundle, monkeypatch, precision="fp32")[0]
-    assert fallen_back(bundle, monkeypatch, device="cpu")[0] == "backend onnxruntime: engines do not run on the CPU"
+    on_cpu = fallen_back(bundle, monkeypatch, device="cpu")[0]
+    assert on_cpu == f"backend onnxruntime: engines do not run on the CPU{unproved}"
 
 
 @pytest.mark.parametrize(

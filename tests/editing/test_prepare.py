@@ -21,7 +21,7 @@ from spmdeploy.bench.workloads import edit_batch
 from spmdeploy.bundle.bundle import GraphFiles, open_bundle
 from spmdeploy.bundle.manifest import PARTS
 from spmdeploy.editing.editor import Editor
-from spmdeploy.errors import BundleError, InputError, UsageError
+from spmdeploy.errors import BundleError, InputError, UnavailableError, UsageError
 from spmdeploy.model.generator import Generator, GeneratorConfig
 from spmdeploy.types import LayoutInput, ModelInput
 from tests.editing.test_editor import CLASSES, FakeSession, everything_mixed, labels_for, noise, partial_masks
@@ -170,6 +170,35 @@ def test_prepare_two_layouts_are_independent(real: dict[str, OnnxRuntimeSession]
     runs = [session.bind_layout(LayoutInput(*case[1:])) for case in cases]
     for case, run in zip(cases, runs, strict=True):
         np.testing.assert_array_equal(run(case.image), session.run(case))
+
+
+def test_onnxruntime_binding_on_a_device_draws_the_same(
+    real: dict[str, OnnxRuntimeSession], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = real["edit"]
+    given = edit_batch(spmdeploy.open_editor().classes, 256, "medium", 2)
+    layout = LayoutInput(*given[1:])
+    session.bind_layout(layout)
+    parts = session._parts
+    assert parts is not None
+    expected = [session.run(ModelInput(image, *layout)) for image in (given.image, given.image[::-1])]
+    for graph in (parts._layout, parts._picture):
+        monkeypatch.setattr(graph, "run", lambda *_: pytest.fail("cached tensors were copied to the host"))
+    device: list[tuple[str, int]] = []
+    on_this_device = parts._bind_on
+
+    def on_the_cpu(kind: str, ordinal: int, arrays: dict[str, np.ndarray]) -> Callable[[np.ndarray], np.ndarray]:
+        device.append((kind, ordinal))
+        return on_this_device("cpu", 0, arrays)
+
+    monkeypatch.setattr(parts, "_device", "cuda:1")
+    monkeypatch.setattr(parts, "_bind_on", on_the_cpu)
+    run = parts.bind(layout)
+    assert device == [("cuda", 1)]
+    for image, edited in zip((given.image, given.image[::-1]), expected, strict=True):
+        np.testing.assert_array_equal(run(image), edited)
+    with pytest.raises(UnavailableError, match="ONNX Runtime cannot use cuda:1"):
+        run(given.image[..., 0])
 
 
 def test_prepare_editor_of_a_bundle_caches_layouts(street_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
