@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from datetime import timedelta
+
 import pytest
 import torch
 
@@ -43,3 +45,18 @@ def test_rank_before_init_is_read_from_torchrun(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     monkeypatch.setenv("RANK", "3")
     assert processes.rank() == 3
+
+
+@pytest.mark.parametrize("device", ["cuda:1", "cpu"])
+def test_init_waits_longer_than_a_validation(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, dict[str, object]]] = []
+    monkeypatch.setattr(processes.dist, "is_torchelastic_launched", lambda: True)
+    monkeypatch.setattr(processes.dist, "init_process_group", lambda kind, **options: asked.append((kind, options)))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    processes.init(torch.device(device))
+    ((kind, options),) = asked
+    assert options["timeout"] == processes.TIMEOUT >= timedelta(minutes=30)
+    if device == "cpu":
+        assert kind == "gloo" and "device_id" not in options
+    else:
+        assert kind == "nccl" and options["device_id"] == torch.device(device)
