@@ -172,7 +172,7 @@ def test_prepare_two_layouts_are_independent(real: dict[str, OnnxRuntimeSession]
         np.testing.assert_array_equal(run(case.image), session.run(case))
 
 
-def test_onnxruntime_binding_on_a_device_draws_the_same(
+def test_bind_layout_on_a_device_gives_what_run_gives(
     real: dict[str, OnnxRuntimeSession], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     session = real["edit"]
