@@ -1,6 +1,6 @@
 """Runs a bundle's graphs in OpenVINO: in FP32, or in bf16 on processors that multiply it.
 
-The plain graphs are compiled for one image: with a batch of unknown size OpenVINO takes twice the time (2026.4), and
+The plain graphs are compiled for one image: with a batch of unknown size OpenVINO takes longer (2026.4), and
 batches of a fixed size are no faster by the image (two cores with AMX). Compiled graphs are cached, because compiling
 takes seconds.
 """

@@ -186,7 +186,7 @@ def _open_auto(bundle: Bundle, device: str, precision: str, on_loading: OnLoadin
 def _open_graphs(
     bundle: Bundle, device: str, precision: str, on_loading: OnLoading, reason: str, is_notice: bool
 ) -> OpenedBackend:
-    """ONNX Runtime, whose graph for CPUs is the fastest in FP32; OpenVINO where that alone is installed.
+    """ONNX Runtime, whose graph for CPUs saves work in FP32; OpenVINO where that alone is installed.
 
     is_notice: whether the user should see the reason unasked.
     """
