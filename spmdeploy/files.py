@@ -98,9 +98,19 @@ def translated(exc: OSError, path: str | Path, verb: str, error: type[SpmDeployE
     if exc.errno == errno.ENOMEM:
         return OutOfMemoryError(f"too little memory to {verb} {named}", "close other programs")
     if exc.errno == errno.ENOENT and verb == "write" and named == path:
-        return error(f"the folder of {path} does not exist", f"mkdir -p {Path(path).parent}")
+        return missing_folder(Path(path), error)
     problem, hint = _PROBLEMS.get(exc.errno or 0, (f"cannot {verb} {{}}: {exc.strerror or exc}", "try again"))
     return error(problem.format(named, verb=verb), hint)
+
+
+def missing_folder(path: Path, error: type[SpmDeployError] = InputError) -> SpmDeployError:
+    """The error for an output file whose folder does not exist."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        if not path.is_absolute():
+            return error("the current directory no longer exists", "cd to a directory that exists")
+    return error(f"the folder of {path} does not exist", f"mkdir -p {path.parent}")
 
 
 _FULL = ("cannot {verb} {}: the disk is full", "free some space, or name another folder")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import logging
 import re
+import sys
 import tempfile
 import threading
 from collections import Counter
@@ -90,7 +91,8 @@ def import_openvino() -> Any:
     """The openvino module. Raises UnavailableError with the command that installs it."""
     install = 'pip install "spmdeploy[openvino]"'
     try:
-        import openvino
+        with _without_telemetry():
+            import openvino
     except ImportError as exc:
         raise UnavailableError(f"OpenVINO cannot be imported: {exc}", f"install it: {install}") from exc
     version = short_version(openvino)
@@ -99,6 +101,23 @@ def import_openvino() -> Any:
         needed = ".".join(map(str, MIN_VERSION))
         raise UnavailableError(f"OpenVINO {version} is too old, {needed} is needed", f"{install} --upgrade")
     return openvino
+
+
+@contextmanager
+def _without_telemetry() -> Iterator[None]:
+    """Hides the package `openvino_telemetry` from the import of openvino.
+
+    With it, each import is reported to a server, and an id of the user is stored in the home folder.
+    """
+    name = "openvino_telemetry"
+    if name in sys.modules:
+        yield
+        return
+    sys.modules[name] = None  # type: ignore[assignment]  # what makes an import fail
+    try:
+        yield
+    finally:
+        del sys.modules[name]
 
 
 def short_version(library: Any) -> str:

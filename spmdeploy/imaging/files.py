@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image as PilImage
 
 from spmdeploy.errors import InputError
-from spmdeploy.files import EXISTS_HINT, atomic_write, output_descriptor, write_descriptor
+from spmdeploy.files import EXISTS_HINT, atomic_write, missing_folder, output_descriptor, write_descriptor
 from spmdeploy.imaging.decode import DecodedFile, decode_errors, decode_ids, decode_image
 from spmdeploy.inputs import FilePath
 from spmdeploy.labels import ClassTable
@@ -474,7 +474,7 @@ def check_output(path: FilePath, overwrite: bool, *, allow_stream: bool = False)
             f"use {', '.join(_SUFFIXES)}",
         )
     if not path.parent.is_dir():
-        raise InputError(f"the folder of {path} does not exist", f"mkdir -p {path.parent}")
+        raise missing_folder(path)
     if path.is_dir():
         raise InputError(f"{path} is a folder", "name a file in it")
     if not overwrite and os.path.lexists(path):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,11 +30,21 @@ from spmdeploy.bundle.bundle import Bundle, open_bundle
 from spmdeploy.errors import BundleError, SpmDeployError, UnavailableError
 from spmdeploy.types import LayoutInput, ModelInput
 
-library = pytest.importorskip("openvino", reason="OpenVINO is not installed")
+if find_spec("openvino") is None:
+    pytest.skip("OpenVINO is not installed", allow_module_level=True)
+library = openvino.import_openvino()
 FEATURES = cpu_features()
 needs_bf16 = pytest.mark.skipif(
     not set(BF16_FEATURES) & set(FEATURES.split()), reason=f"the processor has none of {BF16_FEATURES}"
 )
+
+
+def test_import_openvino_sends_and_writes_nothing(tmp_path: Path) -> None:
+    line = "from spmdeploy.backends.openvino import import_openvino as load; load(); import sys; "
+    line += "sys.exit('openvino_telemetry' in sys.modules)"
+    environment = {**os.environ, "HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", line], env=environment, check=True)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture(scope="module")

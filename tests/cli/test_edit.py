@@ -309,7 +309,8 @@ INTERRUPTING = (
 @pytest.mark.parametrize("place", INTERRUPTED_IN)
 def test_edit_interrupted_leaves_no_files(place: str, files: EditFiles, tmp_path: Path) -> None:
     before = sorted(tmp_path.iterdir())
-    result = process(*files.args(json=True), driver=INTERRUPTING.format(patch=INTERRUPTED_IN[place]))
+    args = files.args(backend="onnxruntime", device="cpu", precision="fp32", json=True)
+    result = process(*args, driver=INTERRUPTING.format(patch=INTERRUPTED_IN[place]))
     assert result.code == result.json["exit_code"] == 130 and result.json["error"] == "interrupted"
     assert "Traceback" not in result.err
     assert sorted(tmp_path.iterdir()) == before

@@ -176,7 +176,7 @@ def test_inspect_of_real_engines_lists_them(
     assert all(engine["differences"] == ["GPU: built for sm86, sm120, here none"] for engine in engines)
     assert cli.main(["inspect", str(golden_bundle.path)]) == 0
     result = capsys.readouterr().out
-    assert "does not fit: GPU: built for sm86, sm120, here none" in result and "read off the typed network" in result
+    assert "does not fit: GPU: built for sm86, sm120, here none" in result and "read from the typed network" in result
 
 
 def test_real_build_interrupted_stops(golden_bundle: Bundle, tmp_path: Path) -> None:
