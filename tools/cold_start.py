@@ -18,7 +18,7 @@ from pathlib import Path
 
 def seconds_of(checkout: Path, backend: str, cache: Path) -> float:
     """Seconds of one process."""
-    sample = next(checkout.glob("spmdeploy/**/car_away"))
+    sample = next(checkout.glob("spmdeploy/**/car_away/photo.jpg")).parent
     files = ["--labels", sample / "labels.png", "--mask", sample / "mask.png", "--output", cache / "edited.png"]
     command = [sys.executable, "-m", "spmdeploy", "edit", sample / "photo.jpg", *files, "--overwrite"]
     command += ["--backend", backend, "--device", "cpu"]
