@@ -13,6 +13,12 @@ import pytest
 SHARED = Path(__file__).resolve().parents[1] / "../shared"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "street_bundle" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.exported)
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder `shared` next to the repository: recorded outputs of the original network, data sets, design pages."""
