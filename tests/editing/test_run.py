@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,14 @@ from PIL import Image
 
 from spmdeploy.backends.base import Unsupported
 from spmdeploy.editing.editor import Editor
-from spmdeploy.editing.options import EditOptions, EditRequest
+from spmdeploy.editing.options import EditRequest
 from spmdeploy.editing.run import read_inputs, run_edit
 from spmdeploy.errors import InputError, UsageError
 from spmdeploy.imaging.contact_sheet import CELL_SIDE, edit_sheet, sheet
 from spmdeploy.imaging.files import read_photo
 from spmdeploy.labels import class_table
 from spmdeploy.types import ModelInput, Padding
+from tests.editing.small_edit import changed, save, small_edit
 
 
 class Gray:
@@ -45,29 +45,9 @@ def editor(failure: Exception | None = None) -> Editor:
     return Editor(Gray(failure), class_table("street"))  # type: ignore[arg-type]
 
 
-def save(path: Path, pixels: NDArray[Any], **options: Any) -> Path:
-    Image.fromarray(pixels).save(path, **options)
-    return path
-
-
 @pytest.fixture
 def files(tmp_path: Path) -> EditRequest:
-    photo = np.random.default_rng(5).integers(0, 256, (20, 30, 3), np.uint8)
-    mask = np.zeros((20, 30), np.uint8)
-    mask[5:10, 5:15] = 255
-    return EditRequest(
-        image=save(tmp_path / "photo.png", photo),
-        output=tmp_path / "edited.png",
-        labels=save(tmp_path / "labels.png", np.full((20, 30), 3, np.uint8)),
-        mask=save(tmp_path / "mask.png", mask),
-    )
-
-
-def changed(files: EditRequest, **changes: Any) -> EditRequest:
-    """Changes of the request, and of its options by their own names."""
-    names = {one.name for one in dataclasses.fields(EditOptions)}
-    options = {name: changes.pop(name) for name in names & set(changes)}
-    return dataclasses.replace(files, **changes, options=dataclasses.replace(files.options, **options))
+    return small_edit(tmp_path)
 
 
 def test_run_edit_rotated_photo_keeps_profile_and_fits_labels(files: EditRequest, tmp_path: Path) -> None:
