@@ -53,6 +53,10 @@ def local_device(wanted: str) -> torch.device:
 def init(device: torch.device) -> None:
     """Joins the process group of torchrun; does nothing in a process started alone."""
     if dist.is_available() and dist.is_torchelastic_launched() and not dist.is_initialized():
+        # Its functions have the process group as a default argument. First imported later (PyTorch's optimizers do),
+        # they would hold the group for good: its threads would outlive `shutdown` and could abort the process's exit.
+        import torch.distributed.nn.functional
+
         if device.type == "cuda":
             torch.cuda.set_device(device)
             dist.init_process_group("nccl", timeout=TIMEOUT, device_id=device)

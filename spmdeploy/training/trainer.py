@@ -179,6 +179,7 @@ class Trainer:
             if self.is_main_process:
                 self.save()
             if not more:
+                self._close_loader()
                 return
 
     def _crossed_interval(self, interval: int) -> bool:
