@@ -1,11 +1,12 @@
 """The command-line application: collects the commands, runs one, turns exceptions into messages and exit codes.
 
-Modules of commands import nothing heavy at the top: `spmdeploy COMMAND --help` must stay quick.
+Only the module of the command that is run is imported, and it imports nothing heavy at the top.
 """
 
 from __future__ import annotations
 
 import errno
+import importlib
 import os
 import sys
 import traceback
@@ -16,49 +17,54 @@ from typing import Annotated
 
 import typer
 
-from spmdeploy.cli.batch import batch
-from spmdeploy.cli.bench import bench_app
-from spmdeploy.cli.build import build
-from spmdeploy.cli.bundle import bundle_app, inspect, verify
-from spmdeploy.cli.console import error_fields, print_json, report_error
-from spmdeploy.cli.dataset import dataset_app
-from spmdeploy.cli.doctor import doctor
-from spmdeploy.cli.edit import edit
-from spmdeploy.cli.export import export, export_triton
-from spmdeploy.cli.labels import labels_app
-from spmdeploy.cli.studio import studio
-from spmdeploy.cli.train import evaluate, train
+from spmdeploy.cli.console import error_fields, print_json, report_error, require_extra
 from spmdeploy.errors import InputError, OutOfMemoryError, SpmDeployError, UsageError
 from spmdeploy.files import translated
 from spmdeploy.version import __version__
 
 _INTERRUPTED = 130
 
-app = typer.Typer(
-    name="spmdeploy",
-    help="Semantic image editing: repaints the masked part of a photo so that it shows what a label map says.",
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
-app.command()(edit)
-app.command()(batch)
-app.command()(studio)
-app.command()(export)
-app.command()(inspect)
-app.command()(build)
-app.command()(verify)
-app.command("export-triton")(export_triton)
-app.command()(doctor)
-app.command()(train)
-app.command()(evaluate)
-app.add_typer(bundle_app, name="bundle")
-app.add_typer(labels_app, name="labels")
-app.add_typer(bench_app, name="bench")
-app.add_typer(dataset_app, name="dataset")
+_COMMANDS = {
+    "edit": "edit.edit",
+    "batch": "batch.batch",
+    "studio": "studio.studio",
+    "export": "export.export",
+    "inspect": "bundle.inspect",
+    "build": "build.build",
+    "verify": "bundle.verify",
+    "export-triton": "export.export_triton",
+    "doctor": "doctor.doctor",
+    "train": "train.train",
+    "evaluate": "train.evaluate",
+    "bundle": "bundle.bundle_app",
+    "labels": "labels.labels_app",
+    "bench": "bench.bench_app",
+    "dataset": "dataset.dataset_app",
+}
+"""The module in this package and the function, or the application of subcommands, for each name."""
 
 
-@app.callback(invoke_without_command=True)
+def build_app(only: str | None = None) -> typer.Typer:
+    """The application with all commands. only: the one name that is wanted; no other module is then imported."""
+    app = typer.Typer(
+        name="spmdeploy",
+        help="Semantic image editing: repaints the masked part of a photo so that it shows what a label map says.",
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+    )
+    app.callback(invoke_without_command=True)(root)
+    for name, place in _COMMANDS.items():
+        if only in (None, name):
+            module, _, attribute = place.partition(".")
+            command = getattr(importlib.import_module(f"spmdeploy.cli.{module}"), attribute)
+            if isinstance(command, typer.Typer):
+                app.add_typer(command, name=name)
+            else:
+                app.command(name)(command)
+    return app
+
+
 def root(
     context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
 ) -> None:
@@ -70,6 +76,7 @@ def root(
 
 def run_command(arguments: Sequence[str]) -> int:
     """Run the command in `arguments` and return its exit code. Raises UsageError if they cannot be parsed."""
+    app = build_app(arguments[0] if arguments and arguments[0] in _COMMANDS else None)
     try:
         return int(app(list(arguments), prog_name="spmdeploy", standalone_mode=False) or 0)
     except typer.TyperException as exc:
@@ -83,7 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     as_json = "--json" in arguments
     try:
-        exit_code = run_command(arguments)
+        with require_extra("cpu"):
+            exit_code = run_command(arguments)
         if exit_code == _INTERRUPTED:  # typer turns Ctrl-C into this exit code
             return _fail(SpmDeployError("interrupted"), as_json, _INTERRUPTED)
         sys.stdout.flush()

@@ -69,7 +69,7 @@ def commands_of(group: Any, prefix: str = "") -> set[str]:
 
 
 def test_commands_equal_the_listed_ones() -> None:
-    assert commands_of(typer.main.get_command(commands.app)) == set(COMMANDS)
+    assert commands_of(typer.main.get_command(commands.build_app())) == set(COMMANDS)
 
 
 @pytest.mark.parametrize("args", [[], *COMMANDS.values()], ids=["spmdeploy", *COMMANDS])
@@ -84,6 +84,23 @@ def test_help_of_every_command_imports_no_heavy_library(args: list[str]) -> None
     assert code == "0" and result.out.startswith("Usage: spmdeploy")
     assert HEAVY.isdisjoint(modules)
     assert "typer" in modules  # the list of modules is not empty
+
+
+def test_edit_imports_no_other_command_and_no_pydantic() -> None:
+    driver = (
+        "import sys, spmdeploy.cli\n"
+        "spmdeploy.cli.main(sys.argv[1:])\n"
+        "print(*(name for name in sys.modules if name.startswith(('spmdeploy.cli.', 'pydantic'))), file=sys.stderr)"
+    )
+    imported = set(process("edit", "--help", driver=driver).err.split())
+    assert imported == {f"spmdeploy.cli.{name}" for name in ("app", "console", "options", "edit")}
+
+
+def test_command_missing_package_is_named_with_the_command_that_installs_it() -> None:
+    driver = "import sys; sys.modules['msgspec'] = None\nfrom spmdeploy.__main__ import entry; entry()"
+    result = process("inspect", driver=driver)
+    assert result.code == 4
+    assert result.err == 'error: this needs the package msgspec\nhint: pip install "spmdeploy[cpu]"\n'
 
 
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name not in (*GROUPS, "studio")])  # studio is a server
@@ -180,7 +197,7 @@ def test_ctrl_c_while_parsing_exits_130(run: Any, monkeypatch: pytest.MonkeyPatc
     def interrupted(*arguments: Any, **options: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(commands, "app", interrupted)
+    monkeypatch.setattr(commands, "build_app", interrupted)
     assert run("doctor") == Result(130, "", "error: interrupted\n")
 
 

@@ -25,7 +25,7 @@ from typer.main import get_command
 from spmdeploy.bundle.bundle import open_bundle
 from spmdeploy.bundle.manifest import Manifest
 from spmdeploy.bundle.storage import MANIFEST
-from spmdeploy.cli.app import app, main
+from spmdeploy.cli.app import build_app, main
 from spmdeploy.editing.batch import read_manifest
 from spmdeploy.engines.pack import pack
 from spmdeploy.engines.record import EngineRecord
@@ -250,7 +250,7 @@ def test_fuzz_command_line_ends_with_exit_codes(
     monkeypatch.setenv("SPMDEPLOY_CACHE", str(tmp_path / "cache"))
     files = images() | BATCHES | {name: json.dumps(value).encode() for name, value in records().items()}
     bundle_files(tmp_path / "street.spm")
-    commands = list(_commands(get_command(app), ()))
+    commands = list(_commands(get_command(build_app()), ()))
     names = [*files, "street.spm", "missing", ".", "/dev/null", "out.png", "out", "a" * 300, "\udcff"]
     values = [str(value) for value in VALUES if "\0" not in str(value)]
     for _ in fuzzer.rounds(700):

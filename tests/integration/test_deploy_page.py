@@ -29,7 +29,7 @@ EXECUTED = re.findall(r"^\$ spmdeploy (.+)$", PAGE, re.MULTILINE)
 @pytest.mark.parametrize("command", COMMANDS)
 def test_page_commands_parse(command: str) -> None:
     args = shlex.split(command)[1:]
-    found: Any = typer.main.get_command(commands.app)
+    found: Any = typer.main.get_command(commands.build_app())
     while hasattr(found, "commands"):
         found = found.commands[args.pop(0)]
     found.make_context("spmdeploy", args)  # parses, checks names, counts and choices; runs nothing
