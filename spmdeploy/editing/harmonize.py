@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from spmdeploy.types import Image, LabelMap, Mask
 
 Plane = NDArray[np.floating[Any]]  # float32
+Indices = NDArray[np.integer[Any]]
 
 # Larger images are measured on cells of several pixels, so that the band below spans about the same part of them.
 MEASURED_SIDE = 512
@@ -32,6 +33,8 @@ PLAIN_SHARE = 0.25
 LARGEST_GRAIN = 3.5
 # Of white noise of variance 1, what `_fine` leaves: 1 - 2 (6/16)² + (70/256)², from the kernel 1 4 6 4 1.
 FINE_VARIANCE = 0.7935
+# Pixels on each side that `_blurred` reads.
+BLUR_REACH = 2
 # Side of the grid on which labels and image are compared, and the distance in its pixels over which colors are.
 COMPARED_SIDE = 512
 COMPARED_DISTANCE = 2
@@ -101,11 +104,9 @@ def match_surroundings(image: Image, labels: LabelMap, mask: Mask) -> None:
     image: uint8 (H, W, 3) RGB, edited. labels: integer (H, W), true of the known pixels too. mask: bool (H, W),
     True = painted. The same inputs give the same bytes.
     """
-    match_color_statistics(image, labels, mask)
-    match_noise(image, labels, mask)
-
-
-# ---- colors ----
+    if mask.any():
+        match_color_statistics(image, labels, mask)
+        match_noise(image, labels, mask)
 
 
 def match_color_statistics(image: Image, labels: LabelMap, mask: Mask) -> None:
@@ -114,12 +115,12 @@ def match_color_statistics(image: Image, labels: LabelMap, mask: Mask) -> None:
     for label in np.flatnonzero(np.bincount(labels[mask])):  # np.unique imports numpy.ma: 20 ms
         of_class = labels == label
         around = _surrounding_box(of_class & mask, factor)
-        here, painted = image[around], of_class[around] & mask[around]
-        shift = _shift(here, of_class[around] & ~mask[around], painted, factor)
+        part, of_class, masked = image[around], of_class[around], mask[around]
+        shift = _shift(_cells(part, of_class & ~masked, factor), _cells(part, of_class & masked, factor))
         if shift is not None:
-            rows, columns = np.nonzero(painted)
-            shifted = here[rows, columns] + _upsample_bilinear(shift, factor, painted.shape)[rows, columns]
-            here[rows, columns] = np.clip(np.rint(shifted), 0, 255)
+            rows, columns = np.nonzero(of_class & masked)
+            shifted = part[rows, columns] + _sample_bilinear(shift, factor, rows, columns)
+            part[rows, columns] = np.clip(np.rint(shifted), 0, 255)
 
 
 def _surrounding_box(where: Mask, factor: int) -> tuple[slice, slice]:
@@ -133,30 +134,32 @@ def _surrounding_box(where: Mask, factor: int) -> tuple[slice, slice]:
     return box[0], box[1]
 
 
-def _shift(image: Image, known: Mask, painted: Mask, factor: int) -> Plane | None:
+class _Cells(NamedTuple):
+    """Pixels counted in cells, and their mean colors: float32 (h, w) and (h, w, 3), 0 where a cell has none."""
+
+    counts: Plane
+    means: Plane
+
+
+def _cells(image: Image, where: Mask, factor: int) -> _Cells:
+    """The chosen pixels in cells of factor × factor pixels; the last row and column of cells may be cut."""
+    height, width = (-(-side // factor) for side in where.shape)
+    rows, columns = np.nonzero(where)
+    cells = rows // factor * width + columns // factor
+    counts = np.bincount(cells, minlength=height * width)
+    colors = image[rows, columns].T
+    sums = np.stack([np.bincount(cells, color, minlength=height * width) for color in colors], axis=1)
+    means = sums / np.maximum(counts, 1)[:, None]
+    return _Cells(counts.reshape(height, width).astype(np.float32), means.reshape(height, width, 3).astype(np.float32))
+
+
+def _shift(known: _Cells, painted: _Cells) -> Plane | None:
     """What to add to the painted pixels, a value per cell: float32 (h, w, 3). None where the two hardly meet."""
-    known_cells, painted_cells = (_block_sum(where.astype(np.float32), factor) for where in (known, painted))
-    known_rim, painted_rim = known_cells * _near(painted_cells > 0), painted_cells * _near(known_cells > 0)
+    known_rim, painted_rim = known.counts * _near(painted.counts > 0), painted.counts * _near(known.counts > 0)
     if min(np.count_nonzero(known_rim), np.count_nonzero(painted_rim)) < FEWEST_CELLS:
         return None
-    around = _pull_push(_cell_means(image, known, factor), known_rim)
-    inside = _pull_push(_cell_means(image, painted, factor), painted_rim)
+    around, inside = _pull_push(known.means, known_rim), _pull_push(painted.means, painted_rim)
     return _pull_push(np.clip(around - inside, -LARGEST_SHIFT, LARGEST_SHIFT), painted_rim)
-
-
-def _block_sum(values: Plane, factor: int) -> Plane:
-    """Sums over cells of factor × factor pixels; the last row and column of cells may be cut. (H, W, ...)."""
-    if factor == 1:
-        return values
-    for axis in (0, 1):
-        values = np.add.reduceat(values, np.arange(0, values.shape[axis], factor), axis=axis)
-    return values
-
-
-def _cell_means(image: Image, where: Mask, factor: int) -> Plane:
-    """Mean color of the chosen pixels in each cell: float32 (h, w, 3), 0 where a cell has none."""
-    count = _block_sum(where.astype(np.float32), factor)
-    return _block_sum(np.where(where[..., None], image, np.float32(0)), factor) / np.maximum(count, 1)[..., None]
 
 
 def _near(where: Mask) -> Mask:
@@ -178,57 +181,78 @@ def _pull_push(values: Plane, weights: Plane) -> Plane:
     kept = np.minimum(weights, 1)[..., None]
     if max(height, width) == 1:
         return values * (kept > 0)
-    padding = [(0, height % 2), (0, width % 2)]
-    total = np.pad(values * kept, [*padding, (0, 0)])
-    weight = np.pad(kept, [*padding, (0, 0)])
-    total, weight = _block_sum(total, 2), _block_sum(weight, 2)
+    padding = [(0, height % 2), (0, width % 2), (0, 0)]
+    total, weight = _halved(np.pad(values * kept, padding)), _halved(np.pad(kept, padding))
     coarse = _pull_push(total / np.maximum(weight, 1e-6), weight[..., 0])
-    return kept * values + (1 - kept) * _upsample_bilinear(coarse, 2, (height, width))
+    return kept * values + (1 - kept) * _doubled(coarse, height, width)
 
 
-def _upsample_bilinear(values: Plane, factor: int, shape: tuple[int, ...]) -> Plane:
-    """Bilinear enlargement of (h, w, 3) by a whole factor, cut to (H, W)."""
-    if factor == 1:
-        return values
-    for axis in (0, 1):
-        place = (np.arange(shape[axis], dtype=np.float32) + 0.5) / factor - 0.5
-        first = np.clip(np.floor(place).astype(np.intp), 0, values.shape[axis] - 1)
-        second = np.minimum(first + 1, values.shape[axis] - 1)
-        share = np.clip(place - first, 0, 1).reshape([-1 if a == axis else 1 for a in range(3)])
+def _halved(values: Plane) -> Plane:
+    """Sums over cells of 2 × 2. (h, w, ...) of even sides."""
+    values = values[::2] + values[1::2]
+    return values[:, ::2] + values[:, 1::2]
+
+
+def _doubled(values: Plane, height: int, width: int) -> Plane:
+    """Bilinear enlargement of (h, w, 3) by two, cut to the given size."""
+    for axis, size in enumerate((height, width)):
+        first, second, share = _neighbors(np.arange(size), 2, values.shape[axis])
+        share = share.reshape([-1 if a == axis else 1 for a in range(3)])
         values = values.take(first, axis) * (1 - share) + values.take(second, axis) * share
     return values
 
 
-# ---- grain ----
+def _sample_bilinear(values: Plane, factor: int, rows: Indices, columns: Indices) -> Plane:
+    """The values (h, w, 3) of cells of factor × factor pixels at the n pixels given, bilinear: float32 (n, 3)."""
+    if factor == 1:
+        return values[rows, columns]
+    top, bottom, down = _neighbors(rows, factor, values.shape[0])
+    left, right, across = _neighbors(columns, factor, values.shape[1])
+    down, across = down[:, None], across[:, None]
+    above = values[top, left] * (1 - across) + values[top, right] * across
+    below = values[bottom, left] * (1 - across) + values[bottom, right] * across
+    return above * (1 - down) + below * down
+
+
+def _neighbors(pixels: Indices, factor: int, count: int) -> tuple[Indices, Indices, Plane]:
+    """The two of `count` cells whose centers each pixel's center lies between, and how near it is to the second."""
+    place = (pixels.astype(np.float32) + 0.5) / factor - 0.5
+    first = np.clip(np.floor(place).astype(np.intp), 0, count - 1)
+    return first, np.minimum(first + 1, count - 1), np.clip(place - first, 0, 1)
 
 
 def match_noise(image: Image, labels: LabelMap, mask: Mask) -> None:
     """Adds to every painted class the grain of its known squares, where it has less."""
     residual = _fine(image @ LUMA)
-    variance = _blurred(residual**2)
-    noise = _fine(np.random.default_rng(0).standard_normal(mask.shape, np.float32))
+    sides = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
+    box = tuple(slice(max(0, side[0] - BLUR_REACH), side[-1] + 1 + BLUR_REACH) for side in sides)
+    part, masked = image[box], mask[box]
+    variance = _blurred(residual[box] ** 2)
+    noise = _fine(np.random.default_rng(0).standard_normal(masked.shape, np.float32))
     for label in np.flatnonzero(np.bincount(labels[mask])):  # np.unique imports numpy.ma: 20 ms
         of_class = labels == label
         wanted = _grain_variance(residual, of_class & ~mask)
-        rows, columns = np.nonzero(of_class & mask)
+        rows, columns = np.nonzero(of_class[box] & masked)
         missing = np.sqrt(np.maximum(wanted - variance[rows, columns], 0) / FINE_VARIANCE)
-        grainy = image[rows, columns] + (missing * noise[rows, columns])[:, None]
-        image[rows, columns] = np.clip(np.rint(grainy), 0, 255)
+        grainy = part[rows, columns] + (missing * noise[rows, columns])[:, None]
+        part[rows, columns] = np.clip(np.rint(grainy), 0, 255)
 
 
 def _grain_variance(residual: Plane, where: Mask) -> float:
     """That of the plainest squares within `where`; 0 where there are few, or where even they show structure."""
-    height, width = (side // SQUARE * SQUARE for side in where.shape)
-    whole = _squares(where, height, width).all(axis=(1, 3))
+    whole = _squares(where).all(axis=(2, 3))
     if np.count_nonzero(whole) < FEWEST_CELLS:
         return 0.0
-    variances = np.sort(_squares(residual, height, width).var(axis=(1, 3))[whole])
+    variances = np.sort(_squares(residual)[whole].var(axis=(1, 2)))
     plain = float(np.interp(PLAIN_SHARE * (len(variances) - 1), np.arange(len(variances)), variances))
     return plain if plain <= LARGEST_GRAIN**2 else 0.0
 
 
-def _squares(plane: NDArray[Any], height: int, width: int) -> NDArray[Any]:
-    return plane[:height, :width].reshape(height // SQUARE, SQUARE, width // SQUARE, SQUARE)
+def _squares(plane: NDArray[Any]) -> NDArray[Any]:
+    """A view of a plane (H, W) in squares: (H // SQUARE, W // SQUARE, SQUARE, SQUARE)."""
+    height, width = (side // SQUARE for side in plane.shape)
+    cut = plane[: height * SQUARE, : width * SQUARE]
+    return cut.reshape(height, SQUARE, width, SQUARE).swapaxes(1, 2)
 
 
 def _fine(plane: Plane) -> Plane:
