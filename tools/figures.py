@@ -1,7 +1,7 @@
 """Writes the committed measurements into README.md and docs/benchmarks.md. Run by `make figures`.
 
-Only stable rows, measured on an idle machine, are published: in one table of README.md, and with a chart and commands
-in docs/benchmarks.md. That page also gets the table of the quantization experiment.
+Only stable rows, measured on an idle machine, are published: in one table of README.md, and in full with a chart and
+commands in docs/benchmarks.md. That page also gets the table of the quantization experiment.
 """
 
 from __future__ import annotations
@@ -18,7 +18,13 @@ from quantization import with_table  # noqa: E402
 
 from spmdeploy.bench.plot import plot_comparison  # noqa: E402
 from spmdeploy.bench.results import Record, read_record  # noqa: E402
-from spmdeploy.bench.tables import commands, insert_between_markers, is_publishable, readme_tables  # noqa: E402
+from spmdeploy.bench.tables import (  # noqa: E402
+    commands,
+    detailed_tables,
+    insert_between_markers,
+    is_publishable,
+    summary_table,
+)
 
 README = ROOT / "README.md"
 BENCHMARKS = ROOT / "docs/benchmarks.md"
@@ -43,11 +49,11 @@ def committed_records() -> list[Record]:
 
 
 def readme_page(page: str, records: Sequence[Record]) -> str:
-    return insert_between_markers(page, readme_tables(records))
+    return insert_between_markers(page, summary_table(records))
 
 
 def benchmarks_page(page: str, records: Sequence[Record]) -> str:
-    text = readme_tables(records)
+    text = detailed_tables(records)
     if measured := commands(records):
         chart = "![time of one edit by backend and model, milliseconds on a logarithmic axis](benchmarks.png)"
         text = "\n".join([chart, "", text, "```sh", *measured, "```", ""])

@@ -25,6 +25,14 @@ Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 
 BEGIN = "<!-- figures: written by `make figures` from bench/results -->"
 END = "<!-- end of figures -->"
+NO_FIGURES = "No figures yet: `make bench` measures them on an idle machine.\n"
+
+_SHORT_SCOPES = {
+    "engine": "network alone",
+    "cached-layout": "further image, cached layout",
+    "edit": "files to file",
+    "cold-start": "cold start",
+}
 
 
 def group_table(rows: Sequence[Result]) -> Table:
@@ -118,35 +126,59 @@ def parts_table(row: Result) -> Table:
     return ("part", *(f"stage {stage}" if stage != "-" else stage for stage in stages), "all", "share"), rows
 
 
-def readme_tables(records: Sequence[Record]) -> str:
-    """The table between the markers in the README: the publishable rows of all records."""
-    measured = [(record, row) for record in records for row in record.rows if row.latency_ms is not None]
-    rows = [(record, row) for record, row in measured if is_publishable(record, row)]
+def summary_table(records: Sequence[Record]) -> str:
+    """The table in the README: the median of every backend, a column for each model and scope."""
+    rows = _published(records)
     if not rows:
-        return "No figures yet: `make bench` measures them on an idle machine.\n"
-    heading = ("model", "", "backend", "median", "95% interval", "times as fast", "peak RAM", "from PyTorch FP32")
+        return NO_FIGURES
+    columns: dict[str, dict[str, str]] = {}
+    deviations: dict[str, str] = {}
+    for record, row in rows:
+        column = columns.setdefault(f"{record.subject.name}, {_SHORT_SCOPES[row.scope]}", {})
+        assert row.latency_ms is not None
+        times = f" ({format_number(row.ratio.value)}×)" if row.ratio is not None else ""
+        column[backend_name(row)] = format_duration(row.latency_ms.p50) + times
+        deviations.setdefault(backend_name(row), format_deviation(row))
     cells = [
-        (
-            record.subject.name,
-            title(row),
-            backend_name(row),
-            format_duration(row.latency_ms.p50),
-            format_interval(row.latency_ms.p50_interval),
-            format_speedup(row),
-            format_bytes(row.memory.peak if row.memory else None),
-            format_deviation(row),
-        )
-        for record, row in rows
-        if row.latency_ms is not None
+        (name, *(column.get(name, "") for column in columns.values()), deviation)
+        for name, deviation in deviations.items()
     ]
-    machines = dict.fromkeys(f"{record.machine.title()} ({format_versions(record)})" for record, _ in rows)
-    dates = dict.fromkeys(record.created[:10] for record, _ in rows)
-    baselines = dict.fromkeys(f"`{row.ratio.baseline}`" for _, row in rows if row.ratio is not None)
-    about = f"Measured on {'; '.join(machines)}, {', '.join(dates)}."
-    about += f" Ratios are to {' and '.join(baselines)} in the same run." * bool(baselines)
-    if left_out := len(measured) - len(rows):
+    table = markdown_table((("backend", *columns, "from PyTorch FP32"), cells))
+    ratios = f"Medians; in parentheses, times as fast as {_baselines(rows)}. "
+    return "\n".join([*table, "", ratios + _circumstances(records), ""])
+
+
+def detailed_tables(records: Sequence[Record]) -> str:
+    """The tables in docs/benchmarks.md: one for each model and scope."""
+    if not (rows := _published(records)):
+        return NO_FIGURES
+    lines: list[str] = []
+    for record in records:
+        for heading_text, group in groups([row for one, row in rows if one is record]):
+            lines += [f"**{record.subject.name}**: {heading_text}", "", *markdown_table(group_table(group)), ""]
+    return "\n".join([*lines, _circumstances(records), ""])
+
+
+def _published(records: Sequence[Record]) -> list[tuple[Record, Result]]:
+    return [(record, row) for record in records for row in record.rows if is_publishable(record, row)]
+
+
+def _baselines(rows: Sequence[tuple[Record, Result]]) -> str:
+    return " or ".join(dict.fromkeys(f"`{row.ratio.baseline}`" for _, row in rows if row.ratio is not None))
+
+
+def _circumstances(records: Sequence[Record]) -> str:
+    """Machine and date of the published rows, and how many rows are not published."""
+    published = _published(records)
+    versions: dict[str, dict[str, None]] = {}
+    for record, _ in published:
+        versions.setdefault(record.machine.title(), {}).update(dict.fromkeys(format_versions(record).split(", ")))
+    machines = "; ".join(f"{machine} ({', '.join(libraries)})" for machine, libraries in versions.items())
+    about = f"Measured on {machines}, {', '.join(dict.fromkeys(record.created[:10] for record, _ in published))}."
+    measured = sum(row.latency_ms is not None for record in records for row in record.rows)
+    if left_out := measured - len(published):
         about += f" {left_out} unstable row{'s are' if left_out > 1 else ' is'} not shown."
-    return "\n".join([*markdown_table((heading, cells)), "", about, ""])
+    return about
 
 
 def is_publishable(record: Record, row: Result) -> bool:

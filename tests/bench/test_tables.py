@@ -43,11 +43,11 @@ def test_pages_show_committed_records(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_insert_between_markers_replaces_old_text() -> None:
     page = f"before\n{tables.BEGIN}\nold\n{tables.END}\nafter\n"
-    written = tables.insert_between_markers(page, tables.readme_tables([a_record()]))
+    written = tables.insert_between_markers(page, tables.detailed_tables([a_record()]))
     assert written.startswith(f"before\n{tables.BEGIN}\n") and written.endswith(f"{tables.END}\nafter\n")
     assert "old" not in written and "| 402 ms |" in written
-    assert tables.insert_between_markers(written, tables.readme_tables([a_record()])) == written
-    assert "make bench" in tables.readme_tables([])
+    assert tables.insert_between_markers(written, tables.detailed_tables([a_record()])) == written
+    assert "make bench" in tables.detailed_tables([])
 
 
 def test_commands_of_unpublished_records_are_left_out() -> None:
@@ -62,7 +62,7 @@ def test_group_table_differing_row_shows_no_time() -> None:
     report = tables.markdown(a_record())
     line = next(line for line in report.splitlines() if "torch-compile" in line)
     assert "no time" in line and "largest difference 99 > 2" in line and " ms" not in line
-    assert "torch-compile" not in tables.readme_tables([a_record()])
+    assert "torch-compile" not in tables.detailed_tables([a_record()])
     reasons = tables.failure_lines(a_record().rows)
     assert [reason.partition(":")[0] for reason in reasons] == ["torch-compile", "tensorrt"]
     assert "cannot run here: no NVIDIA driver" in reasons[1]
@@ -111,15 +111,24 @@ def test_format_interval_names_unit_once_or_twice() -> None:
     assert format_interval(Interval(900.0, 1100.0)) == "900 ms to 1.10 s"
 
 
-def test_readme_tables_unstable_row_is_left_out() -> None:
+def test_summary_table_has_a_row_for_each_backend_and_a_column_for_each_scope() -> None:
+    record = record_of(measured_row(), measured_row("onnxruntime", FAST), measured_row(scope="edit"))
+    lines = tables.summary_table([record]).splitlines()
+    assert lines[0].startswith("| backend | street, network alone | street, files to file | from PyTorch FP32 |")
+    assert [line.split("|")[1].strip() for line in lines[2:4]] == ["torch fp32", "onnxruntime fp32"]
+    assert "402 ms (2.00×) |  |" in lines[3]
+    assert "No figures yet" in tables.summary_table([])
+
+
+def test_detailed_tables_unstable_row_is_left_out() -> None:
     stable, unstable = measured_row(), measured_row("onnxruntime", FAST)
     assert unstable.latency_ms is not None
     unstable = replace(unstable, latency_ms=replace(unstable.latency_ms, unstable=True))
-    text = tables.readme_tables([record_of(stable, unstable)])
+    text = tables.detailed_tables([record_of(stable, unstable)])
     assert "torch fp32" in text and "onnxruntime fp32" not in text and "1 unstable row is not shown" in text
-    assert "No figures yet" in tables.readme_tables([record_of(unstable)])
+    assert "No figures yet" in tables.detailed_tables([record_of(unstable)])
 
 
-def test_readme_tables_record_under_load_is_left_out() -> None:
+def test_detailed_tables_record_under_load_is_left_out() -> None:
     busy = record_of(measured_row(), others=BackgroundLoad(0.2))
-    assert "No figures yet" in tables.readme_tables([busy])
+    assert "No figures yet" in tables.detailed_tables([busy])
