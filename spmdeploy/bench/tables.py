@@ -16,7 +16,6 @@ from spmdeploy.bench.format import (
     format_speedup,
     format_versions,
     groups,
-    title,
 )
 from spmdeploy.bench.results import Record, Result
 
