@@ -48,7 +48,9 @@ def batch(
     and any of the options below. Its paths are relative to it; outputs are relative to the
     output folder, and without one the result is named like the image, as PNG.
     """
-    from spmdeploy.editing.batch import STATUS_FILE, ItemStatus, read_manifest, run_batch
+    from spmdeploy.editing.batch import run_batch
+    from spmdeploy.editing.manifest import read_manifest
+    from spmdeploy.editing.status import STATUS_FILE, ItemStatus
 
     items = read_manifest(manifest, output_dir, overwrite, record_from(EditOptions, values))
     with (

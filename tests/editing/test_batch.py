@@ -19,10 +19,11 @@ from PIL import Image
 
 from spmdeploy import cli
 from spmdeploy.backends.base import Unsupported
-from spmdeploy.editing import batch
-from spmdeploy.editing.batch import STATUS_FILE, ItemStatus, _ignores_case, read_manifest, run_batch
+from spmdeploy.editing.batch import run_batch
 from spmdeploy.editing.editor import Editor
+from spmdeploy.editing.manifest import _ignores_case, read_manifest
 from spmdeploy.editing.options import EditOptions
+from spmdeploy.editing.status import STATUS_FILE, ItemStatus
 from spmdeploy.errors import InputError, OutOfMemoryError, UsageError
 from spmdeploy.labels import class_table
 from spmdeploy.types import ModelInput
@@ -442,7 +443,7 @@ def test_read_manifest_names_that_differ_in_case_are_one_file_where_case_is_igno
 ) -> None:
     manifest = csv(folder, "a.png,labels.png,mask.png,x.png", "b.png,labels.png,mask.png,X.png")
     assert len(read_manifest(manifest, folder / "out")) == 2
-    monkeypatch.setattr(batch, "_ignores_case", lambda folder: True)
+    monkeypatch.setattr("spmdeploy.editing.manifest._ignores_case", lambda folder: True)
     with pytest.raises(InputError, match="rows 1 and 2 would both write"):
         read_manifest(manifest, folder / "out")
     manifest = csv(folder, "a.png,labels.png,mask.png,B.PNG", "b.png,labels.png,mask.png,c2.png")

@@ -26,7 +26,7 @@ from spmdeploy.bundle.bundle import open_bundle
 from spmdeploy.bundle.manifest import Manifest
 from spmdeploy.bundle.storage import MANIFEST
 from spmdeploy.cli.app import build_app, main
-from spmdeploy.editing.batch import read_manifest
+from spmdeploy.editing.manifest import read_manifest
 from spmdeploy.engines.pack import pack
 from spmdeploy.engines.record import EngineRecord
 from spmdeploy.engines.store import find_engines

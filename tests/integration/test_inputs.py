@@ -32,7 +32,7 @@ OWN_FILES = {
     "bundle/bundle.py",
     "cli/app.py",
     "cli/bundle.py",
-    "editing/batch.py",
+    "editing/status.py",
     "bundle/storage.py",
     "bundle/writer.py",
     "engines/build.py",
