@@ -23,10 +23,10 @@ from spmdeploy.types import NATIVE_SIZE
 OPSET = 18
 """The newest opset with features that the graph needs; TensorRT 10.3 on JetPack 6 parses up to 20."""
 MAX_IR_VERSION = 10
-MAX_BATCH = 64
-"""Largest dynamic batch of the exported graph; engines choose their own limit below it."""
 
 _GENERATOR_PREFIX = "generator."
+_SHAPE_OPERATORS = {"Reshape", "Expand", "Tile", "ConstantOfShape"}
+"""Their constants could hold the batch of the example inputs."""
 
 
 def export_edit(generator: Generator) -> onnx.ModelProto:
@@ -40,8 +40,12 @@ def export_refine(generator: Generator) -> onnx.ModelProto:
 
 
 def _export(generator: Generator, graph: nn.Module, name: str, inputs: Sequence[str]) -> onnx.ModelProto:
-    """Export a module in FP32; nodes outside the generator are named `name/...`."""
-    size, batch = NATIVE_SIZE, 2  # a batch of one would be specialized as a constant
+    """Export a module in FP32; nodes outside the generator are named `name/...`.
+
+    Tracing takes half the time with a constant batch. The batch becomes dynamic afterwards, which is sound since no
+    operator in the graph holds a shape.
+    """
+    size, batch = NATIVE_SIZE, 2
     examples = {
         "image": torch.zeros(batch, size, size, 3, dtype=torch.uint8),
         "labels": torch.zeros(batch, size, size, dtype=torch.uint8),
@@ -49,7 +53,6 @@ def _export(generator: Generator, graph: nn.Module, name: str, inputs: Sequence[
         "mask": torch.zeros(batch, size, size, dtype=torch.uint8),
         "coarse": torch.zeros(batch, COARSE_SIZE, COARSE_SIZE, 3),
     }
-    dynamic_batch = {0: torch.export.Dim("batch", min=1, max=MAX_BATCH)}
     with _quiet(), torch.no_grad():  # with gradients, norms are exported in their training form
         program = torch.onnx.export(
             graph.eval(),
@@ -58,11 +61,13 @@ def _export(generator: Generator, graph: nn.Module, name: str, inputs: Sequence[
             opset_version=OPSET,
             input_names=list(inputs),
             output_names=list(OUTPUTS),
-            dynamic_shapes=[dynamic_batch] * len(inputs),
             verbose=False,
         )
     assert program is not None
     model = program.model_proto
+    assert not _SHAPE_OPERATORS & {node.op_type for node in model.graph.node}
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_param = "batch"
     _rename(model.graph, name)
     _restore_weights(model.graph, generator)
     _strip_traces(model)
