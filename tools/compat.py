@@ -75,8 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             try:
                 check(python, wheel, folder)
                 results[version] = "passed"
-            except subprocess.CalledProcessError as error:
-                results[version] = f"failed: {' '.join(error.cmd[:4])} ended with {error.returncode}"
+            except subprocess.CalledProcessError as exc:
+                results[version] = f"failed: {' '.join(exc.cmd[:4])} ended with {exc.returncode}"
     for version, result in results.items():
         print(f"Python {version}: {result}")
     accepted = ("passed", "missing") if options.allow_missing else ("passed",)

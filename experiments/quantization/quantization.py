@@ -32,13 +32,12 @@ from onnx import numpy_helper
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
 import spmdeploy
-from spmdeploy.backends.onnxruntime import GraphFiles
 from spmdeploy.backends.onnxruntime_profile import profiled_nodes
 from spmdeploy.backends.pytorch import TorchSession, bundled_generator
 from spmdeploy.backends.verify import measure_deviation
 from spmdeploy.bench.machine import LoadMeter, describe_machine
 from spmdeploy.bench.workloads import edit_batch, scaled_mask
-from spmdeploy.bundle.bundle import Bundle, open_bundle
+from spmdeploy.bundle.bundle import Bundle, GraphFiles, open_bundle
 from spmdeploy.bundle.manifest import EDIT, ON_CPU
 from spmdeploy.imaging import files as images
 from spmdeploy.imaging.resize import resize_labels, resize_photo

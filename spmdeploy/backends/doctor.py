@@ -10,7 +10,7 @@ import re
 from typing import Any
 
 from spmdeploy.backends.base import Check
-from spmdeploy.backends.onnxruntime import import_onnxruntime, missing_cuda_library
+from spmdeploy.backends.onnxruntime_graph import import_onnxruntime, missing_cuda_library
 from spmdeploy.backends.openvino import bf16_support, import_openvino, short_version
 from spmdeploy.backends.registry import backends
 from spmdeploy.backends.select_engine import compatible_engine
@@ -56,8 +56,8 @@ def machine() -> dict[str, Any]:
 def _gpu() -> Check:
     try:
         count = visible_gpus()
-    except OSError as error:
-        return Check("NVIDIA GPU", False, str(error), "install NVIDIA's driver, or edit on the CPU")
+    except OSError as exc:
+        return Check("NVIDIA GPU", False, str(exc), "install NVIDIA's driver, or edit on the CPU")
     if not count:
         return Check("NVIDIA GPU", False, "the driver shows no GPU", "check CUDA_VISIBLE_DEVICES and nvidia-smi")
     return Check("NVIDIA GPU", True, f"{count} visible")
@@ -68,19 +68,19 @@ def _cuda_binding() -> Check:
     name = "CUDA for Python"
     try:
         return Check(name, gpu.usable, open_cuda(0).name, gpu.remedy)
-    except ImportError as error:
+    except ImportError as exc:
         remedy = 'pip install cuda-core cuda-bindings (with a driver for CUDA 12: "cuda-bindings<13"), or PyCUDA'
-        return Check(name, False, str(error), remedy)
-    except OSError as error:
-        return Check(name, False, str(error) if gpu.usable else gpu.reason, gpu.remedy or "check nvidia-smi")
+        return Check(name, False, str(exc), remedy)
+    except OSError as exc:
+        return Check(name, False, str(exc) if gpu.usable else gpu.reason, gpu.remedy or "check nvidia-smi")
 
 
 def check_engine_library(runtime: EngineRuntime) -> Check:
     """Whether engines can be run with it: needs the library, a GPU and a CUDA binding."""
     try:
         library = import_engine_library(runtime)
-    except UnavailableError as error:
-        return Check(runtime, False, *_why_not_imported(runtime, error))
+    except UnavailableError as exc:
+        return Check(runtime, False, *_why_not_imported(runtime, exc))
     if not hasattr(library, "Runtime"):
         return Check(runtime, False, f"the module {library.__name__} is empty: leftovers of a package", _STUB_REMEDY)
     version = f"{runtime} {library.__version__}"
@@ -117,8 +117,8 @@ def _onnxruntime_cpu() -> Check:
     name = "onnxruntime on cpu"
     try:
         library = import_onnxruntime()
-    except UnavailableError as error:
-        return Check(name, False, error.problem, error.hint)
+    except UnavailableError as exc:
+        return Check(name, False, exc.problem, exc.hint)
     return Check(name, True, f"onnxruntime {library.__version__}{_mixed_packages()}")
 
 
@@ -139,8 +139,8 @@ def _onnxruntime_cuda() -> Check:
         )
     try:
         library = import_onnxruntime()
-    except UnavailableError as error:
-        return Check(name, False, error.problem, 'pip install "spmdeploy[gpu]"')
+    except UnavailableError as exc:
+        return Check(name, False, exc.problem, 'pip install "spmdeploy[gpu]"')
     if "CUDAExecutionProvider" not in library.get_available_providers():
         reason = f"the installed onnxruntime {library.__version__} is built without CUDA"
         return Check(name, False, reason, 'pip uninstall onnxruntime, then pip install "spmdeploy[gpu]"')

@@ -10,7 +10,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from spmdeploy.backends.onnxruntime import Graph, import_onnxruntime, inference_session
+from spmdeploy.backends.onnxruntime_graph import Graph, import_onnxruntime, inference_session
 
 
 def profiled_nodes(graph: Graph, provider: str, feed: Mapping[str, NDArray[Any]], runs: int) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from spmdeploy.backends.device_pyramid import EXTRA_BYTES, DeviceCascade, EnqueueBatch
-from spmdeploy.backends.onnxruntime import LoadedGraph
+from spmdeploy.backends.onnxruntime_graph import LoadedGraph
 from spmdeploy.backends.tensorrt import graph_ports
 from spmdeploy.backends.tensorrt_engine import item_bytes
 from spmdeploy.bundle.manifest import EDIT, REFINE

@@ -145,5 +145,5 @@ def _values(tensor: onnx.TensorProto, weights: Mapping[str, bytes]) -> NDArray[A
         start, length = int(entry["offset"]), int(entry["length"])
         inline.raw_data = weights[entry["location"]][start : start + length]
         return numpy_helper.to_array(inline)
-    except (KeyError, ValueError) as error:
-        raise BundleError(f"the weights file does not hold all of {tensor.name}: {error}", "export it again") from error
+    except (KeyError, ValueError) as exc:
+        raise BundleError(f"the weights file does not hold all of {tensor.name}: {exc}", "export it again") from exc

@@ -36,8 +36,8 @@ def open_named_engine(bundle: Bundle, runtime: EngineRuntime, ordinal: int, prec
     version = str(import_engine_library(runtime).__version__)
     try:
         facts = gpu_facts(ordinal)
-    except OSError as error:
-        raise UnavailableError(f"{runtime} needs an NVIDIA GPU: {error}", "see `spmdeploy doctor`") from error
+    except OSError as exc:
+        raise UnavailableError(f"{runtime} needs an NVIDIA GPU: {exc}", "see `spmdeploy doctor`") from exc
     host = EngineHost.with_gpu(Gpu(facts.name, facts.compute_capability), {runtime: version})
     there = [engine for engine in find_engines(bundle, host, hashing=False) if _speaks_of(engine, runtime)]
     fit = _fitting(there, precision)
@@ -58,8 +58,8 @@ def open_compatible_engine(bundle: Bundle, ordinal: int, precision: str) -> tupl
     for engine in fit:
         try:
             opened = _open(bundle, engine, there, ordinal, precision)
-        except SpmDeployError as error:
-            failures.append(error.problem)
+        except SpmDeployError as exc:
+            failures.append(exc.problem)
             continue
         tried = "".join(f"; tried first: {problem}" for problem in failures)
         choice = f"{opened.choices[0]}{tried}"
@@ -236,8 +236,8 @@ def _keep(engine: StoredEngine, verification: Verification) -> str | None:
         path = _kept_path(record)
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         path.write_bytes(record.to_bytes())
-    except (OSError, UnavailableError) as error:
-        return str(error)
+    except (OSError, UnavailableError) as exc:
+        return str(exc)
     return None
 
 

@@ -111,8 +111,8 @@ def read_golden(bundle: Bundle, edit: GoldenEdit) -> GoldenSample:
         file = f"{edit.folder}/{name}"
         try:
             return read(str(bundle.path / file), bundle.read(file))
-        except InputError as error:
-            raise BundleError(error.problem, EXPORT_AGAIN) from error
+        except InputError as exc:
+            raise BundleError(exc.problem, EXPORT_AGAIN) from exc
 
     labels = decoded(images.read_labels, "labels.png")
     has_instances = f"{edit.folder}/{GOLDEN_INSTANCES}" in bundle.files()

@@ -17,7 +17,7 @@ from spmdeploy.types import ModelInput
 if TYPE_CHECKING:
     from torch import nn
 
-    from spmdeploy.backends.onnxruntime import Graph
+    from spmdeploy.backends.onnxruntime_graph import Graph
     from spmdeploy.backends.pytorch import TorchSession
 
 PROFILED_RUNS = 3

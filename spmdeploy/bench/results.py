@@ -178,8 +178,8 @@ def read_record(path: Path) -> Record:
     """Raises InputError."""
     try:
         content = regular_file(path).read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}", MEASURE) from error
+    except OSError as exc:
+        raise InputError(f"{path}: cannot be read: {exc.strerror}", MEASURE) from exc
     return Record.from_json(SCHEMA.parse(content, str(path)), str(path))
 
 

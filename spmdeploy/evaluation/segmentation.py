@@ -23,7 +23,7 @@ import numpy.typing as npt
 import torch
 from torch.nn import functional as F
 
-from spmdeploy.backends.onnxruntime import import_onnxruntime
+from spmdeploy.backends.onnxruntime_graph import import_onnxruntime
 from spmdeploy.errors import InputError
 from spmdeploy.inputs import regular_file
 from spmdeploy.labels import ClassTable

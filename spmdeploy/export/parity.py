@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from spmdeploy.backends.onnxruntime import CachedLayoutGraphs, LoadedGraph
+from spmdeploy.backends.onnxruntime_graph import CachedLayoutGraphs, LoadedGraph
 from spmdeploy.backends.verify import GoldenResult, GoldenSample, compare_with_golden
 from spmdeploy.bundle.manifest import EDIT, REFINE, ParityLimits
 from spmdeploy.model.deploy import OUTPUTS

@@ -35,13 +35,13 @@ class CudaCore:
         self._builders: dict[int, Any] = {}
         self._code: Any = None
         self._kernels: dict[str, Any] = {}
-        with _translated("cuInit"):
+        with _to_package_error("cuInit"):
             cuda.core.Device(ordinal)
 
     @contextmanager
     def current(self) -> Iterator[None]:
         previous = self._call("cuCtxGetCurrent")
-        with _translated("cuCtxSetCurrent"):
+        with _to_package_error("cuCtxSetCurrent"):
             self._core.Device(self._ordinal).set_current()  # the primary context, which cuda.core retains
         try:
             yield
@@ -69,7 +69,7 @@ class CudaCore:
         self._call("cuMemFreeHost", array.ctypes.data)
 
     def device_of(self, address: int) -> int | None:
-        with suppress(CudaError), _translated("cuPointerGetAttributes"):
+        with suppress(CudaError), _to_package_error("cuPointerGetAttributes"):
             buffer = self._core.Buffer.from_handle(address, 1)
             if buffer.is_device_accessible and (buffer.is_managed or not buffer.is_host_accessible):
                 return int(buffer.device_id)
@@ -85,75 +85,75 @@ class CudaCore:
         self._copy("cuMemcpyDtoDAsync", address, source, size, stream)
 
     def clear(self, address: int, size: int, stream: int) -> None:
-        with _translated("cuMemsetD8Async"):
+        with _to_package_error("cuMemsetD8Async"):
             self._core.Buffer.from_handle(address, size).fill(0, stream=self._stream(stream))
 
     def stream(self) -> int:
         options = self._core.StreamOptions(nonblocking=True)
-        with _translated("cuStreamCreate"):
+        with _to_package_error("cuStreamCreate"):
             stream = self._core.Device(self._ordinal).create_stream(options=options)
         self._streams[int(stream.handle)] = stream
         return int(stream.handle)
 
     def destroy_stream(self, stream: int) -> None:
-        with _translated("cuStreamDestroy"):
+        with _to_package_error("cuStreamDestroy"):
             self._streams.pop(stream).close()
 
     def synchronize(self, stream: int) -> None:
-        with _translated("cuStreamSynchronize"):
+        with _to_package_error("cuStreamSynchronize"):
             self._stream(stream).sync()
 
     def wait_for_stream(self, stream: int, other: int) -> None:
-        with _translated("cuStreamWaitEvent"):
+        with _to_package_error("cuStreamWaitEvent"):
             self._stream(stream).wait(self._stream(other))
 
     def event(self, timing: bool) -> Any:
         options = self._core.EventOptions(timing_enabled=timing)
-        with _translated("cuEventCreate"):
+        with _to_package_error("cuEventCreate"):
             return self._core.Device(self._ordinal).create_event(options)
 
     def destroy_event(self, event: Any) -> None:
-        with _translated("cuEventDestroy"):
+        with _to_package_error("cuEventDestroy"):
             event.close()
 
     def record(self, event: Any, stream: int) -> None:
-        with _translated("cuEventRecord"):
+        with _to_package_error("cuEventRecord"):
             self._stream(stream).record(event)
 
     def wait_for_event(self, event: Any) -> None:
-        with _translated("cuEventSynchronize"):
+        with _to_package_error("cuEventSynchronize"):
             event.sync()
 
     def elapsed_ms(self, start: Any, end: Any) -> float:
-        with _translated("cuEventElapsedTime"):
+        with _to_package_error("cuEventElapsedTime"):
             return float(end - start)
 
     def begin_capture(self, stream: int) -> None:
-        with _translated("cuStreamBeginCapture"):
+        with _to_package_error("cuStreamBeginCapture"):
             # thread_local: other threads of the program can neither break the capture nor be disturbed by it.
             self._builders[stream] = self._stream(stream).create_graph_builder().begin_building("thread_local")
 
     def end_capture(self, stream: int) -> Any:
         builder = self._builders.pop(stream)
         try:
-            with _translated("cuStreamEndCapture"):
+            with _to_package_error("cuStreamEndCapture"):
                 builder.end_building()
-            with _translated("cuGraphInstantiate"):
+            with _to_package_error("cuGraphInstantiate"):
                 return builder.complete()
         finally:
             with suppress(Exception):  # a capture that was invalidated ends here, with the error raised above
                 builder.close()
 
     def launch(self, graph: Any, stream: int) -> None:
-        with _translated("cuGraphLaunch"):
+        with _to_package_error("cuGraphLaunch"):
             graph.launch(self._stream(stream))
 
     def destroy_graph(self, graph: Any) -> None:
-        with _translated("cuGraphExecDestroy"):
+        with _to_package_error("cuGraphExecDestroy"):
             graph.close()
 
     def load_kernels(self, ptx: bytes, names: tuple[str, ...]) -> None:
-        with _translated("cuLibraryLoadData"):
+        with _to_package_error("cuLibraryLoadData"):
             self._code = self._core.ObjectCode.from_ptx(ptx)
             self._kernels = {name: self._code.get_kernel(name) for name in names}
 
@@ -161,7 +161,7 @@ class CudaCore:
         self, name: str, grid: tuple[int, int], threads: int, stream: int, arguments: tuple[int | np.int32, ...]
     ) -> None:
         config = self._core.LaunchConfig(grid=grid, block=threads)
-        with _translated(f"cuLaunchKernel {name}"):  # Python's int goes as a pointer
+        with _to_package_error(f"cuLaunchKernel {name}"):  # Python's int goes as a pointer
             self._core.launch(self._stream(stream), config, self._kernels[name], *arguments)
 
     def _stream(self, handle: int) -> Any:
@@ -175,12 +175,12 @@ class CudaCore:
 
     def _copy(self, call: str, to: int, source: int, size: int, stream: int) -> None:
         view = self._core.Buffer.from_handle
-        with _translated(call):
+        with _to_package_error(call):
             view(to, size).copy_from(view(source, size), stream=self._stream(stream))
 
     def _call(self, function: str, *arguments: Any) -> Any:
         """The value that a driver function returns, a tuple of several, None of none."""
-        with _translated(function):
+        with _to_package_error(function):
             code, *values = getattr(self._driver, function)(*arguments)
         if int(code):
             raise cuda_error(function, code.name)
@@ -188,7 +188,7 @@ class CudaCore:
 
 
 @contextmanager
-def _translated(call: str) -> Iterator[None]:
+def _to_package_error(call: str) -> Iterator[None]:
     """Turns any error of the packages into a CudaError: the class of cuda.core's own is not public."""
     try:
         yield

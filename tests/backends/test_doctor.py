@@ -301,7 +301,7 @@ def test_check_onnxruntime_missing_cuda_library_is_named(machine: Machine, tmp_p
         def fail(name: str) -> None:
             raise OSError(text)
 
-        machine.patch.setattr("spmdeploy.backends.onnxruntime.ctypes.CDLL", fail)
+        machine.patch.setattr("spmdeploy.backends.onnxruntime_graph.ctypes.CDLL", fail)
 
     load("libcudnn.so.9: cannot open shared object file: No such file or directory")
     finding = machine.run_checks()["onnxruntime on cuda"]

@@ -23,6 +23,7 @@ import spmdeploy
 from spmdeploy import cli
 from spmdeploy.assets.samples import SAMPLE_EDITS
 from spmdeploy.backends import onnxruntime as ort
+from spmdeploy.backends import onnxruntime_graph as ort_graph
 from spmdeploy.backends.registry import open_backend
 from spmdeploy.backends.verify import GoldenSample, read_golden, verify
 from spmdeploy.bundle.bundle import Bundle, GraphFiles, open_bundle
@@ -65,7 +66,7 @@ class FakeOnnxRuntime:
         return SimpleNamespace(
             get_providers=lambda: [self.runs_on],
             get_inputs=lambda: [
-                SimpleNamespace(name=name, shape=shape, type=ort._INPUTS[name]) for name, shape in shapes.items()
+                SimpleNamespace(name=name, shape=shape, type=ort_graph._INPUTS[name]) for name, shape in shapes.items()
             ],
             get_outputs=lambda: [SimpleNamespace(name="edited", type="tensor(uint8)")],
             run=self.run,
@@ -271,8 +272,8 @@ def test_run_unrounded_rounds_to_run(street_bundle: Path) -> None:
 def test_refine_graph_is_loaded_at_first_use(street_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[str] = []
 
-    class Noting(ort.LoadedGraph):
-        def __init__(self, content: ort.Graph, graph: str, *others: Any) -> None:
+    class Noting(ort_graph.LoadedGraph):
+        def __init__(self, content: ort_graph.Graph, graph: str, *others: Any) -> None:
             loaded.append(graph)
             super().__init__(content, graph, *others)
 
@@ -353,7 +354,7 @@ def test_run_graph_that_asks_for_all_memory_is_out_of_memory(tmp_path: Path) -> 
     del model.graph.node[:]
     model.graph.node.extend([huge, maximum, result])
     onnx.save(model, tmp_path / "hostile.onnx")
-    graph = ort.LoadedGraph(tmp_path / "hostile.onnx", "edit")
+    graph = ort_graph.LoadedGraph(tmp_path / "hostile.onnx", "edit")
     square = np.zeros((1, 64, 64), np.uint8)
     inputs = {"image": np.zeros((1, 64, 64, 3), np.uint8), "labels": square, "instances": square.astype(np.int32)}
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -374,4 +375,4 @@ def test_run_graph_that_asks_for_all_memory_is_out_of_memory(tmp_path: Path) -> 
     ],
 )
 def test_errors_of_onnxruntime_are_translated(error: Exception, device: str, becomes: type[Exception]) -> None:
-    assert type(ort._translated(error, device)) is becomes
+    assert type(ort_graph._to_package_error(error, device)) is becomes

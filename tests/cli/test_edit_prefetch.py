@@ -11,7 +11,7 @@ import pytest
 import spmdeploy
 from spmdeploy import cli
 from spmdeploy.assets.samples import SAMPLE_EDITS
-from spmdeploy.backends import onnxruntime as ort
+from spmdeploy.backends import onnxruntime_graph as ort
 from spmdeploy.backends import registry as session
 from spmdeploy.bundle.bundle import open_bundle
 from spmdeploy.editing import run
@@ -59,7 +59,7 @@ def test_edit_model_error_precedes_input_error(
     error: Any, given: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
     monkeypatch.setattr(ort, "inference_session", fail_to_load(error))
-    monkeypatch.setattr(ort, "_translated", lambda error, device: error)
+    monkeypatch.setattr(ort, "_to_package_error", lambda error, device: error)
     before = set(threading.enumerate())
     assert cli.main(edit_args(tmp_path / "o.png", image=tmp_path / "absent.png", **given)) == error.exit_code
     assert capfd.readouterr().err == f"error: {error.problem}\n"

@@ -12,7 +12,8 @@ import pytest
 import torch
 from onnx import TensorProto, numpy_helper
 
-from spmdeploy.backends.onnxruntime import LoadedGraph, OnnxRuntimeSession
+from spmdeploy.backends.onnxruntime import OnnxRuntimeSession
+from spmdeploy.backends.onnxruntime_graph import LoadedGraph
 from spmdeploy.backends.pytorch import TorchSession, generator_from_graph, open_torch
 from spmdeploy.backends.registry import open_backend
 from spmdeploy.backends.verify import Deviation, measure_deviation, verify

@@ -51,8 +51,8 @@ def refusal(read: Callable[..., object], path: Path) -> InputError | None:
     """The InputError of a reader, or None if it reads the file. Other exceptions fail the test."""
     try:
         read(path)
-    except InputError as error:
-        return error
+    except InputError as exc:
+        return exc
     return None
 
 

@@ -1,0 +1,367 @@
+"""Loads ONNX Runtime and runs single graphs in it, with cached optimized graphs and with the errors of this package."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import io
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spmdeploy.backends.graph_cache import cache_key, open_cached
+from spmdeploy.backends.threads import available_threads
+from spmdeploy.bundle.bundle import GraphFiles
+from spmdeploy.bundle.manifest import REFINE
+from spmdeploy.errors import BundleError, OutOfMemoryError, SpmDeployError, UnavailableError
+from spmdeploy.gpu.arrays import DeviceArray
+from spmdeploy.types import LayoutInput, ModelInput
+
+if TYPE_CHECKING:
+    from spmdeploy.backends.base import LayoutRun
+
+_INPUTS = {
+    "image": "tensor(uint8)",
+    "labels": "tensor(uint8)",
+    "instances": "tensor(int32)",
+    "mask": "tensor(uint8)",
+    "coarse": "tensor(float)",
+}
+
+Graph = Path | GraphFiles
+"""An ONNX file, with its external weights next to it if it has any; or the contents of these files."""
+Arrays = Mapping[str, NDArray[Any]]
+
+
+class CachedLayoutGraphs:
+    """The `layout` and `picture` graphs of a bundle in ONNX Runtime: the first runs once for each layout.
+
+    On a GPU the cached tensors stay in its memory, for as long as the function that `bind` returned is alive.
+    """
+
+    def __init__(self, layout: Graph, picture: Graph, device: str = "cpu", threads: int = 0) -> None:
+        """Raises BundleError, OutOfMemoryError, UnavailableError."""
+        library = import_onnxruntime()
+        self._device = device
+        providers = _providers(library, device)
+        sessions = []
+        try:
+            for graph in (layout, picture):
+                options = _options(library, threads)
+                if device != "cpu":
+                    options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+                sessions.append(inference_session(library, graph, options, providers))
+        except Exception as exc:
+            raise _to_package_error(exc, device) from exc
+        for session in sessions:
+            _proved_provider(session, providers, device)
+        self._layout, self._picture = sessions
+        self._layout_inputs, self._cached, self._picture_inputs = (
+            [value.name for value in values]
+            for values in (self._layout.get_inputs(), self._layout.get_outputs(), self._picture.get_inputs())
+        )
+        missing = set(self._picture_inputs) - {*self._cached, *ModelInput._fields}
+        if missing:
+            raise BundleError(
+                f"the picture graph reads {min(missing)}, which the layout graph does not give",
+                "export the bundle again",
+            )
+
+    def bind(self, layout: LayoutInput) -> LayoutRun:
+        """Run the layout graph, and return a function from images, uint8 (B, size, size, 3), to edited ones."""
+        given = layout._asdict()
+        if self._device != "cpu":
+            return self._bind_on("cuda", int(self._device.removeprefix("cuda:")), given)
+        values = self._run(self._layout, self._cached, {name: given[name] for name in self._layout_inputs})
+        known = {name: given[name] for name in self._picture_inputs if name in given}
+        known |= dict(zip(self._cached, values, strict=True))
+        return lambda image: self._run(self._picture, ["edited"], {**known, "image": image})[0]
+
+    def _bind_on(self, kind: str, ordinal: int, given: Arrays) -> LayoutRun:
+        """Run the layout graph from device memory to device memory; only images are copied afterwards.
+
+        Args:
+            kind: The device as ONNX Runtime names it: cuda or cpu.
+            ordinal: Its number.
+            given: labels, instances and mask.
+        """
+        library = import_onnxruntime()
+        names = [name for name in given if name in (*self._layout_inputs, *self._picture_inputs)]
+        try:
+            known = {name: library.OrtValue.ortvalue_from_numpy(given[name], kind, ordinal) for name in names}
+            binding = self._layout.io_binding()
+            for name in self._layout_inputs:
+                binding.bind_ortvalue_input(name, known[name])
+            for name in self._cached:
+                binding.bind_output(name, kind, ordinal)
+            self._layout.run_with_iobinding(binding)
+            known |= dict(zip(self._cached, binding.get_outputs(), strict=True))
+        except Exception as exc:
+            raise _to_package_error(exc, self._device) from exc
+
+        def run(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+            try:
+                binding = self._picture.io_binding()  # one for each call: several threads may call
+                binding.bind_cpu_input("image", np.ascontiguousarray(image))
+                for name in self._picture_inputs:
+                    if name != "image":
+                        binding.bind_ortvalue_input(name, known[name])
+                binding.bind_output("edited", "cpu")
+                self._picture.run_with_iobinding(binding)
+                edited: NDArray[np.uint8] = binding.copy_outputs_to_cpu()[0]
+            except Exception as exc:
+                raise _to_package_error(exc, self._device) from exc
+            return edited
+
+        return run
+
+    def _run(self, graph: Any, outputs: Sequence[str], inputs: dict[str, NDArray[Any]]) -> list[NDArray[Any]]:
+        try:
+            results: list[NDArray[Any]] = graph.run(list(outputs), inputs)
+        except Exception as exc:
+            raise _to_package_error(exc, self._device) from exc
+        return results
+
+
+# Passes over the graph that find nothing to gain in ours: the results are the same bit for bit, edits as fast, and
+# loading takes a fifth less (onnxruntime 1.32). What folds constants and blocks the convolutions stays on.
+_IDLE_PASSES = (
+    *("CommonSubexpressionElimination", "ConstantSharing", "TransposeOptimizer", "PropagateCastOps", "ReshapeFusion"),
+    *("Level1_RuleBasedTransformer", "Level2_RuleBasedTransformer", "FreeDimensionOverrideTransformer"),
+    *("DoubleQDQPairsRemover", "QDQPropagationTransformer", "EnsureUniqueDQForNodeUnit", "WhereDummyDq"),
+    *("MatMulAddFusion", "GemmActivationFusion", "ConvAddActivationFusion"),
+)
+
+
+def inference_session(library: Any, graph: Graph, options: Any, providers: list[Any]) -> Any:
+    """ONNX Runtime's own session. options: its SessionOptions, to which weights in memory are added."""
+    without: dict[str, Any] = {"enable_fallback": 0}  # it prints to stdout and tries the same again
+    if providers == ["CPUExecutionProvider"]:
+        without["disabled_optimizers"] = list(_IDLE_PASSES)
+    if isinstance(graph, Path):
+        return library.InferenceSession(str(graph), options, providers=providers, **without)
+    names, contents = list(graph.weights), list(graph.weights.values())
+    if names and not hasattr(options, "add_external_initializers_from_files_in_memory"):  # before onnxruntime 1.24
+        with tempfile.TemporaryDirectory(prefix="spmdeploy-") as folder:
+            for name, content in {**graph.weights, "graph.onnx": graph.content}.items():
+                path = Path(folder, name)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(content)
+            return library.InferenceSession(str(path), options, providers=providers, **without)
+    if names:
+        options.add_external_initializers_from_files_in_memory(names, contents, [len(content) for content in contents])
+    return library.InferenceSession(graph.content, options, providers=providers, **without)
+
+
+def _options(library: Any, threads: int) -> Any:
+    options = library.SessionOptions()
+    options.intra_op_num_threads = threads or available_threads()
+    options.log_severity_level = 3
+    return options
+
+
+def _cpu_options(library: Any, threads: int) -> Any:
+    _bound_memory(library)
+    options = _options(library, threads)
+    options.add_session_config_entry("session.use_env_allocators", "1")
+    return options
+
+
+_OPTIMIZED, _WEIGHTS = "graph.onnx", "weights.bin"
+
+
+def _cached_session(library: Any, content: Graph, threads: int, key: str) -> Any:
+    """ONNX Runtime's session on the CPU; its optimized graph is read from the cache, or written to it.
+
+    Optimizing and laying out the weights anew takes most of the time of loading. The weights are stored beside the
+    graph, where they are mapped instead of parsed.
+    """
+    providers = ["CPUExecutionProvider"]
+
+    def load(folder: Path) -> Any:
+        options = _cpu_options(library, threads)
+        options.graph_optimization_level = library.GraphOptimizationLevel.ORT_DISABLE_ALL
+        return inference_session(library, folder / _OPTIMIZED, options, providers)
+
+    def make(folder: Path) -> Any:
+        options = _cpu_options(library, threads)
+        options.optimized_model_filepath = str(folder / _OPTIMIZED)
+        prefix = "session.optimized_model_external_initializers_"
+        options.add_session_config_entry(f"{prefix}file_name", _WEIGHTS)
+        options.add_session_config_entry(f"{prefix}min_size_in_bytes", "1024")
+        return inference_session(library, content, options, providers)
+
+    def plain() -> Any:
+        return inference_session(library, content, _cpu_options(library, threads), providers)
+
+    facts = ("onnxruntime", library.__version__, key, *_IDLE_PASSES)
+    return open_cached(cache_key(*facts), load, make, plain)
+
+
+@cache
+def _bound_memory(library: Any) -> None:
+    """Limits the intermediate results of all sessions on the CPU to half of the machine's memory.
+
+    A graph can ask for any amount; beyond the limit ONNX Runtime raises an error instead of exhausting the machine.
+    """
+    if not hasattr(os, "sysconf"):
+        return
+    limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    memory = library.OrtMemoryInfo("Cpu", library.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, library.OrtMemType.DEFAULT)
+    library.create_and_register_allocator(memory, library.OrtArenaCfg({"max_mem": limit}))
+
+
+class LoadedGraph:
+    """One graph in ONNX Runtime, proved to be where it was wanted and to be what it should be."""
+
+    def __init__(
+        self, content: Graph, graph: str, device: str = "cpu", threads: int = 0, key: str | None = None
+    ) -> None:
+        """graph: EDIT or REFINE, whose inputs and outputs it must have.
+
+        key: identifies the content; with it the optimized graph is cached on CPUs.
+        """
+        library = import_onnxruntime()
+        self._device = device
+        options = _options(library, threads)
+        providers = _providers(library, device)
+        if device == "cpu":
+            options = _cpu_options(library, threads)
+        else:
+            _preload_cuda(library)
+            # Without this ONNX Runtime moves to the CPU whatever a GPU cannot do, or everything, and says nothing.
+            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        try:
+            if key is None or device != "cpu":
+                self._session: Any = inference_session(library, content, options, providers)
+            else:
+                self._session = _cached_session(library, content, threads, key)
+            self.provider = f"{_proved_provider(self._session, providers, device)} (onnxruntime {library.__version__})"
+            self.outputs = frozenset(value.name for value in self._session.get_outputs())
+            self.size = self._checked_size(graph)
+        except SpmDeployError:
+            raise
+        except Exception as exc:  # names that are no UTF-8 raise UnicodeDecodeError
+            raise _to_package_error(exc, device) from exc
+
+    def run(self, outputs: Sequence[str], inputs: Arrays) -> list[NDArray[Any]]:
+        if not self.outputs.issuperset(outputs):
+            raise BundleError(
+                "the graph gives no unrounded result, which tiles are made from", "export the bundle again"
+            )
+        try:
+            results: list[NDArray[Any]] = self._session.run(list(outputs), dict(inputs))
+        except Exception as exc:
+            raise _to_package_error(exc, self._device) from exc
+        return results
+
+    def bound(self, inputs: Mapping[str, DeviceArray], outputs: Mapping[str, DeviceArray]) -> Callable[[], None]:
+        """A call that runs the graph on arrays in the memory of its GPU, and returns when it is done."""
+        binding = self._session.io_binding()
+        number = int(self._device.removeprefix("cuda:"))
+        for bind, arrays in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
+            for name, array in arrays.items():
+                bind(name, "cuda", number, np.dtype(array.dtype).type, array.shape, array.address)
+
+        def run() -> None:
+            try:
+                self._session.run_with_iobinding(binding)
+            except Exception as exc:
+                raise _to_package_error(exc, self._device) from exc
+
+        return run
+
+    def _checked_size(self, graph: str) -> int:
+        """Height and width of the images that the graph takes. Raises BundleError when it is another graph."""
+        inputs = {value.name: (value.type, value.shape[1:]) for value in self._session.get_inputs()}
+        outputs = {value.name: value.type for value in self._session.get_outputs()}
+        size = inputs["mask"][1][0] if inputs.get("mask", ("", []))[1] else 0
+        if not isinstance(size, int) or inputs != _ports(graph, size) or outputs.get("edited") != "tensor(uint8)":
+            raise BundleError(
+                f"the graph is no {graph} graph: it takes {inputs} and gives {outputs}", "export the bundle again"
+            )
+        return size
+
+
+def _proved_provider(session: Any, asked: list[Any], device: str) -> str:
+    """The provider that a session really has. Raises UnavailableError unless it is the first one asked for."""
+    wanted = asked[0][0] if isinstance(asked[0], tuple) else asked[0]
+    have: str = session.get_providers()[0]
+    if have != wanted:
+        raise UnavailableError(
+            f"asked for {wanted} on {device}, but ONNX Runtime would run on {have}",
+            "see `spmdeploy doctor`, or ask for --device cpu",
+        )
+    return have
+
+
+def _ports(graph: str, size: int) -> dict[str, tuple[str, list[int]]]:
+    """Types and shapes of the inputs, the batch left out."""
+    shapes = {"image": [size, size, 3], "labels": [size, size], "instances": [size, size], "mask": [size, size]}
+    if graph == REFINE:
+        shapes["coarse"] = [size // 2, size // 2, 3]
+    return {name: (_INPUTS[name], shape) for name, shape in shapes.items()}
+
+
+def import_onnxruntime() -> Any:
+    """The onnxruntime module, or UnavailableError with the command that installs it."""
+    # Read when the library is imported: without it, version 1.32 stores a device id and may contact a server.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    try:
+        import onnxruntime
+    except ImportError as exc:
+        raise UnavailableError(
+            f"ONNX Runtime cannot be imported: {exc}",
+            'install it: pip install "spmdeploy[cpu]", or "spmdeploy[gpu]" for an NVIDIA GPU (never both)',
+        ) from exc
+    return onnxruntime
+
+
+def missing_cuda_library(library: Any) -> str | None:
+    """What the loader says when a library that the CUDA provider needs is not there; None when all are."""
+    _preload_cuda(library)
+    provider = Path(str(library.__file__)).parent / "capi" / "libonnxruntime_providers_cuda.so"
+    if not provider.exists():
+        return None
+    try:
+        ctypes.CDLL(str(provider))
+    except OSError as exc:
+        return str(exc) if "cannot open shared object" in str(exc) else None  # what else fails here may work there
+    return None
+
+
+def _preload_cuda(library: Any) -> None:
+    """Loads CUDA and cuDNN from their pip packages, where there are any; without this only a system's are found."""
+    if hasattr(library, "preload_dlls"):  # from onnxruntime 1.21 on
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find
+            library.preload_dlls()
+
+
+def _providers(library: Any, device: str) -> list[Any]:
+    if device == "cpu":
+        return ["CPUExecutionProvider"]
+    available = library.get_available_providers()
+    if "CUDAExecutionProvider" not in available:
+        raise UnavailableError(
+            f"{device} was asked for, but this ONNX Runtime has only {', '.join(available)}",
+            'pip uninstall onnxruntime, then pip install "spmdeploy[gpu]"; or ask for --device cpu',
+        )
+    # FP32 means FP32: by default this provider rounds what convolutions multiply to TF32's ten bits of mantissa.
+    return [("CUDAExecutionProvider", {"device_id": int(device.removeprefix("cuda:")), "use_tf32": 0})]
+
+
+def _to_package_error(error: Exception, device: str) -> Exception:
+    """ONNX Runtime's exceptions as ours; they share no base class, only the messages differ."""
+    text = " ".join(str(error).split())[:400]
+    signs = ("allocate memory", "out of memory", "bad_alloc", "smaller than requested bytes")
+    if isinstance(error, MemoryError) or any(sign in text.lower() for sign in signs):
+        return OutOfMemoryError(f"ONNX Runtime ran out of memory on {device}: {text}", "close other programs")
+    if device != "cpu":
+        return UnavailableError(f"ONNX Runtime cannot use {device}: {text}", "see `spmdeploy doctor`")
+    return BundleError(f"ONNX Runtime refused the graph: {text}", "export the bundle again")
