@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from spmdeploy.datasets.folder import DataConfig
+from spmdeploy.datasets.samples import DataConfig, Sample, TrainingSamples
 from spmdeploy.training.config import LossConfig, Phase, TrainConfig
 
 CLASSES = ("sky", "road", "car")
@@ -68,3 +68,11 @@ def tiny(data_folder: Path) -> TrainConfig:
         checkpoint_seconds=1e9,
         report_images=1,
     )
+
+
+def same(first: Sample, second: Sample) -> bool:
+    return all(np.array_equal(getattr(first, part), getattr(second, part)) for part in vars(first))
+
+
+def samples(root: Path, seed: int = 0, **options: object) -> TrainingSamples:
+    return TrainingSamples(DataConfig(str(root), crop=128, validation=0, **options), seed)  # type: ignore[arg-type]

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from spmdeploy.datasets.folder import DataConfig, HostBatch, TrainingSamples
+from spmdeploy.datasets.samples import DataConfig, HostBatch, TrainingSamples
 from spmdeploy.training.loader import BackgroundLoader
 
 CLASSES = 12

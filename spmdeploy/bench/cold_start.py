@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from spmdeploy.bench.backend_process import BackendCrashedError, FirstRun
 from spmdeploy.bench.results import MemoryUsage
 from spmdeploy.bench.schedule import Round
-from spmdeploy.bench.worker import BackendCrashedError, FirstRun
 from spmdeploy.editing.options import EditRequest
 from spmdeploy.errors import SpmDeployError
 from spmdeploy.imaging import files as images

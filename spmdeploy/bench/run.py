@@ -217,7 +217,8 @@ def _open_backends(
 
 def _build_engines(path: Path, runtime: str, precision: str) -> None:
     """Builds the engines of a preset's bundle, which has none. Raises UnavailableError, BundleError."""
-    from spmdeploy.engines.build import EngineOptions, build_engines
+    from spmdeploy.engines.build import build_engines
+    from spmdeploy.engines.plan import EngineOptions
 
     chosen = "fp32" if precision == "fp32" else "fp16"
     build_engines(open_bundle(path), EngineOptions(runtime=runtime, precision=chosen, place="bundle"))  # type: ignore[arg-type]

@@ -13,12 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spmdeploy.backends.verify import GoldenResult, limits_of
+from spmdeploy.bench.backend_process import BackendCrashedError, FirstRun, Measurable
 from spmdeploy.bench.backends import cold_start_options
 from spmdeploy.bench.cold_start import ColdStart
 from spmdeploy.bench.parity import Parity, check_golden_parity, check_parity
 from spmdeploy.bench.results import BackendInfo, MemoryUsage, Result, Scope, Status
 from spmdeploy.bench.schedule import Round, StopCondition, run_interleaved, warm_up
-from spmdeploy.bench.worker import BackendCrashedError, FirstRun, Measurable, Worker
+from spmdeploy.bench.worker import Worker
 from spmdeploy.bench.workloads import edit_batch, edit_case, masked_share, stack_cases, write_case
 from spmdeploy.bundle.bundle import Bundle
 from spmdeploy.errors import SpmDeployError, UnavailableError

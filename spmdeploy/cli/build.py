@@ -14,7 +14,7 @@ from spmdeploy.cli.options import BUILTIN_BUNDLE, Json, Overwrite, RequireSignat
 
 if TYPE_CHECKING:
     from spmdeploy.bundle.bundle import Bundle
-    from spmdeploy.engines.build import EngineOptions, EnginePlan
+    from spmdeploy.engines.plan import EngineOptions, EnginePlan
 
 
 def build(
@@ -91,7 +91,7 @@ def build(
         ]
         print_result("build", {"bundle": str(opened.path), "removed": removed}, lines or ["nothing to remove"], as_json)
         return
-    from spmdeploy.engines.build import EngineOptions
+    from spmdeploy.engines.plan import EngineOptions
 
     options = EngineOptions(
         runtime=runtime,

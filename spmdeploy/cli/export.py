@@ -14,7 +14,7 @@ from spmdeploy.cli.options import BUILTIN_BUNDLE, Json, Overwrite, PrecisionOpti
 from spmdeploy.errors import UsageError
 
 if TYPE_CHECKING:
-    from spmdeploy.engines.build import EngineOptions, EnginePlan
+    from spmdeploy.engines.plan import EngineOptions, EnginePlan
     from spmdeploy.export.pipeline import ExportOptions
     from spmdeploy.types import Precision
 
@@ -148,7 +148,7 @@ def _engines_of_export(
         return None, None
     if export.cpu_only:
         raise UsageError("no engine can be built from the graph for CPUs", "leave out --cpu-only or --engine")
-    from spmdeploy.engines.build import EngineOptions, plan_engines
+    from spmdeploy.engines.plan import EngineOptions, plan_engines
 
     precision: Precision = "fp16" if "fp16" in export.precisions else "fp32"
     options = EngineOptions(precision=precision, targets=tuple(targets))

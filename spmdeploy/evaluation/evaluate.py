@@ -12,8 +12,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from spmdeploy.datasets.folder import ImageFolder, Sample, random_crop, read_classes, with_random_mask
+from spmdeploy.datasets.folder import ImageFolder, read_classes
 from spmdeploy.datasets.masks import MASK_KINDS
+from spmdeploy.datasets.samples import Sample, random_crop, with_random_mask
 from spmdeploy.errors import InputError
 from spmdeploy.evaluation.fid import FidInception
 from spmdeploy.evaluation.metrics import BATCH, METRICS, Comparison, Images, Networks, Scores, metric_values

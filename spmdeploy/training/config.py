@@ -9,7 +9,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from spmdeploy.datasets.folder import DataConfig, list_images, require
+from spmdeploy.datasets.folder import list_images, require
+from spmdeploy.datasets.samples import DataConfig
 from spmdeploy.errors import InputError
 from spmdeploy.inputs import TEXT_BYTES, read_input
 from spmdeploy.model.generator import MAX_CHANNELS, PRESETS

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from spmdeploy.datasets.folder import ImageFolder, Sample, random_crop, read_classes, with_random_mask
+from spmdeploy.datasets.folder import ImageFolder, read_classes
 from spmdeploy.datasets.masks import MASK_KINDS
+from spmdeploy.datasets.samples import Sample, random_crop, with_random_mask
 from spmdeploy.imaging.contact_sheet import sheet
 from spmdeploy.labels import ClassTable, colorize
 

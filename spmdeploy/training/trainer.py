@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spmdeploy.datasets.folder import Batch, HostBatch, TrainingSamples
+from spmdeploy.datasets.samples import Batch, HostBatch, TrainingSamples
 from spmdeploy.errors import InputError, OutOfMemoryError, SpmDeployError, UnavailableError, UsageError
 from spmdeploy.imaging.files import write_image
 from spmdeploy.model.generator import Generator, GeneratorConfig, composite

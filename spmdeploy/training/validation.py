@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from spmdeploy.datasets.folder import Batch, Sample, collate
+from spmdeploy.datasets.samples import Batch, Sample, collate
 from spmdeploy.training import distributed
 from spmdeploy.training.perceptual import Lpips
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from spmdeploy.bench.machine import BackgroundLoad, Cpu, GpuRecord, GpuState, Machine, State
+from spmdeploy.bench.machine import BackgroundLoad, Cpu, Machine, State
+from spmdeploy.bench.nvml import GpuRecord, GpuState
 from spmdeploy.bench.parity import IN_THIS_RUN, Parity
 from spmdeploy.bench.profile import LayerGroup
 from spmdeploy.bench.results import BackendInfo, MemoryUsage, Methodology, ModelInfo, Record, Result

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from spmdeploy.bench.backend_process import BackendProcess
 from spmdeploy.bench.backends import device_run, time_on_device
-from spmdeploy.bench.worker import BackendProcess
 from spmdeploy.bundle.bundle import Bundle
 from spmdeploy.bundle.manifest import REFINE
 from spmdeploy.errors import OutOfMemoryError, VerificationError

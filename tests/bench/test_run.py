@@ -23,14 +23,16 @@ from spmdeploy import cli
 from spmdeploy.backends.registry import bench_names
 from spmdeploy.bench import run as bench_run
 from spmdeploy.bench import schedule
+from spmdeploy.bench.backend_process import BackendCrashedError
 from spmdeploy.bench.backends import cold_start_options, open_backend, skip_by_default
-from spmdeploy.bench.machine import BackgroundLoad, GpuState
+from spmdeploy.bench.machine import BackgroundLoad
+from spmdeploy.bench.nvml import GpuState
 from spmdeploy.bench.parity import GOLDEN
 from spmdeploy.bench.results import Record, read_record
 from spmdeploy.bench.roofline import BYTES_PER_PIXEL, PeakRates, fastest, numpy_rates, roofline_bound
 from spmdeploy.bench.run import Options, cases, reader_warnings
 from spmdeploy.bench.schedule import WarmUp
-from spmdeploy.bench.worker import BackendCrashedError, Worker
+from spmdeploy.bench.worker import Worker
 from spmdeploy.bench.workloads import edit_batch, edit_case
 from spmdeploy.bundle.bundle import open_bundle
 from spmdeploy.errors import SpmDeployError, UnavailableError

@@ -12,12 +12,13 @@ import pytest
 
 import spmdeploy
 from spmdeploy.backends.verify import Deviation, GoldenResult, limits_of
+from spmdeploy.bench.backend_process import BackendCrashedError, FirstRun
 from spmdeploy.bench.parity import GOLDEN, IN_THIS_RUN
 from spmdeploy.bench.results import BackendInfo, MemoryUsage, Result
 from spmdeploy.bench.run import exit_error
 from spmdeploy.bench.runner import BackendUnderTest, Case, CaseRunner, without_folders
 from spmdeploy.bench.schedule import Round, StopCondition
-from spmdeploy.bench.worker import BackendCrashedError, FirstRun, Worker
+from spmdeploy.bench.worker import Worker
 from spmdeploy.bundle.bundle import open_bundle
 from spmdeploy.errors import OutOfMemoryError, SpmDeployError, UnavailableError, VerificationError
 from spmdeploy.types import ModelInput

@@ -17,7 +17,8 @@ import pytest
 from spmdeploy import cli
 from spmdeploy.engines import build as to_engine
 from spmdeploy.engines import library as engine_library
-from spmdeploy.engines.build import EngineOptions, plan_engines
+from spmdeploy.engines import plan as engine_plan
+from spmdeploy.engines.plan import EngineOptions, plan_engines
 from spmdeploy.engines.record import Gpu
 from spmdeploy.errors import BundleError, UnavailableError, UsageError
 from spmdeploy.export import pipeline
@@ -47,7 +48,7 @@ class Machine:
                 raise OSError("no NVIDIA driver")
             return facts
 
-        self.patch.setattr(to_engine, "gpu_facts", answer)
+        self.patch.setattr(engine_plan, "gpu_facts", answer)
         self.patch.setattr(engine_library, "gpu_facts", answer)
 
     def install(self, module: str, library: Any) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from spmdeploy import cli
-from spmdeploy.datasets.folder import DataConfig
+from spmdeploy.datasets.samples import DataConfig
 from spmdeploy.imaging.files import read_photo
 from spmdeploy.model.checkpoint import load_checkpoint, save_generator
 from spmdeploy.model.generator import Generator, GeneratorConfig

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from spmdeploy.datasets.folder import DataConfig, TrainingSamples
 from spmdeploy.datasets.masks import MASK_KINDS, brush_strokes, connected_components, random_mask
+from spmdeploy.datasets.samples import DataConfig, TrainingSamples
 from spmdeploy.errors import InputError
 from spmdeploy.evaluation.evaluate import evaluation_samples
 

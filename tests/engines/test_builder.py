@@ -16,8 +16,9 @@ import pytest
 from spmdeploy.bundle.bundle import Bundle, open_bundle
 from spmdeploy.bundle.storage import ENGINES
 from spmdeploy.engines import build as to_engine
-from spmdeploy.engines.build import EngineOptions, EnginePlan, EngineResult, batch_profiles, build_engines
+from spmdeploy.engines.build import EngineResult, build_engines
 from spmdeploy.engines.pack import pack
+from spmdeploy.engines.plan import EngineOptions, EnginePlan, batch_profiles
 from spmdeploy.engines.precision import inspected_fp16_share
 from spmdeploy.engines.progress import BuildMonitor
 from spmdeploy.engines.record import BatchRange, EngineHost, EngineRecord, Gpu, SourceFile

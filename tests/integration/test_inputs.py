@@ -28,7 +28,7 @@ OWN_FILES = {
     "backends/select_engine.py",
     "backends/threads.py",
     "bench/machine.py",
-    "bench/worker.py",
+    "bench/backend_process.py",
     "bundle/bundle.py",
     "cli/app.py",
     "cli/bundle.py",

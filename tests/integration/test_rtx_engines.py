@@ -18,10 +18,11 @@ from spmdeploy import cli
 from spmdeploy.bundle.bundle import Bundle, open_bundle
 from spmdeploy.bundle.storage import GOLDEN_IMAGES
 from spmdeploy.bundle.writer import BundleWriter
-from spmdeploy.engines import build as to_engine
 from spmdeploy.engines import library as engine_library
-from spmdeploy.engines.build import EngineOptions, build_engines, plan_engines
+from spmdeploy.engines import plan as engine_plan
+from spmdeploy.engines.build import build_engines
 from spmdeploy.engines.builder import BuildLog, BuildRequest, BuiltEngine, build_engine
+from spmdeploy.engines.plan import EngineOptions, plan_engines
 from spmdeploy.engines.progress import BuildMonitor
 from spmdeploy.engines.record import BatchRange, EngineHost, EngineRecord, Gpu, Port
 from spmdeploy.engines.store import StoredEngine, find_engines
@@ -43,7 +44,7 @@ def no_gpu() -> Iterator[None]:
         raise OSError("no NVIDIA driver")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(to_engine, "gpu_facts", fail)
+        patch.setattr(engine_plan, "gpu_facts", fail)
         patch.setattr(engine_library, "gpu_facts", fail)
         yield
 

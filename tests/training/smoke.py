@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from spmdeploy.assets.samples import SAMPLE_EDITS
-from spmdeploy.datasets.folder import DataConfig
+from spmdeploy.datasets.samples import DataConfig
 from spmdeploy.imaging.files import write_image
 from spmdeploy.imaging.resize import resize_labels, resize_photo
 from spmdeploy.labels import class_table

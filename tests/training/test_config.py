@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from spmdeploy.datasets.folder import DataConfig, ExtraData
+from spmdeploy.datasets.samples import DataConfig, ExtraData
 from spmdeploy.errors import InputError
 from spmdeploy.training.config import (
     LossConfig,

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from spmdeploy.datasets.folder import DataConfig
+from spmdeploy.datasets.samples import DataConfig
 from spmdeploy.errors import InputError, SpmDeployError, UsageError
 from spmdeploy.model.checkpoint import load_checkpoint
 from spmdeploy.model.generator import GeneratorConfig
