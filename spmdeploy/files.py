@@ -56,13 +56,13 @@ def sha256(stream: BinaryIO, size: int | None = None) -> str:
     return digest.hexdigest()
 
 
-def output_descriptor(path: str | Path) -> int | None:
+def output_descriptor(path: str | os.PathLike[str]) -> int | None:
     """The open descriptor that an output stands for: "-" or /dev/stdout, or the /dev/fd/N of a process substitution."""
     found = _OUTPUT_DESCRIPTOR.fullmatch(os.fspath(path))
     return None if found is None else int(found[1] or found[2] or 1)
 
 
-def write_descriptor(path: str | Path, content: bytes) -> None:
+def write_descriptor(path: str | os.PathLike[str], content: bytes) -> None:
     """Writes all of `content` to the descriptor that `path` stands for. Raises InputError."""
     descriptor = output_descriptor(path)
     assert descriptor is not None, path
@@ -73,7 +73,7 @@ def write_descriptor(path: str | Path, content: bytes) -> None:
 
 
 @contextmanager
-def os_errors(path: str | Path, verb: str, error: type[SpmDeployError] = InputError) -> Iterator[None]:
+def os_errors(path: str | os.PathLike[str], verb: str, error: type[SpmDeployError] = InputError) -> Iterator[None]:
     """Turns OSError and MemoryError into `error` and OutOfMemoryError that name `path`.
 
     Args:
@@ -91,7 +91,9 @@ def os_errors(path: str | Path, verb: str, error: type[SpmDeployError] = InputEr
         raise error(f"cannot {verb} {path}: {exc}", "name another file") from exc
 
 
-def translated(exc: OSError, path: str | Path, verb: str, error: type[SpmDeployError] = InputError) -> SpmDeployError:
+def translated(
+    exc: OSError, path: str | os.PathLike[str], verb: str, error: type[SpmDeployError] = InputError
+) -> SpmDeployError:
     """The package error for an OSError, with a readable problem and a hint."""
     path = os.fspath(path)
     named = path if exc.filename is None or _is_hidden(exc.filename) else os.fsdecode(exc.filename)
@@ -138,7 +140,7 @@ _PROBLEMS = {
 
 @contextmanager
 def atomic_write(
-    path: str | Path, overwrite: bool = True, mode: int = 0o666, check: Callable[[Path], None] | None = None
+    path: str | os.PathLike[str], overwrite: bool = True, mode: int = 0o666, check: Callable[[Path], None] | None = None
 ) -> Iterator[BinaryIO]:
     """Opens a stream for a file that is written completely or not at all.
 
@@ -237,7 +239,7 @@ def check_free(target: Path, overwrite: bool, check: Callable[[Path], None]) -> 
     check(target)
 
 
-def resolve_target(path: str | Path) -> Path:
+def resolve_target(path: str | os.PathLike[str]) -> Path:
     """The absolute path that a write to `path` goes to; behind a symbolic link, what it points to. Raises OSError."""
     target = Path(os.path.realpath(path) if os.path.islink(path) else os.path.abspath(path))
     if target.is_symlink():  # realpath stops at a circular link

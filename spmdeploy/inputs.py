@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import TypeAlias
 
 from spmdeploy.errors import InputError
+from spmdeploy.remote import RemotePath, read_remote
 
 FilePath: TypeAlias = str | os.PathLike[str]
+LocalOrRemote: TypeAlias = Path | RemotePath
 
 STDIN = "-"
 """Stands for standard input wherever a file is read."""
@@ -30,8 +32,8 @@ _DESCRIPTOR = re.compile(r"/dev/(?:fd/(\d{1,4})|stdin)|/proc/self/fd/(\d{1,4})")
 def read_input(path: FilePath, max_bytes: int) -> bytes:
     """Return the content of a file.
 
-    Reads regular files, and pipes given as "-", /dev/stdin or the /dev/fd/N of a shell's process substitution. Named
-    pipes, devices and sockets are refused: they could block or grow without limit.
+    Reads regular files, pipes given as "-", /dev/stdin or the /dev/fd/N of a shell's process substitution, and objects
+    of a store. Named pipes, devices and sockets are refused: they could block or grow without limit.
 
     Args:
         path: the file, or "-" for standard input.
@@ -40,6 +42,8 @@ def read_input(path: FilePath, max_bytes: int) -> bytes:
     Raises:
         InputError: names the file and what is wrong with it.
     """
+    if isinstance(path, RemotePath):
+        return read_remote(path, max_bytes)
     name = input_name(path)
     descriptor = _open(path, name)
     try:

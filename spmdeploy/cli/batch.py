@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -23,12 +22,15 @@ from spmdeploy.cli.options import (
 )
 from spmdeploy.editing.options import EditOptions
 from spmdeploy.errors import BatchItemsFailedError
+from spmdeploy.remote import as_path
 
 
 @with_fields_of(EditOptions)
 def batch(
-    manifest: Annotated[Path, typer.Argument(help="The edits, .csv or .jsonl; - for standard input.")],
-    output_dir: Annotated[Path, typer.Option("--output-dir", help="Results and status.jsonl go here.")],
+    manifest: Annotated[str, typer.Argument(help="The edits, .csv or .jsonl, a path or URL; - for standard input.")],
+    output_dir: Annotated[
+        str, typer.Option("--output-dir", metavar="PATH", help="Results and status.jsonl go here: a folder or URL.")
+    ],
     model: Model = None,
     backend: BackendOption = "auto",
     device: Device = "auto",
@@ -46,13 +48,15 @@ def batch(
     The manifest is a CSV file with a heading, or JSONL with an object a line: image; labels or fill; mask, edited_from
     or extend; optionally output, instances, mask_threshold, mask_alpha,
     and any of the options below. Its paths are relative to it; outputs are relative to the
-    output folder, and without one the result is named like the image, as PNG.
+    output folder, and without one the result is named like the image, as PNG. All may be URLs: s3://, gs://, and for
+    reading http:// and https://.
     """
     from spmdeploy.editing.batch import run_batch
     from spmdeploy.editing.manifest import read_manifest
     from spmdeploy.editing.status import STATUS_FILE, ItemStatus
 
-    items = read_manifest(manifest, output_dir, overwrite, record_from(EditOptions, values))
+    folder = as_path(output_dir)
+    items = read_manifest(as_path(manifest), folder, overwrite, record_from(EditOptions, values))
     with (
         open_editor_from_options(model, backend, device, precision, require_signature, verbose=verbose) as editor,
         progress_bar("editing") as show,
@@ -66,11 +70,11 @@ def batch(
             if status.error:
                 log(f"row {status.row}: {status.error}" + (f" ({status.hint})" if status.hint else ""))
 
-        statuses = run_batch(editor, items, output_dir, jobs=jobs, resume=resume, progress=progress)
+        statuses = run_batch(editor, items, folder, jobs=jobs, resume=resume, progress=progress)
     counts = {name: sum(status.status == name for status in statuses) for name in ("done", "skipped", "failed")}
     payload = {"counts": counts, "items": [status.to_json() for status in statuses]}
     line = ", ".join(f"{count} {name}" for name, count in counts.items())
     failure = BatchItemsFailedError(
-        f"{counts['failed']} of {len(statuses)} items failed", f"see {output_dir / STATUS_FILE}"
+        f"{counts['failed']} of {len(statuses)} items failed", f"see {folder / STATUS_FILE}"
     )
-    print_result("batch", payload, [f"{output_dir}: {line}"], as_json, failure if counts["failed"] else None)
+    print_result("batch", payload, [f"{folder}: {line}"], as_json, failure if counts["failed"] else None)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING
+from functools import reduce
+from operator import or_
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
@@ -14,6 +16,7 @@ import spmdeploy
 from spmdeploy.backends.registry import backend_names, backend_precisions, backends
 from spmdeploy.cli.console import log, require_extra
 from spmdeploy.editing.options import OptionField, option_fields
+from spmdeploy.remote import RemotePath
 
 if TYPE_CHECKING:
     from spmdeploy.editing.editor import Editor
@@ -80,7 +83,7 @@ def record_from(record: Callable[..., T], values: dict[str, Any], **more: Any) -
 
 def _parameter(one: OptionField) -> inspect.Parameter:
     option, name, default = one.option, one.field.name, one.field.default
-    annotation: Any = one.type if option.parse is None else str | None
+    annotation: Any = _local(one.type) if option.parse is None else str | None
     if option.is_argument:
         info = typer.Argument(help=option.help, metavar=option.metavar)
     else:
@@ -93,6 +96,12 @@ def _parameter(one: OptionField) -> inspect.Parameter:
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[annotation, info]
     )
+
+
+def _local(annotation: Any) -> Any:
+    """The type without `RemotePath`: single edits read and write files."""
+    kinds = [kind for kind in get_args(annotation) if kind is not RemotePath]
+    return reduce(or_, kinds) if Path in kinds else annotation
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout, also on failure.")]

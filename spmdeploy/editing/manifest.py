@@ -17,7 +17,8 @@ from typing import Any, get_args
 from spmdeploy.editing.editor import DEFAULT_OPTIONS
 from spmdeploy.editing.options import EditOptions, EditRequest, OptionField, option_fields
 from spmdeploy.errors import InputError, SpmDeployError
-from spmdeploy.inputs import input_name, is_stream, read_text
+from spmdeploy.inputs import LocalOrRemote, input_name, is_stream, read_text
+from spmdeploy.remote import RemotePath, as_path, check_readable, is_url
 from spmdeploy.serialization import parse_json
 
 _REQUEST_COLUMNS = {one.column: one for one in option_fields(EditRequest) if one.option.is_column}
@@ -37,7 +38,7 @@ class BatchItem:
 
 
 def read_manifest(
-    path: Path, output_dir: Path, overwrite: bool = False, options: EditOptions = DEFAULT_OPTIONS
+    path: LocalOrRemote, output_dir: LocalOrRemote, overwrite: bool = False, options: EditOptions = DEFAULT_OPTIONS
 ) -> list[BatchItem]:
     """Read the rows of a CSV file with a heading, or of a JSONL file with one object per line (by suffix).
 
@@ -51,9 +52,12 @@ def read_manifest(
     Raises:
         InputError: the file as a whole cannot be read or has an unknown column, two rows would write the same file, or
             one would overwrite a file that another one reads.
+        UnavailableError: the package for a store that a row names, or its credentials, are missing.
     """
     items = []
     folder = Path() if is_stream(path) else path.parent
+    if isinstance(output_dir, RemotePath):
+        output_dir.check_writable()
     for number, row in enumerate(_rows(path), start=1):
         try:
             items.append(BatchItem(number, _request_of_row(row, folder, output_dir, overwrite, options), None))
@@ -62,10 +66,11 @@ def read_manifest(
     if not items:
         raise InputError(f"{input_name(path)} holds no rows", _COLUMNS_HINT)
     _check_outputs(items, path, output_dir)
+    _check_stores(items)
     return items
 
 
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
+def _rows(path: LocalOrRemote) -> Iterator[dict[str, Any]]:
     if not is_stream(path) and path.suffix.lower() not in (".csv", ".jsonl"):
         raise InputError(f"{path} is neither .csv nor .jsonl", "the suffix says how it is read")
     text = read_text(path)
@@ -73,7 +78,7 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
     yield from _jsonl_rows(text, path) if is_jsonl else _csv_rows(text, path)
 
 
-def _csv_rows(text: str, path: Path) -> Iterator[dict[str, Any]]:
+def _csv_rows(text: str, path: LocalOrRemote) -> Iterator[dict[str, Any]]:
     """The rows that hold anything. Spreadsheets write empty columns and rows, and headings with capitals and blanks."""
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     names: list[str] | None = None
@@ -93,7 +98,7 @@ def _csv_rows(text: str, path: Path) -> Iterator[dict[str, Any]]:
         raise InputError(f"{path} line {reader.line_num}: {exc}") from exc
 
 
-def _jsonl_rows(text: str, path: Path) -> Iterator[dict[str, Any]]:
+def _jsonl_rows(text: str, path: LocalOrRemote) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(text.split("\n"), start=1):  # splitlines would cut strings at U+2028
         if not line.strip():
             continue
@@ -107,7 +112,7 @@ def _jsonl_rows(text: str, path: Path) -> Iterator[dict[str, Any]]:
         yield {name: value for name, value in row.items() if value is not None}
 
 
-def _check_columns(names: list[str], path: Path) -> None:
+def _check_columns(names: list[str], path: LocalOrRemote) -> None:
     for name, times in Counter(names).items():
         if name not in COLUMNS:
             raise InputError(f"{path} has an unknown column {name!r}", _COLUMNS_HINT)
@@ -119,14 +124,14 @@ _COLUMNS_HINT = f"columns are {', '.join(COLUMNS)}; in a CSV file commas are bet
 
 
 def _request_of_row(
-    row: dict[str, Any], folder: Path, output_dir: Path, overwrite: bool, options: EditOptions
+    row: dict[str, Any], folder: LocalOrRemote, output_dir: LocalOrRemote, overwrite: bool, options: EditOptions
 ) -> EditRequest:
     if "image" not in row:
         raise InputError("no image is given", _COLUMNS_HINT)
-    name = str(row.get("output", f"{Path(str(row['image'])).stem}.png"))
-    output = output_dir / name
-    if Path(name).is_absolute() or not _is_below(output, output_dir):
+    name = str(row.get("output", f"{as_path(str(row['image'])).stem}.png"))
+    if not _is_below(name, output_dir):
         raise InputError(f"output {name!r} leads out of the output folder", "give a path relative to that folder")
+    output = output_dir / name
     request, options_of_row = (
         {one.field.name: _value(one, row[column], folder) for column, one in columns.items() if column in row}
         for columns in (_REQUEST_COLUMNS, _OPTION_COLUMNS)
@@ -135,7 +140,7 @@ def _request_of_row(
     return EditRequest(**request | {"output": output, "options": options, "overwrite": overwrite})
 
 
-def _value(column: OptionField, value: object, folder: Path) -> Any:
+def _value(column: OptionField, value: object, folder: LocalOrRemote) -> Any:
     """A cell's value in the type of its field. value: text, or any JSON value."""
     text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
     if column.option.parse is not None:
@@ -154,9 +159,15 @@ def _value(column: OptionField, value: object, folder: Path) -> Any:
     return text
 
 
-def _input_path(folder: Path, text: str) -> Path:
+def _input_path(folder: LocalOrRemote, text: str) -> LocalOrRemote:
     """The file of a cell; if there is none, the one whose name is the same in another Unicode normalization (macOS)."""
-    path = folder / text
+    path = as_path(text) if is_url(text) else folder / text
+    if isinstance(folder, RemotePath) and not isinstance(path, RemotePath):
+        raise InputError(
+            f"{text} is a file of this machine, which {folder} may not name", "give a relative path or a URL"
+        )
+    if isinstance(path, RemotePath) or isinstance(folder, RemotePath):
+        return path
     if is_stream(text) or is_stream(path):
         raise InputError(f"a row cannot read {text}", "name a file")
     if not os.path.lexists(path):
@@ -170,18 +181,24 @@ def _input_path(folder: Path, text: str) -> Path:
 _FLAGS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
-def _is_below(path: Path, folder: Path) -> bool:
-    """Whether `path` is inside `folder`, links and `..` resolved."""
+def _is_below(name: str, folder: LocalOrRemote) -> bool:
+    """Whether `name`, relative to `folder`, is inside it, links and `..` resolved."""
+    if isinstance(folder, RemotePath):
+        parts = name.split("/")
+        return name.isprintable() and not is_url(name) and not {"", ".", ".."} & set(parts)
+    path = folder / name
     try:
+        if Path(name).is_absolute():
+            return False
         return path.resolve() != folder.resolve() and path.resolve().is_relative_to(folder.resolve())
     except (OSError, ValueError, RuntimeError):  # a zero byte in the name, a cycle of links
         return False
 
 
-def _check_outputs(items: list[BatchItem], manifest: Path, output_dir: Path) -> None:
+def _check_outputs(items: list[BatchItem], manifest: LocalOrRemote, output_dir: LocalOrRemote) -> None:
     """InputError if two rows would write the same file, or one would overwrite a file that another one reads."""
     requests = [(item.row, item.request) for item in items if item.request is not None]
-    ignores_case = _ignores_case(output_dir)
+    ignores_case = not isinstance(output_dir, RemotePath) and _ignores_case(output_dir)
     outputs: dict[str, int] = {}
     for row, request in requests:
         first = outputs.setdefault(_file_key(request.output, ignores_case), row)
@@ -191,8 +208,8 @@ def _check_outputs(items: list[BatchItem], manifest: Path, output_dir: Path) -> 
                 "give them different names in the output column",
             )
     for row, request in requests:
-        for path in (request.image, request.labels, request.mask, request.edited_from, request.instances):
-            writer = None if path is None else outputs.get(_file_key(path, ignores_case))
+        for path in request.inputs:
+            writer = outputs.get(_file_key(path, ignores_case))
             if request.overwrite and writer not in (None, row):
                 raise InputError(
                     f"{manifest}: row {writer} would overwrite {path}, which row {row} reads",
@@ -200,8 +217,21 @@ def _check_outputs(items: list[BatchItem], manifest: Path, output_dir: Path) -> 
                 )
 
 
-def _file_key(path: Path, ignores_case: bool) -> str:
+def _check_stores(items: list[BatchItem]) -> None:
+    """UnavailableError if the package for a store that the rows read, or its credentials, are missing."""
+    checked = set()
+    for item in items:
+        request = item.request
+        for path in () if request is None else request.inputs:
+            if isinstance(path, RemotePath) and path.root not in checked:
+                checked.add(path.root)
+                check_readable(path)
+
+
+def _file_key(path: LocalOrRemote, ignores_case: bool) -> str:
     """The same for all paths of one file: links are resolved, and names folded where the file system ignores case."""
+    if isinstance(path, RemotePath):
+        return path.url
     try:
         real = os.path.realpath(path)
     except ValueError:  # a zero byte in the name, which reading the file reports

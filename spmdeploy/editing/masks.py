@@ -5,22 +5,21 @@ A new source of masks is one function here and one field of `EditRequest`.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 
 from spmdeploy.errors import InputError
 from spmdeploy.imaging import files as images
+from spmdeploy.inputs import FilePath
 from spmdeploy.tiling.outpaint import padding_mask
 from spmdeploy.types import LabelMap, Mask, MaskAlpha, Padding
 
 
-def mask_from_file(path: Path, threshold: int | None = None, alpha: MaskAlpha | None = None) -> images.MaskFile:
+def mask_from_file(path: FilePath, threshold: int | None = None, alpha: MaskAlpha | None = None) -> images.MaskFile:
     """bool (H, W), where the image is white, and notes on how it was read: see `imaging.files.read_mask_file`."""
     return images.read_mask_file(path, threshold=threshold, alpha=alpha)
 
 
-def mask_from_changed_labels(labels: LabelMap, labels_path: Path | None, before_path: Path) -> Mask:
+def mask_from_changed_labels(labels: LabelMap, labels_path: FilePath | None, before_path: FilePath) -> Mask:
     """bool (H, W): where the labels differ from those stored in `before_path`.
 
     Raises:

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
 
 from spmdeploy.errors import UsageError
-from spmdeploy.inputs import input_name, is_standard_input, is_stream
+from spmdeploy.inputs import LocalOrRemote, input_name, is_standard_input, is_stream
+from spmdeploy.remote import RemotePath
 from spmdeploy.types import MaskAlpha, Padding, Tiling
 
 DEFAULT_DILATION = 8
@@ -139,17 +140,19 @@ class EditRequest:
         UsageError: the fields contradict each other, or an output would overwrite an input.
     """
 
-    image: Annotated[Path, Option("The photo: 8-bit PNG, JPEG, WebP or BMP; - for standard input.", is_argument=True)]
+    image: Annotated[
+        LocalOrRemote, Option("The photo: 8-bit PNG, JPEG, WebP or BMP; - for standard input.", is_argument=True)
+    ]
     output: Annotated[
-        Path,
+        LocalOrRemote,
         Option(
             "The edited photo; .png keeps known pixels exactly. - writes a PNG to standard output.",
             flags=("--output", "-o"),
         ),
     ]
-    labels: Annotated[Path | None, Option("Label map: the class of each pixel to paint.")] = None
+    labels: Annotated[LocalOrRemote | None, Option("Label map: the class of each pixel to paint.")] = None
     fill: Annotated[str | None, Option("One class for the whole mask, by name or id.")] = None
-    mask: Annotated[Path | None, Option("White is edited, black is kept.")] = None
+    mask: Annotated[LocalOrRemote | None, Option("White is edited, black is kept.")] = None
     mask_threshold: Annotated[
         int | None, Option("Edit where the mask has at least this value, 1 to 255.", metavar="N")
     ] = None
@@ -157,7 +160,9 @@ class EditRequest:
     mask_alpha: Annotated[
         MaskAlpha | None, Option("Edit this part of the mask's alpha channel.", metavar="opaque|transparent")
     ] = None
-    edited_from: Annotated[Path | None, Option("The labels before the change: the mask is where they differ.")] = None
+    edited_from: Annotated[
+        LocalOrRemote | None, Option("The labels before the change: the mask is where they differ.")
+    ] = None
     extend: Annotated[
         Padding | None,
         Option(
@@ -167,7 +172,7 @@ class EditRequest:
         ),
     ] = None
     """Labels and instances have the extended size then."""
-    instances: Annotated[Path | None, Option("Instance map, for the outlines of objects.")] = None
+    instances: Annotated[LocalOrRemote | None, Option("Instance map, for the outlines of objects.")] = None
     options: EditOptions = field(default_factory=EditOptions)
     sheet: Annotated[
         Path | None, Option("Also write before, labels, mask and after side by side.", is_column=False)
@@ -221,6 +226,12 @@ class EditRequest:
                 raise UsageError(f"{written} would be written over {same}, which is needed too", "choose another name")
 
     @property
+    def inputs(self) -> list[LocalOrRemote]:
+        """The files to read."""
+        paths = (self.image, self.labels, self.mask, self.edited_from, self.instances)
+        return [path for path in paths if path is not None]
+
+    @property
     def dilation(self) -> int:
         """Pixels to dilate the mask by."""
         if self.options.dilate is not None:
@@ -236,7 +247,9 @@ class EditRequest:
         return f"{name}, grown by {self.dilation}," if self.dilation else name
 
 
-def _same_file(first: Path, second: Path) -> bool:
+def _same_file(first: LocalOrRemote, second: LocalOrRemote) -> bool:
+    if isinstance(first, RemotePath) or isinstance(second, RemotePath):
+        return first == second
     if is_stream(first) or is_stream(second):
         return False
     try:

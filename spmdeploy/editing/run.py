@@ -17,7 +17,7 @@ from spmdeploy.editing.preprocess import extend_canvas
 from spmdeploy.editing.report import EditReport
 from spmdeploy.editing.validate import InputNames, check_padding
 from spmdeploy.imaging import files as images
-from spmdeploy.inputs import input_name
+from spmdeploy.inputs import LocalOrRemote, input_name
 from spmdeploy.labels import ClassTable
 from spmdeploy.tiling.outpaint import extended_size, image_window, outpaint_windows
 from spmdeploy.tiling.windows import EditWindow
@@ -42,7 +42,7 @@ class EditInputs:
 class EditOutcome:
     """A finished edit."""
 
-    output: Path
+    output: LocalOrRemote
     sheet: Path | None
     explain: Path | None
     size: tuple[int, int]

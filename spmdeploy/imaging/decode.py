@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 
 from spmdeploy.errors import InputError
 from spmdeploy.imaging.formats import complete_jpeg, format_of, sanitize
-from spmdeploy.inputs import IMAGE_BYTES, STDIN, FilePath, read_input
+from spmdeploy.inputs import IMAGE_BYTES, FilePath, input_name, read_input
 
 # Cameras make 100 megapixels; 200 of them decoded are 600 MB. (Pillow itself stops at 179 for WebP.)
 MAX_MEGAPIXELS = 200
@@ -60,7 +59,7 @@ def decode_image(path: FilePath, content: bytes | None = None) -> DecodedFile:
     Raises:
         InputError: the file cannot be read or decoded, is too large, or is animated.
     """
-    name = Path("standard input" if os.fspath(path) == STDIN else path)
+    name = input_name(path)
     content = read_input(path, IMAGE_BYTES) if content is None else content
     format = format_of(content, name)
     file = sanitize(content, format, name)
@@ -96,7 +95,7 @@ def image_size(path: FilePath, content: bytes) -> tuple[int, int]:
     Raises:
         InputError: as `decode_image`, for everything that shows before the pixels are decoded.
     """
-    name = Path(path)
+    name = input_name(path)
     format = format_of(content, name)
     file = sanitize(content, format, name)
     with decode_errors(name):
@@ -125,7 +124,7 @@ def decode_ids(path: FilePath, content: bytes | None) -> DecodedFile:
     return file
 
 
-def _check_extent(image: ImageFile, path: Path) -> None:
+def _check_extent(image: ImageFile, path: FilePath) -> None:
     width, height = image.size
     if width * height > MAX_MEGAPIXELS * 1_000_000:
         raise InputError(
@@ -160,7 +159,7 @@ def io_errors(path: Path, verb: str) -> Iterator[None]:
 
 
 @contextmanager
-def decode_errors(path: Path) -> Iterator[None]:
+def decode_errors(path: FilePath) -> Iterator[None]:
     """Translate errors of a decoder into an InputError about the file."""
     try:
         yield
@@ -189,7 +188,7 @@ _INTEGERS = {1: "B", 3: "H", 4: "I", 9: "i"}
 _ORIENTATION, _THUMBNAIL_AT, _THUMBNAIL_LENGTH = 0x0112, 0x0201, 0x0202
 
 
-def _metadata(image: ImageFile, path: Path) -> tuple[int, bytes | None, tuple[str, ...]]:
+def _metadata(image: ImageFile, path: FilePath) -> tuple[int, bytes | None, tuple[str, ...]]:
     """The orientation, the EXIF block as it is written back, and notes on what is lost."""
     notes = []
     if image.info.get("xmp"):

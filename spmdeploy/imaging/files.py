@@ -23,6 +23,7 @@ from spmdeploy.files import EXISTS_HINT, atomic_write, missing_folder, output_de
 from spmdeploy.imaging.decode import DecodedFile, decode_errors, decode_ids, decode_image
 from spmdeploy.inputs import FilePath
 from spmdeploy.labels import ClassTable
+from spmdeploy.remote import RemotePath, write_remote
 from spmdeploy.types import Image, Mask, MaskAlpha
 
 Pixels: TypeAlias = NDArray[np.uint8]
@@ -402,7 +403,7 @@ def write_photo(path: FilePath, photo: Photo, overwrite: bool = False) -> tuple[
     if exif is not None:
         options["exif"] = exif
     pixels = photo.pixels if format == "JPEG" else _with_alpha(photo)
-    _write(Path(path), pixels, format, options, overwrite)
+    _write(path, pixels, format, options, overwrite)
     return tuple(notes)
 
 
@@ -437,7 +438,7 @@ def write_image(path: FilePath, pixels: Image | Pixels, overwrite: bool = False)
     format = check_output(path, overwrite)
     if pixels.ndim == 2 and format != "PNG":
         raise InputError(f"{path}: an image of one channel survives only in PNG", "name the output .png")
-    _write(Path(path), pixels, format, dict(_WRITE_OPTIONS[format]), overwrite)
+    _write(path, pixels, format, dict(_WRITE_OPTIONS[format]), overwrite)
 
 
 def write_instances(path: FilePath, instances: NDArray[np.integer[Any]], overwrite: bool = False) -> None:
@@ -449,7 +450,7 @@ def write_instances(path: FilePath, instances: NDArray[np.integer[Any]], overwri
         raise InputError(f"{path}: instance ids survive only in PNG", "name the output .png")
     if instances.size and (instances.min() < 0 or instances.max() > 65535):
         raise InputError(f"{path}: instance ids from {instances.min()} to {instances.max()}; 16 bits hold 0 to 65535")
-    _write(Path(path), instances.astype(np.uint16), "PNG", dict(_WRITE_OPTIONS["PNG"]), overwrite)
+    _write(path, instances.astype(np.uint16), "PNG", dict(_WRITE_OPTIONS["PNG"]), overwrite)
 
 
 def check_output(path: FilePath, overwrite: bool, *, allow_stream: bool = False) -> str:
@@ -464,7 +465,7 @@ def check_output(path: FilePath, overwrite: bool, *, allow_stream: bool = False)
         InputError: The suffix is unknown, the folder is missing or not writable, or the file exists (unless
             `overwrite`).
     """
-    path = Path(path)
+    path = path if isinstance(path, RemotePath) else Path(path)
     if allow_stream and output_descriptor(path) is not None:
         return "PNG"
     format = _SUFFIXES.get(path.suffix.lower())
@@ -473,6 +474,8 @@ def check_output(path: FilePath, overwrite: bool, *, allow_stream: bool = False)
             f"{path} has no suffix of an image format that can be written: {path.suffix!r}",
             f"use {', '.join(_SUFFIXES)}",
         )
+    if isinstance(path, RemotePath):  # whether it exists is checked by the request that writes it
+        return format
     if not path.parent.is_dir():
         raise missing_folder(path)
     if path.is_dir():
@@ -486,7 +489,8 @@ def check_output(path: FilePath, overwrite: bool, *, allow_stream: bool = False)
 
 def check_output_size(path: FilePath, height: int, width: int) -> None:
     """Raise InputError if the format of the suffix cannot hold images of that size."""
-    format = "PNG" if output_descriptor(Path(path)) is not None else _SUFFIXES[Path(path).suffix.lower()]
+    path = path if isinstance(path, RemotePath) else Path(path)
+    format = "PNG" if output_descriptor(path) is not None else _SUFFIXES[path.suffix.lower()]
     longest = max(height, width)
     if longest > _MAX_SIDE.get(format, longest):
         raise InputError(
@@ -495,14 +499,17 @@ def check_output_size(path: FilePath, height: int, width: int) -> None:
 
 
 def _write(
-    path: Path, pixels: NDArray[np.uint8 | np.uint16], format: str, options: dict[str, Any], overwrite: bool
+    path: FilePath, pixels: NDArray[np.uint8 | np.uint16], format: str, options: dict[str, Any], overwrite: bool
 ) -> None:
     check_output_size(path, *pixels.shape[:2])
     image = PilImage.fromarray(np.ascontiguousarray(pixels))
-    if output_descriptor(path) is not None:
+    if isinstance(path, RemotePath) or output_descriptor(path) is not None:
         buffer = io.BytesIO()
         image.save(buffer, format, **options)
-        write_descriptor(path, buffer.getvalue())
+        if isinstance(path, RemotePath):
+            write_remote(path, buffer.getvalue(), overwrite)
+        else:
+            write_descriptor(path, buffer.getvalue())
         return
     with atomic_write(path, overwrite) as stream:
         image.save(stream, format, **options)

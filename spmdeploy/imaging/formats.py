@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 import struct
 import zlib
-from pathlib import Path
 from typing import NamedTuple
 
 from spmdeploy.errors import InputError
+from spmdeploy.inputs import FilePath
 
 READABLE = "PNG, JPEG, WebP or BMP"
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -50,7 +50,7 @@ class Sanitized(NamedTuple):
     notes: tuple[str, ...]
 
 
-def format_of(content: bytes, path: Path) -> str:
+def format_of(content: bytes, path: FilePath) -> str:
     """Return "PNG", "JPEG", "WebP" or "BMP". Raises InputError, which names the format if it is a known one."""
     if not content:
         raise InputError(f"{path} is an empty file (0 bytes)", "copy or export it again")
@@ -68,7 +68,7 @@ def format_of(content: bytes, path: Path) -> str:
     raise InputError(f"{path} is not a {READABLE} image, whatever its name says", "convert it to PNG")
 
 
-def sanitize(content: bytes, format: str, path: Path) -> Sanitized:
+def sanitize(content: bytes, format: str, path: FilePath) -> Sanitized:
     """Remove parts that viewers ignore but strict decoders refuse, and limit the work of decoding.
 
     PNG: ancillary chunks with a wrong checksum are dropped with a note, text chunks are dropped, and the ICC profile
@@ -85,7 +85,7 @@ def sanitize(content: bytes, format: str, path: Path) -> Sanitized:
     return Sanitized(content, None, ())
 
 
-def _sanitize_png(content: bytes, path: Path) -> Sanitized:
+def _sanitize_png(content: bytes, path: FilePath) -> Sanitized:
     kept, notes, profile, at, start = [], [], None, len(PNG_SIGNATURE), 0
     while at + 12 <= len(content):
         length, kind = struct.unpack_from(">I4s", content, at)
@@ -129,7 +129,7 @@ def _icc_profile(data: bytes) -> bytes | None:
     return profile if inflate.eof else None
 
 
-def _text_note(data: bytes, path: Path) -> list[str]:
+def _text_note(data: bytes, path: FilePath) -> list[str]:
     """Notes about a text chunk that is dropped: none for short ones."""
     keyword = data.split(b"\0", 1)[0]
     if keyword == b"XML:com.adobe.xmp":
@@ -147,7 +147,7 @@ def _text_note(data: bytes, path: Path) -> list[str]:
 _SEGMENT_WITHOUT_LENGTH = {0x01, *range(0xD0, 0xD9)}
 
 
-def _check_scans(content: bytes, path: Path) -> None:
+def _check_scans(content: bytes, path: FilePath) -> None:
     scans, pixels, at = 0, 0, 2
     marker = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
     while at + 4 <= len(content) and scans <= MAX_JPEG_SCANS:

@@ -26,6 +26,7 @@ from spmdeploy.editing.options import EditOptions
 from spmdeploy.editing.status import STATUS_FILE, ItemStatus
 from spmdeploy.errors import InputError, OutOfMemoryError, UsageError
 from spmdeploy.labels import class_table
+from spmdeploy.remote import RemotePath, list_remote, read_remote, write_remote
 from spmdeploy.types import ModelInput
 
 
@@ -477,3 +478,82 @@ def test_batch_manifest_from_standard_input_is_read_relative_to_the_working_dire
     )
     assert done.returncode == 0 and json.loads(done.stdout)["counts"]["done"] == 1, done.stderr
     assert set(results(folder)) == {"a.png"}
+
+
+# ---------------------------------------------------------------------------------------------------------- stores
+
+
+@pytest.fixture
+def store(folder: Path, s3: str) -> RemotePath:
+    """A folder of a store that holds the files of `folder` and a manifest, edits.csv."""
+    target = RemotePath(f"{s3}/{folder.name}")
+    csv(folder, *ROWS)
+    for path in folder.glob("*.*"):
+        write_remote(target / path.name, path.read_bytes())
+    return target
+
+
+def run_in_store(store: RemotePath, editor: Editor | None = None, **options: Any) -> list[ItemStatus]:
+    out = store / "out"
+    overwrite = options.pop("overwrite", False)
+    return run_batch(editor or painting(), read_manifest(store / "edits.csv", out, overwrite), out, **options)
+
+
+def test_run_batch_in_a_store_gives_the_bytes_of_a_folder(folder: Path, store: RemotePath) -> None:
+    edit_all(folder / "edits.csv")
+    assert words(run_in_store(store, jobs=2)) == ["done"] * 3
+    assert {name: read_remote(store / "out" / name, 1 << 20) for name in results(folder)} == results(folder)
+    assert list_remote(store / "out") == {*results(folder), STATUS_FILE}
+    assert words(run_in_store(store, resume=True)) == ["skipped"] * 3
+    again = run_in_store(store)
+    assert words(again) == ["failed"] * 3 and "exists already" in str(again[0].error)
+    assert words(run_in_store(store, overwrite=True)) == ["done"] * 3
+
+
+def test_run_batch_in_a_store_interrupted_run_is_resumed(folder: Path, store: RemotePath) -> None:
+    def stop(run: int) -> None:
+        if run == 2:
+            raise MemoryError
+
+    with pytest.raises(MemoryError):
+        run_in_store(store, painting(stop))
+    assert "a.png" in list_remote(store / "out") and STATUS_FILE not in list_remote(store / "out")
+    write_remote(store / "out/b.png", b"of the interrupted run")
+    assert words(run_in_store(store, resume=True)) == ["skipped", "done", "done"]
+    assert read_remote(store / "out/b.png", 1 << 20).startswith(b"\x89PNG")
+    assert list_remote(store / "out") == {"a.png", "b.png", "c.png", STATUS_FILE}
+
+
+def test_run_batch_statuses_in_a_store_are_not_rewritten_for_each_item(
+    folder: Path, store: RemotePath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = []
+
+    def write(path: RemotePath, content: bytes, overwrite: bool = False) -> None:
+        written.append(path.name)
+        write_remote(path, content, overwrite)
+
+    monkeypatch.setattr("spmdeploy.editing.status.write_remote", write)
+    run_in_store(store)
+    assert len(written) == 3  # all started; all done; both merged
+
+
+def test_batch_command_mixes_paths_and_urls(
+    folder: Path, store: RemotePath, street_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    csv(folder, f"{store.url}/a.png,labels.png,{store.url}/mask.png,x.png", f"b.png,labels.png,{store.url}/none.png,")
+    arguments = command(folder, street_bundle)
+    arguments[arguments.index("--output-dir") + 1] = f"{store.url}/out"
+    assert cli.main(arguments) == 3
+    printed = json.loads(capsys.readouterr().out)
+    assert [item["status"] for item in printed["items"]] == ["done", "failed"]
+    assert "none.png" in printed["items"][1]["error"] and printed["hint"] == f"see {store.url}/out/{STATUS_FILE}"
+    arguments[arguments.index("--output-dir") + 1] = "http://127.0.0.1/out"
+    assert cli.main(arguments) == 7
+
+
+@pytest.mark.parametrize("text", ["/etc/x.png", "file:///etc/x.png", "../../../x.png"])
+def test_read_manifest_in_a_store_names_nothing_outside_it(text: str, store: RemotePath) -> None:
+    write_remote(store / "edits.csv", f"image,labels,mask\n{text},labels.png,mask.png\n".encode(), overwrite=True)
+    (item,) = read_manifest(store / "edits.csv", store / "out")
+    assert (item.request is None and "relative path" in str(item.error.hint)) or "whole URL" in str(item.error.hint)
