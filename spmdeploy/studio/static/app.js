@@ -294,8 +294,8 @@ function App() {
       if (open) return;
       const onButton = target.closest("button, a, summary") !== null;
       if (event.ctrlKey || event.metaKey) {
-        if (key === "z") event.shiftKey ? doc.current?.redo() : doc.current?.undo();
-        else if (key === "y") doc.current?.redo();
+        if (key === "z" && !event.shiftKey) doc.current?.undo();
+        else if (key === "z" || key === "y") doc.current?.redo();
         else return;
       } else if (key === "enter" && !onButton) run();
       else if (key === " " && !onButton) {

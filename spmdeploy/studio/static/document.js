@@ -175,8 +175,9 @@ export class EditDocument {
     const right = Math.min(width, Math.floor(Math.max(from.x, to.x)) + 1);
     const top = Math.max(0, Math.floor(Math.min(from.y, to.y)));
     const bottom = Math.min(height, Math.floor(Math.max(from.y, to.y)) + 1);
+    if (left >= right) return;
     this.begin("rectangle");
-    for (let y = top; y < bottom && left < right; y++) this.span(left, right, y, paint);
+    for (let y = top; y < bottom; y++) this.span(left, right, y, paint);
     this.commit();
   }
 
