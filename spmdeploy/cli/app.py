@@ -78,11 +78,20 @@ def run_command(arguments: Sequence[str]) -> int:
     """Run the command in `arguments` and return its exit code. Raises UsageError if they cannot be parsed."""
     app = build_app(arguments[0] if arguments and arguments[0] in _COMMANDS else None)
     try:
-        return int(app(list(arguments), prog_name="spmdeploy", standalone_mode=False) or 0)
+        return int(app(_with_addresses(arguments), prog_name="spmdeploy", standalone_mode=False) or 0)
     except typer.TyperException as exc:
         context = getattr(exc, "ctx", None)
         hint = f"see {context.command_path} --help" if context else None
         raise UsageError(exc.format_message().replace("Value error, ", ""), hint) from exc
+
+
+def _with_addresses(arguments: Sequence[str]) -> list[str]:
+    """The arguments with a value for each `--ray` that has none: typer has no options with optional values."""
+    following = [*arguments[1:], "-"]
+    return [
+        "--ray=default" if argument == "--ray" and after.startswith("-") else argument
+        for argument, after in zip(arguments, following, strict=False)
+    ]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -21,7 +21,7 @@ from spmdeploy.cli.options import (
     with_fields_of,
 )
 from spmdeploy.editing.options import EditOptions
-from spmdeploy.errors import BatchItemsFailedError
+from spmdeploy.errors import BatchItemsFailedError, UsageError
 from spmdeploy.remote import as_path
 
 
@@ -37,6 +37,17 @@ def batch(
     precision: PrecisionOption = "auto",
     require_signature: RequireSignature = None,
     jobs: Annotated[int, typer.Option("--jobs", min=1, help="Edits under way at once.")] = 1,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            "--ray",
+            metavar="[ADDRESS]",
+            help="Edit on a Ray cluster: HOST:PORT, or auto for one that runs here; without an address, one is started "
+            "where none runs.",
+        ),
+    ] = None,
+    cores: Annotated[int, typer.Option("--cores", min=1, help="With --ray: CPU cores of each editor.")] = 1,
+    workers: Annotated[int | None, typer.Option("--workers", min=1, help="With --ray: editors at most.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Skip what is done already.")] = False,
     overwrite: Overwrite = False,
     verbose: Verbose = False,
@@ -57,11 +68,8 @@ def batch(
 
     folder = as_path(output_dir)
     items = read_manifest(as_path(manifest), folder, overwrite, record_from(EditOptions, values))
-    with (
-        open_editor_from_options(model, backend, device, precision, require_signature, verbose=verbose) as editor,
-        progress_bar("editing") as show,
-    ):
-        done = 0
+    done = 0
+    with progress_bar("editing") as show:
 
         def progress(status: ItemStatus) -> None:
             nonlocal done
@@ -70,7 +78,31 @@ def batch(
             if status.error:
                 log(f"row {status.row}: {status.error}" + (f" ({status.hint})" if status.hint else ""))
 
-        statuses = run_batch(editor, items, folder, jobs=jobs, resume=resume, progress=progress)
+        if ray is None:
+            with open_editor_from_options(
+                model, backend, device, precision, require_signature, verbose=verbose
+            ) as editor:
+                statuses = run_batch(editor, items, folder, jobs=jobs, resume=resume, progress=progress)
+        else:
+            from spmdeploy.editing.ray_batch import FleetOptions, run_on_ray
+
+            if jobs > 1:
+                raise UsageError("--jobs is for one machine", "with --ray, --cores and --workers divide the cluster")
+            statuses = run_on_ray(
+                model,
+                items,
+                folder,
+                FleetOptions(ray, cores, workers),
+                backend=backend,
+                device=device,
+                precision=precision,
+                require_signature=require_signature,
+                resume=resume,
+                progress=progress,
+                on_open=lambda node, facts, choices: log(
+                    "\n".join((f"{node}: {', '.join(facts)}", *choices * verbose))
+                ),
+            )
     counts = {name: sum(status.status == name for status in statuses) for name in ("done", "skipped", "failed")}
     payload = {"counts": counts, "items": [status.to_json() for status in statuses]}
     line = ", ".join(f"{count} {name}" for name, count in counts.items())

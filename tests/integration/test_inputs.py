@@ -32,6 +32,8 @@ OWN_FILES = {
     "bundle/bundle.py",
     "cli/app.py",
     "cli/bundle.py",
+    "editing/ray_batch.py",
+    "editing/ray_worker.py",
     "editing/status.py",
     "bundle/storage.py",
     "bundle/writer.py",
