@@ -6,7 +6,11 @@ import io
 import os
 import re
 import shutil
+import socket
+import subprocess
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -193,8 +197,147 @@ def test_page_shows_errors_and_survives_a_stopped_server(browser: Any, served: S
         painter.gate.set()
     page.keyboard.press("Enter")
     page.wait_for_selector(".notice:has-text('the server does not answer')")
+    page.wait_for_selector(".badge:has-text('not connected')")
     assert studio.painted() > 0 and not studio.errors
     page.close()
+
+
+SERVICE = """
+import sys
+import spmdeploy
+from spmdeploy.bundle.bundle import open_bundle
+from spmdeploy.editing.editor import Editor
+from spmdeploy.labels import class_table
+from spmdeploy.studio.app import Served
+from spmdeploy.studio.limits import Limits
+from spmdeploy.studio.server import serve
+from tests.studio.conftest import LOCAL, Painter
+
+painter = Painter()
+if sys.argv[2] == "stuck":
+    painter.gate.clear()
+served = Served(Editor(painter, class_table("street")), open_bundle(spmdeploy.default_model()).manifest)
+serve(served, Limits(), LOCAL, "127.0.0.1", int(sys.argv[1]), lambda url: print(url, flush=True))
+"""
+
+
+@contextmanager
+def service_process(port: int, state: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    command = [sys.executable, "-c", SERVICE, str(port), state]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        try:
+            assert process.stdout is not None
+            yield process.stdout.readline().strip(), process
+        finally:
+            process.kill()
+
+
+def test_page_keeps_its_work_when_the_server_is_killed_and_restarted(browser: Any) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    page = browser.new_page(viewport={"width": 1280, "height": 720})
+    with service_process(port, "stuck") as (url, process):
+        studio = Studio(page, url)
+        studio.drag((0.2, 0.5), (0.3, 0.5))
+        first = studio.painted()
+        studio.drag((0.6, 0.5), (0.7, 0.5))
+        work = studio.download("Labels"), studio.download("Mask")
+        page.locator("canvas").focus()
+        page.keyboard.press("Enter")
+        page.wait_for_selector(".progress")
+        page.wait_for_function("fetch('/v1/health').then((r) => r.json()).then((health) => health.queue === 1)")
+        process.kill()
+        page.wait_for_selector(".notice.error:has-text('the server stopped in the middle of the edit')")
+        page.wait_for_selector(".badge:has-text('not connected')")
+        studio.shot("not-connected")
+    with service_process(port, "well"):
+        page.wait_for_selector(".notice:has-text('connected again')")
+        page.wait_for_selector(".badge:has-text('onnxruntime')")
+        studio.shot("connected-again")
+        assert (studio.download("Labels"), studio.download("Mask")) == work
+        studio.run()
+        for _ in range(2):  # the result, then the second stroke
+            page.keyboard.press("Control+z")
+        assert studio.painted() == first
+        page.close()
+    assert not studio.errors
+
+
+def send_pointer(studio: Studio, kind: str, pointer: int, event: str, x: float, y: float, buttons: int = 1) -> None:
+    """Dispatch an event of a finger or a pen at a share of the canvas."""
+    studio.page.evaluate(
+        """([kind, pointerId, event, x, y, buttons]) => {
+            const canvas = document.querySelector("canvas"), box = canvas.getBoundingClientRect();
+            canvas.setPointerCapture = () => {};  // knows real pointers alone
+            canvas.dispatchEvent(new PointerEvent(event, {
+                pointerId, pointerType: kind, clientX: box.left + x * box.width, clientY: box.top + y * box.height,
+                buttons, button: buttons === 32 ? 5 : 0, bubbles: true, cancelable: true,
+            }));
+        }""",
+        [kind, pointer, event, x, y, buttons],
+    )
+
+
+def stroke(studio: Studio, kind: str, *points: tuple[float, float], buttons: int = 1) -> None:
+    send_pointer(studio, kind, 7, "pointerdown", *points[0], buttons)
+    for x, y in points[1:]:
+        send_pointer(studio, kind, 7, "pointermove", x, y, buttons)
+    send_pointer(studio, kind, 7, "pointerup", *points[-1], 0)
+
+
+def zoom(studio: Studio) -> int:
+    return int(re.search(r"(\d+) %", studio.page.locator("footer").inner_text())[1])
+
+
+def test_page_finger_taps_paint_and_two_fingers_zoom(browser: Any, served: Served) -> None:
+    with running(served) as url:
+        context = browser.new_context(viewport={"width": 1024, "height": 768}, has_touch=True)
+        page = context.new_page()
+        studio = Studio(page, url)
+        box = page.locator("canvas").bounding_box()
+        page.touchscreen.tap(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+        dot = studio.painted()
+        assert dot > 0
+        stroke(studio, "touch", (0.4, 0.4), (0.5, 0.4), (0.6, 0.4))
+        line = studio.painted()
+        assert line > 2 * dot
+        page.get_by_role("button", name="Run").tap()
+        page.wait_for_selector(".notice.done")
+        before = zoom(studio)
+        # The first finger would draw, and by that return from the result to the photo.
+        for tool in ("Brush", "Fill a region of the label map", "Replace a class everywhere by the chosen one"):
+            page.get_by_role("button", name=tool, exact=True).tap()
+            send_pointer(studio, "touch", 1, "pointerdown", 0.45, 0.5)
+            send_pointer(studio, "touch", 1, "pointermove", 0.46, 0.5)
+            send_pointer(studio, "touch", 2, "pointerdown", 0.55, 0.5)
+            send_pointer(studio, "touch", 2, "pointermove", 0.7, 0.5)
+            send_pointer(studio, "touch", 1, "pointerup", 0.46, 0.5, 0)
+            send_pointer(studio, "touch", 2, "pointerup", 0.7, 0.5, 0)
+            assert page.locator(".compare").count() == 1 and studio.painted() == line
+        assert zoom(studio) > 2 * before
+        studio.shot("tablet")
+        context.close()
+        assert not studio.errors
+
+
+def test_page_pen_draws_erases_with_its_end_and_ignores_the_palm(studio: Studio) -> None:
+    send_pointer(studio, "touch", 1, "pointerdown", 0.5, 0.8)  # the palm, before the pen
+    send_pointer(studio, "pen", 7, "pointerdown", 0.4, 0.4)
+    send_pointer(studio, "touch", 2, "pointerdown", 0.55, 0.8)
+    send_pointer(studio, "touch", 2, "pointermove", 0.6, 0.9)
+    send_pointer(studio, "pen", 7, "pointermove", 0.6, 0.4)
+    send_pointer(studio, "touch", 1, "pointerup", 0.5, 0.8, 0)
+    send_pointer(studio, "touch", 2, "pointerup", 0.6, 0.9, 0)
+    send_pointer(studio, "pen", 7, "pointerup", 0.6, 0.4, 0)
+    rows = np.nonzero(pixels(studio.download("Mask")).any(1))[0]
+    assert 0 < rows.size < 60 and rows.max() < 180  # one line in the upper half
+    drawn = studio.painted()
+    stroke(studio, "pen", (0.38, 0.4), (0.5, 0.4), buttons=32)
+    assert 0 < studio.painted() < drawn
+    stroke(studio, "pen", (0.4, 0.4), (0.5, 0.4))
+    assert studio.painted() >= drawn - 50
+    studio.page.keyboard.press("Control+z")
+    assert 0 < studio.painted() < drawn
 
 
 def test_page_works_with_the_keyboard_alone(studio: Studio) -> None:
@@ -227,6 +370,8 @@ def test_page_has_no_accessibility_violations(browser: Any, served: Served, sche
                 page.keyboard.press("?")
             result = axe.Axe().run(page)
             assert result.violations_count == 0, f"{state}: {result.generate_report()}"
+        page.close()
+        page = browser.new_page(color_scheme=scheme, bypass_csp=True)
         page.goto(f"{url}/docs")
         assert axe.Axe().run(page).violations_count == 0
         page.close()

@@ -11,6 +11,9 @@ export class ServiceError extends Error {
   }
 }
 
+/** The service cannot be reached. */
+export class ConnectionLost extends ServiceError {}
+
 /**
  * @typedef {{id: number, name: string, color: [number, number, number]}} LabelClass
  * @typedef {{name: string, license: string, native_size: number, backend: string, device: string, precision: string,
@@ -33,7 +36,7 @@ async function request(path, options) {
     response = await fetch(path, options);
   } catch (error) {
     if (error instanceof DOMException && error.name === "AbortError") throw error;
-    throw new ServiceError("the server does not answer", "was it stopped? start `spmdeploy studio` again; your work is still here");
+    throw new ConnectionLost("the server does not answer", "was it stopped? start `spmdeploy studio` again: this page waits for it and keeps your work");
   }
   if (!response.ok) throw await failure(response);
   return response;
@@ -110,7 +113,7 @@ export async function runEdit(form, progress, signal) {
   for (;;) {
     const { value, done } = await reader.read().catch((error) => {
       if (error instanceof DOMException && error.name === "AbortError") throw error;
-      throw new ServiceError("the server stopped in the middle of the edit", "start it again and run once more");
+      throw interrupted();
     });
     text += value ?? "";
     const lines = text.split("\n");
@@ -121,8 +124,12 @@ export async function runEdit(form, progress, signal) {
       else if ("detail" in message) throw new ServiceError(message.detail, message.hint);
       else return { ...message, blob: await base64Blob(message.image) };
     }
-    if (done) throw new ServiceError("the server stopped in the middle of the edit", "start it again and run once more");
+    if (done) throw interrupted();
   }
+}
+
+function interrupted() {
+  return new ConnectionLost("the server stopped in the middle of the edit", "start it again: this page waits for it and keeps your work");
 }
 
 /** @param {FormData} form */

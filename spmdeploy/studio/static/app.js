@@ -1,7 +1,7 @@
 // The page: tools, classes, options, runs and history around the canvas.
 
 import { html, render, useCallback, useEffect, useRef, useState } from "./vendor/htm-preact.js";
-import { ServiceError, checkPhoto, fetchModel, fetchSample, fetchSamples, packSession, readLabels, runEdit } from "./api.js";
+import { ConnectionLost, ServiceError, checkPhoto, fetchModel, fetchSample, fetchSamples, packSession, readLabels, runEdit } from "./api.js";
 import { EditDocument } from "./document.js";
 import { Surface } from "./surface.js";
 
@@ -29,7 +29,7 @@ const SHORTCUTS = [
   ["B E P R G X I H", "brush, eraser, polygon, rectangle, fill, replace, pick, move"],
   ["[ ]", "smaller or larger brush"], ["0–9", "choose a class by its number"], ["Shift+click", "straight line from the last stroke"],
   ["Arrows, Space", "move the cursor (Shift: further), use the tool there"], ["Double click / C", "close a polygon"],
-  ["hold O", "show the original"], ["A", "compare with a slider"], ["L", "show the label map"], ["M", "mask only: keep labels"],
+  ["hold O", "show the original"], ["A", "compare with a slider"], [", .", "move the slider"], ["L", "show the label map"], ["M", "mask only: keep labels"],
   ["T", "outlines instead of colors"], ["W", "show windows of the edit"], ["F", "fit to the screen"], ["+ −, wheel", "zoom"],
   ["hold Space and drag", "move the view"], ["?", "this list"],
 ];
@@ -76,6 +76,7 @@ function App() {
   const [search, setSearch] = useState("");
   const [options, setOptions] = useState({ tiling: "auto", feather: 3, match_surroundings: "auto" });
   const [dialog, setDialog] = useState(/** @type {"" | "shortcuts" | "extend"} */ (""));
+  const [offline, setOffline] = useState(false);
   const [, setVersion] = useState(0);
   const doc = useRef(/** @type {EditDocument | null} */ (null));
   const surface = useRef(/** @type {Surface | null} */ (null));
@@ -93,7 +94,40 @@ function App() {
     if (error instanceof DOMException && error.name === "AbortError") setNotice({ kind: "note", message: "canceled" });
     else if (error instanceof ServiceError) setNotice({ kind: "error", message: error.message, hint: error.hint });
     else setNotice({ kind: "error", message: String(error) });
+    if (error instanceof ConnectionLost) setOffline(true);
   }, []);
+
+  // Asks once a second whether the service is back.
+  useEffect(() => {
+    if (!offline) return undefined;
+    const timer = setInterval(async () => {
+      try {
+        await fetchModel();
+      } catch (error) {
+        if (error instanceof ConnectionLost) return;
+      }
+      setOffline(false);
+      setNotice({ kind: "note", message: "connected again", hint: doc.current?.masked ? "your work is still here: press Enter to run it" : undefined });
+      await start();
+    }, 1000);
+    return () => clearInterval(timer);
+  }, [offline]);
+
+  /** Asks what is served; opens the first sample if no photo is open. */
+  const start = async () => {
+    try {
+      const found = await fetchModel();
+      setModel(found);
+      change({ colors: found.classes.classes.map((one) => one.color) });
+      const listed = await fetchSamples();
+      setSamples(listed);
+      if (doc.current) return;
+      change({ classId: found.classes.classes.find((one) => one.name === "tree")?.id ?? 0 });
+      if (listed.length) await openSample(listed[0].name);
+    } catch (error) {
+      report(error);
+    }
+  };
 
   /** @param {import("./document.js").Photo} photo @param {{ids: Uint8Array, width: number, height: number} | null} labels @param {string[]} notes */
   const openDocument = (photo, labels, notes) => {
@@ -236,19 +270,6 @@ function App() {
       onview: setZoom,
     });
     surface.current = view;
-    const start = async () => {
-      try {
-        const found = await fetchModel();
-        setModel(found);
-        const tree = found.classes.classes.find((one) => one.name === "tree");
-        change({ colors: found.classes.classes.map((one) => one.color), classId: tree?.id ?? 0 });
-        const listed = await fetchSamples();
-        setSamples(listed);
-        if (listed.length) await openSample(listed[0].name);
-      } catch (error) {
-        report(error);
-      }
-    };
     start();
   }, []);
 
@@ -288,7 +309,7 @@ function App() {
       if (key === "escape") {
         if (open) setDialog("");
         else abort.current?.abort();
-        view?.cancelStroke();
+        view?.abandon();
         return;
       }
       if (open) return;
@@ -310,6 +331,7 @@ function App() {
       else if (key === "]") change({ radius: Math.min(400, Math.round(now.radius * 1.25) + 1) });
       else if (key === "o") change({ showOriginal: true });
       else if (key === "a") change({ compare: !now.compare });
+      else if ((key === "," || key === ".") && now.compare) view?.moveDivider(key === "," ? -0.05 : 0.05);
       else if (key === "l") change({ showLabels: !now.showLabels });
       else if (key === "m") change({ maskOnly: !now.maskOnly });
       else if (key === "t") change({ outline: !now.outline });
@@ -343,17 +365,23 @@ function App() {
       if (file) openFile(file);
     };
     const over = (/** @type {DragEvent} */ event) => event.preventDefault();
+    /** @param {BeforeUnloadEvent} event */
+    const leave = (event) => {
+      if (doc.current?.undoStack.length) event.preventDefault(); // the browser asks whether to leave the work
+    };
     window.addEventListener("keydown", keydown);
     window.addEventListener("keyup", keyup);
     window.addEventListener("drop", drop);
     window.addEventListener("dragover", over);
     window.addEventListener("paste", paste);
+    window.addEventListener("beforeunload", leave);
     return () => {
       window.removeEventListener("keydown", keydown);
       window.removeEventListener("keyup", keyup);
       window.removeEventListener("drop", drop);
       window.removeEventListener("dragover", over);
       window.removeEventListener("paste", paste);
+      window.removeEventListener("beforeunload", leave);
     };
   }, []);
 
@@ -372,7 +400,7 @@ function App() {
         ${samples.map((one) => html`<option value=${one.name}>${one.title}</option>`)}
       </select>
       <span class="spacer"></span>
-      ${model && html`<${Badge} model=${model} />`}
+      ${model && html`<${Badge} model=${model} offline=${offline} />`}
       <button onClick=${() => setDialog("shortcuts")} aria-label="Keyboard shortcuts">?</button>
     </header>
     <nav aria-label="Tools">
@@ -381,10 +409,10 @@ function App() {
           <svg viewBox="0 0 24 24" aria-hidden="true"><path d=${path} /></svg>
         </button>`)}
       <hr />
-      <button class="tool" aria-label="Undo" title="Undo (Ctrl+Z)" disabled=${!doc.current?.undoStack.length} onClick=${() => doc.current?.undo()}>
+      <button class="tool" aria-label="Undo" title=${historyTitle("Undo", doc.current?.undoStack.at(-1), "Ctrl+Z")} disabled=${!doc.current?.undoStack.length} onClick=${() => doc.current?.undo()}>
         <svg viewBox="0 0 24 24" aria-hidden="true"><path d="M9 5L4 10l5 5M4 10h10a6 6 0 010 12h-3" /></svg>
       </button>
-      <button class="tool" aria-label="Redo" title="Redo (Ctrl+Shift+Z)" disabled=${!doc.current?.redoStack.length} onClick=${() => doc.current?.redo()}>
+      <button class="tool" aria-label="Redo" title=${historyTitle("Redo", doc.current?.redoStack.at(-1), "Ctrl+Shift+Z")} disabled=${!doc.current?.redoStack.length} onClick=${() => doc.current?.redo()}>
         <svg viewBox="0 0 24 24" aria-hidden="true"><path d="M15 5l5 5-5 5M20 10H10a6 6 0 000 12h3" /></svg>
       </button>
     </nav>
@@ -478,8 +506,14 @@ function takeFile(event, open) {
   if (file) open(file);
 }
 
-/** @param {{model: Model}} props */
-function Badge({ model }) {
+/** @param {string} action @param {import("./document.js").Change | undefined} change @param {string} key */
+function historyTitle(action, change, key) {
+  return `${action}${change ? `: ${change.label}` : ""} (${key})`;
+}
+
+/** @param {{model: Model, offline: boolean}} props */
+function Badge({ model, offline }) {
+  if (offline) return html`<span class="badge slow" role="status"><span>not connected</span></span>`;
   const slow = model.notes.length > 0;
   const time = model.last_milliseconds === null ? "" : ` · ${Math.round(model.last_milliseconds)} ms`;
   return html`<details class=${`badge ${slow ? "slow" : ""}`}>

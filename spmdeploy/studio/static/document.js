@@ -39,6 +39,8 @@ export class EditDocument {
     this.onchange = () => {};
     /** @type {Change | null} */
     this.current = null;
+    /** @type {{undo: Change[], redo: Change[], state: State} | null} what `rollback` returns to */
+    this.before = null;
     this.masked = 0;
   }
 
@@ -57,6 +59,7 @@ export class EditDocument {
   /** Begins a change that can be undone in one step.
    * @param {string} label */
   begin(label) {
+    this.before = { undo: [...this.undoStack], redo: this.redoStack, state: this.state };
     if (this.state.result) this.replaceState("paint on the photo", { result: null });
     this.current = { label, bytes: 0, tiles: new Map(), state: null };
   }
@@ -66,6 +69,20 @@ export class EditDocument {
     this.current = null;
     if (!change?.tiles?.size) return;
     this._push(change);
+    this._count();
+    this.onchange();
+  }
+
+  /** Takes back the change under way as if it had never begun. */
+  rollback() {
+    const { current, before } = this;
+    if (!current || !before) return;
+    this.current = null;
+    for (const [tile, copy] of current.tiles ?? []) this._pasteTile(tile, copy);
+    if (this.state !== before.state) this.markAllDirty();
+    this.state = before.state;
+    this.undoStack = before.undo;
+    this.redoStack = before.redo;
     this._count();
     this.onchange();
   }

@@ -41,6 +41,11 @@ export class Surface {
     this.drag = null;
     /** @type {Map<number, Point>} pointers on the canvas, in CSS pixels */
     this.pointers = new Map();
+    /** @type {number | null} the pen on the canvas: touches, such as of the palm, are ignored meanwhile */
+    this.pen = null;
+    this.penErases = false;
+    /** @type {Point | null} where a tool that acts on release was pressed */
+    this.pressed = null;
     this.panning = false;
     this.spaceHeld = false;
     this.requested = false;
@@ -48,7 +53,10 @@ export class Surface {
     canvas.addEventListener("pointerdown", (event) => this.down(event));
     canvas.addEventListener("pointermove", (event) => this.move(event));
     canvas.addEventListener("pointerup", (event) => this.up(event));
-    canvas.addEventListener("pointercancel", (event) => this.up(event));
+    canvas.addEventListener("pointercancel", (event) => {
+      this.cancelStroke();
+      this.up(event);
+    });
     canvas.addEventListener("pointerleave", () => {
       this.cursor = null;
       this.events.onhover(null);
@@ -111,18 +119,25 @@ export class Surface {
 
   paint() {
     const { tool, classId, maskOnly } = /** @type {Settings} */ (this.settings);
-    return { id: maskOnly ? null : classId, erase: tool === "eraser" };
+    return { id: maskOnly ? null : classId, erase: tool === "eraser" || this.penErases };
   }
 
   /** @param {PointerEvent} event */
   down(event) {
     if (!this.document || !this.settings) return;
+    if (event.pointerType === "touch" && this.pen !== null) return;
+    if (event.pointerType === "pen") {
+      this.cancelStroke();
+      this.pointers.clear();
+      this.pen = event.pointerId;
+      this.penErases = (event.buttons & 32) !== 0; // the other end of the pen
+    }
     this.canvas.focus({ preventScroll: true });
     this.canvas.classList.add("pointed"); // the focus ring is for the keyboard
     this.canvas.setPointerCapture(event.pointerId);
     const local = this.local(event);
     this.pointers.set(event.pointerId, local);
-    if (this.pointers.size === 2) {
+    if (this.pointers.size >= 2) { // a pinch, whose first finger has drawn by mistake
       this.cancelStroke();
       return;
     }
@@ -139,17 +154,26 @@ export class Surface {
     const { tool, radius } = this.settings;
     if (tool === "brush" || tool === "eraser") {
       const from = event.shiftKey && this.lastEnd ? this.lastEnd : at;
-      this.document.begin(tool === "eraser" ? "erase" : "stroke");
+      this.document.begin(this.paint().erase ? "erase" : "stroke");
       this.document.paintStroke(from, at, radius, this.paint());
       this.drag = { from: at, last: at };
     } else if (tool === "rectangle") {
       this.drag = { from: at, last: at };
-    } else if (tool === "polygon") {
+    } else {
+      this.pressed = at;
+    }
+    this.draw();
+  }
+
+  /** The tools that act where the pointer is released.
+   * @param {Point} at @param {Tool} tool */
+  use(at, tool) {
+    if (tool === "polygon") {
       const first = this.points[0];
       if (this.points.length > 2 && Math.hypot(first.x - at.x, first.y - at.y) * this.zoom < 10) this.closePolygon();
       else this.points.push(at);
     } else if (tool === "bucket") {
-      this.document.paintRegion(at, this.paint());
+      this.document?.paintRegion(at, this.paint());
     } else {
       this.pick(at, tool);
     }
@@ -169,6 +193,7 @@ export class Surface {
   /** @param {PointerEvent} event */
   move(event) {
     if (!this.document || !this.settings) return;
+    if (event.pointerType === "touch" && !this.pointers.has(event.pointerId)) return;
     const local = this.local(event);
     const before = this.pointers.get(event.pointerId);
     if (before) this.pointers.set(event.pointerId, local);
@@ -186,7 +211,8 @@ export class Surface {
     } else if (this.drag) {
       const { tool, radius } = this.settings;
       if (tool === "brush" || tool === "eraser") {
-        for (const one of event.getCoalescedEvents?.() ?? [event]) {
+        const events = event.getCoalescedEvents?.() ?? [];
+        for (const one of events.length ? events : [event]) {
           const next = this.toPhoto(this.local(one));
           this.document.paintStroke(this.drag.last, next, radius, this.paint());
           this.drag.last = next;
@@ -199,27 +225,42 @@ export class Surface {
 
   /** @param {PointerEvent} event */
   up(event) {
-    this.pointers.delete(event.pointerId);
+    const known = this.pointers.delete(event.pointerId);
+    if (event.pointerId === this.pen) this.pen = null;
+    if (!known) return;
     if (this.panning || this.movingDivider) {
       this.panning = this.movingDivider = false;
       return;
     }
-    if (!this.document || !this.settings || !this.drag) return;
+    if (!this.document || !this.settings) return;
     const { tool } = this.settings;
+    if (this.pressed) {
+      const at = this.pressed;
+      this.pressed = null;
+      this.use(at, tool);
+    }
+    if (!this.drag) return;
     if (tool === "rectangle") this.document.paintRectangle(this.drag.from, this.drag.last, this.paint());
     else this.document.commit();
     this.lastEnd = this.drag.last;
     this.drag = null;
+    this.penErases = false;
     this.draw();
   }
 
-  cancelStroke() {
-    if (this.drag && this.document?.current) {
-      this.document.commit();
-      this.document.undo();
-    }
-    this.drag = null;
+  /** Leaves the polygon or the stroke under way. */
+  abandon() {
     this.points = [];
+    this.cancelStroke();
+  }
+
+  cancelStroke() {
+    this.document?.rollback();
+    this.drag = null;
+    this.pressed = null;
+    this.panning = false;
+    this.movingDivider = false;
+    this.penErases = false;
     this.draw();
   }
 
@@ -268,6 +309,12 @@ export class Surface {
       this.document.paintStroke(this.cursor, this.cursor, settings.radius, this.paint());
       this.document.commit();
     }
+    this.draw();
+  }
+
+  /** @param {number} share of the photo's width */
+  moveDivider(share) {
+    this.divider = Math.min(1, Math.max(0, this.divider + share));
     this.draw();
   }
 
