@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from spmdeploy.editing.options import EditRequest
 from spmdeploy.editing.preprocess import extend_canvas
 from spmdeploy.editing.report import EditReport
 from spmdeploy.editing.validate import InputNames, check_padding
+from spmdeploy.errors import OutOfMemoryError, SpmDeployError
 from spmdeploy.imaging import files as images
 from spmdeploy.inputs import LocalOrRemote, input_name
 from spmdeploy.labels import ClassTable
@@ -78,7 +80,8 @@ def run_edit(
         get_inputs: returns what `read_inputs` returns for the request, or raises what it raises; None: read here.
 
     Raises:
-        SpmDeployError: names the file or option at fault. Nothing has been written then.
+        SpmDeployError: names the file or option at fault. Nothing has been written then, unless the message names
+            the files that are complete: the edit stays if its sheet or explanation cannot be written.
     """
     images.check_output(request.output, request.overwrite, allow_stream=True)
     for path in filter(None, (request.sheet, request.explain)):
@@ -162,14 +165,29 @@ def _write_overviews(
     request: EditRequest, inputs: EditInputs, mask: Mask, edited: Image, report: EditReport, editor: Editor
 ) -> None:
     """Write the sheet and the explanation, as far as requested."""
-    before = inputs.photo.pixels
+    before, written = inputs.photo.pixels, str(request.output)
     if request.sheet is not None:
         from spmdeploy.imaging.contact_sheet import edit_sheet
 
-        sheet = edit_sheet(before, inputs.labels, mask, edited, editor.classes)
-        images.write_image(request.sheet, sheet, overwrite=request.overwrite)
+        with _errors_name(written, request.sheet):
+            sheet = edit_sheet(before, inputs.labels, mask, edited, editor.classes)
+            images.write_image(request.sheet, sheet, overwrite=request.overwrite)
+        written += f" and {request.sheet}"
     if request.explain is not None:
         from spmdeploy.editing.overlay import explain_sheet
 
-        explained = explain_sheet(before, mask, report.windows)
-        images.write_image(request.explain, explained, overwrite=request.overwrite)
+        with _errors_name(written, request.explain):
+            explained = explain_sheet(before, mask, report.windows)
+            images.write_image(request.explain, explained, overwrite=request.overwrite)
+
+
+@contextmanager
+def _errors_name(written: str, path: Path) -> Iterator[None]:
+    """Add to errors about `path` which files are complete."""
+    kept = f"written and complete: {written}"
+    try:
+        yield
+    except MemoryError as exc:
+        raise OutOfMemoryError(f"too little memory to write {path}; {kept}", "close other programs") from exc
+    except SpmDeployError as exc:
+        raise type(exc)(f"{exc.problem}; {kept}", exc.hint) from exc

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +108,32 @@ def test_run_edit_sheet_and_explain_are_written(files: EditRequest, tmp_path: Pa
     assert done.to_json()["sheet"] == str(tmp_path / "sheet.png")
     assert done.to_json()["explain"] == str(tmp_path / "tiles.png")
     assert read_photo(tmp_path / "sheet.png").pixels.shape != read_photo(tmp_path / "tiles.png").pixels.shape
+
+
+@pytest.mark.parametrize("failing", ["sheet", "tiles"])
+def test_run_edit_full_disk_behind_sheet_keeps_the_edit_and_says_so(
+    failing: str, files: EditRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {path.name for path in tmp_path.iterdir()}
+    sheets = {"sheet": tmp_path / "sheet.png", "tiles": tmp_path / "tiles.png"}
+    really_flush, written = os.fsync, []
+
+    def flush(descriptor: int) -> None:  # where file systems that allocate late report a full disk
+        written.append(descriptor)
+        if len(written) == (2 if failing == "sheet" else 3):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        really_flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", flush)
+    with pytest.raises(InputError) as caught:
+        run_edit(editor(), changed(files, sheet=sheets["sheet"], explain=sheets["tiles"]))
+    complete = [files.output] if failing == "sheet" else [files.output, sheets["sheet"]]
+    named = " and ".join(map(str, complete))
+    assert caught.value.problem == (f"cannot write {sheets[failing]}: the disk is full; written and complete: {named}")
+    assert caught.value.exit_code == 7 and caught.value.hint
+    assert {path.name for path in tmp_path.iterdir()} == before | {path.name for path in complete}
+    for path in complete:
+        read_photo(path)
 
 
 def test_run_edit_changed_labels_of_another_size_are_refused(files: EditRequest, tmp_path: Path) -> None:
