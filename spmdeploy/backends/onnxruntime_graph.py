@@ -34,6 +34,9 @@ _INPUTS = {
     "coarse": "tensor(float)",
 }
 
+MAX_MEMORY = 8 << 30
+"""Limit on the intermediate results of a process on CPUs, in bytes; batches of 32 in the paper's size take 6 GB."""
+
 Graph = Path | GraphFiles
 """An ONNX file, with its external weights next to it if it has any; or the contents of these files."""
 Arrays = Mapping[str, NDArray[Any]]
@@ -53,7 +56,7 @@ class CachedLayoutGraphs:
         sessions = []
         try:
             for graph in (layout, picture):
-                options = _options(library, threads)
+                options = _cpu_options(library, threads) if device == "cpu" else _options(library, threads)
                 if device != "cpu":
                     options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
                 sessions.append(inference_session(library, graph, options, providers))
@@ -66,6 +69,8 @@ class CachedLayoutGraphs:
             [value.name for value in values]
             for values in (self._layout.get_inputs(), self._layout.get_outputs(), self._picture.get_inputs())
         )
+        if unknown := set(self._layout_inputs) - set(LayoutInput._fields):
+            raise BundleError(f"the layout graph reads {min(unknown)}, which no layout has", "export the bundle again")
         missing = set(self._picture_inputs) - {*self._cached, *ModelInput._fields}
         if missing:
             raise BundleError(
@@ -206,13 +211,14 @@ def _cached_session(library: Any, content: Graph, threads: int, key: str) -> Any
 
 @cache
 def _bound_memory(library: Any) -> None:
-    """Limits the intermediate results of all sessions on the CPU to half of the machine's memory.
+    """Limits the intermediate results of all sessions on the CPU to `MAX_MEMORY`, or half of the machine's memory.
 
-    A graph can ask for any amount; beyond the limit ONNX Runtime raises an error instead of exhausting the machine.
+    A graph can ask for any amount; beyond the limit ONNX Runtime raises an error before it allocates. Nothing smaller
+    can be checked before the run: in graphs for CPUs shapes depend on the mask.
     """
-    if not hasattr(os, "sysconf"):
-        return
-    limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    limit = MAX_MEMORY
+    if hasattr(os, "sysconf"):
+        limit = min(limit, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
     memory = library.OrtMemoryInfo("Cpu", library.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, library.OrtMemType.DEFAULT)
     library.create_and_register_allocator(memory, library.OrtArenaCfg({"max_mem": limit}))
 
@@ -361,7 +367,8 @@ def _to_package_error(error: Exception, device: str) -> Exception:
     text = " ".join(str(error).split())[:400]
     signs = ("allocate memory", "out of memory", "bad_alloc", "smaller than requested bytes")
     if isinstance(error, MemoryError) or any(sign in text.lower() for sign in signs):
-        return OutOfMemoryError(f"ONNX Runtime ran out of memory on {device}: {text}", "close other programs")
+        hint = "close other programs, or use a smaller --batch-size"
+        return OutOfMemoryError(f"ONNX Runtime ran out of memory on {device}: {text}", hint)
     if device != "cpu":
         return UnavailableError(f"ONNX Runtime cannot use {device}: {text}", "see `spmdeploy doctor`")
     return BundleError(f"ONNX Runtime refused the graph: {text}", "export the bundle again")

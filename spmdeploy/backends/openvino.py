@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import re
 import sys
 import tempfile
@@ -43,6 +44,8 @@ BF16_FEATURES = ("amx_bf16", "avx512_bf16")
 _OPENVINO_NAMES: dict[str, str] = {"fp32": "f32", "bf16": "bf16"}
 _PORTS = {"image": "u8", "labels": "u8", "instances": "i32", "mask": "u8", "coarse": "f32"}
 _COMPILED = "compiled.blob"
+MAX_VALUE_BYTES = 4 << 30
+"""Limit on all values that a graph computes for one image, in total; 1.7 GiB in the paper's size (7,000 values)."""
 Tensors = Mapping[str, Any]
 """OpenVINO tensors by name."""
 
@@ -330,8 +333,9 @@ class _Loader:
         with self._path(record) as path:
             model = self._core.read_model(str(path))
             self._check_ports(model, record)
-            if not self._as_exported:
-                model.reshape({port.get_any_name(): [1, *_item_shape(port)] for port in model.inputs})
+            single = model.clone() if self._as_exported else model
+            single.reshape({port.get_any_name(): [1, *_item_shape(port)] for port in single.inputs})
+            _check_value_sizes(single, record)
             if self._precision == "bf16" and record.graph in (LAYOUT, PICTURE):
                 model = self._with_bf16_cache(model)
             return self._core.compile_model(model, "CPU", self._config)
@@ -385,6 +389,26 @@ class _Loader:
 def _item_shape(port: Any) -> list[int]:
     """The shape of a port without the batch."""
     return [side.get_length() if side.is_static else -1 for side in list(port.get_partial_shape())[1:]]
+
+
+def _check_value_sizes(model: Any, record: GraphRecord) -> None:
+    """Raises BundleError unless the sizes of all values are known and within `MAX_VALUE_BYTES` in total.
+
+    OpenVINO allocates as much as a graph asks for, some of it already when it compiles.
+    """
+    total = 0
+    for node in model.get_ops():
+        if node.get_type_name() in ("If", "Loop", "TensorIterator"):  # their graphs have values of their own
+            raise BundleError(f"the {record.graph} graph has a {node.get_type_name()}", "export the bundle again")
+        for port in node.outputs():
+            shape = port.get_partial_shape()
+            if shape.is_dynamic:
+                problem = f"the size of {node.get_friendly_name()} in the {record.graph} graph is not known"
+                raise BundleError(f"{problem}: {shape}", "export the bundle again")
+            total += math.prod(side.get_length() for side in shape) * port.get_element_type().size
+    if total > MAX_VALUE_BYTES:
+        problem = f"the {record.graph} graph computes values of {total / 2**30:.1f} GiB for one image"
+        raise BundleError(f"{problem}, more than {MAX_VALUE_BYTES >> 30} GiB", "export the bundle again")
 
 
 def _check_precision(compiled: Any, record: GraphRecord, precision: CpuPrecision) -> str:

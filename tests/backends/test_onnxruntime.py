@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -29,7 +28,7 @@ from spmdeploy.backends.verify import GoldenSample, read_golden, verify
 from spmdeploy.bundle.bundle import Bundle, GraphFiles, open_bundle
 from spmdeploy.engines.pack import pack
 from spmdeploy.errors import BundleError, OutOfMemoryError, UnavailableError, UsageError
-from spmdeploy.types import ModelInput
+from spmdeploy.types import LayoutInput, ModelInput
 
 CUDA = "CUDAExecutionProvider"
 SQUARE = ["batch", 256, 256]
@@ -341,11 +340,9 @@ def test_session_other_graph_is_refused(tmp_path: Path) -> None:
         ort.OnnxRuntimeSession(tmp_path / "garbage.onnx", "fp32")
 
 
-def test_run_graph_that_asks_for_all_memory_is_out_of_memory(tmp_path: Path) -> None:
+def test_run_graph_that_asks_for_more_than_the_limit_is_out_of_memory(tmp_path: Path) -> None:
     model = onnx.load(graph_file(tmp_path / "hostile.onnx", 64))
-    size = helper.make_tensor(
-        "size", TensorProto.INT64, [1], [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    )
+    size = helper.make_tensor("size", TensorProto.INT64, [1], [ort_graph.MAX_MEMORY + 1])
     model.graph.initializer.append(size)
     ones = helper.make_tensor("one", TensorProto.UINT8, [1], [1])
     huge = helper.make_node("ConstantOfShape", ["size"], ["huge"], value=ones)
@@ -360,6 +357,15 @@ def test_run_graph_that_asks_for_all_memory_is_out_of_memory(tmp_path: Path) -> 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(OutOfMemoryError, match="ran out of memory"):
         graph.run(["edited"], {**inputs, "mask": square})
+    plain = graph_file(tmp_path / "plain.onnx", 64)
+    with pytest.raises(BundleError, match="the layout graph reads image"):
+        ort_graph.CachedLayoutGraphs(tmp_path / "hostile.onnx", plain)
+    model.graph.node[-1].input[0] = "labels"
+    del model.graph.input[0]
+    onnx.save(model, tmp_path / "hostile.onnx")
+    parts = ort_graph.CachedLayoutGraphs(tmp_path / "hostile.onnx", plain)
+    with pytest.raises(OutOfMemoryError, match="ran out of memory"):
+        parts.bind(LayoutInput(square, square.astype(np.int32), square))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB
 
 

@@ -85,6 +85,30 @@ def test_session_thorough_checks_pass(session: OpenVinoSession, bundle: Bundle) 
     assert not [check for check in found if check.failed] and found[2].status == "passed"
 
 
+def test_graph_of_huge_values_is_refused_before_compiling(
+    bundle: Bundle, empty: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(openvino, "MAX_VALUE_BYTES", 1 << 20)
+    with pytest.raises(BundleError, match=r"edit graph computes values of \d\.\d GiB for one image"):
+        open_openvino(bundle, "cpu", "fp32")
+    assert not list(empty.glob("*/*"))
+
+
+def test_value_sizes_unknown_or_hidden_are_refused(bundle: Bundle) -> None:
+    ops = library.opset13
+    image = ops.parameter([1, 4, 4, 3], np.uint8, "image")
+    nonzero = ops.non_zero(image)
+    body = library.Model([ops.constant(True), ops.constant(np.zeros(3))], [])
+    loop = ops.loop(ops.constant(2), ops.constant(True))
+    loop.set_function(body)
+    loop.set_special_body_ports([-1, 0])
+    result = loop.get_iter_value(body.results[1].output(0))
+    for value, message in ((nonzero.output(0), "is not known"), (result, "has a Loop")):
+        model = library.Model([ops.result(value)], [image])
+        with pytest.raises(BundleError, match=message):
+            openvino._check_value_sizes(model, bundle.graph("edit", "fp32"))
+
+
 def test_run_batch_equals_single_images(session: OpenVinoSession, batch: ModelInput) -> None:
     edited = session.run(batch)
     singles = [session.run(ModelInput(*(array[index : index + 1] for array in batch))) for index in range(2)]
