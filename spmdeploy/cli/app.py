@@ -13,12 +13,13 @@ import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from io import TextIOWrapper
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from spmdeploy.cli.console import error_fields, print_json, report_error, require_extra
-from spmdeploy.errors import InputError, OutOfMemoryError, SpmDeployError, UsageError
+from spmdeploy.errors import InputError, OutOfMemoryError, SpmDeployError, UnavailableError, UsageError
 from spmdeploy.files import translated
 from spmdeploy.version import __version__
 
@@ -99,6 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     as_json = "--json" in arguments
     try:
+        _refuse_zip()
         with require_extra("cpu"):
             exit_code = run_command(arguments)
         if exit_code == _INTERRUPTED:  # typer turns Ctrl-C into this exit code
@@ -118,6 +120,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as exc:
         unexpected = SpmDeployError(f"{type(exc).__name__}: {exc}", "this is a defect; SPMDEPLOY_DEBUG=1 shows where")
         return _fail(unexpected, as_json)
+
+
+def _refuse_zip() -> None:
+    """Raise UnavailableError where the package is imported from a zip file, as one that `python -m zipapp` makes.
+
+    Its model and class tables are then no files, and libraries open files alone.
+    """
+    archive = next((path for path in Path(__file__).parents if path.is_file()), None)
+    if archive is not None:
+        problem = f"the package is inside the file {archive}, where its model and class tables cannot be opened"
+        raise UnavailableError(problem, f"unpack it: python -m zipfile -e {archive} FOLDER; then run: python FOLDER")
 
 
 def _os_error(error: OSError) -> SpmDeployError:

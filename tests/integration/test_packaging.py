@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import venv
+import zipapp
 import zipfile
 from importlib.metadata import PathDistribution
 from pathlib import Path
@@ -101,6 +102,23 @@ def test_wheel_unpacked_elsewhere_works(unpacked: Path, tmp_path: Path) -> None:
     sample = unpacked / "spmdeploy/assets/samples/car_away/labels.png"
     result = json.loads(run(*args, "labels", "check", sample, "--json", cwd=tmp_path, PYTHONPATH=str(unpacked)))
     assert result["table"] == "street"
+
+
+def test_zipapp_names_how_to_unpack_it_and_works_unpacked(tmp_path: Path) -> None:
+    source, archive, unpacked = tmp_path / "source", tmp_path / "app.pyz", tmp_path / "unpacked"
+    shutil.copytree(ROOT / "spmdeploy", source / "spmdeploy", ignore=shutil.ignore_patterns("__pycache__", "models"))
+    zipapp.create_archive(source, archive, main="spmdeploy.__main__:entry")
+    check = ["labels", "check", SAMPLE_EDITS[0].labels, "--json"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    refused = subprocess.run(
+        [sys.executable, archive, *check], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert refused.returncode == 4 and refused.stderr == ""
+    error = json.loads(refused.stdout)
+    assert f"the package is inside the file {archive}" in error["error"]
+    command = error["hint"].removeprefix("unpack it: python ").partition(" FOLDER; then run: python FOLDER")[0]
+    run(sys.executable, *command.split(), unpacked, cwd=tmp_path)
+    assert json.loads(run(sys.executable, unpacked, *check, cwd=tmp_path))["table"] == "street"
 
 
 @pytest.mark.slow
