@@ -23,10 +23,11 @@ from typing import Any, Literal
 
 import safetensors
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from spmdeploy.errors import InputError, printable
+from spmdeploy.files import atomic_write
 from spmdeploy.inputs import regular_file
 from spmdeploy.model.generator import STAGE_PLANS, Generator, GeneratorConfig
 from spmdeploy.model.pickle_scalars import ALLOWED_GLOBALS
@@ -88,11 +89,23 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def save_generator(generator: Generator, path: Path, training: dict[str, object] | None = None) -> None:
-    """Writes `path` (.safetensors) and its configuration (.json) next to it. training: JSON values, for the record."""
+    """Writes `path` (.safetensors) and its configuration (.json) next to it.
+
+    Args:
+        generator: The network.
+        path: The file for the weights.
+        training: JSON values, for the record.
+
+    Raises:
+        InputError: A file cannot be written.
+    """
     assert path.suffix == ".safetensors", path
-    save_file({name: tensor.detach().float().contiguous() for name, tensor in generator.state_dict().items()}, path)
+    weights = {name: tensor.detach().float().contiguous() for name, tensor in generator.state_dict().items()}
+    with atomic_write(path) as stream:  # safetensors' own writer reports a full disk as an error of the format
+        stream.write(save(weights))
     config = {"schema": CONFIG_SCHEMA, **asdict(generator.config), "training": training}
-    path.with_suffix(".json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    with atomic_write(path.with_suffix(".json")) as stream:
+        stream.write((json.dumps(config, indent=1) + "\n").encode())
 
 
 def _load_own(path: Path) -> Checkpoint:

@@ -22,7 +22,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from spmdeploy.errors import InputError, UsageError
-from spmdeploy.files import atomic_write
+from spmdeploy.files import atomic_write, os_errors
 from spmdeploy.model.checkpoint import load_pickle, save_generator
 from spmdeploy.model.generator import Generator
 from spmdeploy.training.config import TrainConfig, read_config, to_json
@@ -89,7 +89,7 @@ class RunDirectory:
 
     def log(self, **fields: Any) -> None:
         """Appends a record to the metrics."""
-        with self._metrics.open("a", encoding="utf-8") as file:
+        with os_errors(self._metrics, "write"), self._metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(fields) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import os
 import signal
 from pathlib import Path
 from typing import BinaryIO
@@ -86,6 +88,27 @@ def test_save_checkpoint_full_disk_keeps_the_last_one(tmp_path: Path, monkeypatc
     state = run.load_checkpoint()
     assert state is not None and torch.equal(state["random"], torch.ones(3))
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_log_full_disk_names_the_metrics(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(InputError, match=r"cannot write .*metrics\.jsonl: the disk is full"):
+        RunDirectory(tmp_path).log(images=2)
+
+
+def test_export_full_disk_keeps_the_last_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, generator = RunDirectory(tmp_path), Generator(GeneratorConfig(3, 2, 2))
+    path = run.export(generator, "best")
+    before = {file.name: file.read_bytes() for file in path.parent.iterdir()}
+
+    def flush(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", flush)
+    with pytest.raises(InputError, match=r"cannot write .*incoming\.safetensors: the disk is full"):
+        run.export(generator, "best")
+    assert {file.name: file.read_bytes() for file in path.parent.iterdir()} == before
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint"])

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -96,6 +97,29 @@ def test_train_killed_twice_resumes_bit_for_bit(tmp_path: Path, tiny: TrainConfi
     exports = [load_checkpoint(tmp_path / name / "export" / "generator.safetensors") for name in ("whole", "killed")]
     first, second = (export.generator.state_dict() for export in exports)
     assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def test_train_full_disk_names_the_file_and_resumes_bit_for_bit(
+    tmp_path: Path, tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = dataclasses.replace(tiny, checkpoint_seconds=0)  # after every step
+    train(config, tmp_path / "whole", False, ignore_record)
+    really_flush, run = os.fsync, RunDirectory(tmp_path / "full")
+
+    def flush(descriptor: int) -> None:
+        if len(run.metrics()) >= 4:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        really_flush(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", flush)
+        with pytest.raises(InputError) as caught:
+            train(config, run.path, False, ignore_record)
+    assert caught.value.problem == f"cannot write {run.checkpoint}: the disk is full"
+    assert caught.value.exit_code == 7 and not list(run.path.glob(".*.tmp"))
+    assert run.load_checkpoint() is not None and len(losses(run.path)) < len(losses(tmp_path / "whole"))
+    train(config, run.path, True, ignore_record)
+    assert losses(run.path) == losses(tmp_path / "whole")
 
 
 def test_train_two_processes_have_the_losses_of_one(tmp_path: Path, tiny: TrainConfig) -> None:
