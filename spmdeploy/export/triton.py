@@ -160,6 +160,8 @@ def _served_graph(bundle: Bundle, record: GraphRecord, options: TritonOptions) -
     for port in (*inputs, *outputs):
         if port.shape[:1] != (BATCH,) or BATCH in port.shape[1:] or port.dtype not in _TYPES:
             raise BundleError(f"{shown}: Triton cannot batch its {port.name} {port.dtype}{port.shape}", EXPORT_AGAIN)
+    if "model.onnx" in weights:
+        raise BundleError(f"{shown}: its weights have the name of the served graph, model.onnx", EXPORT_AGAIN)
     contents = {"model.onnx": content, **weights}
     needs = "the onnxruntime backend" + ("" if options.device == "cpu" else " and a GPU")
     return _ServedModel(
