@@ -12,8 +12,11 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
+import time
 import traceback
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,15 +27,25 @@ from typer.main import get_command
 
 from spmdeploy.bundle.bundle import open_bundle
 from spmdeploy.bundle.manifest import Manifest
+from spmdeploy.bundle.signature import (
+    check_signature,
+    new_key,
+    read_public_key,
+    read_secret_key,
+    sign,
+    write_key_pair,
+)
 from spmdeploy.bundle.storage import MANIFEST
 from spmdeploy.cli.app import build_app, main
 from spmdeploy.editing.manifest import read_manifest
+from spmdeploy.editing.session import Session, read_session, write_session
 from spmdeploy.engines.pack import pack
 from spmdeploy.engines.record import EngineRecord
 from spmdeploy.engines.store import find_engines
 from spmdeploy.errors import SpmDeployError
 from spmdeploy.imaging.files import read_instances, read_labels, read_mask, read_photo
 from spmdeploy.labels import class_table
+from spmdeploy.types import Padding
 from tests.bundle.conftest import list_sums
 from tests.fuzz.corpus import BATCHES, VALUES, bundle_files, images, mutated, mutated_json, records
 from tests.simulators.records import HOST
@@ -49,6 +62,10 @@ class Hang(BaseException):
     """An input took longer than `SECONDS`."""
 
 
+def _peak_mib() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+
+
 class Fuzzer:
     """Runs one kind of input and collects failures, one for each place in the code."""
 
@@ -57,17 +74,19 @@ class Fuzzer:
         self.source = random.Random(f"{name} {SEED}")
         self.outcomes: Counter[str] = Counter()
         self.failures: dict[str, str] = {}
+        self.longest = 0.0
         self.peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
     def rounds(self, count: int) -> Iterator[int]:
         yield from range(max(1, round(count * SCALE)))
 
     def run(self, action: Callable[[], object], shown: object) -> None:
-        """shown: text that identifies the input in a failure."""
+        """action: may return text to count it by. shown: text that identifies the input in a failure."""
+        started = time.perf_counter()
         signal.setitimer(signal.ITIMER_REAL, SECONDS)
         try:
-            action()
-            self.outcomes["read"] += 1
+            result = action()
+            self.outcomes[result if isinstance(result, str) else "read"] += 1
         except SpmDeployError as exc:
             self.outcomes[f"exit {exc.exit_code}"] += 1
             if not exc.problem or "\x1b" in f"{exc.problem}{exc.hint}":
@@ -78,6 +97,7 @@ class Fuzzer:
             self._fail(f"{type(exc).__name__}: {exc}"[:300], exc, shown)
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
+            self.longest = max(self.longest, time.perf_counter() - started)
 
     def _fail(self, problem: str, exc: BaseException, shown: object) -> None:
         frames = [frame for frame in traceback.extract_tb(exc.__traceback__) if "/spmdeploy/" in frame.filename]
@@ -87,7 +107,8 @@ class Fuzzer:
 
     def finish(self) -> None:
         grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - self.peak) * 1024
-        print(f"\n{self.name}: {sum(self.outcomes.values())} inputs, {dict(self.outcomes)}, +{grown >> 20} MiB")
+        outcomes = f"{sum(self.outcomes.values())} inputs, {dict(self.outcomes)}"
+        print(f"\n{self.name}: {outcomes}, longest {self.longest:.2f} s, +{grown >> 20} MiB to {_peak_mib()} MiB")
         assert not self.failures, "\n".join(f"{where}: {what}" for where, what in self.failures.items())
         assert grown < BYTES, f"{grown >> 20} MiB"
 
@@ -239,8 +260,58 @@ def test_fuzz_batch_manifest_raises_only_package_errors(fuzzer: Fuzzer, tmp_path
         fuzzer.run(lambda name=name: read_manifest(tmp_path / name, tmp_path / "out"), content)
 
 
+def test_fuzz_session_raises_only_package_errors(fuzzer: Fuzzer, tmp_path: Path) -> None:
+    corpus, path = images(), tmp_path / "session.zip"
+    session = Session(corpus["exif.jpg"], "a.jpg", fill="sky", extend=Padding(1, 2, 3, 4))
+    whole = write_session(session)
+    with zipfile.ZipFile(io.BytesIO(whole)) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    for i in fuzzer.rounds(800):
+        content = mutated(whole, fuzzer.source, list(parts.values()))
+        if i % 2:  # a sound zip with another record
+            stream = io.BytesIO()
+            with zipfile.ZipFile(stream, "w") as archive:
+                for name, part in parts.items():
+                    changed = name.endswith(".json")
+                    archive.writestr(name, mutated_json(json.loads(part), fuzzer.source) if changed else part)
+            content = stream.getvalue()
+        path.write_bytes(content)
+        fuzzer.run(lambda: read_session(path), content[:300])
+
+
+def test_fuzz_resume_state_raises_only_package_errors(fuzzer: Fuzzer, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    run_dir = pytest.importorskip("spmdeploy.training.run_dir")
+    run = run_dir.RunDirectory(tmp_path)
+    moments = {"state": {0: {"exp_avg": torch.zeros(3)}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
+    parts = {name: {} for name in ("generator", "averaged", "discriminators")}
+    optimizers = {"generator_optimizer": moments, "discriminator_optimizer": moments}
+    run.save_checkpoint({"progress": {"phase": 0}, **parts, **optimizers, "random": torch.get_rng_state()})
+    whole = run.checkpoint.read_bytes()
+    for _ in fuzzer.rounds(400):
+        content = mutated(whole, fuzzer.source, [whole[:4000]])
+        run.checkpoint.write_bytes(content)
+        fuzzer.run(run.load_checkpoint, content[:300])
+
+
+def test_fuzz_signature_and_keys_raise_only_package_errors(fuzzer: Fuzzer, tmp_path: Path) -> None:
+    pytest.importorskip("minisign")
+    secret, content, path = new_key(), b"hello", tmp_path / "key"
+    secret_path, public_path = write_key_pair(tmp_path / "pair", secret, None)
+    key, signature = read_public_key(public_path), sign(content, secret, "street")
+    files = [signature, public_path.read_bytes(), secret_path.read_bytes()]
+    readers: list[Callable[[], object]] = [
+        lambda: check_signature(content, path.read_bytes(), key, path),
+        lambda: read_public_key(path),
+        lambda: read_secret_key(path, lambda: "password"),
+    ]
+    for i in fuzzer.rounds(900):
+        path.write_bytes(mutated(files[i % 3], fuzzer.source, files))
+        fuzzer.run(readers[i % 3], path.read_bytes())
+
+
 LEFT_OUT = {"bench", "train", "evaluate", "doctor", "serve", "studio"}
-"""Commands that measure, train, look at the machine or wait for connections."""
+"""Commands that measure, train, look at the machine or wait for connections; --thorough is left out as well."""
 
 
 def test_fuzz_command_line_ends_with_exit_codes(
@@ -256,6 +327,8 @@ def test_fuzz_command_line_ends_with_exit_codes(
     for _ in fuzzer.rounds(700):
         for name in fuzzer.source.sample(list(files), 2):
             changed = mutated(files[name], fuzzer.source, list(files.values()))
+            if (tmp_path / name).is_dir():  # a command was given the name for its output
+                shutil.rmtree(tmp_path / name)
             (tmp_path / name).write_bytes(changed if fuzzer.source.random() < 0.7 else files[name])
         command, options = fuzzer.source.choice(commands)
         arguments = [*command, *(fuzzer.source.choice(names) for _ in range(fuzzer.source.choice((0, 1, 1, 1, 2))))]
@@ -271,10 +344,11 @@ def _commands(command: Any, above: tuple[str, ...]) -> Iterator[tuple[tuple[str,
         if name not in LEFT_OUT:
             yield from _commands(inner, (*above, name))
     if above and not getattr(command, "commands", None):
-        yield above, [option for parameter in command.params for option in parameter.opts if option.startswith("-")]
+        options = (option for parameter in command.params for option in parameter.opts)
+        yield above, [option for option in options if option.startswith("-") and option != "--thorough"]
 
 
-def _run_command(arguments: list[str]) -> None:
+def _run_command(arguments: list[str]) -> str:
     stdout, stderr = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
         exit_code = main(arguments)
@@ -283,3 +357,4 @@ def _run_command(arguments: list[str]) -> None:
         raise AssertionError(f"exit code {exit_code}: {text[-600:]}")
     if "--json" in arguments and exit_code and stdout.getvalue().strip():
         json.loads(stdout.getvalue())
+    return f"exit {exit_code}"
