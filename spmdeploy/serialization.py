@@ -206,13 +206,22 @@ def _follow(path: str, value: Any, kind: Any) -> tuple[str, Any, Any]:
         if name:
             where, value, kind = f"{where}.{name}", value[name], typing.get_type_hints(kind, include_extras=True)[name]
         elif index != "...":
-            where, value, kind = f"{where}[{index}]", value[int(index)], typing.get_args(kind)[0]
+            where, value, kind = f"{where}[{index}]", value[int(index)], _kind_of_item(kind, int(index))
         else:  # msgspec does not name the key
             kind = typing.get_args(kind)[1]
             key = next(key for key, item in value.items() if not _fits(item, kind))
             where, value = f"{where}.{key}", value[key]
         kind = _without_none(kind)
     return where.removeprefix("."), value, kind
+
+
+def _kind_of_item(kind: Any, index: int) -> Any:
+    """The annotation of an item of a list, a tuple or a NamedTuple."""
+    kind = getattr(kind, "__origin__", kind) if hasattr(kind, "__metadata__") else kind  # X of Annotated[X, ...]
+    if hasattr(kind, "_fields"):
+        return typing.get_type_hints(kind, include_extras=True)[kind._fields[index]]
+    kinds = typing.get_args(kind)
+    return kinds[index] if ... not in kinds and index < len(kinds) else kinds[0]
 
 
 def _without_none(kind: Any) -> Any:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
-from typing import Literal
+from typing import Annotated, Literal, NamedTuple
 
 import pytest
+from msgspec import Meta
 
 from spmdeploy.errors import InputError
 from spmdeploy.serialization import Count, FieldError, Finite, Schema, convert, format_json, parse_json, unknown_field
@@ -83,6 +84,29 @@ def test_convert_wrong_field_is_named_with_its_value(change: dict[str, object], 
     with pytest.raises(FieldError) as caught:
         convert({name: value for name, value in fields.items() if value is not ...}, Whole)
     assert str(caught.value) == message
+
+
+class Sides(NamedTuple):
+    left: int
+    right: float
+
+
+@dataclass(frozen=True)
+class Tuples:
+    sides: Sides | None = None
+    pair: tuple[int, Part] | None = None
+    some: Annotated[tuple[Part, ...], Meta(max_length=9)] = ()
+
+
+def test_convert_wrong_item_of_a_tuple_is_named() -> None:
+    for value, message in (
+        ({"sides": [1, "x"]}, "sides[1] is 'x', expected `float`"),
+        ({"pair": [1, {"size": -1}]}, "pair[1].size is -1, expected `int` >= 0"),
+        ({"some": [{"size": 1}, {"size": "x"}]}, "some[1].size is 'x', expected `int`"),
+    ):
+        with pytest.raises(FieldError) as caught:
+            convert(value, Tuples)
+        assert str(caught.value).startswith(message)
 
 
 def test_convert_other_value_than_an_object_is_refused() -> None:

@@ -85,6 +85,7 @@ def test_edit_of_a_session_refuses_other_options(
         ({"options": {"feather": "3"}}, "feather"),
         ({"options": {"tiling": "tiles"}}, "tiling"),
         ({"extend": [1, 2, 3]}, "extend"),
+        ({"extend": [1, 2, 3, 0.5]}, r"extend\[3\] is 0.5"),
         ({"fill": None}, "fill is missing"),
         ({"extend": [0, 0, 9, 0]}, "mask or extend"),
     ],
