@@ -1,4 +1,4 @@
-"""The training loop of all schedules.
+"""Trains a generator: the loop over phases and steps, optimizers, validation and checkpoints.
 
 A phase trains neighboring stages; the coarser stages are frozen at their averaged weights. The joint
 recipe of the paper is a single phase of all three stages.
@@ -11,19 +11,18 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spmdeploy.datasets.samples import Batch, HostBatch, TrainingSamples
-from spmdeploy.errors import InputError, OutOfMemoryError, SpmDeployError, UnavailableError, UsageError
+from spmdeploy.errors import InputError, OutOfMemoryError, SpmDeployError
 from spmdeploy.imaging.files import write_image
 from spmdeploy.model.generator import Generator, GeneratorConfig, composite
 from spmdeploy.model.layout import LayoutPyramid
 from spmdeploy.training import distributed
-from spmdeploy.training import projected_discriminator as projected
 from spmdeploy.training.config import ADAM_BETAS, Phase, TrainConfig
 from spmdeploy.training.contact_sheets import sample_sheet
 from spmdeploy.training.ema import (
@@ -33,47 +32,27 @@ from spmdeploy.training.ema import (
     training_generator,
     update_ema,
 )
+from spmdeploy.training.execution import Execution
 from spmdeploy.training.loader import BackgroundLoader
 from spmdeploy.training.logging import ScalarWriter, open_tensorboard, write_record
 from spmdeploy.training.losses import (
     Discriminator,
-    choose_crops,
-    cut_crops,
-    hinge_discriminator,
-    hinge_generator,
-    masked_l1,
 )
-from spmdeploy.training.perceptual import Lpips, build_perceptual_loss
-from spmdeploy.training.projected_discriminator import EfficientNetFeatures, FeaturePair, ProjectedDiscriminator
+from spmdeploy.training.objectives import Objectives
+from spmdeploy.training.perceptual import Lpips
+from spmdeploy.training.projected_discriminator import EfficientNetFeatures, ProjectedDiscriminator
 from spmdeploy.training.run_dir import CHECKPOINT_HINT, RunDirectory
 from spmdeploy.training.state import TrainState, restore_moments, restore_progress, restore_weights
-from spmdeploy.training.style_loss import class_style_loss, find_style_pairs
 from spmdeploy.training.validation import validate
 
 DIVERGED_ABOVE = 1e4
 """A loss above this means divergence; those of the recipe stay far below."""
 SHEET_ROWS = 10
 """Validation images on a sample sheet: two of each mask kind."""
-STYLE_SCALES = 3
-"""Feature scales that the style loss compares; the fourth and coarsest has too few cells per class."""
 MIN_RATE = 0.05
 """A decaying rate ends at this part of the phase's rate."""
 
-Network = TypeVar("Network", bound=nn.Module)
 Report = Callable[[dict[str, Any]], None]
-
-
-class StageOutput(NamedTuple):
-    """One stage's part in a step; all float, at the stage's size."""
-
-    raw: Tensor
-    """(N, 3, h, w), the stage's own output, with gradients."""
-    target: Tensor
-    """(N, 3, h, w), the photo."""
-    mask: Tensor
-    """(N, 1, h, w), 1 = edit."""
-    edited: Tensor
-    """(N, 3, h, w), `raw` under the mask, the photo elsewhere."""
 
 
 class UnreadLosses(NamedTuple):
@@ -104,23 +83,19 @@ class Trainer:
         self._tensorboard: ScalarWriter | None = None
         self._loader: BackgroundLoader[HostBatch] | None = None
         self._unread: list[UnreadLosses] = []
-        self._compiled: dict[nn.Module, Callable[..., Tensor]] = {}
-        if config.compile and config.channels_last and device.type == "cpu":
-            # torch 2.13: the backward of replicate padding returns another memory format than the compiler expects.
-            raise UsageError("compile and channels_last exclude each other on a CPU", "leave one of them out")
-        self._memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+        self._execution = Execution(config, device)
         torch.manual_seed(config.seed)
         self.samples = TrainingSamples(config.data, config.seed)
         start = None if config.start_weights is None else Path(config.start_weights)
         generator = GeneratorConfig(
             len(self.samples.classes), config.width, config.hidden, config.modulation, config.stages
         )
-        self.generator = self._placed(training_generator(generator, start))
-        self.averaged = self._placed(Generator(generator).eval().requires_grad_(False))
+        self.generator = self._execution.place(training_generator(generator, start))
+        self.averaged = self._execution.place(Generator(generator).eval().requires_grad_(False))
         self.features: EfficientNetFeatures | None = None
         self.discriminators: nn.ModuleList
         if config.discriminator == "projected":
-            self.features = self._placed(EfficientNetFeatures().eval())
+            self.features = self._execution.place(EfficientNetFeatures().eval())
             self.discriminators = nn.ModuleList([ProjectedDiscriminator(generator.classes, config.discriminator_width)])
         else:
             self.discriminators = nn.ModuleList(
@@ -128,9 +103,11 @@ class Trainer:
                 for stage in range(config.stages)
             )
             initialize(self.discriminators)
-        self._placed(self.discriminators)
-        self.perceptual = self._placed(build_perceptual_loss(config.loss)) if config.loss.perceptual else None
-        self.lpips = self._placed(Lpips()) if config.data.validation else None
+        self._execution.place(self.discriminators)
+        self._objectives = Objectives(
+            config.loss, self._execution, self.generator, self.averaged, self.discriminators, self.features
+        )
+        self.lpips = self._execution.place(Lpips()) if config.data.validation else None
         update_ema(self.averaged, self.generator, range(config.stages), decay=0.0)
         self._begin_phase()
 
@@ -222,7 +199,7 @@ class Trainer:
         if self.features is None:
             trained = self._parameters(self.discriminators)
         else:
-            trained = list(self._projected_discriminator().heads.parameters())
+            trained = list(self._objectives.projected_discriminator().heads.parameters())
         self._discriminator_optimizer = self._adam(trained, phase.discriminator_rate)
 
     def _parameters(self, networks: nn.ModuleList) -> list[nn.Parameter]:
@@ -230,11 +207,6 @@ class Trainer:
 
     def _adam(self, parameters: list[nn.Parameter], rate: float) -> torch.optim.Adam:
         return torch.optim.Adam(parameters, lr=rate, betas=ADAM_BETAS[self.config.discriminator], fused=True)
-
-    def _projected_discriminator(self) -> ProjectedDiscriminator:
-        discriminator = self.discriminators[0]
-        assert isinstance(discriminator, ProjectedDiscriminator)
-        return discriminator
 
     def _next_phase(self) -> bool:
         """Moves on; False at the end of the schedule."""
@@ -256,20 +228,21 @@ class Trainer:
         self._set_rates()
         warming_up = self.progress.phase_images < self.config.loss.adversarial_warmup
         with torch.set_grad_enabled(not warming_up):
-            outputs = self._stage_outputs(batch, layout)
-            pair = self._feature_pair(outputs, layout, positions)
+            outputs = self._objectives.stage_outputs(batch, layout, self.phase)
+            pair = self._objectives.feature_pair(outputs, layout, positions)
         losses: dict[str, Tensor] = {}
         if self.config.loss.adversarial:
             self._train_discriminators(True)
-            losses["discriminator"] = self._discriminator_loss(outputs, layout, pair)
+            losses["discriminator"] = self._objectives.discriminator_loss(outputs, layout, pair)
             optimizer_step(self._discriminator_optimizer, losses["discriminator"])
             self._train_discriminators(False)
         if not warming_up:
-            parts = self._reconstruction_losses(outputs, host, positions)
+            parts = self._objectives.reconstruction_losses(outputs, host, positions, self.phase)
             if self.config.loss.adversarial:
-                parts["adversarial"] = self._adversarial_weight() * self._adversarial_loss(outputs, layout, pair)
+                adversarial = self._objectives.adversarial_loss(outputs, layout, pair)
+                parts["adversarial"] = self._adversarial_weight() * adversarial
             if pair is not None:
-                parts.update(self._feature_losses(pair, host))
+                parts.update(self._objectives.feature_losses(pair, host, self.progress))
             losses.update(parts)
             optimizer_step(self._generator_optimizer, torch.stack(list(parts.values())).sum())
 
@@ -298,67 +271,9 @@ class Trainer:
             self._loader.close()
             self._loader = None
 
-    def _stage_outputs(self, batch: Batch, layout: LayoutPyramid) -> dict[int, StageOutput]:
-        """Outputs of the trained stages, whose inputs come from the frozen ones before them."""
-        outputs: dict[int, StageOutput] = {}
-        coarser: Tensor | None = None
-        for index in range(self.phase.stages[-1] + 1):
-            trained = index in self.phase.stages
-            with self._autocast(), torch.set_grad_enabled(trained and torch.is_grad_enabled()):
-                generator = self.generator if trained else self.averaged
-                image = generator.stage_input(index, batch.image, layout, coarser)
-                coarser = self._call(generator.stages[index], self._ordered(image), layout)
-            if trained:
-                target = downsample(batch.image, self.generator.config.halvings(index))
-                mask = layout.mask_at(*target.shape[-2:])
-                outputs[index] = StageOutput(coarser, target, mask, composite(coarser.float(), target, mask))
-        return outputs
-
-    def _feature_pair(
-        self, outputs: dict[int, StageOutput], layout: LayoutPyramid, positions: range
-    ) -> FeaturePair | None:
-        """What the projected discriminator compares, of the finest stage; None with patch discriminators."""
-        if self.features is None:
-            return None
-        finest = outputs[max(outputs)]
-        seen = torch.cat((layout.one_hot_at(*finest.mask.shape[-2:]), finest.mask), dim=1)
-        (real, fake), seen = projected.augment((finest.target, finest.edited), seen, positions)
-        with self._autocast():
-            with torch.no_grad():
-                of_photo = self.features(self._ordered(real))
-            return FeaturePair(of_photo, self.features(self._ordered(fake)), seen)
-
     def _train_discriminators(self, learn: bool) -> None:
-        trained = self.discriminators if self.features is None else self._projected_discriminator().heads
+        trained = self.discriminators if self.features is None else self._objectives.projected_discriminator().heads
         trained.requires_grad_(learn)
-
-    def _discriminator_loss(
-        self, outputs: dict[int, StageOutput], layout: LayoutPyramid, pair: FeaturePair | None
-    ) -> Tensor:
-        if pair is not None:
-            with self._autocast():
-                return projected.discriminator_loss(self._projected_discriminator(), pair)
-        losses = []
-        for index, output in outputs.items():
-            with self._autocast():
-                real = self._call(self.discriminators[index], self._ordered(output.target), layout)
-                fake = self._call(self.discriminators[index], self._ordered(output.edited.detach()), layout)
-            losses.append(hinge_discriminator(real, fake))
-        return torch.stack(losses).sum()
-
-    def _adversarial_loss(
-        self, outputs: dict[int, StageOutput], layout: LayoutPyramid, pair: FeaturePair | None
-    ) -> Tensor:
-        """The generator's side, summed over the stages or the scales."""
-        if pair is not None:
-            with self._autocast():
-                return projected.generator_loss(self._projected_discriminator(), pair)
-        losses = []
-        for index, output in outputs.items():
-            with self._autocast():
-                score = self._call(self.discriminators[index], self._ordered(output.edited), layout)
-            losses.append(hinge_generator(score))
-        return torch.stack(losses).sum()
 
     def _adversarial_weight(self) -> float:
         loss = self.config.loss
@@ -366,39 +281,6 @@ class Trainer:
             return loss.adversarial
         done = self.progress.phase_images + self.phase.batch - loss.adversarial_warmup
         return loss.adversarial * min(1.0, done / loss.adversarial_ramp)
-
-    def _reconstruction_losses(
-        self, outputs: dict[int, StageOutput], host: HostBatch, positions: range
-    ) -> dict[str, Tensor]:
-        """Weighted L1 and perceptual loss, each summed over the stages."""
-        weights = self.config.loss
-        parts: dict[str, list[Tensor]] = {"l1": [], "perceptual": []}
-        for index, output in outputs.items():
-            parts["l1"].append(weights.l1 * masked_l1(output.raw, output.target, output.mask, weights.l1_inside))
-            if self.perceptual is None or (weights.perceptual_stages == "finest" and index != max(outputs)):
-                continue
-            side, step = self.phase.perceptual_crop, 2 ** self.generator.config.halvings(index)
-            corners = choose_crops(host.mask.numpy()[:, ::step, ::step], side, positions)
-            compared, target = (cut_crops(image, corners, side) for image in (output.raw, output.target))
-            with self._autocast():
-                distance = self.perceptual(self._ordered(compared), self._ordered(target), self.phase.perceptual_blocks)
-            parts["perceptual"].append(weights.perceptual * distance)
-        return {name: torch.stack(losses).sum() for name, losses in parts.items() if losses}
-
-    def _feature_losses(self, pair: FeaturePair, host: HostBatch) -> dict[str, Tensor]:
-        """Weighted losses on the projected discriminator's pretrained features."""
-        weights = self.config.loss
-        parts = {}
-        if weights.feature_matching:
-            parts["feature_matching"] = weights.feature_matching * projected.feature_matching_loss(pair)
-        if weights.style:
-            pairs = find_style_pairs(host.labels.numpy(), host.mask.numpy(), self.generator.config.classes)
-            self.progress.style_pairs += len(pairs)
-            self.progress.style_skipped += pairs.skipped
-            scales = slice(STYLE_SCALES)
-            style = class_style_loss(pair.fake[scales], pair.real[scales], pair.one_hot, pair.mask, pairs)
-            parts["style"] = weights.style * style
-        return parts
 
     def read_losses(self) -> dict[str, float]:
         """The losses of the last step as numbers, averaged over the processes; checks those of all steps since.
@@ -469,9 +351,9 @@ class Trainer:
         coarser: Tensor | None = None
         edited = []
         for index in range(self.last_trained_stage + 1):
-            with self._autocast():
+            with self._execution.autocast():
                 image = self.averaged.stage_input(index, batch.image, layout, coarser)
-                coarser = self.averaged.stages[index](self._ordered(image), layout)
+                coarser = self.averaged.stages[index](self._execution.reorder(image), layout)
             size = batch.image.shape[-2:]
             full = F.interpolate(coarser.float(), size=size, mode="bilinear", align_corners=False)
             edited.append(composite(full, batch.image, batch.mask))
@@ -529,39 +411,8 @@ class Trainer:
         restore_moments(self._discriminator_optimizer, state["discriminator_optimizer"])
         torch.set_rng_state(state["random"])
 
-    def _call(self, network: nn.Module, image: Tensor, layout: LayoutPyramid) -> Tensor:
-        """Calls a network; with `compile` through torch.compile, which compiles it at the first call."""
-        if not self.config.compile:
-            output: Tensor = network(image, layout)
-            return output
-        if network not in self._compiled:
-            # Static shapes: code for any batch size may round differently from what a resumed run compiles for its own.
-            # On a CPU the compiler must keep memory formats, see above.
-            untouched: dict[str, str | int | bool | Callable[..., Any]] = {"layout_optimization": False}
-            options = untouched if self.device.type == "cpu" else None
-            self._compiled[network] = torch.compile(network, dynamic=False, options=options)
-        try:
-            return self._compiled[network](image, layout)
-        except torch._dynamo.exc.BackendCompilerFailed as exc:
-            reason = " ".join(str(exc).split())[:200]
-            raise UnavailableError(
-                f"torch.compile does not work here: {reason}",
-                "it needs a C++ compiler, on a GPU also Triton; or leave compile out",
-            ) from exc
-
-    def _placed(self, network: Network) -> Network:
-        network.to(self.device)
-        network.to(memory_format=self._memory_format)  # type: ignore[call-overload]  # missing from torch's stubs
-        return network
-
     def _layout(self, batch: Batch) -> LayoutPyramid:
         return LayoutPyramid(batch.labels, batch.instances, batch.mask, self.generator.config.classes)
-
-    def _ordered(self, image: Tensor) -> Tensor:
-        return image.contiguous(memory_format=self._memory_format)
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bf16)
 
 
 def optimizer_step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
@@ -570,13 +421,6 @@ def optimizer_step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
     loss.backward()  # type: ignore[no-untyped-call]
     distributed.average_gradients(parameter for group in optimizer.param_groups for parameter in group["params"])
     optimizer.step()
-
-
-def downsample(image: Tensor, halvings: int) -> Tensor:
-    """The target of a stage: float (N, 3, H, W) to the stage's size, bilinear as in the generator."""
-    if not halvings:
-        return image
-    return F.interpolate(image, scale_factor=0.5**halvings, mode="bilinear", align_corners=False)
 
 
 def train(config: TrainConfig, output: Path, resume: bool, report: Report, device: str = "cpu") -> int:
