@@ -199,7 +199,7 @@ def labels_from_colors(rgb: NDArray[np.uint8], table: ClassTable, source: str) -
 
 
 def shared_colors(table: ClassTable) -> dict[Color, tuple[LabelClass, ...]]:
-    """The colors of more than one class, which a colored map cannot tell apart.
+    """The colors of more than one class, which a colored map cannot distinguish.
 
     Cityscapes shows five void classes in black and pole groups like poles; ADE20K skyscrapers like roads.
     """

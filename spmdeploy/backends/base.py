@@ -94,7 +94,7 @@ class SupportsDevicePyramid(Protocol):
     """A session that can keep the image of a cascade in the memory of its GPU from one level to the next."""
 
     def device_cascade(self, frame: Letterbox, levels: tuple[PyramidLevel, ...], batch: int) -> DeviceCascade | None:
-        """For one window, `batch` tiles at once at most. Pictures and scores are those of the same steps on the host.
+        """For one window, `batch` tiles at once at most. Images and scores are those of the same steps on the host.
         None where the session is on the CPU.
 
         Raises OutOfMemory where the levels do not fit beside the graphs, UnavailableError where the GPU cannot.

@@ -24,7 +24,7 @@ from spmdeploy.tiling.pyramid import PyramidLevel, Tile, blend_windows, coarse_s
 from spmdeploy.types import ModelInput
 
 EnqueueBatch = Callable[[int], None]
-"""Queues a graph on so many items, from the inputs' places in the memory to the outputs'."""
+"""Queues a graph on a number of items, from the inputs' places in the memory to the outputs'."""
 
 NEIGHBOR = np.dtype([("slot", np.int32), ("down", np.int32), ("right", np.int32)])
 TILE = np.dtype(

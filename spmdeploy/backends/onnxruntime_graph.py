@@ -184,7 +184,7 @@ _OPTIMIZED, _WEIGHTS = "graph.onnx", "weights.bin"
 def _cached_session(library: Any, content: Graph, threads: int, key: str) -> Any:
     """ONNX Runtime's session on the CPU; its optimized graph is read from the cache, or written to it.
 
-    Optimizing and laying out the weights anew takes most of the time of loading. The weights are stored beside the
+    Optimizing and laying out the weights takes most of the time of loading. The weights are stored beside the
     graph, where they are mapped instead of parsed.
     """
     providers = ["CPUExecutionProvider"]
@@ -224,7 +224,7 @@ def _bound_memory(library: Any) -> None:
 
 
 class LoadedGraph:
-    """One graph in ONNX Runtime, proved to be where it was wanted and to be what it should be."""
+    """One graph in ONNX Runtime, proved to run on the requested device and to have the expected inputs and outputs."""
 
     def __init__(
         self, content: Graph, graph: str, device: str = "cpu", threads: int = 0, key: str | None = None
@@ -241,7 +241,7 @@ class LoadedGraph:
             options = _cpu_options(library, threads)
         else:
             _preload_cuda(library)
-            # Without this ONNX Runtime moves to the CPU whatever a GPU cannot do, or everything, and says nothing.
+            # Without this ONNX Runtime moves to the CPU what a GPU cannot compute, or everything, without a message.
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         try:
             if key is None or device != "cpu":
@@ -295,9 +295,9 @@ class LoadedGraph:
         return size
 
 
-def _proved_provider(session: Any, asked: list[Any], device: str) -> str:
-    """The provider that a session really has. Raises UnavailableError unless it is the first one asked for."""
-    wanted = asked[0][0] if isinstance(asked[0], tuple) else asked[0]
+def _proved_provider(session: Any, requested: list[Any], device: str) -> str:
+    """The provider that a session really has. Raises UnavailableError unless it is the requested one."""
+    wanted = requested[0][0] if isinstance(requested[0], tuple) else requested[0]
     have: str = session.get_providers()[0]
     if have != wanted:
         raise UnavailableError(
@@ -330,7 +330,7 @@ def import_onnxruntime() -> Any:
 
 
 def missing_cuda_library(library: Any) -> str | None:
-    """What the loader says when a library that the CUDA provider needs is not there; None when all are."""
+    """The loader's message when a library that the CUDA provider needs is missing; None when none is."""
     _preload_cuda(library)
     provider = Path(str(library.__file__)).parent / "capi" / "libonnxruntime_providers_cuda.so"
     if not provider.exists():

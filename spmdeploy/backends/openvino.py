@@ -205,7 +205,7 @@ class OpenVinoSession:
 
     @property
     def read_back(self) -> str:
-        """What the convolutions of the edit graph really compute in, as OpenVINO's compiled graph says."""
+        """The precision that the convolutions of the edit graph compute in, read from OpenVINO's compiled graph."""
         return _open(self._edit).read_back
 
     def close(self) -> None:
@@ -355,7 +355,7 @@ class _Loader:
             yield path
 
     def _check_ports(self, model: Any, record: GraphRecord) -> None:
-        """Raises BundleError if it is another graph than the manifest says."""
+        """Raises BundleError if it is another graph than the one in the manifest."""
         if record.graph not in (EDIT, REFINE):
             return
         size = self._bundle.manifest.native_size
@@ -416,11 +416,11 @@ def _check_precision(compiled: Any, record: GraphRecord, precision: CpuPrecision
     found = convolution_precisions(compiled)
     wanted = _OPENVINO_NAMES[precision]
     count = sum(found.values())
-    said = ", ".join(f"{number} in {name}" for name, number in found.most_common())
+    counts = ", ".join(f"{number} in {name}" for name, number in found.most_common())
     if found[wanted] != count or not count:
         raise UnavailableError(
             f"{precision} was asked for, but OpenVINO computes the convolutions of the {record.graph} graph otherwise: "
-            f"{said or 'it has none'}",
+            f"{counts or 'it has none'}",
             "choose another --precision or --backend",
         )
     return f"all {count} convolutions compute in {precision}"

@@ -129,7 +129,7 @@ def open_backend(
     Raises:
         UnavailableError: This machine cannot run it.
         BundleError: The bundle does not hold the graph.
-        VerificationError: An engine that was asked for gives wrong results.
+        VerificationError: A requested engine gives wrong results.
     """
     if precision not in ("auto", *backend_precisions()):
         raise UsageError(f"unknown precision {precision!r}", f"choose from auto, {', '.join(backend_precisions())}")
@@ -139,9 +139,9 @@ def open_backend(
         return _open_auto(bundle, device, precision, on_loading)
     entry = backend_entry(backend)
     if device == "cpu" and "cpu" not in entry.devices:
-        raise UsageError(f"{backend} runs on NVIDIA GPUs, not on the CPU", "leave --device out, or say cuda:0")
+        raise UsageError(f"{backend} runs on NVIDIA GPUs, not on the CPU", "leave --device out, or give cuda:0")
     if device.startswith("cuda") and "cuda" not in entry.devices:
-        raise UsageError(f"{backend} runs on the CPU, not on {device}", "leave --device out, or say cpu")
+        raise UsageError(f"{backend} runs on the CPU, not on {device}", "leave --device out, or give cpu")
     if precision not in ("auto", *entry.precisions):
         offered = ", ".join(entry.precisions)
         raise UsageError(f"{backend} computes in {offered}, not in {precision}", "leave --precision out")
@@ -152,7 +152,7 @@ def open_backend(
 def _open_auto(bundle: Bundle, device: str, precision: str, on_loading: OnLoading) -> OpenedBackend:
     """A compatible engine; else on a CPU bf16 in OpenVINO, where it is faster and proved; else ONNX Runtime."""
     if precision == "bf16" and device not in ("auto", "cpu"):
-        raise UsageError(f"bf16 is computed on CPUs, not on {device}", "leave --device out, or say cpu")
+        raise UsageError(f"bf16 is computed on CPUs, not on {device}", "leave --device out, or give cpu")
     if device == "cpu":
         reason, is_notice = "engines do not run on the CPU", False
     else:

@@ -30,7 +30,7 @@ NO_ENGINES = "no engine was built for this bundle"
 def open_named_engine(bundle: Bundle, runtime: EngineRuntime, ordinal: int, precision: str) -> OpenedBackend:
     """The engine of this library that fits. precision: auto, fp32 or fp16.
 
-    Raises UnavailableError without library or GPU, BundleError naming everything that speaks against each engine,
+    Raises UnavailableError without library or GPU, BundleError with the reasons against each engine,
     OutOfMemory, VerificationError when the golden edits come out differently.
     """
     version = str(import_engine_library(runtime).__version__)
@@ -227,7 +227,7 @@ def _verification(results: list[GoldenResult], gpu: str) -> Verification:
 
 
 def _keep(engine: StoredEngine, verification: Verification) -> str | None:
-    """Notes it in the engine's record, or in the cache where the bundle cannot be written to; or says why not."""
+    """Notes it in the engine's record, or in the cache where the bundle is not writable; or logs why not."""
     with suppress(InputError):
         engine.with_verification(verification)
         return None

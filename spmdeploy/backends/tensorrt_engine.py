@@ -205,7 +205,7 @@ class LoadedEngine:
         return prepared
 
     def prepare(self, batch: int) -> None:
-        """Make room for the activations of so many items. Raises OutOfMemoryError."""
+        """Make room for the activations of that many items. Raises OutOfMemoryError."""
         with capture_log(self._library, self._on_log):
             self._ready(batch, own=True)
 
@@ -299,7 +299,7 @@ class LoadedEngine:
         """Capture a graph, or note why there is none: everything works without, but slower."""
         memory, context = self._memory, prepared.context
         try:
-            # TensorRT-RTX can tell beforehand; TensorRT has no such method.
+            # TensorRT-RTX can be asked beforehand; TensorRT has no such method.
             if hasattr(context, "is_stream_capturable") and not context.is_stream_capturable(memory.stream):
                 raise GraphCaptureError("the library says that this engine's work cannot be captured")
             prepared.graphs[output] = memory.device.capture(

@@ -17,7 +17,7 @@ _OWN_CGROUP = Path("/proc/self/cgroup")
 
 
 def available_threads() -> int:
-    """The cores that this process may use, at least 1; fewer if OMP_NUM_THREADS says so."""
+    """The cores that this process may use, at least 1; fewer if OMP_NUM_THREADS is lower."""
     limits = [_allowed_cores(), *(math.ceil(quota) for quota in _quotas())]
     with suppress(ValueError):  # "4,2" is for nested regions: the first number counts
         limits.append(int(os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]))

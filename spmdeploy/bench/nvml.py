@@ -88,7 +88,7 @@ class Nvml:
 
 @contextmanager
 def nvml() -> Iterator[Nvml]:
-    """NVML, initialized while the context is open. Never raises: `note` says why it is unavailable."""
+    """NVML, initialized while the context is open. Never raises: `note` has the reason why it is unavailable."""
     try:
         import pynvml
 

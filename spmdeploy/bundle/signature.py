@@ -142,7 +142,7 @@ def read_public_key(given: str | Path) -> PublicKey:
 
 
 def read_secret_key(path: Path, ask_password: Callable[[], str]) -> SecretKey:
-    """Reads a secret key file; the password is asked for only where the key is encrypted. Raises InputError."""
+    """Reads a secret key file; prompts for the password only where the key is encrypted. Raises InputError."""
     minisign = _minisign()
     try:
         key = minisign.SecretKey.from_bytes(_read_key(path))

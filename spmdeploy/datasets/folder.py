@@ -45,7 +45,7 @@ class AnnotatedImage:
 
 @dataclass(frozen=True)
 class InstanceRules:
-    """What labels.json says about instances."""
+    """The entries of labels.json about instances."""
 
     thing_ids: tuple[int, ...] = ()
     """Classes whose connected components are countable things, for images without an instance map."""

@@ -324,7 +324,7 @@ def _prepare_all(sources: Sequence[_Source], jobs: int) -> Iterator[str | None]:
             yield from pool.map(_prepare_one, sources)
     except BrokenProcessPool as exc:
         raise SpmDeployError(
-            "a worker process was killed, perhaps for lack of memory",
+            "a worker process was killed, perhaps because memory ran out",
             "run it again with fewer jobs; it continues where it stopped",
         ) from exc
 

@@ -21,16 +21,16 @@ Indices = NDArray[np.integer[Any]]
 MEASURED_SIDE = 512
 # Cells on either side of the border between known and painted pixels of a class whose mean colors are compared.
 BAND = 6
-# Fewer cells than this on either side say too little of a class's color.
-FEWEST_CELLS = 24
+# Minimum cells on either side; fewer are no reliable estimate of a class's color.
+MIN_CELLS = 24
 # Gray levels; a larger step at the border is more likely another object than another shade.
-LARGEST_SHIFT = 48.0
+MAX_SHIFT = 48.0
 # Side of the squares in which grain is measured, and the share of them that is taken to be without structure.
 SQUARE = 8
 PLAIN_SHARE = 0.25
 # Gray levels of standard deviation: what is more is structure. Roads and pavements of CamVid have 2 to 3.5, its
 # buildings and trees mostly 4 to 10.
-LARGEST_GRAIN = 3.5
+MAX_GRAIN = 3.5
 # Of white noise of variance 1, what `_fine` leaves: 1 - 2 (6/16)² + (70/256)², from the kernel 1 4 6 4 1.
 FINE_VARIANCE = 0.7935
 # Pixels on each side that `_blurred` reads.
@@ -38,7 +38,7 @@ BLUR_REACH = 2
 # Side of the grid on which labels and image are compared, and the distance in its pixels over which colors are.
 COMPARED_SIDE = 512
 COMPARED_DISTANCE = 2
-# Pairs of pixels on both sides of a class border below which the labels say too little about the known pixels.
+# Pairs of pixels on both sides of a class border below which the labels do not describe the known pixels reliably.
 MIN_BORDER_PAIRS = 200
 # Steps in color across class borders over those inside classes. 40 test photos each of CamVid and LabelMeFacade with a
 # rectangular mask, 5th to 95th percentile: 2.5 to 5.3 and 1.7 to 3.5 with their own labels; 0.8 to 1.7 with the labels
@@ -156,10 +156,10 @@ def _cells(image: Image, where: Mask, factor: int) -> _Cells:
 def _shift(known: _Cells, painted: _Cells) -> Plane | None:
     """What to add to the painted pixels, a value per cell: float32 (h, w, 3). None where the two hardly meet."""
     known_rim, painted_rim = known.counts * _near(painted.counts > 0), painted.counts * _near(known.counts > 0)
-    if min(np.count_nonzero(known_rim), np.count_nonzero(painted_rim)) < FEWEST_CELLS:
+    if min(np.count_nonzero(known_rim), np.count_nonzero(painted_rim)) < MIN_CELLS:
         return None
     around, inside = _pull_push(known.means, known_rim), _pull_push(painted.means, painted_rim)
-    return _pull_push(np.clip(around - inside, -LARGEST_SHIFT, LARGEST_SHIFT), painted_rim)
+    return _pull_push(np.clip(around - inside, -MAX_SHIFT, MAX_SHIFT), painted_rim)
 
 
 def _near(where: Mask) -> Mask:
@@ -241,11 +241,11 @@ def match_noise(image: Image, labels: LabelMap, mask: Mask) -> None:
 def _grain_variance(residual: Plane, where: Mask) -> float:
     """That of the plainest squares within `where`; 0 where there are few, or where even they show structure."""
     whole = _squares(where).all(axis=(2, 3))
-    if np.count_nonzero(whole) < FEWEST_CELLS:
+    if np.count_nonzero(whole) < MIN_CELLS:
         return 0.0
     variances = np.sort(_squares(residual)[whole].var(axis=(1, 2)))
     plain = float(np.interp(PLAIN_SHARE * (len(variances) - 1), np.arange(len(variances)), variances))
-    return plain if plain <= LARGEST_GRAIN**2 else 0.0
+    return plain if plain <= MAX_GRAIN**2 else 0.0
 
 
 def _squares(plane: NDArray[Any]) -> NDArray[Any]:

@@ -43,7 +43,7 @@ def read_manifest(
     """Read the rows of a CSV file with a heading, or of a JSONL file with one object per line (by suffix).
 
     Args:
-        path: "-" for standard input, whose first character tells which it is. Columns are the fields of `EditRequest`
+        path: "-" for standard input, whose first character decides. Columns are the fields of `EditRequest`
             and `EditOptions` (see COLUMNS). Without `output` the result is named like the image, as PNG.
         output_dir: where outputs go.
         overwrite: whether outputs may replace files.
@@ -72,7 +72,7 @@ def read_manifest(
 
 def _rows(path: LocalOrRemote) -> Iterator[dict[str, Any]]:
     if not is_stream(path) and path.suffix.lower() not in (".csv", ".jsonl"):
-        raise InputError(f"{path} is neither .csv nor .jsonl", "the suffix says how it is read")
+        raise InputError(f"{path} is neither .csv nor .jsonl", "the suffix decides how it is read")
     text = read_text(path)
     is_jsonl = text.lstrip().startswith("{") if is_stream(path) else path.suffix.lower() == ".jsonl"
     yield from _jsonl_rows(text, path) if is_jsonl else _csv_rows(text, path)

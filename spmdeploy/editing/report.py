@@ -110,7 +110,7 @@ class EditReport:
     precision: str
     provider: str
     options: EditOptions
-    """As asked for."""
+    """As requested."""
     tiling: Literal["off", "crop", "cascade"]
     """The mode that ran; "cascade" where at least one window was refined."""
     tiling_reason: str

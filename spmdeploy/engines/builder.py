@@ -152,7 +152,7 @@ def _parse(library: Any, network: Any, logger: Any, graph: Path, log: BuildLog) 
 
 
 def _parser_error(error: Any) -> str:
-    """The first line that says what is wrong, and the node."""
+    """The first error message, and the node."""
     lines = error.desc().strip().splitlines() or ["no reason given"]
     text = (lines[1] if lines[0].startswith("Invalid Node") and len(lines) > 1 else lines[0])[:300]
     node = f" at the node {error.node_name()} ({error.node_operator()})" if error.node_name() else ""

@@ -32,7 +32,7 @@ from onnx import helper, numpy_helper
 from spmdeploy.export.onnx import with_shapes
 from spmdeploy.types import NATIVE_SIZE
 
-SMALLEST = 32
+MIN_SIZE = 32
 """Layers of smaller size are computed everywhere: they cost little, and a box would save little of it."""
 
 REACH = 2
@@ -41,7 +41,7 @@ REACH = 2
 _LAYER = re.compile(r"(stages\.\d+\.(?:encoder|decoder)\.\d+)[./]")
 _CONTEXT_HEADS = ("context_gamma", "context_beta")
 _LAYOUT_HEADS = ("layout_gamma_scale", "layout_gamma_shift", "layout_beta_scale", "layout_beta_shift")
-_ONE_MORE = frozenset(_LAYOUT_HEADS[:3])
+_PLUS_ONE_HEADS = frozenset(_LAYOUT_HEADS[:3])
 """The heads that the modulation adds one to. Here the one is part of their biases."""
 
 
@@ -85,7 +85,7 @@ class _MaskSpecializer:
         self._layers = _layers(model.graph)
         self._nodes: list[onnx.NodeProto] = []
         self._constants: dict[str, onnx.TensorProto] = {}
-        self._made: set[str] = set()
+        self._added: set[str] = set()
 
     def graph(self) -> onnx.ModelProto:
         ends = {layer.activation.name: layer for layer in self._layers}
@@ -95,7 +95,7 @@ class _MaskSpecializer:
                 layer = ends[node.name]
                 if node.output[0] in before_image:
                     self._last_layer(layer)
-                elif self._size(layer) < SMALLEST:
+                elif self._size(layer) < MIN_SIZE:
                     self._layer_everywhere(layer)
                 else:
                     self._layer_around_mask(layer)
@@ -140,7 +140,7 @@ class _MaskSpecializer:
             hidden = self._relu(layer, "context_shared")
             maps |= {part: self._head(layer, part, hidden) for part in layer.context_heads}
 
-        empty = {head: self._answer_to_zeros(layer, head) + _one_more(head) for head in layer.layout_heads}
+        empty = {head: self._output_for_empty_layout(layer, head) + _added_one(head) for head in layer.layout_heads}
         middle = {
             head: self._row_constant(layer, f"empty/{head}", answer[..., 1:2, :]) for head, answer in empty.items()
         }
@@ -178,7 +178,7 @@ class _MaskSpecializer:
         }
         heads = {head: self._row_constant(layer, f"borders/{head}", answer) for head, answer in borders.items()}
         modulated = self._modulated(rows["normalized"], {**rows, **heads}, name)
-        beside = self._add("Mul", [modulated, self._beside(size)], f"{name}/beside")
+        beside = self._add("Mul", [modulated, self._outside_box(size)], f"{name}/beside")
         places = self._constant(f"borders/{size}", _ints(0, size - 1).reshape(1, 1, 2, 1))
         shape = self._add("Shape", [beside], f"{name}/shape")
         places = self._add("Expand", [places, shape], f"{name}/places")
@@ -264,10 +264,10 @@ class _MaskSpecializer:
         return self._add("Mul", [relu, f"{self._box(size)}/picture"], f"{relu}/inside")
 
     def _head(self, layer: _Layer, part: str, hidden: str, *, inside: bool = False) -> str:
-        """The second convolution of a branch, plus one for heads in `_ONE_MORE`; without padding if `inside`."""
+        """The second convolution of a branch, plus one for heads in `_PLUS_ONE_HEADS`; without padding if `inside`."""
         node = layer.convolutions[part]
         copy = _copy(node, hidden, pads=(0, 0, 0, 0) if inside else None)
-        if part in _ONE_MORE:  # folded when the graph is loaded; the stored bias is unchanged
+        if part in _PLUS_ONE_HEADS:  # folded when the graph is loaded; the stored bias is unchanged
             one = self._constant("one", np.ones(1, np.float32))
             copy.input[2] = self._add("Add", [node.input[2], one], f"{node.input[2]}/one_more")
         self._nodes.append(copy)
@@ -283,9 +283,9 @@ class _MaskSpecializer:
         A layout is recomputed there from its single-channel maps, with the channels of `_present_channels` only.
         """
         name, node = f"{value}/around", self._producers[value]
-        if name in self._made:
+        if name in self._added:
             return name
-        self._made.add(name)
+        self._added.add(name)
         if self._shapes[value][1] > 1 and node.op_type in ("Concat", "Mul", "Cast", "Equal"):
             copy = _copy(node, output=name)
             copy.name = f"{node.name}/around"
@@ -297,7 +297,7 @@ class _MaskSpecializer:
         self._add("Slice", [value, f"{box}/wide_start", f"{box}/wide_end", self._axes()], f"{value}/wide")
         return self._add("Pad", [f"{value}/wide", f"{box}/beyond"], name)
 
-    def _answer_to_zeros(self, layer: _Layer, head: str) -> NDArray[np.float32]:
+    def _output_for_empty_layout(self, layer: _Layer, head: str) -> NDArray[np.float32]:
         """Output of a head for an empty layout: float32 (1, C, 3, 3), rows and columns first, middle, last."""
         weight, bias = (self._weight(name).astype(np.float64) for name in layer.convolutions[head].input[1:])
         shared_bias = self._weight(layer.convolutions["layout_shared"].input[2])
@@ -310,11 +310,11 @@ class _MaskSpecializer:
     def _box(self, size: int) -> str:
         """Name prefix of the values that describe the box at this size; they are added at the first call."""
         box = f"box/{size}"
-        if box in self._made:
+        if box in self._added:
             return box
-        self._made.add(box)
-        if "box" not in self._made:
-            self._made.add("box")
+        self._added.add(box)
+        if "box" not in self._added:
+            self._added.add("box")
             self._find_mask()
         zero, reach, whole = self._number(0), self._number(REACH), self._number(size)
         for axis in ("rows", "columns"):
@@ -344,12 +344,12 @@ class _MaskSpecializer:
         self._add("Slice", [padded, f"{box}/start", f"{box}/end+{REACH}", self._axes()], f"{box}/picture")
         return box
 
-    def _beside(self, size: int) -> str:
+    def _outside_box(self, size: int) -> str:
         """1 where the first and the last row lie outside the box, else 0: float32 (2, size)."""
         name, box = f"box/{size}/beside", self._box(size)
-        if name in self._made:
+        if name in self._added:
             return name
-        self._made.add(name)
+        self._added.add(name)
         for axis, places in (("rows", _ints(0, size - 1).reshape(2, 1)), ("columns", np.arange(size).reshape(1, size))):
             place = self._constant(f"{box}/{axis}/places", places)
             self._add("Less", [place, f"{box}/{axis}/start"], f"{box}/{axis}/before")
@@ -389,8 +389,8 @@ class _MaskSpecializer:
         A mask covers a few of dozens of classes, and a convolution of few channels is faster. Class 0 is always
         included, so that k is at least 1.
         """
-        if "classes" not in self._made:
-            self._made.add("classes")
+        if "classes" not in self._added:
+            self._added.add("classes")
             layout = self._producers[self._whole_layout().input[0]]
             one_hot, mask = layout.input
             labels, ids = self._producers[self._producers[one_hot].input[0]].input
@@ -467,8 +467,8 @@ def _copy(
     return copy
 
 
-def _one_more(head: str) -> np.float32:
-    return np.float32(head in _ONE_MORE)
+def _added_one(head: str) -> np.float32:
+    return np.float32(head in _PLUS_ONE_HEADS)
 
 
 def _ints(*values: int) -> NDArray[np.int64]:

@@ -60,7 +60,11 @@ class EngineMemory:
             yield
 
     def reserve(self, sizes: Mapping[str, int], batch: int) -> None:
-        """Make room for `batch` items of so many bytes under each name. What was reserved before keeps its room.
+        """Make room for `batch` items under each name. What was reserved before keeps its room.
+
+        Args:
+            sizes: Bytes of one item, by name.
+            batch: Number of items.
 
         Raises:
             OutOfMemoryError: The message says how many items there is room for.

@@ -200,6 +200,6 @@ def _to_package_error(call: str) -> Iterator[None]:
 
 
 def _missing_function(text: str) -> str | None:
-    """The function of which cuda-bindings says that the driver's library does not have it."""
+    """The function that the driver's library does not have, from the message of cuda-bindings."""
     found = re.search(r"function \W?(cu\w+)\W? (?:is )?not found", text, re.IGNORECASE)
     return found[1] if found else None

@@ -129,7 +129,7 @@ class Device:
     disturbed. Every other method but `close` must be called in there. What was created here must be freed here; nothing
     is freed by garbage collection, which may come at any time and on any thread.
 
-    Every method raises OutOfMemoryError, with the bytes asked for and those free, or UnavailableError.
+    Every method raises OutOfMemoryError, with the bytes requested and those free, or UnavailableError.
     """
 
     def __init__(self, ordinal: int = 0) -> None:

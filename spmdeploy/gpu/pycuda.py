@@ -179,7 +179,7 @@ class PyCuda:
         self._guarded(f"cuLaunchKernel {name}", self._kernels[name], *typed, **options)
 
     def _guarded(self, call: str, function: Any, *arguments: Any, **options: Any) -> Any:
-        """PyCUDA's errors name the call themselves but carry no number, apart from the class for lack of memory."""
+        """PyCUDA's errors name the call themselves but carry no number, apart from the class for exhausted memory."""
         try:
             return function(*arguments, **options)
         except self._pycuda.MemoryError as exc:

@@ -263,7 +263,7 @@ def _choose_generator(prefixes: list[str], path: Path) -> str:
 
 
 def _is_derived(key: str, tensors: Mapping[str, Tensor]) -> bool:
-    """Whether a weight was computed from the `weight_orig` next to it, and says nothing of its own."""
+    """Whether a weight was computed from the `weight_orig` next to it, and adds no information."""
     return key.endswith(".weight") and f"{key}_orig" in tensors
 
 

@@ -47,7 +47,7 @@ def extrapolate_border(image: Image, mask: Mask, depth: int) -> list[BorderRing]
 
 
 def _pad_false(flags: Mask) -> Mask:
-    """The flags with a border of False: beyond the image lies neither a known pixel nor one to fill.
+    """The flags with a border of False: beyond the image there is neither a known pixel nor one to fill.
 
     In C order whatever the order of the flags (np.pad would keep theirs), since pixels are addressed by flat index.
     """

@@ -16,7 +16,7 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 class Execution:
-    """Places and runs networks as the configuration says.
+    """Places and runs networks as configured.
 
     Args:
         config: Its `compile`, `channels_last` and `bf16` apply.
