@@ -1,4 +1,4 @@
-"""Cascades on the simulated GPU: the host's pictures bit for bit, and none of them on the host before the end."""
+"""Cascades on the simulated GPU: the host's images bit for bit, and none of them on the host before the end."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CLASSES = ClassTable("four", tuple(LabelClass(i, f"class {i}", (i, i, i)) for i 
 
 
 class OnHost:
-    """A session without what keeps pictures on the device."""
+    """A session without what keeps images on the device."""
 
     def __init__(self, session: TensorRtSession) -> None:
         self._session = session
@@ -53,7 +53,7 @@ def photo_of(height: int, width: int, seed: int = 0, smooth: bool = False) -> tu
     return image, random.integers(0, 4, (height, width), np.uint8), random.integers(0, 99, (height, width), np.int32)
 
 
-def hole_in(height: int, width: int) -> np.ndarray:
+def mask_in(height: int, width: int) -> np.ndarray:
     mask = np.zeros((height, width), bool)
     mask[height // 8 : -(height // 6), width // 5 : -(width // 8)] = True
     mask[height // 2 : height // 2 + 3, :] = False
@@ -62,7 +62,7 @@ def hole_in(height: int, width: int) -> np.ndarray:
 
 def edit(session: Any, height: int, width: int, mask: np.ndarray | None = None, **more: Any) -> EditResult:
     image, labels, instances = photo_of(height, width, smooth=more.pop("smooth", False))
-    mask = hole_in(height, width) if mask is None else mask
+    mask = mask_in(height, width) if mask is None else mask
     return Editor(session, CLASSES).edit(image, labels, mask, instances, tiling="cascade", **more)
 
 

@@ -1,4 +1,4 @@
-"""Sessions that are where they say they are, and golden edits that prove it."""
+"""Sessions on the device that they report, and golden edits that confirm it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SQUARE = ["batch", 256, 256]
 
 
 class FakeOnnxRuntime:
-    """Stands in for the module `onnxruntime`: built with CUDA, and runs where `runs_on` says whatever is asked."""
+    """Stands in for the module `onnxruntime`: built with CUDA, and runs on `runs_on` whatever provider is requested."""
 
     __version__ = "9.9"
 
@@ -233,8 +233,8 @@ def test_open_backend_precision_is_that_of_the_graph(street_bundle: Path) -> Non
 def test_run_zip_equals_folder(street_bundle: Path, tmp_path: Path) -> None:
     folder = open_bundle(street_bundle)
     zipped = open_bundle(pack(folder, tmp_path / "tiny.spm.zip"))
-    pictures = read_golden(folder, folder.manifest.golden[0])
-    first, second = (open_backend(bundle, device="cpu").session.run(pictures.inputs) for bundle in (folder, zipped))
+    sample = read_golden(folder, folder.manifest.golden[0])
+    first, second = (open_backend(bundle, device="cpu").session.run(sample.inputs) for bundle in (folder, zipped))
     assert np.array_equal(first, second)
 
 
@@ -315,7 +315,7 @@ def test_run_unrounded_without_output_is_refused(tmp_path: Path) -> None:
 
 
 def graph_file(path: Path, size: object = 256, instances: int = TensorProto.INT32, output: str = "edited") -> Path:
-    """A graph that hands its picture on, with the inputs of the `edit` graph or some that are not."""
+    """A graph that returns its image, with the inputs of the `edit` graph or some that are not."""
     byte = TensorProto.UINT8
     square = ["batch", size, size]
     image = helper.make_tensor_value_info("image", byte, [*square, 3])
@@ -332,7 +332,7 @@ def graph_file(path: Path, size: object = 256, instances: int = TensorProto.INT3
 
 def test_session_other_graph_is_refused(tmp_path: Path) -> None:
     assert ort.OnnxRuntimeSession(graph_file(tmp_path / "good.onnx", 64), "fp32").size == 64
-    for changes in ({"size": "free"}, {"instances": TensorProto.INT64}, {"output": "picture"}):
+    for changes in ({"size": "free"}, {"instances": TensorProto.INT64}, {"output": "image_out"}):
         with pytest.raises(BundleError, match="no edit graph"):
             ort.OnnxRuntimeSession(graph_file(tmp_path / "bad.onnx", **changes), "fp32")  # type: ignore[arg-type]
     (tmp_path / "garbage.onnx").write_bytes(b"garbage")

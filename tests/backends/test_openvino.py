@@ -162,14 +162,14 @@ def entry(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("content", "sums", "said"),
+    ("content", "sums", "message"),
     [(b"garbage", False, "is damaged and is made again"), (b"garbage", True, "cannot be used and is made again")],
     ids=["damaged", "foreign"],
 )
 def test_cache_unusable_entry_is_made_again(
     content: bytes,
     sums: bool,
-    said: str,
+    message: str,
     bundle: Bundle,
     batch: ModelInput,
     empty: Path,
@@ -185,7 +185,7 @@ def test_cache_unusable_entry_is_made_again(
     if sums:
         (blob.parent / "sums.json").write_text(json.dumps({blob.name: graph_cache._sha256_of(blob)}))
     assert np.array_equal(open_openvino(bundle, "cpu", "fp32").session.run(batch), expected)
-    assert said in caplog.text and blob.stat().st_size > 1000
+    assert message in caplog.text and blob.stat().st_size > 1000
 
 
 def test_cache_other_version_compiles_anew(bundle: Bundle, empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,8 +203,8 @@ def test_missing_package_names_the_command(
 ) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
     assert cli.main(["verify", str(street_bundle), "--backend", "openvino", "--json"]) == 4
-    said = json.loads(capsys.readouterr().out)
-    assert "needs the package openvino" in said["error"] and said["hint"] == 'pip install "spmdeploy[openvino]"'
+    result = json.loads(capsys.readouterr().out)
+    assert "needs the package openvino" in result["error"] and result["hint"] == 'pip install "spmdeploy[openvino]"'
     (check,) = check_openvino()
     assert not check.usable and 'pip install "spmdeploy[openvino]"' in str(check.remedy)
 

@@ -72,15 +72,18 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Machine:
 @pytest.fixture
 def bundle(tmp_path: Path) -> Bundle:
     """A bundle whose golden edit, and what becomes of it, is what simulated engines compute."""
-    pictures = {**{name: GOLDEN[name][0] for name in ("image", "labels")}, "expected": edited_like(GOLDEN)["edited"][0]}
-    pictures["mask"] = GOLDEN["mask"][0] * 255
-    coarse = GoldenSample(ModelInput(**GOLDEN), expected=pictures["expected"][None]).coarse
-    pictures["refined"] = np.rint(edited_like({**GOLDEN, "coarse": coarse})["unrounded"][0]).astype(np.uint8)
+    images_of = {
+        **{name: GOLDEN[name][0] for name in ("image", "labels")},
+        "expected": edited_like(GOLDEN)["edited"][0],
+    }
+    images_of["mask"] = GOLDEN["mask"][0] * 255
+    coarse = GoldenSample(ModelInput(**GOLDEN), expected=images_of["expected"][None]).coarse
+    images_of["refined"] = np.rint(edited_like({**GOLDEN, "coarse": coarse})["unrounded"][0]).astype(np.uint8)
     with BundleWriter(tmp_path / "street.spm") as writer:
         graphs = fill(writer)
-        for name, picture in pictures.items():
+        for name, pixels in images_of.items():
             writer.path(f"golden/tree/{name}.png").unlink(missing_ok=True)
-            images.write_image(writer.path(f"golden/tree/{name}.png"), picture)
+            images.write_image(writer.path(f"golden/tree/{name}.png"), pixels)
         images.write_image(writer.path("golden/tree/instances.png"), GOLDEN["instances"][0].astype(np.uint8))
         return writer.finish(manifest_of(graphs, native_size=SIZE))
 
@@ -164,19 +167,19 @@ def test_session_opened_has_the_refine_engine_of_its_precision(machine: Machine,
 
 def test_refine_engine_missing_names_the_command(machine: Machine, bundle: Bundle) -> None:
     add(bundle, record_of())
-    lack = open_backend(bundle).session.refine_unsupported
-    assert lack is not None and lack.problem == "the bundle holds no refine graph in fp16"
+    unsupported = open_backend(bundle).session.refine_unsupported
+    assert unsupported is not None and unsupported.problem == "the bundle holds no refine graph in fp16"
     (graph,) = (record for record in bundle.manifest.graphs if record.precision == "fp16")
     both = replace(bundle.manifest, graphs=(*bundle.manifest.graphs, replace(graph, graph=REFINE)))
     whole = replace(bundle, manifest=both)
-    lack = open_backend(whole).session.refine_unsupported
-    assert lack is not None and lack.problem == "an edit engine was built, but no refine engine"
-    assert lack.hint.endswith("spmdeploy build BUNDLE --graph refine --runtime tensorrt --precision fp16")
+    unsupported = open_backend(whole).session.refine_unsupported
+    assert unsupported is not None and unsupported.problem == "an edit engine was built, but no refine engine"
+    assert unsupported.hint.endswith("spmdeploy build BUNDLE --graph refine --runtime tensorrt --precision fp16")
     add(bundle, replace(record_of(graph=REFINE), precision="fp32"))
     add(bundle, replace(record_of(graph=REFINE), gpu=A10))
-    lack = open_backend(whole).session.refine_unsupported
-    assert lack is not None and "built on NVIDIA A10" in lack.problem
-    assert "tensorrt in fp32, beside an edit engine of tensorrt in fp16" in lack.problem
+    unsupported = open_backend(whole).session.refine_unsupported
+    assert unsupported is not None and "built on NVIDIA A10" in unsupported.problem
+    assert "tensorrt in fp32, beside an edit engine of tensorrt in fp16" in unsupported.problem
     add(bundle, record_of(graph=REFINE))
     assert open_backend(whole).session.refine_unsupported is None
 
@@ -400,8 +403,8 @@ def test_edit_without_cuda_graphs_notes_it(machine: Machine, bundle: Bundle) -> 
 
 def test_engines_for_cached_layouts_are_found_and_verified(machine: Machine, bundle: Bundle) -> None:
     add(bundle, record_of())
-    lack = open_backend(bundle).session.layout_unsupported  # type: ignore[attr-defined]
-    assert lack.problem.startswith("there is no layout and picture engine of tensorrt in fp16")
+    unsupported = open_backend(bundle).session.layout_unsupported  # type: ignore[attr-defined]
+    assert unsupported.problem.startswith("there is no layout and picture engine of tensorrt in fp16")
     add(bundle, record_of(graph="layout"))
     add(bundle, record_of(graph="picture"))
     session = open_backend(bundle).session

@@ -31,10 +31,10 @@ def test_measure_deviation_reads_under_mask_only() -> None:
     mask = np.zeros((1, 4, 4), np.uint8)
     mask[0, 0, :2] = 1
     reference = np.full((1, 4, 4, 3), 100, np.uint8)
-    picture = reference.copy()
-    picture[0, 0, 0] = (103, 100, 100)
-    picture[0, 3, 3] = 255  # not under the mask
-    deviation = measure_deviation(picture, reference, mask)
+    image = reference.copy()
+    image[0, 0, 0] = (103, 100, 100)
+    image[0, 3, 3] = 255  # not under the mask
+    deviation = measure_deviation(image, reference, mask)
     assert (deviation.max_grey, deviation.mean_grey) == (3, 0.5)
     assert deviation.psnr_db == pytest.approx(10 * math.log10(255**2 / 1.5))
     same = measure_deviation(reference, reference, mask)
@@ -51,16 +51,16 @@ def test_measure_deviation_reads_under_mask_only() -> None:
 )
 def test_problems_name_each_exceeded_limit(limits: ParityLimits, text: str) -> None:
     reference = np.full((1, 1, 2, 3), 100, np.uint8)
-    picture = reference.copy()
-    picture[0, 0, 0, 0] = 103
-    deviation = measure_deviation(picture, reference, np.ones((1, 1, 2), np.uint8))
+    image = reference.copy()
+    image[0, 0, 0, 0] = 103
+    deviation = measure_deviation(image, reference, np.ones((1, 1, 2), np.uint8))
     (fault,) = deviation.problems(limits)
     assert text in fault
     assert deviation.problems(ParityLimits(3, 0.5, deviation.psnr_db)) == []
 
 
 class Touching:
-    """A session that gives the expected picture, but changes a pixel outside the mask."""
+    """A session that gives the expected image, but changes a pixel outside the mask."""
 
     backend, device, precision, provider, size = "onnxruntime", "cpu", "fp32", "touching", 256
     refines = False
@@ -78,9 +78,9 @@ class Touching:
 
 def test_run_golden_changed_known_pixel_fails(street_bundle: Path) -> None:
     bundle = open_bundle(street_bundle)
-    pictures = read_golden(bundle, bundle.manifest.golden[0])
-    assert not pictures.inputs.mask[0, 0, 0]
-    result = run_golden(Touching(pictures.expected), pictures, "x", bundle.manifest.limits["fp32"])  # type: ignore[arg-type]
+    sample = read_golden(bundle, bundle.manifest.golden[0])
+    assert not sample.inputs.mask[0, 0, 0]
+    result = run_golden(Touching(sample.expected), sample, "x", bundle.manifest.limits["fp32"])  # type: ignore[arg-type]
     assert not result.passed and result.problems == ("pixels outside the mask were changed",)
 
 
@@ -177,7 +177,7 @@ def test_verify_differing_images_fail(copied: Path, capsys: pytest.CaptureFixtur
     reseal(copied)
     code, printed = run_verify(copied, capsys)
     assert code == printed["exit_code"] == 5 and printed["schema"] == "spmdeploy.verify/1"
-    # The expected picture is what the golden refinement starts from.
+    # The expected image is what the golden refinement starts from.
     assert [edit["passed"] for edit in printed["golden"]] == [True, False, True, True, False, True]
     assert printed["error"].startswith("tree_planted: largest difference ")
     assert cli.main(["verify", str(copied)]) == 5

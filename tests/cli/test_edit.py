@@ -196,7 +196,7 @@ def test_edit_mask_full_after_dilation_is_refused(files: EditFiles, run: Any) ->
 
 
 @pytest.mark.parametrize("option", ["image", "labels", "mask", "instances", "edited_from"])
-@pytest.mark.parametrize("content", [b"", b"no picture", None], ids=["empty", "garbage", "absent"])
+@pytest.mark.parametrize("content", [b"", b"no image", None], ids=["empty", "garbage", "absent"])
 def test_edit_input_that_is_not_an_image_is_refused(
     option: str, content: bytes | None, files: EditFiles, run: Any, tmp_path: Path
 ) -> None:

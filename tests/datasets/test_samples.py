@@ -83,9 +83,9 @@ def test_random_crop_small_image_is_enlarged() -> None:
 
 
 def test_color_jitter_changes_training_photos_only(data_folder: Path) -> None:
-    plain, relighted = (samples(data_folder, color_jitter=strength) for strength in (0.0, 0.3))
+    plain, jittered = (samples(data_folder, color_jitter=strength) for strength in (0.0, 0.3))
     for position in range(6):
-        before, after = plain.at(position), relighted.at(position)
+        before, after = plain.at(position), jittered.at(position)
         assert np.array_equal(before.labels, after.labels)
         assert not np.array_equal(before.image, after.image)
     held_out = [

@@ -71,13 +71,13 @@ def batch_index(image: np.ndarray, *_: np.ndarray) -> np.ndarray:
 
 
 def everything_mixed(image: np.ndarray, labels: np.ndarray, instances: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """A value per window that changes with any pixel of the picture (hidden ones too), the layout or the mask."""
+    """A value per window that changes with any pixel of the image (hidden ones too), the layout or the mask."""
     weights = np.arange(1, mask[0].size + 1, dtype=np.int64).reshape(mask[0].shape) % 251 + 1
     edges = np.zeros(mask.shape, np.int64)
     edges[:, 1:] |= instances[:, 1:] != instances[:, :-1]
     edges[:, :, 1:] |= instances[:, :, 1:] != instances[:, :, :-1]
-    told = (labels.astype(np.int64) * 7 + 3 * edges + 1) * mask
-    mixed = ((image.sum(axis=3, dtype=np.int64) * 5 + told) * weights).sum(axis=(1, 2)) % 249 + 1
+    layout = (labels.astype(np.int64) * 7 + 3 * edges + 1) * mask
+    mixed = ((image.sum(axis=3, dtype=np.int64) * 5 + layout) * weights).sum(axis=(1, 2)) % 249 + 1
     return np.broadcast_to(mixed[:, None, None, None], image.shape)
 
 
@@ -311,15 +311,16 @@ def test_edit_batched_windows_are_pasted_in_place() -> None:
 
 def test_edit_batch_size_does_not_change_the_result() -> None:
     mask, image = six_windows(), noise(700, 1100)
-    pictures = [edit(image, labels_for(mask), mask, everything_mixed, batch_size=size).image for size in (1, 4, 6, 50)]
-    for picture in pictures[1:]:
-        np.testing.assert_array_equal(picture, pictures[0])
+    results = [edit(image, labels_for(mask), mask, everything_mixed, batch_size=size).image for size in (1, 4, 6, 50)]
+    for result in results[1:]:
+        np.testing.assert_array_equal(result, results[0])
 
 
 def test_edit_progress_counts_windows() -> None:
-    told: list[tuple[int, int]] = []
-    edit(noise(700, 1100), labels_for(six_windows()), six_windows(), batch_size=4, progress=lambda *at: told.append(at))
-    assert told == [(0, 6), (4, 6), (6, 6)]
+    reported: list[tuple[int, int]] = []
+    mask = six_windows()
+    edit(noise(700, 1100), labels_for(mask), mask, batch_size=4, progress=lambda *at: reported.append(at))
+    assert reported == [(0, 6), (4, 6), (6, 6)]
 
 
 # ---- modes and report ----
@@ -367,13 +368,15 @@ def test_edit_report_is_plain_json() -> None:
     assert "the model has no refine graph; export it again" in missing
     assert lost == "window 1 of 2 is 900×900 pixels and is edited at 256×256: detail is lost"
     assert report.edited_pixels == 360_001
-    told = json.loads(json.dumps(report.to_json()))
+    fields = json.loads(json.dumps(report.to_json()))
     place = {"top": 50, "left": 850, "height": 900, "width": 900}
-    assert told["windows"][0] == {**place, "scale": 0.2844, "cascade": False, "levels": [], "between_levels": None}
-    assert (told["backend"], told["device"], told["precision"], told["provider"]) == ("fake", "cpu", "fp32", "none")
-    assert set(told["milliseconds"]) == {"validate", "plan", "prepare", "run", "stitch"}
-    assert all(spent > 0 for spent in told["milliseconds"].values())
-    assert (told["tiling"], told["batches"], told["feather"], told["edited_pixels"]) == ("crop", 1, 3, 360_001)
+    assert fields["windows"][0] == {**place, "scale": 0.2844, "cascade": False, "levels": [], "between_levels": None}
+    assert (fields["backend"], fields["device"], fields["precision"]) == ("fake", "cpu", "fp32")
+    assert fields["provider"] == "none"
+    assert set(fields["milliseconds"]) == {"validate", "plan", "prepare", "run", "stitch"}
+    assert all(spent > 0 for spent in fields["milliseconds"].values())
+    assert (fields["tiling"], fields["batches"], fields["feather"]) == ("crop", 1, 3)
+    assert fields["edited_pixels"] == 360_001
 
 
 def test_edit_window_slightly_larger_than_the_model_gives_no_note() -> None:
@@ -392,7 +395,7 @@ def test_editor_exit_closes_the_session() -> None:
 
 # ---- inputs that must be caught ----
 
-PHOTO, IDS, HOLE = np.zeros((6, 8, 3), np.uint8), np.zeros((6, 8), np.uint8), np.eye(6, 8, dtype=bool)
+PHOTO, IDS, MASK = np.zeros((6, 8, 3), np.uint8), np.zeros((6, 8), np.uint8), np.eye(6, 8, dtype=bool)
 BAD_INPUTS: dict[str, tuple[dict[str, Any], str]] = {
     "photo is a list": ({"image": [[0]]}, "image is a list"),
     "photo in floats": ({"image": PHOTO.astype(float)}, "image has type float64, expected uint8"),
@@ -400,19 +403,19 @@ BAD_INPUTS: dict[str, tuple[dict[str, Any], str]] = {
     "gray photo": ({"image": IDS}, r"image has shape \(6, 8\)"),
     "photo with alpha": ({"image": np.zeros((6, 8, 4), np.uint8)}, r"image has shape \(6, 8, 4\)"),
     "photo without pixels": (
-        {"image": PHOTO[:0], "labels": IDS[:0], "mask": HOLE[:0]},
+        {"image": PHOTO[:0], "labels": IDS[:0], "mask": MASK[:0]},
         "image is 8×0, it has no pixels",
     ),
     "color label map": ({"labels": PHOTO}, r"labels has shape \(6, 8, 3\)"),
     "labels in floats": ({"labels": IDS.astype(np.float32)}, "labels has type float32"),
-    "labels of truth": ({"labels": HOLE}, "labels has type bool"),
+    "labels of truth": ({"labels": MASK}, "labels has type bool"),
     "labels of another size": ({"labels": IDS[:5]}, "labels: 8×5, but image: 8×6"),
-    "mask of another size": ({"mask": HOLE.T}, "mask: 6×8, but image: 8×6"),
+    "mask of another size": ({"mask": MASK.T}, "mask: 6×8, but image: 8×6"),
     "instances of another size": ({"instances": IDS[:, :1]}, "instances: 1×6, but image: 8×6"),
-    "soft mask": ({"mask": HOLE.astype(float)}, "mask has type float64"),
+    "soft mask": ({"mask": MASK.astype(float)}, "mask has type float64"),
     "mask with channels": ({"mask": PHOTO}, r"mask has shape \(6, 8, 3\)"),
-    "empty mask": ({"mask": ~HOLE & HOLE}, "mask is empty: it marks no pixel"),
-    "full mask": ({"mask": ~HOLE | HOLE}, "mask is full: it marks every pixel"),
+    "empty mask": ({"mask": ~MASK & MASK}, "mask is empty: it marks no pixel"),
+    "full mask": ({"mask": ~MASK | MASK}, "mask is full: it marks every pixel"),
     "instances in floats": ({"instances": IDS.astype(float)}, "instances has type float64"),
     "instances in color": ({"instances": PHOTO}, r"instances has shape \(6, 8, 3\)"),
     "instances beyond 32 bits": ({"instances": IDS + np.int64(2**31)}, "from 2147483648 to 2147483648"),
@@ -423,40 +426,40 @@ BAD_INPUTS: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("case", BAD_INPUTS)
 def test_edit_bad_arrays_are_refused(case: str) -> None:
-    changed, words = BAD_INPUTS[case]
-    arrays = {"image": PHOTO, "labels": IDS, "mask": HOLE, **changed}
+    changed, message = BAD_INPUTS[case]
+    arrays = {"image": PHOTO, "labels": IDS, "mask": MASK, **changed}
     session = FakeSession(identity)
-    with pytest.raises(InputError, match=words):
+    with pytest.raises(InputError, match=message):
         Editor(session, CLASSES).edit(**arrays)
     assert not session.calls
 
 
-@pytest.mark.parametrize(("value", "word"), [(False, "empty"), (True, "full")])
-def test_edit_photo_of_one_pixel_is_refused(value: bool, word: str) -> None:
-    with pytest.raises(InputError, match=word):
+@pytest.mark.parametrize(("value", "message"), [(False, "empty"), (True, "full")])
+def test_edit_photo_of_one_pixel_is_refused(value: bool, message: str) -> None:
+    with pytest.raises(InputError, match=message):
         edit(PHOTO[:1, :1], IDS[:1, :1], np.array([[value]]))
 
 
 def test_edit_valid_arrays_are_accepted() -> None:
-    edit(PHOTO, IDS, HOLE, instances=IDS)
+    edit(PHOTO, IDS, MASK, instances=IDS)
 
 
 def test_edit_errors_name_the_files() -> None:
     names = InputNames("a.jpg", "b.png", "c.png", "d.png")
     with pytest.raises(InputError, match=r"b\.png: 8×5, but a\.jpg: 8×6"):
-        edit(PHOTO, IDS[:5], HOLE, names=names)
+        edit(PHOTO, IDS[:5], MASK, names=names)
     with pytest.raises(InputError, match=r"c\.png is empty"):
-        edit(PHOTO, IDS, HOLE & ~HOLE, names=names)
+        edit(PHOTO, IDS, MASK & ~MASK, names=names)
     with pytest.raises(InputError, match=r"d\.png has type"):
-        edit(PHOTO, IDS, HOLE, instances=IDS.astype(float), names=names)
+        edit(PHOTO, IDS, MASK, instances=IDS.astype(float), names=names)
 
 
 def test_edit_unknown_labels_are_counted_under_the_mask() -> None:
-    labels = np.where(HOLE, 0, 9)
-    edit(PHOTO, labels, HOLE)
+    labels = np.where(MASK, 0, 9)
+    edit(PHOTO, labels, MASK)
     labels[2, 2] = labels[3, 3] = 7
     with pytest.raises(InputError, match=r"7 \(2 pixels\)") as caught:
-        edit(PHOTO, labels, HOLE)
+        edit(PHOTO, labels, MASK)
     assert "9" not in caught.value.problem
 
 
@@ -479,7 +482,7 @@ def test_edit_match_surroundings_requested_removes_a_cast(side: int) -> None:
 def test_edit_options_out_of_range_are_refused(option: dict[str, Any]) -> None:
     (value,) = option.values()
     with pytest.raises(UsageError, match=str(value)):
-        edit(PHOTO, IDS, HOLE, **option)
+        edit(PHOTO, IDS, MASK, **option)
 
 
 def test_edit_feather_blends_inside_the_mask_only_and_zero_is_the_sessions_result() -> None:

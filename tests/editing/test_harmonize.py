@@ -122,12 +122,12 @@ def test_match_noise_structure_is_not_added() -> None:
 @given(st.integers(1, 70), st.integers(1, 70), st.integers(0, 2**32))
 def test_match_surroundings_any_input_keeps_known_pixels(height: int, width: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    picture = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+    image = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
     labels, mask = rng.integers(0, 3, (height, width)), rng.random((height, width)) < 0.5
-    first, second = picture.copy(), picture.copy()
+    first, second = image.copy(), image.copy()
     match_surroundings(first, labels, mask)
     match_surroundings(second, labels, mask)
-    assert (first == second).all() and (first[~mask] == picture[~mask]).all()
+    assert (first == second).all() and (first[~mask] == image[~mask]).all()
 
 
 def halves() -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -26,7 +26,7 @@ def test_edit_request_dilation_depends_on_the_source_of_the_mask(files: EditRequ
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "message"),
     [
         ({"labels": None}, "either labels or fill"),
         ({"fill": "road"}, "either labels or fill"),
@@ -40,8 +40,8 @@ def test_edit_request_dilation_depends_on_the_source_of_the_mask(files: EditRequ
         ({"dilate": 1025}, "grow is 1025"),
     ],
 )
-def test_edit_request_contradictions_are_refused(changes: dict[str, Any], words: str, files: EditRequest) -> None:
-    with pytest.raises(UsageError, match=words):
+def test_edit_request_contradictions_are_refused(changes: dict[str, Any], message: str, files: EditRequest) -> None:
+    with pytest.raises(UsageError, match=message):
         changed(files, **changes)
 
 

@@ -22,13 +22,13 @@ def test_explain_sheet_shows_windows_and_tiles_of_every_level() -> None:
         WindowReport(PlannedWindow(large, fit_letterbox(large.window), levels)),
     ]
     photo = np.zeros((900, 1300, 3), np.uint8)
-    picture = explain_sheet(photo, mask, windows)
-    at_once, carried_up, tile = (255, 190, 0), (255, 255, 255), (0, 200, 255)
+    image = explain_sheet(photo, mask, windows)
+    at_once, refined, tile = (255, 190, 0), (255, 255, 255), (0, 200, 255)
     assert [len(window.plan.levels) for window in windows] == [0, 2]
-    for color in (at_once, carried_up, tile):
-        assert (picture == color).all(axis=2).any(), color
+    for color in (at_once, refined, tile):
+        assert (image == color).all(axis=2).any(), color
     alone = explain_sheet(photo, mask, windows[:1])
-    assert alone.shape[0] < picture.shape[0] and alone.shape[1] < picture.shape[1]
+    assert alone.shape[0] < image.shape[0] and alone.shape[1] < image.shape[1]
 
 
 def test_explain_sheet_photo_of_two_pixels_is_drawn() -> None:

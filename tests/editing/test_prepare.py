@@ -1,4 +1,4 @@
-"""`Editor.prepare`: the pictures of `Editor.edit`, from sessions that are told the layout once."""
+"""`Editor.prepare`: the results of `Editor.edit`, from sessions that get the layout once."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from tests.editing.test_editor import CLASSES, FakeSession, everything_mixed, la
 
 
 class KeepingSession(FakeSession):
-    """Keeps layouts, and remembers how often it was told one; edits in no other way."""
+    """Keeps layouts, and counts how often it got one; edits in no other way."""
 
     def __init__(self, **more: Any) -> None:
         super().__init__(everything_mixed, **more)
         self.kept = 0
 
     def run(self, inputs: ModelInput) -> np.ndarray:
-        raise AssertionError("the layout was told with an image")
+        raise AssertionError("the layout came with an image")
 
     def bind_layout(self, layout: LayoutInput) -> Callable[[np.ndarray], np.ndarray]:
         self.kept += 1
@@ -50,17 +50,17 @@ def test_prepared_edit_equals_edit(mask: np.ndarray, size: int, refines: bool, m
     editor = Editor(FakeSession(everything_mixed, size, refines), CLASSES)
     keeping = KeepingSession(size=size, refines=refines)
     plans = [one.prepare(labels, mask, instances, **options) for one in (editor, Editor(keeping, CLASSES))]
-    told = keeping.kept
+    layouts = keeping.kept
     for seed in range(2):
         image = noise(*mask.shape, seed=seed)
         expected = editor.edit(image, labels, mask, instances, **options)
         for plan in plans:
             prepared = plan.edit(image)
             np.testing.assert_array_equal(prepared.image, expected.image)
-            told_of, wanted = prepared.report, expected.report
-            assert [it.plan.letterbox for it in told_of.windows] == [it.plan.letterbox for it in wanted.windows]
-            assert (told_of.tiling, told_of.tiles, told_of.batches) == (wanted.tiling, wanted.tiles, wanted.batches)
-    assert keeping.kept == told
+            found, wanted = prepared.report, expected.report
+            assert [it.plan.letterbox for it in found.windows] == [it.plan.letterbox for it in wanted.windows]
+            assert (found.tiling, found.tiles, found.batches) == (wanted.tiling, wanted.tiles, wanted.batches)
+    assert keeping.kept == layouts
 
 
 def test_prepare_each_batch_is_bound_once() -> None:
@@ -98,7 +98,7 @@ def test_prepared_edit_reports_progress_per_image() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "error", "words"),
+    ("change", "error", "message"),
     [
         ({"labels": np.zeros((9, 8), np.uint8)}, InputError, "mask: 400×300, but labels: 8×9"),
         ({"mask": np.zeros((300, 400), bool)}, InputError, "mask"),
@@ -109,15 +109,15 @@ def test_prepared_edit_reports_progress_per_image() -> None:
         ({"batch_size": 0}, UsageError, "batch size 0"),
     ],
 )
-def test_prepare_bad_layout_is_refused(change: dict[str, Any], error: type[Exception], words: str) -> None:
+def test_prepare_bad_layout_is_refused(change: dict[str, Any], error: type[Exception], message: str) -> None:
     mask = np.zeros((300, 400), bool)
     mask[50:90, 60:200] = True
-    with pytest.raises(error, match=words):
+    with pytest.raises(error, match=message):
         Editor(FakeSession(everything_mixed), CLASSES).prepare(**({"labels": labels_for(mask), "mask": mask} | change))
 
 
 @pytest.mark.parametrize(
-    ("image", "words"),
+    ("image", "message"),
     [
         (noise(400, 300), "image: 300×400, but labels: 400×300"),
         (noise(300, 400)[..., 0], "expected .height, width, 3."),
@@ -125,11 +125,11 @@ def test_prepare_bad_layout_is_refused(change: dict[str, Any], error: type[Excep
         ("photo.png", "expected a numpy array"),
     ],
 )
-def test_prepared_edit_bad_image_is_refused(image: Any, words: str) -> None:
+def test_prepared_edit_bad_image_is_refused(image: Any, message: str) -> None:
     mask = np.zeros((300, 400), bool)
     mask[50:90, 60:200] = True
     plan = Editor(FakeSession(everything_mixed), CLASSES).prepare(labels_for(mask), mask)
-    with pytest.raises(InputError, match=words):
+    with pytest.raises(InputError, match=message):
         plan.edit(image)
 
 

@@ -87,7 +87,7 @@ def noise(height: int, width: int) -> np.ndarray:
 
 
 @st.composite
-def holes(draw: st.DrawFn) -> tuple[np.ndarray, int]:
+def masks_in_photos(draw: st.DrawFn) -> tuple[np.ndarray, int]:
     """A mask with a few rectangles, neither empty nor full, and the size of a model that needs levels for it."""
     height, width = draw(st.integers(2, 400)), draw(st.integers(2, 400))
     mask = np.zeros((height, width), bool)
@@ -104,19 +104,19 @@ def holes(draw: st.DrawFn) -> tuple[np.ndarray, int]:
 
 
 @quick
-@given(holes(), st.integers(1, 7))
-def test_edit_cascade_perfect_session_returns_the_photo(hole: tuple[np.ndarray, int], batch: int) -> None:
-    """Bit for bit: every tile is told of its own pixels, put where they belong, and the weights sum to one."""
-    mask, size = hole
+@given(masks_in_photos(), st.integers(1, 7))
+def test_edit_cascade_perfect_session_returns_the_photo(case: tuple[np.ndarray, int], batch: int) -> None:
+    """Bit for bit: every tile reads its own pixels and is pasted where they belong, and the weights sum to one."""
+    mask, size = case
     image = noise(*mask.shape)
     result = edit(Session(size, image.reshape(-1, 3)), image, mask, batch_size=batch)
     np.testing.assert_array_equal(result.image, image)
 
 
 @quick
-@given(holes())
-def test_edit_cascade_keeps_known_pixels(hole: tuple[np.ndarray, int]) -> None:
-    mask, size = hole
+@given(masks_in_photos())
+def test_edit_cascade_keeps_known_pixels(case: tuple[np.ndarray, int]) -> None:
+    mask, size = case
     image = noise(*mask.shape)
     result = edit(Session(size, np.zeros((1, 3), np.uint8)), image, mask)
     np.testing.assert_array_equal(result.image, np.where(mask[..., None], 0, image))
@@ -190,15 +190,15 @@ def test_edit_cascade_batches_hold_tiles_of_one_level() -> None:
     mask = np.zeros((400, 400), bool)
     mask[50:350, 50:350] = True
     session = Session(64)
-    told: list[tuple[int, int]] = []
-    report = edit(session, noise(400, 400), mask, batch_size=4, progress=lambda *at: told.append(at)).report
+    reported: list[tuple[int, int]] = []
+    report = edit(session, noise(400, 400), mask, batch_size=4, progress=lambda *at: reported.append(at)).report
     (entry,) = report.windows
     counts = [len(level.tiles) for level in entry.plan.levels]
     assert session.batches == [size for count in counts for size in [4] * (count // 4) + [count % 4] * (count % 4 > 0)]
     assert report.tiles == sum(counts) and report.batches == 1 + len(session.batches)
     total = 1 + sum(counts)
-    assert told[0] == (0, total) and told[-1] == (total, total)
-    assert all(0 < after - before <= 4 for (before, _), (after, _) in pairwise(told))
+    assert reported[0] == (0, total) and reported[-1] == (total, total)
+    assert all(0 < after - before <= 4 for (before, _), (after, _) in pairwise(reported))
 
 
 def test_edit_cascade_batch_size_does_not_change_the_result() -> None:
@@ -223,25 +223,25 @@ def test_edit_cascade_onnxruntime_batches_and_threads_differ_by_one_level_at_mos
     mask[60:200, 70:440] = True
     image, labels = noise(260, 500), np.random.default_rng(3).integers(0, 4, (260, 500), np.uint8)
     threads = torch.get_num_threads()
-    pictures = []
+    results = []
     try:
         for batch, used in ((2, 1), (2, 1), (1, 1), (2, 2)):
             torch.set_num_threads(used)
             result = Editor(session, CLASSES).edit(image, labels, mask, tiling="cascade", batch_size=batch)
             assert result.report.tiles == 2
-            pictures.append(result.image.astype(int))
+            results.append(result.image.astype(int))
     finally:
         torch.set_num_threads(threads)
-    first, again, *others = pictures
+    first, again, *others = results
     np.testing.assert_array_equal(again, first)
-    assert np.abs(np.diff(first[mask], axis=0)).max() > 3, "a flat picture would agree whatever happens"
+    assert np.abs(np.diff(first[mask], axis=0)).max() > 3, "a flat image would agree whatever happens"
     assert all(np.abs(other - first).max() <= 1 for other in others)
 
 
 # ---- which windows ----
 
 
-def two_holes() -> np.ndarray:
+def two_masks() -> np.ndarray:
     """One whose window is 256 pixels, one whose window is 600."""
     mask = np.zeros((1000, 2000), bool)
     mask[100, 100] = True
@@ -250,7 +250,7 @@ def two_holes() -> np.ndarray:
 
 
 def test_edit_tiling_auto_cascades_windows_beyond_the_limit() -> None:
-    report = edit(Session(256), noise(1000, 2000), two_holes(), tiling="auto").report
+    report = edit(Session(256), noise(1000, 2000), two_masks(), tiling="auto").report
     assert (report.tiling, report.tiling_reason) == ("cascade", "1 of 2 windows larger than 384 pixels")
     assert [(len(entry.plan.levels), entry.scale) for entry in report.windows] == [(0, 1.0), (1, 1.0)]
     assert report.notes == ()
@@ -273,7 +273,7 @@ def test_edit_tiling_cascade_refines_every_window_larger_than_the_model() -> Non
 
 
 def test_edit_tiling_auto_without_refine_crops_with_a_note() -> None:
-    report = edit(Session(256, refines=False), noise(1000, 2000), two_holes(), tiling="auto").report
+    report = edit(Session(256, refines=False), noise(1000, 2000), two_masks(), tiling="auto").report
     assert report.tiling == "crop"
     assert report.tiling_reason == "1 of 2 windows larger than 384 pixels, but the model has no refine graph"
     assert report.notes == (
@@ -284,19 +284,19 @@ def test_edit_tiling_auto_without_refine_crops_with_a_note() -> None:
     small = np.zeros((300, 300), bool)
     small[:200, :200] = True
     assert edit(Session(256, refines=False), noise(300, 300), small, tiling="auto").report.notes == ()
-    cropped = edit(Session(256, refines=False), noise(1000, 2000), two_holes(), tiling="crop").report
+    cropped = edit(Session(256, refines=False), noise(1000, 2000), two_masks(), tiling="crop").report
     assert len(cropped.notes) == 1  # it was asked for
 
 
 def test_edit_tiling_cascade_without_refine_is_refused() -> None:
     with pytest.raises(BundleError, match="no refine graph") as caught:
-        edit(Session(256, refines=False), noise(1000, 2000), two_holes())
+        edit(Session(256, refines=False), noise(1000, 2000), two_masks())
     assert str(caught.value.hint).startswith("export it again; or use")
 
 
 def test_edit_tiling_crop_never_refines() -> None:
     session = Session(256)
-    assert edit(session, noise(1000, 2000), two_holes(), tiling="crop").report.tiling == "crop"
+    assert edit(session, noise(1000, 2000), two_masks(), tiling="crop").report.tiling == "crop"
     assert not session.batches
 
 
@@ -307,11 +307,11 @@ def test_edit_cascade_report_has_every_level() -> None:
     mask = np.zeros((400, 400), bool)
     mask[80:360, 40:320] = True
     report = edit(Session(64), noise(400, 400), mask).report
-    told = json.loads(json.dumps(report.to_json()))
-    (window,) = told["windows"]
+    fields = json.loads(json.dumps(report.to_json()))
+    (window,) = fields["windows"]
     assert window["cascade"] and window["scale"] == 1
     assert [(level["height"], level["width"]) for level in window["levels"]] == [(100, 100), (200, 200), (400, 400)]
-    assert told["tiles"] == sum(level["tiles"] for level in window["levels"])
+    assert fields["tiles"] == sum(level["tiles"] for level in window["levels"])
     assert all({"seam_score", "tile_mismatch"} <= set(level) for level in window["levels"])
 
 
@@ -347,8 +347,8 @@ def test_report_notes_seams_and_mismatch_are_noted() -> None:
 
     assert report_notes([plain]) == () == notes(2.0, 12.0)
     assert notes(2.14, 3) == ("window 1 of 1: steps at the borders of tiles exceed others by 2.1 gray levels",)
-    (told,) = notes(0.1, 15.6)
-    assert told.startswith("window 1 of 1: its tiles differed by 16 gray levels")
+    (note,) = notes(0.1, 15.6)
+    assert note.startswith("window 1 of 1: its tiles differed by 16 gray levels")
 
 
 def test_edit_cascade_level_of_a_smooth_photo_is_upsampled() -> None:
@@ -419,8 +419,8 @@ def test_extend_windows_see_earlier_results() -> None:
         """Paints one more than the brightest known pixel that it sees."""
 
         def run_unrounded(self, inputs: ModelInput) -> np.ndarray:
-            image, hole = inputs.image, inputs.mask[..., None] != 0
-            return np.where(hole, np.where(hole, 0, image).max() + 1, image).astype(np.float32)
+            image, masked = inputs.image, inputs.mask[..., None] != 0
+            return np.where(masked, np.where(masked, 0, image).max() + 1, image).astype(np.float32)
 
     photo = np.full((64, 64, 3), 10, np.uint8)
     result = extend(Continuing(64), photo, Padding(70, 0, 100, 0), tiling="crop")
@@ -442,10 +442,10 @@ def test_extend_later_windows_are_hidden_from_the_session() -> None:
 
 
 def test_extend_cost_per_step_is_constant() -> None:
-    told: list[tuple[int, int]] = []
+    reported: list[tuple[int, int]] = []
     photo = noise(64, 64)
     near, far = (
-        extend(Session(64), photo, Padding(0, 0, length, 0), progress=lambda *at: told.append(at)).report
+        extend(Session(64), photo, Padding(0, 0, length, 0), progress=lambda *at: reported.append(at)).report
         for length in (96, 960)
     )
     assert (
@@ -454,7 +454,7 @@ def test_extend_cost_per_step_is_constant() -> None:
         == {64}
     )
     assert (len(near.windows), len(far.windows)) == (3, 30)
-    assert told[-1] == (30, 30) and told[0] == (0, 3)
+    assert reported[-1] == (30, 30) and reported[0] == (0, 3)
 
 
 def test_extend_report_has_windows_of_the_extended_image() -> None:
@@ -464,16 +464,16 @@ def test_extend_report_has_windows_of_the_extended_image() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sides", "words"),
+    ("sides", "message"),
     [
         (Padding(0, 0, 0, 0), "0 pixels on every side"),
         (Padding(0, -3, 9, 0), "cannot grow by -3"),
         (Padding(0, 0, 10**9, 0), "1000000008×6, 6000 megapixels; at most 200"),
     ],
 )
-def test_extend_impossible_padding_is_refused(sides: Padding, words: str) -> None:
+def test_extend_impossible_padding_is_refused(sides: Padding, message: str) -> None:
     photo = noise(6, 8)
-    with pytest.raises(UsageError, match=words) as caught:
+    with pytest.raises(UsageError, match=message) as caught:
         Editor(Session(64), CLASSES).extend(photo, np.zeros((6, 8), np.uint8), sides)
     assert caught.value.hint
 

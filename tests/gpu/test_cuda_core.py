@@ -65,7 +65,7 @@ def test_real_package_without_a_driver_raises_a_cuda_error() -> None:
         pytest.skip("this machine has a driver")
 
 
-def test_missing_function_in_the_words_of_cuda_bindings_is_found() -> None:
+def test_missing_function_of_the_messages_of_cuda_bindings_is_found() -> None:
     assert ours._missing_function('Function "cuNewest" not found') == "cuNewest"
     assert ours._missing_function("function cuNewest is not found") == "cuNewest"
     assert ours._missing_function("CUDA_ERROR_INVALID_VALUE") is None

@@ -76,7 +76,7 @@ def test_blend_windows_fade_towards_neighbors_only() -> None:
 
 
 @st.composite
-def holes(draw: st.DrawFn) -> tuple[np.ndarray, int]:
+def masks_in_photos(draw: st.DrawFn) -> tuple[np.ndarray, int]:
     """A mask with a few rectangles, and the size of a model so small that its windows need several levels."""
     height, width = draw(st.integers(1, 500)), draw(st.integers(1, 500))
     mask = np.zeros((height, width), bool)
@@ -91,9 +91,9 @@ def planned(mask: np.ndarray, size: int) -> list[tuple[PyramidLevel, ...]]:
 
 
 @quick
-@given(holes())
-def test_plan_pyramid_levels_double_up_to_full_resolution(hole: tuple[np.ndarray, int]) -> None:
-    mask, size = hole
+@given(masks_in_photos())
+def test_plan_pyramid_levels_double_up_to_full_resolution(case: tuple[np.ndarray, int]) -> None:
+    mask, size = case
     for site, levels in zip(plan_windows(mask, size), planned(mask, size), strict=True):
         window = site.window
         longer = max(window.height, window.width)
@@ -106,12 +106,12 @@ def test_plan_pyramid_levels_double_up_to_full_resolution(hole: tuple[np.ndarray
 
 
 @quick
-@given(holes())
+@given(masks_in_photos())
 def test_plan_pyramid_weights_of_masked_pixels_sum_to_one(
-    hole: tuple[np.ndarray, int],
+    case: tuple[np.ndarray, int],
 ) -> None:
     """By the tiles that run; and each of these has something to do."""
-    mask, size = hole
+    mask, size = case
     for levels in planned(mask, size):
         for level in levels:
             total = np.zeros((level.height + 2 * size, level.width + 2 * size))
@@ -132,9 +132,9 @@ def covered_cells(mask: np.ndarray, factor: int) -> np.ndarray:
 
 
 @quick
-@given(holes())
-def test_plan_pyramid_level_is_covered_by_the_previous_one(hole: tuple[np.ndarray, int]) -> None:
-    mask, size = hole
+@given(masks_in_photos())
+def test_plan_pyramid_level_is_covered_by_the_previous_one(case: tuple[np.ndarray, int]) -> None:
+    mask, size = case
     for levels in planned(mask, size):
         for coarse, fine in pairwise(levels):
             for starts, places, length in (
@@ -146,10 +146,10 @@ def test_plan_pyramid_level_is_covered_by_the_previous_one(hole: tuple[np.ndarra
 
 
 @quick
-@given(holes(), st.integers(0, 300), st.integers(0, 300))
-def test_plan_pyramid_translation_translates_tiles(hole: tuple[np.ndarray, int], down: int, right: int) -> None:
+@given(masks_in_photos(), st.integers(0, 300), st.integers(0, 300))
+def test_plan_pyramid_translation_translates_tiles(case: tuple[np.ndarray, int], down: int, right: int) -> None:
     """On a photo so large that no window reaches its border."""
-    mask, size = hole
+    mask, size = case
     height, width = mask.shape
     one, other = np.zeros((2, height + 1300, width + 1300), bool)
     one[500 : 500 + height, 500 : 500 + width] = mask
@@ -190,20 +190,20 @@ def test_border_lines_are_at_starts_ends_and_middles_of_overlaps() -> None:
 @given(st.integers(0, 2**32 - 1), st.integers(2, 40), st.integers(2, 40))
 def test_seam_score_equals_plain_loops(seed: int, height: int, width: int) -> None:
     rng = np.random.default_rng(seed)
-    picture, mask = rng.integers(0, 256, (height, width, 3), np.uint8), rng.random((height, width)) < 0.8
+    image, mask = rng.integers(0, 256, (height, width, 3), np.uint8), rng.random((height, width)) < 0.8
     rows, columns = frozenset(rng.integers(1, height, 2).tolist()), frozenset(rng.integers(1, width, 2).tolist())
     found: dict[tuple[str, bool], list[float]] = {}
     for y, x in np.ndindex(height, width):
         for axis, (v, u), line in (("down", (y - 1, x), y in rows), ("right", (y, x - 1), x in columns)):
             if v >= 0 and u >= 0 and mask[y, x] and mask[v, u]:
-                step = float(np.abs(picture[y, x].astype(int) - picture[v, u]).mean())
+                step = float(np.abs(image[y, x].astype(int) - image[v, u]).mean())
                 found.setdefault((axis, line), []).append(step)
     across = [
         (np.mean(found[axis, True]) - np.mean(found[axis, False]), len(found[axis, True]))
         for axis in ("down", "right")
         if (axis, True) in found and (axis, False) in found
     ]
-    score = seam_score(picture, mask, rows, columns)
+    score = seam_score(image, mask, rows, columns)
     if across:
         assert score == pytest.approx(sum(e * n for e, n in across) / sum(n for _, n in across), abs=1e-4)
     else:
@@ -219,9 +219,9 @@ def test_seam_score_gradient_is_zero_and_step_is_positive() -> None:
 
 
 def test_seam_score_known_pixels_do_not_count() -> None:
-    picture = np.zeros((50, 50, 3), np.uint8)
-    picture[:, 25:] = 99
+    image = np.zeros((50, 50, 3), np.uint8)
+    image[:, 25:] = 99
     mask = np.zeros((50, 50), bool)
     mask[:, :25] = True
-    assert seam_score(picture, mask, frozenset(), frozenset({25})) is None
-    assert seam_score(picture, mask, frozenset(), frozenset({10, 25})) == 0
+    assert seam_score(image, mask, frozenset(), frozenset({25})) is None
+    assert seam_score(image, mask, frozenset(), frozenset({10, 25})) == 0

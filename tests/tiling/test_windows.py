@@ -130,9 +130,9 @@ def test_plan_windows_every_masked_pixel_is_edited_once(mask: np.ndarray) -> Non
         assert window.top >= 0 and window.left >= 0
         assert window.top + window.height <= height and window.left + window.width <= width
         assert window.height >= min(256, height) and window.width >= min(256, width)
-        hole = site.mask_of(mask)
-        assert hole.any() and not (hole & ~mask[window.slices]).any()
-        covered[window.slices] += hole
+        part = site.mask_of(mask)
+        assert part.any() and not (part & ~mask[window.slices]).any()
+        covered[window.slices] += part
     np.testing.assert_array_equal(covered, mask)
 
 
@@ -141,8 +141,8 @@ def test_plan_windows_every_masked_pixel_is_edited_once(mask: np.ndarray) -> Non
 def test_plan_windows_keep_context_around_the_mask(mask: np.ndarray) -> None:
     """Known margins on all sides up to the photo's border, and at least the context factor where the photo has it."""
     for site in plan_sites(mask):
-        window, hole = site.window, site.mask_of(mask)
-        rows, columns = np.flatnonzero(hole.any(axis=1)), np.flatnonzero(hole.any(axis=0))
+        window, part = site.window, site.mask_of(mask)
+        rows, columns = np.flatnonzero(part.any(axis=1)), np.flatnonzero(part.any(axis=0))
         longer = max(int(np.ptp(rows)), int(np.ptp(columns))) + 1
         for used, start, side, photo in (
             (rows, window.top, window.height, mask.shape[0]),
@@ -283,11 +283,11 @@ def test_pad_by_reflection_does_not_repeat_the_border(height: int, width: int) -
 
 
 def test_pad_by_reflection_keeps_channels() -> None:
-    picture = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3)
-    padded = frames.pad_by_reflection(picture, 4, 4)
+    image = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3)
+    padded = frames.pad_by_reflection(image, 4, 4)
     assert padded.shape == (4, 4, 3)
-    np.testing.assert_array_equal(padded[:, :, 1], frames.pad_by_reflection(picture[:, :, 1], 4, 4))
-    np.testing.assert_array_equal(padded[2:, :3], picture[[0, 1]])
+    np.testing.assert_array_equal(padded[:, :, 1], frames.pad_by_reflection(image[:, :, 1], 4, 4))
+    np.testing.assert_array_equal(padded[2:, :3], image[[0, 1]])
 
 
 def covering(mask: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -325,12 +325,12 @@ Case = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 @st.composite
-def pictures_with_masks(draw: st.DrawFn) -> Case:
-    """A picture, another of the same size, and any mask, full and empty ones included."""
+def images_with_masks(draw: st.DrawFn) -> Case:
+    """An image, another of the same size, and any mask, full and empty ones included."""
     mask = draw(small_masks())
     seed = draw(st.integers(0, 2**32 - 1))
-    picture, other = np.random.default_rng(seed).integers(0, 256, (2, *mask.shape, 3), np.uint8)
-    return picture, other, mask
+    image, other = np.random.default_rng(seed).integers(0, 256, (2, *mask.shape, 3), np.uint8)
+    return image, other, mask
 
 
 def distance_to_known(mask: np.ndarray) -> np.ndarray:
@@ -344,78 +344,78 @@ def distance_to_known(mask: np.ndarray) -> np.ndarray:
 
 
 @quick
-@given(pictures_with_masks(), st.integers(0, 5))
+@given(images_with_masks(), st.integers(0, 5))
 def test_stitch_known_pixels_are_unchanged_and_hidden_ones_unused(case: Case, feather: int) -> None:
-    picture, edited, mask = case
-    stitched, hidden_changed = picture.copy(), picture.copy()
+    image, edited, mask = case
+    stitched, hidden_changed = image.copy(), image.copy()
     hidden_changed[mask] ^= 0xFF
     stitching.stitch(stitched, edited, mask, feather)
     stitching.stitch(hidden_changed, edited, mask, feather)
-    np.testing.assert_array_equal(stitched[~mask], picture[~mask])
+    np.testing.assert_array_equal(stitched[~mask], image[~mask])
     np.testing.assert_array_equal(hidden_changed, stitched)
 
 
 @quick
-@given(pictures_with_masks(), st.integers(0, 5))
+@given(images_with_masks(), st.integers(0, 5))
 def test_stitch_beyond_the_feather_is_the_edit(case: Case, feather: int) -> None:
-    picture, edited, mask = case
+    image, edited, mask = case
     deep = mask & (distance_to_known(mask) > feather)
-    stitching.stitch(picture, edited, mask, feather)
-    np.testing.assert_array_equal(picture[deep], edited[deep])
+    stitching.stitch(image, edited, mask, feather)
+    np.testing.assert_array_equal(image[deep], edited[deep])
 
 
 @quick
-@given(pictures_with_masks(), st.integers(0, 5))
+@given(images_with_masks(), st.integers(0, 5))
 def test_stitch_constant_into_itself_is_unchanged(case: Case, feather: int) -> None:
     _, _, mask = case
     constant = np.full((*mask.shape, 3), 77, np.uint8)
-    picture = np.where(mask[:, :, None], np.uint8(200), constant)
-    stitching.stitch(picture, constant, mask, feather)
-    assert (picture == 77).all()
+    image = np.where(mask[:, :, None], np.uint8(200), constant)
+    stitching.stitch(image, constant, mask, feather)
+    assert (image == 77).all()
 
 
 def test_stitch_feather_blends_in_equal_steps() -> None:
-    picture, edited = np.full((1, 9, 3), 40, np.uint8), np.full((1, 9, 3), 80, np.uint8)
+    image, edited = np.full((1, 9, 3), 40, np.uint8), np.full((1, 9, 3), 80, np.uint8)
     mask = np.ones((1, 9), bool)
     mask[0, 0] = False
-    stitching.stitch(picture, edited, mask, 3)
-    assert picture[0, :, 0].tolist() == [40, 50, 60, 70, 80, 80, 80, 80, 80]
+    stitching.stitch(image, edited, mask, 3)
+    assert image[0, :, 0].tolist() == [40, 50, 60, 70, 80, 80, 80, 80, 80]
 
 
 @quick
-@given(pictures_with_masks(), st.integers(0, 4))
+@given(images_with_masks(), st.integers(0, 4))
 def test_extrapolate_border_rings_are_pixels_at_each_distance(case: Case, depth: int) -> None:
-    picture, _, mask = case
+    image, _, mask = case
     distance = distance_to_known(mask)
-    before = picture.copy()
-    rings = stitching.extrapolate_border(picture, mask, depth)
+    before = image.copy()
+    rings = stitching.extrapolate_border(image, mask, depth)
     assert [ring.depth for ring in rings] == [step for step in range(1, depth + 1) if (distance == step).any()]
     for ring in rings:
         found = np.zeros(mask.shape, bool)
         found[ring.rows, ring.columns] = True
         np.testing.assert_array_equal(found, distance == ring.depth)
-    np.testing.assert_array_equal(picture[distance > depth], before[distance > depth])
+    np.testing.assert_array_equal(image[distance > depth], before[distance > depth])
 
 
 @quick
-@given(pictures_with_masks(), st.integers(1, 200))
+@given(images_with_masks(), st.integers(1, 200))
 def test_extrapolate_border_first_ring_is_the_mean_of_known_neighbors(case: Case, chunk: int) -> None:
-    picture, _, mask = case
-    before = picture.copy()
+    image, _, mask = case
+    before = image.copy()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stitching, "_CHUNK", chunk)
-        rings = stitching.extrapolate_border(picture, mask, 1)
+        rings = stitching.extrapolate_border(image, mask, 1)
     for ring in rings:
         for y, x in zip(ring.rows.tolist(), ring.columns.tolist(), strict=True):
             around = slice(max(y - 1, 0), y + 2), slice(max(x - 1, 0), x + 2)
             mean = before[around][~mask[around]].astype(float).mean(axis=0)
-            np.testing.assert_array_equal(picture[y, x], np.floor(mean + 0.5))
+            np.testing.assert_array_equal(image[y, x], np.floor(mean + 0.5))
 
 
 def test_stitch_memory_order_does_not_matter() -> None:
     mask = np.random.default_rng(0).random((30, 40)) < 0.7
-    picture, edited = np.random.default_rng(1).integers(0, 256, (2, 30, 40, 3), np.uint8)
-    turned = np.asfortranarray(picture)
+    image, edited = np.random.default_rng(1).integers(0, 256, (2, 30, 40, 3), np.uint8)
+    turned = np.asfortranarray(image)
     stitching.stitch(turned, np.asfortranarray(edited), np.asfortranarray(mask), 3)
-    stitching.stitch(picture, edited, mask, 3)
-    np.testing.assert_array_equal(turned, picture)
+    stitching.stitch(image, edited, mask, 3)
+    np.testing.assert_array_equal(turned, image)
