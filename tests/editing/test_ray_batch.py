@@ -32,7 +32,7 @@ BACKEND = "onnxruntime"
 COMMAND = [sys.executable, "-m", "spmdeploy", "batch", "--backend", BACKEND]
 
 # Read by every Python process of the cluster: an item named "kill" ends its worker, "memory" asks for too much,
-# "slow" waits.
+# "wait" and "slow" take longer.
 CUSTOMIZE = """
 import os, sys
 if any("default_worker" in word for word in sys.orig_argv):
@@ -45,8 +45,10 @@ if any("default_worker" in word for word in sys.orig_argv):
             os.kill(os.getpid(), signal.SIGKILL)
         if "memory" in name:
             numpy.ones(1 << 46)
+        if "wait" in name:
+            time.sleep(4)
         if "slow" in name:
-            time.sleep(6)
+            time.sleep(20)
         return read(path, *arguments)
     files.read_photo = read_photo
 """
@@ -191,13 +193,13 @@ def test_run_on_ray_killed_node_is_replaced_by_one_that_joins(cluster: Any, fold
             cluster.add_node(num_cpus=1, object_store_memory=200 << 20)
 
     out = folder / "out"
-    slow = [f"slow{number}" for number in range(4)]
-    for name in slow:
+    long = ["slow0", *(f"wait{number}" for number in range(3))]
+    for name in long:
         shutil.copy(folder / "0.png", folder / f"{name}.png")
     opened: list[str] = []
     statuses = run(
         cluster,
-        manifest(folder, *NUMBERS, *slow),
+        manifest(folder, *NUMBERS, *long),
         out,
         change,
         on_open=lambda node, facts, choices: opened.append(node),
@@ -208,10 +210,10 @@ def test_run_on_ray_killed_node_is_replaced_by_one_that_joins(cluster: Any, fold
 
 @pytest.mark.slow
 def test_run_on_ray_killed_driver_is_resumed(cluster: Any, folder: Path) -> None:
-    slow = [f"slow{number}" for number in range(3)]
-    for name in slow:
+    long = [f"wait{number}" for number in range(3)]
+    for name in long:
         shutil.copy(folder / "0.png", folder / f"{name}.png")
-    path, out = manifest(folder, *NUMBERS, *slow), folder / "out"
+    path, out = manifest(folder, *NUMBERS, *long), folder / "out"
     command = [*COMMAND, str(path), "--output-dir", str(out), "--ray", cluster.address]
     driver = subprocess.Popen(command, stderr=subprocess.PIPE)
     while not (out / STATUS_FILE).exists() or '"done"' not in (out / STATUS_FILE).read_text():
