@@ -1,19 +1,16 @@
-"""Windows, frames and stitching, by properties: no model, no files."""
+"""Mask components and context windows, by properties."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from spmdeploy.tiling import letterbox as frames
-from spmdeploy.tiling import stitching, windows
-from spmdeploy.tiling.letterbox import Letterbox, fit_letterbox
+from spmdeploy.tiling import windows
 from spmdeploy.tiling.windows import Window, mask_components
 from spmdeploy.tiling.windows import plan_windows as plan_sites
-
-quick = settings(max_examples=60, deadline=None)
+from tests.tiling.strategies import quick, small_masks
 
 
 @st.composite
@@ -27,33 +24,22 @@ def masks(draw: st.DrawFn, longest: int = 1500) -> np.ndarray:
     return mask
 
 
-@st.composite
-def small_masks(draw: st.DrawFn) -> np.ndarray:
-    """Noise of any density, from empty to full."""
-    shape = draw(st.integers(1, 40)), draw(st.integers(1, 40))
-    density = draw(st.sampled_from([0.0, 0.003, 0.03, 0.1, 0.3, 0.6, 0.95, 1.0]))
-    return np.random.default_rng(draw(st.integers(0, 2**32 - 1))).random(shape) < density
-
-
-def brute_pieces(mask: np.ndarray, reach: int) -> list[tuple[int, int, int, int]]:
+def brute_components(mask: np.ndarray, reach: int) -> list[tuple[int, int, int, int]]:
     """Bounding boxes of the groups of masked pixels that are linked by steps of at most `reach` rows and columns."""
     left_over = set(zip(*(axis.tolist() for axis in np.nonzero(mask)), strict=True))
     boxes = []
     while left_over:
         open_ends = [left_over.pop()]
-        piece = list(open_ends)
+        component = list(open_ends)
         while open_ends:
             y, x = open_ends.pop()
             near = [at for at in left_over if abs(at[0] - y) <= reach and abs(at[1] - x) <= reach]
             left_over.difference_update(near)
             open_ends += near
-            piece += near
-        rows, columns = zip(*piece, strict=True)
+            component += near
+        rows, columns = zip(*component, strict=True)
         boxes.append((min(rows), min(columns), max(rows) + 1, max(columns) + 1))
     return sorted(boxes)
-
-
-# ---- pieces ----
 
 
 @quick
@@ -63,10 +49,10 @@ def test_mask_components_are_between_touching_pixels_and_a_block_apart(mask: np.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(windows, "BLOCK", block)
         boxes = {tuple(box) for box in mask_components(mask).tolist()}
-    for top, left, bottom, right in brute_pieces(mask, 1):
+    for top, left, bottom, right in brute_components(mask, 1):
         assert any(a <= top and b <= left and c >= bottom and d >= right for a, b, c, d in boxes)
     for a, b, c, d in boxes:
-        assert any(t <= a and u <= b and v >= c and w >= d for t, u, v, w in brute_pieces(mask, 2 * block - 1))
+        assert any(t <= a and u <= b and v >= c and w >= d for t, u, v, w in brute_components(mask, 2 * block - 1))
 
 
 @quick
@@ -74,7 +60,7 @@ def test_mask_components_are_between_touching_pixels_and_a_block_apart(mask: np.
 def test_mask_components_blocks_of_one_pixel_are_connected_components(mask: np.ndarray) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(windows, "BLOCK", 1)
-        assert sorted(tuple(box) for box in mask_components(mask).tolist()) == brute_pieces(mask, 1)
+        assert sorted(tuple(box) for box in mask_components(mask).tolist()) == brute_components(mask, 1)
 
 
 def test_mask_components_boxes_are_exact() -> None:
@@ -111,9 +97,6 @@ def test_connected_groups_equal_a_plain_search(count: int, links: list[tuple[int
 def test_connected_groups_long_shuffled_chain_is_one() -> None:
     order = np.random.default_rng(1).permutation(20_000)
     assert not windows.connected_groups(20_000, order[:-1], order[1:]).any()
-
-
-# ---- windows ----
 
 
 def plan_windows(mask: np.ndarray) -> list[Window]:
@@ -196,7 +179,7 @@ def test_plan_windows_near_components_share_a_window() -> None:
 
 
 def test_plan_windows_merging_ends_without_overlap() -> None:
-    """Two pieces whose common window reaches a third that neither of them reached alone."""
+    """Two components whose common window reaches a third that neither of them reached alone."""
     places = (1500, 1000), (1500, 1200), (1235, 1100)
 
     def windows_of(*chosen: int) -> list[Window]:
@@ -246,176 +229,3 @@ def test_plan_windows_thousands_of_components_are_all_edited() -> None:
 
 def test_plan_windows_empty_mask_has_none() -> None:
     assert plan_windows(np.zeros((5, 5), bool)) == []
-
-
-# ---- frames ----
-
-
-@quick
-@given(st.integers(1, 9000), st.integers(1, 9000))
-def test_fit_letterbox_shrinks_and_never_enlarges(height: int, width: int) -> None:
-    frame = fit_letterbox(Window(0, 0, height, width), 256)
-    longer = max(height, width)
-    assert 1 <= frame.height <= min(height, 256) and 1 <= frame.width <= min(width, 256)
-    assert max(frame.height, frame.width) == min(longer, 256)
-    assert frame.scale == min(1.0, 256 / longer)
-    assert frame.shrinks == (longer > 256)
-    for side, shrunk in ((height, frame.height), (width, frame.width)):
-        assert abs(side * frame.scale - shrunk) <= 0.5 or shrunk == 1
-
-
-def test_fit_letterbox_narrow_window_keeps_its_aspect() -> None:
-    assert fit_letterbox(Window(7, 9, 100, 1000), 256) == Letterbox(Window(7, 9, 100, 1000), 26, 256, 256)
-
-
-@quick
-@given(st.integers(1, 40), st.integers(1, 40))
-def test_pad_by_reflection_does_not_repeat_the_border(height: int, width: int) -> None:
-    ids = np.arange(height * width, dtype=np.int32).reshape(height, width)
-    padded = frames.pad_by_reflection(ids, 40, 50)
-    assert padded.shape == (40, 50) and padded.dtype == ids.dtype
-
-    def mirrored(length: int, to: int) -> list[int]:
-        there_and_back = [*range(length), *range(length - 2, 0, -1)]
-        return [there_and_back[at % len(there_and_back)] for at in range(to)]
-
-    np.testing.assert_array_equal(padded, ids[np.ix_(mirrored(height, 40), mirrored(width, 50))])
-
-
-def test_pad_by_reflection_keeps_channels() -> None:
-    image = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3)
-    padded = frames.pad_by_reflection(image, 4, 4)
-    assert padded.shape == (4, 4, 3)
-    np.testing.assert_array_equal(padded[:, :, 1], frames.pad_by_reflection(image[:, :, 1], 4, 4))
-    np.testing.assert_array_equal(padded[2:, :3], image[[0, 1]])
-
-
-def covering(mask: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Frame pixels that touch a masked pixel, by looking at each."""
-    covered = np.zeros((height, width), bool)
-    for y, x in np.ndindex(height, width):
-        rows = slice(y * mask.shape[0] // height, -(-(y + 1) * mask.shape[0] // height))
-        columns = slice(x * mask.shape[1] // width, -(-(x + 1) * mask.shape[1] // width))
-        covered[y, x] = mask[rows, columns].any()
-    return covered
-
-
-@quick
-@given(small_masks(), st.integers(1, 40), st.integers(1, 40))
-def test_label_sampling_grid_masked_pixels_take_masked_labels(mask: np.ndarray, height: int, width: int) -> None:
-    height, width = min(height, mask.shape[0]), min(width, mask.shape[1])
-    frame_mask = covering(mask, height, width)
-    rows, columns = frames.label_sampling_grid(mask, frame_mask)
-    assert rows.shape == columns.shape == (height, width)
-    np.testing.assert_array_equal(mask[rows, columns], frame_mask)
-    y, x = np.mgrid[:height, :width]  # never from outside the frame pixel's own cell
-    assert (rows + 1 > y * mask.shape[0] / height).all() and (rows < (y + 1) * mask.shape[0] / height).all()
-    assert (columns + 1 > x * mask.shape[1] / width).all() and (columns < (x + 1) * mask.shape[1] / width).all()
-
-
-def test_label_sampling_grid_known_pixels_take_the_nearest_label() -> None:
-    rows, columns = frames.label_sampling_grid(np.zeros((9, 6), bool), np.zeros((3, 2), bool))
-    assert rows.tolist() == [[1, 1], [4, 4], [7, 7]] and columns.tolist() == [[1, 4]] * 3
-
-
-# ---- stitching ----
-
-
-Case = tuple[np.ndarray, np.ndarray, np.ndarray]
-
-
-@st.composite
-def images_with_masks(draw: st.DrawFn) -> Case:
-    """An image, another of the same size, and any mask, full and empty ones included."""
-    mask = draw(small_masks())
-    seed = draw(st.integers(0, 2**32 - 1))
-    image, other = np.random.default_rng(seed).integers(0, 256, (2, *mask.shape, 3), np.uint8)
-    return image, other, mask
-
-
-def distance_to_known(mask: np.ndarray) -> np.ndarray:
-    """Steps of 8-neighborhood from each pixel to the nearest known one, by looking at each; huge if there is none."""
-    known = np.argwhere(~mask)
-    distance = np.full(mask.shape, 10**6)
-    for y, x in np.ndindex(mask.shape):
-        if len(known):
-            distance[y, x] = np.abs(known - (y, x)).max(axis=1).min()
-    return distance
-
-
-@quick
-@given(images_with_masks(), st.integers(0, 5))
-def test_stitch_known_pixels_are_unchanged_and_hidden_ones_unused(case: Case, feather: int) -> None:
-    image, edited, mask = case
-    stitched, hidden_changed = image.copy(), image.copy()
-    hidden_changed[mask] ^= 0xFF
-    stitching.stitch(stitched, edited, mask, feather)
-    stitching.stitch(hidden_changed, edited, mask, feather)
-    np.testing.assert_array_equal(stitched[~mask], image[~mask])
-    np.testing.assert_array_equal(hidden_changed, stitched)
-
-
-@quick
-@given(images_with_masks(), st.integers(0, 5))
-def test_stitch_beyond_the_feather_is_the_edit(case: Case, feather: int) -> None:
-    image, edited, mask = case
-    deep = mask & (distance_to_known(mask) > feather)
-    stitching.stitch(image, edited, mask, feather)
-    np.testing.assert_array_equal(image[deep], edited[deep])
-
-
-@quick
-@given(images_with_masks(), st.integers(0, 5))
-def test_stitch_constant_into_itself_is_unchanged(case: Case, feather: int) -> None:
-    _, _, mask = case
-    constant = np.full((*mask.shape, 3), 77, np.uint8)
-    image = np.where(mask[:, :, None], np.uint8(200), constant)
-    stitching.stitch(image, constant, mask, feather)
-    assert (image == 77).all()
-
-
-def test_stitch_feather_blends_in_equal_steps() -> None:
-    image, edited = np.full((1, 9, 3), 40, np.uint8), np.full((1, 9, 3), 80, np.uint8)
-    mask = np.ones((1, 9), bool)
-    mask[0, 0] = False
-    stitching.stitch(image, edited, mask, 3)
-    assert image[0, :, 0].tolist() == [40, 50, 60, 70, 80, 80, 80, 80, 80]
-
-
-@quick
-@given(images_with_masks(), st.integers(0, 4))
-def test_extrapolate_border_rings_are_pixels_at_each_distance(case: Case, depth: int) -> None:
-    image, _, mask = case
-    distance = distance_to_known(mask)
-    before = image.copy()
-    rings = stitching.extrapolate_border(image, mask, depth)
-    assert [ring.depth for ring in rings] == [step for step in range(1, depth + 1) if (distance == step).any()]
-    for ring in rings:
-        found = np.zeros(mask.shape, bool)
-        found[ring.rows, ring.columns] = True
-        np.testing.assert_array_equal(found, distance == ring.depth)
-    np.testing.assert_array_equal(image[distance > depth], before[distance > depth])
-
-
-@quick
-@given(images_with_masks(), st.integers(1, 200))
-def test_extrapolate_border_first_ring_is_the_mean_of_known_neighbors(case: Case, chunk: int) -> None:
-    image, _, mask = case
-    before = image.copy()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stitching, "_CHUNK", chunk)
-        rings = stitching.extrapolate_border(image, mask, 1)
-    for ring in rings:
-        for y, x in zip(ring.rows.tolist(), ring.columns.tolist(), strict=True):
-            around = slice(max(y - 1, 0), y + 2), slice(max(x - 1, 0), x + 2)
-            mean = before[around][~mask[around]].astype(float).mean(axis=0)
-            np.testing.assert_array_equal(image[y, x], np.floor(mean + 0.5))
-
-
-def test_stitch_memory_order_does_not_matter() -> None:
-    mask = np.random.default_rng(0).random((30, 40)) < 0.7
-    image, edited = np.random.default_rng(1).integers(0, 256, (2, 30, 40, 3), np.uint8)
-    turned = np.asfortranarray(image)
-    stitching.stitch(turned, np.asfortranarray(edited), np.asfortranarray(mask), 3)
-    stitching.stitch(image, edited, mask, 3)
-    np.testing.assert_array_equal(turned, image)
