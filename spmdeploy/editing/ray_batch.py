@@ -246,9 +246,11 @@ class _Run:
         elif kind == "withdraw":
             worker.withdrawing = False
             rows = set(result)
-            for call, chunk in worker.chunks.items():
+            # Later chunks may hold a row again that was given back by a result that overtook this answer.
+            for number in [number for number in worker.chunks if number <= call]:
+                chunk = worker.chunks[number]
                 dispatcher.give_back([item for item in chunk if item.row in rows])
-                worker.chunks[call] = [item for item in chunk if item.row not in rows]
+                worker.chunks[number] = [item for item in chunk if item.row not in rows]
         else:
             assert isinstance(result, ChunkResult)
             worker.since = time.monotonic()
@@ -280,7 +282,7 @@ class _Run:
             late = time.monotonic() - worker.since > max(_LOOK_SECONDS, 2 * usual)
             if waits > 1 and late and not worker.withdrawing:
                 worker.withdrawing = True
-                self._watch(worker, "withdraw", 0, worker.handle.withdraw.remote())
+                self._watch(worker, "withdraw", self._calls, worker.handle.withdraw.remote())
 
     def _hire(self) -> None:
         """Start workers on all nodes that have places left."""

@@ -19,7 +19,10 @@ import pytest
 from PIL import Image
 
 from spmdeploy import cli
+from spmdeploy.editing.batch import PreparedItem
+from spmdeploy.editing.dispatch import Dispatcher
 from spmdeploy.editing.manifest import read_manifest
+from spmdeploy.editing.options import EditRequest
 from spmdeploy.editing.status import STATUS_FILE, ItemStatus
 from spmdeploy.errors import SpmDeployError, UnavailableError
 from spmdeploy.remote import RemotePath, list_remote, write_remote
@@ -284,6 +287,20 @@ def test_run_on_ray_node_without_the_backend_is_named(cluster: Any, folder: Path
     with pytest.raises(SpmDeployError, match=r"^node .*\(") as raised:
         ray_batch.run_on_ray(None, read_manifest(manifest(folder, "0"), out), out, fleet, backend="tensorrt")
     assert raised.value.exit_code == 4 and not (out / STATUS_FILE).read_text()
+
+
+def test_withdrawn_rows_are_handed_out_once_whichever_answer_comes_first() -> None:
+    nothing: Any = None
+    request = EditRequest(Path("a.png"), Path("out/1.png"), fill="road", mask=Path("m.png"))
+    item = PreparedItem(1, "1.png", request)
+    dispatcher = Dispatcher(iter(()), 0)
+    run = ray_batch._Run(nothing, nothing, nothing, nothing, nothing, nothing, nothing)
+    worker = ray_batch._Worker(None, "id", "node", is_open=True, chunks={1: [item]})
+    run.workers.append(worker)
+    run._handle(dispatcher, worker, "withdraw", 0, [1])
+    assert worker.chunks == {1: [item]} and dispatcher.take(1) == []
+    run._handle(dispatcher, worker, "withdraw", 1, [1])
+    assert worker.chunks == {1: []} and dispatcher.take(1) == [item]
 
 
 @pytest.mark.parametrize(
