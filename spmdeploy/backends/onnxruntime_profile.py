@@ -1,4 +1,4 @@
-"""ONNX Runtime's own account of where a run spends its time."""
+"""Profiles a graph with the profiler of ONNX Runtime: the time of every node."""
 
 from __future__ import annotations
 

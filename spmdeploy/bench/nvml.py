@@ -151,6 +151,7 @@ def _gpu_records(library: Nvml) -> Iterator[GpuRecord]:
 
 
 def gpu_states(library: Nvml) -> Iterator[GpuState]:
+    """Clocks, temperature, power and number of processes of each GPU."""
     constants = library.library
     for handle in library.handles():
         power = library.query("nvmlDeviceGetPowerUsage", handle)
@@ -171,4 +172,5 @@ def gpu_states(library: Nvml) -> Iterator[GpuState]:
 
 
 def hash_uuid(uuid: str) -> str:
+    """The first 16 hexadecimal digits of the SHA-256 of a GPU's UUID, which identify it in records without naming it."""
     return hashlib.sha256(uuid.encode()).hexdigest()[:16]

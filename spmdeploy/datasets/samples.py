@@ -257,7 +257,15 @@ def split_validation(names: tuple[str, ...], count: int, blocks: int) -> tuple[l
 def random_crop(
     annotated: AnnotatedImage, side: int, scale: float, flip: bool, rng: np.random.Generator
 ) -> AnnotatedImage:
-    """Cuts a random square of side/scale pixels, at most the image's shorter side, and resizes it to `side` pixels."""
+    """Cuts a random square of side/scale pixels, at most the image's shorter side, and resizes it to `side` pixels.
+
+    Args:
+        annotated: The image to cut from.
+        side: Height and width of the result, in pixels.
+        scale: Above 1 the image is enlarged, below 1 the crop covers more of it.
+        flip: Mirror the crop.
+        rng: Chooses the position.
+    """
     height, width = annotated.labels.shape
     source = min(round(side / scale), height, width)
     top, left = int(rng.integers(0, height - source + 1)), int(rng.integers(0, width - source + 1))

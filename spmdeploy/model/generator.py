@@ -1,4 +1,4 @@
-"""The three stages, coarse to fine (paper, section 3.1)."""
+"""The SPM generator: three stages, coarse to fine (paper, section 3.1)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sizes through which a cascade carries a window up, and the tiles of each.
+"""Plans the pyramid levels of a window, and the tiles of each level.
 
 Levels double: a pixel of a level stands for `factor` by `factor` pixels of the photo, 1 at the last level. Tiles lie at
 even places, so that what a tile is made from, the level before at half the size, begins at a whole pixel too.

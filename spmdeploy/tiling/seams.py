@@ -1,4 +1,4 @@
-"""How much the borders of tiles show."""
+"""Seam score: how visible the borders of tiles are in an edit."""
 
 from __future__ import annotations
 
