@@ -172,5 +172,5 @@ def gpu_states(library: Nvml) -> Iterator[GpuState]:
 
 
 def hash_uuid(uuid: str) -> str:
-    """The first 16 hexadecimal digits of the SHA-256 of a GPU's UUID, which identify it in records without naming it."""
+    """The first 16 hexadecimal digits of the SHA-256 of a UUID, so that records compare GPUs without naming them."""
     return hashlib.sha256(uuid.encode()).hexdigest()[:16]
