@@ -28,6 +28,7 @@ from spmdeploy.engines.record import BATCH, Port
 from spmdeploy.engines.store import named_engines
 from spmdeploy.errors import BundleError, InputError, UsageError
 from spmdeploy.files import atomic_replace_dir
+from spmdeploy.serialization import shorten
 
 TritonDevice = Literal["gpu", "cpu"]
 CONFIG, VERSION, WARMUP = "config.pbtxt", "1", "warmup"
@@ -38,6 +39,8 @@ QUEUE_DELAY = 1000
 """Microseconds that a request waits for others to share its batch: short compared with an edit."""
 
 _TYPES = {"uint8": "TYPE_UINT8", "int32": "TYPE_INT32", "float16": "TYPE_FP16", "float32": "TYPE_FP32"}
+
+_OUTPUTS = ("edited", "unrounded")
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,7 @@ def export_triton(bundle: Bundle, repository: Path, options: TritonOptions) -> T
         served = _served_graph(bundle, _chosen_graph(bundle, options), options)
     else:
         served = _served_engine(bundle, options.engine, options)
+    _check_outputs(served, bundle)
     sample = _warmup_sample(bundle, served.inputs, served.source)
     folder = repository / name
     _make_repository(repository)
@@ -139,6 +143,15 @@ def export_triton(bundle: Bundle, repository: Path, options: TritonOptions) -> T
         outputs=served.outputs,
         files=dict(sorted(files.items())),
     )
+
+
+def _check_outputs(served: _ServedModel, bundle: Bundle) -> None:
+    """Raise BundleError for outputs of other graphs: a name with quotes would become more configuration."""
+    for port in served.outputs:
+        if port.name not in _OUTPUTS or port.dtype not in _TYPES or port.shape[:1] != (BATCH,):
+            shown = shorten(port.name)
+            problem = f"{bundle.path}: {served.source} gives {shown} {port.dtype}{port.shape}"
+            raise BundleError(f"{problem}, unlike the graphs of spmdeploy", EXPORT_AGAIN)
 
 
 def _chosen_graph(bundle: Bundle, options: TritonOptions) -> GraphRecord:
@@ -249,7 +262,7 @@ def _config(name: str, bundle: Bundle, served: _ServedModel, options: TritonOpti
     warm_batches = sorted({1, served.max_batch})
     lines = [
         f"{HEADING}: {served.source} of the bundle {bundle.manifest.name},",
-        f"# SHA-256 {served.sha256}; the server needs {served.needs}",
+        " ".join(f"# SHA-256 {served.sha256}; the server needs {served.needs}".split()),
         f'name: "{name}"',
         f'backend: "{served.backend}"',
         f'default_model_filename: "{served.file}"',

@@ -21,8 +21,11 @@ from spmdeploy.backends.tensorrt import graph_ports as graph_ports_of
 from spmdeploy.backends.verify import measure_deviation, read_golden
 from spmdeploy.bundle.bundle import open_bundle
 from spmdeploy.bundle.manifest import EDIT
+from spmdeploy.bundle.writer import BundleWriter
 from spmdeploy.engines.record import BatchRange, EngineFile, EngineRecord, SourceFile
 from spmdeploy.engines.store import EngineWriter, choose_place
+from tests.backends.test_onnxruntime import graph_file
+from tests.bundle.conftest import fill, manifest_of
 from tests.simulators.records import SAMPLE, for_targets
 
 onnx = pytest.importorskip("onnx")
@@ -212,6 +215,59 @@ def test_export_triton_missing_precision_exits_6(
     code, result = export(bundle=slim)
     assert code == 6 and "no graph 'edit' in fp16" in result["error"] and not (tmp_path / "models").exists()
     assert export("--device", "cpu", bundle=slim)[0] == 0
+
+
+INJECTED = 'edited" }\nbackend: "python'
+
+
+def hostile_bundle(folder: Path, kind: str) -> Path:
+    """A bundle whose hashes are right, with a graph that is not to be served."""
+    output = INJECTED if kind == "output" else "edited"
+    graph = onnx.load(graph_file(folder / "graph.onnx", 256, output=output))
+    if kind in ("path", "weights"):
+        location = b"/etc/passwd" if kind == "path" else b"model.onnx"
+        initializer = graph.graph.initializer.add(name="w", data_type=onnx.TensorProto.FLOAT, dims=[4])
+        initializer.data_location = onnx.TensorProto.EXTERNAL
+        initializer.external_data.add(key="location", value=location.decode())
+    content = b"no graph" if kind == "garbage" else graph.SerializeToString()
+    with BundleWriter(folder / "hostile.spm") as writer:
+        if kind == "weights":
+            writer.add_bytes("graphs/model.onnx", b"sixteen bytes...")
+        records = fill(writer, dict.fromkeys(("fp32", "fp16"), content))
+        if kind == "weights":
+            records = tuple(dataclasses.replace(record, weights="graphs/model.onnx") for record in records)
+        writer.finish(manifest_of(records, **({"golden": ()} if kind == "golden" else {})))
+    return folder / "hostile.spm"
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("output", "unlike the graphs of spmdeploy"),
+        ("path", "asks for weights in '/etc/passwd'"),
+        ("weights", "its weights have the name of the served graph"),
+        ("garbage", "not a graph of spmdeploy"),
+        ("golden", "holds no golden edit"),
+        ("images", r"golden/tree/"),
+    ],
+)
+def test_export_triton_hostile_bundle_exits_6_and_writes_nothing(
+    kind: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = hostile_bundle(tmp_path, kind)
+    for precision in ("fp32", "fp16"):
+        args = ["export-triton", str(bundle), str(tmp_path / "models"), "--precision", precision, "--json"]
+        assert cli.main(args) == 6
+        assert message in json.loads(capsys.readouterr().out)["error"]
+    assert not (tmp_path / "models").exists()
+
+
+def test_export_triton_engine_record_cannot_add_configuration(
+    messages: Any, export: Any, street_bundle: Path, tmp_path: Path
+) -> None:
+    record = add_engine(street_bundle, SAMPLE, version='10.16.1\nbackend: "python" #')
+    assert export("--engine", record.key)[0] == 0
+    assert read_config(messages, tmp_path / "models/tiny").backend == "tensorrt"
 
 
 CONTENT = b"not really an engine"
