@@ -340,6 +340,14 @@ def test_session_other_graph_is_refused(tmp_path: Path) -> None:
         ort.OnnxRuntimeSession(tmp_path / "garbage.onnx", "fp32")
 
 
+def test_onnxruntime_prints_nothing_to_stdout(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "garbage.onnx").write_bytes(b"garbage")
+    with pytest.raises(BundleError):
+        ort.OnnxRuntimeSession(tmp_path / "garbage.onnx", "fp32")
+    ort_graph._preload_cuda(SimpleNamespace(preload_dlls=lambda: print("a library is missing")))
+    assert capfd.readouterr().out == ""
+
+
 def test_run_graph_that_asks_for_more_than_the_limit_is_out_of_memory(tmp_path: Path) -> None:
     model = onnx.load(graph_file(tmp_path / "hostile.onnx", 64))
     size = helper.make_tensor("size", TensorProto.INT64, [1], [ort_graph.MAX_MEMORY + 1])
