@@ -25,6 +25,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from spmdeploy.assets.samples import SAMPLE_EDITS
 from spmdeploy.bundle.manifest import Manifest
 from spmdeploy.editing.editor import Editor
+from spmdeploy.editing.report import EditReport
 from spmdeploy.editing.session import Session, SessionResult, run_session, write_session
 from spmdeploy.errors import InputError, OutOfMemoryError, SpmDeployError, UnavailableError, UsageError
 from spmdeploy.imaging import files as images
@@ -382,8 +383,19 @@ def _edit_json(result: SessionResult) -> dict[str, Any]:
         "width": result.width,
         "height": result.height,
         "report": result.report.to_json(),
+        "tiles": _tiles(result.report),
         "notes": list(result.notes),
     }
+
+
+def _tiles(report: EditReport) -> list[dict[str, int]]:
+    """The tiles of each window's last level, in pixels of the photo."""
+    return [
+        {"top": entry.window.top + tile.top, "left": entry.window.left + tile.left, "size": level.size}
+        for entry in report.windows
+        for level in entry.plan.levels[-1:]
+        for tile in level.tiles
+    ]
 
 
 def _server_timing(result: SessionResult) -> str:

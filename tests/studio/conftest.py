@@ -46,7 +46,9 @@ class Painter:
     provider: str = "painter"
     size: int = 256
     refines: bool = False
-    refine_unsupported: Unsupported = field(default=Unsupported("the model has no refine graph", "export it again"))
+    refine_unsupported: Unsupported | None = field(
+        default=Unsupported("the model has no refine graph", "export it again")
+    )
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -59,6 +61,12 @@ class Painter:
             raise self.failure
         color = (inputs.labels * np.uint8(20) + np.uint8(10))[..., None]
         return np.where(inputs.mask[..., None] != 0, color, inputs.image)
+
+    def run_unrounded(self, inputs: ModelInput) -> NDArray[np.float32]:
+        return self.run(inputs).astype(np.float32)
+
+    def refine(self, inputs: ModelInput, coarse: NDArray[np.float32]) -> NDArray[np.float32]:
+        return self.run_unrounded(inputs)
 
     def close(self) -> None:
         pass

@@ -64,6 +64,20 @@ def test_edit_stream_ends_with_the_result(client: httpx.Client, files: Files) ->
     assert steps == [{"done": 0, "total": 1}, {"done": 1, "total": 1}] and last["width"] == 60
 
 
+def test_edit_json_names_the_tiles_of_a_large_window(client: httpx.Client, painter: Painter) -> None:
+    painter.refines, painter.refine_unsupported = True, None
+    mask = np.zeros((900, 900), np.uint8)
+    mask[100:800, 100:800] = 255
+    form = {"image": ("a.png", png(np.zeros((900, 900, 3), np.uint8))), "mask": ("m.png", png(mask))}
+    fields = {"fill": "road", "tiling": "cascade", "match_surroundings": "false"}
+    answer = client.post("/v1/edits", files=form, data=fields, headers={"accept": "application/json"}).json()
+    covered = np.zeros_like(mask)
+    for tile in answer["tiles"]:
+        covered[tile["top"] : tile["top"] + tile["size"], tile["left"] : tile["left"] + tile["size"]] = 255
+    assert len(answer["tiles"]) >= 9 and {tile["size"] for tile in answer["tiles"]} == {256}
+    assert covered[mask > 0].all()
+
+
 def test_edit_fill_and_extend_make_the_photo_larger(client: httpx.Client, files: Files) -> None:
     answer = client.post("/v1/edits", files=files.form(labels=None, mask=None, fill="road", extend="0,0,20,0"))
     assert answer.status_code == 200, answer.text

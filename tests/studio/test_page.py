@@ -65,6 +65,12 @@ class Studio:
                 mouse.down()
         mouse.up()
 
+    def seen(self) -> np.ndarray:
+        """The pixels of the canvas as shown, with the mouse elsewhere."""
+        self.page.mouse.move(5, 5)
+        self.page.evaluate("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+        return pixels(self.page.locator("canvas").screenshot())[80:-80, 120:-120]
+
     def run(self) -> None:
         self.page.locator("canvas").focus()  # Enter on a focused button would press that button
         self.page.keyboard.press("Enter")
@@ -160,6 +166,112 @@ def test_page_tools_paint_exact_shapes(studio: Studio) -> None:
     keyboard.press("g")
     studio.drag((0.5, 0.9))
     assert studio.painted() > 0
+
+
+def test_page_polygon_line_picker_and_mask_only(studio: Studio) -> None:
+    keyboard = studio.page.keyboard
+    known = pixels(SAMPLE_EDITS[0].labels.read_bytes())
+    studio.drag((0.5, 0.9))
+    assert " · tree (edited)" in studio.page.locator("footer").inner_text()  # the class under the cursor
+    dot = studio.painted()
+    keyboard.down("Shift")
+    studio.drag((0.7, 0.9))
+    keyboard.up("Shift")
+    assert studio.painted() == pytest.approx(dot + 96 * 29, rel=0.1)  # a straight line
+    for _ in range(2):
+        keyboard.press("Control+z")
+    keyboard.press("p")
+    for corner in ((0.25, 0.25), (0.5, 0.25), (0.5, 0.5)):
+        studio.drag(corner)
+    keyboard.press("c")
+    assert studio.painted() == pytest.approx(120 * 90 / 2, rel=0.05)
+    keyboard.press("Control+z")
+    keyboard.press("i")
+    studio.drag((0.5, 0.9))
+    chosen = studio.page.locator("[role=radio][aria-checked=true] kbd").inner_text()
+    assert int(chosen) == known[324, 240]
+    keyboard.press("5")
+    keyboard.press("m")
+    studio.drag((0.2, 0.9), (0.4, 0.9))
+    assert studio.painted() > 0
+    assert np.array_equal(pixels(studio.download("Labels")), known)  # the mask alone
+
+
+def test_page_shows_original_slider_windows_and_outlines(studio: Studio, painter: Painter) -> None:
+    keyboard = studio.page.keyboard
+    blank = studio.seen()
+    studio.drag((0.3, 0.4), (0.7, 0.4))
+    painted = studio.seen()
+    studio.page.get_by_role("slider", name="Overlay").fill("10")
+    faint = studio.seen()
+    keyboard.press("Tab")  # out of the slider, where keys are its own
+    studio.page.locator("canvas").focus()
+    keyboard.press("t")
+    outlined = studio.seen()
+    assert 0 < np.abs(faint - 1.0 * blank).mean() < np.abs(painted - 1.0 * blank).mean()
+    assert 0 < np.abs(outlined - 1.0 * blank).mean() < np.abs(painted - 1.0 * blank).mean()
+    studio.run()
+    edited = studio.seen()
+    assert not np.array_equal(edited, blank)
+    keyboard.down("o")
+    assert np.array_equal(studio.seen(), blank)
+    keyboard.up("o")
+    assert np.array_equal(studio.seen(), edited)
+    keyboard.press("a")
+    for _ in range(8):
+        keyboard.press(".")
+    compared = studio.seen()
+    differs = np.nonzero((compared != blank).any(2).any(0))[0]
+    assert differs.size and np.ptp(differs) < 30  # all is the original but the divider at the right
+    keyboard.press("a")
+    keyboard.press("w")
+    assert not np.array_equal(studio.seen(), edited)
+
+
+def test_page_opens_dropped_and_pasted_photos_and_label_maps(studio: Studio) -> None:
+    drop = """([name, kind, values, event]) => {
+        const data = new DataTransfer();
+        data.items.add(new File([new Uint8Array(values)], name, {type: kind}));
+        const options = {bubbles: true, cancelable: true};
+        window.dispatchEvent(event === "drop"
+            ? new DragEvent("drop", {...options, dataTransfer: data})
+            : new ClipboardEvent("paste", {...options, clipboardData: data}));
+    }"""
+    for event, width in (("drop", 300), ("paste", 320)):
+        content = list(png(np.full((200, width, 3), 90, np.uint8)))
+        studio.page.evaluate(drop, ["new.png", "image/png", content, event])
+        studio.wait_for_photo(width, 200)
+    ids = np.full((200, 320), 4, np.uint8)
+    upload = {"name": "ids.png", "mimeType": "image/png", "buffer": png(ids)}
+    studio.page.locator("input[type=file]").nth(1).set_input_files(upload)
+    studio.page.wait_for_selector("label:has-text('Show the label map') input:checked")
+    assert np.array_equal(pixels(studio.download("Labels")), ids)
+    colors = np.full((200, 320, 3), (128, 64, 128), np.uint8)  # road, as in the class table
+    upload = {"name": "colors.png", "mimeType": "image/png", "buffer": png(colors)}
+    studio.page.locator("input[type=file]").nth(1).set_input_files(upload)
+    wait_until(lambda: bool((pixels(studio.download("Labels")) == 3).all()))
+    assert not studio.page.locator(".notice.error").count()
+
+
+@pytest.mark.parametrize(("width", "height"), [(1280, 720), (1024, 600), (768, 1024), (400, 800)])
+def test_page_fits_small_screens(browser: Any, served: Served, width: int, height: int) -> None:
+    with running(served) as url:
+        context = browser.new_context(viewport={"width": width, "height": height}, has_touch=True)
+        page = context.new_page()
+        studio = Studio(page, url)
+        box = page.locator("canvas").bounding_box()
+        assert box["width"] >= 0.55 * width and box["height"] >= 0.4 * height, box
+        page.locator("canvas").tap()
+        for name in ("Open photo", "Run", "Brush", "Undo", "Keyboard shortcuts"):
+            target = (
+                page.get_by_role("button", name=name) if name != "Open photo" else page.locator("label.button").first
+            )
+            place = target.first.bounding_box()
+            assert 0 <= place["x"] <= width - place["width"] and 0 <= place["y"] <= height - place["height"], name
+        page.get_by_role("button", name="Run").tap()
+        page.wait_for_selector(".notice.done")
+        studio.shot(f"screen-{width}x{height}")
+        context.close()
 
 
 def test_page_extends_the_photo_and_continues_with_results(studio: Studio) -> None:

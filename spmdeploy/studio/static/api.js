@@ -23,7 +23,8 @@ export class ConnectionLost extends ServiceError {}
  * @typedef {{top: number, left: number, height: number, width: number, levels: object[], cascade: boolean}} WindowReport
  * @typedef {{windows: WindowReport[], tiling: string, backend: string, precision: string, provider: string,
  *   milliseconds: Record<string, number>, notes: string[]}} Report
- * @typedef {{blob: Blob, width: number, height: number, report: Report, notes: string[]}} EditResult
+ * @typedef {{blob: Blob, width: number, height: number, report: Report, notes: string[],
+ *   tiles: {top: number, left: number, size: number}[]}} EditResult
  */
 
 /**

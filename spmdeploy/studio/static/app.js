@@ -30,7 +30,7 @@ const SHORTCUTS = [
   ["[ ]", "smaller or larger brush"], ["0–9", "choose a class by its number"], ["Shift+click", "straight line from the last stroke"],
   ["Arrows, Space", "move the cursor (Shift: further), use the tool there"], ["Double click / C", "close a polygon"],
   ["hold O", "show the original"], ["A", "compare with a slider"], [", .", "move the slider"], ["L", "show the label map"], ["M", "mask only: keep labels"],
-  ["T", "outlines instead of colors"], ["W", "show windows of the edit"], ["F", "fit to the screen"], ["+ −, wheel", "zoom"],
+  ["T", "outlines instead of colors"], ["W", "show windows and tiles of the edit"], ["F", "fit to the screen"], ["+ −, wheel", "zoom"],
   ["hold Space and drag", "move the view"], ["?", "this list"],
 ];
 
@@ -452,7 +452,7 @@ function App() {
         <${Slider} label="Overlay" unit="%" min=${10} max=${100} value=${Math.round(settings.opacity * 100)} onInput=${(/** @type {number} */ value) => change({ opacity: value / 100 })} />
         <label class="check"><input type="checkbox" checked=${settings.outline} onChange=${() => change({ outline: !settings.outline })} /> Outlines instead of colors</label>
         <label class="check"><input type="checkbox" checked=${settings.showLabels} disabled=${!state?.hasLabels} onChange=${() => change({ showLabels: !settings.showLabels })} /> Show the label map</label>
-        <label class="check"><input type="checkbox" checked=${settings.showWindows} disabled=${!state?.result} onChange=${() => change({ showWindows: !settings.showWindows })} /> Show windows of the edit</label>
+        <label class="check"><input type="checkbox" checked=${settings.showWindows} disabled=${!state?.result} onChange=${() => change({ showWindows: !settings.showWindows })} /> Show windows and tiles of the edit</label>
         <div class="row">
           <button disabled=${!doc.current?.masked} onClick=${() => doc.current?.growMask(4, settings.maskOnly ? null : settings.classId)}>Grow</button>
           <button disabled=${!doc.current?.masked} onClick=${() => doc.current?.growMask(-4, null)}>Shrink</button>
@@ -529,7 +529,7 @@ function Badge({ model, offline }) {
 
 /** @param {{label: string, unit: string, min: number, max: number, value: number, onInput: (value: number) => void}} props */
 function Slider({ label, unit, min, max, value, onInput }) {
-  return html`<label class="field">${label} <output>${value} ${unit}</output>
+  return html`<label class="field">${label} <span>${value} ${unit}</span>
     <input type="range" min=${min} max=${max} value=${Math.min(max, value)} onInput=${(/** @type {any} */ event) => onInput(Number(event.target.value))} />
   </label>`;
 }

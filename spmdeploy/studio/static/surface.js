@@ -243,6 +243,7 @@ export class Surface {
     if (tool === "rectangle") this.document.paintRectangle(this.drag.from, this.drag.last, this.paint());
     else this.document.commit();
     this.lastEnd = this.drag.last;
+    if (this.cursor) this.events.onhover(this.cursor); // its class is another now
     this.drag = null;
     this.penErases = false;
     this.draw();
@@ -423,9 +424,14 @@ export class Surface {
 
   _drawWindows() {
     const { context } = this;
-    const report = /** @type {EditDocument} */ (this.document).state.result?.report;
+    const { result } = /** @type {EditDocument} */ (this.document).state;
+    context.lineWidth = 1 / this.zoom;
+    context.strokeStyle = "#ffb000";
+    context.setLineDash([6 / this.zoom, 4 / this.zoom]);
+    for (const one of result?.tiles ?? []) context.strokeRect(one.left, one.top, one.size, one.size);
+    context.setLineDash([]);
     context.lineWidth = 2 / this.zoom;
-    for (const one of report?.windows ?? []) {
+    for (const one of result?.report.windows ?? []) {
       context.strokeStyle = one.cascade ? "#ffb000" : "#00c2ff";
       context.strokeRect(one.left, one.top, one.width, one.height);
     }
