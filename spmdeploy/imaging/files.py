@@ -46,6 +46,8 @@ _WRITE_OPTIONS: dict[str, dict[str, Any]] = {
     "WebP": {"lossless": True, "exact": True, "quality": 0, "method": 0},
 }
 _SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WebP"}
+_STRIP = 256
+"""Rows that are converted at a time."""
 _MAX_SIDE = {"JPEG": 65500, "WebP": 16383}
 
 
@@ -291,11 +293,18 @@ _MASK_HINT = (
 def _rgb_and_alpha(file: DecodedFile, path: FilePath) -> tuple[Image, Pixels | None]:
     """uint8 (H, W, 3) and, where the file has any transparency, uint8 (H, W)."""
     image = file.image
+    width, height = image.size
+    transparent = image.mode in ("RGBA", "LA") or "transparency" in image.info
+    rgb = np.empty((height, width, 3), np.uint8)
+    alpha = np.empty((height, width), np.uint8) if transparent else None
     with decode_errors(Path(path)):  # raises for palettes that are too short
-        if image.mode in ("RGBA", "LA") or "transparency" in image.info:
-            rgba = np.asarray(image.convert("RGBA"))
-            return np.ascontiguousarray(rgba[..., :3]), np.ascontiguousarray(rgba[..., 3])
-        return np.array(image.convert("RGB")), None  # a copy, as Pillow's own array is read-only
+        for top in range(0, height, _STRIP):  # converted at once, a photo would take three times as much memory
+            strip = image.crop((0, top, width, min(top + _STRIP, height)))
+            values = np.asarray(strip.convert("RGBA" if transparent else "RGB"))
+            rgb[top : top + _STRIP] = values[..., :3]
+            if alpha is not None:
+                alpha[top : top + _STRIP] = values[..., 3]
+    return rgb, alpha
 
 
 def _stored_values(file: DecodedFile, path: FilePath) -> NDArray[np.uint8 | np.uint16]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import os
 import struct
+import subprocess
+import sys
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
@@ -176,6 +178,25 @@ def test_read_hundred_megapixels_succeeds(tmp_path: Path) -> None:
     path.write_bytes(png_bytes(1, 0, 10000, 10000, (b"\0" + b"\x0f" * 1250) * 10000))
     mask = read_mask(path)  # one bit per pixel keeps the test fast
     assert mask.shape == (10000, 10000) and mask[:, 4:8].all() and not mask[:, :4].any()
+
+
+PEAK = (
+    "import resource, sys\nfrom spmdeploy.imaging.files import read_photo\n"
+    "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+    "read_photo('small.png'); before = peak(); read_photo('large.png'); print(peak() - before)"
+)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the unit of the peak differs")
+@pytest.mark.parametrize(("kind", "channels"), [(2, 3), (6, 4)], ids=["RGB", "RGBA"])
+def test_read_photo_takes_little_more_memory_than_its_pixels(kind: int, channels: int, tmp_path: Path) -> None:
+    for name, side in (("small", 8), ("large", 4000)):
+        (tmp_path / f"{name}.png").write_bytes(
+            png_bytes(8, kind, side, side, (b"\0" + b"\x55" * side * channels) * side)
+        )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", PEAK], cwd=tmp_path, env=environment, capture_output=True, check=True)
+    assert int(done.stdout) * 1024 < 10 * 4000 * 4000  # Pillow has 4 bytes for a pixel, the result 3 or 4
 
 
 def test_read_webp_bomb_is_refused(tmp_path: Path) -> None:
