@@ -357,7 +357,7 @@ def test_page_keeps_its_work_when_the_server_is_killed_and_restarted(browser: An
         page.locator("canvas").focus()
         page.keyboard.press("Enter")
         page.wait_for_selector(".progress")
-        page.wait_for_function("fetch('/v1/health').then((r) => r.json()).then((health) => health.queue === 1)")
+        wait_until(lambda: page.evaluate("fetch('/v1/health').then((answer) => answer.json())")["queue"] == 1)
         process.kill()
         page.wait_for_selector(".notice.error:has-text('the server stopped in the middle of the edit')")
         page.wait_for_selector(".badge:has-text('not connected')")
