@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -83,7 +84,7 @@ def test_wheel_holds_every_file_of_the_package(unpacked: Path) -> None:
 def test_wheel_metadata_lists_dependencies_and_script(unpacked: Path) -> None:
     distribution = PathDistribution(unpacked / f"spmdeploy-{spmdeploy.__version__}.dist-info")
     requires = distribution.requires or []
-    base = {name.partition(">")[0] for name in requires if "extra ==" not in name}
+    base = {re.split("[<>=]", name)[0] for name in requires if "extra ==" not in name}
     assert base == {"numpy", "pillow", "typer", "msgspec"}
     assert {"cpu", "gpu", "export"} <= set(distribution.metadata.get_all("Provides-Extra") or [])
     (script,) = distribution.entry_points
