@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.cli.harness import Result
+from spmdeploy.bundle.bundle import open_bundle
+from spmdeploy.labels import class_table
+from spmdeploy.model.checkpoint import save_generator
+from spmdeploy.model.generator import Generator, GeneratorConfig
+from tests.cli.harness import Result, process
 
 
 def test_export_json_is_one_object_listing_graphs(street_bundle: Path) -> None:
@@ -45,3 +51,26 @@ def test_export_onto_folder_with_other_files_is_refused(street_bundle: Path, run
     args = ["export", street_bundle.with_name("tiny.safetensors"), "-o", tmp_path / "b.spm", "--classes", "street"]
     assert run(*args).code == run(*args, "--overwrite").code == 7
     assert (tmp_path / "b.spm/thesis.txt").read_text() == "dear"
+
+
+KILLED = (
+    "import os, signal, spmdeploy.files as files\n"
+    "files.flush_to_disk = lambda path: os.kill(os.getpid(), signal.SIGKILL)\n"  # written, but not in place
+    "import spmdeploy.cli\nspmdeploy.cli.entry()"
+)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs POSIX signals")
+def test_export_killed_leaves_the_target_alone_and_runs_again(tmp_path: Path) -> None:
+    checkpoint, target = tmp_path / "tiny.safetensors", tmp_path / "b.spm"
+    save_generator(Generator(GeneratorConfig(len(class_table("street")), width=2, hidden=8)), checkpoint)
+    args = ["export", checkpoint, "-o", target, "--classes", "street", "--cpu-only"]
+    assert process(*args, driver=KILLED).code == -signal.SIGKILL
+    assert not target.exists()
+    (left,) = tmp_path.glob(".*")
+    os.utime(left, (0, 0))  # what is a few seconds old may belong to a process that is starting
+    done = process(*args)
+    assert done.code == 0, done.err
+    assert not list(tmp_path.glob(".*")) and open_bundle(target).check_all() == ()
+    assert open_bundle(target).manifest.generator.width == 2
