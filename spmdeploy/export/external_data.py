@@ -1,12 +1,13 @@
 """Stores large weights once in an ONNX external data file that several graphs share.
 
-The `edit` graph, its variant for CPUs and `refine`, the last stage alone, have the same weights. Graphs refer to
-their tensors by offset and length.
+The `edit` graph, its variant for CPUs and `refine`, the last stage alone, have the same weights; the FP16 graphs have
+convolutions whose weights are those of several others, one after the other. Graphs refer to their tensors by offset and
+length.
 """
 
 from __future__ import annotations
 
-import hashlib
+from collections import defaultdict
 from math import prod
 from pathlib import Path
 
@@ -27,7 +28,8 @@ class WeightStore:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._places: dict[str, int] = {}
+        self._starts: defaultdict[bytes, list[int]] = defaultdict(list)
+        """Offsets of the output channels of the tensors, by their first bytes."""
         self._end = 0
         path.touch()
 
@@ -35,18 +37,31 @@ class WeightStore:
         """Return a copy of `model` that refers to its large weights in this file; adds missing ones."""
         copy = onnx.ModelProto()
         copy.CopyFrom(model)
-        with open(self._path, "ab") as stream:
-            for tensor in copy.graph.initializer:
-                if tensor.data_type in _TYPES and prod(tensor.dims) >= ELEMENTS:
-                    content = numpy_helper.to_array(tensor).tobytes()
-                    digest = hashlib.sha256(content).hexdigest()
-                    if digest not in self._places:
-                        padding = -self._end % ALIGNMENT
-                        stream.write(bytes(padding) + content)
-                        self._places[digest] = self._end + padding
-                        self._end += padding + len(content)
-                    self._move(tensor, self._places[digest], len(content))
+        for tensor in copy.graph.initializer:
+            if tensor.data_type in _TYPES and prod(tensor.dims) >= ELEMENTS:
+                content = numpy_helper.to_array(tensor).tobytes()
+                place = self._find(content)
+                self._move(tensor, self._append(content, tensor.dims[0]) if place is None else place, len(content))
         return copy
+
+    def _find(self, content: bytes) -> int | None:
+        """Where written tensors hold this content: one, several without padding between them, or a part of one."""
+        with open(self._path, "rb") as stream:
+            for start in self._starts[content[:ALIGNMENT]]:
+                stream.seek(start)
+                if stream.read(len(content)) == content:
+                    return start
+        return None
+
+    def _append(self, content: bytes, channels: int) -> int:
+        start = self._end + -self._end % ALIGNMENT
+        with open(self._path, "ab") as stream:
+            stream.write(bytes(start - self._end) + content)
+        for offset in range(0, len(content), len(content) // channels):
+            if offset % ALIGNMENT == 0:
+                self._starts[content[offset : offset + ALIGNMENT]].append(start + offset)
+        self._end = start + len(content)
+        return start
 
     def _move(self, tensor: TensorProto, start: int, length: int) -> None:
         for values in ("raw_data", "float_data", "int32_data"):

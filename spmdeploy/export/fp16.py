@@ -10,7 +10,6 @@ decided here and can be read from the file. Exceptions that stay in FP32:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,7 +17,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from spmdeploy.bundle.manifest import EDIT, REFINE
-from spmdeploy.export.onnx import with_shapes
+from spmdeploy.export.gpu import NORM
+from spmdeploy.export.onnx import rebuilt
 
 FP32_OPERATORS = frozenset({"InstanceNormalization"})
 FP32_LAYERS = (EDIT, REFINE, "generator")  # pixel arithmetic and the composites between the stages
@@ -77,7 +77,7 @@ def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
                 elem_types[output] = wanted
         typing.nodes.append(copy)
 
-    return _rebuilt(model, typing.nodes, (*typing.halves.values(), *graph.initializer))
+    return rebuilt(model, typing.nodes, (*typing.halves.values(), *graph.initializer))
 
 
 def store_weights_as_halves(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -97,11 +97,12 @@ def store_weights_as_halves(model: onnx.ModelProto) -> onnx.ModelProto:
     ]
     replaced = {tensor.name for tensor in large}
     kept = [tensor for tensor in model.graph.initializer if tensor.name not in replaced]
-    return _rebuilt(model, [*casts, *model.graph.node], (*halves, *kept))
+    return rebuilt(model, [*casts, *model.graph.node], (*halves, *kept))
 
 
 def _stays_fp32(node: onnx.NodeProto) -> bool:
-    return node.op_type in FP32_OPERATORS or node.name.rpartition("/")[0] in FP32_LAYERS
+    path = node.name.rpartition("/")[0]
+    return node.op_type in FP32_OPERATORS or path in FP32_LAYERS or path.endswith(NORM)
 
 
 def _elem_types(graph: onnx.GraphProto) -> dict[str, int]:
@@ -111,21 +112,3 @@ def _elem_types(graph: onnx.GraphProto) -> dict[str, int]:
 
 def _halved(tensor: onnx.TensorProto) -> onnx.TensorProto:
     return numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float16), f"{tensor.name}.half")
-
-
-def _rebuilt(
-    model: onnx.ModelProto, nodes: Iterable[onnx.NodeProto], initializers: Iterable[onnx.TensorProto]
-) -> onnx.ModelProto:
-    """`model` with other nodes, the initializers that they read, and newly inferred shapes and types."""
-    nodes = list(nodes)
-    read = {value for node in nodes for value in node.input}
-    graph = helper.make_graph(
-        nodes,
-        model.graph.name,
-        model.graph.input,
-        model.graph.output,
-        [tensor for tensor in initializers if tensor.name in read],
-    )
-    rebuilt = helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
-    rebuilt.producer_name, rebuilt.producer_version = model.producer_name, model.producer_version
-    return with_shapes(rebuilt)

@@ -8,7 +8,7 @@ import logging
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import onnx
 import torch
@@ -85,6 +85,24 @@ def with_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
             dims[0].dim_param = "batch"
     onnx.checker.check_model(model, full_check=True)
     return model
+
+
+def rebuilt(
+    model: onnx.ModelProto, nodes: Iterable[onnx.NodeProto], initializers: Iterable[onnx.TensorProto]
+) -> onnx.ModelProto:
+    """Return `model` with other nodes, the initializers that they read, and newly inferred shapes and types."""
+    nodes = list(nodes)
+    read = {value for node in nodes for value in node.input}
+    graph = onnx.helper.make_graph(
+        nodes,
+        model.graph.name,
+        model.graph.input,
+        model.graph.output,
+        [tensor for tensor in initializers if tensor.name in read],
+    )
+    rebuilt = onnx.helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
+    rebuilt.producer_name, rebuilt.producer_version = model.producer_name, model.producer_version
+    return with_shapes(rebuilt)
 
 
 def _rename(graph: onnx.GraphProto, outermost: str) -> None:

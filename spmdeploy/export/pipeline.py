@@ -37,6 +37,7 @@ from spmdeploy.export.cpu import specialize_for_mask
 from spmdeploy.export.external_data import WeightStore
 from spmdeploy.export.fp16 import store_weights_as_halves, to_fp16
 from spmdeploy.export.golden import golden_edits
+from spmdeploy.export.gpu import order_weights, specialize_for_gpu
 from spmdeploy.export.graph_stats import GraphFacts, graph_facts
 from spmdeploy.export.onnx import export_edit, export_refine
 from spmdeploy.export.parity import FP32_LIMITS, HALF_LIMITS, check_graph, check_parts, worst_case
@@ -122,6 +123,7 @@ def export_bundle(
             progress(f"tracing the {graph} graph")
             exported = time.perf_counter()
             fp32 = trace(weights.generator)
+            order_weights(fp32)
             for precision, on_cpu in variants:
                 name = ON_CPU[graph] if on_cpu else graph
                 progress(f"writing and checking the {name} {precision} graph")
@@ -215,7 +217,7 @@ def _variant(
 ) -> tuple[onnx.ModelProto, ParityLimits]:
     """The graph in that precision, and the limits of its deviation."""
     if precision == "fp16":
-        return to_fp16(fp32), HALF_LIMITS
+        return to_fp16(specialize_for_gpu(fp32)), HALF_LIMITS
     model = specialize_for_mask(fp32) if on_cpu else fp32
     return (store_weights_as_halves(model), HALF_LIMITS) if half_weights else (model, FP32_LIMITS)
 

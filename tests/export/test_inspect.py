@@ -38,8 +38,8 @@ def test_inspect_bundle_counts_equal_the_manifest(street_bundle: Path, capsys: p
     assert code == 0 and facts["kind"] == "bundle" and facts["name"] == "tiny" and facts["surplus"] == []
     assert facts["classes"]["name"] == "street" and facts["generator"]["classes"] == 12
     by_precision = {graph["precision"]: graph for graph in facts["graphs"]}
-    assert by_precision["fp32"]["counted"]["fp16_share"] == 0 < 0.8 < by_precision["fp16"]["counted"]["fp16_share"]
-    assert by_precision["fp16"]["counted"]["fp32_operations"]["InstanceNormalization"] > 0
+    assert by_precision["fp32"]["counted"]["fp16_share"] == 0 < 0.6 < by_precision["fp16"]["counted"]["fp16_share"]
+    assert by_precision["fp16"]["counted"]["fp32_operations"]["ReduceMean"] > 0
     for graph in facts["graphs"]:  # recorded at export and counted in the file
         for name in ("fp16_share", "fp32_operations", "weights_dtype"):
             assert graph["counted"][name] == graph[name]

@@ -21,7 +21,8 @@ from spmdeploy.bundle.bundle import GraphFiles, open_bundle
 from spmdeploy.errors import BundleError, InputError, UsageError, VerificationError
 from spmdeploy.export import parity, pipeline
 from spmdeploy.export.external_data import ALIGNMENT, ELEMENTS, WeightStore
-from spmdeploy.export.fp16 import FP32_OPERATORS, store_weights_as_halves
+from spmdeploy.export.fp16 import store_weights_as_halves
+from spmdeploy.export.gpu import order_weights
 from spmdeploy.export.graph_stats import graph_facts
 from spmdeploy.export.onnx import MAX_IR_VERSION, export_edit
 from spmdeploy.export.pipeline import ExportOptions, export_bundle
@@ -74,6 +75,7 @@ def test_export_edit_with_gradients_gives_the_same_graph(generator: Generator, f
     learning.load_state_dict(generator.state_dict())
     assert {parameter.requires_grad for parameter in learning.parameters()} == {True}
     exported = export_edit(learning)
+    order_weights(exported)
     assert exported.graph.node == fp32.graph.node
     for made, stored in zip(exported.graph.initializer, fp32.graph.initializer, strict=True):
         assert made.name == stored.name
@@ -158,9 +160,9 @@ def test_graph_facts_gflop_equals_that_of_torch(
 
 def test_to_fp16_edit_graph_has_fp16_types(fp16: onnx.ModelProto) -> None:
     facts = graph_facts(fp16)
-    assert facts.fp16_share > 0.9
+    assert facts.fp16_share > 0.6
     assert facts.weights_dtype == "float16"
-    assert facts.fp32_operations["InstanceNormalization"] == 42
+    assert facts.fp32_operations["ReduceMean"] == 2 * 42  # of the instance normalizations
     assert "Conv" not in facts.fp32_operations
     assert "LeakyRelu" not in facts.fp32_operations
     _check_types_of_operations(fp16)
@@ -168,8 +170,8 @@ def test_to_fp16_edit_graph_has_fp16_types(fp16: onnx.ModelProto) -> None:
 
 def test_to_fp16_refine_graph_has_fp16_types(refine_fp16: onnx.ModelProto) -> None:
     facts = graph_facts(refine_fp16)
-    assert facts.fp16_share > 0.88
-    assert facts.fp32_operations["InstanceNormalization"] == 16
+    assert facts.fp16_share > 0.6
+    assert facts.fp32_operations["ReduceMean"] == 2 * 16 and "Sqrt" in facts.fp32_operations
     assert "Conv" not in facts.fp32_operations
     _check_types_of_operations(refine_fp16)
 
@@ -177,7 +179,7 @@ def test_to_fp16_refine_graph_has_fp16_types(refine_fp16: onnx.ModelProto) -> No
 def _check_types_of_operations(model: onnx.ModelProto) -> None:
     types = {value.name: value.type.tensor_type.elem_type for value in model.graph.value_info}
     for node in model.graph.node:
-        if node.op_type in FP32_OPERATORS:
+        if node.op_type in ("ReduceMean", "Sqrt", "Reciprocal"):  # half precision would overflow in sums of squares
             assert types[node.input[0]] == types[node.output[0]] == TensorProto.FLOAT
         if node.op_type == "Conv":
             assert types[node.output[0]] == TensorProto.FLOAT16
@@ -441,7 +443,9 @@ def test_export_bundle_shared_weights_are_stored_once(street_bundle: Path, gener
     }
     large = {name for name, tensor in generator.state_dict().items() if tensor.numel() >= ELEMENTS}
     for precision, suffix, dtype in (("fp32", "", "float32"), ("fp16", ".half", "float16")):
-        shared = {name + suffix: places(graphs[f"edit.{precision}"])[name + suffix] for name in large}
+        there = places(graphs[f"edit.{precision}"])
+        shared = {name + suffix: there[name + suffix] for name in large if name + suffix in there}
+        assert shared.keys() == {name + suffix for name in large} or precision == "fp16"  # which has merged ones
         assert {file for file, _ in shared.values()} == {f"{dtype}.weights"}
         last = {name: place for name, place in shared.items() if name.startswith("stages.2.")}
         assert last and last.items() <= places(graphs[f"refine.{precision}"]).items()
@@ -452,7 +456,9 @@ def test_export_bundle_shared_weights_are_stored_once(street_bundle: Path, gener
     assert {record.weights for record in bundle.manifest.graphs} == {"graphs/float32.weights", "graphs/float16.weights"}
     elements = sum(tensor.numel() for name, tensor in generator.state_dict().items() if name in large)
     size = bundle.files()["graphs/float16.weights"]
-    assert 2 * elements <= size <= 2 * elements + ALIGNMENT * len(large)
+    assert (
+        2 * elements <= size <= 1.01 * 2 * elements
+    )  # merged weights are those of the graphs that were written before
     card = bundle.read("card.md").decode()
     assert "| weights of edit fp16, layout fp16, picture fp16, refine fp16 | `graphs/float16.weights` |" in card
 
