@@ -147,8 +147,8 @@ def _in_order_of_completion(
         try:
             while running:
                 done, running = wait(running, return_when=FIRST_COMPLETED)
+                results = [future.result() for future in done]  # raises before another item begins
                 running |= {pool.submit(work, item) for item in islice(waiting, len(done))}
-                for future in done:
-                    yield future.result()
+                yield from results
         finally:
             pool.shutdown(cancel_futures=True)
