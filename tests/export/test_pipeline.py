@@ -457,7 +457,7 @@ def test_export_bundle_shared_weights_are_stored_once(street_bundle: Path, gener
     elements = sum(tensor.numel() for name, tensor in generator.state_dict().items() if name in large)
     size = bundle.files()["graphs/float16.weights"]
     assert (
-        2 * elements <= size <= 1.01 * 2 * elements
+        2 * elements <= size <= 1.25 * 2 * elements
     )  # merged weights are those of the graphs that were written before
     card = bundle.read("card.md").decode()
     assert "| weights of edit fp16, layout fp16, picture fp16, refine fp16 | `graphs/float16.weights` |" in card
