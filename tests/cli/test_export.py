@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import spmdeploy
 from spmdeploy.bundle.bundle import open_bundle
 from spmdeploy.labels import class_table
 from spmdeploy.model.checkpoint import save_generator
@@ -62,12 +64,15 @@ KILLED = (
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs POSIX signals")
-def test_export_killed_leaves_the_target_alone_and_runs_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("overwrite", [(), ("--overwrite",)], ids=["new", "overwrite"])
+def test_export_killed_leaves_the_target_alone_and_runs_again(tmp_path: Path, overwrite: tuple[str, ...]) -> None:
     checkpoint, target = tmp_path / "tiny.safetensors", tmp_path / "b.spm"
     save_generator(Generator(GeneratorConfig(len(class_table("street")), width=2, hidden=8)), checkpoint)
-    args = ["export", checkpoint, "-o", target, "--classes", "street", "--cpu-only"]
+    args = ["export", checkpoint, "-o", target, "--classes", "street", "--cpu-only", *overwrite]
+    if overwrite:
+        shutil.copytree(spmdeploy.default_model(), target)
     assert process(*args, driver=KILLED).code == -signal.SIGKILL
-    assert not target.exists()
+    assert open_bundle(target).check_all() == () if overwrite else not target.exists()
     (left,) = tmp_path.glob(".*")
     os.utime(left, (0, 0))  # what is a few seconds old may belong to a process that is starting
     done = process(*args)
