@@ -13,9 +13,9 @@ demo: .venv-demo/ready
 test: lint
 	$(DEV)/python -m pytest -n 2 --dist loadgroup -m "not slow and not fuzz"
 
-# The quick tests of these folders that need no exported bundle: under a minute on two idle cores.
+# The quick tests of these folders that need no exported bundle and no cluster: about a minute on two idle cores.
 unit: .venv/ready
-	$(DEV)/python -m pytest -n 2 -m "not slow and not fuzz and not exported" tests/tiling tests/imaging tests/bundle tests/editing tests/test_*.py
+	$(DEV)/python -m pytest -n 2 -m "not slow and not fuzz and not exported" --ignore tests/editing/test_ray_batch.py tests/tiling tests/imaging tests/bundle tests/editing tests/test_*.py
 
 train-smoke: .venv/ready
 	$(DEV)/python -m tests.training.smoke
