@@ -63,7 +63,11 @@ def output_descriptor(path: str | os.PathLike[str]) -> int | None:
 
 
 def write_descriptor(path: str | os.PathLike[str], content: bytes) -> None:
-    """Writes all of `content` to the descriptor that `path` stands for. Raises InputError."""
+    """Writes all of `content` to the descriptor that `path` stands for.
+
+    Raises:
+        InputError: It cannot be written to.
+    """
     descriptor = output_descriptor(path)
     assert descriptor is not None, path
     with os_errors("standard output" if descriptor == 1 else path, "write to"):
@@ -94,7 +98,14 @@ def os_errors(path: str | os.PathLike[str], verb: str, error: type[SpmDeployErro
 def translated(
     exc: OSError, path: str | os.PathLike[str], verb: str, error: type[SpmDeployError] = InputError
 ) -> SpmDeployError:
-    """The package error for an OSError, with a readable problem and a hint."""
+    """The package error for an OSError, with a readable problem and a hint.
+
+    Args:
+        exc: The error of the operating system.
+        path: Named where the error names no file, or a hidden temporary one.
+        verb: What was tried, such as "read" or "write"; part of the message.
+        error: Class of the result, except for lack of memory, which is an OutOfMemoryError.
+    """
     path = os.fspath(path)
     named = path if exc.filename is None or _is_hidden(exc.filename) else os.fsdecode(exc.filename)
     if exc.errno == errno.ENOMEM:
@@ -203,7 +214,11 @@ def atomic_replace_dir(
 
 @contextmanager
 def staging_dir(target: Path) -> Iterator[Path]:
-    """Yields a new hidden folder next to `target`, and removes it at the end if it is still there. Raises OSError."""
+    """Yields a new hidden folder next to `target`, and removes it at the end if it is still there.
+
+    Raises:
+        OSError: The folder cannot be made.
+    """
     sweep(target.parent)
     folder = _hidden(target, BUILDING)
     folder.mkdir()
@@ -219,9 +234,12 @@ def staging_dir(target: Path) -> Iterator[Path]:
 
 
 def put_in_place(folder: Path, target: Path) -> None:
-    """Renames a folder of `staging_dir` to `target` after flushing its files to the disk. Raises OSError.
+    """Renames a folder of `staging_dir` to `target` after flushing its files to the disk.
 
     Where the system supports it, old and new folder are exchanged atomically, so that `target` is complete at any time.
+
+    Raises:
+        OSError: The folder cannot be renamed.
     """
     if target.is_dir() and os.name == "posix":
         os.chmod(folder, stat.S_IMODE(target.stat().st_mode))
@@ -240,7 +258,11 @@ def check_free(target: Path, overwrite: bool, check: Callable[[Path], None]) -> 
 
 
 def resolve_target(path: str | os.PathLike[str]) -> Path:
-    """The absolute path that a write to `path` goes to; behind a symbolic link, what it points to. Raises OSError."""
+    """The absolute path that a write to `path` goes to; behind a symbolic link, what it points to.
+
+    Raises:
+        OSError: Links form a loop.
+    """
     target = Path(os.path.realpath(path) if os.path.islink(path) else os.path.abspath(path))
     if target.is_symlink():  # realpath stops at a circular link
         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))

@@ -124,7 +124,7 @@ def built_in_tables() -> tuple[str, ...]:
 
 
 def count_labels(labels: NDArray[np.integer[Any]]) -> dict[int, int]:
-    """The number of pixels of each id, by ascending id. labels: integers of any shape."""
+    """The number of pixels of each id in integers of any shape, by ascending id."""
     if labels.dtype != np.uint8:
         ids, counts = np.unique(labels, return_counts=True)
         return {int(i): int(n) for i, n in zip(ids, counts, strict=True)}
@@ -212,7 +212,16 @@ def shared_colors(table: ClassTable) -> dict[Color, tuple[LabelClass, ...]]:
 def offset_labels(
     labels: NDArray[np.integer[Any]], offset: int, source: str, void_id: int | None = None
 ) -> NDArray[np.uint8]:
-    """Adds `offset` to every id but `void_id`; returns uint8 of the same shape.
+    """Adds a number to every id but one.
+
+    Args:
+        labels: integer, of any shape and with any ids.
+        offset: The number, of either sign.
+        source: How messages name the labels.
+        void_id: An id that stays; None: every id is shifted.
+
+    Returns:
+        uint8 of the same shape.
 
     Raises:
         InputError: Lists ids that would leave 0..255 and their pixel counts.

@@ -56,6 +56,7 @@ class RemotePath(os.PathLike[str]):
 
     @property
     def scheme(self) -> str:
+        """In lower case, such as "s3"."""
         return self.url.partition("://")[0].lower()
 
     @property
@@ -72,14 +73,17 @@ class RemotePath(os.PathLike[str]):
 
     @property
     def stem(self) -> str:
+        """The name without its suffix."""
         return PurePosixPath(self.name).stem
 
     @property
     def suffix(self) -> str:
+        """With its dot; empty where the name has none."""
         return PurePosixPath(self.name).suffix
 
     @property
     def parent(self) -> RemotePath:
+        """The folder that contains this object; of a bucket or host, itself."""
         folder = self._key.rstrip("/").rpartition("/")[0]
         return RemotePath(f"{self.root}/{folder}" if folder else self.root)
 
@@ -112,11 +116,16 @@ class RemotePath(os.PathLike[str]):
 
 
 def is_url(text: str) -> bool:
+    """Whether the text has the form SCHEME://REST."""
     return _URL.fullmatch(text) is not None
 
 
 def as_path(text: str) -> Path | RemotePath:
-    """Return what a path or URL stands for; file:// is a path. Raises InputError for schemes that are not supported."""
+    """Return what a path or URL stands for; file:// is a path.
+
+    Raises:
+        InputError: The scheme is not supported.
+    """
     if not is_url(text):
         return Path(text)
     path = RemotePath(text)
@@ -176,9 +185,10 @@ def remove_remote(paths: list[RemotePath]) -> None:
 
 
 def check_readable(path: RemotePath) -> None:
-    """Raise UnavailableError if the package for the store of `path`, its credentials or the store itself are missing.
+    """Check that a store can be read from; whether the object exists, and may be read, is not checked.
 
-    Whether the object exists, and may be read, is not checked.
+    Raises:
+        UnavailableError: The package for the store of `path`, its credentials or the store itself are missing.
     """
     try:
         with _remote_errors(path, "read"):

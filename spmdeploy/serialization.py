@@ -110,7 +110,11 @@ def parse_json(content: bytes | str) -> Any:
 
 
 def format_json(value: Mapping[str, Any]) -> bytes:
-    """Formats a record for a file. Raises ValueError for NaN and infinities, which JSON does not have."""
+    """Formats a record for a file.
+
+    Raises:
+        ValueError: It has NaN or infinities, which JSON does not have.
+    """
     return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 

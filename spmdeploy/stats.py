@@ -35,6 +35,7 @@ class Interval:
     high: float
 
     def contains(self, value: float) -> bool:
+        """Whether the value lies in the interval; its ends do."""
         return self.low <= value <= self.high
 
 
@@ -110,7 +111,17 @@ def ratio_of_medians(baseline: Turns, turns: Turns, name: str, seed: int = 0) ->
 
 
 def ratio_of_runs(before: Turns, after: Turns, name: str, seed: int = 0) -> Ratio:
-    """Like `ratio_of_medians` for two runs without common rounds, which are resampled independently."""
+    """Ratio of medians of two runs without common rounds, which are resampled independently.
+
+    Args:
+        before: Samples of one run, one sequence per turn.
+        after: Samples of the other run, in the same unit.
+        name: Name of the first run.
+        seed: Seed of the bootstrap.
+
+    Returns:
+        Median of `before` divided by median of `after`, with a 95 % bootstrap interval.
+    """
     first = bootstrap_medians(before, bootstrap_weights(len(before), seed))
     second = bootstrap_medians(after, bootstrap_weights(len(after), seed + 1))
     return Ratio(name, float(np.median(_flat(before)) / np.median(_flat(after))), _interval(first / second))
@@ -122,7 +133,15 @@ def bootstrap_weights(rounds: int, seed: int) -> NDArray[np.int64]:
 
 
 def bootstrap_medians(turns: Turns, draws: NDArray[np.int64]) -> NDArray[np.float64]:
-    """The median of every resample, float (R,). draws: int (R, turns), counts of each turn."""
+    """The median of every resample.
+
+    Args:
+        turns: Samples, one sequence for each turn.
+        draws: int64 (R, turns), how often each resample draws each turn.
+
+    Returns:
+        float64 (R,), in the unit of the samples.
+    """
     samples = _flat(turns)
     order = np.argsort(samples, kind="stable")
     turn_of = np.repeat(np.arange(len(turns)), [len(turn) for turn in turns])[order]

@@ -62,11 +62,20 @@ class Backend(Protocol):
         """`run` before its result is rounded: float32 (B, size, size, 3) RGB in 0..255, to be refined."""
 
     def refine(self, inputs: ModelInput, coarse: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Carries a result up to twice its size: `run_unrounded`, but content and light come from `coarse`.
+        """Refines a result at twice its size: `run_unrounded`, but content and colors come from `coarse`.
 
-        coarse: float32 (B, size/2, size/2, 3) RGB in 0..255, the result at half size; read under the mask and one of
-        its pixels around it. The image is read outside the mask only. The graph is loaded at the first call. Raises
-        BundleError where `refines` is false.
+        The graph is loaded at the first call.
+
+        Args:
+            inputs: A batch as for `run`; the image is read outside the mask only.
+            coarse: float32 (B, size/2, size/2, 3), RGB in 0..255, the result at half size; read under the mask and one
+                of its pixels around it.
+
+        Returns:
+            float32 (B, size, size, 3), RGB in 0..255.
+
+        Raises:
+            BundleError: `refines` is false.
         """
 
     def close(self) -> None:
@@ -82,7 +91,10 @@ class SupportsLayoutCache(Protocol):
     """A session that can compute once what many images share."""
 
     def bind_layout(self, layout: LayoutInput) -> LayoutRun:
-        """Computes now what depends on these three alone.
+        """Computes now what depends on labels, instances and mask alone.
+
+        Args:
+            layout: Arrays (B, size, size).
 
         Returns:
             A function with the results of `run` for the same arguments; in OpenVINO rounded in other places.
@@ -94,15 +106,24 @@ class SupportsDevicePyramid(Protocol):
     """A session that can keep the image of a cascade in the memory of its GPU from one level to the next."""
 
     def device_cascade(self, frame: Letterbox, levels: tuple[PyramidLevel, ...], batch: int) -> DeviceCascade | None:
-        """For one window, `batch` tiles at once at most. Images and scores are those of the same steps on the host.
-        None where the session is on the CPU.
+        """Prepares the refinement of one window; images and scores are those of the same steps on the host.
 
-        Raises OutOfMemory where the levels do not fit beside the graphs, UnavailableError where the GPU cannot.
+        Args:
+            frame: The window in the model's input.
+            levels: Of the window, the coarsest first.
+            batch: Tiles at once, at most.
+
+        Returns:
+            The refinement, a context manager; None where the session is on the CPU.
+
+        Raises:
+            OutOfMemoryError: The levels do not fit beside the graphs.
+            UnavailableError: The GPU cannot run it.
         """
 
 
 def bind_layout(session: Backend, layout: LayoutInput) -> LayoutRun:
-    """The layout kept by the session where it can, else given to it with every image."""
+    """The session's function for a known layout; one that passes the layout with every image where it caches none."""
     if isinstance(session, SupportsLayoutCache):
         return session.bind_layout(layout)
     return lambda image: session.run(ModelInput(image, *layout))
@@ -128,6 +149,7 @@ class Check:
     remedy: str | None = None
 
     def to_json(self) -> dict[str, Any]:
+        """Plain JSON values, as `doctor --json` prints them."""
         return {"name": self.name, "usable": self.usable, "reason": self.reason, "remedy": self.remedy}
 
 

@@ -47,7 +47,11 @@ def cpu_features() -> str:
 
 
 def graph_cache_folder() -> Path:
-    """Where entries are kept. Raises UnavailableError if no home folder is known."""
+    """Where entries are kept.
+
+    Raises:
+        UnavailableError: No home folder is known.
+    """
     return cache_folder().with_name("graphs")
 
 

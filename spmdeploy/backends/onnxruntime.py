@@ -30,7 +30,18 @@ if TYPE_CHECKING:
 def open_onnxruntime(
     bundle: Bundle, device: str, precision: str, on_loading: Callable[[], None] = lambda: None
 ) -> OpenedBackend:
-    """Open a bundle in ONNX Runtime; device `auto` is a GPU that works, else the CPU."""
+    """Open a bundle in ONNX Runtime.
+
+    Args:
+        bundle: Holds the graph.
+        device: cpu, cuda:N, or auto, which is a GPU that works, else the CPU.
+        precision: auto, fp32 or fp16.
+        on_loading: Called before the graph is loaded.
+
+    Raises:
+        UnavailableError: The package or the device cannot be used.
+        BundleError: The bundle has no such graph.
+    """
     choices: list[str] = []
     if device != "auto":
         return _open_on(bundle, device, precision, choices, on_loading)

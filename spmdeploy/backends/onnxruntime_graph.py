@@ -145,7 +145,14 @@ _IDLE_PASSES = (
 
 
 def inference_session(library: Any, graph: Graph, options: Any, providers: list[Any]) -> Any:
-    """ONNX Runtime's own session. options: its SessionOptions, to which weights in memory are added."""
+    """ONNX Runtime's own session.
+
+    Args:
+        library: The module onnxruntime.
+        graph: Path of an ONNX file, or its content with the weights that it refers to.
+        options: A SessionOptions of `library`; weights in memory are added to it.
+        providers: Execution providers as `library` takes them, the preferred one first.
+    """
     without: dict[str, Any] = {"enable_fallback": 0}  # it prints to stdout and tries the same again
     if providers == ["CPUExecutionProvider"]:
         without["disabled_optimizers"] = list(_IDLE_PASSES)
@@ -257,6 +264,20 @@ class LoadedGraph:
             raise _to_package_error(exc, device) from exc
 
     def run(self, outputs: Sequence[str], inputs: Arrays) -> list[NDArray[Any]]:
+        """Run the graph once.
+
+        Args:
+            outputs: Names of the outputs to compute.
+            inputs: Arrays by the names of the inputs.
+
+        Returns:
+            One array for each name in `outputs`.
+
+        Raises:
+            BundleError: The graph has no such output, or ONNX Runtime refuses it.
+            OutOfMemoryError: There is too little memory.
+            UnavailableError: The GPU failed.
+        """
         if not self.outputs.issuperset(outputs):
             raise BundleError(
                 "the graph gives no unrounded result, which tiles are made from", "export the bundle again"

@@ -14,10 +14,17 @@ from spmdeploy.backends.onnxruntime_graph import Graph, import_onnxruntime, infe
 
 
 def profiled_nodes(graph: Graph, provider: str, feed: Mapping[str, NDArray[Any]], runs: int) -> list[dict[str, Any]]:
-    """The profiler's events for every node of `runs` runs, after one that is left out; in the order of execution.
+    """The profiler's events for every node, in the order of execution.
 
-    provider: ONNX Runtime's name of it. Each event has a name, `dur` in microseconds and `args`, among them op_name
-    and, from ONNX Runtime 1.23 on, mem_bytes_in_use.
+    Args:
+        graph: Path of an ONNX file, or its content.
+        provider: ONNX Runtime's name of the execution provider.
+        feed: Inputs of the graph by name.
+        runs: Runs to profile, after one that is left out.
+
+    Returns:
+        Events with a name, `dur` in microseconds and `args`, among them op_name and, from ONNX Runtime 1.23 on,
+        mem_bytes_in_use.
     """
     library = import_onnxruntime()
     with TemporaryDirectory() as folder:

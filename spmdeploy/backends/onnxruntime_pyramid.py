@@ -28,7 +28,19 @@ class OrtCascades:
     def open(
         self, edit: LoadedGraph, refine: LoadedGraph, frame: Letterbox, levels: tuple[PyramidLevel, ...], batch: int
     ) -> DeviceCascade:
-        """Return the refinement of one window. Raises OutOfMemoryError, UnavailableError."""
+        """Return the refinement of one window.
+
+        Args:
+            edit: The `edit` graph.
+            refine: The `refine` graph, on the same GPU.
+            frame: The window in the model's input.
+            levels: Of the window, the coarsest first.
+            batch: Tiles at once, at most.
+
+        Raises:
+            OutOfMemoryError: The buffers do not fit into the GPU's memory.
+            UnavailableError: The GPU failed.
+        """
         sizes = {name: item_bytes(port) for name, port in graph_ports(REFINE, self._size).items()}
         with self._memory.lock():
             if batch > self._room:
@@ -37,6 +49,7 @@ class OrtCascades:
         return DeviceCascade(self._memory, self._run(edit, EDIT), self._run(refine, REFINE), batch, frame, levels)
 
     def close(self) -> None:
+        """Free the GPU's memory."""
         self._memory.close()
 
     def _run(self, graph: LoadedGraph, name: str) -> EnqueueBatch:

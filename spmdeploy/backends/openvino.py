@@ -91,7 +91,11 @@ def bf16_support() -> tuple[str, str]:
 
 
 def import_openvino() -> Any:
-    """The openvino module. Raises UnavailableError with the command that installs it."""
+    """The openvino module.
+
+    Raises:
+        UnavailableError: It is not installed; names the command that installs it.
+    """
     install = 'pip install "spmdeploy[openvino]"'
     try:
         with _without_telemetry():

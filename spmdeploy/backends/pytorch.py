@@ -92,9 +92,17 @@ def full_fp32(wanted: bool = True) -> Iterator[None]:
 
 
 def open_torch(bundle: Bundle, device: str = "auto", precision: str = "auto") -> OpenedBackend:
-    """The bundle's own weights, read back from its FP32 graph, in eager PyTorch.
+    """Opens the bundle's own weights, read back from its FP32 graph, in eager PyTorch.
 
-    device: auto, cpu or cuda:N. precision: auto or fp32. Raises UnavailableError, UsageError, BundleError.
+    Args:
+        bundle: Holds the graph.
+        device: auto, cpu or cuda:N.
+        precision: auto or fp32.
+
+    Raises:
+        UnavailableError: PyTorch has no such device.
+        UsageError: The device or precision is unknown.
+        BundleError: The bundle has no FP32 graph.
     """
     if precision not in ("auto", "fp32"):
         raise UsageError(f"the torch backend computes in fp32, not {precision!r}", "leave --precision out")
@@ -108,7 +116,11 @@ def open_torch(bundle: Bundle, device: str = "auto", precision: str = "auto") ->
 
 
 def bundled_generator(bundle: Bundle) -> Generator:
-    """The generator that a bundle was made from. Raises BundleError when no FP32 graph holds its weights."""
+    """The generator that a bundle was made from.
+
+    Raises:
+        BundleError: No FP32 graph holds its weights.
+    """
     facts = bundle.manifest.generator
     # Both FP32 graphs that edit hold the weights under the same names; a bundle may hold one of them only.
     there = {record.graph: record for record in bundle.manifest.graphs if record.precision == "fp32"}
@@ -118,9 +130,14 @@ def bundled_generator(bundle: Bundle) -> Generator:
 
 
 def generator_from_graph(graph: GraphFiles, config: GeneratorConfig) -> Generator:
-    """The generator whose weights an exported FP32 `edit` graph holds, in FP32.
+    """The generator whose weights an exported `edit` graph holds, in FP32.
 
-    Raises BundleError naming a weight that is missing or misshapen.
+    Args:
+        graph: Path of an ONNX file in FP32.
+        config: Of the generator.
+
+    Raises:
+        BundleError: Names a weight that is missing or has another shape.
     """
     stored = {tensor.name: tensor for tensor in onnx.load_from_string(graph.content).graph.initializer}
     with torch.device("meta"):

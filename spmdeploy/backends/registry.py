@@ -101,7 +101,11 @@ def backend_precisions() -> tuple[str, ...]:
 
 
 def backend_entry(name: str) -> BackendEntry:
-    """The backend of that name. Raises UsageError listing the names."""
+    """The backend of that name.
+
+    Raises:
+        UsageError: There is none; lists the names.
+    """
     try:
         return _ENTRIES[name]
     except KeyError:

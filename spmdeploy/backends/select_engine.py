@@ -28,10 +28,19 @@ NO_ENGINES = "no engine was built for this bundle"
 
 
 def open_named_engine(bundle: Bundle, runtime: EngineRuntime, ordinal: int, precision: str) -> OpenedBackend:
-    """The engine of this library that fits. precision: auto, fp32 or fp16.
+    """The engine of one library that fits this machine.
 
-    Raises UnavailableError without library or GPU, BundleError with the reasons against each engine,
-    OutOfMemory, VerificationError when the golden edits come out differently.
+    Args:
+        bundle: Whose engines are looked for, in the bundle and in the cache.
+        runtime: The library.
+        ordinal: Number of the GPU.
+        precision: auto, fp32 or fp16.
+
+    Raises:
+        UnavailableError: The library or the GPU is missing.
+        BundleError: No engine fits; gives the reasons against each.
+        OutOfMemoryError: The engine does not fit into the GPU's memory.
+        VerificationError: The golden edits come out differently.
     """
     version = str(import_engine_library(runtime).__version__)
     try:

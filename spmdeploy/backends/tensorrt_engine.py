@@ -205,7 +205,11 @@ class LoadedEngine:
         return prepared
 
     def prepare(self, batch: int) -> None:
-        """Make room for the activations of that many items. Raises OutOfMemoryError."""
+        """Make room for the activations of a batch of that many items.
+
+        Raises:
+            OutOfMemoryError: The GPU has too little memory.
+        """
         with capture_log(self._library, self._on_log):
             self._ready(batch, own=True)
 

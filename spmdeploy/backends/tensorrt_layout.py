@@ -95,6 +95,7 @@ class CachedLayoutEngines:
 
     @property
     def engines(self) -> tuple[LoadedEngine, ...]:
+        """The loaded engines, `layout` first."""
         return tuple(self._engines)
 
     def bind(self, layout: LayoutInput) -> LayoutRun:

@@ -92,9 +92,11 @@ class GoldenResult:
 
     @property
     def passed(self) -> bool:
+        """Whether there are no problems."""
         return not self.problems
 
     def to_json(self) -> dict[str, Any]:
+        """Plain JSON values, as `verify --json` prints them."""
         return {
             "name": self.name,
             "passed": self.passed,
@@ -105,7 +107,18 @@ class GoldenResult:
 
 
 def read_golden(bundle: Bundle, edit: GoldenEdit) -> GoldenSample:
-    """The images of one golden edit. Raises BundleError when one is missing, altered or of another size."""
+    """Read the images of one golden edit.
+
+    Args:
+        bundle: Holds the files.
+        edit: Its entry in the manifest.
+
+    Returns:
+        Arrays of a batch of one, (1, size, size[, 3]).
+
+    Raises:
+        BundleError: An image is missing, altered or of another size, or the mask is empty.
+    """
 
     def decoded(read: Callable[[str, bytes], Decoded], name: str) -> Decoded:
         file = f"{edit.folder}/{name}"
@@ -136,7 +149,13 @@ def read_golden(bundle: Bundle, edit: GoldenEdit) -> GoldenSample:
 
 
 def measure_deviation(image: NDArray[np.uint8], reference: NDArray[np.uint8], mask: NDArray[np.uint8]) -> Deviation:
-    """image, reference: uint8 (B, S, S, 3). mask: (B, S, S), not 0 = compared."""
+    """Measure how far an image is from the reference, under the mask.
+
+    Args:
+        image: uint8 (B, S, S, 3), RGB.
+        reference: uint8 (B, S, S, 3), RGB.
+        mask: (B, S, S), not 0 = compared; not empty.
+    """
     difference = image.astype(np.int16)[mask != 0] - reference.astype(np.int16)[mask != 0]
     square = float(np.mean(np.square(difference, dtype=np.float64)))
     psnr = 10 * math.log10(255**2 / square) if square else math.inf
@@ -145,7 +164,11 @@ def measure_deviation(image: NDArray[np.uint8], reference: NDArray[np.uint8], ma
 
 
 def limits_of(bundle: Bundle, precision: str) -> ParityLimits:
-    """Allowed deviation in a precision. Raises UnavailableError if the bundle states none."""
+    """The allowed deviation in a precision, that of the bundle where it states one.
+
+    Raises:
+        UnavailableError: Neither the bundle nor this package states one.
+    """
     for name, limits in bundle.manifest.limits.items():
         if name == precision:
             return limits
@@ -158,13 +181,27 @@ def limits_of(bundle: Bundle, precision: str) -> ParityLimits:
 
 
 def run_golden(session: Backend, golden: GoldenSample, name: str, limits: ParityLimits) -> GoldenResult:
-    """Runs one golden edit and compares the result."""
+    """Runs one golden edit and compares the result.
+
+    Args:
+        session: The backend to verify.
+        golden: Images of the edit.
+        name: Of the edit.
+        limits: Allowed deviation.
+    """
     edited = session.run(golden.inputs)
     return compare_with_golden(edited, golden.expected, golden, name, limits)
 
 
 def run_golden_refine(session: Backend, golden: GoldenSample, name: str, limits: ParityLimits) -> GoldenResult:
-    """Refines the result of one golden edit, which must have a `refined` image, and compares that."""
+    """Refines the result of one golden edit and compares that.
+
+    Args:
+        session: The backend to verify; must refine.
+        golden: Images of the edit, with a `refined` one.
+        name: Of the edit.
+        limits: Allowed deviation.
+    """
     assert golden.refined is not None, name
     unrounded = session.refine(golden.inputs, golden.coarse)
     refined = np.clip(np.rint(unrounded), 0, 255).astype(np.uint8)
@@ -178,7 +215,15 @@ def compare_with_golden(
     name: str,
     limits: ParityLimits,
 ) -> GoldenResult:
-    """The deviation of an image made from the golden edit from the expected one, and its problems."""
+    """Compares an image with the expected one, under the mask and outside it.
+
+    Args:
+        image: uint8 (1, S, S, 3), RGB, made from the inputs of the golden edit.
+        expected: uint8 (1, S, S, 3), RGB.
+        golden: The golden edit.
+        name: Of the result.
+        limits: Allowed deviation under the mask; outside it none is allowed.
+    """
     deviation = measure_deviation(image, expected, golden.inputs.mask)
     keep = golden.inputs.mask == 0
     intact = bool(np.array_equal(image[keep], golden.inputs.image[keep]))
@@ -189,15 +234,20 @@ def compare_with_golden(
 def verify(session: Backend, bundle: Bundle) -> list[GoldenResult]:
     """Repeats every golden edit of the bundle within the limits that it states for the session's precision.
 
-    Where the session refines, what becomes of the edits when they are refined follows.
+    Where the session refines, the results of refining these edits follow.
 
-    Raises BundleError when there is none: nothing would be proved.
+    Raises:
+        BundleError: The bundle has no golden edit, so that nothing would be proved.
     """
     return verify_edits(session, bundle) + (verify_refinements(session, bundle) if session.refines else [])
 
 
 def verify_edits(session: Backend, bundle: Bundle) -> list[GoldenResult]:
-    """The golden edits, repeated. Raises BundleError when there is none."""
+    """Repeats the golden edits.
+
+    Raises:
+        BundleError: The bundle has none.
+    """
     if not bundle.manifest.golden:
         raise BundleError(f"{bundle.path}: holds no golden edits, so nothing can be verified", EXPORT_AGAIN)
     limits = limits_of(bundle, session.precision)
@@ -205,7 +255,11 @@ def verify_edits(session: Backend, bundle: Bundle) -> list[GoldenResult]:
 
 
 def verify_cached_layouts(session: Backend, bundle: Bundle) -> list[GoldenResult]:
-    """Repeat the golden edits with cached layouts. Raises BundleError when there is none."""
+    """Repeats the golden edits with cached layouts.
+
+    Raises:
+        BundleError: The bundle has none.
+    """
     if not bundle.manifest.golden:
         raise BundleError(f"{bundle.path}: holds no golden edits, so nothing can be verified", EXPORT_AGAIN)
     limits = limits_of(bundle, session.precision)
@@ -219,7 +273,11 @@ def verify_cached_layouts(session: Backend, bundle: Bundle) -> list[GoldenResult
 
 
 def verify_refinements(session: Backend, bundle: Bundle) -> list[GoldenResult]:
-    """What becomes of the golden edits when they are refined. Raises BundleError when the bundle holds none of it."""
+    """Refines the results of the golden edits.
+
+    Raises:
+        BundleError: The bundle has no golden edit with a refined image.
+    """
     limits = limits_of(bundle, session.precision)
     golden = {edit.name: read_golden(bundle, edit) for edit in bundle.manifest.golden}
     refined = {name: sample for name, sample in golden.items() if sample.refined is not None}

@@ -77,7 +77,8 @@ class Measurable(Timeable, Protocol):
     def phase_medians(self) -> dict[str, float]:
         """Median milliseconds by phase."""
 
-    def memory(self) -> MemoryUsage: ...
+    def memory(self) -> MemoryUsage:
+        """Memory so far, in bytes; None where it cannot be measured."""
 
 
 Timed = Callable[[], float]
@@ -107,6 +108,7 @@ class BackendProcess:
         self._case = self._resources.enter_context(ExitStack())  # entered last: closed before the device
 
     def describe(self) -> BackendInfo:
+        """What was opened: device, precision, provider."""
         return describe(self._session, self._bundle)
 
     def verify(self) -> list[GoldenResult]:
@@ -161,7 +163,15 @@ class BackendProcess:
         return [session, *others]
 
     def prepare_cached_layout(self, batch: ModelInput, streams: int) -> FirstRun:
-        """Prepares the graph for further images under a layout that the session caches, from arrays to arrays."""
+        """Prepares the graph for further images under a layout that the session caches, from arrays to arrays.
+
+        Args:
+            batch: Arrays (B, S, S[, 3]).
+            streams: Calls that run concurrently.
+
+        Raises:
+            UnavailableError: The session caches no layouts.
+        """
         self._end_case()
         session = self._session
         if not isinstance(session, SupportsLayoutCache):
@@ -240,12 +250,14 @@ class BackendProcess:
         raise UnavailableError(f"{self._backend} is not profiled by part", "profile onnxruntime or torch")
 
     def memory(self) -> MemoryUsage:
+        """Memory of this process and its GPU, in bytes; None where it cannot be measured."""
         device = None if self._meter is None else self._meter.memory_of(os.getpid())
         activations = self._session.activation_bytes if isinstance(self._session, TensorRtSession) else None
         loaded = loaded_bytes(self._session, self._bundle)
         return MemoryUsage(self._ready, _resident_bytes("VmHWM"), device, activations, loaded)
 
     def close(self) -> None:
+        """Ends the case and closes session, device and meter."""
         self._resources.close()
 
     def _end_case(self) -> None:

@@ -42,9 +42,17 @@ def _is_gpu_only(name: str) -> bool:
 
 
 def open_backend(bundle: Bundle, name: str, device: str, precision: str) -> Backend:
-    """device: auto, cpu or cuda:N. precision: auto, fp32, tf32, fp16 or bf16.
+    """Opens a backend for a benchmark.
 
-    Raises UnavailableError with the reason if this machine cannot run it, BundleError if the bundle lacks the graph.
+    Args:
+        bundle: Holds the graphs.
+        name: One of those that `bench --backend` takes.
+        device: auto, cpu or cuda:N.
+        precision: auto, fp32, tf32, fp16 or bf16.
+
+    Raises:
+        UnavailableError: This machine cannot run it; gives the reason.
+        BundleError: The bundle lacks the graph.
     """
     chosen = _device_of(name, device)
     if name in (REFERENCE_BACKEND, "torch-compile"):
@@ -204,9 +212,17 @@ class DeviceRun(Protocol):
 def device_run(
     session: Backend, batch: ModelInput, device: Device, stack: ExitStack, cuda_graphs: bool = True
 ) -> DeviceRun:
-    """Copies the batch to the session's GPU until the stack is closed.
+    """Copies a batch to the session's GPU until the stack is closed.
 
-    cuda_graphs: whether engines may replay CUDA graphs. Raises UnavailableError.
+    Args:
+        session: On a GPU.
+        batch: Arrays (B, S, S[, 3]).
+        device: The session's GPU.
+        stack: Frees the memory when it is closed.
+        cuda_graphs: Whether engines may replay CUDA graphs.
+
+    Raises:
+        UnavailableError: The session takes no inputs in GPU memory.
     """
     if isinstance(session, TensorRtSession | OnnxRuntimeSession):
         return _DeviceArrays(session, batch, device, stack, cuda_graphs)

@@ -43,9 +43,11 @@ class Check:
 
     @property
     def failed(self) -> bool:
+        """Whether the check ran and failed."""
         return self.status == "failed"
 
     def to_json(self) -> dict[str, Any]:
+        """Plain JSON values, as `verify --thorough --json` prints them."""
         return asdict(self)
 
 

@@ -58,6 +58,7 @@ class ColdStart:
         self._runs.clear()
 
     def turn(self, seconds: float, iterations: int) -> Round:
+        """Runs whole processes until both `seconds` have passed and `iterations` are done; samples in milliseconds."""
         started = time.perf_counter()
         runs: list[Run] = []
         while len(runs) < iterations or time.perf_counter() - started < seconds:

@@ -39,11 +39,22 @@ class Comparison:
     warnings: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
         return dataclasses.asdict(self)
 
 
 def compare(before: Record, after: Record, names: tuple[str, str], force: bool = False) -> Comparison:
-    """names: of the two files, for messages. Raises InputError for records of different machines, unless forced."""
+    """Compares two records, row by row.
+
+    Args:
+        before: The older record.
+        after: The newer record.
+        names: Of the two files, for messages.
+        force: Compare records of different machines too.
+
+    Raises:
+        InputError: The records are of different machines, and `force` is not set.
+    """
     other_machine = differences(before.machine.hardware(), after.machine.hardware())
     if other_machine and not force:
         raise InputError(

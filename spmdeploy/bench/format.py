@@ -89,6 +89,7 @@ def format_phases(row: Result) -> str:
 
 
 def format_bytes(count: int | None) -> str:
+    """In MB or GB of powers of ten; empty for None."""
     if count is None:
         return ""
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"

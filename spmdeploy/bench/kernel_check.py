@@ -198,6 +198,7 @@ class TorchPyramidSession(TorchSession):
         return torch.as_tensor(array, device=self.device)
 
     def close(self) -> None:
+        """Frees the GPU's memory."""
         self._memory.close()
 
 

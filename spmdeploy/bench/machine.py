@@ -141,6 +141,7 @@ class BackgroundLoad:
 
     @property
     def is_significant(self) -> bool:
+        """Whether other processes used more than `MAX_BACKGROUND_LOAD` of the cores."""
         return self.cpu_share is not None and self.cpu_share > MAX_BACKGROUND_LOAD
 
 

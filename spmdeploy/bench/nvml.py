@@ -54,6 +54,7 @@ class GpuState:
 
     @property
     def throttled(self) -> bool:
+        """Whether the GPU was slowed down by heat or power, not by idleness or a setting."""
         return not _HARMLESS_REASONS.issuperset(self.slowed_by)
 
 
@@ -66,6 +67,7 @@ class Nvml:
         """Why NVML is unavailable; None if it is available."""
 
     def query(self, function: str, *arguments: Any) -> Any:
+        """The result of an NVML function; None where NVML, the function or the value is missing."""
         if self.library is None:
             return None
         try:
@@ -75,6 +77,7 @@ class Nvml:
         return result.decode() if isinstance(result, bytes) else result  # bytes in older versions of the package
 
     def handles(self) -> Iterator[Any]:
+        """NVML's handles of the GPUs that answer, in NVML's order."""
         for index in range(self.query("nvmlDeviceGetCount") or 0):
             handle = self.query("nvmlDeviceGetHandleByIndex", index)
             if handle is not None:

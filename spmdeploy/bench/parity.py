@@ -31,6 +31,7 @@ class Parity:
 
     @property
     def passed(self) -> bool:
+        """Whether no limit is exceeded."""
         return not self.faults
 
 
@@ -42,7 +43,16 @@ def check_parity(
     limits: ParityLimits,
     golden: Sequence[GoldenResult],
 ) -> Parity:
-    """edited, reference, photo: uint8 (B, S, S, 3) RGB. mask: (B, S, S), 0 = keep. golden: of the same backend."""
+    """Compares the edits of a backend with PyTorch's, and adds the results of its golden edits.
+
+    Args:
+        edited: uint8 (B, S, S, 3), RGB.
+        reference: uint8 (B, S, S, 3), RGB, of PyTorch in FP32.
+        photo: uint8 (B, S, S, 3), RGB, the inputs.
+        mask: (B, S, S), 0 = keep.
+        limits: Allowed deviation under the mask; outside it none is allowed.
+        golden: Of the same backend.
+    """
     deviation = measure_deviation(edited, reference, mask)
     faults = deviation.problems(limits)
     if not np.array_equal(edited[mask == 0], photo[mask == 0]):
@@ -62,6 +72,7 @@ def check_golden_parity(golden: Sequence[GoldenResult]) -> Parity:
 
 
 def golden_problems(golden: Sequence[GoldenResult]) -> list[str]:
+    """The problems of golden edits, one sentence each."""
     return [f"golden edit {result.name}: {fault}" for result in golden for fault in result.problems]
 
 

@@ -96,6 +96,7 @@ def stage_of(name: str) -> str:
 
 
 def kind_of(name: str, operator: str) -> str:
+    """The part of the network that a node belongs to, from the node's name and operator."""
     if operator in _OPERATORS:
         return _OPERATORS[operator]
     name = name.removesuffix("_nchwc")  # ONNX Runtime's suffix for nodes in its blocked layout

@@ -175,7 +175,11 @@ def _with_current_names(value: object) -> object:
 
 
 def read_record(path: Path) -> Record:
-    """Raises InputError."""
+    """Reads a record from a JSON file.
+
+    Raises:
+        InputError: It cannot be read, or is no record; names the field.
+    """
     try:
         content = regular_file(path).read_bytes()
     except OSError as exc:

@@ -55,7 +55,16 @@ class RooflineBound:
 def roofline_bound(
     gflop: float, weights_bytes: int, batch: int, size: int, rates: PeakRates, median: float
 ) -> RooflineBound:
-    """gflop: of one edit. median: milliseconds of one call."""
+    """The lower bound on the time of one call: the longer of its arithmetic and its memory traffic.
+
+    Args:
+        gflop: Operations of one edit, in 10^9.
+        weights_bytes: Bytes of the weights, read once per call.
+        batch: Images per call.
+        size: Height and width of an image.
+        rates: Measured peak rates of the device.
+        median: Measured milliseconds of one call.
+    """
     moved = weights_bytes + batch * size * size * BYTES_PER_PIXEL
     arithmetic = gflop * batch / rates.gflops * 1e3
     memory = moved / (rates.copy_gb_per_second * 1e9) * 1e3
@@ -79,6 +88,15 @@ def numpy_rates(seconds: float) -> PeakRates:
 
 
 def rates_from(device: str, precision: str, library: str, product_seconds: float, copy_seconds: float) -> PeakRates:
+    """Peak rates from measured times.
+
+    Args:
+        device: cpu or cuda:N.
+        precision: Of the matrix product.
+        library: That computed it.
+        product_seconds: Time of a matrix product of `MATRIX_SIDE`.
+        copy_seconds: Time of a copy of `COPIED_BYTES`.
+    """
     gflops = 2 * MATRIX_SIDE**3 / product_seconds / 1e9
     return PeakRates(device, precision, library, gflops, 2 * COPIED_BYTES / copy_seconds / 1e9)
 

@@ -72,6 +72,7 @@ class Options:
     profile: bool = False
 
     def stop_condition(self, scope: Scope) -> StopCondition:
+        """When a case has run long enough; `seconds` alone decides where it is given."""
         return StopCondition(SECONDS, ITERATIONS[scope]) if self.seconds is None else StopCondition(self.seconds, 0)
 
     def command(self) -> str:
@@ -158,7 +159,14 @@ def cases(bundle: Bundle, options: Options) -> Iterator[Case]:
 def reader_warnings(
     rows: Sequence[Result], baseline: str, states: Sequence[State], others: BackgroundLoad
 ) -> Iterator[str]:
-    """Reasons not to trust the figures."""
+    """Reasons not to trust the figures, one sentence each.
+
+    Args:
+        rows: All rows of the record.
+        baseline: Name of the backend that ratios refer to.
+        states: Of the machine, in order; GPUs are read from the last.
+        others: Load of other processes during the run.
+    """
     measured = [row for row in rows if row.status == "measured"]
     if others.is_significant:
         yield f"other processes used {others.cpu_share:.0%} of the cores during the run: do not publish these figures"
@@ -323,14 +331,35 @@ def _methodology(options: Options) -> Methodology:
 
 
 def check_outputs(record: Path | None, chart: Path | None, report: Path | None, overwrite: bool) -> None:
-    """Checks the paths of output files before the run. Raises InputError."""
+    """Checks the paths of output files before the run.
+
+    Args:
+        record: Path of the record, .json; None for each that is not wanted.
+        chart: Path of the chart, .png.
+        report: Path of the report, .md.
+        overwrite: Whether existing files may be replaced.
+
+    Raises:
+        InputError: A path has the wrong suffix or exists, or its folder does not.
+    """
     for path, suffix in ((record, ".json"), (chart, ".png"), (report, ".md")):
         if path is not None:
             _check_output(path, suffix, overwrite)
 
 
 def write_outputs(record: Record, text: Path | None, chart: Path | None, report: Path | None) -> None:
-    """Writes the record, a chart and a report, each to its path if given. Raises InputError, UnavailableError."""
+    """Writes the record, a report and a chart, each to its path if given.
+
+    Args:
+        record: What was measured.
+        text: Path of the record, .json.
+        chart: Path of the chart, .png.
+        report: Path of the report, .md.
+
+    Raises:
+        InputError: A file cannot be written.
+        UnavailableError: matplotlib, which draws the chart, is missing.
+    """
     if text is not None:
         _write(text, record_text(record).encode())
     if report is not None:

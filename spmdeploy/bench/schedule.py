@@ -62,6 +62,7 @@ class StopCondition:
     iterations: int
 
     def reached(self, turns: Sequence[Round]) -> bool:
+        """Whether the turns of one backend are enough."""
         return (
             len(turns) >= MIN_ROUNDS
             and sum(turn.seconds for turn in turns) >= self.seconds

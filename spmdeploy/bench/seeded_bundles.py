@@ -93,9 +93,16 @@ def norm_inputs(
     measure: Callable[[Tensor], tuple[float, bool]],
     single_pixels: bool = False,
 ) -> dict[str, tuple[float, bool]]:
-    """`measure` of the input of each instance norm, by the name of the convolution before it.
+    """Measures the input of each instance norm of a network.
 
-    single_pixels: includes norms over a single pixel, whose variance is always zero.
+    Args:
+        generator: The network.
+        golden: Its inputs, a batch of one.
+        measure: Gets float (N, C, H, W), the input of one norm.
+        single_pixels: Include norms over a single pixel, whose variance is always zero.
+
+    Returns:
+        Results of `measure` by the name of the convolution before the norm.
     """
     found: dict[str, tuple[float, bool]] = {}
     hooks = []

@@ -199,6 +199,7 @@ def insert_between_markers(page: str, text: str) -> str:
 
 
 def markdown_table(table: Table) -> list[str]:
+    """The lines of a table in Markdown."""
     heading, rows = table
     lines = ["| " + " | ".join(cells) + " |" for cells in (heading, *rows)]
     return [lines[0], "|" + "---|" * len(heading), *lines[1:]]

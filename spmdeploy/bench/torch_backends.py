@@ -69,6 +69,7 @@ class BaselineSession(TorchSession):
         return np.asarray(host.numpy())
 
     def upload(self, array: NDArray[Any]) -> Tensor:
+        """Copy an array to the session's device, through pinned memory on a GPU."""
         tensor = torch.from_numpy(np.ascontiguousarray(array))
         return tensor if self.device == "cpu" else tensor.pin_memory().to(self.device, non_blocking=True)
 
@@ -102,17 +103,28 @@ class TorchDeviceRun:
         self.stream = int(torch.cuda.current_stream(session.device).cuda_stream)
 
     def launch(self) -> None:
+        """Queue the edit; its result stays on the GPU."""
         self._edited = self._session.launch(self._inputs)
 
     def fetch(self) -> NDArray[np.uint8]:
+        """The edited images of the last launch: uint8 (B, S, S, 3), RGB."""
         edited: NDArray[np.uint8] = self._edited.cpu().numpy()
         return edited
 
 
 def open_baseline(bundle: Bundle, name: str, device: str, precision: str) -> BaselineSession:
-    """name: torch or torch-compile. device: auto, cpu or cuda:N. precision: auto (fp32) or one of `PRECISIONS`.
+    """Opens the bundle's generator in PyTorch.
 
-    Raises UnavailableError, UsageError, BundleError.
+    Args:
+        bundle: Holds the weights.
+        name: torch or torch-compile.
+        device: auto, cpu or cuda:N.
+        precision: auto (fp32) or one of `PRECISIONS`.
+
+    Raises:
+        UnavailableError: This machine does not compute in that precision, or has no such device.
+        UsageError: The precision or the device is unknown.
+        BundleError: The bundle has no FP32 graph.
     """
     if device == "auto":
         device = "cuda:0" if torch.cuda.is_available() else "cpu"

@@ -97,36 +97,47 @@ class Worker:
 
     @property
     def pid(self) -> int:
+        """The process's id."""
         return int(self._process.pid)
 
     def describe(self) -> BackendInfo:
+        """What was opened: device, precision, provider."""
         return self._call(BackendProcess.describe)
 
     def verify(self) -> list[GoldenResult]:
+        """Repeats the golden edits of the bundle."""
         return self._call(BackendProcess.verify)
 
     def prepare_engine(self, batch: ModelInput, streams: int) -> FirstRun:
+        """Prepares the graph from arrays to arrays, (B, S, S[, 3]), with `streams` concurrent calls; runs it once."""
         return self._call(BackendProcess.prepare_engine, batch, streams)
 
     def prepare_cached_layout(self, batch: ModelInput, streams: int) -> FirstRun:
+        """Prepares further images, (B, S, S, 3), under a cached layout, with `streams` concurrent calls; runs one."""
         return self._call(BackendProcess.prepare_cached_layout, batch, streams)
 
     def prepare_edit(self, case: EditCase) -> FirstRun:
+        """Prepares an edit from files to a file; runs it once."""
         return self._call(BackendProcess.prepare_edit, case)
 
     def turn(self, seconds: float, iterations: int) -> Round:
+        """Runs the prepared case until `seconds` have passed and `iterations` are done; samples in milliseconds."""
         return self._call(BackendProcess.turn, seconds, iterations)
 
     def reset(self) -> None:
+        """Discards earlier runs from `phase_medians`."""
         self._call(BackendProcess.reset)
 
     def phase_medians(self) -> dict[str, float]:
+        """Median milliseconds by phase."""
         return self._call(BackendProcess.phase_medians)
 
     def profile(self, batch: ModelInput) -> Profile:
+        """Profiles one batch, (B, S, S[, 3]), by part of the network; call after all measurements."""
         return self._call(BackendProcess.profile, batch)
 
     def memory(self) -> MemoryUsage:
+        """Memory of the process and its GPU, in bytes; None where it cannot be measured."""
         return self._call(BackendProcess.memory)
 
     def close(self) -> None:

@@ -44,7 +44,14 @@ def masked_share(batch: ModelInput) -> float:
 
 
 def edit_case(table: ClassTable, size: int, mask: str, sample: SampleEdit = SAMPLE_EDITS[0]) -> EditCase:
-    """One sample at `size`×`size` in the classes of `table`. mask: a key of `MASK_SHARES`."""
+    """A square around the mask of a sample, resized.
+
+    Args:
+        table: The classes of the model.
+        size: Height and width in pixels.
+        mask: A key of `MASK_SHARES`.
+        sample: The sample.
+    """
     photo, labels, own_mask = sample.read(table)
     square = _square_around(own_mask)
     own_mask = resize_labels(own_mask[square].astype(np.uint8), size, size) != 0
@@ -56,12 +63,23 @@ def edit_case(table: ClassTable, size: int, mask: str, sample: SampleEdit = SAMP
 
 
 def edit_batch(table: ClassTable, size: int, mask: str, batch: int) -> ModelInput:
-    """`batch` edits for one call of a graph: the samples in order, repeated from the first."""
+    """Edits for one call of a graph: the samples in order, repeated from the first.
+
+    Args:
+        table: The classes of the model.
+        size: Height and width in pixels.
+        mask: A key of `MASK_SHARES`.
+        batch: Number of edits.
+
+    Returns:
+        Arrays (batch, size, size[, 3]).
+    """
     samples = [SAMPLE_EDITS[place % len(SAMPLE_EDITS)] for place in range(batch)]
     return stack_cases([edit_case(table, size, mask, sample) for sample in samples])
 
 
 def stack_cases(cases: Sequence[EditCase]) -> ModelInput:
+    """Cases of one size as inputs of the graph, (B, S, S[, 3]); the labels serve as instances."""
     labels = np.stack([case.labels for case in cases])
     return ModelInput(
         image=np.stack([case.photo for case in cases]),
@@ -72,9 +90,11 @@ def stack_cases(cases: Sequence[EditCase]) -> ModelInput:
 
 
 def scaled_mask(mask: NDArray[np.bool_], share: float) -> NDArray[np.bool_]:
-    """Scales a mask until it covers `share` of the image, as closely as whole pixels allow.
+    """Scales a mask until it covers a share of the image, as closely as whole pixels allow.
 
-    mask: bool (S, S), not empty, without gaps. Parts outside the image are cut off.
+    Args:
+        mask: bool (S, S), not empty, without gaps; parts outside the image are cut off.
+        share: Of the image's pixels, 0..1.
     """
     smallest, largest = 1e-3, 1e3
     for _ in range(30):  # halves the interval on a logarithmic scale until no pixel changes

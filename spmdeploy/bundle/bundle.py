@@ -96,7 +96,11 @@ class Bundle:
         return {name: self._store.sizes[name] for name in sorted(self._digests)}
 
     def digest(self, name: str) -> str:
-        """The SHA-256 that SHA256SUMS lists for a file. Raises BundleError if it lists none."""
+        """The SHA-256 that SHA256SUMS lists for a file, in hexadecimal.
+
+        Raises:
+            BundleError: It lists none.
+        """
         if name not in self._digests:
             raise BundleError(f"{self.path}: its {SUMS} lists no {name!r}", "spmdeploy inspect lists what there is")
         return self._digests[name]
@@ -108,7 +112,11 @@ class Bundle:
         return tuple(sorted(name for name in self._store.sizes if name not in known and not name.startswith(ENGINES)))
 
     def graph(self, graph: str, precision: str) -> GraphRecord:
-        """The record of one graph. Raises BundleError listing the graphs in the bundle."""
+        """The record of one graph.
+
+        Raises:
+            BundleError: The bundle has no such graph; lists those that it has.
+        """
         for record in self.manifest.graphs:
             if (record.graph, record.precision) == (graph, precision):
                 return record
@@ -119,7 +127,11 @@ class Bundle:
         )
 
     def read(self, name: str) -> bytes:
-        """The content of a file that SHA256SUMS covers: exactly the bytes that were hashed. Raises BundleError."""
+        """The content of a file that SHA256SUMS covers: exactly the bytes that were hashed.
+
+        Raises:
+            BundleError: The file is missing or does not have its hash.
+        """
         expected = self.digest(name)
         with _bundle_errors(self.path / name), self._store.open(name) as stream:
             content = stream.read(self._store.sizes[name])
@@ -209,6 +221,15 @@ def open_bundle(path: str | Path, signed_with: PublicKey | None = None) -> Bundl
 
 
 def open_store(store: FileStore, signed_with: PublicKey | None = None) -> Bundle:
+    """Opens a bundle whose files are listed already, and checks it as `open_bundle` does.
+
+    Args:
+        store: The files; nothing in them is trusted.
+        signed_with: A key with which the bundle must be signed; None: the signature is not checked.
+
+    Raises:
+        BundleError: A record is missing, corrupt or of a later schema, or the signature is not by this key.
+    """
     shown = store.shown / MANIFEST
     content = _read_text(store, MANIFEST)
     if signed_with is None:  # otherwise the signature is checked before anything else

@@ -84,6 +84,7 @@ class GraphRecord:
         return (self.file,) if self.weights is None else (self.file, self.weights)
 
     def to_json(self) -> dict[str, Any]:
+        """Plain JSON values, as in manifest.json."""
         return dataclasses.asdict(self)
 
 
@@ -141,7 +142,15 @@ class Manifest:
 
     @classmethod
     def from_bytes(cls, content: bytes, source: str) -> Manifest:
-        """Reads manifest.json. Raises BundleError naming `source` and, where one is wrong, the field."""
+        """Reads manifest.json.
+
+        Args:
+            content: Of the file.
+            source: Named in errors.
+
+        Raises:
+            BundleError: It is no manifest; names the field where one is wrong.
+        """
         return cls.from_json(SCHEMA.parse(content, source), source)
 
     @classmethod

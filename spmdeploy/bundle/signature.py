@@ -128,7 +128,11 @@ def new_key() -> SecretKey:
 
 
 def read_public_key(given: str | Path) -> PublicKey:
-    """Reads a public key file, or takes the base64 line in one, as `minisign -P` does. Raises InputError."""
+    """Reads a public key file, or takes the base64 line in one, as `minisign -P` does.
+
+    Raises:
+        InputError: It is no public key of minisign.
+    """
     minisign = _minisign()
     try:
         if not os.path.lexists(given) and str(given).startswith("RW"):
@@ -142,7 +146,15 @@ def read_public_key(given: str | Path) -> PublicKey:
 
 
 def read_secret_key(path: Path, ask_password: Callable[[], str]) -> SecretKey:
-    """Reads a secret key file; prompts for the password only where the key is encrypted. Raises InputError."""
+    """Reads a secret key file.
+
+    Args:
+        path: Of the file.
+        ask_password: Called only where the key is encrypted.
+
+    Raises:
+        InputError: It is no secret key of minisign, or the password is wrong.
+    """
     minisign = _minisign()
     try:
         key = minisign.SecretKey.from_bytes(_read_key(path))

@@ -34,6 +34,7 @@ PACK_AGAIN = "make the zip inside the bundle's folder: zip -0 -X -r ../NAME.spm.
 
 
 def corrupt_bundle_error(subject: str | Path, problem: object) -> BundleError:
+    """The error for damaged content; the hint is to copy or export the bundle again."""
     return BundleError(f"{subject}: {problem}", COPY_AGAIN)
 
 
@@ -64,7 +65,11 @@ WHAT_IT_IS = {
 
 
 def open_storage(path: Path) -> FileStore:
-    """Opens a folder or zip. Raises BundleError, which names the kind of file if it is a known one."""
+    """Opens a folder or zip.
+
+    Raises:
+        BundleError: It is no bundle; names the kind of file if it is a known one.
+    """
     if path.is_dir():
         if not os.path.lexists(path / MANIFEST):
             raise _no_manifest(path, os.listdir(path))

@@ -65,12 +65,20 @@ class BundleWriter:
         return path
 
     def add_bytes(self, name: str, content: bytes) -> None:
-        """Writes a new file. Raises BundleError if the name is taken."""
+        """Writes a new file.
+
+        Raises:
+            BundleError: The name is taken.
+        """
         with os_errors(self.target, "write"), open(self._vacant_path(name), "xb") as stream:
             stream.write(content)
 
     def add_file(self, name: str, source: str | Path) -> None:
-        """Copies the content of `source` into a new file. Raises BundleError if the name is taken."""
+        """Copies the content of `source` into a new file.
+
+        Raises:
+            BundleError: The name is taken.
+        """
         path = self._vacant_path(name)
         with os_errors(self.target, "write"):
             shutil.copyfile(source, path)

@@ -245,6 +245,7 @@ def bundle_keygen(
 
 
 def public_key_from(given: str | None) -> PublicKey | None:
+    """The key that the option names, a file or base64; None without the option."""
     from spmdeploy.bundle.signature import read_public_key
 
     return None if given is None else read_public_key(given)

@@ -66,10 +66,12 @@ def status_line() -> Iterator[Callable[[str, float], None]]:
 
 
 def log(text: str) -> None:
+    """Print a line to stderr."""
     print(printable(text), file=sys.stderr)
 
 
 def log_notes(notes: Sequence[str]) -> None:
+    """Print notes to stderr, a line each."""
     for note in notes:
         log(f"note: {note}")
 
@@ -79,7 +81,15 @@ def print_result(
 ) -> None:
     """Print the result to stdout, as lines or as one JSON object.
 
-    A failure is part of the same JSON object and ends the command with its exit code.
+    Args:
+        command: Names the JSON schema, spmdeploy.COMMAND/1.
+        payload: Fields of the JSON object.
+        lines: The result as text.
+        as_json: Print the object, not the text.
+        failure: Becomes part of the same object, or is printed to stderr, and ends the command.
+
+    Raises:
+        typer.Exit: With the exit code of `failure`.
     """
     if as_json:
         error = {} if failure is None else error_fields(failure, failure.exit_code)
@@ -93,6 +103,7 @@ def print_result(
 
 
 def print_json(value: dict[str, Any]) -> None:
+    """Print one JSON object to stdout, in ASCII."""
     # ASCII only: invalid Unicode in file names, and terminals without UTF-8, would raise otherwise.
     _print(json.dumps(value, ensure_ascii=True))
 
@@ -108,6 +119,7 @@ def _print(text: str) -> None:
 
 
 def format_table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table whose columns are aligned on the left."""
     widths = [max(len(row[column]) for row in (heading, *rows)) for column in range(len(heading))]
     return [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -116,14 +128,17 @@ def format_table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> list[
 
 
 def error_fields(error: SpmDeployError, exit_code: int) -> dict[str, Any]:
+    """The fields of a JSON object that describe an error."""
     return {"error": error.problem, "hint": error.hint, "exit_code": exit_code}
 
 
 def report_error(error: SpmDeployError) -> None:
+    """Print an error and its hint to stderr."""
     log(f"error: {error.problem}")
     if error.hint:
         log(f"hint: {error.hint}")
 
 
 def format_db(psnr: float | None) -> str:
+    """A PSNR in decibels as text; None is that of equal images."""
     return "identical" if psnr is None else f"{psnr:.1f} dB"

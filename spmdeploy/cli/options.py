@@ -172,7 +172,17 @@ def open_editor_from_options(
     on_loading: Callable[[ClassTable], None] = lambda classes: None,
     verbose: bool = False,
 ) -> Editor:
-    """Open the editor and log what was chosen for it, in one line; the reasons if `verbose` or if something failed."""
+    """Open the editor and log what was chosen for it, in one line.
+
+    Args:
+        model: Path of a bundle; None: the built-in model.
+        backend: A name of the registry, or auto.
+        device: auto, cpu or cuda:N.
+        precision: auto or one that the backend offers.
+        require_signature: Key by which the bundle must be signed; None: not checked.
+        on_loading: Called with the model's classes before the graph is loaded.
+        verbose: Log the reasons for each choice.
+    """
     with require_extra("export"):
         editor = spmdeploy.open_editor(model, backend, device, precision, require_signature, on_loading)
     if verbose:

@@ -56,6 +56,7 @@ class DatasetReport:
 
     @property
     def ok(self) -> bool:
+        """Whether training can use the folder; there may be warnings."""
         return not self.errors
 
     def to_json(self) -> dict[str, Any]:

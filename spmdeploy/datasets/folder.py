@@ -126,7 +126,11 @@ class ImageFolder:
 
 
 def read_classes(root: Path) -> ClassTable:
-    """Reads the class table in ROOT/labels.json. Raises InputError."""
+    """Reads the class table in ROOT/labels.json.
+
+    Raises:
+        InputError: The file is missing or no class table.
+    """
     path = root / "labels.json"
     if not path.exists():
         raise InputError(f"{root} is no data folder: there is no {path}", "docs/training.md shows its layout")
@@ -134,7 +138,11 @@ def read_classes(root: Path) -> ClassTable:
 
 
 def read_instance_rules(root: Path) -> InstanceRules:
-    """Reads `thing_ids` and `instances` ("numbered") of ROOT/labels.json, both optional. Raises InputError."""
+    """Reads `thing_ids` and `instances` ("numbered") of ROOT/labels.json, both optional.
+
+    Raises:
+        InputError: The file is missing, or one of them is wrong.
+    """
     path = root / "labels.json"
     try:
         fields = parse_json(regular_file(path).read_bytes())

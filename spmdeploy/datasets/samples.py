@@ -297,7 +297,14 @@ def jitter_color(image: Image, strength: float, rng: np.random.Generator) -> Ima
 
 
 def with_random_mask(cut: AnnotatedImage, kind: str, classes: int, rng: np.random.Generator) -> Sample:
-    """Adds a mask of a kind of `MASK_KINDS` to a square. classes: number of classes of the data folder."""
+    """Adds a mask to a square.
+
+    Args:
+        cut: A square crop.
+        kind: A key of `MASK_KINDS`.
+        classes: Number of classes of the data folder.
+        rng: Draws the mask.
+    """
     mask = random_mask(kind, cut.labels, cut.instances, classes, rng)
     return Sample(cut.image, cut.labels, cut.instances, mask)
 

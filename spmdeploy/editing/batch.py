@@ -73,7 +73,14 @@ def run_batch(
 def prepare_items(
     items: Iterable[BatchItem], output_dir: LocalOrRemote, log: StatusLog, resume: bool
 ) -> Iterator[PreparedItem | ItemStatus]:
-    """Yield the rows to edit, recorded as started, and the final statuses of the others, not yet recorded."""
+    """Yield the rows to edit, recorded as started, and the final statuses of the others, not yet recorded.
+
+    Args:
+        items: The rows of the manifest in order.
+        output_dir: Folder of the outputs; paths in the statuses are relative to it.
+        log: Receives the status "started", for `log.group` rows at once.
+        resume: Skip rows that earlier runs have finished and whose output exists.
+    """
     waiting = iter(items)
     while group := list(islice(waiting, log.group)):
         prepared = [_prepare_item(item, output_dir, log, resume) for item in group]

@@ -180,7 +180,19 @@ class Editor:
         on CPUs and more than half in PyTorch. A cached layout takes memory, 50 to 150 MB per window with the `paper`
         preset; windows that are refined cache nothing. Arrays that are changed later have no effect.
 
-        Args and errors are those of `edit`.
+        Args:
+            labels: as in `edit`.
+            mask: as in `edit`.
+            instances: as in `edit`.
+            options: how to edit.
+            names: as in `edit`.
+            **changes: as in `edit`.
+
+        Returns:
+            An object whose `edit` takes images of the size of the labels.
+
+        Raises:
+            InputError, UsageError, BundleError: as `edit`.
         """
         options, names = replace(options, **changes), names or InputNames()
         edit_mask = check_layout(labels, mask, instances, self.classes, names, dilation=options.dilate or 0)

@@ -99,10 +99,12 @@ def border_contrast(image: Image, labels: LabelMap, mask: Mask) -> tuple[float, 
 
 
 def match_surroundings(image: Image, labels: LabelMap, mask: Mask) -> None:
-    """Changes the image under the mask, in place; known pixels are only read.
+    """Changes the image under the mask, in place; known pixels are only read. The same inputs give the same bytes.
 
-    image: uint8 (H, W, 3) RGB, edited. labels: integer (H, W), true of the known pixels too. mask: bool (H, W),
-    True = painted. The same inputs give the same bytes.
+    Args:
+        image: uint8 (H, W, 3), RGB, edited; is changed.
+        labels: integer (H, W), true of the known pixels too.
+        mask: bool (H, W), True = painted.
     """
     if mask.any():
         match_color_statistics(image, labels, mask)

@@ -43,7 +43,7 @@ def mask_from_padding(shape: tuple[int, ...], padding: Padding) -> Mask:
 
 
 def dilate(mask: Mask, pixels: int) -> Mask:
-    """`mask` and every pixel at most `pixels` rows and columns away from it. mask: bool (H, W)."""
+    """The mask, bool (H, W), and every pixel at most `pixels` rows and columns away from it."""
     for axis in (0, 1) if pixels else ():
         length = mask.shape[axis]
         sums = np.cumsum(mask, axis=axis, dtype=np.int32)

@@ -65,7 +65,11 @@ def option_fields(record: type) -> list[OptionField]:
 
 
 def parse_padding(text: str) -> Padding:
-    """Return "LEFT,TOP,RIGHT,BOTTOM" in pixels as `Padding`. Raises UsageError for anything else."""
+    """Return "LEFT,TOP,RIGHT,BOTTOM" in pixels as `Padding`.
+
+    Raises:
+        UsageError: The text has another form.
+    """
     numbers = text.replace(",", " ").split()
     if len(numbers) != 4 or not all(re.fullmatch(r"-?[0-9]{1,9}", number) for number in numbers):
         raise UsageError(

@@ -21,9 +21,15 @@ _SHADE, _FILL = 90, 40  # of 255: the black line behind every line, the color in
 
 
 def explain_sheet(photo: Rgb, mask: NDArray[np.bool_], windows: Sequence[WindowReport]) -> Rgb:
-    """The windows of an edit, then for each pyramid level the tiles that ran at it.
+    """Draw the windows of an edit, then for each pyramid level the tiles that ran at it.
 
-    photo: uint8 (H, W, 3). mask: bool (H, W). windows: of the edit's report. Returns uint8 (H, W, 3) RGB.
+    Args:
+        photo: uint8 (H, W, 3), RGB.
+        mask: bool (H, W), True = edit.
+        windows: Of the edit's report.
+
+    Returns:
+        uint8 (H', W', 3), RGB: a contact sheet.
     """
     small = fitted(photo, CELL_SIDE)
     background = with_mask(small, resize_labels(mask, *small.shape[:2]))

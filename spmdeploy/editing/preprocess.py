@@ -43,14 +43,32 @@ class EditRegion(NamedTuple):
 
 
 def extend_canvas(image: Image, padding: Padding) -> Image:
-    """The image on a larger, gray canvas."""
+    """The image on a larger canvas, gray where it is new.
+
+    Args:
+        image: uint8 (H, W, 3), RGB.
+        padding: Pixels to add on each side.
+
+    Returns:
+        uint8 (top + H + bottom, left + W + right, 3).
+    """
     canvas = np.full((*extended_size(image.shape, padding), 3), HIDDEN_GRAY, np.uint8)
     canvas[image_window(image.shape, padding).slices] = image
     return canvas
 
 
 def model_input(region: EditRegion, height: int, width: int, size: int) -> ModelInput:
-    """The region at height by width (its own size or less) in the upper left of the model's square input."""
+    """The region, resized, in the upper left of the model's square input.
+
+    Args:
+        region: Part of a photo, of any size.
+        height: Rows to resize it to, at most its own and at most `size`.
+        width: Columns likewise.
+        size: Side of the model's input.
+
+    Returns:
+        Arrays (size, size[, 3]); beyond height and width they are continued by reflection.
+    """
     mask = resize_mask(region.mask, height, width)
     return ModelInput(image_input(region.image, mask, size), *layout_tensors(region, mask, size))
 
@@ -61,7 +79,16 @@ def resize_mask(mask: Mask, height: int, width: int) -> Mask:
 
 
 def image_input(image: Image, mask: Mask, size: int) -> NDArray[np.uint8]:
-    """The image at the size of the mask, without what the mask hides, in the model's square input."""
+    """The image at the size of the mask, without what the mask hides, in the model's square input.
+
+    Args:
+        image: uint8 (H, W, 3), RGB.
+        mask: bool (h, w), as the model sees it.
+        size: Side of the model's input, at least h and w.
+
+    Returns:
+        uint8 (size, size, 3).
+    """
     photo = image.copy() if image.shape[:2] == mask.shape else np.array(resize_photo(image, *mask.shape))
     photo[mask] = HIDDEN_GRAY
     extrapolate_border(photo, mask, EXTRAPOLATED_PIXELS)
@@ -69,7 +96,16 @@ def image_input(image: Image, mask: Mask, size: int) -> NDArray[np.uint8]:
 
 
 def layout_tensors(region: EditRegion, mask: Mask, size: int) -> LayoutInput:
-    """Labels, instances and mask of the region at the size of `mask`, in the model's square input."""
+    """Labels, instances and mask of the region in the model's square input.
+
+    Args:
+        region: Its image is not read.
+        mask: bool (h, w), the region's mask as the model sees it.
+        size: Side of the model's input, at least h and w.
+
+    Returns:
+        Arrays (size, size): labels uint8, 255 for ids that do not fit; instances int32; mask uint8, 0 or 1.
+    """
     ids = region.labels
     things = ids if region.instances is None else region.instances
     if mask.shape != region.mask.shape:
@@ -85,7 +121,7 @@ def layout_tensors(region: EditRegion, mask: Mask, size: int) -> LayoutInput:
 
 
 def letterbox_input(letterbox: Letterbox, region: EditRegion) -> ModelInput:
-    """A window of the region in the model's square input."""
+    """A window of the region in the model's square input: arrays (size, size[, 3])."""
     part = region.cut(letterbox.window)
     return model_input(part, letterbox.height, letterbox.width, letterbox.size)
 

@@ -41,7 +41,10 @@ _MAX_SAMPLED_TILES = 16
 def coarse_canvas(letterbox: Letterbox, edited: NDArray[np.float32], level: PyramidLevel) -> Canvas:
     """The image from which the first level starts: the coarse edit at half that level's size.
 
-    letterbox: the window in the model's input. edited: float32 (size, size, 3), the session's result for it.
+    Args:
+        letterbox: The window in the model's input.
+        edited: float32 (size, size, 3), RGB in 0..255, the session's result for it.
+        level: The coarsest level.
     """
     return resize_canvas(edited[: letterbox.height, : letterbox.width], *coarse_size(letterbox, level))
 
@@ -70,7 +73,14 @@ def refine_window(
 ) -> RefinedWindow:
     """Edit a window at the model's size, then refine it to full resolution.
 
-    inputs: the window in its letterbox, a batch of one. region: the window's part of the photo.
+    Args:
+        session: Must refine.
+        letterbox: The window in the model's input.
+        inputs: The window in its letterbox, a batch of one.
+        levels: Of the window, the coarsest first.
+        region: The window's part of the photo.
+        batch_size: Tiles per call of the session, at most.
+        timer: Gets the time of each phase and the progress.
     """
     device, notes = _on_device(session, letterbox, levels, batch_size)
     if device is None:
@@ -113,8 +123,16 @@ def refine_on_host(
 ) -> tuple[Canvas, tuple[LevelReport, ...]]:
     """Refine `base` to full resolution with numpy between the calls of the session.
 
-    base: see `coarse_canvas`. region: the window's part of the photo. Returns the canvas of the last level's region, as
-    far as it is inside the window, and a report for each level.
+    Args:
+        session: Must refine.
+        levels: Of the window, the coarsest first.
+        base: Half the size of the first level; see `coarse_canvas`.
+        region: The window's part of the photo.
+        batch_size: Tiles per call of the session, at most.
+        timer: Gets the time of each phase and the progress.
+
+    Returns:
+        The canvas of the last level's region, as far as it is inside the window, and a report for each level.
     """
     return _refine_levels(_HostRenderer(session, base, timer), levels, region, batch_size, timer)
 

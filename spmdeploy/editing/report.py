@@ -33,15 +33,18 @@ class PhaseTimer:
 
     @contextmanager
     def phase(self, name: Phase) -> Iterator[None]:
+        """Add the time spent in the context to a phase; an exception adds nothing."""
         start = time.perf_counter()
         yield
         self.milliseconds[name] += (time.perf_counter() - start) * 1000
 
     def begin(self, total: int) -> None:
+        """Report that `total` steps (windows and tiles) are ahead."""
         self._total = total
         self.advance(0)
 
     def advance(self, steps: int) -> None:
+        """Report that so many more steps are done."""
         self._done += steps
         if self._progress is not None:
             self._progress(self._done, self._total)
@@ -63,6 +66,7 @@ class LevelReport:
     None where none does."""
 
     def to_json(self) -> dict[str, Any]:
+        """Plain JSON values, floats rounded to four decimals."""
         return {name: round(value, 4) if isinstance(value, float) else value for name, value in asdict(self).items()}
 
 
@@ -88,6 +92,7 @@ class WindowReport:
         return 1.0 if self.plan.levels else self.plan.letterbox.scale
 
     def to_json(self) -> dict[str, Any]:
+        """Plain JSON values: place and size in the photo, scale, levels."""
         window = self.window
         return {
             "top": window.top,

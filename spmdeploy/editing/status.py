@@ -35,6 +35,7 @@ class ItemStatus:
     hint: str | None = None
 
     def to_json(self) -> dict[str, Any]:
+        """Plain JSON values, one line of the status file."""
         return dict(vars(self))
 
 
@@ -50,10 +51,15 @@ class StatusLog(Protocol):
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None: ...
 
-    def add(self, *statuses: ItemStatus) -> None: ...
+    def add(self, *statuses: ItemStatus) -> None:
+        """Record statuses.
+
+        Raises:
+            InputError: They cannot be written.
+        """
 
     def exists(self, output: str) -> bool:
-        """Whether an output was there when it was last looked for."""
+        """Whether an output, relative to the folder, existed when it was last looked for."""
         ...
 
 

@@ -75,7 +75,17 @@ def check_layout(
 
 
 def check_image(image: Image, name: str, labels: LabelMap | None = None, labels_name: str = "labels") -> None:
-    """InputError unless the image is uint8 (H, W, 3), of the size of the labels where these are given."""
+    """Check an image, alone or against its labels.
+
+    Args:
+        image: Must be uint8 (H, W, 3), not empty.
+        name: How messages name it.
+        labels: integer (H, W), whose size it must have; None: any size.
+        labels_name: How messages name the labels.
+
+    Raises:
+        InputError: Says which of this does not hold.
+    """
     _check_array(image, name)
     if image.dtype != np.uint8:
         raise InputError(f"{name} has type {image.dtype}, expected uint8", "convert it to 8 bits, 0..255")

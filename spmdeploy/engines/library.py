@@ -24,7 +24,11 @@ _REMEDIES: dict[EngineRuntime, str] = {
 
 
 def import_engine_library(runtime: EngineRuntime) -> Any:
-    """Import the module. Raises UnavailableError with a remedy."""
+    """Import TensorRT or TensorRT-RTX.
+
+    Raises:
+        UnavailableError: It is not installed or does not load; the hint is the remedy.
+    """
     try:
         return importlib.import_module(_MODULES[runtime])
     except (ImportError, OSError) as exc:  # OSError: the package is installed, but a library that it loads is missing

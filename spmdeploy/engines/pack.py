@@ -69,6 +69,15 @@ def pack(
 def unpack(bundle: Bundle, folder: str | Path, overwrite: bool = False, progress: Progress = _no_progress) -> Bundle:
     """Writes the files that SHA256SUMS lists, and its signature, into a new folder, after checking all hashes.
 
+    Args:
+        bundle: A bundle in one file.
+        folder: Path of the new bundle.
+        overwrite: Replace an intact bundle at that path.
+        progress: Called with the number of files written and their total.
+
+    Returns:
+        The new bundle, opened.
+
     Raises:
         BundleError: The bundle is corrupt; nothing has been written.
         InputError: The folder cannot be written.

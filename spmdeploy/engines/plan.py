@@ -66,6 +66,7 @@ class EnginePlan:
 
     @property
     def version(self) -> str:
+        """Version of the TensorRT library."""
         return str(self.library.__version__)
 
     @property

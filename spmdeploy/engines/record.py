@@ -183,7 +183,15 @@ class EngineRecord:
 
     @classmethod
     def from_bytes(cls, content: bytes, source: str) -> EngineRecord:
-        """Reads engine.json. Raises BundleError naming `source` and, where one is wrong, the field."""
+        """Reads engine.json.
+
+        Args:
+            content: Of the file.
+            source: Named in errors.
+
+        Raises:
+            BundleError: It is no such record; names the field where one is wrong.
+        """
         record = SCHEMA.convert(SCHEMA.parse(content, source), cls, source)
         if problem := record._problem():
             raise BundleError(f"{source}: {problem}", BUILD_AGAIN)
@@ -194,6 +202,7 @@ class EngineRecord:
         return format_json(self.to_json())
 
     def to_json(self) -> dict[str, Any]:
+        """Plain JSON values, as in engine.json; times in ISO 8601."""
         value = {"schema": SCHEMA.name, **dataclasses.asdict(self), "created": self.created.isoformat()}
         if self.verification is not None:
             value["verification"]["on"] = self.verification.on.isoformat()

@@ -65,9 +65,11 @@ class StoredEngine:
 
     @property
     def fit(self) -> bool:
+        """Whether the engine is intact and made for this machine."""
         return not self.problems and not self.incompatibilities
 
     def to_json(self) -> dict[str, Any]:
+        """Plain JSON values, with the engine's record where it can be read."""
         record = None if self.record is None else self.record.to_json()
         result = {
             "shipped": self.shipped,
@@ -92,7 +94,11 @@ class StoredEngine:
         return self.content()
 
     def content(self) -> bytes:
-        """Like `read`, also for engines of another machine. Raises BundleError if the engine has problems."""
+        """Like `read`, also for engines of another machine.
+
+        Raises:
+            BundleError: The engine has problems.
+        """
         if self.record is None or self.problems:
             raise _unfit(self.path, self.problems)
         record = self.record
@@ -107,13 +113,21 @@ class StoredEngine:
         return content
 
     def require_compatible(self) -> EngineRecord:
-        """The record of an engine that is `fit`. Raises BundleError with every reason if it is not."""
+        """The record of an engine that is `fit`.
+
+        Raises:
+            BundleError: It is not; gives every reason.
+        """
         if self.record is None or not self.fit:
             raise _unfit(self.path, self.reasons)
         return self.record
 
     def with_verification(self, verification: Verification) -> StoredEngine:
-        """Adds the result of the golden edits to engine.json. Raises InputError if that cannot be written."""
+        """Adds the result of the golden edits to engine.json.
+
+        Raises:
+            InputError: The file cannot be written.
+        """
         record = replace(self.require_compatible(), verification=verification)
         path = self.path.with_name(RECORD_FILE)
         if self.shipped:
@@ -195,7 +209,11 @@ def _folders(store: FileStore, prefix: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def check_engine(path: Path, host: EngineHost | None = None) -> StoredEngine:
-    """Checks one engine by its path, without its bundle, so not whether it is stale. Raises InputError."""
+    """Checks one engine by its path, without its bundle, so not whether it is stale.
+
+    Raises:
+        InputError: There is no engine at the path.
+    """
     if not path.is_file():
         raise InputError(f"there is no {path}", "give an engine with its engine.json beside it")
     try:
@@ -327,10 +345,13 @@ def _concerns(bundle: Bundle, record: EngineRecord | None) -> bool:
 
 
 def cache_folder() -> Path:
-    """The folder for engines of bundles that cannot be written to. Raises UnavailableError if no home is known.
+    """The folder for engines of bundles that cannot be written to.
 
     $SPMDEPLOY_CACHE, else spmdeploy/ in $XDG_CACHE_HOME (which the XDG specification ignores unless it is absolute),
     else ~/.cache/spmdeploy.
+
+    Raises:
+        UnavailableError: No home folder is known.
     """
     if chosen := os.environ.get("SPMDEPLOY_CACHE"):
         return Path(chosen).absolute() / "engines"
@@ -356,7 +377,11 @@ class EnginePlace:
 
 
 def choose_place(bundle: Bundle, wanted: Place | None = None) -> EnginePlace:
-    """The bundle where it takes engines, else the cache. Raises UsageError when the bundle is wanted and takes none."""
+    """The bundle where it takes engines, else the cache.
+
+    Raises:
+        UsageError: The bundle is wanted and takes none.
+    """
     obstacle = _why_not_writable(bundle)
     if wanted == "bundle" and obstacle:
         raise UsageError(f"{bundle.path} takes no engines: {obstacle}", "let them go into the cache: --into cache")
@@ -438,7 +463,10 @@ def remove_stale_engines(bundle: Bundle, host: EngineHost | None = None) -> list
     """Removes engines with problems and those that will never run here again; returns what they were.
 
     Engines for targets, and those whose library or driver is currently missing, are kept, as are engines that were
-    shipped with the bundle or are in a zip. Raises InputError if something cannot be removed.
+    shipped with the bundle or are in a zip.
+
+    Raises:
+        InputError: Something cannot be removed.
     """
     removed = []
     for engine in find_engines(bundle, host):

@@ -255,7 +255,11 @@ def write_evaluation(evaluation: Evaluation, sheets: Mapping[str, Image], folder
 
 
 def run_samples(model: EditModel, samples: Sequence[Sample]) -> Images:
-    """Edits all samples: uint8 (N, S, S, 3), RGB."""
+    """Edits all samples.
+
+    Returns:
+        uint8 (N, S, S, 3), RGB.
+    """
     results = []
     for start in range(0, len(samples), BATCH):
         part = samples[start : start + BATCH]

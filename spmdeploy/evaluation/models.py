@@ -40,7 +40,12 @@ def named_models(paths: Iterable[Path], data: Path) -> dict[str, EditModel]:
 def open_model(path: Path, classes: int) -> EditModel:
     """Opens a model for evaluation: a checkpoint, a run directory (its exported weights) or a bundle.
 
-    Raises InputError or BundleError naming the file, InputError when it does not have `classes` classes.
+    Args:
+        path: Of the model.
+        classes: Number of classes of the data folder.
+
+    Raises:
+        InputError, BundleError: The model cannot be read, or has another number of classes; names the file.
     """
     exported = path / "export" / "generator.safetensors"
     if exported.is_file():

@@ -50,7 +50,14 @@ def check_graph(path: Path, graph: str, golden: Mapping[str, GoldenSample], limi
 def check_parts(
     layout: Path, picture: Path, golden: Mapping[str, GoldenSample], limits: ParityLimits
 ) -> list[GoldenResult]:
-    """Run the two parts of an `edit` graph in ONNX Runtime on the CPU on every golden edit."""
+    """Run the two parts of an `edit` graph in ONNX Runtime on the CPU on every golden edit.
+
+    Args:
+        layout: ONNX file of the part that depends on the layout alone.
+        picture: ONNX file of the part that needs the image.
+        golden: Golden edits by name.
+        limits: Allowed deviation from their results.
+    """
     parts = CachedLayoutGraphs(layout, picture)
     results = []
     for name, sample in golden.items():

@@ -81,6 +81,7 @@ class TritonModel:
     """Sizes in bytes, by path inside the folder."""
 
     def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
         return {**dataclasses.asdict(self), "folder": str(self.folder)}
 
 

@@ -146,7 +146,15 @@ class EngineMemory:
             staging.busy = False
 
     def allocate_temporary(self, size: int, purpose: str) -> int:
-        """Return the address of memory that `release_temporary` or `close` frees. Raises OutOfMemoryError."""
+        """Return the address of memory that `release_temporary` or `close` frees.
+
+        Args:
+            size: In bytes.
+            purpose: For the error message.
+
+        Raises:
+            OutOfMemoryError: The GPU has too little memory.
+        """
         address = self.device.allocate(size, purpose)
         self._temporary.add(address)
         return address
@@ -176,6 +184,7 @@ class EngineMemory:
 
     @property
     def activation_bytes(self) -> int:
+        """Bytes of GPU memory that are allocated for activations now."""
         return self._activation_bytes
 
     def room_for_activations(self) -> int:

@@ -49,58 +49,90 @@ class CudaApi(Protocol):
     def close(self) -> None:
         """Unloads the kernels."""
 
-    def memory(self) -> tuple[int, int]: ...
+    def memory(self) -> tuple[int, int]:
+        """Free and total memory of the device, in bytes."""
 
-    def allocate(self, size: int) -> int: ...
+    def allocate(self, size: int) -> int:
+        """Returns the address of `size` bytes on the device, aligned to at least 256 bytes."""
 
-    def free(self, address: int) -> None: ...
+    def free(self, address: int) -> None:
+        """Frees memory of `allocate`."""
 
-    def pinned(self, size: int) -> Bytes: ...
+    def pinned(self, size: int) -> Bytes:
+        """Returns page-locked host memory: uint8 (size,), not cleared."""
 
-    def free_pinned(self, array: Bytes) -> None: ...
+    def free_pinned(self, array: Bytes) -> None:
+        """Frees an array of `pinned`."""
 
-    def device_of(self, address: int) -> int | None: ...
+    def device_of(self, address: int) -> int | None:
+        """The number of the device whose memory an address is in, also of managed memory; None for host memory."""
 
-    def copy_in(self, address: int, array: NDArray[Any], stream: int) -> None: ...
+    def copy_in(self, address: int, array: NDArray[Any], stream: int) -> None:
+        """Queues a copy of a contiguous host array of any dtype to the device."""
 
-    def copy_out(self, array: NDArray[Any], address: int, stream: int) -> None: ...
+    def copy_out(self, array: NDArray[Any], address: int, stream: int) -> None:
+        """Queues a copy from the device into a contiguous host array, as many bytes as it has."""
 
-    def copy_within(self, address: int, source: int, size: int, stream: int) -> None: ...
+    def copy_within(self, address: int, source: int, size: int, stream: int) -> None:
+        """Queues a copy of `size` bytes from `source` to `address`, both on the device."""
 
-    def clear(self, address: int, size: int, stream: int) -> None: ...
+    def clear(self, address: int, size: int, stream: int) -> None:
+        """Queues setting `size` bytes on the device to zero."""
 
-    def stream(self) -> int: ...
+    def stream(self) -> int:
+        """Returns a new stream that does not wait for the default stream."""
 
-    def destroy_stream(self, stream: int) -> None: ...
+    def destroy_stream(self, stream: int) -> None:
+        """Destroys a stream of `stream`."""
 
-    def synchronize(self, stream: int) -> None: ...
+    def synchronize(self, stream: int) -> None:
+        """Blocks until everything queued in the stream is done."""
 
-    def wait_for_stream(self, stream: int, other: int) -> None: ...
+    def wait_for_stream(self, stream: int, other: int) -> None:
+        """Makes later work in `stream` wait for what is queued in `other` now."""
 
-    def event(self, timing: bool) -> Any: ...
+    def event(self, timing: bool) -> Any:
+        """Returns a new event; with `timing`, it can be given to `elapsed_ms`."""
 
-    def destroy_event(self, event: Any) -> None: ...
+    def destroy_event(self, event: Any) -> None:
+        """Destroys an event of `event`."""
 
-    def record(self, event: Any, stream: int) -> None: ...
+    def record(self, event: Any, stream: int) -> None:
+        """Queues the event in the stream."""
 
-    def wait_for_event(self, event: Any) -> None: ...
+    def wait_for_event(self, event: Any) -> None:
+        """Blocks until a recorded event is reached."""
 
-    def elapsed_ms(self, start: Any, end: Any) -> float: ...
+    def elapsed_ms(self, start: Any, end: Any) -> float:
+        """Milliseconds between two events that were reached, both with timing."""
 
-    def begin_capture(self, stream: int) -> None: ...
+    def begin_capture(self, stream: int) -> None:
+        """Begins to record the stream's work, by this thread alone, instead of queuing it."""
 
-    def end_capture(self, stream: int) -> Any: ...
+    def end_capture(self, stream: int) -> Any:
+        """Ends the recording and returns it as a graph that can be launched."""
 
-    def launch(self, graph: Any, stream: int) -> None: ...
+    def launch(self, graph: Any, stream: int) -> None:
+        """Queues the work of a graph of `end_capture`."""
 
-    def destroy_graph(self, graph: Any) -> None: ...
+    def destroy_graph(self, graph: Any) -> None:
+        """Destroys a graph of `end_capture`."""
 
-    def load_kernels(self, ptx: bytes, names: tuple[str, ...]) -> None: ...
+    def load_kernels(self, ptx: bytes, names: tuple[str, ...]) -> None:
+        """Loads kernels from PTX text, so that `launch_kernel` finds them by name."""
 
     def launch_kernel(
         self, name: str, grid: tuple[int, int], threads: int, stream: int, arguments: tuple[int | np.int32, ...]
     ) -> None:
-        """Queues a kernel. An int among the arguments is a pointer, an np.int32 a C int."""
+        """Queues a kernel.
+
+        Args:
+            name: One of those given to `load_kernels`.
+            grid: Blocks along x and y.
+            threads: Of a block, along x.
+            stream: Where it is queued.
+            arguments: Of the kernel; an int is a pointer, an np.int32 a C int.
+        """
 
 
 def open_cuda(ordinal: int) -> CudaApi:
@@ -177,11 +209,12 @@ class Device:
             return self._cuda.memory()
 
     def allocate(self, size: int, purpose: str) -> int:
-        """Return the address of `size` bytes, aligned to 256. purpose: for the error message."""
+        """Return the address of `size` bytes, aligned to 256 bytes; `purpose` is named in the error message."""
         with self._translate_errors(purpose, size):
             return self._cuda.allocate(size)
 
     def free(self, address: int) -> None:
+        """Free memory of `allocate`."""
         with self._translate_errors("freeing memory"):
             self._cuda.free(address)
 
@@ -210,7 +243,7 @@ class Device:
             self._cuda.copy_out(array, address, stream)
 
     def copy_within(self, address: int, source: int, size: int, stream: int) -> None:
-        """Queue a copy from one place on the device to another."""
+        """Queue a copy of `size` bytes from `source` to `address`, both on the device."""
         with self._translate_errors("a copy on the device"):
             self._cuda.copy_within(address, source, size, stream)
 
@@ -225,6 +258,7 @@ class Device:
             return self._cuda.stream()
 
     def destroy_stream(self, stream: int) -> None:
+        """Destroy a stream that was created here."""
         with self._translate_errors("a stream"):
             self._cuda.destroy_stream(stream)
 
@@ -246,6 +280,7 @@ class Device:
             return self._cuda.event(timing=False)
 
     def destroy_event(self, event: Any) -> None:
+        """Destroy an event that was created here."""
         with self._translate_errors("an event"):
             self._cuda.destroy_event(event)
 
@@ -328,6 +363,7 @@ class Device:
             self._cuda.launch(graph, stream)
 
     def destroy_graph(self, graph: Any) -> None:
+        """Destroy a CUDA graph that was captured here."""
         with self._translate_errors("a CUDA graph"):
             self._cuda.destroy_graph(graph)
 

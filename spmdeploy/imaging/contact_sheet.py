@@ -75,7 +75,7 @@ def sheet(rows: list[dict[str, Rgb]], legend: list[tuple[str, Color]] | None = N
 
 
 def with_mask(photo: Rgb, mask: NDArray[np.bool_]) -> Rgb:
-    """The photo with the mask tinted and outlined. photo: uint8 (H, W, 3). mask: bool (H, W)."""
+    """The photo, uint8 (H, W, 3), with the mask, bool (H, W), tinted and outlined."""
     tinted = photo.copy()
     tinted[mask] = (0.5 * photo[mask] + 0.5 * np.array(MASK_TINT, np.float32)).astype(np.uint8)
     tinted[_outline(mask)] = _OUTLINE

@@ -115,6 +115,15 @@ def _without_end_marker(content: bytes, format: str) -> ImageFile | None:
 
 
 def decode_ids(path: FilePath, content: bytes | None) -> DecodedFile:
+    """Decode a PNG whose values are ids.
+
+    Args:
+        path: Of the file, for messages and, without `content`, for reading.
+        content: Of the file, where it has been read.
+
+    Raises:
+        InputError: As `decode_image`, and for formats that do not keep ids.
+    """
     file = decode_image(path, content)
     if file.format != "PNG":
         raise InputError(

@@ -440,9 +440,15 @@ def _with_alpha(photo: Photo) -> NDArray[np.uint8]:
 
 
 def write_image(path: FilePath, pixels: Image | Pixels, overwrite: bool = False) -> None:
-    """Write a plain image: uint8 (H, W, 3) RGB, or uint8 (H, W) such as a label map, which must be .png.
+    """Write a plain image atomically.
 
-    The file is written atomically. Raises InputError as `write_photo`.
+    Args:
+        path: Of the file, .png for label maps.
+        pixels: uint8 (H, W, 3), RGB, or uint8 (H, W) such as a label map.
+        overwrite: Replace an existing file.
+
+    Raises:
+        InputError: As `write_photo`.
     """
     format = check_output(path, overwrite)
     if pixels.ndim == 2 and format != "PNG":
@@ -451,9 +457,15 @@ def write_image(path: FilePath, pixels: Image | Pixels, overwrite: bool = False)
 
 
 def write_instances(path: FilePath, instances: NDArray[np.integer[Any]], overwrite: bool = False) -> None:
-    """Write instance ids, integers (H, W) of 0..65535, as the 16-bit gray PNG that `read_instances` reads.
+    """Write instance ids as the 16-bit gray PNG that `read_instances` reads, atomically.
 
-    The file is written atomically. Raises InputError as `write_photo`, and for ids that do not fit into 16 bits.
+    Args:
+        path: Of the file.
+        instances: integer (H, W), 0..65535.
+        overwrite: Replace an existing file.
+
+    Raises:
+        InputError: As `write_photo`, and for ids that do not fit into 16 bits.
     """
     if check_output(path, overwrite) != "PNG":
         raise InputError(f"{path}: instance ids survive only in PNG", "name the output .png")

@@ -51,7 +51,11 @@ class Sanitized(NamedTuple):
 
 
 def format_of(content: bytes, path: FilePath) -> str:
-    """Return "PNG", "JPEG", "WebP" or "BMP". Raises InputError, which names the format if it is a known one."""
+    """Return "PNG", "JPEG", "WebP" or "BMP".
+
+    Raises:
+        InputError: It is none of them; names the format if it is a known one.
+    """
     if not content:
         raise InputError(f"{path} is an empty file (0 bytes)", "copy or export it again")
     if content.startswith(PNG_SIGNATURE):

@@ -173,10 +173,17 @@ class Generator(nn.Module):
         return StageOutputs(tuple(raw), composite(raw[-1], image, layout.mask))
 
     def stage_input(self, index: int, image: Tensor, layout: LayoutPyramid, coarser: Tensor | None) -> Tensor:
-        """The input of stage `index`: known pixels, and under the mask the output of the coarser stage.
+        """The input of a stage: known pixels, and under the mask the output of the coarser stage.
 
-        image: float (N, 3, H, W). coarser: float, half this stage's size, or None for the first stage, where the mask
-        is blacked out at full size before shrinking.
+        Args:
+            index: Of the stage, from 0.
+            image: float (N, 3, H, W) in [-1, 1], at full size.
+            layout: Of the image; its mask is read.
+            coarser: float (N, 3, h / 2, w / 2), half this stage's size; None for the first stage, where the mask is
+                blacked out at full size before shrinking.
+
+        Returns:
+            float (N, 3, h, w), at this stage's size.
         """
         scale = 0.5 ** self.config.halvings(index)
         if coarser is None:

@@ -9,8 +9,11 @@ from torch import Tensor
 def instance_edges(instances: Tensor) -> Tensor:
     """Pixels whose instance differs from their left, right, upper or lower neighbor.
 
-    instances: integer (N, H, W). Returns bool (N, H, W). Both pixels of a differing pair are marked; the image's own
-    border is not an edge.
+    Args:
+        instances: integer (N, H, W).
+
+    Returns:
+        bool (N, H, W). Both pixels of a differing pair are marked; the image's own border is not an edge.
     """
     left = torch.cat((instances[:, :, :1], instances[:, :, :-1]), dim=2)
     right = torch.cat((instances[:, :, 1:], instances[:, :, -1:]), dim=2)
@@ -40,9 +43,11 @@ class LayoutPyramid:
 
     @property
     def mask(self) -> Tensor:
+        """The mask at full size, float (N, 1, H, W), 1 = edit."""
         return self._mask
 
     def at(self, height: int, width: int) -> Tensor:
+        """The layout at one size, float (N, classes + 2, height, width); see the class. Computed once for each size."""
         level = self._levels.get((height, width))
         if level is None:
             level = self._levels[height, width] = self._build(height, width)

@@ -66,7 +66,15 @@ class StylePreservedModulation(nn.Module):
         self.layout_beta_shift = _conv3x3(hidden, channels)
 
     def forward(self, x: Tensor, layout: Tensor) -> Tensor:
-        """x: (N, in_channels, stride*h, stride*w); layout: (N, layout_channels, h, w). Returns (N, channels, h, w)."""
+        """Modulates features.
+
+        Args:
+            x: float (N, in_channels, stride * h, stride * w).
+            layout: float (N, layout_channels, h, w).
+
+        Returns:
+            float (N, channels, h, w).
+        """
         normalized = instance_norm(self.features(x))
         style = F.relu(self.context_shared(x)) if self.by_context else None
         layout = F.relu(self.layout_shared(layout))

@@ -48,6 +48,7 @@ class Job(Generic[T]):
     cancelled: threading.Event = field(default_factory=threading.Event)
 
     def cancel(self) -> None:
+        """Ask the edit to end at its next step; safe to call at any time and twice."""
         self.cancelled.set()
 
     def run(self) -> None:

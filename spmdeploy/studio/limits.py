@@ -166,7 +166,14 @@ class _BodyError(Exception):
 
 
 def problem_json(status: int, detail: str, hint: str | None = None, code: str | None = None) -> bytes:
-    """A problem document (RFC 9457). code: the name of the exit code that the command line would end with."""
+    """A problem document in JSON (RFC 9457).
+
+    Args:
+        status: The HTTP status.
+        detail: What is wrong.
+        hint: What to do about it.
+        code: The name of the exit code that the command line would end with.
+    """
     document = {"type": "about:blank", "status": status, "detail": detail, "hint": hint, "code": code}
     return json.dumps({name: value for name, value in document.items() if value is not None}).encode()
 

@@ -109,7 +109,11 @@ def _flag(fields: dict[str, Any], name: str) -> bool:
 
 
 def decode_json_fields(body: bytes) -> dict[str, Any]:
-    """Return the fields of a JSON body, files decoded from base64. Raises UsageError."""
+    """Return the fields of a JSON body, files decoded from base64.
+
+    Raises:
+        UsageError: It is no JSON object, or a field is wrong.
+    """
     try:
         fields = parse_json(body)
     except ValueError as exc:

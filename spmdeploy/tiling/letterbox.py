@@ -30,11 +30,12 @@ class Letterbox:
 
     @property
     def shrinks(self) -> bool:
+        """Whether the window is larger than the model's input."""
         return (self.height, self.width) != (self.window.height, self.window.width)
 
 
 def fit_letterbox(window: Window, size: int = NATIVE_SIZE) -> Letterbox:
-    """The frame of a window: shrunk until its longer side is `size`, never enlarged."""
+    """The letterbox of a window: shrunk until its longer side is `size`, never enlarged."""
     longer = max(window.height, window.width)
     if longer <= size:
         return Letterbox(window, window.height, window.width, size)
@@ -46,10 +47,18 @@ def _shrunk(side: int, size: int, longer: int) -> int:
 
 
 def pad_by_reflection(array: NDArray[T], height: int, width: int) -> NDArray[T]:
-    """An (h, w, ...) array, no larger than that, continued below and to the right by mirroring to (height, width, ...).
+    """Continue an array below and to the right by mirroring.
 
     The outermost pixel is not repeated, so a label map gets no edges that it did not have; a side of one pixel is
     repeated.
+
+    Args:
+        array: (h, w, ...), not empty.
+        height: Rows of the result, at least h.
+        width: Columns of the result, at least w.
+
+    Returns:
+        (height, width, ...); the array itself where nothing is to be added.
     """
     if array.shape[:2] == (height, width):
         return array
@@ -58,11 +67,17 @@ def pad_by_reflection(array: NDArray[T], height: int, width: int) -> NDArray[T]:
 
 
 def label_sampling_grid(mask: Mask, frame_mask: Mask) -> tuple[Indices, Indices]:
-    """Which pixel of the window each frame pixel takes its label from: rows and columns, both (h, w) of the frame.
+    """Choose the pixel of the window from which each pixel of a smaller image takes its label.
 
-    mask: bool (H, W) of the window; frame_mask: bool (h, w), True where the frame pixel touches a masked one. It is the
-    pixel in the middle, except that a frame pixel to be edited takes the *masked* pixel nearest to its middle: labels
-    count only there, and a thin mask would otherwise get the labels next to it.
+    It is the pixel in the middle, except that a pixel to be edited takes the *masked* pixel nearest to its middle:
+    labels count only there, and a thin mask would otherwise get the labels next to it.
+
+    Args:
+        mask: bool (H, W) of the window.
+        frame_mask: bool (h, w) of the smaller image, True where its pixel touches a masked one.
+
+    Returns:
+        Rows and columns of the window, both (h, w).
     """
     rows, first_row, last_row = _cell_bounds(mask.shape[0], frame_mask.shape[0])
     columns, first_column, last_column = _cell_bounds(mask.shape[1], frame_mask.shape[1])

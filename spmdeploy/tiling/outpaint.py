@@ -28,6 +28,7 @@ class OutpaintStep:
 
     @property
     def edit_window(self) -> EditWindow:
+        """The step as a window to edit: its new part is one box."""
         fresh = self.fresh
         return EditWindow(self.window, np.array([[fresh.top, fresh.left, fresh.bottom, fresh.right]]))
 
@@ -50,10 +51,19 @@ def image_window(shape: tuple[int, ...], padding: Padding) -> Window:
 
 
 def plan_extension(height: int, width: int, padding: Padding, native: int = NATIVE_SIZE) -> Iterator[OutpaintStep]:
-    """The steps that grow a photo, each beside what is there by then: left and right of it, then above and below.
+    """The steps that extend a photo, each next to what exists by then: left and right of it, then above and below.
 
     A window spans the side that grows, but at most twice the photo's depth there and at least `native`; no more than
     half of it is made for good in one step. Its size depends on the photo and not on how far it grows.
+
+    Args:
+        height: Rows of the photo.
+        width: Columns of the photo.
+        padding: Pixels to add on each side.
+        native: Side of the model's input.
+
+    Yields:
+        Windows of the extended image, in the order in which they must be edited.
     """
     whole = padding.left + width + padding.right
     for step in _steps(width, height, padding.left, native):

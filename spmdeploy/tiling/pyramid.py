@@ -53,6 +53,7 @@ class PyramidLevel:
 
     @property
     def width(self) -> int:
+        """Of the whole window in this level, like `height`."""
         return -(-self.window.width // self.factor)
 
     @property
@@ -98,8 +99,13 @@ def plan_pyramid(
 ) -> tuple[PyramidLevel, ...]:
     """The levels of a window from the coarsest to its own resolution; none where the window fits into the model.
 
-    mask: bool (height, width) of the window, not empty. The grid of a level covers it and a margin around it, not the
-    window.
+    The grid of a level covers the mask and a margin around it, not the window.
+
+    Args:
+        window: Part of the photo.
+        mask: bool (height, width) of the window, not empty.
+        size: Side of a tile, which is the model's input.
+        overlap: What neighboring tiles share at least, as a part of a tile's side, 0..1.
     """
     factors = [2**power for power in range(_doublings(max(window.height, window.width), size))]
     shared = 2 * round(size * overlap / 2)
@@ -107,8 +113,15 @@ def plan_pyramid(
 
 
 def coarse_size(frame: Letterbox, first: PyramidLevel) -> tuple[int, int, float, float]:
-    """Height and width of the image that the first level starts from, at half its size, and the rows and columns of
-    the coarse edit that it shows. frame: the window in the model's input."""
+    """The image from which the first level starts, at half that level's size.
+
+    Args:
+        frame: The window in the model's input.
+        first: The coarsest level.
+
+    Returns:
+        Its height and width in pixels, and the rows and columns of the coarse edit that it shows.
+    """
     window, factor = frame.window, 2 * first.factor
     height, width = (-(-side // factor) for side in (window.height, window.width))
     # A pixel of it is `factor` photo pixels, which the window's sides need not be multiples of.
@@ -136,10 +149,18 @@ def _level(window: Window, mask: Mask, factor: int, size: int, overlap: int) -> 
 
 
 def tile_starts(first: int, end: int, length: int, size: int, overlap: int) -> tuple[int, ...]:
-    """Where tiles begin that cover first..end of a line and a margin, as few as the overlap allows, evenly spread.
+    """Where tiles begin that cover a part of a line and a margin, as few as the overlap allows, evenly spread.
 
-    All are even and inside 0..length, but that a line of odd length may be exceeded by one, and a line shorter than a
-    tile has one that begins at 0.
+    Args:
+        first: First pixel to cover.
+        end: Pixel after the last to cover.
+        length: Of the line, in pixels.
+        size: Of a tile, even.
+        overlap: Pixels that neighboring tiles share at least.
+
+    Returns:
+        Even numbers, ascending. All tiles are inside 0..length, except that a line of odd length may be exceeded by
+        one pixel, and a line shorter than a tile has one tile that begins at 0.
     """
     room = _even_above(length)
     if room <= size:
@@ -187,11 +208,17 @@ def tile_by_tile(weights: NDArray[np.float32], starts: tuple[int, ...], size: in
 
 
 def high_frequency_energy(image: NDArray[np.uint8], known: Mask) -> tuple[float, int]:
-    """Sum and number of the finest detail at the known pixels, in gray levels.
+    """Sum and number of the finest detail at the known pixels.
 
-    image: (H, W, 3). known: bool (H, W). Detail is the absolute fourth difference, by rows and by columns, over 16:
-    all of a checkerboard's amplitude, a quarter of it at twice the wavelength, and nothing of gradients. Only
-    differences between known pixels count.
+    Detail is the absolute fourth difference, by rows and by columns, over 16: all of a checkerboard's amplitude, a
+    quarter of it at twice the wavelength, and nothing of gradients. Only differences between known pixels count.
+
+    Args:
+        image: uint8 (H, W, 3).
+        known: bool (H, W).
+
+    Returns:
+        The sum in gray levels and the number of its terms.
     """
     total, count = 0.0, 0
     for axis in (0, 1):

@@ -27,9 +27,17 @@ def border_lines(starts: tuple[int, ...], size: int) -> frozenset[int]:
 def seam_score(image: NDArray[Any], mask: Mask, rows: frozenset[int], columns: frozenset[int]) -> float | None:
     """Mean step between neighboring pixels across the borders of tiles, less the mean step elsewhere, in gray levels.
 
-    image: (H, W, 3), 0..255. mask: bool (H, W): only steps between two masked pixels count. rows, columns: borders,
-    see `border_lines`. Steps down and steps to the right are compared among themselves, since photos have more of the
-    one than of the other. 0 = borders do not show; None where the mask has no pixels on both sides of one.
+    Steps down and steps to the right are compared among themselves, since photos have more of the one than of the
+    other.
+
+    Args:
+        image: (H, W, 3), 0..255, integer or float.
+        mask: bool (H, W); only steps between two masked pixels count.
+        rows: Borders between rows, see `border_lines`.
+        columns: Borders between columns.
+
+    Returns:
+        0 where borders do not show; None where the mask has no pixels on both sides of one.
     """
     excess, count = 0.0, 0
     for turned, lines in ((False, rows), (True, columns)):

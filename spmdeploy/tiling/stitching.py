@@ -93,9 +93,14 @@ def _chunks(length: int) -> Iterator[slice]:
 def stitch(image: Image, edited: Image, mask: Mask, feather: int) -> None:
     """Put the edited pixels under the mask into the image, in place; known pixels are never written.
 
-    image, edited: uint8 (H, W, 3). In the outermost `feather` pixels under the mask the image passes over from the
-    continued known pixels (`extrapolate_border`) to the edited ones in equal steps; feather 0 puts the edit side by
-    side with the photo.
+    In the outermost pixels under the mask the result passes over from the continued known pixels
+    (`extrapolate_border`) to the edited ones in equal steps.
+
+    Args:
+        image: uint8 (H, W, 3), RGB; is changed.
+        edited: uint8 (H, W, 3), RGB.
+        mask: bool (H, W), True = edit.
+        feather: Width of the transition in pixels; 0 puts the edit side by side with the photo.
     """
     rings = extrapolate_border(image, mask, feather)
     continued = [image[ring.rows, ring.columns] for ring in rings]  # uint8 (n, 3) each

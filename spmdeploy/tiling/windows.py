@@ -62,7 +62,14 @@ class EditWindow:
     boxes: Boxes
 
     def mask_of(self, mask: Mask) -> Mask:
-        """These pixels: bool (height, width) of the window. mask: bool (H, W) of the photo."""
+        """The masked pixels that are edited in this window.
+
+        Args:
+            mask: bool (H, W) of the photo.
+
+        Returns:
+            bool (height, width) of the window.
+        """
         own = np.zeros((self.window.height, self.window.width), np.bool_)
         for top, left, bottom, right in self.boxes.tolist():
             inside = np.s_[
@@ -79,13 +86,23 @@ def plan_windows(
     margin: int = MIN_MARGIN,
     crop_limit: float = CROP_LIMIT,
 ) -> list[EditWindow]:
-    """Plan the windows to edit: each masked pixel is edited in one of them. From top to bottom, left to right.
+    """Plan the windows to edit: each masked pixel is edited in exactly one of them.
 
     Around each component of the mask is a square of side max(native, context * its longer side, that side + 2 *
     margin), moved inside the photo and cut to it where the photo is smaller. Components whose windows overlap share
     one, as long as it is not larger than crop_limit * native. Beyond that each component keeps its own, or shares it
     with small ones in the same cell of a grid: a mask of many specks all over a photo would otherwise become one
-    window, the photo. Windows can be edited in any order, or together. margin >= BLOCK.
+    window, the photo. Windows can be edited in any order, or together.
+
+    Args:
+        mask: bool (H, W) of the photo, True = edit.
+        native: Side of the model's input.
+        context: Side of a window over the longer side of its component, at least 1.
+        margin: Known pixels on every side of a component, at least `BLOCK`.
+        crop_limit: Longer side of a shared window over `native`, at most.
+
+    Returns:
+        The windows from top to bottom, left to right; none for an empty mask.
     """
     assert margin >= BLOCK, (margin, BLOCK)
     around = partial(_windows_around, shape=mask.shape, native=native, context=context, margin=margin)
@@ -196,6 +213,14 @@ def mask_components(mask: Mask) -> Boxes:
 
 
 def bounding_box(mask: Mask) -> tuple[int, int, int, int] | None:
+    """The smallest box around the masked pixels.
+
+    Args:
+        mask: bool (H, W).
+
+    Returns:
+        Top, left, bottom and right, the last two exclusive; None for an empty mask.
+    """
     rows = np.flatnonzero(mask.any(axis=1))
     if rows.size == 0:
         return None

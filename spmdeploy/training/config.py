@@ -295,7 +295,11 @@ def _drop_none(options: Options) -> dict[str, Any]:
 
 
 def read_config(path: Path) -> TrainConfig:
-    """Reads a configuration from a JSON file. Raises InputError naming the file and the field."""
+    """Reads a configuration from a JSON file.
+
+    Raises:
+        InputError: It cannot be read or is wrong; names the file and the field.
+    """
     return from_json(SCHEMA.parse(read_input(path, TEXT_BYTES), str(path)), str(path))
 
 
@@ -305,7 +309,15 @@ def to_json(config: TrainConfig) -> dict[str, Any]:
 
 
 def from_json(fields: object, source: str) -> TrainConfig:
-    """Converts what `to_json` wrote, also by an earlier version. Raises InputError naming `source` and the field."""
+    """Converts what `to_json` wrote, also by an earlier version.
+
+    Args:
+        fields: Parsed JSON.
+        source: Named in errors.
+
+    Raises:
+        InputError: A field is wrong; names it.
+    """
     values = dict(SCHEMA.check(fields, source))
     if isinstance(data := values.get("data"), dict):
         values["data"] = {RENAMED_DATA_FIELDS.get(name, name): value for name, value in data.items()}

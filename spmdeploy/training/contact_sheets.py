@@ -36,7 +36,17 @@ def sample_sheet(samples: Sequence[Sample], stages: Sequence[Pixels], classes: C
 
 
 def mask_sheet(root: Path, rows: int = 8, crop: int = 256, seed: int = 0) -> Pixels:
-    """Draws a row for each of some training images, evenly spread: labels, then the photo under a mask of each kind."""
+    """Draws training images under a mask of each kind.
+
+    Args:
+        root: A data folder.
+        rows: Images, evenly spread over the training split; fewer where it has fewer.
+        crop: Side of the square that is cut from each, in pixels.
+        seed: Of crops and masks.
+
+    Returns:
+        uint8 (H, W, 3), RGB: a row for each image: labels, then the photo under a mask of each kind.
+    """
     classes, folder = read_classes(root), ImageFolder.open(root, "train")
     rows = min(rows, len(folder.names))
     page = []

@@ -81,7 +81,11 @@ def rank() -> int:
 
 
 def shard(positions: range) -> range:
-    """This process's samples of a batch. Raises InputError when the batch size is not a multiple of the processes."""
+    """This process's samples of a batch.
+
+    Raises:
+        InputError: The batch size is not a multiple of the number of processes.
+    """
     if len(positions) % world_size():
         raise InputError(
             f"a batch of {len(positions)} does not divide over {world_size()} processes", "change the batch size"

@@ -61,7 +61,14 @@ def initialize(network: nn.Module) -> None:
 
 @torch.no_grad()
 def update_ema(averaged: Generator, generator: Generator, stages: Iterable[int], decay: float) -> None:
-    """averaged = decay * averaged + (1 - decay) * generator for these stages, spectral normalization folded."""
+    """Moves an average towards the trained weights: averaged = decay * averaged + (1 - decay) * generator.
+
+    Args:
+        averaged: Is changed; without spectral normalization, which is folded into the weights.
+        generator: The generator in training.
+        stages: Numbers of the stages to update.
+        decay: Weight of the previous average, 0..1.
+    """
     generator.eval()  # reading a normalized weight in training mode would take a step of the power iteration
     targets: list[Tensor] = []
     values: list[Tensor] = []

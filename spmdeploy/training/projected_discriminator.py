@@ -196,10 +196,12 @@ class FeaturePair:
 
     @property
     def mask(self) -> Tensor:
+        """float (N, 1, H, W), 1 = edit."""
         return self.layout[:, -1:]
 
     @property
     def one_hot(self) -> Tensor:
+        """float (N, classes, H, W)."""
         return self.layout[:, :-1]
 
 

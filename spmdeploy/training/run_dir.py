@@ -50,7 +50,11 @@ class RunDirectory:
         self.checkpoint = path / "checkpoint.pt"
 
     def start(self, config: TrainConfig) -> None:
-        """Begins a run. Raises UsageError when the folder already holds one."""
+        """Begins a run.
+
+        Raises:
+            UsageError: The folder holds one already.
+        """
         if self._config.exists():
             raise UsageError(f"{self.path} already holds a run", "continue it with --resume, or choose another folder")
         (self.path / "samples").mkdir(parents=True, exist_ok=True)
@@ -78,7 +82,11 @@ class RunDirectory:
             lock.release()
 
     def config(self) -> TrainConfig:
-        """The run's configuration. Raises InputError when there is none."""
+        """The run's configuration.
+
+        Raises:
+            InputError: There is none.
+        """
         if not self._config.exists():
             raise InputError(f"{self._config}: no run to resume", "start one without --resume")
         return read_config(self._config)

@@ -113,6 +113,7 @@ class Trainer:
 
     @property
     def phase(self) -> Phase:
+        """The current phase of the schedule."""
         return self.config.schedule[self.progress.phase]
 
     @property
@@ -360,7 +361,11 @@ class Trainer:
         return edited
 
     def save(self) -> None:
-        """Stores a checkpoint and the averaged weights. Raises SpmDeployError when the training has diverged."""
+        """Stores a checkpoint and the averaged weights.
+
+        Raises:
+            SpmDeployError: The training has diverged.
+        """
         for losses in self._unread:
             self._check_finite({name: value.item() for name, value in losses.values.items()}, losses)
         self.run.save_checkpoint(

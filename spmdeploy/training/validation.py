@@ -34,7 +34,14 @@ class ValidationResult:
 
 @torch.no_grad()
 def validate(samples: Sequence[Sample], edit: EditByStage, lpips: Lpips, device: torch.device) -> ValidationResult:
-    """Evaluates `edit` on the samples. Every process takes a part of them, so that none waits for long."""
+    """Evaluates a generator on held-out samples; every process takes a part of them.
+
+    Args:
+        samples: All samples, the same in every process.
+        edit: Returns the output of each trained stage.
+        lpips: Computes the metric.
+        device: Where batches are placed.
+    """
     results: list[tuple[float, float, list[npt.NDArray[np.uint8]]]] = []
     part = samples[distributed.rank() :: distributed.world_size()]
     for start in range(0, len(part), BATCH):

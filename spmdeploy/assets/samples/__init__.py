@@ -36,14 +36,17 @@ class SampleEdit:
 
     @property
     def photo(self) -> Path:
+        """Path of the photo, a JPEG file."""
         return self._folder / "photo.jpg"
 
     @property
     def labels(self) -> Path:
+        """Path of the label map, a PNG with ids of the built-in `street` table."""
         return self._folder / "labels.png"
 
     @property
     def mask(self) -> Path:
+        """Path of the mask, white = edit."""
         return self._folder / "mask.png"
 
     @property
