@@ -81,7 +81,7 @@ def build(
     are kept. The precision is read back from the engine: FP16 that was built as FP32 is an error.
     """
     from spmdeploy.bundle.bundle import open_bundle
-    from spmdeploy.engines.store import remove_stale_engines
+    from spmdeploy.engines.writer import remove_stale_engines
 
     opened = open_bundle(bundle or spmdeploy.default_model(), public_key_from(require_signature))
     if clean:

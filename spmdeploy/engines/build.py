@@ -32,7 +32,8 @@ from spmdeploy.engines.record import (
     operating_system,
     slug,
 )
-from spmdeploy.engines.store import EnginePlace, EngineWriter, cache_folder, choose_place, find_engines
+from spmdeploy.engines.store import cache_folder, find_engines
+from spmdeploy.engines.writer import EnginePlace, EngineWriter, choose_place
 from spmdeploy.errors import BundleError, InputError, UnavailableError, VerificationError
 from spmdeploy.files import atomic_write
 from spmdeploy.version import __version__

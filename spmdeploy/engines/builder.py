@@ -1,4 +1,4 @@
-"""Builds one engine from one ONNX file, with TensorRT 10, TensorRT 11 or TensorRT-RTX as a parameter.
+"""Builds one engine from one ONNX file, with TensorRT 10, TensorRT 11 or TensorRT-RTX.
 
 The graph states the precision, and networks are strongly typed: the engine computes in the graph's types. Weak typing
 is for TensorRT before 10.12 only, whose strong typing is incomplete (10.3 on JetPack 6).

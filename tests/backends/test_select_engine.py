@@ -25,7 +25,8 @@ from spmdeploy.bundle.writer import BundleWriter
 from spmdeploy.engines import library as engine_library
 from spmdeploy.engines.pack import pack
 from spmdeploy.engines.record import EngineFile, EngineRecord, Gpu, SourceFile
-from spmdeploy.engines.store import EngineWriter, choose_place, find_engines
+from spmdeploy.engines.store import find_engines
+from spmdeploy.engines.writer import EngineWriter, choose_place
 from spmdeploy.errors import BundleError, SpmDeployError, UnavailableError, UsageError, VerificationError
 from spmdeploy.imaging import files as images
 from spmdeploy.types import LayoutInput, ModelInput

@@ -23,7 +23,7 @@ from spmdeploy.bundle.bundle import open_bundle
 from spmdeploy.bundle.manifest import EDIT
 from spmdeploy.bundle.writer import BundleWriter
 from spmdeploy.engines.record import BatchRange, EngineFile, EngineRecord, SourceFile
-from spmdeploy.engines.store import EngineWriter, choose_place
+from spmdeploy.engines.writer import EngineWriter, choose_place
 from tests.backends.test_onnxruntime import graph_file
 from tests.bundle.conftest import fill, manifest_of
 from tests.simulators.records import SAMPLE, for_targets

@@ -14,15 +14,8 @@ from spmdeploy.bundle.signature import SecretKey
 from spmdeploy.bundle.storage import SIGNATURE, SUMS
 from spmdeploy.engines.pack import extract_subset, unpack
 from spmdeploy.engines.record import EngineFile, EngineRecord, SourceFile
-from spmdeploy.engines.store import (
-    EngineWriter,
-    Place,
-    StoredEngine,
-    choose_place,
-    find_engines,
-    named_engines,
-    remove_stale_engines,
-)
+from spmdeploy.engines.store import Place, StoredEngine, find_engines, named_engines
+from spmdeploy.engines.writer import EngineWriter, choose_place, remove_stale_engines
 from spmdeploy.errors import BundleError, InputError, UsageError
 from tests.bundle.conftest import GRAPHS, secret_key, write_street
 from tests.engines.test_record import VERIFIED
