@@ -16,6 +16,7 @@ from spmdeploy.bundle.manifest import GoldenEdit, ParityLimits
 from spmdeploy.bundle.storage import GOLDEN_INSTANCES, GOLDEN_REFINED
 from spmdeploy.errors import BundleError, InputError, UnavailableError
 from spmdeploy.imaging import files as images
+from spmdeploy.imaging.mask_files import read_mask
 from spmdeploy.types import LayoutInput, ModelInput
 
 Decoded = TypeVar("Decoded")
@@ -132,7 +133,7 @@ def read_golden(bundle: Bundle, edit: GoldenEdit) -> GoldenSample:
     instances = decoded(images.read_instances, GOLDEN_INSTANCES) if has_instances else labels.astype(np.int32)
     has_refined = f"{edit.folder}/{GOLDEN_REFINED}" in bundle.files()
     image = decoded(images.read_photo, "image.png").pixels
-    mask = decoded(images.read_mask, "mask.png").astype(np.uint8)
+    mask = decoded(read_mask, "mask.png").astype(np.uint8)
     sample = GoldenSample(
         inputs=ModelInput(image[None], labels[None], instances[None], mask[None]),
         expected=decoded(images.read_photo, "expected.png").pixels[None],

@@ -9,14 +9,15 @@ import numpy as np
 
 from spmdeploy.errors import InputError
 from spmdeploy.imaging import files as images
+from spmdeploy.imaging.mask_files import MaskFile, read_mask_file
 from spmdeploy.inputs import FilePath
 from spmdeploy.tiling.outpaint import padding_mask
 from spmdeploy.types import LabelMap, Mask, MaskAlpha, Padding
 
 
-def mask_from_file(path: FilePath, threshold: int | None = None, alpha: MaskAlpha | None = None) -> images.MaskFile:
-    """bool (H, W), where the image is white, and notes on how it was read: see `imaging.files.read_mask_file`."""
-    return images.read_mask_file(path, threshold=threshold, alpha=alpha)
+def mask_from_file(path: FilePath, threshold: int | None = None, alpha: MaskAlpha | None = None) -> MaskFile:
+    """bool (H, W), where the image is white, and notes on how it was read: see `imaging.mask_files.read_mask_file`."""
+    return read_mask_file(path, threshold=threshold, alpha=alpha)
 
 
 def mask_from_changed_labels(labels: LabelMap, labels_path: FilePath | None, before_path: FilePath) -> Mask:

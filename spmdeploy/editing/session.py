@@ -18,6 +18,7 @@ from spmdeploy.editing.validate import InputNames, check_padding
 from spmdeploy.errors import InputError, UsageError
 from spmdeploy.files import atomic_write
 from spmdeploy.imaging import files as images
+from spmdeploy.imaging.mask_files import read_mask_file
 from spmdeploy.inputs import FilePath, read_input
 from spmdeploy.serialization import Schema
 from spmdeploy.types import Padding, Progress
@@ -125,7 +126,7 @@ def run_session(editor: Editor, session: Session, progress: Progress | None = No
             photo.pixels, labels, session.extend, instances, session.options, progress=progress, names=names
         )
     else:
-        mask, notes = images.read_mask_file("mask", session.mask)
+        mask, notes = read_mask_file("mask", session.mask)
         result = editor.edit(photo.pixels, labels, mask, instances, session.options, progress=progress, names=names)
     png = images.encode_photo(replace(canvas, pixels=result.image))
     height, width = result.image.shape[:2]

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from spmdeploy.editing.masks import dilate
 from spmdeploy.errors import InputError, UsageError
 from spmdeploy.imaging.decode import MAX_MEGAPIXELS
-from spmdeploy.imaging.files import check_mask
+from spmdeploy.imaging.mask_files import check_mask
 from spmdeploy.labels import ClassTable, check_labels
 from spmdeploy.tiling.outpaint import extended_size
 from spmdeploy.tiling.windows import EditWindow

@@ -12,7 +12,7 @@ import io
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,13 +24,11 @@ from spmdeploy.imaging.decode import DecodedFile, decode_errors, decode_ids, dec
 from spmdeploy.inputs import FilePath
 from spmdeploy.labels import ClassTable
 from spmdeploy.remote import RemotePath, write_remote
-from spmdeploy.types import Image, Mask, MaskAlpha
+from spmdeploy.types import Image
 
 Pixels: TypeAlias = NDArray[np.uint8]
 """uint8 (H, W)."""
 
-# Mask values this close to 0 or 255 count as 0 or 255: the amplitude of JPEG ringing at usual qualities.
-BINARY_TOLERANCE = 32
 # A JPEG segment holds 65535 bytes, two of them its length. PNG and WebP have no such limit.
 MAX_JPEG_EXIF = 65533
 
@@ -89,7 +87,7 @@ def read_photo(path: FilePath, content: bytes | None = None) -> Photo:
         notes.append(f"{path} is gray; it is edited and written as RGB")
     if file.image.mode == "P":
         notes.append(f"{path} is a palette image; it is edited and written as RGB")
-    pixels, alpha = _rgb_and_alpha(file, path)
+    pixels, alpha = rgb_and_alpha(file, path)
     if alpha is not None and file.format == "BMP" and not alpha.any():
         notes.append(
             f"{path} is a BMP with alpha zero everywhere, as programs without alpha write it; it is read as opaque"
@@ -123,12 +121,12 @@ def read_labels(path: FilePath, content: bytes | None = None, table: ClassTable 
     """
     file = decode_ids(path, content)
     if file.image.mode in ("RGB", "RGBA", "LA") and not file.wide:
-        rgb, alpha = _rgb_and_alpha(file, path)
+        rgb, alpha = rgb_and_alpha(file, path)
         if alpha is not None and (alpha != 255).any():
             raise InputError(
                 f"{path} is partly transparent; a map of class ids is not", "save it without an alpha channel"
             )
-        if not _all_equal(rgb):
+        if not channels_equal(rgb):
             raise InputError(
                 f"{path} is a color image, not a map of class ids",
                 "`spmdeploy labels convert` turns class colors into ids",
@@ -139,7 +137,7 @@ def read_labels(path: FilePath, content: bytes | None = None, table: ClassTable 
     ids = _stored_values(file, path)
     if ids.dtype != np.uint8 and ids.size and int(ids.max()) > 255:
         above = np.unique(ids[ids > 255])
-        raise InputError(f"{path} holds {_format_values(above)}; class ids are 0 to 255", "is it an instance map?")
+        raise InputError(f"{path} holds {format_values(above)}; class ids are 0 to 255", "is it an instance map?")
     return ids.astype(np.uint8)
 
 
@@ -178,7 +176,7 @@ def read_instances(path: FilePath, content: bytes | None = None) -> NDArray[np.i
     if file.image.mode != "RGB" or file.wide:
         return _stored_values(file, path).astype(np.int32)
     rgb = np.asarray(file.image)
-    if rgb[..., 2].any() and not _all_equal(rgb):
+    if rgb[..., 2].any() and not channels_equal(rgb):
         raise InputError(
             f"{path} is no instance map as ADE20K has them (id in green, class in red): its blue channel is not empty",
             "save the instance ids as a 16-bit gray PNG",
@@ -186,111 +184,7 @@ def read_instances(path: FilePath, content: bytes | None = None) -> NDArray[np.i
     return rgb[..., 1].astype(np.int32)
 
 
-class MaskFile(NamedTuple):
-    """A mask, and notes on how it was derived from the file."""
-
-    mask: Mask
-    notes: tuple[str, ...]
-
-
-def read_mask(path: FilePath, content: bytes | None = None) -> Mask:
-    """Return the mask in an image file, bool (H, W), True = edit, as `read_mask_file` does with its defaults."""
-    return read_mask_file(path, content).mask
-
-
-def read_mask_file(
-    path: FilePath, content: bytes | None = None, *, threshold: int | None = None, alpha: MaskAlpha | None = None
-) -> MaskFile:
-    """Return the mask in an image file.
-
-    In a two-valued mask, 0 is kept and the other value is edited. Masks are thresholded at 128 if every value is within
-    32 of 0 or 255 (JPEG), or if all other values are next to edges (antialiasing). RGB is accepted if its channels
-    agree. A palette is read by its colors, so that black is kept; if the colors are not conclusive, index 0 is kept. If
-    all colors are equal, opaque pixels are edited; otherwise an alpha channel must be opaque, because programs disagree
-    on the meaning of transparent.
-
-    Args:
-        path: the file, "-" for standard input.
-        content: the bytes of the file if they are in memory already.
-        threshold: 1 to 255; pixels whose gray value (or alpha) is at least this are edited.
-        alpha: use this part of the alpha channel as the mask.
-
-    Returns:
-        bool (H, W), True = edit, and notes. Empty and full masks are returned too; `check_mask` refuses them.
-
-    Raises:
-        InputError: the image is not clearly a mask.
-    """
-    file = decode_image(path, content)
-    if alpha is not None:
-        return _alpha_mask(file, path, alpha, threshold)
-    if threshold is not None:
-        with decode_errors(Path(path)):
-            gray = np.asarray(file.image.convert("L")) if not file.wide else np.asarray(file.image) >> 8
-        return MaskFile(np.asarray(gray >= threshold), ())
-    image = file.image
-    if image.mode == "P":
-        if _indices_decide(image):
-            return MaskFile(np.asarray(np.asarray(image) != 0), ())
-    elif image.mode == "I;16":
-        return _binary_mask(np.asarray(image), path)
-    elif file.wide or image.mode not in ("1", "L", "LA", "RGB", "RGBA"):
-        raise InputError(
-            f"{path} is not a mask: it is a {image.mode} image with {16 if file.wide else 8} bits", _MASK_HINT
-        )
-    if image.mode in ("1", "L") and "transparency" not in image.info:
-        return _binary_mask(np.asarray(image.convert("L")), path)
-    rgb, transparency = _rgb_and_alpha(file, path)
-    if transparency is not None and (transparency != 255).any():
-        if (rgb == rgb[0, 0]).all():
-            mask, notes = _binary_mask(transparency, path)
-            return MaskFile(mask, (*notes, f"{path} has one color; its opaque pixels are used as the mask"))
-        raise InputError(
-            f"{path} is partly transparent, and programs disagree on whether that means edit or keep",
-            "--mask-alpha transparent edits its transparent pixels, --mask-alpha opaque the others",
-        )
-    if _all_equal(rgb):
-        return _binary_mask(np.ascontiguousarray(rgb[..., 0]), path)
-    edit = rgb >= 128
-    if not _is_nearly_binary(rgb) or not _all_equal(edit):
-        raise InputError(f"{path} is a color image, not a mask", _MASK_HINT)
-    return MaskFile(np.ascontiguousarray(edit[..., 0]), ())
-
-
-def _alpha_mask(file: DecodedFile, path: FilePath, part: MaskAlpha, threshold: int | None) -> MaskFile:
-    _, alpha = _rgb_and_alpha(file, path)
-    if alpha is None:
-        raise InputError(f"{path} has no alpha channel to take the mask from", "leave --mask-alpha out")
-    found = MaskFile(np.asarray(alpha >= threshold), ()) if threshold is not None else _binary_mask(alpha, path)
-    return found if part == "opaque" else found._replace(mask=~found.mask)
-
-
-def check_mask(mask: NDArray[Any], source: str) -> None:
-    """Check that a mask has pixels to edit and pixels to keep.
-
-    Args:
-        mask: (H, W), bool or 0 / non-0.
-        source: Its name in errors.
-
-    Raises:
-        InputError: The mask is empty or full.
-    """
-    if not mask.any():
-        raise InputError(f"{source} is empty: it marks no pixel to edit", "white (non-zero) pixels are edited")
-    if mask.all():
-        raise InputError(
-            f"{source} is full: it marks every pixel, and nothing is left to take the style from",
-            "white (non-zero) pixels are edited, black ones kept; is it inverted?",
-        )
-
-
-_MASK_HINT = (
-    "a mask is black (keep) and white (edit): save it as an 8-bit gray PNG without transparency, "
-    "or give the smallest value that is edited with --mask-threshold N"
-)
-
-
-def _rgb_and_alpha(file: DecodedFile, path: FilePath) -> tuple[Image, Pixels | None]:
+def rgb_and_alpha(file: DecodedFile, path: FilePath) -> tuple[Image, Pixels | None]:
     """uint8 (H, W, 3) and, where the file has any transparency, uint8 (H, W)."""
     image = file.image
     width, height = image.size
@@ -307,6 +201,17 @@ def _rgb_and_alpha(file: DecodedFile, path: FilePath) -> tuple[Image, Pixels | N
     return rgb, alpha
 
 
+def channels_equal(rgb: NDArray[Any]) -> bool:
+    """Whether the three channels of (H, W, 3) are equal."""
+    return np.array_equal(rgb[..., 0], rgb[..., 1]) and np.array_equal(rgb[..., 1], rgb[..., 2])
+
+
+def format_values(values: NDArray[Any], limit: int = 8) -> str:
+    """Format values as in "3 values (0, 7, 255)"."""
+    shown = ", ".join(map(str, values[:limit])) + (", …" if len(values) > limit else "")
+    return f"{len(values)} {'value' if len(values) == 1 else 'values'} ({shown})"
+
+
 def _stored_values(file: DecodedFile, path: FilePath) -> NDArray[np.uint8 | np.uint16]:
     """The numbers that a single-channel PNG stores: palette indices, or gray values as they are in the file."""
     # Pillow stretches gray values of 2 and 4 bits to 0..255; here they are ids.
@@ -321,69 +226,6 @@ def _stored_values(file: DecodedFile, path: FilePath) -> NDArray[np.uint8 | np.u
     if values.dtype == np.bool_:
         return values.astype(np.uint8)
     return np.asarray(values // values.dtype.type(stretch[file.layout]))
-
-
-def _indices_decide(image: PilImage.Image) -> bool:
-    """Whether a palette mask is two-valued by its indices: 0 and another one, and the colors do not contradict.
-
-    They contradict if the other index is black and 0 is not (optimizers write white first), or if one is transparent.
-    """
-    used = np.flatnonzero(np.asarray(image.histogram()))
-    if len(used) != 2 or used[0] != 0 or "transparency" in image.info:
-        return False
-    palette = np.zeros((256, 3), np.uint8)
-    colors = np.array(image.getpalette("RGB"), np.uint8).reshape(-1, 3)
-    palette[: len(colors)] = colors
-    return not palette[0].any() or bool(palette[used[1]].any())
-
-
-def _binary_mask(values: NDArray[np.uint8 | np.uint16], path: FilePath) -> MaskFile:
-    """Threshold one channel of a mask file. Raises InputError if it is neither two-valued nor clearly binary."""
-    # Pillow counts 8-bit values in place; numpy would need 8 bytes for each.
-    distinct = np.flatnonzero(PilImage.fromarray(values).histogram()) if values.dtype == np.uint8 else np.unique(values)
-    if len(distinct) == 1 or (len(distinct) == 2 and distinct[0] == 0):
-        return MaskFile(np.asarray(values != 0), ())
-    if values.dtype == np.uint8 and distinct[-1] >= 128:
-        if _is_nearly_binary(distinct):
-            return MaskFile(np.asarray(values >= 128), ())
-        between = _between(values)
-        if not (between & ~(_dilate(values <= BINARY_TOLERANCE) & _dilate(values >= 255 - BINARY_TOLERANCE))).any():
-            note = (
-                f"{path} has {np.count_nonzero(between)} gray pixels along the edges of its mask; the threshold is 128"
-            )
-            return MaskFile(np.asarray(values >= 128), (note,))
-    raise InputError(
-        f"{path} is not a mask: it holds {_format_values(distinct)} instead of 0 and one other value", _MASK_HINT
-    )
-
-
-def _between(values: NDArray[Any]) -> Mask:
-    """True for values that are neither near 0 nor near 255."""
-    return np.asarray((values > BINARY_TOLERANCE) & (values < 255 - BINARY_TOLERANCE))
-
-
-def _dilate(mask: Mask, reach: int = 2) -> Mask:
-    """Pixels at most `reach` rows and columns away from one of the mask."""
-    for _ in range(reach):
-        padded = np.pad(mask, 1)
-        rows = padded[:-2] | padded[1:-1] | padded[2:]
-        mask = rows[:, :-2] | rows[:, 1:-1] | rows[:, 2:]
-    return mask
-
-
-def _is_nearly_binary(values: NDArray[Any]) -> bool:
-    return not _between(values).any()
-
-
-def _all_equal(rgb: NDArray[Any]) -> bool:
-    """Whether the three channels of (H, W, 3) are equal."""
-    return np.array_equal(rgb[..., 0], rgb[..., 1]) and np.array_equal(rgb[..., 1], rgb[..., 2])
-
-
-def _format_values(values: NDArray[Any], limit: int = 8) -> str:
-    """Format values as in "3 values (0, 7, 255)"."""
-    shown = ", ".join(map(str, values[:limit])) + (", …" if len(values) > limit else "")
-    return f"{len(values)} {'value' if len(values) == 1 else 'values'} ({shown})"
 
 
 def write_photo(path: FilePath, photo: Photo, overwrite: bool = False) -> tuple[str, ...]:

@@ -20,7 +20,8 @@ from spmdeploy.bench.workloads import (
     scaled_mask,
     write_case,
 )
-from spmdeploy.imaging.files import read_labels, read_mask, read_photo
+from spmdeploy.imaging.files import read_labels, read_photo
+from spmdeploy.imaging.mask_files import read_mask
 from spmdeploy.labels import check_labels, class_table
 
 STREET = class_table("street")

@@ -43,7 +43,8 @@ from spmdeploy.engines.pack import pack
 from spmdeploy.engines.record import EngineRecord
 from spmdeploy.engines.store import find_engines
 from spmdeploy.errors import SpmDeployError
-from spmdeploy.imaging.files import read_instances, read_labels, read_mask, read_photo
+from spmdeploy.imaging.files import read_instances, read_labels, read_photo
+from spmdeploy.imaging.mask_files import read_mask
 from spmdeploy.labels import class_table
 from spmdeploy.types import Padding
 from tests.bundle.conftest import list_sums

@@ -13,7 +13,8 @@ from PIL import Image, ImageDraw, PngImagePlugin
 
 from spmdeploy.errors import InputError
 from spmdeploy.imaging import formats
-from spmdeploy.imaging.files import read_labels, read_mask_file, read_photo
+from spmdeploy.imaging.files import read_labels, read_photo
+from spmdeploy.imaging.mask_files import read_mask_file
 from spmdeploy.labels import class_table
 
 SCENE = np.stack([*np.meshgrid(np.arange(40) * 5, np.arange(24) * 9, indexing="xy"), np.full((24, 40), 60)], -1)

@@ -46,7 +46,8 @@ def test_page_commands_succeed_in_order(
 
 
 def test_readme_python_example_keeps_known_pixels(reader: Path) -> None:
-    from spmdeploy.imaging.files import read_mask, read_photo
+    from spmdeploy.imaging.files import read_photo
+    from spmdeploy.imaging.mask_files import read_mask
 
     example = re.search(r"```python\n(.+?)```", README, re.DOTALL)
     assert example is not None

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from spmdeploy.imaging.files import read_labels, read_mask, read_photo
+from spmdeploy.imaging.files import read_labels, read_photo
+from spmdeploy.imaging.mask_files import read_mask
 from spmdeploy.model.checkpoint import load_checkpoint
 from spmdeploy.model.generator import Generator, GeneratorConfig
 from spmdeploy.model.layout import LayoutPyramid

@@ -17,6 +17,7 @@ from PIL import Image
 
 from spmdeploy.editing.session import Session, read_session, run_session
 from spmdeploy.imaging import files as images
+from spmdeploy.imaging.mask_files import read_mask
 from spmdeploy.studio.app import Served
 from spmdeploy.studio.limits import Access, Limits
 from spmdeploy.types import Padding
@@ -43,7 +44,7 @@ def test_edit_form_returns_the_bytes_of_the_library(client: httpx.Client, served
     answer = client.post("/v1/edits", files=files.form())
     assert answer.status_code == 200 and answer.headers["content-type"] == "image/png"
     photo, labels = images.read_photo("", files.photo).pixels, images.read_labels("", files.labels)
-    expected = served.editor.edit(photo, labels, images.read_mask("", files.mask)).image
+    expected = served.editor.edit(photo, labels, read_mask("", files.mask)).image
     assert np.array_equal(pixels(answer.content), expected)
     assert answer.content == images.encode_photo(images.Photo(expected))
     assert "run;dur=" in answer.headers["server-timing"]

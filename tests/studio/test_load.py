@@ -18,7 +18,8 @@ import pytest
 
 import spmdeploy
 from spmdeploy.assets.samples import SAMPLE_EDITS
-from spmdeploy.imaging.files import read_labels, read_mask, read_photo
+from spmdeploy.imaging.files import read_labels, read_photo
+from spmdeploy.imaging.mask_files import read_mask
 
 httpx = pytest.importorskip("httpx", reason="the client of the tests is httpx")
 pytestmark = pytest.mark.slow

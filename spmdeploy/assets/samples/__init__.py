@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spmdeploy.imaging import files as images
+from spmdeploy.imaging.mask_files import read_mask
 from spmdeploy.labels import ClassTable, class_table
 
 ATTRIBUTION = "CamVid (Brostow et al. 2008), research and non-commercial use only"
@@ -60,7 +61,7 @@ class SampleEdit:
             Photo uint8 (360, 480, 3) RGB, labels uint8 (360, 480) as ids of `table`, mask bool (360, 480).
         """
         labels = _translation(table)[images.read_labels(self.labels)]
-        return images.read_photo(self.photo).pixels, labels, images.read_mask(self.mask)
+        return images.read_photo(self.photo).pixels, labels, read_mask(self.mask)
 
 
 SAMPLE_EDITS = (
