@@ -14,31 +14,30 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from fastapi import FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
-from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.formparsers import MultiPartParser
 
 from spmdeploy.assets.samples import SAMPLE_EDITS
 from spmdeploy.bundle.manifest import Manifest
 from spmdeploy.editing.editor import Editor
 from spmdeploy.editing.report import EditReport
 from spmdeploy.editing.session import Session, SessionResult, run_session, write_session
-from spmdeploy.errors import InputError, OutOfMemoryError, SpmDeployError, UnavailableError, UsageError
+from spmdeploy.errors import InputError, OutOfMemoryError, SpmDeployError
 from spmdeploy.imaging import files as images
 from spmdeploy.imaging.decode import image_size
 from spmdeploy.labels import check_labels, labels_from_colors
 from spmdeploy.studio.docs_page import docs_page
-from spmdeploy.studio.jobs import ClientGoneError, Job, JobQueue, QueueFullError, ShuttingDownError, TimeLimitError
-from spmdeploy.studio.limits import Access, Guard, Limits, problem_json
+from spmdeploy.studio.jobs import Job, JobQueue
+from spmdeploy.studio.limits import Access, Guard, Limits
+from spmdeploy.studio.problems import add_error_handlers, problem_of
 from spmdeploy.studio.requests import (
     EDIT_BODY,
     EDIT_RESPONSES,
     FILE_BODY,
-    PROBLEM,
     decode_json_fields,
     responses,
     session_from_fields,
@@ -46,15 +45,6 @@ from spmdeploy.studio.requests import (
 from spmdeploy.version import __version__
 
 STATIC = Path(__file__).parent / "static"
-_CODES = {
-    1: "error",
-    2: "usage",
-    4: "environment",
-    5: "verification",
-    6: "bundle",
-    7: "invalid_input",
-    8: "out_of_memory",
-}
 
 
 class Served(NamedTuple):
@@ -93,7 +83,7 @@ def create_app(served: Served, limits: Limits, access: Access, on_ready: Callabl
     )
     service = _Service(served, limits, queue)
     service.add_routes(app)
-    _add_error_handlers(app)
+    add_error_handlers(app)
     app.add_middleware(_Measured, service=service)
     app.add_middleware(Guard, limits=limits, access=access)  # the outermost: added last
     return app
@@ -365,7 +355,7 @@ class _Service:
             try:
                 yield json.dumps(_edit_json(job.result.result())).encode() + b"\n"
             except SpmDeployError as exc:
-                yield _problem(exc) + b"\n"
+                yield problem_of(exc) + b"\n"
         finally:
             job.cancel()  # without effect once it is done
             _discard_error(job)
@@ -400,59 +390,6 @@ def _tiles(report: EditReport) -> list[dict[str, int]]:
 
 def _server_timing(result: SessionResult) -> str:
     return ", ".join(f"{phase};dur={value:.1f}" for phase, value in result.report.milliseconds.items())
-
-
-# Errors
-
-_STATUSES: tuple[tuple[type[SpmDeployError], int], ...] = (
-    (QueueFullError, 429),
-    (ClientGoneError, 499),
-    (ShuttingDownError, 503),
-    (TimeLimitError, 503),
-    (InputError, 400),
-    (UsageError, 400),
-    (OutOfMemoryError, 503),
-    (UnavailableError, 503),
-)
-
-
-def _problem(exc: SpmDeployError) -> bytes:
-    return problem_json(_status(exc), exc.problem, exc.hint, _CODES.get(exc.exit_code))
-
-
-def _status(exc: SpmDeployError) -> int:
-    return next((status for kind, status in _STATUSES if isinstance(exc, kind)), 500)
-
-
-def _add_error_handlers(app: FastAPI) -> None:
-    async def ours(request: Request, exc: Exception) -> Response:
-        assert isinstance(exc, SpmDeployError)
-        headers = {"retry-after": "1"} if isinstance(exc, QueueFullError) else None
-        return Response(_problem(exc), _status(exc), headers, PROBLEM)
-
-    async def http(request: Request, exc: Exception) -> Response:
-        assert isinstance(exc, HTTPException)
-        return Response(problem_json(exc.status_code, str(exc.detail)), exc.status_code, exc.headers, PROBLEM)
-
-    async def invalid(request: Request, exc: Exception) -> Response:
-        assert isinstance(exc, RequestValidationError)
-        first = exc.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        return Response(problem_json(422, f"{where}: {first['msg']}"), 422, None, PROBLEM)
-
-    async def multipart(request: Request, exc: Exception) -> Response:
-        assert isinstance(exc, MultiPartException)
-        return Response(problem_json(400, f"the form cannot be read: {exc.message}"), 400, None, PROBLEM)
-
-    async def unexpected(request: Request, exc: Exception) -> Response:
-        problem = problem_json(500, f"{type(exc).__name__}: {exc}", "this is a defect; the log has details", _CODES[1])
-        return Response(problem, 500, None, PROBLEM)
-
-    app.add_exception_handler(Exception, unexpected)
-    app.add_exception_handler(SpmDeployError, ours)
-    app.add_exception_handler(HTTPException, http)
-    app.add_exception_handler(RequestValidationError, invalid)
-    app.add_exception_handler(MultiPartException, multipart)
 
 
 class _Measured:

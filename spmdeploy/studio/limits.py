@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import hmac
 import ipaddress
-import json
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from http.cookies import CookieError, SimpleCookie
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
+
+from spmdeploy.studio.problems import problem_json
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -163,19 +164,6 @@ class _BodyError(Exception):
         super().__init__(problem)
         self.status = status
         self.problem = problem
-
-
-def problem_json(status: int, detail: str, hint: str | None = None, code: str | None = None) -> bytes:
-    """A problem document in JSON (RFC 9457).
-
-    Args:
-        status: The HTTP status.
-        detail: What is wrong.
-        hint: What to do about it.
-        code: The name of the exit code that the command line would end with.
-    """
-    document = {"type": "about:blank", "status": status, "detail": detail, "hint": hint, "code": code}
-    return json.dumps({name: value for name, value in document.items() if value is not None}).encode()
 
 
 def _is_address(host: str) -> bool:
