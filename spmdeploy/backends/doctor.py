@@ -11,7 +11,8 @@ from typing import Any
 
 from spmdeploy.backends.base import Check
 from spmdeploy.backends.onnxruntime_graph import import_onnxruntime, missing_cuda_library
-from spmdeploy.backends.openvino import bf16_support, import_openvino, short_version
+from spmdeploy.backends.openvino import bf16_support
+from spmdeploy.backends.openvino_graph import import_openvino, short_version
 from spmdeploy.backends.registry import backends
 from spmdeploy.backends.select_engine import compatible_engine
 from spmdeploy.bundle.bundle import Bundle

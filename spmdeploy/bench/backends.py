@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from spmdeploy.backends import registry
 from spmdeploy.backends.base import Backend, check_device
 from spmdeploy.backends.onnxruntime import OnnxRuntimeSession
-from spmdeploy.backends.openvino import OpenVinoSession, bf16_support, import_openvino
+from spmdeploy.backends.openvino import OpenVinoSession, bf16_support
+from spmdeploy.backends.openvino_graph import import_openvino
 from spmdeploy.backends.tensorrt import TensorRtSession
 from spmdeploy.backends.threads import available_threads
 from spmdeploy.bench.results import BackendInfo

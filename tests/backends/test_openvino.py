@@ -17,11 +17,12 @@ import numpy as np
 import pytest
 
 from spmdeploy import cli
-from spmdeploy.backends import graph_cache, openvino, select_cpu
+from spmdeploy.backends import graph_cache, openvino, openvino_graph, select_cpu
 from spmdeploy.backends.base import OpenedBackend
 from spmdeploy.backends.doctor import check_openvino
 from spmdeploy.backends.graph_cache import cpu_features, graph_cache_folder
-from spmdeploy.backends.openvino import BF16_FEATURES, OpenVinoSession, open_openvino, shorten_message
+from spmdeploy.backends.openvino import BF16_FEATURES, OpenVinoSession, open_openvino
+from spmdeploy.backends.openvino_graph import shorten_message
 from spmdeploy.backends.registry import open_backend
 from spmdeploy.backends.verify import GoldenResult, verify
 from spmdeploy.bench.checks import run_thorough
@@ -32,7 +33,7 @@ from spmdeploy.types import LayoutInput, ModelInput
 
 if find_spec("openvino") is None:
     pytest.skip("OpenVINO is not installed", allow_module_level=True)
-library = openvino.import_openvino()
+library = openvino_graph.import_openvino()
 FEATURES = cpu_features()
 needs_bf16 = pytest.mark.skipif(
     not set(BF16_FEATURES) & set(FEATURES.split()), reason=f"the processor has none of {BF16_FEATURES}"
@@ -40,7 +41,7 @@ needs_bf16 = pytest.mark.skipif(
 
 
 def test_import_openvino_sends_and_writes_nothing(tmp_path: Path) -> None:
-    line = "from spmdeploy.backends.openvino import import_openvino as load; load(); import sys; "
+    line = "from spmdeploy.backends.openvino_graph import import_openvino as load; load(); import sys; "
     line += "sys.exit('openvino_telemetry' in sys.modules)"
     environment = {**os.environ, "HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)}
     subprocess.run([sys.executable, "-c", line], env=environment, check=True)
@@ -88,7 +89,7 @@ def test_session_thorough_checks_pass(session: OpenVinoSession, bundle: Bundle) 
 def test_graph_of_huge_values_is_refused_before_compiling(
     bundle: Bundle, empty: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(openvino, "MAX_VALUE_BYTES", 1 << 20)
+    monkeypatch.setattr(openvino_graph, "MAX_VALUE_BYTES", 1 << 20)
     with pytest.raises(BundleError, match=r"edit graph computes values of \d\.\d GiB for one image"):
         open_openvino(bundle, "cpu", "fp32")
     assert not list(empty.glob("*/*"))
@@ -106,7 +107,7 @@ def test_value_sizes_unknown_or_hidden_are_refused(bundle: Bundle) -> None:
     for value, message in ((nonzero.output(0), "is not known"), (result, "has a Loop")):
         model = library.Model([ops.result(value)], [image])
         with pytest.raises(BundleError, match=message):
-            openvino._check_value_sizes(model, bundle.graph("edit", "fp32"))
+            openvino_graph._check_value_sizes(model, bundle.graph("edit", "fp32"))
 
 
 def test_run_batch_equals_single_images(session: OpenVinoSession, batch: ModelInput) -> None:
@@ -253,8 +254,8 @@ def compiled_graph(*precisions: str) -> Any:
 def test_other_precision_than_asked_is_refused(precisions: list[str], bundle: Bundle) -> None:
     record = bundle.graph("edit", "fp32")
     with pytest.raises(UnavailableError, match="2 in f32, 1 in bf16" if precisions else "it has none"):
-        openvino._check_precision(compiled_graph(*precisions), record, "bf16")
-    assert openvino._check_precision(compiled_graph("bf16", "bf16"), record, "bf16").startswith("all 2")
+        openvino_graph._check_precision(compiled_graph(*precisions), record, "bf16")
+    assert openvino_graph._check_precision(compiled_graph("bf16", "bf16"), record, "bf16").startswith("all 2")
 
 
 def test_bf16_without_instructions_is_refused(bundle: Bundle) -> None:
