@@ -1,4 +1,4 @@
-"""Coarse-to-fine refinement with ONNX Runtime on a GPU: its graphs run where the kernels left their inputs."""
+"""Coarse-to-fine refinement with ONNX Runtime on a GPU: images stay in GPU memory between graphs and kernels."""
 
 from __future__ import annotations
 

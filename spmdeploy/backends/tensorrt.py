@@ -1,4 +1,4 @@
-"""The session on TensorRT and TensorRT-RTX engines. Run on the simulated GPU of the tests only, not yet on a GPU."""
+"""Session on TensorRT and TensorRT-RTX engines. Run on the simulated GPU of the tests only, not yet on a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One engine on the GPU: TensorRT 10, TensorRT 11 or TensorRT-RTX, whose module is a parameter.
+"""Loads and runs one engine on the GPU, with TensorRT 10, TensorRT 11 or TensorRT-RTX.
 
 Each batch size has its own execution context, because a context must stay as it was when a CUDA graph was captured from
 it. The contexts do not allocate: they use the activations of `EngineMemory` (USER_MANAGED), as much as their batch

@@ -1,4 +1,4 @@
-"""Checks of `spmdeploy verify --thorough`: beyond the golden edits, what a backend must keep up over many runs.
+"""Checks of `spmdeploy verify --thorough`: same results and bounded memory over many runs, batches and sessions.
 
 Each check runs on every backend where it makes sense, CPUs included; one that does not apply is reported with the
 reason. The checks of GPUs have run on simulated devices only.

@@ -1,4 +1,4 @@
-"""PyTorch at its best as a baseline: reduced precision, `torch.compile`, and edits in GPU memory.
+"""PyTorch baselines: reduced precision, `torch.compile`, and edits in GPU memory.
 
 FP32 means FP32 here: TF32, which PyTorch enables for convolutions, is switched off unless the precision is tf32.
 """

@@ -1,4 +1,4 @@
-"""Reads the files of a bundle from a folder or an uncompressed zip, refusing unsafe names, links and zip tricks."""
+"""Reads the files of a bundle from a folder or an uncompressed zip, refusing unsafe names, links and malformed zips."""
 
 from __future__ import annotations
 

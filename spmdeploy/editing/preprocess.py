@@ -1,4 +1,4 @@
-"""Region of a photo to model input: resize, letterbox, and remove what the mask hides.
+"""Converts a region of a photo to model input: resizes, letterboxes, and removes what the mask hides.
 
 Pixels under the mask never reach the session, so that nothing hidden can show in the result.
 """

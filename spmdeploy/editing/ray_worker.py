@@ -1,4 +1,4 @@
-"""The side of a fleet's nodes: an actor that opens the model once and edits items."""
+"""Ray actor on the nodes of a fleet: opens the model once and edits items."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The status file of a batch: what became of each row, kept through an interruption."""
+"""The status file of a batch: the state of each row, from which an interrupted run resumes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Label consistency: whether a segmentation network finds in an edit what its labels say.
+"""Label consistency: compares the classes that a segmentation network finds in an edit with the edit's labels.
 
 The user gives the network. The requirements are few, so that almost any exported network meets them:
 

@@ -1,4 +1,4 @@
-"""Runs the HTTP application with uvicorn on one address until it is told to stop by a signal."""
+"""Runs the HTTP application with uvicorn on one address until a signal stops it."""
 
 from __future__ import annotations
 
