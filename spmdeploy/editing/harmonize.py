@@ -17,12 +17,14 @@ from spmdeploy.types import Image, LabelMap, Mask
 Plane = NDArray[np.floating[Any]]  # float32
 Indices = NDArray[np.integer[Any]]
 
-# Larger images are measured on cells of several pixels, so that the band below spans about the same part of them.
-MEASURED_SIDE = 512
+# Colors are compared on a grid of at most this many cells a side, of at least this many pixels a side: steps in color
+# are smooth, and this is a sixth of the time of single pixels.
+MEASURED_SIDE = 128
+CELL_PIXELS = 3
 # Cells on either side of the border between known and painted pixels of a class whose mean colors are compared.
-BAND = 6
+BAND = 2
 # Minimum cells on either side; fewer are no reliable estimate of a class's color.
-MIN_CELLS = 24
+MIN_CELLS = 8
 # Gray levels; a larger step at the border is more likely another object than another shade.
 MAX_SHIFT = 48.0
 # Side of the squares in which grain is measured, and the share of them that is taken to be without structure.
@@ -113,12 +115,12 @@ def match_surroundings(image: Image, labels: LabelMap, mask: Mask) -> None:
 
 def match_color_statistics(image: Image, labels: LabelMap, mask: Mask) -> None:
     """Shifts every painted class by its steps at the border, spread over its inside."""
-    factor = -(-max(mask.shape) // MEASURED_SIDE)
+    factor = max(CELL_PIXELS, -(-max(mask.shape) // MEASURED_SIDE))
     for label in np.flatnonzero(np.bincount(labels[mask])):  # np.unique imports numpy.ma: 20 ms
         of_class = labels == label
         around = _surrounding_box(of_class & mask, factor)
         part, of_class, masked = image[around], of_class[around], mask[around]
-        shift = _shift(_cells(part, of_class & ~masked, factor), _cells(part, of_class & masked, factor))
+        shift = _shift(_cell_sums(part, of_class & ~masked, factor), _cell_sums(part, of_class & masked, factor))
         if shift is not None:
             rows, columns = np.nonzero(of_class & masked)
             shifted = part[rows, columns] + _sample_bilinear(shift, factor, rows, columns)
@@ -130,48 +132,43 @@ def _surrounding_box(where: Mask, factor: int) -> tuple[slice, slice]:
     box = []
     for axis in (1, 0):
         cells = np.flatnonzero(where.any(axis=axis)) // factor
-        # Pull-push depends on where its grids of 2, 4, ... cells begin: aligned, a box changes hardly anything.
-        first = max(0, int(cells[0]) - BAND) // 64 * 64
+        first = max(0, int(cells[0]) - BAND)
         box.append(slice(first * factor, (int(cells[-1]) + BAND + 1) * factor))
     return box[0], box[1]
 
 
-class _Cells(NamedTuple):
-    """Pixels counted in cells, and their mean colors: float32 (h, w) and (h, w, 3), 0 where a cell has none."""
+def _cell_sums(image: Image, where: Mask, factor: int) -> Plane:
+    """Sums of red, green and blue and the number of the chosen pixels in cells of factor × factor: float32 (h, w, 4).
 
-    counts: Plane
-    means: Plane
-
-
-def _cells(image: Image, where: Mask, factor: int) -> _Cells:
-    """The chosen pixels in cells of factor × factor pixels; the last row and column of cells may be cut."""
+    The last row and column of cells may be cut.
+    """
     height, width = (-(-side // factor) for side in where.shape)
     rows, columns = np.nonzero(where)
     cells = rows // factor * width + columns // factor
-    counts = np.bincount(cells, minlength=height * width)
-    colors = image[rows, columns].T
-    sums = np.stack([np.bincount(cells, color, minlength=height * width) for color in colors], axis=1)
-    means = sums / np.maximum(counts, 1)[:, None]
-    return _Cells(counts.reshape(height, width).astype(np.float32), means.reshape(height, width, 3).astype(np.float32))
+    sums = [np.bincount(cells, color, minlength=height * width) for color in (*image[rows, columns].T, None)]
+    return np.stack(sums, axis=1).reshape(height, width, 4).astype(np.float32)
 
 
-def _shift(known: _Cells, painted: _Cells) -> Plane | None:
-    """What to add to the painted pixels, a value per cell: float32 (h, w, 3). None where the two hardly meet."""
-    known_rim, painted_rim = known.counts * _near(painted.counts > 0), painted.counts * _near(known.counts > 0)
-    if min(np.count_nonzero(known_rim), np.count_nonzero(painted_rim)) < MIN_CELLS:
+def _shift(known: Plane, painted: Plane) -> Plane | None:
+    """What to add to the painted pixels, a value per cell: float32 (h, w, 3). None where the two hardly meet.
+
+    known, painted: see `_cell_sums`. The step in color of a cell is that of the means of both within BAND cells.
+    """
+    around, inside = _band_sums(known), _band_sums(painted)
+    meets_painted = (known[..., 3] > 0) & (inside[..., 3] > 0)
+    meets_known = (painted[..., 3] > 0) & (around[..., 3] > 0)
+    if min(np.count_nonzero(meets_painted), np.count_nonzero(meets_known)) < MIN_CELLS:
         return None
-    around, inside = _pull_push(known.means, known_rim), _pull_push(painted.means, painted_rim)
-    return _pull_push(np.clip(around - inside, -MAX_SHIFT, MAX_SHIFT), painted_rim)
+    means = [sums[..., :3] / np.maximum(sums[..., 3:], 1) for sums in (around, inside)]
+    return _pull_push(np.clip(means[0] - means[1], -MAX_SHIFT, MAX_SHIFT), meets_known.astype(np.float32))
 
 
-def _near(where: Mask) -> Mask:
-    """The places at most BAND rows and columns away from those given."""
+def _band_sums(sums: Plane) -> Plane:
+    """The sums over all cells at most BAND rows and columns away."""
     for axis in (0, 1):
-        reach = np.cumsum(np.pad(where, [(BAND + 1, BAND) if a == axis else (0, 0) for a in (0, 1)]), axis=axis)
-        until, before = ([slice(None), slice(None)] for _ in (0, 1))
-        until[axis], before[axis] = slice(2 * BAND + 1, None), slice(where.shape[axis])
-        where = reach[tuple(until)] > reach[tuple(before)]
-    return where
+        padded = np.pad(sums, [(BAND, BAND) if a == axis else (0, 0) for a in range(3)])
+        sums = np.sum(np.lib.stride_tricks.sliding_window_view(padded, 2 * BAND + 1, axis), axis=-1)
+    return sums
 
 
 def _pull_push(values: Plane, weights: Plane) -> Plane:
@@ -269,5 +266,8 @@ def _blurred(plane: Plane) -> Plane:
         before, here, after = (
             padded[tuple(slice(i, i + plane.shape[a]) if a == axis else slice(None) for a in (0, 1))] for i in range(3)
         )
-        plane = (before + 2 * here + after) / 4
+        plane = before + after
+        plane += here
+        plane += here
+        plane /= 4
     return plane
