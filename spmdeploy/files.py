@@ -36,6 +36,12 @@ _SWEPT: set[Path] = set()
 """Folders that this process has swept."""
 
 
+def quote_path(path: str | Path) -> str:
+    """Return a path as it is typed in a command: in quotes where it contains blanks."""
+    text = str(path)
+    return f'"{text}"' if re.search(r"\s", text) else text
+
+
 def is_safe_relative_path(name: str) -> bool:
     """Whether `name` is a plain relative path with / between its parts, safe to join to a folder on any system."""
     parts = name.split("/")

@@ -20,6 +20,7 @@ from spmdeploy.bundle.manifest import ON_CPU
 from spmdeploy.engines.library import import_engine_library
 from spmdeploy.engines.record import EngineRuntime
 from spmdeploy.errors import UnavailableError
+from spmdeploy.files import quote_path
 from spmdeploy.gpu.device import open_cuda
 from spmdeploy.gpu.driver import visible_gpus
 
@@ -108,10 +109,11 @@ def _why_not_imported(runtime: EngineRuntime, error: UnavailableError) -> tuple[
 def _engines(bundle: Bundle) -> Check:
     name = f"engines of {bundle.manifest.name}"
     if all(graph.graph in ON_CPU.values() for graph in bundle.manifest.graphs):
-        remedy = f"add them: spmdeploy export {bundle.path} --output NEW.spm"
-        return Check(name, False, "the bundle holds graphs for CPUs only, of which no engine can be built", remedy)
+        reason = "the bundle holds graphs for CPUs only, of which no engine can be built"
+        return Check(name, False, reason, bundle.add_graphs)
     engine, reason = compatible_engine(bundle)
-    return Check(name, engine is not None, reason, None if engine else "spmdeploy build BUNDLE, on this machine")
+    remedy = f"on this machine: spmdeploy build {quote_path(bundle.path)}"
+    return Check(name, engine is not None, reason, None if engine else remedy)
 
 
 def _onnxruntime_cpu() -> Check:

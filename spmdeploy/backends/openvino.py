@@ -98,7 +98,7 @@ class OpenVinoSession:
         self._refine_record = there.get(REFINE)
         self._part_records = (there[LAYOUT], there[PICTURE]) if LAYOUT in there and PICTURE in there else None
         self.refines = self._refine_record is not None
-        problem = Unsupported("the bundle holds no plain refine graph in fp32", "export it again with one")
+        problem = Unsupported("the bundle holds no plain refine graph in fp32", bundle.add_graphs)
         self.refine_unsupported = None if self.refines else problem
 
     def run(self, inputs: ModelInput) -> NDArray[np.uint8]:

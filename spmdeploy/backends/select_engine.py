@@ -13,17 +13,17 @@ from spmdeploy.backends.base import OpenedBackend, Unsupported
 from spmdeploy.bundle.bundle import Bundle
 from spmdeploy.bundle.manifest import EDIT, LAYOUT, PICTURE, REFINE
 from spmdeploy.engines.library import import_engine_library, local_host
-from spmdeploy.engines.record import BUILD_AGAIN, EngineHost, EngineRecord, EngineRuntime, Gpu, Verification
+from spmdeploy.engines.plan import CACHED_LAYOUT
+from spmdeploy.engines.record import EngineHost, EngineRecord, EngineRuntime, Gpu, Verification
 from spmdeploy.engines.store import StoredEngine, cache_folder, find_engines
 from spmdeploy.errors import BundleError, InputError, SpmDeployError, UnavailableError, VerificationError
+from spmdeploy.files import quote_path
 from spmdeploy.gpu.driver import gpu_facts
 
 if TYPE_CHECKING:
     from spmdeploy.backends.tensorrt_layout import StoredParts
     from spmdeploy.backends.verify import GoldenResult
 
-BUILD_FIRST = "build one on this machine: spmdeploy build BUNDLE"
-BUILD_EDIT_TOO = "build it too, on this machine: spmdeploy build BUNDLE --graph edit"
 NO_ENGINES = "no engine was built for this bundle"
 
 
@@ -51,8 +51,9 @@ def open_named_engine(bundle: Bundle, runtime: EngineRuntime, ordinal: int, prec
     there = [engine for engine in find_engines(bundle, host, hashing=False) if _speaks_of(engine, runtime)]
     fit = _fitting(there, precision)
     if not fit:
-        hint = BUILD_EDIT_TOO if _fitting(there, precision, REFINE) else BUILD_AGAIN if there else BUILD_FIRST
-        raise BundleError(f"{bundle.path}: {_reasons(there, precision)}", hint)
+        raise BundleError(
+            f"{bundle.path}: {_reasons(there, precision)}", _how_to_build(bundle, there, precision, runtime)
+        )
     return _open(bundle, fit[0], there, ordinal, precision)
 
 
@@ -61,7 +62,7 @@ def open_compatible_engine(bundle: Bundle, ordinal: int, precision: str) -> tupl
     there = find_engines(bundle, None if ordinal == 0 else local_host(ordinal), hashing=False)
     fit = _fitting(there, precision)
     if not fit:
-        hint = f"; {BUILD_EDIT_TOO}" if _fitting(there, precision, REFINE) else ""
+        hint = f"; {_how_to_build(bundle, there, precision)}" if _fitting(there, precision, REFINE) else ""
         return None, _reasons(there, precision) + hint
     failures = []
     for engine in fit:
@@ -94,7 +95,7 @@ def _open(
     from spmdeploy.backends.verify import verify_cached_layouts, verify_edits, verify_refinements
 
     record = engine.require_compatible()
-    refine, parts = _refine_beside(bundle, engine, there), _parts_beside(engine, there)
+    refine, parts = _refine_beside(bundle, engine, there), _parts_beside(bundle, engine, there)
     library = import_engine_library(record.runtime)
     session = TensorRtSession(library, engine, refine, bundle.manifest.native_size, ordinal, parts)
     try:
@@ -148,6 +149,28 @@ def _reasons(engines: list[StoredEngine], precision: str) -> str:
     return NO_ENGINES
 
 
+def _how_to_build(
+    bundle: Bundle, there: list[StoredEngine], precision: str, runtime: EngineRuntime | None = None
+) -> str:
+    """What to do where no edit engine fits: the whole command."""
+    graphs = [record.precision for record in bundle.manifest.graphs if record.graph == EDIT]
+    if not graphs or precision not in ("auto", *graphs):
+        return f"{bundle.add_graphs}; then build it"
+    if precision == "auto" and "fp16" not in graphs:
+        precision = "fp32"
+    if _fitting(there, precision, REFINE):
+        return f"build it too, on this machine: {_build_command(bundle, precision, runtime, EDIT)}"
+    what = "the engines again" if there else "one"
+    return f"build {what} on this machine: {_build_command(bundle, precision, runtime)}"
+
+
+def _build_command(bundle: Bundle, precision: str, runtime: EngineRuntime | None, graph: str | None = None) -> str:
+    """What builds the engines of a bundle. precision, runtime, graph: auto or None where `build` chooses."""
+    options = {"--graph": graph, "--runtime": runtime, "--precision": None if precision == "auto" else precision}
+    chosen = [f"{name} {value}" for name, value in options.items() if value is not None]
+    return " ".join(["spmdeploy build", quote_path(bundle.path), *chosen])
+
+
 def _refine_beside(bundle: Bundle, engine: StoredEngine, there: list[StoredEngine]) -> StoredEngine | Unsupported:
     """The refine engine that goes with an edit engine, or why none does and what to do about it."""
     edit = engine.require_compatible()
@@ -156,7 +179,7 @@ def _refine_beside(bundle: Bundle, engine: StoredEngine, there: list[StoredEngin
             return other
     if not any((graph.graph, graph.precision) == (REFINE, edit.precision) for graph in bundle.manifest.graphs):
         return Unsupported(
-            f"the bundle holds no refine graph in {edit.precision}", "export it again with one, then build it"
+            f"the bundle holds no refine graph in {edit.precision}", f"{bundle.add_graphs}; then build it"
         )
     against = _against(
         there,
@@ -166,11 +189,11 @@ def _refine_beside(bundle: Bundle, engine: StoredEngine, there: list[StoredEngin
         ),
     )
     problem = f"no refine engine fits: {against}" if against else "an edit engine was built, but no refine engine"
-    how = f"--graph refine --runtime {edit.runtime} --precision {edit.precision}"
-    return Unsupported(problem, f"build one on this machine: spmdeploy build BUNDLE {how}")
+    command = _build_command(bundle, edit.precision, edit.runtime, REFINE)
+    return Unsupported(problem, f"build one on this machine: {command}")
 
 
-def _parts_beside(engine: StoredEngine, there: list[StoredEngine]) -> StoredParts | Unsupported:
+def _parts_beside(bundle: Bundle, engine: StoredEngine, there: list[StoredEngine]) -> StoredParts | Unsupported:
     """The engines for cached layouts that go with an edit engine, or why there are none and what to do about it."""
     from spmdeploy.backends.tensorrt_layout import StoredParts
 
@@ -183,10 +206,10 @@ def _parts_beside(engine: StoredEngine, there: list[StoredEngine]) -> StoredPart
     if layout is not None and picture is not None:
         return StoredParts(layout, picture)
     missing = " and ".join(part for part, one in zip((LAYOUT, PICTURE), found, strict=True) if one is None)
-    how = f"--graph cached-layout --runtime {edit.runtime} --precision {edit.precision}"
+    command = _build_command(bundle, edit.precision, edit.runtime, CACHED_LAYOUT)
     return Unsupported(
         f"there is no {missing} engine of {edit.runtime} in {edit.precision} that fits this machine",
-        f"build it on this machine: spmdeploy build BUNDLE {how}",
+        f"build it on this machine: {command}",
     )
 
 

@@ -378,7 +378,9 @@ class LoadedEngine:
         except OutOfMemoryError as exc:
             fits = self._largest_batch_below(context, batch)
             hint = (
-                f"a batch of {fits} would fit: build with --max-batch {fits}" if fits else "no smaller batch would fit"
+                f"a batch of {fits} would fit: use --batch-size {fits}, or build with --max-batch {fits}"
+                if fits
+                else "no smaller batch would fit"
             )
             problem = f"a batch of {batch} is too large: {exc.problem}"
             raise OutOfMemoryError(problem, f"{hint}; or close other programs on the GPU") from exc

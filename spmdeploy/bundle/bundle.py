@@ -28,6 +28,7 @@ from typing import NamedTuple
 
 from spmdeploy.bundle.external_data import external_locations
 from spmdeploy.bundle.manifest import (
+    EDIT,
     ON_CPU,
     REFINE,
     GraphRecord,
@@ -52,10 +53,11 @@ from spmdeploy.bundle.storage import (
     open_storage,
 )
 from spmdeploy.errors import BundleError
-from spmdeploy.files import is_safe_relative_path, os_errors, sha256
+from spmdeploy.files import is_safe_relative_path, os_errors, quote_path, sha256
 from spmdeploy.serialization import shorten
 
 MAX_TEXT_BYTES = 4 << 20  # manifest.json and SHA256SUMS, read before anything is trusted
+_WEIGHTS = ((EDIT, "fp32"), (ON_CPU[EDIT], "fp32"))  # the graphs that weights can be read back from
 
 
 class GraphFiles(NamedTuple):
@@ -123,8 +125,20 @@ class Bundle:
         available = ", ".join(f"{record.graph} {record.precision}" for record in self.manifest.graphs) or "none"
         raise BundleError(
             f"{self.path}: no graph {graph!r} in {precision}; there is {available}",
-            f"choose one of these, or export again with --precision {precision} and without --cpu-only",
+            f"choose one of these, or {self.add_graphs}",
         )
+
+    @property
+    def add_graphs(self) -> str:
+        """How to get a bundle with all graphs in both precisions: the whole command, for hints."""
+        source = next((one for one in self.manifest.graphs if (one.graph, one.precision) in _WEIGHTS), None)
+        if source is None:
+            return (
+                "export again from the checkpoint, because the FP32 weights are not in this bundle: "
+                "spmdeploy export WEIGHTS --classes CLASSES --output NEW.spm"
+            )
+        half = " --half-weights" if source.weights_dtype == "float16" else ""
+        return f"add it: spmdeploy export {quote_path(self.path)} --output NEW.spm{half}"
 
     def read(self, name: str) -> bytes:
         """The content of a file that SHA256SUMS covers: exactly the bytes that were hashed.

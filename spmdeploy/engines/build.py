@@ -99,7 +99,7 @@ def _graphs(bundle: Bundle, options: EngineOptions) -> list[GraphRecord]:
     if not usable:
         raise BundleError(
             f"{bundle.path}: holds only graphs for CPUs, whose shapes depend on the mask: no engine can be built",
-            f"add the graphs for GPUs: spmdeploy export {bundle.path} --output NEW.spm",
+            bundle.add_graphs,
         )
     if options.graph == CACHED_LAYOUT:
         return [bundle.graph(part, options.precision) for part in PARTS[EDIT]]

@@ -16,6 +16,7 @@ import pytest
 
 import spmdeploy
 from spmdeploy import cli
+from spmdeploy.assets.samples import SAMPLE_EDITS
 from spmdeploy.backends.base import OpenedBackend, bind_layout
 from spmdeploy.backends.registry import open_backend
 from spmdeploy.backends.verify import GoldenSample
@@ -175,7 +176,9 @@ def test_refine_engine_missing_names_the_command(machine: Machine, bundle: Bundl
     whole = replace(bundle, manifest=both)
     unsupported = open_backend(whole).session.refine_unsupported
     assert unsupported is not None and unsupported.problem == "an edit engine was built, but no refine engine"
-    assert unsupported.hint.endswith("spmdeploy build BUNDLE --graph refine --runtime tensorrt --precision fp16")
+    assert unsupported.hint.endswith(
+        f"spmdeploy build {bundle.path} --graph refine --runtime tensorrt --precision fp16"
+    )
     add(bundle, replace(record_of(graph=REFINE), precision="fp32"))
     add(bundle, replace(record_of(graph=REFINE), gpu=A10))
     unsupported = open_backend(whole).session.refine_unsupported
@@ -189,10 +192,10 @@ def test_refine_engine_alone_is_not_used(machine: Machine, bundle: Bundle, monke
     add(bundle, record_of(graph=REFINE))
     text = "a refine engine fits this machine, but no edit engine was built"
     (choice, *_) = fallen_back(bundle, monkeypatch)
-    assert text in choice and "spmdeploy build BUNDLE --graph edit" in choice
+    assert text in choice and f"spmdeploy build {bundle.path} --graph edit" in choice
     with pytest.raises(BundleError, match=text) as caught:
         open_backend(bundle, "tensorrt")
-    assert "--graph edit" in str(caught.value.hint)
+    assert str(caught.value.hint).endswith(f"spmdeploy build {bundle.path} --graph edit --runtime tensorrt")
 
 
 def test_auto_without_a_compatible_engine_says_why(
@@ -242,7 +245,8 @@ def test_auto_with_a_failing_engine_takes_the_next(machine: Machine, bundle: Bun
 def test_backend_by_name_without_an_engine_is_refused(machine: Machine, bundle: Bundle) -> None:
     with pytest.raises(BundleError, match="no engine was built for this bundle") as caught:
         open_backend(bundle, "tensorrt")
-    assert caught.value.exit_code == 6 and "spmdeploy build" in str(caught.value.hint)
+    assert caught.value.exit_code == 6
+    assert caught.value.hint == f"build one on this machine: spmdeploy build {bundle.path} --runtime tensorrt"
     add(bundle, replace(record_of(), gpu=Gpu("NVIDIA A10", "8.0"), version="10.3.0"))
     with pytest.raises(
         BundleError, match=r"built with 10\.3\.0, here 10\.16\.1, GPU: built on NVIDIA A10 \(sm80\), here"
@@ -253,6 +257,72 @@ def test_backend_by_name_without_an_engine_is_refused(machine: Machine, bundle: 
     for options in ({"device": "cpu"}, {"precision": "int8"}, {"device": "gpu"}):
         with pytest.raises(UsageError):
             open_backend(bundle, "tensorrt", **options)
+
+
+@pytest.mark.parametrize(
+    ("kept", "precision", "hint"),
+    [
+        ((), "auto", "add it: spmdeploy export {path} --output NEW.spm --half-weights; then build it"),
+        (("fp32",), "fp16", "add it: spmdeploy export {path} --output NEW.spm --half-weights; then build it"),
+        (("fp32",), "auto", "spmdeploy build {path} --runtime tensorrt --precision fp32"),
+        (("fp16",), "fp32", "spmdeploy export WEIGHTS --classes CLASSES --output NEW.spm; then build it"),
+        (("fp16",), "fp16", "spmdeploy build {path} --runtime tensorrt --precision fp16"),
+    ],
+)
+def test_backend_by_name_without_the_graph_names_the_whole_command(
+    kept: tuple[str, ...], precision: str, hint: str, machine: Machine, bundle: Bundle
+) -> None:
+    records = bundle.manifest.graphs
+    graphs = tuple(record for record in records if record.precision in kept)
+    if not kept:
+        graphs = tuple(replace(record, graph="edit_cpu") for record in records if record.precision == "fp32")
+    only = replace(bundle, manifest=replace(bundle.manifest, graphs=graphs))
+    with pytest.raises(BundleError) as caught:
+        open_backend(only, "tensorrt", precision=precision)
+    assert caught.value.exit_code == 6 and str(caught.value.hint).endswith(hint.format(path=bundle.path))
+
+
+@pytest.mark.parametrize(
+    ("other", "reasons"),
+    [
+        ({"version": "10.3.0"}, "tensorrt: built with 10.3.0, here 10.16.1"),
+        ({"gpu": Gpu("NVIDIA H100", "9.0")}, "GPU: built on NVIDIA H100 (sm90), here NVIDIA GeForce RTX 3060 (sm86)"),
+        ({"os": "Windows"}, "operating system: built on Windows, here Linux"),
+        ({"architecture": "aarch64"}, "architecture: built on aarch64, here x86_64"),
+    ],
+)
+def test_edit_with_an_engine_of_another_machine_names_both_values(
+    other: dict[str, Any],
+    reasons: str,
+    machine: Machine,
+    bundle: Bundle,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("spmdeploy.engines.record.operating_system", lambda: ("Linux", "x86_64"))
+    record = replace(record_of(), builder=replace(record_of().builder, os="Linux", architecture="x86_64"))
+    on_builder = {name: value for name, value in other.items() if name in ("os", "architecture")}
+    on_record = {name: value for name, value in other.items() if name not in on_builder}
+    add(bundle, replace(record, builder=replace(record.builder, **on_builder), **on_record))
+    sample = SAMPLE_EDITS[0]
+    files = [
+        "edit",
+        sample.photo,
+        "--labels",
+        sample.labels,
+        "--mask",
+        sample.mask,
+        "--output",
+        tmp_path / "edited.png",
+    ]
+    options = ["--model", bundle.path, "--backend", "tensorrt", "--json"]
+    assert cli.main([str(argument) for argument in (*files, *options)]) == 6
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["error"].endswith(reasons)
+    assert printed["hint"] == (
+        f"build the engines again on this machine: spmdeploy build {bundle.path} --runtime tensorrt"
+    )
 
 
 def test_backend_by_name_without_a_library_is_unavailable(machine: Machine, bundle: Bundle) -> None:

@@ -279,7 +279,9 @@ def test_run_without_memory_names_the_batch_that_fits(gpu: SimulatedGpu, session
         session.run(ModelInput(**inputs_for(8)))
     assert caught.value.exit_code == 8
     assert "no 8,000 bytes for activations: 4,500 of" in caught.value.problem
-    assert "a batch of 8 is too large" in caught.value.problem and "a batch of 4 would fit" in str(caught.value.hint)
+    assert "bytes are free, 3,500 too few" in caught.value.problem
+    assert "a batch of 8 is too large" in caught.value.problem
+    assert "a batch of 4 would fit: use --batch-size 4, or build with --max-batch 4" in str(caught.value.hint)
     given = inputs_for(4)
     for _ in range(3):
         assert np.array_equal(session.run(ModelInput(**given)), edited_like(given)["edited"])

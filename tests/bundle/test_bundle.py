@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from spmdeploy.bundle.bundle import open_bundle
 from spmdeploy.bundle.external_data import external_locations
+from spmdeploy.bundle.manifest import GraphRecord
 from spmdeploy.bundle.storage import GOLDEN_IMAGES, MANIFEST, SUMS
 from spmdeploy.bundle.writer import BundleWriter
 from spmdeploy.engines.pack import pack
@@ -108,6 +109,23 @@ def test_unlisted_files_are_reported_and_never_read(street: Path) -> None:
 def test_graph_missing_one_lists_those_available(street: Path) -> None:
     with pytest.raises(BundleError, match=r"no graph 'refine' in fp16; there is edit fp32, edit fp16"):
         open_bundle(street).graph("refine", "fp16")
+
+
+def test_graph_missing_one_names_the_command_that_adds_it(street: Path, tmp_path: Path) -> None:
+    bundle = open_bundle(street)
+    with pytest.raises(BundleError) as caught:
+        bundle.graph("refine", "fp16")
+    assert str(caught.value.hint).endswith(f"or add it: spmdeploy export {street} --output NEW.spm --half-weights")
+
+    def hint(path: Path, *graphs: GraphRecord) -> str:
+        return dataclasses.replace(
+            bundle, path=path, manifest=dataclasses.replace(bundle.manifest, graphs=graphs)
+        ).add_graphs
+
+    fp32, fp16 = bundle.manifest.graphs
+    full = dataclasses.replace(fp32, graph="edit_cpu", weights_dtype="float32")
+    assert hint(Path("my files/a.spm"), full) == 'add it: spmdeploy export "my files/a.spm" --output NEW.spm'
+    assert hint(street, fp16).endswith("bundle: spmdeploy export WEIGHTS --classes CLASSES --output NEW.spm")
 
 
 def test_path_of_is_hashed_and_only_for_folders(street: Path, street_zip: Path) -> None:

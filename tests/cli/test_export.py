@@ -79,3 +79,19 @@ def test_export_killed_leaves_the_target_alone_and_runs_again(tmp_path: Path, ov
     assert done.code == 0, done.err
     assert not list(tmp_path.glob(".*")) and open_bundle(target).check_all() == ()
     assert open_bundle(target).manifest.generator.width == 2
+
+
+@pytest.mark.slow
+def test_export_by_the_command_of_the_hint_adds_the_graph(
+    street_bundle: Path, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run("bundle", "slim", street_bundle, "slim.spm", "--keep", "cpu").code == 0
+    refused = run("build", "slim.spm", "--target", "sm89", "--json")
+    assert refused.code == 6 and "holds only graphs for CPUs" in refused.json["error"]
+    arguments = refused.json["hint"].partition("add it: spmdeploy ")[2].split()
+    assert run(*arguments).code == 0
+    added, whole = (open_bundle(path).manifest.graphs for path in ("NEW.spm", street_bundle))
+    assert [(one.graph, one.precision, one.sha256) for one in added] == [
+        (one.graph, one.precision, one.sha256) for one in whole
+    ]
