@@ -76,6 +76,7 @@ def _open_on(
         cached_layout=_parts_of(bundle, record),
         edit_key=_content_key(bundle, record),
         refine_key=None if finer is None else _content_key(bundle, finer),
+        add_refine=bundle.add_graphs,
     )
     return OpenedBackend(session, tuple(choices))
 
@@ -144,7 +145,6 @@ class OnnxRuntimeSession:
     at once."""
 
     backend = "onnxruntime"
-    notes: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -156,17 +156,18 @@ class OnnxRuntimeSession:
         cached_layout: Callable[[], tuple[Graph, Graph]] | None = None,
         edit_key: str | None = None,
         refine_key: str | None = None,
+        add_refine: str = "export the bundle again",
     ) -> None:
         """device: cpu or cuda:N. threads: 0 = `available_threads` (CPU only). refine: gets the graph when it is needed.
 
         cached_layout: gets the `layout` and `picture` graphs when they are needed; None: the bundle has none, and
         layouts are not cached. edit_key, refine_key: identify the content of the graphs; without them the optimized
-        graph is not cached.
+        graph is not cached. add_refine: what to do where there is no `refine` graph.
         """
         self.device = device
         self.precision: BackendPrecision = precision
         self._threads = threads
-        self._edit: LoadedGraph | None = LoadedGraph(edit, EDIT, device, threads, edit_key)
+        self._edit: LoadedGraph | None = LoadedGraph(edit, EDIT, device, threads, edit_key, precision)
         self._refine: LoadedGraph | None = None
         self._parts: CachedLayoutGraphs | None = None
         self._cascades: OrtCascades | None = None
@@ -174,7 +175,7 @@ class OnnxRuntimeSession:
         self._get_parts = cached_layout
         self.refines = refine is not None
         problem = f"the bundle holds no refine graph in {precision} for {device}"
-        self.refine_unsupported = None if self.refines else Unsupported(problem, "export it again with one")
+        self.refine_unsupported = None if self.refines else Unsupported(problem, add_refine)
         self._loading = threading.Lock()
         self.provider, self.size = self._edit.provider, self._edit.size
 
@@ -197,8 +198,15 @@ class OnnxRuntimeSession:
                 if self._get_refine is None:
                     assert self.refine_unsupported is not None
                     raise BundleError(*self.refine_unsupported)
-                self._refine = LoadedGraph(self._get_refine(), REFINE, self.device, self._threads, self._refine_key)
+                self._refine = LoadedGraph(
+                    self._get_refine(), REFINE, self.device, self._threads, self._refine_key, self.precision
+                )
             return self._refine
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What it does without on a GPU, and why."""
+        return tuple(note for graph in (self._edit, self._refine) if graph is not None for note in graph.notes)
 
     @property
     def loaded(self) -> tuple[str, ...]:
@@ -213,7 +221,7 @@ class OnnxRuntimeSession:
         with self._loading:
             _open(self._edit)
             if self._parts is None:
-                self._parts = CachedLayoutGraphs(*self._get_parts(), self.device, self._threads)
+                self._parts = CachedLayoutGraphs(*self._get_parts(), self.device, self._threads, self.precision)
         return self._parts.bind(layout)
 
     def bound(self, inputs: Mapping[str, DeviceArray], outputs: Mapping[str, DeviceArray]) -> Callable[[], None]:

@@ -16,6 +16,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spmdeploy.backends.graph_cache import cache_key, open_cached
+from spmdeploy.backends.onnxruntime_cuda import (
+    CUDA_CALLS,
+    CUDA_PROVIDER,
+    CudaSession,
+    OpenedSession,
+    on_cuda_thread,
+    open_on_cuda,
+    smaller_batch,
+)
 from spmdeploy.backends.threads import available_threads
 from spmdeploy.bundle.bundle import GraphFiles
 from spmdeploy.bundle.manifest import REFINE
@@ -34,6 +43,8 @@ _INPUTS = {
     "coarse": "tensor(float)",
 }
 
+_CPU_PROVIDER = "CPUExecutionProvider"
+
 MAX_MEMORY = 8 << 30
 """Limit on the intermediate results of a process on CPUs, in bytes; batches of 32 in the paper's size take 6 GB."""
 
@@ -48,23 +59,27 @@ class CachedLayoutGraphs:
     On a GPU the cached tensors stay in its memory, for as long as the function that `bind` returned is alive.
     """
 
-    def __init__(self, layout: Graph, picture: Graph, device: str = "cpu", threads: int = 0) -> None:
+    def __init__(
+        self, layout: Graph, picture: Graph, device: str = "cpu", threads: int = 0, precision: str = "fp32"
+    ) -> None:
         """Raises BundleError, OutOfMemoryError, UnavailableError."""
         library = import_onnxruntime()
         self._device = device
-        providers = _providers(library, device)
-        sessions = []
         try:
-            for graph in (layout, picture):
-                options = _cpu_options(library, threads) if device == "cpu" else _options(library, threads)
-                if device != "cpu":
-                    options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-                sessions.append(inference_session(library, graph, options, providers))
+            if device == "cpu":
+                self._layout, self._picture = (
+                    inference_session(library, graph, _cpu_options(library, threads), [_CPU_PROVIDER])
+                    for graph in (layout, picture)
+                )
+            else:  # without CUDA graphs: each layout has places of its own, and graphs are freed with the session
+                self._layout, self._picture = (
+                    _open_on_cuda(library, graph, device, threads, precision, cuda_graphs=False).session
+                    for graph in (layout, picture)
+                )
+        except SpmDeployError:
+            raise
         except Exception as exc:
             raise _to_package_error(exc, device) from exc
-        for session in sessions:
-            _proved_provider(session, providers, device)
-        self._layout, self._picture = sessions
         self._layout_inputs, self._cached, self._picture_inputs = (
             [value.name for value in values]
             for values in (self._layout.get_inputs(), self._layout.get_outputs(), self._picture.get_inputs())
@@ -82,7 +97,7 @@ class CachedLayoutGraphs:
         """Run the layout graph, and return a function from images, uint8 (B, size, size, 3), to edited ones."""
         given = layout._asdict()
         if self._device != "cpu":
-            return self._bind_on("cuda", int(self._device.removeprefix("cuda:")), given)
+            return self._bind_on("cuda", _ordinal(self._device), given)
         values = self._run(self._layout, self._cached, {name: given[name] for name in self._layout_inputs})
         known = {name: given[name] for name in self._picture_inputs if name in given}
         known |= dict(zip(self._cached, values, strict=True))
@@ -105,7 +120,7 @@ class CachedLayoutGraphs:
                 binding.bind_ortvalue_input(name, known[name])
             for name in self._cached:
                 binding.bind_output(name, kind, ordinal)
-            self._layout.run_with_iobinding(binding)
+            on_cuda_thread(lambda: self._layout.run_with_iobinding(binding))
             known |= dict(zip(self._cached, binding.get_outputs(), strict=True))
         except Exception as exc:
             raise _to_package_error(exc, self._device) from exc
@@ -118,7 +133,7 @@ class CachedLayoutGraphs:
                     if name != "image":
                         binding.bind_ortvalue_input(name, known[name])
                 binding.bind_output("edited", "cpu")
-                self._picture.run_with_iobinding(binding)
+                on_cuda_thread(lambda: self._picture.run_with_iobinding(binding))
                 edited: NDArray[np.uint8] = binding.copy_outputs_to_cpu()[0]
             except Exception as exc:
                 raise _to_package_error(exc, self._device) from exc
@@ -154,7 +169,7 @@ def inference_session(library: Any, graph: Graph, options: Any, providers: list[
         providers: Execution providers as `library` takes them, the preferred one first.
     """
     without: dict[str, Any] = {"enable_fallback": 0}  # it prints to stdout and tries the same again
-    if providers == ["CPUExecutionProvider"]:
+    if providers == [_CPU_PROVIDER]:
         without["disabled_optimizers"] = list(_IDLE_PASSES)
     if isinstance(graph, Path):
         return library.InferenceSession(str(graph), options, providers=providers, **without)
@@ -194,7 +209,7 @@ def _cached_session(library: Any, content: Graph, threads: int, key: str) -> Any
     Optimizing and laying out the weights takes most of the time of loading. The weights are stored beside the
     graph, where they are mapped instead of parsed.
     """
-    providers = ["CPUExecutionProvider"]
+    providers = [_CPU_PROVIDER]
 
     def load(folder: Path) -> Any:
         options = _cpu_options(library, threads)
@@ -234,28 +249,32 @@ class LoadedGraph:
     """One graph in ONNX Runtime, proved to run on the requested device and to have the expected inputs and outputs."""
 
     def __init__(
-        self, content: Graph, graph: str, device: str = "cpu", threads: int = 0, key: str | None = None
+        self,
+        content: Graph,
+        graph: str,
+        device: str = "cpu",
+        threads: int = 0,
+        key: str | None = None,
+        precision: str = "fp32",
     ) -> None:
         """graph: EDIT or REFINE, whose inputs and outputs it must have.
 
-        key: identifies the content; with it the optimized graph is cached on CPUs.
+        key: identifies the content; with it the optimized graph is cached on CPUs. precision: of the graph.
         """
         library = import_onnxruntime()
         self._device = device
-        options = _options(library, threads)
-        providers = _providers(library, device)
-        if device == "cpu":
-            options = _cpu_options(library, threads)
-        else:
-            _preload_cuda(library)
-            # Without this ONNX Runtime moves to the CPU what a GPU cannot compute, or everything, without a message.
-            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        self._on_cuda: CudaSession | None = None
         try:
-            if key is None or device != "cpu":
-                self._session: Any = inference_session(library, content, options, providers)
+            if device != "cpu":
+                opened = _open_on_cuda(library, content, device, threads, precision, cuda_graphs=True)
+                self._session: Any = opened.session
+                self._on_cuda = CudaSession(library, opened, _ordinal(device))
+            elif key is None:
+                options = _cpu_options(library, threads)
+                self._session = inference_session(library, content, options, [_CPU_PROVIDER])
             else:
                 self._session = _cached_session(library, content, threads, key)
-            self.provider = f"{_proved_provider(self._session, providers, device)} (onnxruntime {library.__version__})"
+            self.provider = f"{self._session.get_providers()[0]} (onnxruntime {library.__version__})"
             self.outputs = frozenset(value.name for value in self._session.get_outputs())
             self.size = self._checked_size(graph)
         except SpmDeployError:
@@ -283,26 +302,30 @@ class LoadedGraph:
                 "the graph gives no unrounded result, which tiles are made from", "export the bundle again"
             )
         try:
+            if self._on_cuda is not None:
+                return self._on_cuda.run(outputs, inputs)
             results: list[NDArray[Any]] = self._session.run(list(outputs), dict(inputs))
         except Exception as exc:
-            raise _to_package_error(exc, self._device) from exc
+            raise _to_package_error(exc, self._device, len(next(iter(inputs.values())))) from exc
         return results
 
     def bound(self, inputs: Mapping[str, DeviceArray], outputs: Mapping[str, DeviceArray]) -> Callable[[], None]:
         """A call that runs the graph on arrays in the memory of its GPU, and returns when it is done."""
-        binding = self._session.io_binding()
-        number = int(self._device.removeprefix("cuda:"))
-        for bind, arrays in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
-            for name, array in arrays.items():
-                bind(name, "cuda", number, np.dtype(array.dtype).type, array.shape, array.address)
+        assert self._on_cuda is not None, self._device
+        bound = self._on_cuda.bound(inputs, outputs)
 
         def run() -> None:
             try:
-                self._session.run_with_iobinding(binding)
+                bound()
             except Exception as exc:
                 raise _to_package_error(exc, self._device) from exc
 
         return run
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What it does without on its GPU, and why."""
+        return () if self._on_cuda is None else tuple(self._on_cuda.notes)
 
     def _checked_size(self, graph: str) -> int:
         """Height and width of the images that the graph takes. Raises BundleError when it is another graph."""
@@ -316,16 +339,36 @@ class LoadedGraph:
         return size
 
 
-def _proved_provider(session: Any, requested: list[Any], device: str) -> str:
-    """The provider that a session really has. Raises UnavailableError unless it is the requested one."""
-    wanted = requested[0][0] if isinstance(requested[0], tuple) else requested[0]
-    have: str = session.get_providers()[0]
-    if have != wanted:
+def _open_on_cuda(
+    library: Any, content: Graph, device: str, threads: int, precision: str, cuda_graphs: bool
+) -> OpenedSession:
+    """A session that runs on the GPU as a whole. Raises UnavailableError, or ONNX Runtime's exceptions."""
+    available = library.get_available_providers()
+    if CUDA_PROVIDER not in available:
         raise UnavailableError(
-            f"asked for {wanted} on {device}, but ONNX Runtime would run on {have}",
+            f"{device} was asked for, but this ONNX Runtime has only {', '.join(available)}",
+            'pip uninstall onnxruntime, then pip install "spmdeploy[gpu]"; or ask for --device cpu',
+        )
+    _preload_cuda(library)
+
+    def open_session(providers: list[Any]) -> Any:
+        options = _options(library, threads)
+        # Without this ONNX Runtime moves to the CPU what a GPU cannot compute, or everything, without a message.
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        return inference_session(library, content, options, providers)
+
+    with CUDA_CALLS:
+        opened = open_on_cuda(open_session, _ordinal(device), precision, cuda_graphs)
+    if (have := opened.session.get_providers()[0]) != CUDA_PROVIDER:
+        raise UnavailableError(
+            f"asked for {CUDA_PROVIDER} on {device}, but ONNX Runtime would run on {have}",
             "see `spmdeploy doctor`, or ask for --device cpu",
         )
-    return have
+    return opened
+
+
+def _ordinal(device: str) -> int:
+    return int(device.removeprefix("cuda:"))
 
 
 def _ports(graph: str, size: int) -> dict[str, tuple[str, list[int]]]:
@@ -370,25 +413,16 @@ def _preload_cuda(library: Any) -> None:
             library.preload_dlls()
 
 
-def _providers(library: Any, device: str) -> list[Any]:
-    if device == "cpu":
-        return ["CPUExecutionProvider"]
-    available = library.get_available_providers()
-    if "CUDAExecutionProvider" not in available:
-        raise UnavailableError(
-            f"{device} was asked for, but this ONNX Runtime has only {', '.join(available)}",
-            'pip uninstall onnxruntime, then pip install "spmdeploy[gpu]"; or ask for --device cpu',
-        )
-    # FP32 means FP32: by default this provider rounds what convolutions multiply to TF32's ten bits of mantissa.
-    return [("CUDAExecutionProvider", {"device_id": int(device.removeprefix("cuda:")), "use_tf32": 0})]
+def _to_package_error(error: Exception, device: str, batch: int = 1) -> Exception:
+    """ONNX Runtime's exceptions as ours; they share no base class, only the messages differ.
 
-
-def _to_package_error(error: Exception, device: str) -> Exception:
-    """ONNX Runtime's exceptions as ours; they share no base class, only the messages differ."""
+    batch: number of items that were to be computed.
+    """
     text = " ".join(str(error).split())[:400]
     signs = ("allocate memory", "out of memory", "bad_alloc", "smaller than requested bytes")
     if isinstance(error, MemoryError) or any(sign in text.lower() for sign in signs):
-        hint = "close other programs, or use a smaller --batch-size"
+        smaller = smaller_batch(batch) if device != "cpu" else None  # the memory that it needs is not known beforehand
+        hint = f"close other programs, or use {f'--batch-size {smaller}' if smaller else 'a smaller --batch-size'}"
         return OutOfMemoryError(f"ONNX Runtime ran out of memory on {device}: {text}", hint)
     if device != "cpu":
         return UnavailableError(f"ONNX Runtime cannot use {device}: {text}", "see `spmdeploy doctor`")

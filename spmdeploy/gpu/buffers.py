@@ -39,10 +39,11 @@ class EngineMemory:
     graphs copy from and to the first. Not yet run on a GPU.
     """
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, device: Device, mutex: threading.RLock | None = None) -> None:
+        """mutex: What `lock` holds; None: one of its own."""
         self.device = device
         self.generation = 0
-        self._mutex = threading.RLock()
+        self._mutex = mutex or threading.RLock()
         self._places: dict[str, tuple[int, int]] = {}
         self._ports = 0
         self._staging: list[_Staging] = []

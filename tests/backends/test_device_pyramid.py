@@ -159,6 +159,41 @@ def test_cascade_copies_images_to_the_host_at_the_end_only(gpu: SimulatedGpu, se
     assert sum(tables) < 1 << 16
 
 
+def test_cascade_tiles_of_a_batch_are_one_launch(gpu: SimulatedGpu, session: TensorRtSession) -> None:
+    edit(session, 75, 90)
+    gpu.calls.clear()
+    (window,) = edit(session, 75, 90, batch_size=4).report.windows
+    tiles = [len(level.tiles) for level in window.plan.levels]
+    batches = sum(math.ceil(count / 4) for count in tiles)
+    assert batches < sum(tiles)
+    for name in ("cut", "blend", "compare"):
+        assert gpu.calls.count(f"kernel {name}") == batches
+
+
+def test_cascade_prepares_a_batch_while_the_one_before_is_computed(
+    gpu: SimulatedGpu, session: TensorRtSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host waits for the copies of the batch before the last one, not for the stream, and never for the last."""
+    edit(session, 75, 90)
+    stage, unfinished = EngineMemory.stage, []
+
+    def watched(memory: EngineMemory, inputs: dict[str, np.ndarray]) -> None:
+        before = gpu.stream(memory.stream).done
+        end = gpu.stream(memory.stream).end
+        stage(memory, inputs)
+        if "tiles" in inputs:
+            unfinished.append((end - before, end - gpu.stream(memory.stream).done))
+
+    monkeypatch.setattr(EngineMemory, "stage", watched)
+    gpu.calls.clear()
+    edit(session, 75, 90, batch_size=4)
+    work = [number for number, call in enumerate(gpu.calls) if call in ("kernel cut", "kernel blend")]
+    assert "cuStreamSynchronize" not in gpu.calls[work[0] : work[-1]]
+    assert len(unfinished) > 3
+    for queued, left in unfinished[1:]:
+        assert queued > 0 and left > 0  # kernels of the batch before were not done when its successor was staged
+
+
 def test_cascade_repeated_allocates_one_block(gpu: SimulatedGpu, session: TensorRtSession) -> None:
     """One piece for inputs and outputs, one for activations, one lent to the cascade; nothing once it is warm."""
     edit(session, 75, 90)
@@ -293,16 +328,20 @@ class Graph:
     """A graph in ONNX Runtime that computes on the simulated GPU, in no stream of ours."""
 
     gpu: SimulatedGpu
+    batches: list[int]
     provider, size, outputs = "CUDAExecutionProvider", SIZE, frozenset({"edited", "unrounded"})
     fails: Exception | None = None
+    notes = ()
 
-    def __init__(self, content: Any, graph: str, device: str, threads: int, key: str | None = None) -> None:
+    def __init__(self, content: Any, graph: str, device: str, *_: Any) -> None:
         self._device = device
 
     def run(self, outputs: Any, inputs: Any) -> list[np.ndarray]:
         return [edited_like(dict(inputs))[name] for name in outputs]
 
     def bound(self, inputs: dict[str, DeviceArray], outputs: dict[str, DeviceArray]) -> Callable[[], None]:
+        self.batches.append(inputs["image"].shape[0])
+
         def view(array: DeviceArray) -> np.ndarray:
             memory = self.gpu.bytes_at(array.address, math.prod(array.shape) * np.dtype(array.dtype).itemsize)
             return memory.view(array.dtype).reshape(array.shape)
@@ -322,6 +361,7 @@ class Graph:
 def on_cuda(gpu: SimulatedGpu, monkeypatch: pytest.MonkeyPatch) -> Iterator[ort.OnnxRuntimeSession]:
     monkeypatch.setattr(ort, "LoadedGraph", Graph)
     monkeypatch.setattr(Graph, "gpu", gpu, raising=False)
+    monkeypatch.setattr(Graph, "batches", [], raising=False)
     session = ort.OnnxRuntimeSession(Path("edit"), "fp16", "cuda:0", refine=lambda: Path("refine"))
     yield session
     session.close()
@@ -336,6 +376,25 @@ def test_onnxruntime_cascade_equals_the_hosts(gpu: SimulatedGpu, on_cuda: ort.On
     assert gpu.calls.count("cuMemAlloc") == gpu.calls.count("cuMemFree") == 1
     read = [number for number, call in enumerate(gpu.calls) if call == "cuMemcpyDtoHAsync"]
     assert read[0] > max(number for number, call in enumerate(gpu.calls) if call.startswith("kernel"))
+
+
+def test_onnxruntime_cascade_is_bound_once_to_fixed_batches(gpu: SimulatedGpu, on_cuda: ort.OnnxRuntimeSession) -> None:
+    for batch in (3, 4, 2):  # with a smaller last batch each
+        assert_same(edit(on_cuda, 75, 90, batch_size=batch), edit(OnHost(on_cuda), 75, 90, batch_size=batch))
+    assert sorted(Graph.batches) == [1, 1, 4]  # the coarse edit, and tiles of both sizes
+    edit(on_cuda, 75, 90, batch_size=5)
+    assert sorted(Graph.batches[3:]) == [1, 4, 8]  # the memory has moved, and tiles are left for two sizes
+
+
+def test_onnxruntime_cascade_after_a_failed_reservation_reserves_again(
+    gpu: SimulatedGpu, on_cuda: ort.OnnxRuntimeSession
+) -> None:
+    expected = edit(on_cuda, 75, 90, batch_size=4).image
+    capacity, gpu.capacity = gpu.capacity, gpu.used + 10
+    assert edit(on_cuda, 75, 90, batch_size=8).report.windows[0].between_levels == "host"
+    gpu.capacity = capacity
+    found = edit(on_cuda, 75, 90, batch_size=4)
+    assert found.report.windows[0].between_levels == "device" and np.array_equal(found.image, expected)
 
 
 def test_onnxruntime_cascade_without_packages_runs_on_the_host(
