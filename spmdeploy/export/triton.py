@@ -21,6 +21,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from spmdeploy.backends.onnxruntime_cuda import cuda_options
 from spmdeploy.backends.verify import EXPORT_AGAIN, read_golden
 from spmdeploy.bundle.bundle import Bundle
 from spmdeploy.bundle.manifest import EDIT, ON_CPU, GraphRecord
@@ -90,6 +91,7 @@ class _ServedModel:
     """The files of the version folder, and their configuration."""
 
     backend: str
+    precision: str
     file: str
     source: str
     sha256: str
@@ -179,7 +181,16 @@ def _served_graph(bundle: Bundle, record: GraphRecord, options: TritonOptions) -
     contents = {"model.onnx": content, **weights}
     needs = "the onnxruntime backend" + ("" if options.device == "cpu" else " and a GPU")
     return _ServedModel(
-        "onnxruntime", "model.onnx", record.file, record.sha256, needs, max_batch, inputs, outputs, contents
+        backend="onnxruntime",
+        precision=record.precision,
+        file="model.onnx",
+        source=record.file,
+        sha256=record.sha256,
+        needs=needs,
+        max_batch=max_batch,
+        inputs=inputs,
+        outputs=outputs,
+        contents=contents,
     )
 
 
@@ -205,6 +216,7 @@ def _served_engine(bundle: Bundle, name: str, options: TritonOptions) -> _Served
     max_batch = _batch(options, record.batch.max, record.batch.max, f"the engine takes {record.batch}")
     return _ServedModel(
         backend="tensorrt",
+        precision=record.precision,
         file="model.plan",
         source=f"engines/{record.key}/{record.engine.file}",
         sha256=record.engine.sha256,
@@ -271,23 +283,27 @@ def _config(name: str, bundle: Bundle, served: _ServedModel, options: TritonOpti
         *_ports("input", served.inputs),
         *_ports("output", served.outputs),
         f"instance_group [ {{ kind: {kind} count: {options.instances} }} ]",
-        *_optimization(served.backend, options.device),
+        *_optimization(served, options.device),
         f"dynamic_batching {{ max_queue_delay_microseconds: {QUEUE_DELAY} }}",
         *(line for batch in warm_batches for line in _warmup(batch, served.inputs)),
     ]
     return "".join(f"{line}\n" for line in lines)
 
 
-def _optimization(backend: str, device: TritonDevice) -> Iterator[str]:
-    """Options of Triton's backends: CUDA graphs for TensorRT, exact FP32 for ONNX Runtime on GPUs."""
-    if backend == "tensorrt":  # small batches are bound by kernel launches
+def _optimization(served: _ServedModel, device: TritonDevice) -> Iterator[str]:
+    """Options of Triton's backends: CUDA graphs for TensorRT, the provider's options for ONNX Runtime on GPUs.
+
+    ONNX Runtime's CUDA graphs need inputs at the same addresses each time, which Triton's backend does not promise.
+    """
+    if served.backend == "tensorrt":  # small batches are bound by kernel launches
         yield "optimization { cuda { graphs: true } }"
     elif device == "gpu":
-        # No TF32. The exhaustive search of cuDNN would run again for every batch size.
-        chosen = {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
-        parameters = " ".join(f'parameters {{ key: "{key}" value: "{value}" }}' for key, value in chosen.items())
+        options = {name: value for name, value in cuda_options(0, served.precision).items() if name != "device_id"}
+        parameters = " ".join(f'parameters {{ key: "{name}" value: "{value}" }}' for name, value in options.items())
         accelerator = f'name: "cuda" {parameters}'
         yield f"optimization {{ execution_accelerators {{ gpu_execution_accelerator {{ {accelerator} }} }} }}"
+        # Triton's backend reads this option of the model after those above, by number, and sets 0 where it is missing.
+        yield 'parameters { key: "cudnn_conv_algo_search" value { string_value: "1" } }'
 
 
 def _ports(field: str, ports: Sequence[Port]) -> Iterator[str]:

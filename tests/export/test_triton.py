@@ -105,16 +105,37 @@ def test_export_triton_optimization_uses_fields_of_each_backend(
     messages: Any, export: Any, street_bundle: Path, tmp_path: Path
 ) -> None:
     export("--name", "gpu")
-    (accelerator,) = read_config(messages, tmp_path / "models/gpu").optimization.execution_accelerators.ListFields()[0][
-        1
-    ]
-    assert (accelerator.name, accelerator.parameters["use_tf32"]) == ("cuda", "0")
-    assert accelerator.parameters["cudnn_conv_algo_search"] == "HEURISTIC"
+    config = read_config(messages, tmp_path / "models/gpu")
+    (accelerator,) = config.optimization.execution_accelerators.gpu_execution_accelerator
+    chosen = {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
+    assert (accelerator.name, dict(accelerator.parameters)) == ("cuda", chosen | {"prefer_nhwc": "1"})
+    assert {name: value.string_value for name, value in config.parameters.items()} == {"cudnn_conv_algo_search": "1"}
+    export("--name", "exact", "--precision", "fp32")
+    (accelerator,) = read_config(
+        messages, tmp_path / "models/exact"
+    ).optimization.execution_accelerators.gpu_execution_accelerator
+    assert dict(accelerator.parameters) == chosen
     export("--name", "cpu", "--device", "cpu")
     assert not read_config(messages, tmp_path / "models/cpu").HasField("optimization")
     add_engine(street_bundle, SAMPLE, batch=BatchRange(1, 1, 4))
     export("--name", "engine", "--engine", "tensorrt")
     assert read_config(messages, tmp_path / "models/engine").optimization.cuda.graphs
+
+
+def test_export_triton_configuration_with_an_unknown_field_does_not_parse(
+    messages: Any, export: Any, tmp_path: Path
+) -> None:
+    """What the other tests rely on: parsing checks the name and type of every field."""
+    from google.protobuf.text_format import ParseError
+
+    export()
+    file = tmp_path / "models/tiny/config.pbtxt"
+    written = file.read_text(encoding="utf-8")
+    for old, new in (("max_batch_size: 8", "max_batches: 8"), ("count: 1", 'count: "1"'), ("KIND_GPU", "KIND_TPU")):
+        assert old in written
+        file.write_text(written.replace(old, new), encoding="utf-8")
+        with pytest.raises(ParseError):
+            read_config(messages, file.parent)
 
 
 @pytest.mark.parametrize("batch", [1, 8])
