@@ -66,10 +66,10 @@ def _open_on(
     if why:
         choices = [*choices, f"precision {record.precision}: {why}"]
     finer = _find(bundle, REFINE, record.precision, device)
-    get_finer = None if finer is None else lambda: _content(bundle, finer)
+    get_finer = None if finer is None else lambda: graph_content(bundle, finer)
     on_loading()
     session = OnnxRuntimeSession(
-        _content(bundle, record),
+        graph_content(bundle, record),
         record.precision,
         device,
         refine=get_finer,
@@ -88,7 +88,7 @@ def _parts_of(bundle: Bundle, record: GraphRecord) -> Callable[[], tuple[Graph, 
     if not names or not all(name in there for name in names):
         return None
     layout, picture = (there[name] for name in names)
-    return lambda: (_content(bundle, layout), _content(bundle, picture))
+    return lambda: (graph_content(bundle, layout), graph_content(bundle, picture))
 
 
 def _content_key(bundle: Bundle, record: GraphRecord) -> str:
@@ -96,7 +96,7 @@ def _content_key(bundle: Bundle, record: GraphRecord) -> str:
     return " ".join(bundle.digest(name) for name in record.files)
 
 
-def _content(bundle: Bundle, record: GraphRecord) -> Graph:
+def graph_content(bundle: Bundle, record: GraphRecord) -> Graph:
     """A path spares the copy in memory that bytes cost, but only a folder has one."""
     return bundle.path_of_graph(record) if bundle.is_on_disk(record) else bundle.read_graph(record)
 
@@ -167,7 +167,7 @@ class OnnxRuntimeSession:
         self.device = device
         self.precision: BackendPrecision = precision
         self._threads = threads
-        self._edit: LoadedGraph | None = LoadedGraph(edit, EDIT, device, threads, edit_key, precision)
+        self._edit: LoadedGraph | None = self._load(edit, EDIT, edit_key)
         self._refine: LoadedGraph | None = None
         self._parts: CachedLayoutGraphs | None = None
         self._cascades: OrtCascades | None = None
@@ -178,6 +178,9 @@ class OnnxRuntimeSession:
         self.refine_unsupported = None if self.refines else Unsupported(problem, add_refine)
         self._loading = threading.Lock()
         self.provider, self.size = self._edit.provider, self._edit.size
+
+    def _load(self, content: Graph, graph: str, key: str | None) -> LoadedGraph:
+        return LoadedGraph(content, graph, self.device, self._threads, key, self.precision)
 
     def run(self, inputs: ModelInput) -> NDArray[np.uint8]:
         edited: NDArray[np.uint8] = _open(self._edit).run(["edited"], inputs._asdict())[0]
@@ -198,9 +201,7 @@ class OnnxRuntimeSession:
                 if self._get_refine is None:
                     assert self.refine_unsupported is not None
                     raise BundleError(*self.refine_unsupported)
-                self._refine = LoadedGraph(
-                    self._get_refine(), REFINE, self.device, self._threads, self._refine_key, self.precision
-                )
+                self._refine = self._load(self._get_refine(), REFINE, self._refine_key)
             return self._refine
 
     @property

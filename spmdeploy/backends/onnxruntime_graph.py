@@ -186,7 +186,8 @@ def inference_session(library: Any, graph: Graph, options: Any, providers: list[
     return library.InferenceSession(graph.content, options, providers=providers, **without)
 
 
-def _options(library: Any, threads: int) -> Any:
+def session_options(library: Any, threads: int = 0) -> Any:
+    """Options for every provider. threads: 0 = `available_threads`."""
     options = library.SessionOptions()
     options.intra_op_num_threads = threads or available_threads()
     options.log_severity_level = 3
@@ -195,7 +196,7 @@ def _options(library: Any, threads: int) -> Any:
 
 def _cpu_options(library: Any, threads: int) -> Any:
     _bound_memory(library)
-    options = _options(library, threads)
+    options = session_options(library, threads)
     options.add_session_config_entry("session.use_env_allocators", "1")
     return options
 
@@ -256,18 +257,22 @@ class LoadedGraph:
         threads: int = 0,
         key: str | None = None,
         precision: str = "fp32",
+        open_session: Callable[[Any, Graph], Any] | None = None,
     ) -> None:
         """graph: EDIT or REFINE, whose inputs and outputs it must have.
 
         key: identifies the content; with it the optimized graph is cached on CPUs. precision: of the graph.
+        open_session: opens the graph with the library, where that is not with one of its own providers.
         """
         library = import_onnxruntime()
         self._device = device
         self._on_cuda: CudaSession | None = None
         try:
-            if device != "cpu":
+            if open_session is not None:
+                self._session: Any = open_session(library, content)
+            elif device != "cpu":
                 opened = _open_on_cuda(library, content, device, threads, precision, cuda_graphs=True)
-                self._session: Any = opened.session
+                self._session = opened.session
                 self._on_cuda = CudaSession(library, opened, _ordinal(device))
             elif key is None:
                 options = _cpu_options(library, threads)
@@ -352,7 +357,7 @@ def _open_on_cuda(
     _preload_cuda(library)
 
     def open_session(providers: list[Any]) -> Any:
-        options = _options(library, threads)
+        options = session_options(library, threads)
         # Without this ONNX Runtime moves to the CPU what a GPU cannot compute, or everything, without a message.
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         return inference_session(library, content, options, providers)

@@ -240,6 +240,13 @@ def _open_onnxruntime(bundle: Bundle, device: str, precision: str, on_loading: O
     return open_onnxruntime(bundle, device, precision, on_loading)
 
 
+def _open_onnxruntime_rtx(bundle: Bundle, device: str, precision: str, on_loading: OnLoading) -> OpenedBackend:
+    from spmdeploy.backends.onnxruntime_rtx import open_onnxruntime_rtx
+
+    on_loading()
+    return open_onnxruntime_rtx(bundle, device)
+
+
 def _open_torch(bundle: Bundle, device: str, precision: str, on_loading: OnLoading) -> OpenedBackend:
     from importlib import import_module
 
@@ -281,6 +288,12 @@ def _openvino_checks() -> Sequence[Check]:
     from spmdeploy.backends.doctor import check_openvino
 
     return check_openvino()
+
+
+def _onnxruntime_rtx_checks() -> Sequence[Check]:
+    from spmdeploy.backends.onnxruntime_rtx import check_onnxruntime_rtx
+
+    return [check_onnxruntime_rtx()]
 
 
 def _torch_checks() -> Sequence[Check]:
@@ -329,6 +342,16 @@ for _entry in (
         extra="cpu",
         bench_rows=("onnxruntime", "onnxruntime-plain", "onnxruntime-cuda"),
         checks=_onnxruntime_checks,
+    ),
+    BackendEntry(
+        "onnxruntime-rtx",
+        _open_onnxruntime_rtx,
+        "the bundle's FP16 graphs in ONNX Runtime with the TensorRT-RTX plugin, without `build`",
+        devices=("cuda",),
+        precisions=("fp16",),
+        modules=("onnxruntime", "onnxruntime_ep_nv_tensorrt_rtx"),
+        extra="onnxruntime-rtx",
+        checks=_onnxruntime_rtx_checks,
     ),
     BackendEntry(
         "openvino",

@@ -71,7 +71,8 @@ def default_precisions(name: str, device: str) -> tuple[str, ...]:
     if name in (REFERENCE_BACKEND, "torch-compile"):
         return ("fp32", "fp16") if on_gpu else ("fp32", "bf16")
     if on_gpu:
-        return ("fp16", "fp32")
+        offered = registry.backend_entry(name).precisions if name in registry.backend_names() else ("fp16", "fp32")
+        return tuple(precision for precision in ("fp16", "fp32") if precision in offered)
     backend = name.removesuffix("-plain")
     offered = registry.backend_entry(backend).precisions if backend in registry.backend_names() else ()
     return ("fp32", "bf16") if "bf16" in offered else ("auto",)

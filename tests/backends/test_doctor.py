@@ -189,6 +189,7 @@ def test_run_checks_lists_every_backend(machine: Machine) -> None:
         "torch",
         "onnxruntime on cuda",
         "onnxruntime on cpu",
+        "onnxruntime-rtx",
         "openvino on cpu",
         "export",
     ]
