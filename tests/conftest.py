@@ -14,9 +14,13 @@ SHARED = Path(__file__).resolve().parents[1] / "../shared"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if "street_bundle" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.exported)
+    """Order the tests so that one exports the bundle while another process runs those that do not need it."""
+    exported = [item for item in items if "street_bundle" in getattr(item, "fixturenames", ())]
+    for item in exported:
+        item.add_marker(pytest.mark.exported)
+    needing = set(exported)
+    others = [item for item in items if item not in needing]
+    items[:] = [*exported[:1], *others, *exported[1:]]
 
 
 @pytest.fixture(scope="session")

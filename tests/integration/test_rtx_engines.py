@@ -29,7 +29,6 @@ from spmdeploy.engines.store import StoredEngine, find_engines
 from spmdeploy.errors import BundleError, UnavailableError
 from tests.bundle.conftest import graph_record, manifest_of
 
-GOLDEN = Path(__file__).parents[1] / "golden/checkpoint.pth"
 RTX_3060, H100 = Gpu("NVIDIA GeForce RTX 3060", "8.6"), Gpu("NVIDIA H100", "9.0")
 
 rtx = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: engines cannot be built here")
@@ -50,12 +49,9 @@ def no_gpu() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def golden_model() -> onnx.ModelProto:
-    """The FP32 graph of the small golden checkpoint."""
-    from spmdeploy.export.onnx import export_edit
-    from spmdeploy.model.checkpoint import load_checkpoint
-
-    return export_edit(load_checkpoint(GOLDEN).generator)
+def golden_model(street_bundle: Path) -> onnx.ModelProto:
+    """The FP32 graph of a very small generator."""
+    return onnx.load(street_bundle / "graphs/edit.fp32.onnx")
 
 
 @pytest.fixture(scope="module")
@@ -263,6 +259,7 @@ def paper_engines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, BuiltEn
     return engines
 
 
+@pytest.mark.slow
 def test_real_build_of_the_full_size_works_in_both_precisions(paper_engines: dict[str, BuiltEngine]) -> None:
     assert paper_engines["fp32"].network_fp16_share == 0
     assert 0.9 < paper_engines["fp16"].network_fp16_share < 1
