@@ -123,9 +123,6 @@ def partial_masks(draw: st.DrawFn, longest: int = 700) -> np.ndarray:
     return mask
 
 
-# ---- the two promises ----
-
-
 def check_promises(mask: np.ndarray, size: int, feather: int, refines: bool = False) -> None:
     """Known pixels come back; neither hidden pixels nor labels beyond the mask's rim reach the result."""
     image, labels = noise(*mask.shape), labels_for(mask)
@@ -216,9 +213,6 @@ def test_edit_identity_session_returns_the_smooth_photo() -> None:
     assert (edit(covered, labels_for(mask), mask).image == image).all()
 
 
-# ---- what the session is given ----
-
-
 def test_edit_hidden_pixels_are_replaced_before_the_session() -> None:
     mask = np.zeros((256, 256), bool)
     mask[50:100, 50:100] = True
@@ -293,9 +287,6 @@ def test_edit_integer_mask_edits_non_zero_pixels() -> None:
     assert (as_bool[6, 6] == image[6, 6]).sum() < 3
 
 
-# ---- batches and progress ----
-
-
 def six_windows() -> np.ndarray:
     mask = np.zeros((700, 1100), bool)
     mask[100:600:400, 100:1000:400] = True
@@ -321,9 +312,6 @@ def test_edit_progress_counts_windows() -> None:
     mask = six_windows()
     edit(noise(700, 1100), labels_for(mask), mask, batch_size=4, progress=lambda *at: reported.append(at))
     assert reported == [(0, 6), (4, 6), (6, 6)]
-
-
-# ---- modes and report ----
 
 
 def test_edit_tiling_auto_is_off_only_at_the_models_size() -> None:
@@ -392,8 +380,6 @@ def test_editor_exit_closes_the_session() -> None:
         assert editor.choices == () and not session.closed
     assert session.closed
 
-
-# ---- inputs that must be caught ----
 
 PHOTO, IDS, MASK = np.zeros((6, 8, 3), np.uint8), np.zeros((6, 8), np.uint8), np.eye(6, 8, dtype=bool)
 BAD_INPUTS: dict[str, tuple[dict[str, Any], str]] = {

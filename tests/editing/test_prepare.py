@@ -133,9 +133,6 @@ def test_prepared_edit_bad_image_is_refused(image: Any, message: str) -> None:
         plan.edit(image)
 
 
-# ---- sessions that keep layouts ----
-
-
 @pytest.fixture(scope="module")
 def real(street_bundle: Path) -> dict[str, OnnxRuntimeSession]:
     """Both FP32 graphs of a real bundle, each with its two parts."""

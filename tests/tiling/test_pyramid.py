@@ -1,22 +1,17 @@
-"""Levels, tiles, blend weights and the seam score, by properties: no model, no files."""
+"""Levels, tiles and blend weights, by properties: no model, no files."""
 
 from __future__ import annotations
 
 from itertools import pairwise
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spmdeploy.tiling.pyramid import BASE_ENLARGED, PyramidLevel, blend_windows, plan_pyramid, tile_starts
-from spmdeploy.tiling.seams import border_lines, seam_score
 from spmdeploy.tiling.windows import Window, plan_windows
 
 quick = settings(max_examples=60, deadline=None)
-
-
-# ---- tiles along a line ----
 
 
 @st.composite
@@ -70,9 +65,6 @@ def test_blend_windows_fade_towards_neighbors_only() -> None:
     assert (np.diff(first[40:]) < 0).all() and first[-1] < 0.01
     np.testing.assert_array_equal(middle, middle[::-1])
     np.testing.assert_allclose(first, last[::-1], atol=1e-7)
-
-
-# ---- levels ----
 
 
 @st.composite
@@ -176,52 +168,3 @@ def test_plan_pyramid_thin_line_has_tiles_along_it_only() -> None:
     mask[np.arange(100, 1900), np.arange(100, 1900)] = True
     ((*_, last),) = planned(mask, 256)
     assert len(last.tiles) <= 3 * len(last.rows) < len(last.rows) * len(last.columns)
-
-
-# ---- seams ----
-
-
-def test_border_lines_are_at_starts_ends_and_middles_of_overlaps() -> None:
-    assert border_lines((10, 60, 110), 80) == {50, 80, 65, 100, 130, 115}
-    assert border_lines((10,), 80) == frozenset()
-
-
-@quick
-@given(st.integers(0, 2**32 - 1), st.integers(2, 40), st.integers(2, 40))
-def test_seam_score_equals_plain_loops(seed: int, height: int, width: int) -> None:
-    rng = np.random.default_rng(seed)
-    image, mask = rng.integers(0, 256, (height, width, 3), np.uint8), rng.random((height, width)) < 0.8
-    rows, columns = frozenset(rng.integers(1, height, 2).tolist()), frozenset(rng.integers(1, width, 2).tolist())
-    found: dict[tuple[str, bool], list[float]] = {}
-    for y, x in np.ndindex(height, width):
-        for axis, (v, u), line in (("down", (y - 1, x), y in rows), ("right", (y, x - 1), x in columns)):
-            if v >= 0 and u >= 0 and mask[y, x] and mask[v, u]:
-                step = float(np.abs(image[y, x].astype(int) - image[v, u]).mean())
-                found.setdefault((axis, line), []).append(step)
-    across = [
-        (np.mean(found[axis, True]) - np.mean(found[axis, False]), len(found[axis, True]))
-        for axis in ("down", "right")
-        if (axis, True) in found and (axis, False) in found
-    ]
-    score = seam_score(image, mask, rows, columns)
-    if across:
-        assert score == pytest.approx(sum(e * n for e, n in across) / sum(n for _, n in across), abs=1e-4)
-    else:
-        assert score is None
-
-
-def test_seam_score_gradient_is_zero_and_step_is_positive() -> None:
-    gradient = np.repeat(np.linspace(0, 200, 600, dtype=np.float32)[None, :, None], 400, axis=0).repeat(3, axis=2)
-    mask = np.ones(gradient.shape[:2], bool)
-    assert seam_score(gradient, mask, frozenset({100}), frozenset({300})) == pytest.approx(0, abs=1e-4)
-    gradient[:, 300:] += 6
-    assert seam_score(gradient, mask, frozenset(), frozenset({300})) == pytest.approx(6, abs=1e-3)
-
-
-def test_seam_score_known_pixels_do_not_count() -> None:
-    image = np.zeros((50, 50, 3), np.uint8)
-    image[:, 25:] = 99
-    mask = np.zeros((50, 50), bool)
-    mask[:, :25] = True
-    assert seam_score(image, mask, frozenset(), frozenset({25})) is None
-    assert seam_score(image, mask, frozenset(), frozenset({10, 25})) == 0
