@@ -126,25 +126,36 @@ def parts_table(row: Result) -> Table:
 
 
 def summary_table(records: Sequence[Record]) -> str:
-    """The table in the README: the median of every backend, a column for each model and scope."""
-    rows = _published(records)
+    """The table in the README: the median of every backend, a column for each model and scope.
+
+    The graphs as exported (`-plain`) are in docs/benchmarks.md only. The deviation is the largest of a backend.
+    """
+    rows = [(record, row) for record, row in _published(records) if not row.backend.endswith("-plain")]
     if not rows:
         return NO_FIGURES
     columns: dict[str, dict[str, str]] = {}
-    deviations: dict[str, str] = {}
+    deviations: dict[str, Result] = {}
     for record, row in rows:
         column = columns.setdefault(f"{record.subject.name}, {_SHORT_SCOPES[row.scope]}", {})
         assert row.latency_ms is not None
         times = f" ({format_number(row.ratio.value)}×)" if row.ratio is not None else ""
         column[backend_name(row)] = format_duration(row.latency_ms.p50) + times
-        deviations.setdefault(backend_name(row), format_deviation(row))
+        worst = deviations.setdefault(backend_name(row), row)
+        deviations[backend_name(row)] = max(worst, row, key=_deviation)
     cells = [
-        (name, *(column.get(name, "") for column in columns.values()), deviation)
-        for name, deviation in deviations.items()
+        (name, *(column.get(name, "") for column in columns.values()), format_deviation(worst))
+        for name, worst in deviations.items()
     ]
     table = markdown_table((("backend", *columns, "from PyTorch FP32"), cells))
     ratios = f"Medians; in parentheses, times as fast as {_baselines(rows)}. "
     return "\n".join([*table, "", ratios + _circumstances(records), ""])
+
+
+def _deviation(row: Result) -> tuple[float, float]:
+    """For comparison: the largest difference, then the negated PSNR; of equal images the least."""
+    if row.parity is None or row.parity.psnr_db is None:
+        return -1.0, 0.0
+    return row.parity.max_grey, -row.parity.psnr_db
 
 
 def detailed_tables(records: Sequence[Record]) -> str:

@@ -120,6 +120,16 @@ def test_summary_table_has_a_row_for_each_backend_and_a_column_for_each_scope() 
     assert "No figures yet" in tables.summary_table([])
 
 
+def test_summary_table_leaves_out_graphs_as_exported_and_shows_the_largest_deviation() -> None:
+    near, far = (Parity(IN_THIS_RUN, levels, 0.1, 70.0 - levels, ()) for levels in (1, 3))
+    rows = [
+        measured_row("onnxruntime", FAST, scope=scope, parity=it) for scope, it in (("engine", far), ("edit", near))
+    ]
+    lines = tables.summary_table([record_of(*rows, measured_row("onnxruntime-plain", FAST))]).splitlines()
+    assert lines[2].startswith("| onnxruntime fp32 |") and lines[2].endswith("| 3 gray levels, 67.0 dB |")
+    assert "onnxruntime-plain" not in "".join(lines[2:4]) and not lines[3]
+
+
 def test_detailed_tables_unstable_row_is_left_out() -> None:
     stable, unstable = measured_row(), measured_row("onnxruntime", FAST)
     assert unstable.latency_ms is not None
