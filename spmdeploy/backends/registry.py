@@ -17,10 +17,11 @@ from spmdeploy.errors import UnavailableError, UsageError
 if TYPE_CHECKING:
     from spmdeploy.bundle.bundle import Bundle
 
+SERVER = "server"
 OnLoading = Callable[[], None]
 Opener = Callable[["Bundle", str, str, OnLoading], OpenedBackend]
-"""Called with the bundle, the device (auto, cpu, cuda:N ...), the precision (auto, fp32 ...) and a callback that runs
-before a graph is loaded, which takes long and leaves Python to other threads."""
+"""Called with the bundle, the device (auto, cpu, cuda:N ...; the URL of a server), the precision (auto, fp32 ...) and a
+callback that runs before a graph is loaded, which takes long and leaves Python to other threads."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class BackendEntry:
     help: str
     """One phrase for the help texts and the documentation."""
     devices: tuple[str, ...] = ("cpu",)
-    """cpu, cuda, or both."""
+    """cpu, cuda, or both; `SERVER` alone where the device is the URL of a server."""
     precisions: tuple[str, ...] = ("fp32",)
     modules: tuple[str, ...] = ()
     """Top-level Python modules that it imports."""
@@ -44,6 +45,11 @@ class BackendEntry:
     """Names of what `bench` measures separately; empty: the backend's name alone."""
     checks: Callable[[], Sequence[Check]] | None = field(default=None, compare=False)
     """What `doctor` reports; None: whether the modules are installed."""
+
+    @property
+    def on_server(self) -> bool:
+        """Whether its device is the URL of a server."""
+        return self.devices == (SERVER,)
 
     def missing(self) -> str:
         """The first module that is not installed, or an empty string. Imports nothing."""
@@ -126,7 +132,7 @@ def open_backend(
     Args:
         bundle: The opened bundle.
         backend: auto (a compatible engine, else the fastest proved backend for this device) or a registered name.
-        device: auto (a GPU if one can be used, else the CPU), cpu or cuda:N.
+        device: auto (a GPU if one can be used, else the CPU), cpu or cuda:N; for triton the URL of the server.
         precision: auto, or one of `backend_precisions`.
         on_loading: Called before ONNX Runtime loads a graph, which takes long and leaves Python to other threads.
 
@@ -137,11 +143,14 @@ def open_backend(
     """
     if precision not in ("auto", *backend_precisions()):
         raise UsageError(f"unknown precision {precision!r}", f"choose from auto, {', '.join(backend_precisions())}")
-    if device != "auto":
+    entry = None if backend == "auto" else backend_entry(backend)
+    if entry is not None and entry.on_server:
+        if device in ("auto", "cpu") or device.startswith("cuda"):
+            raise UsageError(f"{backend} computes on a server, which is not named", "name it with --url HOST:PORT")
+    elif device != "auto":
         check_device(device)
-    if backend == "auto":
+    if entry is None:
         return _open_auto(bundle, device, precision, on_loading)
-    entry = backend_entry(backend)
     if device == "cpu" and "cpu" not in entry.devices:
         raise UsageError(f"{backend} runs on NVIDIA GPUs, not on the CPU", "leave --device out, or give cuda:0")
     if device.startswith("cuda") and "cuda" not in entry.devices:
@@ -232,6 +241,12 @@ def _open_openvino(bundle: Bundle, device: str, precision: str, on_loading: OnLo
     from spmdeploy.backends.openvino import open_openvino
 
     return open_openvino(bundle, device, precision, on_loading)
+
+
+def _open_triton(bundle: Bundle, device: str, precision: str, on_loading: OnLoading) -> OpenedBackend:
+    from spmdeploy.backends.triton import open_triton
+
+    return open_triton(bundle, device, precision)
 
 
 def _open_onnxruntime(bundle: Bundle, device: str, precision: str, on_loading: OnLoading) -> OpenedBackend:
@@ -362,6 +377,15 @@ for _entry in (
         extra="openvino",
         bench_rows=("openvino", "openvino-plain"),
         checks=_openvino_checks,
+    ),
+    BackendEntry(
+        "triton",
+        _open_triton,
+        "the models of export-triton on Triton servers, named by --url",
+        devices=(SERVER,),
+        precisions=("fp32", "fp16"),
+        modules=("tritonclient", "grpc", "rapidjson"),
+        extra="triton",
     ),
 ):
     register(_entry)

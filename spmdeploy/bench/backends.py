@@ -38,8 +38,13 @@ _COMPARISONS = ("torch-compile", "onnxruntime-plain", "openvino-plain")
 
 def _is_gpu_only(name: str) -> bool:
     return name.endswith("-cuda") or (
-        name in registry.backend_names() and "cpu" not in registry.backend_entry(name).devices
+        name in registry.backend_names() and registry.backend_entry(name).devices == ("cuda",)
     )
+
+
+def is_on_server(name: str) -> bool:
+    """Whether its device is the URL of a server."""
+    return name in registry.backend_names() and registry.backend_entry(name).on_server
 
 
 def open_backend(bundle: Bundle, name: str, device: str, precision: str) -> Backend:
@@ -48,7 +53,7 @@ def open_backend(bundle: Bundle, name: str, device: str, precision: str) -> Back
     Args:
         bundle: Holds the graphs.
         name: One of those that `bench --backend` takes.
-        device: auto, cpu or cuda:N.
+        device: auto, cpu or cuda:N; the URL of a server.
         precision: auto, fp32, tf32, fp16 or bf16.
 
     Raises:
@@ -88,9 +93,9 @@ def has_gpu() -> bool:
 
 def skip_by_default(name: str) -> None:
     """Raises UnavailableError for backends that are only measured when named."""
-    if name != "torch-compile":
-        return
-    if not has_gpu():
+    if is_on_server(name):
+        raise UnavailableError("left out: no server is named", f"name it: --backend {name} --url HOST:PORT")
+    if name == "torch-compile" and not has_gpu():
         raise UnavailableError("left out: compiling for a CPU takes minutes", "name it: --backend torch-compile")
 
 
@@ -98,7 +103,8 @@ def cold_start_options(name: str, device: str, precision: str) -> list[str]:
     """Options of `spmdeploy edit` for a backend. Raises UnavailableError where it does not offer it."""
     if name in _COMPARISONS:
         raise UnavailableError("`spmdeploy edit` does not offer it", "leave it out of --scope cold-start")
-    return ["--backend", name.removesuffix("-cuda"), "--device", _device_of(name, device), "--precision", precision]
+    place = "--url" if is_on_server(name) else "--device"
+    return ["--backend", name.removesuffix("-cuda"), place, _device_of(name, device), "--precision", precision]
 
 
 def has_torch() -> bool:
@@ -152,6 +158,8 @@ def _record_of(session: Backend, bundle: Bundle, name: str) -> GraphRecord | Non
 
 
 def _device_of(name: str, device: str) -> str:
+    if is_on_server(name):
+        return device
     if device != "auto":
         check_device(device)
     if _is_gpu_only(name):

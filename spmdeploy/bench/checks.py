@@ -82,7 +82,7 @@ def run_thorough(bundle: Bundle, session: Backend, reopen: Callable[[], Backend]
 
 def check_repeatability(session: Backend, golden: GoldenSample) -> Check:
     """The same bytes in every run, and no growing GPU memory."""
-    runs = CPU_RUNS if session.device == "cpu" else GPU_RUNS
+    runs = GPU_RUNS if session.device.startswith("cuda:") else CPU_RUNS
     digests, free = set(), []
     for number in range(runs):
         digests.add(hashlib.sha256(session.run(golden.inputs).tobytes()).hexdigest())

@@ -21,6 +21,7 @@ from spmdeploy.bench.backends import (
     REFERENCE_BACKEND,
     default_precisions,
     has_torch,
+    is_on_server,
     skip_by_default,
 )
 from spmdeploy.bench.machine import BackgroundLoad, LoadMeter, State, describe_machine, read_state
@@ -61,6 +62,8 @@ class Options:
     precisions: tuple[str, ...] = ()
     """Empty: those of `default_precisions` for each backend."""
     device: str = "auto"
+    url: str | None = None
+    """Of the servers, for backends that compute there."""
     scopes: tuple[Scope, ...] = ("engine",)
     batches: tuple[int, ...] = (1,)
     streams: tuple[int, ...] = (1,)
@@ -75,6 +78,9 @@ class Options:
         """When a case has run long enough; `seconds` alone decides where it is given."""
         return StopCondition(SECONDS, ITERATIONS[scope]) if self.seconds is None else StopCondition(self.seconds, 0)
 
+    def device_of(self, backend: str) -> str:
+        return self.url if self.url is not None and is_on_server(backend) else self.device
+
     def command(self) -> str:
         """The command that repeats the run, without folders."""
         repeated: dict[str, Iterable[object]] = {
@@ -82,6 +88,7 @@ class Options:
             "backend": self.backends,
             "precision": self.precisions,
             "device": [self.device],
+            "url": [self.url] if self.url else [],
             "scope": self.scopes,
             "batch": self.batches,
             "streams": self.streams,
@@ -216,7 +223,7 @@ def _open_backends(
             if options.preset is not None and backend in ("tensorrt", "tensorrt-rtx"):
                 progress(f"building engines for {backend} {precision}", 0.0)
                 _in_process(_build_engines, bundle.path, backend, precision)
-            worker = stack.enter_context(Worker(bundle.path, backend, options.device, precision))
+            worker = stack.enter_context(Worker(bundle.path, backend, options.device_of(backend), precision))
             golden = tuple(worker.verify()) if bundle.manifest.golden else ()
             yield BackendUnderTest(backend, precision, worker, worker.describe(), golden)
         except SpmDeployError as exc:
@@ -276,7 +283,8 @@ def _cpu_rates(seconds: float) -> list[PeakRates]:
 
 def _gpu_rates(rows: Sequence[Result], seconds: float) -> list[PeakRates]:
     """Rates of every GPU and precision that was measured; only torch can measure them."""
-    places = {(row.ran.device, row.ran.precision) for row in rows if row.ran is not None and row.ran.device != "cpu"}
+    ran = [row.ran for row in rows if row.ran is not None and row.ran.device.startswith("cuda:")]
+    places = {(one.device, one.precision) for one in ran}
     return [_in_process(_torch_rates, *place, seconds) for place in sorted(places)] if has_torch() else []
 
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from spmdeploy.backends.verify import GoldenResult, limits_of
 from spmdeploy.bench.backend_process import BackendCrashedError, FirstRun, Measurable
-from spmdeploy.bench.backends import cold_start_options
+from spmdeploy.bench.backends import cold_start_options, is_on_server
 from spmdeploy.bench.cold_start import ColdStart
 from spmdeploy.bench.parity import Parity, check_golden_parity, check_parity
 from spmdeploy.bench.results import BackendInfo, MemoryUsage, Result, Scope, Status
@@ -138,7 +138,8 @@ class CaseRunner:
             return backend.worker, self._first(backend.worker)
         folder = Path(stack.enter_context(TemporaryDirectory()))
         case = edit_case(self.bundle.manifest.classes, self.case.size, self.case.mask)
-        options = cold_start_options(backend.backend, self.device, backend.precision)
+        device = backend.ran.device if backend.ran is not None and is_on_server(backend.backend) else self.device
+        options = cold_start_options(backend.backend, device, backend.precision)
         start = ColdStart(write_case(case, folder), ["--model", str(self.bundle.path.resolve()), *options])
         return start, start.first()
 

@@ -15,7 +15,9 @@ from spmdeploy.cli.options import (
     Overwrite,
     PrecisionOption,
     RequireSignature,
+    Url,
     Verbose,
+    device_from,
     open_editor_from_options,
     record_from,
     with_fields_of,
@@ -34,6 +36,7 @@ def batch(
     model: Model = None,
     backend: BackendOption = "auto",
     device: Device = "auto",
+    url: Url = None,
     precision: PrecisionOption = "auto",
     require_signature: RequireSignature = None,
     jobs: Annotated[int, typer.Option("--jobs", min=1, help="Edits under way at once.")] = 1,
@@ -66,7 +69,7 @@ def batch(
     from spmdeploy.editing.manifest import read_manifest
     from spmdeploy.editing.status import STATUS_FILE, ItemStatus
 
-    folder = as_path(output_dir)
+    device, folder = device_from(backend, device, url), as_path(output_dir)
     items = read_manifest(as_path(manifest), folder, overwrite, record_from(EditOptions, values))
     done = 0
     with progress_bar("editing") as show:

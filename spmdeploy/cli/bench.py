@@ -10,7 +10,7 @@ from typer.core import TyperGroup
 
 from spmdeploy.backends.registry import bench_names
 from spmdeploy.cli.console import format_table, log, print_result, status_line
-from spmdeploy.cli.options import Device, Json, Overwrite, Preset, one_of, unique
+from spmdeploy.cli.options import Device, Json, Overwrite, Preset, Url, one_of, unique
 from spmdeploy.errors import UsageError
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ def bench_run(
         ),
     ] = None,
     device: Device = "auto",
+    url: Url = None,
     scope: Annotated[
         list[str] | None,
         typer.Option(
@@ -123,6 +124,7 @@ def bench_run(
         backends=unique(backend or ()),
         precisions=unique(precision or ()),
         device=device,
+        url=url,
         scopes=unique(scopes),
         batches=unique(batch_size or [1]),
         streams=unique(streams or [1]),

@@ -19,7 +19,9 @@ from spmdeploy.cli.options import (
     Overwrite,
     PrecisionOption,
     RequireSignature,
+    Url,
     Verbose,
+    device_from,
     open_editor_from_options,
     source_and_target,
 )
@@ -67,6 +69,7 @@ def verify(
     bundle: Annotated[Path | None, typer.Argument(help=BUILTIN_BUNDLE)] = None,
     backend: BackendOption = "auto",
     device: Device = "auto",
+    url: Url = None,
     precision: PrecisionOption = "auto",
     require_signature: RequireSignature = None,
     thorough: Annotated[
@@ -85,6 +88,7 @@ def verify(
     from spmdeploy.backends.verify import verify as run_golden_edits
     from spmdeploy.bundle.bundle import open_bundle
 
+    device = device_from(backend, device, url)
     opened = open_bundle(bundle or spmdeploy.default_model(), public_key_from(require_signature))
     opened.check_all()
     with open_editor_from_options(

@@ -9,13 +9,14 @@ import typer
 
 import spmdeploy
 from spmdeploy.cli.console import format_table, print_result
-from spmdeploy.cli.options import Json
+from spmdeploy.cli.options import Json, Url
 
 
 def doctor(
     bundle: Annotated[
         Path | None, typer.Argument(help="The bundle whose engines are checked; without it the built-in one.")
     ] = None,
+    url: Url = None,
     as_json: Json = False,
 ) -> None:
     """Show which backends this machine can run.
@@ -26,7 +27,7 @@ def doctor(
     from spmdeploy.bundle.bundle import open_bundle
 
     opened = open_bundle(bundle or spmdeploy.default_model())
-    findings, machine = checks.run_checks(opened), checks.machine()
+    findings, machine = checks.run_checks(opened, url), checks.machine()
     rows = [(finding.name, "usable" if finding.usable else "not usable", finding.reason) for finding in findings]
     lines = [", ".join(f"{name} {value}" for name, value in machine.items())]
     lines += format_table(("", "", ""), rows)[1:]

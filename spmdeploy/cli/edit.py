@@ -15,7 +15,9 @@ from spmdeploy.cli.options import (
     Model,
     PrecisionOption,
     RequireSignature,
+    Url,
     Verbose,
+    device_from,
     open_editor_from_options,
     record_from,
     with_fields_of,
@@ -36,6 +38,7 @@ def edit(
     model: Model = None,
     backend: BackendOption = "auto",
     device: Device = "auto",
+    url: Url = None,
     precision: PrecisionOption = "auto",
     require_signature: RequireSignature = None,
     verbose: Verbose = False,
@@ -48,6 +51,7 @@ def edit(
     --extend the photo grows beyond its borders; --labels is then a map of the extended photo. A session file (.zip) of
     the studio in place of the photo holds all of these and is replayed to the same bytes.
     """
+    device = device_from(backend, device, url)
     if values["image"].suffix.lower() == ".zip":
         _replay(values, model, backend, device, precision, require_signature, verbose, as_json)
         return

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, ge
 import typer
 
 import spmdeploy
-from spmdeploy.backends.registry import backend_names, backend_precisions, backends
+from spmdeploy.backends.registry import backend_entry, backend_names, backend_precisions, backends
 from spmdeploy.cli.console import log, require_extra
 from spmdeploy.editing.options import OptionField, option_fields
+from spmdeploy.errors import UsageError
 from spmdeploy.remote import RemotePath
 
 if TYPE_CHECKING:
@@ -131,6 +132,17 @@ BackendOption = Annotated[
 Device = Annotated[str, typer.Option("--device", metavar="auto|cpu|cuda:N", help="Device to run on.")]
 
 
+Url = Annotated[
+    str | None,
+    typer.Option(
+        "--url",
+        metavar="HOST:PORT[,...][/MODEL]",
+        help="With --backend triton: gRPC address of the server, or of several that share the work; MODEL if it is not "
+        "named like the bundle.",
+    ),
+]
+
+
 PrecisionOption = Annotated[
     str,
     typer.Option(
@@ -161,6 +173,17 @@ Targets = Annotated[
 
 
 Classes = Annotated[str, typer.Option("--classes", help="cityscapes, ade20k, street, or a JSON file of your own.")]
+
+
+def device_from(backend: str, device: str, url: str | None) -> str:
+    """Return the device: for a backend on a server its URL. Raises UsageError if the options contradict each other."""
+    if url is None:
+        return device
+    if backend == "auto" or not backend_entry(backend).on_server:
+        raise UsageError("--url is for --backend triton", "add it, or leave --url out")
+    if device != "auto":
+        raise UsageError(f"--device {device} and --url contradict each other", "leave --device out")
+    return url
 
 
 def open_editor_from_options(

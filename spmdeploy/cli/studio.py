@@ -16,6 +16,8 @@ from spmdeploy.cli.options import (
     Model,
     PrecisionOption,
     RequireSignature,
+    Url,
+    device_from,
     open_editor_from_options,
 )
 from spmdeploy.errors import UsageError
@@ -25,6 +27,7 @@ def studio(
     model: Model = None,
     backend: BackendOption = "auto",
     device: Device = "auto",
+    url: Url = None,
     precision: PrecisionOption = "auto",
     require_signature: RequireSignature = None,
     host: Annotated[str, typer.Option(help="Address to listen at; others than this machine's own need --token.")] = (
@@ -57,6 +60,7 @@ def studio(
     Paint what should be there and see it: the page works offline. Programs use POST /v1/edits, described at /docs.
     Uploads stay in memory. SIGTERM finishes accepted edits.
     """
+    device = device_from(backend, device, url)
     access_token = _checked_token(host, token)
     with require_extra("studio"):
         from spmdeploy.studio.app import Served

@@ -81,7 +81,7 @@ class EditWorker:
         except Exception as exc:  # of a library: it must name the node, too
             return Opened((), (), f"{type(exc).__name__}: {exc}", None)
         self._editor, session = editor, editor.session
-        device = "CPU" if session.device == "cpu" else "GPU"
+        device = "GPU" if session.device.startswith("cuda") else session.device.replace("cpu", "CPU")
         return Opened((session.backend, session.provider, device, session.precision), tuple(editor.choices))
 
     def run(self, items: list[PreparedItem]) -> ChunkResult:

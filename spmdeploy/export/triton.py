@@ -1,6 +1,7 @@
 """Writes a model repository of the Triton Inference Server for a graph or TensorRT engine of a bundle.
 
-    REPOSITORY/NAME/config.pbtxt    the model's configuration (model_config.proto, message ModelConfig)
+    REPOSITORY/NAME/config.pbtxt    the model's configuration (model_config.proto, message ModelConfig); its parameters
+                                    say which graph it is, for `backends.triton`
     REPOSITORY/NAME/1/model.onnx    the graph, and its external data files
     REPOSITORY/NAME/1/model.plan    or the TensorRT engine
     REPOSITORY/NAME/warmup/         a golden edit, which every instance computes before it serves requests
@@ -22,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spmdeploy.backends.onnxruntime_cuda import cuda_options
+from spmdeploy.backends.triton import CONTENT, GRAPH, PRECISION, graph_content
 from spmdeploy.backends.verify import EXPORT_AGAIN, read_golden
 from spmdeploy.bundle.bundle import Bundle
 from spmdeploy.bundle.manifest import EDIT, ON_CPU, GraphRecord
@@ -95,6 +97,8 @@ class _ServedModel:
     file: str
     source: str
     sha256: str
+    identity: Mapping[str, str]
+    """Parameters of the configuration by which clients know the graph."""
     needs: str
     max_batch: int
     inputs: tuple[Port, ...]
@@ -186,6 +190,7 @@ def _served_graph(bundle: Bundle, record: GraphRecord, options: TritonOptions) -
         file="model.onnx",
         source=record.file,
         sha256=record.sha256,
+        identity={GRAPH: record.graph, PRECISION: record.precision, CONTENT: graph_content(bundle, record)},
         needs=needs,
         max_batch=max_batch,
         inputs=inputs,
@@ -214,12 +219,14 @@ def _served_engine(bundle: Bundle, name: str, options: TritonOptions) -> _Served
         asked = "a CPU" if options.device == "cpu" else options.precision
         raise UsageError(f"{record.key} is a {record.precision} engine for a GPU, and {asked} was requested", None)
     max_batch = _batch(options, record.batch.max, record.batch.max, f"the engine takes {record.batch}")
+    sources = [source.sha256 for source in (record.onnx, record.weights) if source is not None]
     return _ServedModel(
         backend="tensorrt",
         precision=record.precision,
         file="model.plan",
         source=f"engines/{record.key}/{record.engine.file}",
         sha256=record.engine.sha256,
+        identity={GRAPH: record.graph, PRECISION: record.precision, CONTENT: " ".join(sources)},
         needs=f"TensorRT {record.version} and {record.target}",
         max_batch=max_batch,
         inputs=record.inputs,
@@ -285,6 +292,10 @@ def _config(name: str, bundle: Bundle, served: _ServedModel, options: TritonOpti
         f"instance_group [ {{ kind: {kind} count: {options.instances} }} ]",
         *_optimization(served, options.device),
         f"dynamic_batching {{ max_queue_delay_microseconds: {QUEUE_DELAY} }}",
+        *(
+            f'parameters {{ key: "{key}" value {{ string_value: "{value}" }} }}'
+            for key, value in served.identity.items()
+        ),
         *(line for batch in warm_batches for line in _warmup(batch, served.inputs)),
     ]
     return "".join(f"{line}\n" for line in lines)

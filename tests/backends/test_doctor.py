@@ -191,6 +191,7 @@ def test_run_checks_lists_every_backend(machine: Machine) -> None:
         "onnxruntime on cpu",
         "onnxruntime-rtx",
         "openvino on cpu",
+        "triton",
         "export",
     ]
     for finding in machine.run_checks().values():
