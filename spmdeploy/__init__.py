@@ -61,9 +61,12 @@ def open_editor(
         UsageError: There is no such backend, device or precision.
     """
     from spmdeploy.bundle.bundle import open_bundle
-    from spmdeploy.bundle.signature import read_public_key
 
-    key = None if require_signature is None else read_public_key(require_signature)
+    key = None
+    if require_signature is not None:
+        from spmdeploy.bundle.signature import read_public_key
+
+        key = read_public_key(require_signature)
     bundle = open_bundle(default_model() if model is None else model, key)
     from spmdeploy.backends.registry import open_backend
 

@@ -1,4 +1,4 @@
-"""Atomic writes, SHA-256, safe names and translation of the operating system's errors."""
+"""Atomic writes, SHA-256, safe names, the user's cache, and translation of the operating system's errors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from spmdeploy.errors import InputError, OutOfMemoryError, SpmDeployError
+from spmdeploy.errors import InputError, OutOfMemoryError, SpmDeployError, UnavailableError
 
 if sys.platform != "win32":
     import fcntl
@@ -40,6 +40,24 @@ def quote_path(path: str | Path) -> str:
     """Return a path as it is typed in a command: in quotes where it contains blanks."""
     text = str(path)
     return f'"{text}"' if re.search(r"\s", text) else text
+
+
+def user_cache() -> Path:
+    """The folder for what can be made again.
+
+    $SPMDEPLOY_CACHE, else spmdeploy/ in $XDG_CACHE_HOME (which the XDG specification ignores unless it is absolute),
+    else ~/.cache/spmdeploy.
+
+    Raises:
+        UnavailableError: No home folder is known.
+    """
+    if chosen := os.environ.get("SPMDEPLOY_CACHE"):
+        return Path(chosen).absolute()
+    xdg = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    caches = xdg if xdg.is_absolute() else Path(os.path.expanduser("~/.cache"))
+    if not caches.is_absolute():
+        raise UnavailableError("no home folder is known to keep engines in", "set SPMDEPLOY_CACHE to a folder")
+    return caches / "spmdeploy"
 
 
 def is_safe_relative_path(name: str) -> bool:

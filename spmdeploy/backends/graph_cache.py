@@ -18,9 +18,8 @@ from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
-from spmdeploy.engines.store import cache_folder
 from spmdeploy.errors import SpmDeployError
-from spmdeploy.files import atomic_replace_dir, sha256
+from spmdeploy.files import atomic_replace_dir, sha256, user_cache
 
 logger = logging.getLogger("spmdeploy")
 
@@ -52,7 +51,7 @@ def graph_cache_folder() -> Path:
     Raises:
         UnavailableError: No home folder is known.
     """
-    return cache_folder().with_name("graphs")
+    return user_cache() / "graphs"
 
 
 def open_cached(key: str, load: Callable[[Path], _T], make: Callable[[Path], _T], plain: Callable[[], _T]) -> _T:

@@ -15,14 +15,13 @@ from spmdeploy.backends.onnxruntime_graph import CachedLayoutGraphs, Graph, Load
 from spmdeploy.bundle.bundle import Bundle
 from spmdeploy.bundle.manifest import EDIT, ON_CPU, PARTS, REFINE, GraphRecord
 from spmdeploy.errors import BundleError, UnavailableError
-from spmdeploy.gpu.arrays import DeviceArray
-from spmdeploy.gpu.driver import visible_gpus
 from spmdeploy.types import BackendPrecision, LayoutInput, ModelInput, Precision
 
 if TYPE_CHECKING:
     from spmdeploy.backends.base import LayoutRun
     from spmdeploy.backends.device_pyramid import DeviceCascade
     from spmdeploy.backends.onnxruntime_pyramid import OrtCascades
+    from spmdeploy.gpu.arrays import DeviceArray
     from spmdeploy.tiling.letterbox import Letterbox
     from spmdeploy.tiling.pyramid import PyramidLevel
 
@@ -133,6 +132,8 @@ def best_device() -> tuple[str, str]:
     """The device that `auto` means, and why."""
     if "CUDAExecutionProvider" not in import_onnxruntime().get_available_providers():
         return "cpu", "this ONNX Runtime is built without CUDA"
+    from spmdeploy.gpu.driver import visible_gpus
+
     try:
         gpus = visible_gpus()
     except OSError as exc:

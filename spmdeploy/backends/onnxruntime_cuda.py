@@ -16,12 +16,13 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from spmdeploy.gpu.arrays import DeviceArray
+if TYPE_CHECKING:
+    from spmdeploy.gpu.arrays import DeviceArray
 
 FIXED_BATCHES = (1, 4, 8)
 CUDA_CALLS = threading.RLock()

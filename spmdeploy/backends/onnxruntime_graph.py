@@ -29,11 +29,11 @@ from spmdeploy.backends.threads import available_threads
 from spmdeploy.bundle.bundle import GraphFiles
 from spmdeploy.bundle.manifest import REFINE
 from spmdeploy.errors import BundleError, OutOfMemoryError, SpmDeployError, UnavailableError
-from spmdeploy.gpu.arrays import DeviceArray
 from spmdeploy.types import LayoutInput, ModelInput
 
 if TYPE_CHECKING:
     from spmdeploy.backends.base import LayoutRun
+    from spmdeploy.gpu.arrays import DeviceArray
 
 _INPUTS = {
     "image": "tensor(uint8)",

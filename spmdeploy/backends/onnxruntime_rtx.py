@@ -26,8 +26,8 @@ from spmdeploy.backends.onnxruntime_graph import (
 from spmdeploy.backends.verify import verify_edits
 from spmdeploy.bundle.bundle import Bundle
 from spmdeploy.bundle.manifest import EDIT, REFINE
-from spmdeploy.engines.store import cache_folder
 from spmdeploy.errors import UnavailableError, VerificationError
+from spmdeploy.files import user_cache
 from spmdeploy.gpu.driver import visible_gpus
 from spmdeploy.types import Precision
 
@@ -97,7 +97,7 @@ def _open_session(device: str, library: Any, content: Graph) -> Any:
     options = session_options(library)
     for key, value in _ENTRIES.items():
         options.add_session_config_entry(key, value)
-    kernels = cache_folder().parent / "onnxruntime-rtx"
+    kernels = user_cache() / "onnxruntime-rtx"
     kernels.mkdir(mode=0o700, parents=True, exist_ok=True)
     options.add_provider_for_devices([devices[ordinal]], {"nv_runtime_cache_path": str(kernels)})
     session = inference_session(library, content, options, [])

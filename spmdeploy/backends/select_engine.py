@@ -15,9 +15,9 @@ from spmdeploy.bundle.manifest import EDIT, LAYOUT, PICTURE, REFINE
 from spmdeploy.engines.library import import_engine_library, local_host
 from spmdeploy.engines.plan import CACHED_LAYOUT
 from spmdeploy.engines.record import EngineHost, EngineRecord, EngineRuntime, Gpu, Verification
-from spmdeploy.engines.store import StoredEngine, cache_folder, find_engines
+from spmdeploy.engines.store import StoredEngine, find_engines
 from spmdeploy.errors import BundleError, InputError, SpmDeployError, UnavailableError, VerificationError
-from spmdeploy.files import quote_path
+from spmdeploy.files import quote_path, user_cache
 from spmdeploy.gpu.driver import gpu_facts
 
 if TYPE_CHECKING:
@@ -283,4 +283,4 @@ def _kept(record: EngineRecord) -> EngineRecord | None:
 
 
 def _kept_path(record: EngineRecord) -> Path:
-    return cache_folder().parent / "verified" / f"{record.key}.json"
+    return user_cache() / "verified" / f"{record.key}.json"

@@ -24,7 +24,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from spmdeploy.bundle.external_data import external_locations
 from spmdeploy.bundle.manifest import (
@@ -35,7 +35,6 @@ from spmdeploy.bundle.manifest import (
     Manifest,
     check_version,
 )
-from spmdeploy.bundle.signature import PublicKey, Signature, check_signature
 from spmdeploy.bundle.storage import (
     COPY_AGAIN,
     ENGINES,
@@ -55,6 +54,9 @@ from spmdeploy.bundle.storage import (
 from spmdeploy.errors import BundleError
 from spmdeploy.files import is_safe_relative_path, os_errors, quote_path, sha256
 from spmdeploy.serialization import shorten
+
+if TYPE_CHECKING:
+    from spmdeploy.bundle.signature import PublicKey, Signature
 
 MAX_TEXT_BYTES = 4 << 20  # manifest.json and SHA256SUMS, read before anything is trusted
 _WEIGHTS = ((EDIT, "fp32"), (ON_CPU[EDIT], "fp32"))  # the graphs that weights can be read back from
@@ -267,6 +269,8 @@ def _check_signature(store: FileStore, sums: bytes, key: PublicKey) -> Signature
             f"{store.shown}: not signed, but a signature by the key {key.name} is required",
             "get the signed bundle, or sign it: spmdeploy bundle pack BUNDLE OUT.spm --sign KEY",
         )
+    from spmdeploy.bundle.signature import check_signature
+
     return check_signature(sums, _read_text(store, SIGNATURE), key, store.shown / SIGNATURE)
 
 

@@ -29,7 +29,6 @@ from spmdeploy.editing.preprocess import (
     resize_mask,
     stacked,
 )
-from spmdeploy.editing.pyramid import refine_window
 from spmdeploy.editing.report import EditReport, PhaseTimer, WindowReport, report_notes
 from spmdeploy.editing.validate import InputNames, check_image, check_layout, check_padding
 from spmdeploy.imaging.resize import resize_photo
@@ -272,6 +271,8 @@ class Editor:
         self, window: PlannedWindow, region: EditRegion, options: EditOptions, timer: PhaseTimer
     ) -> WindowReport:
         """Edit one large window: first at the model's size, then refined to full resolution."""
+        from spmdeploy.editing.pyramid import refine_window  # which most edits do not need
+
         letterbox, levels = window.letterbox, window.levels
         with timer.phase("prepare"):
             inputs = stacked([letterbox_input(letterbox, region)])

@@ -16,9 +16,8 @@ from numpy.typing import NDArray
 from spmdeploy.editing.batch import PreparedItem, edit_item
 from spmdeploy.editing.editor import Editor
 from spmdeploy.editing.status import ItemStatus
-from spmdeploy.engines.store import cache_folder
 from spmdeploy.errors import SpmDeployError, UnavailableError
-from spmdeploy.files import atomic_write, sha256
+from spmdeploy.files import atomic_write, sha256, user_cache
 
 
 @dataclass(frozen=True)
@@ -126,7 +125,7 @@ def _place_bundle(bundle: NDArray[np.uint8], expected: str) -> Path:
     Raises:
         UnavailableError: it arrived with other bytes.
     """
-    path = cache_folder().parent / "fleet" / f"{expected}.spm"
+    path = user_cache() / "fleet" / f"{expected}.spm"
     path.parent.mkdir(parents=True, exist_ok=True)
     if not (path.exists() and _file_digest(path) == expected):
         if hashlib.sha256(bundle.data).hexdigest() != expected:

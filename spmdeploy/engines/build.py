@@ -32,10 +32,10 @@ from spmdeploy.engines.record import (
     operating_system,
     slug,
 )
-from spmdeploy.engines.store import cache_folder, find_engines
+from spmdeploy.engines.store import find_engines
 from spmdeploy.engines.writer import EnginePlace, EngineWriter, choose_place
 from spmdeploy.errors import BundleError, InputError, UnavailableError, VerificationError
-from spmdeploy.files import atomic_write
+from spmdeploy.files import atomic_write, user_cache
 from spmdeploy.version import __version__
 
 MIN_FP16_SHARE = 0.5
@@ -245,7 +245,7 @@ class _EngineBuild:
         folder = self._options.timing_cache
         if folder is None:
             try:
-                folder = cache_folder().parent / "timing"
+                folder = user_cache() / "timing"
             except UnavailableError:
                 return None
         name = slug(plan.runtime, plan.version, plan.gpu.name, plan.gpu.compute_capability)

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from spmdeploy.engines.record import EngineRecord
-from spmdeploy.engines.store import cache_folder
 from spmdeploy.errors import InputError, UnavailableError
-from spmdeploy.files import atomic_write
+from spmdeploy.files import atomic_write, user_cache
 
 MAX_BYTES = 1 << 30
 
@@ -31,7 +30,7 @@ class KernelCache:
         self._content = b""
         self._path: Path | None = None
         with suppress(UnavailableError, OSError):
-            self._path = cache_folder().parent / "kernels" / record.key
+            self._path = user_cache() / "kernels" / record.key
             if self._path.stat().st_size <= MAX_BYTES:
                 content = self._path.read_bytes()
                 self._content = content if cache.deserialize(content) else b""

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,7 +31,7 @@ from spmdeploy.engines.record import (
     permanent_incompatibilities,
 )
 from spmdeploy.errors import BundleError, InputError, UnavailableError, UsageError
-from spmdeploy.files import atomic_write, os_errors, sha256
+from spmdeploy.files import atomic_write, os_errors, sha256, user_cache
 
 MAX_RECORD_BYTES = 1 << 20
 logger = logging.getLogger("spmdeploy")
@@ -344,16 +343,7 @@ def _concerns(bundle: Bundle, record: EngineRecord | None) -> bool:
 def cache_folder() -> Path:
     """The folder for engines of bundles that cannot be written to.
 
-    $SPMDEPLOY_CACHE, else spmdeploy/ in $XDG_CACHE_HOME (which the XDG specification ignores unless it is absolute),
-    else ~/.cache/spmdeploy.
-
     Raises:
         UnavailableError: No home folder is known.
     """
-    if chosen := os.environ.get("SPMDEPLOY_CACHE"):
-        return Path(chosen).absolute() / "engines"
-    xdg = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    caches = xdg if xdg.is_absolute() else Path(os.path.expanduser("~/.cache"))
-    if not caches.is_absolute():
-        raise UnavailableError("no home folder is known to keep engines in", "set SPMDEPLOY_CACHE to a folder")
-    return caches / "spmdeploy" / "engines"
+    return user_cache() / "engines"

@@ -155,7 +155,7 @@ def test_auto_device_depends_on_gpus(
             raise gpus
         return gpus
 
-    monkeypatch.setattr(ort, "visible_gpus", visible_gpus)
+    monkeypatch.setattr("spmdeploy.gpu.driver.visible_gpus", visible_gpus)
     chosen, reason = ort.best_device()
     assert chosen == device and why in reason
 
@@ -163,7 +163,7 @@ def test_auto_device_depends_on_gpus(
 def test_auto_failing_gpu_uses_cpu_with_reason(
     street_bundle: Path, library: FakeOnnxRuntime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ort, "visible_gpus", lambda: 1)
+    monkeypatch.setattr("spmdeploy.gpu.driver.visible_gpus", lambda: 1)
     bundle = open_bundle(street_bundle)
     opened = open_backend(bundle)  # the fake claims CUDA and runs on the CPU
     assert (opened.session.device, opened.session.precision) == ("cpu", "fp32")

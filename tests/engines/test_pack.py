@@ -256,7 +256,7 @@ def test_open_bundle_sums_changed_meanwhile_are_not_used(street: Path, monkeypat
         (street / "card.md").write_bytes(b"# Street\n")
         list_sums(street)
 
-    monkeypatch.setattr("spmdeploy.bundle.bundle.check_signature", swap)
+    monkeypatch.setattr("spmdeploy.bundle.signature.check_signature", swap)
     bundle = open_bundle(street, KEY.public)
     with pytest.raises(BundleError, match="tampered"):
         bundle.read("card.md")
