@@ -65,9 +65,11 @@ class LossConfig:
     """Distance of the projected discriminator's pretrained features under the mask."""
     style: float = 0.0
     """Distance of the statistics of those features between a class's edited and its known pixels."""
+    lpips: float = 0.0
+    """LPIPS of the finest stage's edit under the mask: the metric that validation and `evaluate` report."""
 
     def __post_init__(self) -> None:
-        for name in ("adversarial", "l1", "perceptual", "feature_matching", "style"):
+        for name in ("adversarial", "l1", "perceptual", "feature_matching", "style", "lpips"):
             require(getattr(self, name) >= 0, f"loss.{name}", getattr(self, name), "zero or more")
         for name in ("adversarial_warmup", "adversarial_ramp"):
             require(getattr(self, name) >= 0, f"loss.{name}", getattr(self, name), "zero or more samples")

@@ -15,7 +15,7 @@ from spmdeploy.training import projected_discriminator as projected
 from spmdeploy.training.config import LossConfig, Phase
 from spmdeploy.training.execution import Execution
 from spmdeploy.training.losses import choose_crops, cut_crops, hinge_discriminator, hinge_generator, masked_l1
-from spmdeploy.training.perceptual import build_perceptual_loss
+from spmdeploy.training.perceptual import Lpips, build_perceptual_loss
 from spmdeploy.training.projected_discriminator import EfficientNetFeatures, FeaturePair, ProjectedDiscriminator
 from spmdeploy.training.state import TrainState
 from spmdeploy.training.style_loss import class_style_loss, find_style_pairs
@@ -63,6 +63,7 @@ class Objectives:
         self._generator, self._averaged = generator, averaged
         self._discriminators, self._features = discriminators, features
         self._perceptual = execution.place(build_perceptual_loss(weights)) if weights.perceptual else None
+        self._lpips = execution.place(Lpips()) if weights.lpips else None
 
     def projected_discriminator(self) -> ProjectedDiscriminator:
         """The discriminator, where the configuration chooses the projected one."""
@@ -135,7 +136,7 @@ class Objectives:
     def reconstruction_losses(
         self, outputs: dict[int, StageOutput], host: HostBatch, positions: range, phase: Phase
     ) -> dict[str, Tensor]:
-        """Weighted L1 and perceptual loss, each summed over the stages.
+        """Weighted L1 and perceptual loss, each summed over the stages, and LPIPS of the finest stage's edit.
 
         Args:
             outputs: Of the trained stages, by number.
@@ -144,7 +145,7 @@ class Objectives:
             phase: The current phase.
 
         Returns:
-            Scalars by name, "l1" and, where the configuration has it, "perceptual".
+            Scalars by name, "l1" and, where the configuration has them, "perceptual" and "lpips".
         """
         weights = self._weights
         parts: dict[str, list[Tensor]] = {"l1": [], "perceptual": []}
@@ -160,6 +161,11 @@ class Objectives:
                     self._execution.reorder(compared), self._execution.reorder(target), phase.perceptual_blocks
                 )
             parts["perceptual"].append(weights.perceptual * distance)
+        if self._lpips is not None:
+            finest = outputs[max(outputs)]
+            with self._execution.autocast():
+                distances = self._lpips(finest.edited, finest.target, finest.mask)
+            parts["lpips"] = [weights.lpips * distances.mean()]
         return {name: torch.stack(losses).sum() for name, losses in parts.items() if losses}
 
     def feature_losses(self, pair: FeaturePair, host: HostBatch, progress: TrainState) -> dict[str, Tensor]:

