@@ -114,7 +114,9 @@ def _devices(library: Any) -> tuple[str, dict[int, Any]]:
     try:
         count = visible_gpus()  # asked first: without the driver's library the provider does not load
     except OSError as exc:
-        raise UnavailableError(f"{NAME} needs an NVIDIA GPU: {exc}", "see `spmdeploy doctor`") from exc
+        raise UnavailableError(
+            f"{NAME} needs an NVIDIA GPU: {exc}", "install NVIDIA's driver, or edit on the CPU"
+        ) from exc
     try:
         plugin = importlib.import_module(MODULE)
         name: str = plugin.get_ep_name()
