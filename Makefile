@@ -89,7 +89,6 @@ clean:
 .venv-gpu/ready: pyproject.toml
 	$(PYTHON) -m venv .venv-gpu
 	.venv-gpu/bin/pip install --quiet --editable ".[bench,export,gpu]"
-	-.venv-gpu/bin/pip install --quiet "onnxruntime-gpu[cuda,cudnn]"
 	-.venv-gpu/bin/pip install --quiet "cuda-core>=1.2,<2" "cuda-bindings>=12.9"
 	-.venv-gpu/bin/pip install --quiet --editable ".[tensorrt-rtx]"
 	-.venv-gpu/bin/pip install --quiet --editable ".[tensorrt]"
