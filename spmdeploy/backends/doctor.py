@@ -39,7 +39,9 @@ _STUB_REMEDY = (
 def run_checks(bundle: Bundle, url: str | None = None) -> list[Check]:
     """Check the GPU, every registered backend and what is needed to export.
 
-    bundle: Its engines are looked for. url: Triton servers that are asked for its models.
+    Args:
+        bundle: Its engines are looked for.
+        url: Triton servers that are asked for its models.
     """
     engines = [check for entry in backends() if entry.runs_engines for check in entry.run_checks()]
     others = [check for entry in backends() if not entry.runs_engines for check in entry.run_checks()]

@@ -187,7 +187,7 @@ def inference_session(library: Any, graph: Graph, options: Any, providers: list[
 
 
 def session_options(library: Any, threads: int = 0) -> Any:
-    """Options for every provider. threads: 0 = `available_threads`."""
+    """Options for every provider; 0 threads are those of `available_threads`."""
     options = library.SessionOptions()
     options.intra_op_num_threads = threads or available_threads()
     options.log_severity_level = 3

@@ -39,7 +39,11 @@ _ENTRIES = {"session.disable_cpu_ep_fallback": "1"}
 
 
 def open_onnxruntime_rtx(bundle: Bundle, device: str) -> OpenedBackend:
-    """Open the FP16 graphs of a bundle and repeat its golden edits. device: auto or cuda:N.
+    """Open the FP16 graphs of a bundle and repeat its golden edits.
+
+    Args:
+        bundle: Holds the graphs.
+        device: auto or cuda:N.
 
     Raises:
         UnavailableError: The package, the driver or an RTX GPU is missing.

@@ -185,6 +185,13 @@ class GraphLoader:
         }
 
     def load(self, record: GraphRecord) -> CompiledGraph:
+        """Compile a graph, or take it from the cache.
+
+        Raises:
+            BundleError: The file holds another graph.
+            UnavailableError: OpenVINO refuses it, or computes in another precision.
+            OutOfMemoryError: There is too little memory.
+        """
         content = [self._bundle.digest(name) for name in record.files]
         facts = ("openvino", self._library.__version__, record.graph, self._precision, *content)
         with _translated_errors(record):

@@ -54,7 +54,11 @@ def main() -> int:
 
 
 def run_checks(ordinal: int = 0) -> Iterator[Check]:
-    """Raises UnavailableError without PyTorch with CUDA, a GPU, or a package to use it with."""
+    """Compare the kernels, copies and CUDA graphs of one GPU with numpy and PyTorch.
+
+    Raises:
+        UnavailableError: PyTorch with CUDA, a GPU, or a package to use it with is missing.
+    """
     if not torch.cuda.is_available():
         raise UnavailableError(f"torch {torch.__version__} sees no GPU", "install PyTorch with CUDA")
     device = Device(ordinal)

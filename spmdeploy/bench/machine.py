@@ -152,7 +152,14 @@ def require_bench_extra() -> None:
 
 
 def describe_machine(root: Path = Path("/")) -> Machine:
-    """Raises UnavailableError without the extra `bench`. root: of the file system, for tests."""
+    """Describe the machine without identifying it.
+
+    Args:
+        root: Of the file system, for tests.
+
+    Raises:
+        UnavailableError: The extra `bench` is not installed.
+    """
     model, features = _cpu_info()
     gpus, note = describe_gpus()
     return Machine(

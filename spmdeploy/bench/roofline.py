@@ -74,7 +74,7 @@ def roofline_bound(
 
 
 def numpy_rates(seconds: float) -> PeakRates:
-    """Rates that numpy reaches on the usable cores. seconds: for each rate."""
+    """Rates that numpy reaches on the usable cores, each measured for so many seconds."""
     matrix = np.random.default_rng(0).standard_normal((MATRIX_SIDE, MATRIX_SIDE), np.float32)
     product = np.empty_like(matrix)
     product_seconds = best_seconds(lambda: np.matmul(matrix, matrix, out=product), seconds)
@@ -102,7 +102,13 @@ def rates_from(device: str, precision: str, library: str, product_seconds: float
 
 
 def best_seconds(work: Callable[[], object], seconds: float, wait: Callable[[], object] = lambda: None) -> float:
-    """The shortest repetition within `seconds`, after one warm-up. wait: blocks until the work is done."""
+    """The time of the shortest repetition, after one warm-up.
+
+    Args:
+        work: What is repeated.
+        seconds: Time to repeat it for.
+        wait: Blocks until the work is done.
+    """
     work()
     wait()
     times: list[float] = []

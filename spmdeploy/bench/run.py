@@ -79,6 +79,7 @@ class Options:
         return StopCondition(SECONDS, ITERATIONS[scope]) if self.seconds is None else StopCondition(self.seconds, 0)
 
     def device_of(self, backend: str) -> str:
+        """The device that a backend is opened on."""
         return self.url if self.url is not None and is_on_server(backend) else self.device
 
     def command(self) -> str:
@@ -103,7 +104,12 @@ class Options:
 
 
 def run_bench(options: Options, progress: Progress = lambda step, share: None) -> Record:
-    """Measures all cases. Raises BundleError and UnavailableError; failures of one backend go into its rows."""
+    """Measures all cases; failures of one backend go into its rows.
+
+    Raises:
+        BundleError: The bundle cannot be read.
+        UnavailableError: The extra `bench` is not installed.
+    """
     machine, meter, before = describe_machine(), LoadMeter(), read_state()
     rows: list[Result] = []
     with ExitStack() as stack:

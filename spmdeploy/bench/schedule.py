@@ -101,8 +101,13 @@ def run_interleaved(
 ) -> list[list[Round]]:
     """Runs rounds in which every backend has one turn, in the same order, until all have reached `stop`.
 
-    Returns the turns of each backend; turn i of all of them belongs to round i. progress: called with the share done,
-    0..1.
+    Args:
+        backends: What takes turns.
+        stop: Minimum duration and iteration count of each.
+        progress: Called with the share done, 0..1.
+
+    Returns:
+        The turns of each backend; turn i of all of them belongs to round i.
     """
     turns: list[list[Round]] = [[] for _ in backends]
     while not all(stop.reached(own) for own in turns):

@@ -155,7 +155,11 @@ def ade20k_size(height: int, width: int) -> tuple[int, int]:
 
 
 def cityscapes_size(height: int, width: int) -> tuple[int, int]:
-    """512×256. Raises InputError where that would distort or enlarge."""
+    """Height and width to resize photos of Cityscapes to: 256×512 pixels.
+
+    Raises:
+        InputError: The image would be distorted or enlarged.
+    """
     if width != 2 * height or height < CITYSCAPES_SIZE[0]:
         raise InputError(f"{width}×{height} is not a size of Cityscapes, whose photos are 2048×1024")
     return CITYSCAPES_SIZE

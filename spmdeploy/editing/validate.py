@@ -98,7 +98,16 @@ def check_image(image: Image, name: str, labels: LabelMap | None = None, labels_
 
 
 def check_padding(padding: Padding, shape: tuple[int, ...], name: str) -> None:
-    """UsageError unless an image of that shape can be extended by the padding. name: of the image."""
+    """Check that an image of a shape can be extended.
+
+    Args:
+        padding: Pixels to add on each side.
+        shape: (H, W, ...) of the image.
+        name: How messages name the image.
+
+    Raises:
+        UsageError: The padding is negative, empty or too large.
+    """
     hint = "give the pixels to add on the left, top, right and bottom, for example 0,0,256,0"
     if min(padding) < 0:
         raise UsageError(f"{name} cannot grow by {min(padding)} pixels", hint)

@@ -91,7 +91,11 @@ class FidInception:
 
     @classmethod
     def from_file(cls, path: Path) -> FidInception:
-        """Raises InputError unless it is the published file."""
+        """Loads the weights of the published file.
+
+        Raises:
+            InputError: It is another file.
+        """
         try:
             digest = hashlib.sha256(regular_file(path).read_bytes()).hexdigest()
         except OSError as exc:

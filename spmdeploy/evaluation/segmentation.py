@@ -102,7 +102,11 @@ class Segmenter:
 
 
 def read_segmenter_table(path: Path, classes: ClassTable) -> SegmenterTable:
-    """Raises InputError naming the file and the entry."""
+    """Reads which class of a segmentation network stands for which of the model's.
+
+    Raises:
+        InputError: Names the file and the entry that is wrong.
+    """
     hint = 'write {"classes": {"0": "road", ...}}: the network\'s class number to a name in labels.json'
     try:
         fields = parse_json(regular_file(path).read_bytes())

@@ -127,7 +127,11 @@ class Driver:
         self.call("cuInit", 0)
 
     def call(self, function: str, *arguments: Any) -> None:
-        """Call a function. Python integers are passed as C int, anything else as a ctypes object. Raises CudaError."""
+        """Call a function of the driver; Python integers are passed as C int, anything else as a ctypes object.
+
+        Raises:
+            CudaError: The driver returned an error.
+        """
         try:
             found = getattr(self._library, function)
         except AttributeError as exc:

@@ -37,14 +37,18 @@ _STATUSES: tuple[tuple[type[SpmDeployError], int], ...] = (
 
 
 def problem_of(exc: SpmDeployError) -> bytes:
+    """The problem document of an error."""
     return problem_json(status_of(exc), exc.problem, exc.hint, _CODES.get(exc.exit_code))
 
 
 def status_of(exc: SpmDeployError) -> int:
+    """The HTTP status of an error."""
     return next((status for kind, status in _STATUSES if isinstance(exc, kind)), 500)
 
 
 def add_error_handlers(app: FastAPI) -> None:
+    """Let the application answer every error with a problem document."""
+
     async def ours(request: Request, exc: Exception) -> Response:
         assert isinstance(exc, SpmDeployError)
         headers = {"retry-after": "1"} if isinstance(exc, QueueFullError) else None

@@ -23,7 +23,7 @@ from spmdeploy.export import parity, pipeline
 from spmdeploy.export.external_data import ALIGNMENT, ELEMENTS, WeightStore
 from spmdeploy.export.fp16 import store_weights_as_halves
 from spmdeploy.export.graph_stats import graph_facts
-from spmdeploy.export.onnx import MAX_IR_VERSION, export_edit
+from spmdeploy.export.onnx import MAX_IR_VERSION
 from spmdeploy.export.pipeline import ExportOptions, export_bundle
 from spmdeploy.labels import class_table
 from spmdeploy.model.checkpoint import Checkpoint, load_checkpoint, save_generator
@@ -69,17 +69,9 @@ def _edits(batch: int) -> ModelInput:
     return ModelInput(image, labels, instances, mask)
 
 
-def test_export_edit_with_gradients_gives_the_same_graph() -> None:
-    torch.manual_seed(3)
-    learning = Generator(GeneratorConfig(12, width=1, hidden=4, stages=1))
-    assert {parameter.requires_grad for parameter in learning.parameters()} == {True}
-    exported = export_edit(learning)
-    assert exported == export_edit(learning.requires_grad_(False))
-
-
 @pytest.mark.parametrize("graph", ["edit", "refine"])
 def test_exported_graph_has_the_inputs_and_outputs_of_the_contract(street_bundle: Path, graph: str) -> None:
-    fp32, fp16 = (onnx.load(street_bundle / f"graphs/{graph}.{precision}.onnx") for precision in ("fp32", "fp16"))
+    fp32, fp16 = (onnx.load(street_bundle / f"graphs/refine.{precision}.onnx") for precision in ("fp32", "fp16"))
     coarse = {"coarse": (TensorProto.FLOAT, ["batch", 128, 128, 3])} if graph == "refine" else {}
     for model in (fp32, fp16, store_weights_as_halves(fp32)):
         ports = {
@@ -368,12 +360,17 @@ def test_export_bundle_graph_over_limits_is_rejected_and_saved(
     assert sorted(path.name for path in tmp_path.iterdir()) == [kept.name, "g.json", "g.safetensors"]
 
 
-def test_export_bundle_of_ablation_verifies_and_reads_back(tmp_path: Path) -> None:
-    """Without context modulation and coarser stages: checks all graphs, and reads the weights back."""
+def test_export_bundle_of_ablation_verifies_and_reads_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without context modulation and coarser stages: checks all graphs, and reads the weights back.
+
+    The weights have gradients, with which norms would be exported in their training form.
+    """
     torch.manual_seed(3)
     ablation = Generator(GeneratorConfig(12, width=1, hidden=4, modulation="spade", stages=1)).eval()
     initialize(ablation)  # all biases are zero: the exporter keeps one of several equal tensors
+    assert {parameter.requires_grad for parameter in ablation.parameters()} == {True}
     save_generator(ablation, tmp_path / "g.safetensors")
+    monkeypatch.setattr(pipeline, "load_checkpoint", lambda path: Checkpoint(ablation, "spmdeploy", "RGB"))
     options = ExportOptions(class_table("street"), precisions=("fp32",))
     bundle = export_bundle(tmp_path / "g.safetensors", tmp_path / "b.spm", options).bundle
     facts = bundle.manifest.generator
@@ -489,14 +486,14 @@ def test_export_bundle_accepts_a_checkpoint_of_the_authors(shared: Path, tmp_pat
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-@pytest.mark.parametrize("graph", ["edit", "refine"])
-def test_exported_graphs_build_as_tensorrt_rtx_engines(street_bundle: Path, graph: str, precision: str) -> None:
+def test_exported_refine_graphs_build_as_tensorrt_rtx_engines(street_bundle: Path, precision: str) -> None:
+    """The `edit` graphs are built in tests/integration/test_rtx_engines.py."""
     trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: engines cannot be built here")
     logger = trt.Logger(trt.Logger.ERROR)
     builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
-    parsed = parser.parse_from_file(str(street_bundle / f"graphs/{graph}.{precision}.onnx"))
+    parsed = parser.parse_from_file(str(street_bundle / f"graphs/refine.{precision}.onnx"))
     assert parsed, [parser.get_error(index).desc() for index in range(parser.num_errors)]
     config, profile = builder.create_builder_config(), builder.create_optimization_profile()
     for index in range(network.num_inputs):

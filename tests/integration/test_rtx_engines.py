@@ -55,15 +55,13 @@ def golden_model(street_bundle: Path) -> onnx.ModelProto:
 
 
 @pytest.fixture(scope="module")
-def golden_bundle(golden_model: onnx.ModelProto, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """A bundle of its graphs in both precisions; its golden edits are placeholders, as no engine runs here."""
-    from spmdeploy.export.fp16 import to_fp16
-
+def golden_bundle(street_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A bundle of two exported graphs; its golden edits are placeholders, as no engine runs here."""
     records = []
     with BundleWriter(tmp_path_factory.mktemp("golden") / "golden.spm") as writer:
-        for precision, model in (("fp32", golden_model), ("fp16", to_fp16(golden_model))):
+        for precision in ("fp32", "fp16"):
             name = f"graphs/edit.{precision}.onnx"
-            onnx.save(model, writer.path(name))
+            onnx.save(onnx.load(street_bundle / name), writer.path(name))
             records.append(graph_record(precision, *writer.measure(name)))
         for image in GOLDEN_IMAGES:
             writer.add_bytes(f"golden/tree/{image}", b"")
@@ -97,7 +95,9 @@ def test_real_engine_built_has_a_record(
     assert content[4:8] == bytes(4) and content[:4].isalpha()  # the library's own start, nothing put in front
     reading = record.computes_in
     assert reading.fp16_share is None and "no GPU here" in str(reading.unread)
-    assert reading.network_fp16_share == 0 if precision == "fp32" else 0.9 < reading.network_fp16_share < 1
+    assert (
+        reading.network_fp16_share == 0 if precision == "fp32" else 0.6 < reading.network_fp16_share < 0.7
+    )  # not norms
     assert (record.builder.driver, record.builder.cuda, record.verification) == (None, None, None)
     assert EngineRecord.from_bytes(record.to_bytes(), "engine.json") == record
 
