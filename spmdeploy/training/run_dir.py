@@ -57,7 +57,7 @@ class RunDirectory:
         """
         if self._config.exists():
             raise UsageError(f"{self.path} already holds a run", "continue it with --resume, or choose another folder")
-        (self.path / "samples").mkdir(parents=True, exist_ok=True)
+        self.path.mkdir(parents=True, exist_ok=True)
         with atomic_write(self._config) as stream:
             stream.write((json.dumps(to_json(config), indent=1) + "\n").encode())
 
@@ -92,8 +92,10 @@ class RunDirectory:
         return read_config(self._config)
 
     def sample_sheet(self, images: int) -> Path:
-        """The path of the sample sheet after `images` samples."""
-        return self.path / "samples" / f"{images:08d}.png"
+        """The path of the sample sheet after `images` samples; its folder exists."""
+        folder = self.path / "samples"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / f"{images:08d}.png"
 
     def log(self, **fields: Any) -> None:
         """Appends a record to the metrics."""

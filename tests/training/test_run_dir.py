@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import BinaryIO
@@ -130,3 +131,12 @@ def test_export_is_read_by_load_checkpoint(tmp_path: Path) -> None:
     assert sorted(file.name for file in path.parent.iterdir()) == ["generator.json", "generator.safetensors"]
     loaded = load_checkpoint(path).generator
     assert all(torch.equal(value, generator.state_dict()[name]) for name, value in loaded.state_dict().items())
+
+
+def test_sample_sheet_deleted_folder_is_made_again(tmp_path: Path, tiny: TrainConfig) -> None:
+    run = RunDirectory(tmp_path / "run")
+    run.start(tiny)
+    sheet = run.sample_sheet(12)
+    sheet.write_bytes(b"")
+    shutil.rmtree(sheet.parent)
+    assert run.sample_sheet(12).parent.is_dir()
