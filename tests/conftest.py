@@ -9,6 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("spmdeploy", deadline=None)  # on a busy machine an example may take any time
+settings.load_profile("spmdeploy")
 
 SHARED = Path(__file__).resolve().parents[1] / "../shared"
 

@@ -42,7 +42,7 @@ class KeepingSession(FakeSession):
         return lambda image: self.run_unrounded(ModelInput(image, *layout)).astype(np.uint8)
 
 
-@given(partial_masks(), st.sampled_from([64, 256]), st.booleans(), st.booleans(), st.integers(1, 5))
+@given(partial_masks(longest=400), st.sampled_from([64, 256]), st.booleans(), st.booleans(), st.integers(1, 5))
 @settings(max_examples=15, deadline=None)
 def test_prepared_edit_equals_edit(mask: np.ndarray, size: int, refines: bool, match: bool, batch_size: int) -> None:
     labels, options = labels_for(mask), {"match_surroundings": match, "batch_size": batch_size}
