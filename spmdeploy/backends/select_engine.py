@@ -13,7 +13,6 @@ from spmdeploy.backends.base import OpenedBackend, Unsupported
 from spmdeploy.bundle.bundle import Bundle
 from spmdeploy.bundle.manifest import EDIT, LAYOUT, PICTURE, REFINE
 from spmdeploy.engines.library import import_engine_library, local_host
-from spmdeploy.engines.plan import CACHED_LAYOUT
 from spmdeploy.engines.record import EngineHost, EngineRecord, EngineRuntime, Gpu, Verification
 from spmdeploy.engines.store import StoredEngine, find_engines
 from spmdeploy.errors import BundleError, InputError, SpmDeployError, UnavailableError, VerificationError
@@ -196,6 +195,7 @@ def _refine_beside(bundle: Bundle, engine: StoredEngine, there: list[StoredEngin
 def _parts_beside(bundle: Bundle, engine: StoredEngine, there: list[StoredEngine]) -> StoredParts | Unsupported:
     """The engines for cached layouts that go with an edit engine, or why there are none and what to do about it."""
     from spmdeploy.backends.tensorrt_layout import StoredParts
+    from spmdeploy.engines.plan import CACHED_LAYOUT
 
     edit = engine.require_compatible()
     found = [
