@@ -28,6 +28,9 @@ def train(
     device: Annotated[
         str, typer.Option("--device", metavar="cpu|cuda|cuda:N", help="Where to train; cuda: one GPU per process.")
     ] = "cpu",
+    timeout: Annotated[
+        float, typer.Option(metavar="SECONDS", min=1, help="Under torchrun: how long a process waits for the others.")
+    ] = 1800,
     plot: Annotated[
         bool, typer.Option("--plot", help="Only write RUN/report.html: curves and last sheets of the run so far.")
     ] = False,
@@ -128,10 +131,10 @@ def train(
         return
     on_gpu = device.startswith("cuda")
     if resume:
-        _reject_conflicts(context, "resume", "output", "device", "as_json")
+        _reject_conflicts(context, "resume", "output", "device", "timeout", "as_json")
         chosen = RunDirectory(output).config()
     elif config is not None:
-        _reject_conflicts(context, "config", "output", "device", "as_json")
+        _reject_conflicts(context, "config", "output", "device", "timeout", "as_json")
         chosen = settings.read_config(config)
     elif data is not None:
         min_scale, max_scale = scale_jitter or (None, None)
@@ -171,7 +174,7 @@ def train(
         )
     else:
         raise UsageError("no training data is given", "add --data FOLDER, --config FILE or --resume")
-    count = run_training(chosen, output, resume, lambda record: log(progress_line(record, chosen)), device)
+    count = run_training(chosen, output, resume, lambda record: log(progress_line(record, chosen)), device, timeout)
     if distributed.rank():
         return  # under torchrun one process reports for all
     run = RunDirectory(output)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+import socket
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -20,8 +22,14 @@ from spmdeploy.errors import InputError, UnavailableError, UsageError
 
 T = TypeVar("T")
 
-TIMEOUT = timedelta(hours=1)
-"""How long a process waits for the others, e.g. while the main one writes a checkpoint to a slow disk."""
+TIMEOUT = 1800.0
+"""Seconds that a process waits for the others, e.g. while the main one writes a checkpoint to a slow disk."""
+_NO_JOB = ("", "none")
+"""What torchrun calls a job that was given no name."""
+
+
+class PeerLostError(UnavailableError):
+    """Other processes of the run ended, or cannot be reached."""
 
 
 def local_device(wanted: str) -> torch.device:
@@ -50,18 +58,28 @@ def local_device(wanted: str) -> torch.device:
     return torch.device("cuda", index)
 
 
-def init(device: torch.device) -> None:
-    """Joins the process group of torchrun; does nothing in a process started alone."""
+def init(device: torch.device, timeout: float = TIMEOUT) -> None:
+    """Joins the process group of torchrun; does nothing in a process started alone.
+
+    Args:
+        device: Of this process.
+        timeout: Seconds that a joint operation waits for the other processes, at most.
+
+    Raises:
+        PeerLostError: They do not come.
+    """
     if dist.is_available() and dist.is_torchelastic_launched() and not dist.is_initialized():
         # Its functions have the process group as a default argument. First imported later (PyTorch's optimizers do),
         # they would hold the group for good: its threads would outlive `shutdown` and could abort the process's exit.
         import torch.distributed.nn.functional
 
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-            dist.init_process_group("nccl", timeout=TIMEOUT, device_id=device)
-        else:
-            dist.init_process_group("gloo", timeout=TIMEOUT)
+        limit = timedelta(seconds=timeout)
+        with _joint_operation():
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
+                dist.init_process_group("nccl", timeout=limit, device_id=device)
+            else:
+                dist.init_process_group("gloo", timeout=limit)
 
 
 def shutdown() -> None:
@@ -78,6 +96,48 @@ def world_size() -> int:
 def rank() -> int:
     """This process's number, also before `init` and after `shutdown`."""
     return int(os.environ["RANK"]) if dist.is_available() and dist.is_torchelastic_launched() else 0
+
+
+def job() -> str | None:
+    """The name of torchrun's job (--rdzv-id), which is the same after it has restarted its processes."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    return None if name in _NO_JOB else name
+
+
+def was_restarted() -> bool:
+    """Whether torchrun has started this process in place of one that failed."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def from_main(value: T) -> T:
+    """The value that the main process has, in every process."""
+    if world_size() == 1:
+        return value
+    values: list[Any] = [value]
+    with _joint_operation():
+        dist.broadcast_object_list(values, src=0)
+    shared: T = values[0]
+    return shared
+
+
+def check_equal(value: int, what: str, hint: str) -> None:
+    """Raises InputError naming hosts unless all processes have the same value."""
+    found = gather([(value, socket.gethostname())])
+    if len({number for number, _ in found}) > 1:
+        listed = ", ".join(f"{number} on {host}" for number, host in found)
+        raise InputError(f"the processes have different {what}: {listed}", hint)
+
+
+@contextmanager
+def _joint_operation() -> Iterator[None]:
+    """Errors of the libraries as PeerLostError: nothing else makes a joint operation fail."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as exc:  # of gloo, of NCCL and of the store
+        reason = " ".join(str(exc).split())[:200]
+        raise PeerLostError(f"process {rank()} has lost the others: {reason}", "see the messages of all nodes") from exc
 
 
 def shard(positions: range) -> range:
@@ -99,7 +159,8 @@ def gather(part: Sequence[T]) -> list[T]:
     if world_size() == 1:
         return list(part)
     parts: list[Any] = [None] * world_size()
-    dist.all_gather_object(parts, list(part))
+    with _joint_operation():
+        dist.all_gather_object(parts, list(part))
     longest = max(map(len, parts))
     return [other[index] for index in range(longest) for other in parts if index < len(other)]
 
@@ -110,7 +171,8 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
         return
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     flat = torch.cat([gradient.flatten() for gradient in gradients])
-    dist.all_reduce(flat)
+    with _joint_operation():
+        dist.all_reduce(flat)
     flat /= world_size()
     start = 0
     for gradient in gradients:
@@ -122,6 +184,7 @@ def average(values: Tensor) -> Tensor:
     """The mean over the processes, without gradients."""
     values = values.detach().clone()
     if world_size() > 1:
-        dist.all_reduce(values)
+        with _joint_operation():
+            dist.all_reduce(values)
         values /= world_size()
     return values

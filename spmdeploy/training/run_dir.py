@@ -47,10 +47,24 @@ class RunDirectory:
         self.path = path
         self._config = path / "config.json"
         self._metrics = path / "metrics.jsonl"
+        self._job = path / ".job"
         self.checkpoint = path / "checkpoint.pt"
 
-    def start(self, config: TrainConfig) -> None:
+    @property
+    def has_begun(self) -> bool:
+        """Whether it holds a run."""
+        return self._config.exists()
+
+    def belongs_to(self, job: str | None) -> bool:
+        """Whether it holds a run that was begun by this job of torchrun."""
+        return self.has_begun and self._job.exists() and self._job.read_text(encoding="utf-8") == job
+
+    def start(self, config: TrainConfig, job: str | None = None) -> None:
         """Begins a run.
+
+        Args:
+            config: What to train.
+            job: The name of torchrun's job, which continues the run after a restart.
 
         Raises:
             UsageError: The folder holds one already.
@@ -58,6 +72,8 @@ class RunDirectory:
         if self._config.exists():
             raise UsageError(f"{self.path} already holds a run", "continue it with --resume, or choose another folder")
         self.path.mkdir(parents=True, exist_ok=True)
+        if job is not None:
+            self._job.write_text(job, encoding="utf-8")
         with atomic_write(self._config) as stream:
             stream.write((json.dumps(to_json(config), indent=1) + "\n").encode())
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spmdeploy.datasets.samples import Batch, HostBatch, TrainingSamples
-from spmdeploy.errors import InputError, OutOfMemoryError, SpmDeployError
+from spmdeploy.errors import InputError, OutOfMemoryError, SpmDeployError, UnavailableError
 from spmdeploy.imaging.files import write_image
 from spmdeploy.model.generator import Generator, GeneratorConfig, composite
 from spmdeploy.model.layout import LayoutPyramid
@@ -51,6 +51,8 @@ SHEET_ROWS = 10
 """Validation images on a sample sheet: two of each mask kind."""
 MIN_RATE = 0.05
 """A decaying rate ends at this part of the phase's rate."""
+
+SHARED_HINT = "give an --output that all nodes share"
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -428,8 +430,15 @@ def optimizer_step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
     optimizer.step()
 
 
-def train(config: TrainConfig, output: Path, resume: bool, report: Report, device: str = "cpu") -> int:
-    """Trains in a run directory. Works under torchrun too.
+def train(
+    config: TrainConfig,
+    output: Path,
+    resume: bool,
+    report: Report,
+    device: str = "cpu",
+    timeout: float = distributed.TIMEOUT,
+) -> int:
+    """Trains in a run directory. Works under torchrun too; processes that it restarts resume the run.
 
     Args:
         config: What to train.
@@ -437,6 +446,7 @@ def train(config: TrainConfig, output: Path, resume: bool, report: Report, devic
         resume: Continue from its last checkpoint.
         report: Gets each record of the metrics.
         device: cpu, cuda or cuda:N.
+        timeout: Seconds that a process waits for the others.
 
     Returns:
         The samples of the run.
@@ -445,16 +455,23 @@ def train(config: TrainConfig, output: Path, resume: bool, report: Report, devic
         SpmDeployError: Names what cannot be used, or the loss that diverged.
     """
     place = distributed.local_device(device)
-    distributed.init(place)
-    run = RunDirectory(output)
+    run, job = RunDirectory(output), distributed.job()
     try:
+        distributed.init(place, timeout)
+        continues = resume or run.belongs_to(job) or (distributed.was_restarted() and run.has_begun)
+        if distributed.from_main(continues) and not resume:
+            resume, config = True, run.config()
         trainer = Trainer(config, run, place)
         if trainer.is_main_process and not resume:
-            run.start(config)
+            run.start(config, job)
         with run.lock() if trainer.is_main_process else nullcontext():
             if resume:
                 trainer.resume()
+                distributed.check_equal(trainer.progress.images, "checkpoints, by their samples", SHARED_HINT)
             trainer.train(report)
+    except distributed.PeerLostError as exc:
+        last = f"the last good checkpoint is {run.checkpoint}" if run.checkpoint.exists() else "there is no checkpoint"
+        raise UnavailableError(f"{exc.problem}; {last}", "continue with --resume, on any number of nodes") from exc
     except torch.OutOfMemoryError as exc:
         raise OutOfMemoryError(
             f"{place} has too little memory", "take a smaller batch, a smaller crop or bf16"

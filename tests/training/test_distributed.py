@@ -5,7 +5,7 @@ from datetime import timedelta
 import pytest
 import torch
 
-from spmdeploy.errors import UnavailableError, UsageError
+from spmdeploy.errors import InputError, UnavailableError, UsageError
 from spmdeploy.training import distributed as processes
 
 
@@ -55,8 +55,38 @@ def test_init_waits_longer_than_a_validation(device: str, monkeypatch: pytest.Mo
     monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
     processes.init(torch.device(device))
     ((kind, options),) = asked
-    assert options["timeout"] == processes.TIMEOUT >= timedelta(minutes=30)
+    assert options["timeout"] == timedelta(seconds=processes.TIMEOUT) >= timedelta(minutes=30)
     if device == "cpu":
         assert kind == "gloo" and "device_id" not in options
     else:
         assert kind == "nccl" and options["device_id"] == torch.device(device)
+
+
+def test_job_is_the_name_given_to_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, expected in (("none", None), ("", None), ("street", "street")):
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", name)
+        assert processes.job() == expected
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    assert not processes.was_restarted()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
+    assert processes.was_restarted()
+
+
+def test_lost_peer_is_named_with_the_library_s_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("Connection closed\nby peer [10.0.0.2]:29400")
+
+    monkeypatch.setattr(processes, "world_size", lambda: 2)
+    monkeypatch.setattr(processes.dist, "all_reduce", fail)
+    monkeypatch.setattr(processes.dist, "broadcast_object_list", fail)
+    for operation in (lambda: processes.average(torch.zeros(1)), lambda: processes.from_main(True)):
+        with pytest.raises(processes.PeerLostError, match=r"lost the others: Connection closed by peer \[10") as raised:
+            operation()
+        assert raised.value.exit_code == 4
+
+
+def test_check_equal_names_the_values_and_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    processes.check_equal(8, "checkpoints", "share the folder")
+    monkeypatch.setattr(processes, "gather", lambda part: [*part, (0, "other")])
+    with pytest.raises(InputError, match=r"different checkpoints: 8 on .+, 0 on other"):
+        processes.check_equal(8, "checkpoints", "share the folder")

@@ -19,11 +19,13 @@ import torch
 from torch import nn
 
 from spmdeploy.datasets.samples import DataConfig
-from spmdeploy.errors import InputError, SpmDeployError, UsageError
+from spmdeploy.errors import InputError, SpmDeployError, UnavailableError, UsageError
 from spmdeploy.model.checkpoint import load_checkpoint
 from spmdeploy.model.generator import GeneratorConfig
+from spmdeploy.training import distributed
 from spmdeploy.training import trainer as trainer_module
 from spmdeploy.training.config import LossConfig, Phase, TrainConfig, joint_schedule, to_json
+from spmdeploy.training.distributed import PeerLostError
 from spmdeploy.training.ema import training_generator
 from spmdeploy.training.projected_discriminator import FEATURE_CHANNELS
 from spmdeploy.training.run_dir import RunDirectory
@@ -135,6 +137,43 @@ def test_train_two_processes_have_the_losses_of_one(tmp_path: Path, tiny: TrainC
     assert len(one) == len(two) == 6
     for single, split in zip(one, two, strict=True):
         assert split == pytest.approx(single, rel=1e-3, abs=1e-4)
+
+
+def test_train_lost_peer_names_the_last_checkpoint(
+    tmp_path: Path, tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lose(self: Trainer, report: object) -> None:
+        raise PeerLostError("process 0 has lost the others: closed")
+
+    monkeypatch.setattr(Trainer, "train", lose)
+    with pytest.raises(UnavailableError, match=r"lost the others: closed; there is no checkpoint$"):
+        train(tiny, tmp_path / "run", False, ignore_record)
+    (tmp_path / "run" / "checkpoint.pt").touch()
+    monkeypatch.setattr(Trainer, "resume", lambda self: None)
+    message = rf"the last good checkpoint is {tmp_path}/run/checkpoint\.pt$"
+    with pytest.raises(UnavailableError, match=message) as raised:
+        train(tiny, tmp_path / "run", True, ignore_record)
+    assert raised.value.hint == "continue with --resume, on any number of nodes"
+
+
+@pytest.mark.parametrize("restarted", [True, False])
+def test_train_started_again_by_torchrun_resumes(
+    restarted: bool, tmp_path: Path, tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a failure, by its count of restarts; after a node has joined, by the name of the job."""
+    half = dataclasses.replace(tiny, schedule=tiny.schedule[:1])
+    monkeypatch.setattr(distributed, "job", lambda: "street")
+    train(half, tmp_path / "run", False, ignore_record)
+    (tmp_path / "run" / "config.json").write_text(json.dumps(to_json(tiny)))
+    monkeypatch.setattr(distributed, "job", lambda: "another")
+    with pytest.raises(UsageError, match="already holds a run"):
+        train(tiny, tmp_path / "run", False, ignore_record)
+    if restarted:
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    else:
+        monkeypatch.setattr(distributed, "job", lambda: "street")
+    assert train(tiny, tmp_path / "run", False, ignore_record) == 12
+    assert len(losses(tmp_path / "run")) == 6
 
 
 def test_step_trains_only_the_stages_of_the_phase(tmp_path: Path, tiny: TrainConfig) -> None:
