@@ -71,7 +71,7 @@ def _edits(batch: int) -> ModelInput:
 
 @pytest.mark.parametrize("graph", ["edit", "refine"])
 def test_exported_graph_has_the_inputs_and_outputs_of_the_contract(street_bundle: Path, graph: str) -> None:
-    fp32, fp16 = (onnx.load(street_bundle / f"graphs/refine.{precision}.onnx") for precision in ("fp32", "fp16"))
+    fp32, fp16 = (onnx.load(street_bundle / f"graphs/{graph}.{precision}.onnx") for precision in ("fp32", "fp16"))
     coarse = {"coarse": (TensorProto.FLOAT, ["batch", 128, 128, 3])} if graph == "refine" else {}
     for model in (fp32, fp16, store_weights_as_halves(fp32)):
         ports = {
