@@ -8,7 +8,7 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
@@ -66,7 +66,8 @@ def read_manifest(
     if not items:
         raise InputError(f"{input_name(path)} holds no rows", _COLUMNS_HINT)
     _check_outputs(items, path, output_dir)
-    _check_stores(items)
+    for path in stores_read(items):
+        check_readable(path)
     return items
 
 
@@ -217,15 +218,14 @@ def _check_outputs(items: list[BatchItem], manifest: LocalOrRemote, output_dir: 
                 )
 
 
-def _check_stores(items: list[BatchItem]) -> None:
-    """UnavailableError if the package for a store that the rows read, or its credentials, are missing."""
-    checked = set()
+def stores_read(items: Sequence[BatchItem]) -> list[RemotePath]:
+    """One path in each store that the rows read."""
+    found: dict[str, RemotePath] = {}
     for item in items:
-        request = item.request
-        for path in () if request is None else request.inputs:
-            if isinstance(path, RemotePath) and path.root not in checked:
-                checked.add(path.root)
-                check_readable(path)
+        for path in () if item.request is None else item.request.inputs:
+            if isinstance(path, RemotePath):
+                found.setdefault(path.root, path)
+    return list(found.values())
 
 
 def _file_key(path: LocalOrRemote, ignores_case: bool) -> str:

@@ -27,7 +27,7 @@ from spmdeploy.bundle.bundle import open_bundle
 from spmdeploy.bundle.signature import PublicKey, read_public_key
 from spmdeploy.editing.batch import PreparedItem, prepare_items
 from spmdeploy.editing.dispatch import Dispatcher
-from spmdeploy.editing.manifest import BatchItem
+from spmdeploy.editing.manifest import BatchItem, stores_read
 from spmdeploy.editing.options import EditRequest
 from spmdeploy.editing.ray_worker import ChunkResult, EditWorker, Opened, WorkerSetup, describe_node
 from spmdeploy.editing.status import STATUS_FILE, ItemStatus, StatusLog, open_status
@@ -113,7 +113,11 @@ def run_on_ray(
     with open_status(output_dir) as log:
         _connect(ray, fleet.address)
         try:
-            shared = None if isinstance(output_dir, RemotePath) else Path(os.path.abspath(output_dir / STATUS_FILE))
+            shared, stores = None, stores_read(items)
+            if isinstance(output_dir, RemotePath):
+                stores.append(output_dir)
+            else:
+                shared = Path(os.path.abspath(output_dir / STATUS_FILE))
             _check_nodes(ray, shared)
             key = None if require_signature is None else read_public_key(require_signature)
             content = _packed(model, key)
@@ -124,6 +128,7 @@ def run_on_ray(
                 precision,
                 None if key is None else key.line,
                 shared,
+                tuple(stores),
             )
             run = _Run(ray, fleet, setup, ray.put(np.frombuffer(content, np.uint8)), log, progress, on_open)
             run.open_all()

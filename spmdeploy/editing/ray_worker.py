@@ -18,6 +18,7 @@ from spmdeploy.editing.editor import Editor
 from spmdeploy.editing.status import ItemStatus
 from spmdeploy.errors import SpmDeployError, UnavailableError
 from spmdeploy.files import atomic_write, sha256, user_cache
+from spmdeploy.remote import RemotePath, check_readable
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class WorkerSetup:
     public_key: str | None
     shared_file: Path | None
     """A file of the driver that must be here too; None if outputs go to a store."""
+    stores: tuple[RemotePath, ...] = ()
+    """A path in each store that the batch uses, which must be reachable from here."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,8 @@ class EditWorker:
                     f"{setup.shared_file.parent} is not the folder that the driver has under this name",
                     "name a folder on a file system that all nodes share, or s3://",
                 )
+            for path in setup.stores:
+                check_readable(path)
             model = _place_bundle(bundle, setup.sha256)
             editor = open_editor(model, setup.backend, setup.device, setup.precision, setup.public_key)
         except SpmDeployError as exc:

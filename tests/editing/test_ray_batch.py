@@ -152,6 +152,24 @@ def test_run_on_ray_bad_item_fails_alone_and_bytes_are_those_of_a_local_batch(
     assert counts(run(cluster, path, folder / "out", resume=True)) == {"skipped": 4, "failed": 1}
 
 
+def test_worker_without_credentials_of_a_store_names_it(s3: str) -> None:
+    """In a process of its own: this one has the credentials."""
+    script = f"""
+import numpy as np
+from spmdeploy.editing.ray_worker import EditWorker, WorkerSetup
+from spmdeploy.remote import RemotePath
+setup = WorkerSetup("0" * 64, "onnxruntime", "cpu", "auto", None, None, (RemotePath("{s3}/out"),))
+opened = EditWorker().open(np.empty(0, np.uint8), setup)
+print(opened.problem, "|", opened.hint)
+"""
+    environment = {name: value for name, value in os.environ.items() if "ACCESS_KEY" not in name}
+    environment["AWS_CONFIG_FILE"] = environment["AWS_SHARED_CREDENTIALS_FILE"] = os.devnull
+    process = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert s3 in process.stdout and "credentials" in process.stdout, (process.stdout, process.stderr)
+
+
 @pytest.mark.slow
 def test_run_on_ray_in_a_store_leaves_only_outputs_and_statuses(cluster: Any, folder: Path, s3: str) -> None:
     store = RemotePath(f"{s3}/{folder.name}")
