@@ -10,13 +10,14 @@ model.py runs their graphs in ONNX Runtime.
 from __future__ import annotations
 
 import os
+import signal
 import site
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -86,12 +87,16 @@ def serving(repository: Path, log: Path) -> Iterator[tuple[str, subprocess.Popen
     command += ["--backend-directory", str(folder / "backends"), "--grpc-address", "127.0.0.1"]
     command += ["--grpc-port", str(grpc), "--http-port", str(http), "--metrics-port", str(metrics)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with log.open("wb") as output, subprocess.Popen(command, stdout=output, stderr=output, env=environment) as process:
+    with (
+        log.open("wb") as output,
+        subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True) as process,
+    ):
         try:
             _wait(http, process, log)
             yield f"127.0.0.1:{grpc}", process
         finally:
-            process.kill()
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # the models' processes too, which outlive a killed server
 
 
 def _wait(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
