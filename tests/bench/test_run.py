@@ -252,9 +252,11 @@ def test_open_backend_wrong_device_is_refused() -> None:
     )
 
 
-def test_skip_by_default_only_torch_compile_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in set(bench_names()) - {"torch-compile"}:
+def test_skip_by_default_only_torch_compile_on_cpu_and_servers(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in set(bench_names()) - {"torch-compile", "triton"}:
         skip_by_default(name)
+    with pytest.raises(UnavailableError, match="no server is named"):
+        skip_by_default("triton")
     monkeypatch.setattr("spmdeploy.bench.backends.visible_gpus", lambda: 1)
     skip_by_default("torch-compile")
     monkeypatch.setattr("spmdeploy.bench.backends.visible_gpus", lambda: 0)

@@ -177,7 +177,7 @@ def test_invalid_arguments_exit_2_and_write_nothing(
 def test_unexpected_exception_becomes_error_with_exit_code(
     raised: Any, debug: str, json_args: list[str], run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(bundle: object) -> None:
+    def fail(*arguments: object) -> None:
         raise raised
 
     monkeypatch.setattr("spmdeploy.backends.doctor.run_checks", fail)

@@ -74,7 +74,8 @@ def test_inspect_unlisted_files_are_shown(
 
 def test_inspect_changed_card_exits_6(street_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     copied = Path(shutil.copytree(street_bundle, tmp_path / "b.spm"))
-    (copied / "card.md").write_text((copied / "card.md").read_text().replace("random weights", "MIT licence"))
+    card = (copied / "card.md").read_bytes()
+    (copied / "card.md").write_bytes(card.replace(b"random weights", b"MIT licence") + b"\n")
     code, result = inspect(copied, capsys)
     assert code == result["exit_code"] == 6 and "b.spm/card.md" in result["error"]
 
