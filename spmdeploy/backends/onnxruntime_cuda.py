@@ -4,7 +4,7 @@ Its documentation and source set the rules for CUDA graphs:
 
 - A captured graph reads and writes the addresses that it was captured with: inputs and outputs are bound once.
 - A graph is known to the thread that captured it alone: all runs of a process are made by one thread.
-- During a capture no other thread may allocate or copy on the GPU: whoever does holds `CUDA_CALLS`.
+- During a capture no other thread may allocate or copy on the GPU: threads that do so hold `CUDA_CALLS`.
 
 Not yet run on a GPU. What does not need one, binding, padding and order, is tested with ONNX Runtime on the CPU.
 """
