@@ -73,8 +73,8 @@ def _open_on(
         device,
         refine=get_finer,
         cached_layout=_parts_of(bundle, record),
-        edit_key=_content_key(bundle, record),
-        refine_key=None if finer is None else _content_key(bundle, finer),
+        edit_key=bundle.graph_digests(record),
+        refine_key=None if finer is None else bundle.graph_digests(finer),
         add_refine=bundle.add_graphs,
     )
     return OpenedBackend(session, tuple(choices))
@@ -88,11 +88,6 @@ def _parts_of(bundle: Bundle, record: GraphRecord) -> Callable[[], tuple[Graph, 
         return None
     layout, picture = (there[name] for name in names)
     return lambda: (graph_content(bundle, layout), graph_content(bundle, picture))
-
-
-def _content_key(bundle: Bundle, record: GraphRecord) -> str:
-    """Identifies the graph and its weights."""
-    return " ".join(bundle.digest(name) for name in record.files)
 
 
 def graph_content(bundle: Bundle, record: GraphRecord) -> Graph:

@@ -192,8 +192,8 @@ class GraphLoader:
             UnavailableError: OpenVINO refuses it, or computes in another precision.
             OutOfMemoryError: There is too little memory.
         """
-        content = [self._bundle.digest(name) for name in record.files]
-        facts = ("openvino", self._library.__version__, record.graph, self._precision, *content)
+        digests = self._bundle.graph_digests(record)
+        facts = ("openvino", self._library.__version__, record.graph, self._precision, digests)
         with _translated_errors(record):
             if self._as_exported:
                 compiled = self._compile(record)

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from spmdeploy.backends.base import Check, OpenedBackend, Unsupported
 from spmdeploy.bundle.bundle import Bundle
-from spmdeploy.bundle.manifest import EDIT, ON_CPU, REFINE, GraphRecord
+from spmdeploy.bundle.manifest import EDIT, ON_CPU, REFINE
 from spmdeploy.errors import BundleError, UnavailableError, UsageError
 from spmdeploy.serialization import shorten
 from spmdeploy.types import BackendPrecision, ModelInput, Precision
@@ -38,11 +38,6 @@ GRAPH, PRECISION, CONTENT = "spmdeploy_graph", "spmdeploy_precision", "spmdeploy
 """Parameters of a served model: what it computes, as `export-triton` writes them."""
 _TYPES = {"uint8": "UINT8", "int32": "INT32", "float32": "FP32"}
 _ADDRESS = re.compile(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):(\d{1,5})")
-
-
-def graph_content(bundle: Bundle, record: GraphRecord) -> str:
-    """Return what identifies a graph and its weights: their SHA-256, separated by a space."""
-    return " ".join(bundle.digest(name) for name in record.files)
 
 
 def open_triton(bundle: Bundle, url: str, precision: str) -> OpenedBackend:
@@ -248,7 +243,7 @@ class _Server:
             raise self.error(model, f"has the graph {shorten(facts[GRAPH])}, not {graph}", again)
         for record in bundle.manifest.graphs:
             if (record.graph, record.precision) == (facts[GRAPH], facts.get(PRECISION)):
-                if graph_content(bundle, record) == facts.get(CONTENT):
+                if bundle.graph_digests(record) == facts.get(CONTENT):
                     return _ServedModel(record.graph, record.precision, config.backend)
                 break
         raise self.error(model, f"is not of the bundle {bundle.path.name}: other graph or weights", again)

@@ -109,6 +109,10 @@ class Bundle:
             raise BundleError(f"{self.path}: its {SUMS} lists no {name!r}", "spmdeploy inspect lists what there is")
         return self._digests[name]
 
+    def graph_digests(self, record: GraphRecord) -> str:
+        """What identifies a graph: the SHA-256 of its file and that of its weights, if they have one, after a space."""
+        return " ".join(self.digest(name) for name in record.files)
+
     @property
     def unlisted_files(self) -> tuple[str, ...]:
         """Files that SHA256SUMS does not list, except its signature and engines/. They are never read."""

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spmdeploy.backends.onnxruntime_cuda import cuda_options
-from spmdeploy.backends.triton import CONTENT, GRAPH, PRECISION, graph_content
+from spmdeploy.backends.triton import CONTENT, GRAPH, PRECISION
 from spmdeploy.backends.verify import EXPORT_AGAIN, read_golden
 from spmdeploy.bundle.bundle import Bundle
 from spmdeploy.bundle.manifest import EDIT, ON_CPU, GraphRecord
@@ -190,7 +190,7 @@ def _served_graph(bundle: Bundle, record: GraphRecord, options: TritonOptions) -
         file="model.onnx",
         source=record.file,
         sha256=record.sha256,
-        identity={GRAPH: record.graph, PRECISION: record.precision, CONTENT: graph_content(bundle, record)},
+        identity={GRAPH: record.graph, PRECISION: record.precision, CONTENT: bundle.graph_digests(record)},
         needs=needs,
         max_batch=max_batch,
         inputs=inputs,
