@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spmdeploy.backends.base import OpenedBackend, Unsupported
-from spmdeploy.backends.onnxruntime_graph import CachedLayoutGraphs, Graph, LoadedGraph, import_onnxruntime
+from spmdeploy.backends.onnxruntime_graph import CachedLayoutGraphs, Graph, GraphSource, LoadedGraph, import_onnxruntime
 from spmdeploy.bundle.bundle import Bundle
 from spmdeploy.bundle.manifest import EDIT, ON_CPU, PARTS, REFINE, GraphRecord
 from spmdeploy.errors import BundleError, UnavailableError
@@ -68,7 +68,7 @@ def _open_on(
     get_finer = None if finer is None else lambda: graph_content(bundle, finer)
     on_loading()
     session = OnnxRuntimeSession(
-        graph_content(bundle, record),
+        lambda: graph_content(bundle, record),
         record.precision,
         device,
         refine=get_finer,
@@ -144,7 +144,7 @@ class OnnxRuntimeSession:
 
     def __init__(
         self,
-        edit: Graph,
+        edit: GraphSource,
         precision: Precision,
         device: str = "cpu",
         threads: int = 0,
@@ -175,7 +175,7 @@ class OnnxRuntimeSession:
         self._loading = threading.Lock()
         self.provider, self.size = self._edit.provider, self._edit.size
 
-    def _load(self, content: Graph, graph: str, key: str | None) -> LoadedGraph:
+    def _load(self, content: GraphSource, graph: str, key: str | None) -> LoadedGraph:
         return LoadedGraph(content, graph, self.device, self._threads, key, self.precision)
 
     def run(self, inputs: ModelInput) -> NDArray[np.uint8]:

@@ -50,6 +50,8 @@ MAX_MEMORY = 8 << 30
 
 Graph = Path | GraphFiles
 """An ONNX file, with its external weights next to it if it has any; or the contents of these files."""
+GraphSource = Graph | Callable[[], Graph]
+"""A graph, or a function that reads it, which is called only where the cache does not have the graph."""
 Arrays = Mapping[str, NDArray[Any]]
 
 
@@ -204,11 +206,13 @@ def _cpu_options(library: Any, threads: int) -> Any:
 _OPTIMIZED, _WEIGHTS = "graph.onnx", "weights.bin"
 
 
-def _cached_session(library: Any, content: Graph, threads: int, key: str) -> Any:
+def _cached_session(library: Any, read: Callable[[], Graph], threads: int, key: str) -> Any:
     """ONNX Runtime's session on the CPU; its optimized graph is read from the cache, or written to it.
 
     Optimizing and laying out the weights takes most of the time of loading. The weights are stored beside the
     graph, where they are mapped instead of parsed.
+
+    read: gets the graph that `key` identifies; called only where the cache does not have it.
     """
     providers = [_CPU_PROVIDER]
 
@@ -223,10 +227,10 @@ def _cached_session(library: Any, content: Graph, threads: int, key: str) -> Any
         prefix = "session.optimized_model_external_initializers_"
         options.add_session_config_entry(f"{prefix}file_name", _WEIGHTS)
         options.add_session_config_entry(f"{prefix}min_size_in_bytes", "1024")
-        return inference_session(library, content, options, providers)
+        return inference_session(library, read(), options, providers)
 
     def plain() -> Any:
-        return inference_session(library, content, _cpu_options(library, threads), providers)
+        return inference_session(library, read(), _cpu_options(library, threads), providers)
 
     facts = ("onnxruntime", library.__version__, key, *_IDLE_PASSES)
     return open_cached(cache_key(*facts), load, make, plain)
@@ -251,7 +255,7 @@ class LoadedGraph:
 
     def __init__(
         self,
-        content: Graph,
+        content: GraphSource,
         graph: str,
         device: str = "cpu",
         threads: int = 0,
@@ -265,20 +269,21 @@ class LoadedGraph:
         open_session: opens the graph with the library, where that is not with one of its own providers.
         """
         library = import_onnxruntime()
+        read = content if callable(content) else lambda: content
         self._device = device
         self._on_cuda: CudaSession | None = None
         try:
             if open_session is not None:
-                self._session: Any = open_session(library, content)
+                self._session: Any = open_session(library, read())
             elif device != "cpu":
-                opened = _open_on_cuda(library, content, device, threads, precision, cuda_graphs=True)
+                opened = _open_on_cuda(library, read(), device, threads, precision, cuda_graphs=True)
                 self._session = opened.session
                 self._on_cuda = CudaSession(library, opened, _ordinal(device))
             elif key is None:
                 options = _cpu_options(library, threads)
-                self._session = inference_session(library, content, options, [_CPU_PROVIDER])
+                self._session = inference_session(library, read(), options, [_CPU_PROVIDER])
             else:
-                self._session = _cached_session(library, content, threads, key)
+                self._session = _cached_session(library, read, threads, key)
             self.provider = f"{self._session.get_providers()[0]} (onnxruntime {library.__version__})"
             self.outputs = frozenset(value.name for value in self._session.get_outputs())
             self.size = self._checked_size(graph)

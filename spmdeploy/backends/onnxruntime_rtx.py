@@ -18,6 +18,7 @@ from spmdeploy.backends.base import Check, OpenedBackend
 from spmdeploy.backends.onnxruntime import OnnxRuntimeSession, graph_content
 from spmdeploy.backends.onnxruntime_graph import (
     Graph,
+    GraphSource,
     LoadedGraph,
     import_onnxruntime,
     inference_session,
@@ -72,7 +73,7 @@ class RtxPluginSession(OnnxRuntimeSession):
 
     backend = NAME
 
-    def _load(self, content: Graph, graph: str, key: str | None) -> LoadedGraph:
+    def _load(self, content: GraphSource, graph: str, key: str | None) -> LoadedGraph:
         return LoadedGraph(content, graph, self.device, open_session=partial(_open_session, self.device))
 
     def device_cascade(self, *_: Any) -> None:

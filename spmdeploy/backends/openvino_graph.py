@@ -7,7 +7,6 @@ takes seconds.
 
 from __future__ import annotations
 
-import io
 import logging
 import math
 import re
@@ -177,6 +176,7 @@ class GraphLoader:
     def __init__(self, library: Any, core: Any, bundle: Bundle, precision: CpuPrecision, as_exported: bool) -> None:
         self._library, self._core, self._bundle, self._precision = library, core, bundle, precision
         self._as_exported = as_exported
+        self._mapped: list[NDArray[np.uint8]] = []  # cached graphs: OpenVINO does not keep their memory alive
         self._config = {
             "INFERENCE_PRECISION_HINT": _OPENVINO_NAMES[precision],  # bf16 by default where the processor has it
             "PERFORMANCE_HINT": "LATENCY",
@@ -207,7 +207,9 @@ class GraphLoader:
             return CompiledGraph(self._library, compiled, record, self._precision)
 
     def _import(self, folder: Path) -> Any:
-        return self._core.import_model(io.BytesIO((folder / _COMPILED).read_bytes()), "CPU", self._config)
+        content = np.memmap(folder / _COMPILED, np.uint8, mode="c")  # a tensor takes writable memory only
+        self._mapped.append(content)
+        return self._core.import_model(self._library.Tensor(content, shared_memory=True), "CPU", self._config)
 
     def _make(self, record: GraphRecord, folder: Path) -> Any:
         compiled = self._compile(record)

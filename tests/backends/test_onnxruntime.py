@@ -343,6 +343,16 @@ def test_session_other_graph_is_refused(tmp_path: Path) -> None:
         ort.OnnxRuntimeSession(tmp_path / "garbage.onnx", "fp32")
 
 
+def test_cached_graph_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPMDEPLOY_CACHE", str(tmp_path))
+    path = graph_file(tmp_path / "graph.onnx", 64)
+    assert ort.OnnxRuntimeSession(lambda: path, "fp32", edit_key="digest").size == 64
+    path.unlink()
+    assert ort.OnnxRuntimeSession(lambda: path, "fp32", edit_key="digest").size == 64
+    with pytest.raises(BundleError, match="refused the graph"):
+        ort.OnnxRuntimeSession(lambda: path, "fp32", edit_key="another digest")
+
+
 def test_onnxruntime_prints_nothing_to_stdout(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "garbage.onnx").write_bytes(b"garbage")
     with pytest.raises(BundleError):
