@@ -116,6 +116,8 @@ def match_surroundings(image: Image, labels: LabelMap, mask: Mask) -> None:
 def match_color_statistics(image: Image, labels: LabelMap, mask: Mask) -> None:
     """Shifts every painted class by its steps at the border, spread over its inside."""
     factor = max(CELL_PIXELS, -(-max(mask.shape) // MEASURED_SIDE))
+    around = _surrounding_box(mask, factor)
+    image, labels, mask = image[around], labels[around], mask[around]
     for label in np.flatnonzero(np.bincount(labels[mask])):  # np.unique imports numpy.ma: 20 ms
         of_class = labels == label
         around = _surrounding_box(of_class & mask, factor)
@@ -206,11 +208,9 @@ def _sample_bilinear(values: Plane, factor: int, rows: Indices, columns: Indices
     if factor == 1:
         return values[rows, columns]
     top, bottom, down = _neighbors(rows, factor, values.shape[0])
-    left, right, across = _neighbors(columns, factor, values.shape[1])
-    down, across = down[:, None], across[:, None]
-    above = values[top, left] * (1 - across) + values[top, right] * across
-    below = values[bottom, left] * (1 - across) + values[bottom, right] * across
-    return above * (1 - down) + below * down
+    left, right, across = _neighbors(np.arange(columns.max() + 1), factor, values.shape[1])
+    wide = values[:, left] * (1 - across[:, None]) + values[:, right] * across[:, None]
+    return wide[top, columns] * (1 - down[:, None]) + wide[bottom, columns] * down[:, None]
 
 
 def _neighbors(pixels: Indices, factor: int, count: int) -> tuple[Indices, Indices, Plane]:
@@ -228,23 +228,27 @@ def match_noise(image: Image, labels: LabelMap, mask: Mask) -> None:
     part, masked = image[box], mask[box]
     variance = _blurred(residual[box] ** 2)
     noise = _fine(np.random.default_rng(0).standard_normal(masked.shape, np.float32))
-    for label in np.flatnonzero(np.bincount(labels[mask])):  # np.unique imports numpy.ma: 20 ms
-        of_class = labels == label
-        wanted = _grain_variance(residual, of_class & ~mask)
-        rows, columns = np.nonzero(of_class[box] & masked)
-        missing = np.sqrt(np.maximum(wanted - variance[rows, columns], 0) / FINE_VARIANCE)
-        grainy = part[rows, columns] + (missing * noise[rows, columns])[:, None]
-        part[rows, columns] = np.clip(np.rint(grainy), 0, 255)
+    wanted = _grain_variances(residual, labels, mask)
+    added = noise * np.sqrt(np.maximum(wanted[labels[box]] - variance, 0) / FINE_VARIANCE)
+    rows, columns = np.nonzero(masked & (added != 0))
+    part[rows, columns] = np.clip(np.rint(part[rows, columns] + added[rows, columns][:, None]), 0, 255)
 
 
-def _grain_variance(residual: Plane, where: Mask) -> float:
-    """That of the plainest squares within `where`; 0 where there are few, or where even they show structure."""
-    whole = _squares(where).all(axis=(2, 3))
-    if np.count_nonzero(whole) < MIN_CELLS:
-        return 0.0
-    variances = np.sort(_squares(residual)[whole].var(axis=(1, 2)))
-    plain = float(np.interp(PLAIN_SHARE * (len(variances) - 1), np.arange(len(variances)), variances))
-    return plain if plain <= MAX_GRAIN**2 else 0.0
+def _grain_variances(residual: Plane, labels: LabelMap, mask: Mask) -> Plane:
+    """That of each class in the plainest known squares: float32 (C,), for all ids in the label map.
+
+    0 for classes with few such squares, and where even they show structure.
+    """
+    found = np.zeros(int(labels.max()) + 1, np.float32)
+    ids = _squares(labels)
+    known = (ids == ids[:, :, :1, :1]).all(axis=(2, 3)) & ~_squares(mask).any(axis=(2, 3))
+    of_square, variances = ids[known][:, 0, 0], _squares(residual)[known].var(axis=(1, 2))
+    for label, count in enumerate(np.bincount(of_square)):
+        if count >= MIN_CELLS:
+            ordered = np.sort(variances[of_square == label])
+            plain = float(np.interp(PLAIN_SHARE * (count - 1), np.arange(count), ordered))
+            found[label] = plain if plain <= MAX_GRAIN**2 else 0.0
+    return found
 
 
 def _squares(plane: NDArray[Any]) -> NDArray[Any]:

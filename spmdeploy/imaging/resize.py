@@ -114,8 +114,10 @@ def resize_mask_conservative(mask: Mask, height: int, width: int) -> Mask:
 
 
 def _area_average(pixels: Image, height: int, width: int) -> Image:
-    if pixels.shape[:2] == (height, width):
-        return pixels.copy()
+    rows, columns = (before // after for before, after in zip(pixels.shape, (height, width), strict=False))
+    if pixels.shape[:2] == (rows * height, columns * width) and (rows * columns).bit_count() == 1:
+        # Pillow's means are the same there: it divides by a multiplication, which is exact for powers of two alone.
+        return np.array(PilImage.fromarray(pixels).reduce((columns, rows)))
     # Every weight is a whole number of 1/height (1/width) pixels, so all sums are exact. In float, the rounding of far
     # pixels would leak into near ones.
     weight = pixels.shape[0] * pixels.shape[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -23,6 +24,17 @@ def test_resize_photo_shrinking_is_area_average(pixels: np.ndarray, data: st.Dat
     coarse = resize_photo(pixels, height, width)
     assert coarse.dtype == np.uint8
     np.testing.assert_array_equal(coarse, (2 * sums + copies) // (2 * copies))
+
+
+@pytest.mark.parametrize("block", [(2, 2), (1, 2), (8, 4)])
+def test_resize_photo_shrinking_by_powers_of_two_rounds_halves_up(block: tuple[int, int]) -> None:
+    """Every sum that a block of bytes can have."""
+    pixels = block[0] * block[1]
+    sums = np.arange(255 * pixels + 1)
+    blocks = np.clip(sums[:, None] - 255 * np.arange(pixels), 0, 255).astype(np.uint8)
+    image = blocks.reshape(-1, block[1])[:, :, None].repeat(3, axis=2)
+    means = resize_photo(image, len(sums), 1)[:, 0]
+    np.testing.assert_array_equal(means, ((2 * sums + pixels) // (2 * pixels))[:, None].repeat(3, axis=1))
 
 
 def contributes(pixel: int, cell: int, length: int, size: int) -> bool:
