@@ -193,6 +193,9 @@ def evaluate(
     limit: Annotated[
         int | None, typer.Option("--limit", min=1, help="At most this many images, evenly spread.")
     ] = None,
+    match: Annotated[
+        bool, typer.Option("--match-surroundings", help="Match every edit to its surroundings first, as `edit` does.")
+    ] = False,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder for table, JSON and contact sheets, best to worst.")
     ] = None,
@@ -242,6 +245,7 @@ def evaluate(
             limit=limit,
             inception=inception,
             segmenter=network,
+            match=match,
             progress=show,
         )
     if output is not None:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from spmdeploy.datasets.folder import ImageFolder, read_classes
 from spmdeploy.datasets.masks import MASK_KINDS
 from spmdeploy.datasets.samples import Sample, random_crop, with_random_mask
+from spmdeploy.editing.harmonize import match_surroundings
 from spmdeploy.errors import InputError
 from spmdeploy.evaluation.fid import FidInception
 from spmdeploy.evaluation.metrics import BATCH, METRICS, Comparison, Images, Networks, Scores, metric_values
@@ -103,6 +104,8 @@ class Evaluation:
     split: str
     seed: int
     rows: tuple[Score, ...]
+    matched: bool = False
+    """Whether edits were matched to their surroundings."""
     fid: bool = False
     """Whether the Fréchet distance is FID."""
     consistency: LabelConsistency | None = None
@@ -115,6 +118,7 @@ class Evaluation:
             "data": self.data,
             "split": self.split,
             "seed": self.seed,
+            "match_surroundings": self.matched,
             "frechet_features": FID_FEATURES if self.fid else FEATURES,
             "rows": [row.to_json() for row in self.rows],
             "adherence": found and {**vars(found), "rows": [row.to_json() for row in found.rows]},
@@ -187,6 +191,7 @@ def evaluate(
     limit: int | None = None,
     inception: FidInception | None = None,
     segmenter: Segmenter | None = None,
+    match: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> tuple[Evaluation, dict[str, Image]]:
     """Scores all models on the same masks.
@@ -201,6 +206,7 @@ def evaluate(
         limit: At most this many images, evenly spread.
         inception: FID's network; with it the Fréchet distance is FID.
         segmenter: For label consistency.
+        match: Match every edit, those of baselines too, to its surroundings before it is scored.
         progress: Called with the number of scored edits and the total.
 
     Returns:
@@ -225,6 +231,9 @@ def evaluate(
         for index, (name, model) in enumerate(models.items()):
             progress((done * len(models) + index) * len(samples), len(kinds) * len(models) * len(samples))
             edits[name] = run_samples(model, samples)
+            if match:
+                for image, sample in zip(edits[name], samples, strict=True):
+                    match_surroundings(image, sample.labels, sample.mask != 0)
             comparison = Comparison(edits[name], photos, masks, networks, photo_features)
             values = {name: _estimate(value, seed) for name, value in metric_values(comparison).items()}
             rows.append(Score(name, kind, len(samples), values))
@@ -236,7 +245,7 @@ def evaluate(
         assert order is not None, "no models"
         sheets[kind] = _contact_sheet(root, samples, edits, order)
     found = None if segmenter is None else LabelConsistency(segmenter.name, segmenter.sha256, tuple(consistency))
-    return Evaluation(str(root), split, seed, tuple(rows), inception is not None, found), sheets
+    return Evaluation(str(root), split, seed, tuple(rows), match, inception is not None, found), sheets
 
 
 def check_output(folder: Path, overwrite: bool) -> None:

@@ -95,6 +95,24 @@ def means(score: Score) -> dict[str, float]:
     return {name: value.mean if isinstance(value, Estimate) else value for name, value in score.metrics.items()}
 
 
+class Bluish:
+    def run(self, inputs: ModelInput) -> np.ndarray:
+        blue = np.minimum(inputs.image + np.array((0, 0, 30)), 255).astype(np.uint8)
+        return np.where(inputs.mask[..., None] > 0, blue, inputs.image)
+
+
+@needs_lpips
+def test_evaluate_matched_edits_lose_their_tint(data_folder: Path) -> None:
+    plain, matched = (
+        evaluate({"bluish": Bluish()}, data_folder, kinds=("strokes",), crop=128, match=match)[0]
+        for match in (False, True)
+    )
+    assert (plain.to_json()["match_surroundings"], matched.to_json()["match_surroundings"]) == (False, True)
+    tinted, without = (evaluation.rows[0].metrics["l1"] for evaluation in (plain, matched))
+    assert isinstance(tinted, Estimate) and isinstance(without, Estimate)
+    assert without.mean < tinted.mean / 2
+
+
 @needs_lpips
 def test_evaluate_registered_metric_is_in_report_and_table(data_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """docs/architecture.md: a new metric is a function and an entry of METRICS."""
