@@ -2,7 +2,8 @@
 
 The checkouts take turns in one run with the same Python: whole processes of `spmdeploy edit`, from start to file, or
 with --warm edits from files to file in a process of each that keeps its editor open. Each has a cache of its own; the
-first run of each fills it and is reported apart. With --size the sample is enlarged and the middle quarter masked.
+first run of each fills it and is reported apart. With --size the sample is enlarged, given grain and masked in its
+middle quarter.
 """
 
 from __future__ import annotations
@@ -19,7 +20,11 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
+
+# Gray levels of standard deviation. Without grain an enlarged photo has no detail, and levels without any are skipped.
+GRAIN = 4
 
 # Runs inside each checkout, through the Python API that both revisions have. Prints a line when the editor is open and
 # one with the seconds of every edit that a line of input asks for.
@@ -46,7 +51,9 @@ def edit_files(folder: Path, sample: Path, size: str | None) -> list[str | Path]
     if size is not None:
         width, height = map(int, size.split("x"))
         enlarged = [folder / name for name in ("photo.png", "labels.png", "mask.png")]
-        Image.open(photo).resize((width, height), Image.Resampling.BICUBIC).save(enlarged[0])
+        plain = np.asarray(Image.open(photo).resize((width, height), Image.Resampling.BICUBIC))
+        grainy = plain + np.random.default_rng(0).normal(0, GRAIN, plain.shape)
+        Image.fromarray(np.clip(grainy, 0, 255).astype(np.uint8)).save(enlarged[0])
         Image.open(labels).resize((width, height), Image.Resampling.NEAREST).save(enlarged[1])
         masked = Image.new("L", (width, height))
         masked.paste(255, (width // 4, height // 4, width // 4 * 3, height // 4 * 3))
