@@ -228,25 +228,27 @@ def match_noise(image: Image, labels: LabelMap, mask: Mask) -> None:
     part, masked = image[box], mask[box]
     variance = _blurred(residual[box] ** 2)
     noise = _fine(np.random.default_rng(0).standard_normal(masked.shape, np.float32))
-    wanted = _grain_variances(residual, labels, mask)
-    added = noise * np.sqrt(np.maximum(wanted[labels[box]] - variance, 0) / FINE_VARIANCE)
+    wanted = np.zeros(masked.shape, np.float32)
+    wanted[masked] = _grain_variances(residual, labels, mask)[labels[mask]]
+    added = noise * np.sqrt(np.maximum(wanted - variance, 0) / FINE_VARIANCE)
     rows, columns = np.nonzero(masked & (added != 0))
     part[rows, columns] = np.clip(np.rint(part[rows, columns] + added[rows, columns][:, None]), 0, 255)
 
 
 def _grain_variances(residual: Plane, labels: LabelMap, mask: Mask) -> Plane:
-    """That of each class in the plainest known squares: float32 (C,), for all ids in the label map.
+    """That of each painted class in its plainest known squares: float32 (C,), 0 for other ids up to the largest.
 
-    0 for classes with few such squares, and where even they show structure.
+    0 too for classes with few such squares, and where even they show structure. Ids outside the mask may be any number.
     """
-    found = np.zeros(int(labels.max()) + 1, np.float32)
+    painted = np.bincount(labels[mask])
+    found = np.zeros(len(painted), np.float32)
     ids = _squares(labels)
     known = (ids == ids[:, :, :1, :1]).all(axis=(2, 3)) & ~_squares(mask).any(axis=(2, 3))
     of_square, variances = ids[known][:, 0, 0], _squares(residual)[known].var(axis=(1, 2))
-    for label, count in enumerate(np.bincount(of_square)):
-        if count >= MIN_CELLS:
-            ordered = np.sort(variances[of_square == label])
-            plain = float(np.interp(PLAIN_SHARE * (count - 1), np.arange(count), ordered))
+    for label in np.flatnonzero(painted):
+        ordered = np.sort(variances[of_square == label])
+        if len(ordered) >= MIN_CELLS:
+            plain = float(np.interp(PLAIN_SHARE * (len(ordered) - 1), np.arange(len(ordered)), ordered))
             found[label] = plain if plain <= MAX_GRAIN**2 else 0.0
     return found
 

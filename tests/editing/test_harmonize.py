@@ -173,3 +173,18 @@ def test_border_contrast_large_image_is_sampled() -> None:
     photo, labels, mask = (np.repeat(np.repeat(array, 9, 0), 9, 1) for array in halves())
     contrast, pairs = border_contrast(photo, labels, mask)
     assert contrast > 4 and pairs < 4000
+
+
+def test_match_surroundings_reads_no_class_from_ids_outside_the_mask() -> None:
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    mask = np.zeros((64, 64), bool)
+    mask[16:48, 16:48] = True
+    results = []
+    for other in (7, -994, 2**40):
+        labels = np.full((64, 64), other, np.int64)
+        labels[8:56, 8:56] = 1
+        results.append(image.copy())
+        match_surroundings(results[-1], labels, mask)
+    for result in results[1:]:
+        np.testing.assert_array_equal(result, results[0])
