@@ -13,6 +13,8 @@ from spmdeploy.types import Image, Mask
 
 Integer = TypeVar("Integer", bound=np.generic)
 _BICUBIC = PilImage.Resampling.BICUBIC
+_EXACT_BLOCKS = {1 << exponent for exponent in range(17)}
+"""Pixels of blocks whose means Pillow computes exactly, in a twentieth of the time: it multiplies by 2**24 / pixels."""
 
 
 def resize_photo(pixels: Image, height: int, width: int) -> Image:
@@ -115,8 +117,7 @@ def resize_mask_conservative(mask: Mask, height: int, width: int) -> Mask:
 
 def _area_average(pixels: Image, height: int, width: int) -> Image:
     rows, columns = (before // after for before, after in zip(pixels.shape, (height, width), strict=False))
-    if pixels.shape[:2] == (rows * height, columns * width) and (rows * columns).bit_count() == 1:
-        # Pillow's means are the same there: it divides by a multiplication, which is exact for powers of two alone.
+    if pixels.shape[:2] == (rows * height, columns * width) and rows * columns in _EXACT_BLOCKS:
         return np.array(PilImage.fromarray(pixels).reduce((columns, rows)))
     # Every weight is a whole number of 1/height (1/width) pixels, so all sums are exact. In float, the rounding of far
     # pixels would leak into near ones.

@@ -37,6 +37,11 @@ def test_resize_photo_shrinking_by_powers_of_two_rounds_halves_up(block: tuple[i
     np.testing.assert_array_equal(means, ((2 * sums + pixels) // (2 * pixels))[:, None].repeat(3, axis=1))
 
 
+@pytest.mark.parametrize("side", [256, 512, 4096])
+def test_resize_photo_shrinking_to_one_pixel_keeps_a_flat_image(side: int) -> None:
+    assert resize_photo(np.full((side, side, 3), 255, np.uint8), 1, 1).tolist() == [[[255, 255, 255]]]
+
+
 def contributes(pixel: int, cell: int, length: int, size: int) -> bool:
     """Whether one of `length` pixels counts in one of `size` cells, as intervals on the same line."""
     if size <= length:  # area average: they overlap
