@@ -202,7 +202,7 @@ def check_torch() -> Check:
 
 
 def _export() -> Check:
-    missing = _missing("torch", "onnx", "onnxscript", "safetensors", "onnxruntime")
+    missing = _missing("torch", "onnx", "safetensors", "onnxruntime")
     if missing:
         return Check("export", False, f"{missing} is not installed", 'pip install "spmdeploy[export,cpu]"')
     return Check("export", True, f"onnx {importlib.metadata.version('onnx')}")

@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from spmdeploy.export.onnx import with_shapes
+from spmdeploy.export.tracing import needed_nodes
 from spmdeploy.types import NATIVE_SIZE
 
 MIN_SIZE = 32
@@ -110,7 +111,7 @@ class _MaskSpecializer:
         rebuilt = onnx.ModelProto()
         rebuilt.CopyFrom(self._model)
         del rebuilt.graph.node[:], rebuilt.graph.value_info[:], rebuilt.graph.initializer[:]
-        rebuilt.graph.node.extend(_needed(self._nodes, [value.name for value in self._model.graph.output]))
+        rebuilt.graph.node.extend(needed_nodes(self._nodes, [value.name for value in self._model.graph.output]))
         read = {name for node in rebuilt.graph.node for name in node.input}
         tensors = {**self._weights, **self._constants}
         rebuilt.graph.initializer.extend(tensor for name, tensor in tensors.items() if name in read)
@@ -442,16 +443,6 @@ def _layers(graph: onnx.GraphProto) -> list[_Layer]:
         if found := _LAYER.match(node.name):
             nodes.setdefault(found[1], []).append(node)
     return [_Layer(name, own) for name, own in nodes.items()]
-
-
-def _needed(nodes: list[onnx.NodeProto], outputs: Iterable[str]) -> list[onnx.NodeProto]:
-    """The nodes that `outputs` depend on, in order."""
-    wanted, needed = set(outputs), []
-    for node in reversed(nodes):
-        if not wanted.isdisjoint(node.output):
-            wanted.update(node.input)
-            needed.append(node)
-    return needed[::-1]
 
 
 def _copy(

@@ -48,7 +48,6 @@ from spmdeploy.inputs import regular_file
 from spmdeploy.labels import ClassTable
 from spmdeploy.model import is_checkpoint
 from spmdeploy.model.checkpoint import Checkpoint, load_checkpoint
-from spmdeploy.model.flops import edit_gflop
 from spmdeploy.model.generator import Generator
 from spmdeploy.types import NATIVE_SIZE, Precision, WeightsDtype
 from spmdeploy.version import __version__
@@ -117,13 +116,14 @@ def export_bundle(
         progress("making the golden edits with torch")
         golden = golden_edits(TorchSession(weights.generator), table)
 
-        graphs, limits, stores = [], {}, _ExternalDataFiles(writer)
+        graphs, gflop, limits, stores = [], {}, {}, _ExternalDataFiles(writer)
         variants = _wanted_variants(options)
         for graph, trace in _traces(weights.generator).items():
             progress(f"tracing the {graph} graph")
             exported = time.perf_counter()
             fp32 = trace(weights.generator)
             order_weights(fp32)
+            gflop[graph] = graph_facts(fp32).gflop
             for precision, on_cpu in variants:
                 name = ON_CPU[graph] if on_cpu else graph
                 progress(f"writing and checking the {name} {precision} graph")
@@ -147,7 +147,7 @@ def export_bundle(
             classes=table,
             channel_order=weights.color_order,
             native_size=NATIVE_SIZE,
-            generator=_generator_facts(weights),
+            generator=_generator_facts(weights, gflop[EDIT]),
             graphs=tuple(graph.record for graph in graphs),
             golden=tuple(GoldenEdit(name, f"golden/{name}", ATTRIBUTION) for name in golden),
             limits=limits,
@@ -333,12 +333,11 @@ def _write_golden(writer: BundleWriter, golden: Mapping[str, GoldenSample]) -> N
                 images.write_image(writer.path(f"golden/{name}/{image}.png"), array)
 
 
-def _generator_facts(weights: Checkpoint) -> GeneratorFacts:
+def _generator_facts(weights: Checkpoint, gflop: float) -> GeneratorFacts:
     config = weights.generator.config
     parameters = sum(parameter.numel() for parameter in weights.generator.parameters())
-    gflop = round(edit_gflop(config), 2)
     return GeneratorFacts(
-        config.classes, config.width, config.hidden, parameters, gflop, config.modulation, config.stages
+        config.classes, config.width, config.hidden, parameters, round(gflop, 2), config.modulation, config.stages
     )
 
 

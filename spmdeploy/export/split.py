@@ -6,10 +6,11 @@ More than half of the operations of an edit read labels, instances and mask only
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import onnx
+
+from spmdeploy.export.tracing import needed_nodes
 
 _WITH_BODIES = frozenset({"If", "Loop", "Scan"})
 """Their bodies read values that are not listed as inputs of the node."""
@@ -41,10 +42,10 @@ def split_by_layout(model: onnx.ModelProto, image: str = "image") -> GraphPartit
     outputs = [value.name for value in graph.output]
     of_image = _dependent(graph, {image})
     of_layout = _dependent(graph, set(inputs) - {image}) - of_image
-    picture = _needed(graph, outputs, without=of_layout)
+    picture = needed_nodes(graph.node, outputs, without=of_layout)
     read = {name for node in picture for name in node.input}
     cached = [name for node in graph.node for name in node.output if name in of_layout and name in read]
-    layout = _needed(graph, cached, without=of_image)
+    layout = needed_nodes(graph.node, cached, without=of_image)
     return GraphPartition(
         _part(model, layout, _read_by(layout, inputs), cached),
         _part(model, picture, [*_read_by(picture, inputs), *cached], outputs),
@@ -58,17 +59,6 @@ def _dependent(graph: onnx.GraphProto, names: set[str]) -> set[str]:
         if not known.isdisjoint(node.input):
             known.update(node.output)
     return known
-
-
-def _needed(graph: onnx.GraphProto, outputs: Iterable[str], without: set[str]) -> list[onnx.NodeProto]:
-    """The nodes that `outputs` are computed by, in order, leaving out those that compute values in `without`."""
-    wanted = set(outputs)
-    chosen = []
-    for node in reversed(graph.node):
-        if not wanted.isdisjoint(node.output) and without.isdisjoint(node.output):
-            chosen.append(node)
-            wanted.update(node.input)
-    return chosen[::-1]
 
 
 def _read_by(nodes: list[onnx.NodeProto], names: list[str]) -> list[str]:

@@ -144,9 +144,7 @@ def test_check_onnxruntime_gpu_and_package_are_usable(machine: Machine) -> None:
     assert found["onnxruntime on cuda"].usable and "verify --device cuda:0" in found["onnxruntime on cuda"].reason
 
 
-@pytest.mark.parametrize(
-    ("missing", "name"), [("torch", "torch"), ("onnx", "torch"), ("onnxscript", "export"), ("safetensors", "export")]
-)
+@pytest.mark.parametrize(("missing", "name"), [("torch", "torch"), ("onnx", "torch"), ("safetensors", "export")])
 def test_run_checks_missing_package_blocks_export(missing: str, name: str, machine: Machine) -> None:
     machine.without(missing)
     finding = machine.run_checks()[name]

@@ -51,7 +51,6 @@ HEAVY = {
     "minisign",
     "torch",
     "onnx",
-    "onnxscript",
     "onnxruntime",
     "tensorrt",
     "tensorrt_rtx",

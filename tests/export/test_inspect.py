@@ -83,7 +83,7 @@ def test_inspect_changed_card_exits_6(street_bundle: Path, tmp_path: Path, capsy
 def test_inspect_without_torch_and_onnx_shows_recorded_figures(street_bundle: Path) -> None:
     driver = (
         "import sys\n"
-        "for name in ('torch', 'onnx', 'onnxscript', 'onnxruntime', 'safetensors'): sys.modules[name] = None\n"
+        "for name in ('torch', 'onnx', 'onnxruntime', 'safetensors'): sys.modules[name] = None\n"
         "import spmdeploy.cli\n"
         "spmdeploy.cli.entry()"
     )

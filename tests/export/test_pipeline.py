@@ -23,7 +23,7 @@ from spmdeploy.export import parity, pipeline
 from spmdeploy.export.external_data import ALIGNMENT, ELEMENTS, WeightStore
 from spmdeploy.export.fp16 import store_weights_as_halves
 from spmdeploy.export.graph_stats import graph_facts
-from spmdeploy.export.onnx import MAX_IR_VERSION
+from spmdeploy.export.onnx import IR_VERSION
 from spmdeploy.export.pipeline import ExportOptions, export_bundle
 from spmdeploy.labels import class_table
 from spmdeploy.model.checkpoint import Checkpoint, load_checkpoint, save_generator
@@ -92,7 +92,7 @@ def test_exported_graph_has_the_inputs_and_outputs_of_the_contract(street_bundle
             **coarse,
         }
         assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 18)]
-        assert model.ir_version <= MAX_IR_VERSION
+        assert model.ir_version <= IR_VERSION
 
 
 def test_exported_graph_values_have_types_and_shapes(fp16: onnx.ModelProto, refine_fp16: onnx.ModelProto) -> None:

@@ -22,7 +22,7 @@ from spmdeploy.labels import built_in_tables
 
 ROOT = Path(__file__).resolve().parents[2]
 # Packages that an edge install must not include: only export and training need them.
-NOT_FOR_THE_EDGE = {"torch", "torchvision", "onnx", "onnxscript", "onnx-ir", "safetensors", "triton", "scipy"}
+NOT_FOR_THE_EDGE = {"torch", "torchvision", "onnx", "safetensors", "triton", "scipy"}
 
 
 def run(*args: object, cwd: Path, **environment: str) -> str:
