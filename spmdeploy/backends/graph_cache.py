@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import mmap
 import os
 import platform
 import shutil
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from spmdeploy.errors import SpmDeployError
-from spmdeploy.files import atomic_replace_dir, sha256, user_cache
+from spmdeploy.files import atomic_replace_dir, user_cache
 
 logger = logging.getLogger("spmdeploy")
 
@@ -114,8 +115,9 @@ def _is_intact(entry: Path) -> bool:
 
 
 def _sha256_of(path: Path) -> str:
-    with open(path, "rb") as stream:
-        return sha256(stream)
+    """In one call: the interpreter lock is waited for after each, and other threads import modules meanwhile."""
+    with open(path, "rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return hashlib.sha256(content).hexdigest()
 
 
 def _remove_oldest(newest: Path) -> None:
