@@ -90,7 +90,7 @@ def image_input(image: Image, mask: Mask, size: int) -> NDArray[np.uint8]:
         uint8 (size, size, 3).
     """
     photo = image.copy() if image.shape[:2] == mask.shape else np.array(resize_photo(image, *mask.shape))
-    photo[mask] = HIDDEN_GRAY
+    np.putmask(photo, np.repeat(mask, 3), HIDDEN_GRAY)  # three times as fast as by index
     extrapolate_border(photo, mask, EXTRAPOLATED_PIXELS)
     return pad_by_reflection(photo, size, size)
 

@@ -23,7 +23,7 @@ from spmdeploy.errors import OutOfMemoryError, UnavailableError
 from spmdeploy.imaging.resize import resize_canvas
 from spmdeploy.tiling.letterbox import Letterbox, pad_by_reflection
 from spmdeploy.tiling.pyramid import PyramidLevel, Tile, coarse_size, high_frequency_energy
-from spmdeploy.tiling.seams import border_lines, seam_score
+from spmdeploy.tiling.seams import border_lines, mean_of_channels, seam_score
 from spmdeploy.tiling.windows import Window
 from spmdeploy.types import Canvas, Mask, ModelInput
 
@@ -310,7 +310,7 @@ class _TileBlender:
             other = self._raw.get((row, column))
             if other is not None:
                 both = np.s_[: size - down, : size - right]
-                distance = np.abs(content[both] - other[down:, right:]).mean(axis=2)[mask[both]]
+                distance = mean_of_channels(np.abs(content[both] - other[down:, right:]))[mask[both]]
                 self._mismatch += float(distance.sum(dtype=np.float64))
                 self._compared += distance.size
         self._raw[tile.row, tile.column] = content
