@@ -21,6 +21,8 @@ IR_VERSION = 10
 """That of onnx 1.16; newer ones would shut out runtimes of 2024."""
 
 _GENERATOR_PREFIX = "generator."
+_LARGE_BYTES = 1 << 12
+"""Larger tensors are weights: shapes do not depend on their values, and onnx would copy them at every step."""
 
 
 def export_edit(generator: Generator) -> onnx.ModelProto:
@@ -57,13 +59,26 @@ def _export(graph: nn.Module, name: str, inputs: Sequence[str]) -> onnx.ModelPro
 
 def with_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
     """Return `model` after checking it, with type and shape of every value."""
-    del model.graph.value_info[:]
-    model = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
-    for value in model.graph.value_info:
+    graph = model.graph
+    large = [tensor for tensor in graph.initializer if len(tensor.raw_data) > _LARGE_BYTES]
+    declared = [onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims) for tensor in large]
+    small = [tensor for tensor in graph.initializer if len(tensor.raw_data) <= _LARGE_BYTES]
+    light = onnx.helper.make_graph(graph.node, graph.name, [*graph.input, *declared], graph.output, small)
+    checked = onnx.shape_inference.infer_shapes(
+        onnx.helper.make_model(light, opset_imports=model.opset_import, ir_version=model.ir_version),
+        check_type=True,
+        strict_mode=True,
+        data_prop=True,
+    )
+    onnx.checker.check_model(checked)  # full_check would infer the shapes again
+    for tensor in large:
+        onnx.checker.check_tensor(tensor)
+    for value in checked.graph.value_info:
         dims = value.type.tensor_type.shape.dim
         if len(dims) >= 3 and dims[0].dim_param:  # inference loses the name at each Resize
             dims[0].dim_param = "batch"
-    onnx.checker.check_model(model)  # full_check would infer the shapes again
+    del graph.value_info[:]
+    graph.value_info.extend(checked.graph.value_info)
     return model
 
 
