@@ -7,11 +7,13 @@ step is taken out. Grain is measured in the plainest known squares of a class an
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from spmdeploy.backends.threads import available_threads
 from spmdeploy.types import Image, LabelMap, Mask
 
 Plane = NDArray[np.floating[Any]]  # float32
@@ -118,15 +120,21 @@ def match_color_statistics(image: Image, labels: LabelMap, mask: Mask) -> None:
     factor = max(CELL_PIXELS, -(-max(mask.shape) // MEASURED_SIDE))
     around = _surrounding_box(mask, factor)
     image, labels, mask = image[around], labels[around], mask[around]
-    for label in np.flatnonzero(np.bincount(labels[mask])):  # np.unique imports numpy.ma: 20 ms
-        of_class = labels == label
-        around = _surrounding_box(of_class & mask, factor)
-        part, of_class, masked = image[around], of_class[around], mask[around]
-        shift = _shift(_cell_sums(part, of_class & ~masked, factor), _cell_sums(part, of_class & masked, factor))
-        if shift is not None:
-            rows, columns = np.nonzero(of_class & masked)
-            shifted = part[rows, columns] + _sample_bilinear(shift, factor, rows, columns)
-            part[rows, columns] = np.clip(np.rint(shifted), 0, 255)
+    pixels = np.bincount(labels[mask])  # np.unique imports numpy.ma: 20 ms
+    largest_first = sorted(np.flatnonzero(pixels), key=lambda label: -pixels[label])
+    with ThreadPoolExecutor(available_threads()) as pool:  # a class reads and writes its own pixels only
+        list(pool.map(lambda label: _match_class(image, labels == label, mask, factor), largest_first))
+
+
+def _match_class(image: Image, of_class: Mask, mask: Mask, factor: int) -> None:
+    """Shifts the painted pixels of one class, of which there are some."""
+    around = _surrounding_box(of_class & mask, factor)
+    part, of_class, masked = image[around], of_class[around], mask[around]
+    shift = _shift(_cell_sums(part, of_class & ~masked, factor), _cell_sums(part, of_class & masked, factor))
+    if shift is not None:
+        rows, columns = np.nonzero(of_class & masked)
+        shifted = part[rows, columns] + _sample_bilinear(shift, factor, rows, columns)
+        part[rows, columns] = np.clip(np.rint(shifted), 0, 255)
 
 
 def _surrounding_box(where: Mask, factor: int) -> tuple[slice, slice]:
@@ -230,9 +238,8 @@ def match_noise(image: Image, labels: LabelMap, mask: Mask) -> None:
     noise = _fine(np.random.default_rng(0).standard_normal(masked.shape, np.float32))
     wanted = np.zeros(masked.shape, np.float32)
     wanted[masked] = _grain_variances(residual, labels, mask)[labels[mask]]
-    added = noise * np.sqrt(np.maximum(wanted - variance, 0) / FINE_VARIANCE)
-    rows, columns = np.nonzero(masked & (added != 0))
-    part[rows, columns] = np.clip(np.rint(part[rows, columns] + added[rows, columns][:, None]), 0, 255)
+    added = noise * np.sqrt(np.maximum(wanted - variance, 0) / FINE_VARIANCE)  # 0 outside the mask
+    part[:] = np.clip(np.rint(part + added[..., None]), 0, 255)
 
 
 def _grain_variances(residual: Plane, labels: LabelMap, mask: Mask) -> Plane:
@@ -243,8 +250,9 @@ def _grain_variances(residual: Plane, labels: LabelMap, mask: Mask) -> Plane:
     painted = np.bincount(labels[mask])
     found = np.zeros(len(painted), np.float32)
     ids = _squares(labels)
-    known = (ids == ids[:, :, :1, :1]).all(axis=(2, 3)) & ~_squares(mask).any(axis=(2, 3))
-    of_square, variances = ids[known][:, 0, 0], _squares(residual)[known].var(axis=(1, 2))
+    known = _all(ids == ids[:, :1, :, :1]) & _all(~_squares(mask))
+    of_square = ids[:, 0, :, 0][known]
+    variances = _squares(residual).swapaxes(1, 2)[known].var(axis=(1, 2))
     for label in np.flatnonzero(painted):
         ordered = np.sort(variances[of_square == label])
         if len(ordered) >= MIN_CELLS:
@@ -254,10 +262,16 @@ def _grain_variances(residual: Plane, labels: LabelMap, mask: Mask) -> Plane:
 
 
 def _squares(plane: NDArray[Any]) -> NDArray[Any]:
-    """A view of a plane (H, W) in squares: (H // SQUARE, W // SQUARE, SQUARE, SQUARE)."""
+    """A view of a plane (H, W) in squares: (H // SQUARE, SQUARE, W // SQUARE, SQUARE)."""
     height, width = (side // SQUARE for side in plane.shape)
-    cut = plane[: height * SQUARE, : width * SQUARE]
-    return cut.reshape(height, SQUARE, width, SQUARE).swapaxes(1, 2)
+    return plane[: height * SQUARE, : width * SQUARE].reshape(height, SQUARE, width, SQUARE)
+
+
+def _all(squares: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Whether all of each square holds. Axis by axis, which is several times as fast."""
+    of_columns: NDArray[np.bool_] = np.logical_and.reduce(squares, axis=1)
+    of_squares: NDArray[np.bool_] = np.logical_and.reduce(of_columns, axis=2)
+    return of_squares
 
 
 def _fine(plane: Plane) -> Plane:
@@ -268,12 +282,12 @@ def _fine(plane: Plane) -> Plane:
 def _blurred(plane: Plane) -> Plane:
     """Twice the binomial kernel 1 2 1 in both directions, the border repeated."""
     for axis in (0, 1, 0, 1):
-        padded = np.pad(plane, [(1, 1) if a == axis else (0, 0) for a in (0, 1)], mode="edge")
-        before, here, after = (
-            padded[tuple(slice(i, i + plane.shape[a]) if a == axis else slice(None) for a in (0, 1))] for i in range(3)
-        )
-        plane = before + after
-        plane += here
-        plane += here
-        plane /= 4
+        lines = plane.swapaxes(0, axis)
+        total = np.empty_like(lines)
+        np.add(lines[:-2], lines[2:], out=total[1:-1])
+        total[0], total[-1] = lines[0] + lines[:2][-1], lines[-2:][0] + lines[-1]
+        total += lines
+        total += lines
+        total /= 4
+        plane = total.swapaxes(0, axis)
     return plane
