@@ -29,7 +29,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from spmdeploy.export.onnx import with_shapes
+from spmdeploy.export.onnx import rebuilt
 from spmdeploy.export.tracing import needed_nodes
 from spmdeploy.types import NATIVE_SIZE
 
@@ -108,14 +108,8 @@ class _MaskSpecializer:
                 self._result(node)
             elif _LAYER.match(node.name) is None:
                 self._nodes.append(node)
-        rebuilt = onnx.ModelProto()
-        rebuilt.CopyFrom(self._model)
-        del rebuilt.graph.node[:], rebuilt.graph.value_info[:], rebuilt.graph.initializer[:]
-        rebuilt.graph.node.extend(needed_nodes(self._nodes, [value.name for value in self._model.graph.output]))
-        read = {name for node in rebuilt.graph.node for name in node.input}
-        tensors = {**self._weights, **self._constants}
-        rebuilt.graph.initializer.extend(tensor for name, tensor in tensors.items() if name in read)
-        return with_shapes(rebuilt)
+        nodes = needed_nodes(self._nodes, [value.name for value in self._model.graph.output])
+        return rebuilt(self._model, nodes, {**self._weights, **self._constants}.values())
 
     def _size(self, layer: _Layer) -> int:
         """Height and width of the output of the layer."""

@@ -14,6 +14,8 @@ from pathlib import Path
 import onnx
 from onnx import TensorProto, numpy_helper
 
+from spmdeploy.export.onnx import model_of_nodes
+
 ELEMENTS = 1024
 """Smaller tensors stay in the graph: a reference costs about a hundred bytes."""
 
@@ -35,14 +37,24 @@ class WeightStore:
 
     def without_weights(self, model: onnx.ModelProto) -> onnx.ModelProto:
         """Return a copy of `model` that refers to its large weights in this file; adds missing ones."""
-        copy = onnx.ModelProto()
-        copy.CopyFrom(model)
-        for tensor in copy.graph.initializer:
-            if tensor.data_type in _TYPES and prod(tensor.dims) >= ELEMENTS:
-                content = numpy_helper.to_array(tensor).tobytes()
-                place = self._find(content)
-                self._move(tensor, self._append(content, tensor.dims[0]) if place is None else place, len(content))
-        return copy
+        graph = model.graph
+        tensors = [self._stored(tensor) for tensor in graph.initializer]
+        return model_of_nodes(model, graph.node, tensors, graph.input, graph.output, graph.value_info)
+
+    def _stored(self, tensor: TensorProto) -> TensorProto:
+        """The tensor, or one that refers to its content in this file."""
+        if tensor.data_type not in _TYPES or prod(tensor.dims) < ELEMENTS:
+            return tensor
+        content = numpy_helper.to_array(tensor).tobytes()
+        start = self._find(content)
+        if start is None:
+            start = self._append(content, tensor.dims[0])
+        reference = TensorProto(
+            name=tensor.name, data_type=tensor.data_type, dims=tensor.dims, data_location=TensorProto.EXTERNAL
+        )
+        for key, value in (("location", self._path.name), ("offset", str(start)), ("length", str(len(content)))):
+            reference.external_data.add(key=key, value=value)
+        return reference
 
     def _find(self, content: bytes) -> int | None:
         """Where written tensors hold this content: one, several without padding between them, or a part of one."""
@@ -62,10 +74,3 @@ class WeightStore:
                 self._starts[content[offset : offset + ALIGNMENT]].append(start + offset)
         self._end = start + len(content)
         return start
-
-    def _move(self, tensor: TensorProto, start: int, length: int) -> None:
-        for values in ("raw_data", "float_data", "int32_data"):
-            tensor.ClearField(values)
-        tensor.data_location = TensorProto.EXTERNAL
-        for key, value in (("location", self._path.name), ("offset", str(start)), ("length", str(length))):
-            tensor.external_data.add(key=key, value=value)

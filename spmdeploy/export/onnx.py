@@ -86,15 +86,31 @@ def rebuilt(
     model: onnx.ModelProto, nodes: Iterable[onnx.NodeProto], initializers: Iterable[onnx.TensorProto]
 ) -> onnx.ModelProto:
     """Return `model` with other nodes, the initializers that they read, and newly inferred shapes and types."""
+    return with_shapes(model_of_nodes(model, nodes, initializers, model.graph.input, model.graph.output))
+
+
+def model_of_nodes(
+    model: onnx.ModelProto,
+    nodes: Iterable[onnx.NodeProto],
+    initializers: Iterable[onnx.TensorProto],
+    inputs: Iterable[onnx.ValueInfoProto],
+    outputs: Iterable[onnx.ValueInfoProto],
+    values: Iterable[onnx.ValueInfoProto] = (),
+) -> onnx.ModelProto:
+    """Return a model of these nodes and the initializers that they read, in all else like `model`.
+
+    A copy of `model` whose parts are then replaced would copy all weights twice.
+    """
     nodes = list(nodes)
     read = {value for node in nodes for value in node.input}
     graph = onnx.helper.make_graph(
         nodes,
         model.graph.name,
-        model.graph.input,
-        model.graph.output,
+        list(inputs),
+        list(outputs),
         [tensor for tensor in initializers if tensor.name in read],
+        value_info=list(values),
     )
-    rebuilt = onnx.helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
-    rebuilt.producer_name, rebuilt.producer_version = model.producer_name, model.producer_version
-    return with_shapes(rebuilt)
+    made = onnx.helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
+    made.producer_name, made.producer_version = model.producer_name, model.producer_version
+    return made

@@ -237,7 +237,7 @@ class _ExternalDataFiles:
         return name, self._stores[name]
 
     def sizes(self) -> dict[str, int]:
-        return {name: self._writer.measure(name)[0] for name in self._stores}
+        return {name: self._writer.path(name).stat().st_size for name in self._stores}
 
 
 def _write_graph(

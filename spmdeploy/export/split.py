@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import onnx
 
+from spmdeploy.export.onnx import model_of_nodes
 from spmdeploy.export.tracing import needed_nodes
 
 _WITH_BODIES = frozenset({"If", "Loop", "Scan"})
@@ -72,15 +73,12 @@ def _part(
     """A model of these nodes, with the initializers and the shape information that they need."""
     graph = model.graph
     values = {value.name: value for value in (*graph.input, *graph.value_info, *graph.output)}
-    read = {name for node in nodes for name in node.input}
     made = {name for node in nodes for name in node.output} - set(outputs)
-    part = onnx.ModelProto()
-    part.CopyFrom(model)
-    del part.graph.node[:], part.graph.initializer[:], part.graph.input[:], part.graph.output[:]
-    del part.graph.value_info[:]
-    part.graph.node.extend(nodes)
-    part.graph.initializer.extend(tensor for tensor in graph.initializer if tensor.name in read)
-    part.graph.input.extend(values[name] for name in inputs)
-    part.graph.output.extend(values[name] for name in outputs)
-    part.graph.value_info.extend(values[name] for name in values if name in made)
-    return part
+    return model_of_nodes(
+        model,
+        nodes,
+        graph.initializer,
+        inputs=[values[name] for name in inputs],
+        outputs=[values[name] for name in outputs],
+        values=[values[name] for name in values if name in made],
+    )
