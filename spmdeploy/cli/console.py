@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import typer
 
 from spmdeploy.errors import SpmDeployError, UnavailableError, printable
 from spmdeploy.files import translated
+
+closed_by_main = ExitStack()
+"""What a command opened; `main` closes it, unless the process ends."""
 
 
 @contextmanager

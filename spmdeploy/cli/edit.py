@@ -7,7 +7,7 @@ import time
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
-from spmdeploy.cli.console import log, log_notes, print_result, progress_bar
+from spmdeploy.cli.console import closed_by_main, log, log_notes, print_result, progress_bar
 from spmdeploy.cli.options import (
     BackendOption,
     Device,
@@ -59,12 +59,11 @@ def edit(
     if as_json and output_descriptor(values["output"]) == 1:
         raise UsageError("--json and --output - would both write to standard output", "name a file for the image")
     request = record_from(EditRequest, values, options=record_from(EditOptions, values))
-    with (
-        _Prefetcher(request) as prefetcher,
-        open_editor_from_options(
+    with _Prefetcher(request) as prefetcher:
+        editor = open_editor_from_options(
             model, backend, device, precision, require_signature, prefetcher.start, verbose
-        ) as editor,
-    ):
+        )
+        closed_by_main.enter_context(editor)
         opened = time.perf_counter()
         from spmdeploy.editing.run import run_edit
 

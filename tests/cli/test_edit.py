@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from spmdeploy.editing.editor import Editor
 from spmdeploy.labels import class_table, colorize
 from tests.cli.harness import EditFiles, Result, is_edited, pixels, process, save
 
@@ -34,6 +35,16 @@ def test_edit_finished_skips_interpreter_shutdown_unless_traced(files: EditFiles
         driver="import sys; sys.settrace(lambda *_: None)\n" + WITH_EXIT_MESSAGE,
     )
     assert result.code == 0 and result.out.endswith("taken down\n")  # a tracer reports at exit
+
+
+def test_edit_in_a_process_that_goes_on_closes_its_session(
+    files: EditFiles, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[Editor] = []
+    monkeypatch.setattr(Editor, "close", lambda editor: closed.append(editor))
+    for count in (1, 2):
+        assert run(*files.args(overwrite=True)).code == 0
+        assert len(closed) == count
 
 
 def test_edit_known_pixels_are_unchanged(files: EditFiles, run: Any) -> None:
