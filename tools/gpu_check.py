@@ -237,7 +237,9 @@ def _run(command: list[str], budget: Budget) -> tuple[int | None, str, str | Non
     if not timeout:
         return None, "", "the budget was used up"
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout)
+        done = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", check=False, timeout=timeout
+        )
     except subprocess.TimeoutExpired:
         return None, "", f"it did not end within {timeout:.0f} s"
     tail = " ".join(done.stderr.split())[-400:]
