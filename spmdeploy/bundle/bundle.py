@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -53,6 +54,7 @@ from spmdeploy.bundle.storage import (
 )
 from spmdeploy.errors import BundleError
 from spmdeploy.files import is_safe_relative_path, os_errors, quote_path, sha256
+from spmdeploy.model import is_checkpoint
 from spmdeploy.serialization import shorten
 
 if TYPE_CHECKING:
@@ -220,6 +222,11 @@ class Bundle:
         with _bundle_errors(self.path / name), self._store.open(name) as stream:
             actual = sha256(stream, self._store.sizes[name])
         _compare(self.path / name, actual, expected)
+
+
+def is_bundle(path: Path) -> bool:
+    """Whether a path is to be read as a bundle, not as weights: a folder, or a zip that torch.save did not write."""
+    return path.is_dir() or (zipfile.is_zipfile(path) and not is_checkpoint(path))
 
 
 def open_bundle(path: str | Path, signed_with: PublicKey | None = None) -> Bundle:

@@ -94,7 +94,7 @@ def train(
         typer.Option("--discriminator", help="The paper's, or one on EfficientNet features with its own losses."),
     ] = "patch",
     start: Annotated[
-        Path | None, typer.Option("--start", metavar="WEIGHTS", help="A generator (.safetensors) to start from.")
+        Path | None, typer.Option("--start", metavar="WEIGHTS", help="Weights or a bundle to start from.")
     ] = None,
     bf16: Annotated[
         bool | None, typer.Option("--bf16/--no-bf16", help="Autocast to bfloat16; default: on a GPU.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -17,7 +16,7 @@ import torch
 from spmdeploy.assets.samples import ATTRIBUTION
 from spmdeploy.backends.pytorch import TorchSession, bundled_generator
 from spmdeploy.backends.verify import GoldenResult, GoldenSample
-from spmdeploy.bundle.bundle import Bundle, open_bundle
+from spmdeploy.bundle.bundle import Bundle, is_bundle, open_bundle
 from spmdeploy.bundle.manifest import (
     EDIT,
     ON_CPU,
@@ -46,7 +45,6 @@ from spmdeploy.files import sha256
 from spmdeploy.imaging import files as images
 from spmdeploy.inputs import regular_file
 from spmdeploy.labels import ClassTable
-from spmdeploy.model import is_checkpoint
 from spmdeploy.model.checkpoint import Checkpoint, load_checkpoint
 from spmdeploy.model.generator import Generator
 from spmdeploy.types import NATIVE_SIZE, Precision, WeightsDtype
@@ -172,7 +170,7 @@ class _Source:
 def _read_source(path: Path) -> tuple[Checkpoint, _Source]:
     """The weights of a checkpoint or of a bundle. Raises InputError, BundleError."""
     path = regular_file(path)
-    if path.is_dir() or (zipfile.is_zipfile(path) and not is_checkpoint(path)):
+    if is_bundle(path):
         bundle = open_bundle(path)
         manifest = bundle.manifest
         weights = Checkpoint(bundled_generator(bundle), "spmdeploy", manifest.channel_order, manifest.training)

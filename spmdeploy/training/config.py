@@ -131,7 +131,7 @@ class TrainConfig:
     discriminator_width: int = 64
     """Channels of a patch discriminator's first layer (the paper's ndf), or inside the projected one's heads."""
     start_weights: str | None = None
-    """A generator of the same shape (.safetensors) to start from; None: random weights."""
+    """Weights (.safetensors, .pth) or a bundle of a generator of the same shape to start from; None: random ones."""
     loss: LossConfig = field(default_factory=LossConfig)
     ema_half_life: int = 1000
     """Samples after which a weight's share in the averaged weights has halved; 0 exports the weights as they are."""

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.nn.utils.parametrize import is_parametrized
 
+from spmdeploy.backends.pytorch import bundled_generator
+from spmdeploy.bundle.bundle import is_bundle, open_bundle
 from spmdeploy.errors import InputError
 from spmdeploy.model.checkpoint import load_checkpoint
 from spmdeploy.model.generator import Generator, GeneratorConfig
@@ -23,10 +25,10 @@ def training_generator(config: GeneratorConfig, start: Path | None = None) -> Ge
 
     Args:
         config: its shape.
-        start: weights to start from (.safetensors); None: the paper's random ones.
+        start: weights or a bundle to start from; None: the paper's random weights.
 
     Raises:
-        InputError: `start` is not readable, or is a generator of another shape.
+        InputError, BundleError: `start` is not readable, or is a generator of another shape.
     """
     generator = Generator(config)
     if start is None:
@@ -40,7 +42,7 @@ def training_generator(config: GeneratorConfig, start: Path | None = None) -> Ge
 
 
 def _start_state(config: GeneratorConfig, path: Path) -> dict[str, Tensor]:
-    stored = load_checkpoint(path).generator
+    stored = bundled_generator(open_bundle(path)) if is_bundle(path) else load_checkpoint(path).generator
     if stored.config != config:
         raise InputError(
             f"{path}: is a generator of {stored.config}, the run trains {config}",

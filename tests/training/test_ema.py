@@ -1,7 +1,12 @@
 from __future__ import annotations
 
+import pytest
 import torch
 
+from spmdeploy import default_model
+from spmdeploy.backends.pytorch import bundled_generator
+from spmdeploy.bundle.bundle import open_bundle
+from spmdeploy.errors import InputError
 from spmdeploy.model.generator import Generator, GeneratorConfig
 from spmdeploy.model.layout import LayoutPyramid
 from spmdeploy.training.ema import grow_stage, inherit_discriminator, training_generator, update_ema
@@ -85,3 +90,12 @@ def test_inherit_discriminator_copies_the_outer_layers() -> None:
         key = f"layers.{index}.parametrizations.weight.original"
         assert torch.equal(state[key], coarser.state_dict()[key])
     assert torch.equal(state["layers.4.parametrizations.weight.original"], own_last)
+
+
+def test_training_generator_starts_from_a_bundle() -> None:
+    bundled = bundled_generator(open_bundle(default_model()))
+    started = training_generator(bundled.config, default_model())
+    name = "stages.2.encoder.3.features.weight"
+    assert torch.equal(started.get_parameter(name), bundled.get_parameter(name))
+    with pytest.raises(InputError, match=r"street\.spm: is a generator of .*classes=12.*the run trains .*classes=3"):
+        training_generator(CONFIG, default_model())
