@@ -180,7 +180,7 @@ def _targets(library: Any, wanted: Sequence[str], gpu: GpuFacts | None) -> tuple
     if wanted:
         return tuple(sorted(set(wanted), key=_number))
     if gpu is None:
-        raise UsageError(
+        raise UnavailableError(
             "there is no GPU here to build for", f"name what to build for, as in --target sm86; {supported}"
         )
     here = Gpu(gpu.name, gpu.compute_capability)

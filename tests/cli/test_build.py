@@ -95,7 +95,7 @@ def test_plan_without_tensorrt_takes_rtx(machine: Machine) -> None:
     assert plan.why == "TensorRT is not installed"
     machine.install("tensorrt", SimpleNamespace(__version__="10.3.0", __spec__="here"))
     machine.gpu(None)
-    with pytest.raises(UsageError, match="no GPU here to build for"):
+    with pytest.raises(UnavailableError, match="no GPU here to build for"):
         plan_engines(EngineOptions())
 
 
@@ -133,7 +133,7 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str, str]] = [
     ({"targets": ("sm86", "sm87")}, UsageError, "no target 'sm87'", "Jetson"),
     ({"targets": ("current",)}, UsageError, "no target 'current'", "itself"),
     ({"targets": ("",)}, UsageError, "no target ''", "itself"),
-    ({}, UsageError, "no GPU here", "--target sm86; .*sm75, sm86, sm120"),
+    ({}, UnavailableError, "no GPU here", "--target sm86; .*sm75, sm86, sm120"),
     ({"runtime": "tensorrt"}, UnavailableError, "tensorrt cannot be imported", "JetPack"),
     ({"runtime": "tensorrt", "targets": ("sm86",)}, UsageError, "GPU of this machine only", "--target"),
     ({"runtime": "onnxruntime"}, UsageError, "unknown runtime 'onnxruntime'", "tensorrt-rtx"),
@@ -228,20 +228,20 @@ def test_build_of_missing_graph_exits_6_and_lists_graphs(
 
 
 @pytest.mark.parametrize(
-    ("args", "problem"),
+    ("args", "exit_code", "problem"),
     [
-        (["--cpu-only", "--engine"], "from the graph for CPUs"),
-        (["--target", "sm86"], "--target is for engines"),
-        (["--engine", "--target", "sm90"], "no target 'sm90'"),
-        (["--engine"], "no GPU here"),
+        (["--cpu-only", "--engine"], 2, "from the graph for CPUs"),
+        (["--target", "sm86"], 2, "--target is for engines"),
+        (["--engine", "--target", "sm90"], 2, "no target 'sm90'"),
+        (["--engine"], 4, "no GPU here"),
     ],
 )
-def test_export_with_impossible_engine_options_exits_2_at_once(
-    machine: Machine, tmp_path: Path, capsys: pytest.CaptureFixture[str], args: list[str], problem: str
+def test_export_with_impossible_engine_options_ends_at_once(
+    machine: Machine, tmp_path: Path, capsys: pytest.CaptureFixture[str], args: list[str], exit_code: int, problem: str
 ) -> None:
     export = ["export", tmp_path / "absent.pth", "--output", tmp_path / "b.spm", "--classes", "street", *args]
     code, result, _ = run(capsys, *export)
-    assert code == 2 and problem in result["error"]
+    assert code == exit_code and problem in result["error"]
 
 
 def test_export_with_engine_builds_one(
