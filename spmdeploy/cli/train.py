@@ -9,6 +9,7 @@ import typer
 
 from spmdeploy.cli.console import log, print_result, progress_bar, require_extra
 from spmdeploy.cli.options import Json, Overwrite, Preset
+from spmdeploy.editing.options import MAX_FEATHER
 from spmdeploy.errors import UsageError
 
 GPU_BATCH = 8
@@ -196,6 +197,9 @@ def evaluate(
     match: Annotated[
         bool, typer.Option("--match-surroundings", help="Match every edit to its surroundings first, as `edit` does.")
     ] = False,
+    feather: Annotated[
+        int, typer.Option("--feather", min=0, max=MAX_FEATHER, help="Blend every edit's rim first; `edit`: 3.")
+    ] = 0,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder for table, JSON and contact sheets, best to worst.")
     ] = None,
@@ -246,6 +250,7 @@ def evaluate(
             inception=inception,
             segmenter=network,
             match=match,
+            feather=feather,
             progress=show,
         )
     if output is not None:

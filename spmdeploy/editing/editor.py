@@ -237,9 +237,11 @@ class Editor:
         self, step: EditStep, region: EditRegion, options: EditOptions, matches: bool, timer: PhaseTimer
     ) -> list[WindowReport]:
         for batch in step.batches:
-            self._edit_single_pass(batch, region, options, timer)
+            self._edit_single_pass(batch, region, options, matches, timer)
         done = [
-            self._edit_coarse_to_fine(window, region, options, timer) if window.levels else WindowReport(window)
+            self._edit_coarse_to_fine(window, region, options, matches, timer)
+            if window.levels
+            else WindowReport(window)
             for window in step.windows
         ]
         if matches:
@@ -251,7 +253,7 @@ class Editor:
         return done
 
     def _edit_single_pass(
-        self, batch: WindowBatch, region: EditRegion, options: EditOptions, timer: PhaseTimer
+        self, batch: WindowBatch, region: EditRegion, options: EditOptions, matches: bool, timer: PhaseTimer
     ) -> None:
         """Edit a batch of windows at the model's size."""
         with timer.phase("prepare"):
@@ -263,12 +265,12 @@ class Editor:
         with timer.phase("run"):
             edited = run()
         with timer.phase("stitch"):
-            _paste_batch(batch.windows, edited, region, options.feather)
+            _paste_batch(batch.windows, edited, region, options.feather, matches)
         timer.batches += 1
         timer.advance(len(batch.windows))
 
     def _edit_coarse_to_fine(
-        self, window: PlannedWindow, region: EditRegion, options: EditOptions, timer: PhaseTimer
+        self, window: PlannedWindow, region: EditRegion, options: EditOptions, matches: bool, timer: PhaseTimer
     ) -> WindowReport:
         """Edit one large window: first at the model's size, then refined to full resolution."""
         from spmdeploy.editing.pyramid import refine_window  # which most edits do not need
@@ -281,7 +283,8 @@ class Editor:
         with timer.phase("stitch"):
             inside = levels[-1].region.slices
             content = np.rint(refined.canvas, out=refined.canvas).astype(np.uint8)
-            stitch(part.image[inside], content, window.edit_window.mask_of(region.mask)[inside], options.feather)
+            mask = window.edit_window.mask_of(region.mask)[inside]
+            stitch(part.image[inside], content, mask, options.feather, part.labels[inside] if matches else None)
         return WindowReport(window, refined.levels, refined.between_levels, refined.notes)
 
     def _report(
@@ -378,8 +381,18 @@ def _batch_images(batch: WindowBatch, region: EditRegion) -> NDArray[np.uint8]:
     )
 
 
-def _paste_batch(windows: Sequence[PlannedWindow], edited: Image, region: EditRegion, feather: int) -> None:
-    """Paste a batch of results, uint8 (B, size, size, 3), into the region's image, in place."""
+def _paste_batch(
+    windows: Sequence[PlannedWindow], edited: Image, region: EditRegion, feather: int, by_class: bool
+) -> None:
+    """Paste a batch of results, uint8 (B, size, size, 3), into the region's image, in place.
+
+    Args:
+        windows: Of the batch.
+        edited: Their results.
+        region: Its image is changed.
+        feather: Width of the transition.
+        by_class: Whether the labels are true of the known pixels; the transition is then inside classes only.
+    """
     size = windows[0].letterbox.size
     expected = (len(windows), size, size, 3)
     assert edited.shape == expected and edited.dtype == np.uint8, (edited.shape, edited.dtype, expected)
@@ -388,4 +401,6 @@ def _paste_batch(windows: Sequence[PlannedWindow], edited: Image, region: EditRe
         content = square[: letterbox.height, : letterbox.width]
         if letterbox.shrinks:
             content = resize_photo(content, letterbox.window.height, letterbox.window.width)
-        stitch(region.image[edit_window.window.slices], content, edit_window.mask_of(region.mask), feather)
+        inside = edit_window.window.slices
+        labels = region.labels[inside] if by_class else None
+        stitch(region.image[inside], content, edit_window.mask_of(region.mask), feather, labels)

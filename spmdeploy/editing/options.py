@@ -97,7 +97,8 @@ class EditOptions:
     feather: Annotated[
         int,
         Option(
-            "Masked pixels at the mask's rim over which the known ones blend into the edit; 0: hard border.",
+            "Masked pixels at the mask's rim over which the known ones blend into the edit, in matched edits those of "
+            "the same class; 0: hard border.",
             metavar="PIXELS",
         ),
     ] = 3

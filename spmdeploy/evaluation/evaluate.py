@@ -22,6 +22,7 @@ from spmdeploy.evaluation.metrics import BATCH, METRICS, Comparison, Images, Net
 from spmdeploy.evaluation.segmentation import Counts, Segmenter, accuracy, confusion_matrix, mean_iou
 from spmdeploy.imaging.contact_sheet import sheet
 from spmdeploy.imaging.files import write_image
+from spmdeploy.tiling.stitching import stitch
 from spmdeploy.training.contact_sheets import apply_mask, layout
 from spmdeploy.types import Image, ModelInput, Progress
 
@@ -106,6 +107,8 @@ class Evaluation:
     rows: tuple[Score, ...]
     matched: bool = False
     """Whether edits were matched to their surroundings."""
+    feather: int = 0
+    """Width of the transition at the mask's rim in pixels."""
     fid: bool = False
     """Whether the Fréchet distance is FID."""
     consistency: LabelConsistency | None = None
@@ -119,6 +122,7 @@ class Evaluation:
             "split": self.split,
             "seed": self.seed,
             "match_surroundings": self.matched,
+            "feather": self.feather,
             "frechet_features": FID_FEATURES if self.fid else FEATURES,
             "rows": [row.to_json() for row in self.rows],
             "adherence": found and {**vars(found), "rows": [row.to_json() for row in found.rows]},
@@ -192,6 +196,7 @@ def evaluate(
     inception: FidInception | None = None,
     segmenter: Segmenter | None = None,
     match: bool = False,
+    feather: int = 0,
     progress: Progress = lambda done, total: None,
 ) -> tuple[Evaluation, dict[str, Image]]:
     """Scores all models on the same masks.
@@ -207,6 +212,7 @@ def evaluate(
         inception: FID's network; with it the Fréchet distance is FID.
         segmenter: For label consistency.
         match: Match every edit, those of baselines too, to its surroundings before it is scored.
+        feather: Blend the known pixels into this many at the mask's rim first; where edits are matched, by class.
         progress: Called with the number of scored edits and the total.
 
     Returns:
@@ -231,9 +237,8 @@ def evaluate(
         for index, (name, model) in enumerate(models.items()):
             progress((done * len(models) + index) * len(samples), len(kinds) * len(models) * len(samples))
             edits[name] = run_samples(model, samples)
-            if match:
-                for image, sample in zip(edits[name], samples, strict=True):
-                    match_surroundings(image, sample.labels, sample.mask != 0)
+            for image, sample in zip(edits[name], samples, strict=True):
+                _blend(image, sample, match, feather)
             comparison = Comparison(edits[name], photos, masks, networks, photo_features)
             values = {name: _estimate(value, seed) for name, value in metric_values(comparison).items()}
             rows.append(Score(name, kind, len(samples), values))
@@ -245,7 +250,7 @@ def evaluate(
         assert order is not None, "no models"
         sheets[kind] = _contact_sheet(root, samples, edits, order)
     found = None if segmenter is None else LabelConsistency(segmenter.name, segmenter.sha256, tuple(consistency))
-    return Evaluation(str(root), split, seed, tuple(rows), match, inception is not None, found), sheets
+    return Evaluation(str(root), split, seed, tuple(rows), match, feather, inception is not None, found), sheets
 
 
 def check_output(folder: Path, overwrite: bool) -> None:
@@ -283,6 +288,17 @@ def run_samples(model: EditModel, samples: Sequence[Sample]) -> Images:
             )
         )
     return np.concatenate(results)
+
+
+def _blend(edited: Image, sample: Sample, match: bool, feather: int) -> None:
+    """Blends an edit with the photo, in place, as an editor does with these options."""
+    mask = sample.mask != 0
+    if feather:
+        image = sample.image.copy()
+        stitch(image, edited, mask, feather, sample.labels if match else None)
+        edited[:] = image
+    if match:
+        match_surroundings(edited, sample.labels, mask)
 
 
 def bootstrap(values: Scores, seed: int) -> Estimate:

@@ -176,14 +176,33 @@ def test_edit_small_and_model_sized_photos_keep_known_pixels(shape: tuple[int, i
         check_promises(~mask, 256, 3)
 
 
+@pytest.mark.parametrize("refines", [False, True])
+def test_edit_feather_stops_at_class_borders_where_labels_are_true_of_the_photo(refines: bool) -> None:
+    size = 700 if refines else 200
+    image, mask = np.full((size, size, 3), 60, np.uint8), np.zeros((size, size), bool)
+    mask[size // 7 : -(size // 7), size // 7 : -(size // 7)] = True
+    labels = np.where(mask, 1, 2)
+    labels[: size // 2] = 3
+
+    def blended(match: bool) -> list[bool]:
+        hard, soft = (
+            edit(image, labels, mask, black, refines=refines, match_surroundings=match, feather=feather).image
+            for feather in (0, 3)
+        )
+        differs = (hard != soft).any(axis=2)[:, size // 3]
+        return [bool(half.any()) for half in (differs[: size // 2], differs[size // 2 :])]
+
+    assert (blended(False), blended(True)) == ([True, True], [True, False])
+
+
 @quick
 @given(partial_masks(400), st.integers(0, 1000))
 def test_edit_labels_outside_the_mask_affect_edges_at_its_rim_only(mask: np.ndarray, seed: int) -> None:
-    """With an instance map that stays, labels outside the mask may hold anything."""
+    """With an instance map that stays, labels outside the mask may hold anything, unless they are matched."""
     image, labels, instances = noise(*mask.shape), labels_for(mask), labels_for(mask, seed=5)
-    result = edit(image, labels, mask, everything_mixed, instances=instances, size=64).image
+    result = edit(image, labels, mask, everything_mixed, instances=instances, size=64, match_surroundings=False).image
     anything = np.where(mask, labels.astype(np.int64), np.random.default_rng(seed).integers(-999, 999, mask.shape))
-    again = edit(image, anything, mask, everything_mixed, instances=instances, size=64).image
+    again = edit(image, anything, mask, everything_mixed, instances=instances, size=64, match_surroundings=False).image
     np.testing.assert_array_equal(again, result)
 
 

@@ -239,3 +239,15 @@ def test_telea_fills_the_mask_only(data_folder: Path) -> None:
     for sample, edit in zip(samples, filled, strict=True):
         assert np.array_equal(edit[~sample.mask], sample.image[~sample.mask])
         assert not np.array_equal(edit, sample.image)
+
+
+@needs_lpips
+def test_evaluate_feather_blends_the_rim(data_folder: Path) -> None:
+    hard, soft = (
+        evaluate({"bluish": Bluish()}, data_folder, kinds=("strokes",), crop=128, feather=feather)[0]
+        for feather in (0, 3)
+    )
+    assert (hard.to_json()["feather"], soft.to_json()["feather"]) == (0, 3)
+    tint, less = (evaluation.rows[0].metrics["l1"] for evaluation in (hard, soft))
+    assert isinstance(tint, Estimate) and isinstance(less, Estimate)
+    assert less.mean < tint.mean

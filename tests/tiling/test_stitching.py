@@ -71,6 +71,45 @@ def test_stitch_feather_blends_in_equal_steps() -> None:
     assert image[0, :, 0].tolist() == [40, 50, 60, 70, 80, 80, 80, 80, 80]
 
 
+def test_stitch_with_labels_blends_inside_each_class_only() -> None:
+    image, edited = np.full((2, 9, 3), 40, np.uint8), np.full((2, 9, 3), 80, np.uint8)
+    mask = np.ones((2, 9), bool)
+    mask[:, 0] = False
+    labels = np.array([[1, 1, 1, 1, 1, 1, 1, 1, 1], [5, 2, 2, 2, 2, 2, 2, 2, 2]])
+    stitching.stitch(image, edited, mask, 3, labels)
+    assert image[:, :, 0].tolist() == [[40, 50, 60, 70, 80, 80, 80, 80, 80], [40, 80, 80, 80, 80, 80, 80, 80, 80]]
+
+
+@quick
+@given(images_with_masks(), st.integers(0, 4), st.integers(1, 200))
+def test_extrapolate_border_of_each_class_depends_on_its_own_pixels_alone(case: Case, depth: int, chunk: int) -> None:
+    image, other, mask = case
+    labels = other[..., 0] % 2
+    continued = image.copy()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stitching, "_CHUNK", chunk)
+        rings = stitching.extrapolate_border(continued, mask, depth, labels)
+    filled = np.zeros(mask.shape, bool)
+    for ring in rings:
+        filled[ring.rows, ring.columns] = True
+    assert not (filled & ~mask).any()
+    np.testing.assert_array_equal(continued[~filled], image[~filled])
+    for label in (0, 1):
+        changed = np.where((labels == label)[..., None], image, other)
+        stitching.extrapolate_border(changed, mask, depth, labels)
+        np.testing.assert_array_equal(changed[filled & (labels == label)], continued[filled & (labels == label)])
+
+
+@quick
+@given(images_with_masks(), st.integers(0, 4))
+def test_extrapolate_border_with_one_class_is_the_one_without_labels(case: Case, depth: int) -> None:
+    image, _, mask = case
+    plain = image.copy()
+    stitching.extrapolate_border(plain, mask, depth)
+    stitching.extrapolate_border(image, mask, depth, np.full(mask.shape, 300))
+    np.testing.assert_array_equal(image, plain)
+
+
 @quick
 @given(images_with_masks(), st.integers(0, 4))
 def test_extrapolate_border_rings_are_pixels_at_each_distance(case: Case, depth: int) -> None:
