@@ -155,7 +155,7 @@ def test_training_page_commands_and_options_exist(capsys: pytest.CaptureFixture[
             capsys.readouterr().err,
         )  # unknown options fail
         helps += capsys.readouterr().out
-    foreign = {"--no-deps", "--nnodes", "--nproc-per-node", "--max-restarts", "--local-addr"}  # of pip and torchrun
+    foreign = {"--no-deps", "--strip-components", "--nnodes", "--nproc-per-node", "--max-restarts", "--local-addr"}
     foreign |= {f"--rdzv-{name}" for name in ("backend", "conf", "endpoint", "id")}
     assert set(re.findall(r"--[a-z][a-z0-9-]+", page)) - foreign <= set(re.findall(r"--[a-z][a-z0-9-]+", helps))
 
