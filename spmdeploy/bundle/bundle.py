@@ -225,8 +225,11 @@ class Bundle:
 
 
 def is_bundle(path: Path) -> bool:
-    """Whether a path is to be read as a bundle, not as weights: a folder, or a zip that torch.save did not write."""
-    return path.is_dir() or (zipfile.is_zipfile(path) and not is_checkpoint(path))
+    """Whether a path is to be read as a bundle, not as weights: a folder, or a zip that torch.save did not write.
+
+    False for what is neither a file nor a folder; zipfile would read a device to its end.
+    """
+    return path.is_dir() or (path.is_file() and zipfile.is_zipfile(path) and not is_checkpoint(path))
 
 
 def open_bundle(path: str | Path, signed_with: PublicKey | None = None) -> Bundle:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -99,3 +101,9 @@ def test_training_generator_starts_from_a_bundle() -> None:
     assert torch.equal(started.get_parameter(name), bundled.get_parameter(name))
     with pytest.raises(InputError, match=r"street\.spm: is a generator of .*classes=12.*the run trains .*classes=3"):
         training_generator(CONFIG, default_model())
+
+
+@pytest.mark.parametrize("name", ["missing.spm", "/dev/zero"])
+def test_training_generator_start_that_is_no_file_is_refused(name: str) -> None:
+    with pytest.raises(InputError, match=f"{name}: no such file"):
+        training_generator(CONFIG, Path(name))
