@@ -388,9 +388,14 @@ class Trainer:
         """Restores the last checkpoint; starts from the beginning when there is none yet.
 
         Raises:
-            InputError: The checkpoint is damaged, or is one of another configuration.
+            InputError: The checkpoint is damaged, gone, or one of another configuration.
         """
         state = self.run.load_checkpoint()
+        if state is None and (exported := self.run.path / "export").exists():  # these come after a checkpoint
+            raise InputError(
+                f"{self.run.checkpoint}: is gone; starting again would overwrite {exported} and the metrics",
+                CHECKPOINT_HINT,
+            )
         if state is not None:
             try:
                 self._restore(state)

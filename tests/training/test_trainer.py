@@ -413,6 +413,18 @@ def test_step_in_warm_up_keeps_the_generator(tmp_path: Path, projected: TrainCon
     assert not all(map(torch.equal, before, trainer.generator.parameters()))
 
 
+def test_resume_without_the_checkpoint_that_was_written_keeps_the_run(tmp_path: Path, tiny: TrainConfig) -> None:
+    run = RunDirectory(tmp_path / "run")
+    run.start(tiny)
+    trainer = Trainer(tiny, run, torch.device("cpu"))
+    trainer.save()
+    run.log(kind="train", images=8)
+    run.checkpoint.unlink()
+    with pytest.raises(InputError, match=r"checkpoint\.pt: is gone; starting again would overwrite .*export"):
+        trainer.resume()
+    assert run.metrics() == [{"kind": "train", "images": 8}]
+
+
 def test_resume_checkpoint_of_another_discriminator_is_refused(tmp_path: Path, projected: TrainConfig) -> None:
     run = RunDirectory(tmp_path / "run")
     run.start(projected)
